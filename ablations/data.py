@@ -1,0 +1,279 @@
+"""Images to train on: four sources, one form.
+
+A source is decoded once into uint8 tensors that can live on the training device. Shapes: B images, H x W pixels, C
+channels. The validation split is taken from the train images, stratified and always the same; the test split is left
+as the source has it.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from model.errors import InputError, unknown
+
+SOURCES = {
+    "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
+    "cifar10": "60,000 photographs of 32x32 pixels in 10 classes: downloaded once, or found in --data-dir",
+    "cifar100": "60,000 photographs of 32x32 pixels in 100 classes: downloaded once, or found in --data-dir",
+    "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet in the Hugging Face image layout",
+    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files of one size",
+}
+VALIDATION_SHARE = 0.1
+DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
+SPLIT_SEED = 0
+CACHE = Path.home() / ".cache" / "expertgrid"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their class numbers."""
+
+    pixels_BHWC: Tensor  # uint8
+    labels_B: Tensor  # int64
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.pixels_BHWC.to(device), self.labels_B.to(device))
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A source, decoded and split."""
+
+    source: str  # as the user gave it
+    name: str  # as a table calls it
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, ...]  # of the train images' pixels from 0 to 1, one for each channel
+    std: tuple[float, ...]
+    fingerprint: str  # of the pixels, the labels and the splits
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return tuple(self.train.pixels_BHWC.shape[1:3])
+
+    @property
+    def channels(self) -> int:
+        return self.train.pixels_BHWC.shape[3]
+
+    @classmethod
+    def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
+        """Random RGB images, of which `train` to train on and one a class in the other splits: to measure speed."""
+        rng = np.random.default_rng(0)
+
+        def split(count: int) -> Split:
+            pixels_BHWC = rng.integers(256, size=(count, height, width, 3), dtype=np.uint8)
+            return Split(torch.from_numpy(pixels_BHWC), torch.arange(count) % classes)
+
+        names = tuple(str(label) for label in range(classes))
+        half = (0.5,) * 3
+        splits = split(train), split(classes), split(classes)
+        return cls("random", "random", names, *splits, mean=half, std=half, fingerprint="random")
+
+    def to(self, device: torch.device) -> "ImageData":
+        """The same data with all splits on `device`."""
+        return replace(
+            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+        )
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        counts = f"{len(self.train):,} train, {len(self.validation):,} validation, {len(self.test):,} test images"
+        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+
+
+def load_data(source: str, data_dir: Path | None = None) -> ImageData:
+    """Reads a source of `SOURCES` into memory, on the CPU.
+
+    `data_dir` is where torchvision's copy of CIFAR is; without it, one is downloaded to the user's cache and its
+    checksum verified. Raises InputError for an unknown source and for data that is missing, damaged or of mixed sizes.
+    """
+    kind, _, place = source.partition(":")
+    if data_dir is not None and kind not in ("cifar10", "cifar100"):
+        raise InputError(f"--data-dir is for cifar10 and cifar100; the data source is {source!r}")
+    if source == "digits":
+        return _digits()
+    if source in ("cifar10", "cifar100"):
+        return _cifar(source, data_dir)
+    if kind in ("parquet", "folder") and place:
+        directory = Path(place).expanduser()
+        if not directory.is_dir():
+            raise InputError(f"data source {source!r}: there is no directory {directory}")
+        return (_parquet if kind == "parquet" else _folder)(source, directory)
+    raise unknown("data source", source, SOURCES)
+
+
+def _assemble(
+    source: str, name: str, classes: Sequence[str], train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+) -> ImageData:
+    pixels_BHWC, labels_B = train
+    counts = np.bincount(labels_B, minlength=len(classes))
+    if counts.min() < 2:
+        rare = classes[int(counts.argmin())]
+        raise InputError(f"data source {source!r}: class {rare!r} has {counts.min()} train images; at least 2 are needed")
+    kept, held_out = train_test_split(
+        np.arange(len(labels_B)),
+        test_size=max(len(classes), round(VALIDATION_SHARE * len(labels_B))),
+        stratify=labels_B,
+        random_state=SPLIT_SEED,
+    )
+    kept, held_out = np.sort(kept), np.sort(held_out)
+    splits = [(pixels_BHWC[kept], labels_B[kept]), (pixels_BHWC[held_out], labels_B[held_out]), test]
+    digest = hashlib.sha256()
+    for pixels, labels in splits:
+        digest.update(f"{pixels.shape}{len(classes)}".encode())
+        digest.update(np.ascontiguousarray(pixels))
+        digest.update(labels.astype("<i8"))
+    mean, std = _pixel_statistics(splits[0][0])
+    tensors = (Split(torch.from_numpy(np.ascontiguousarray(p)), torch.from_numpy(y.astype(np.int64))) for p, y in splits)
+    return ImageData(source, name, tuple(classes), *tensors, mean, std, digest.hexdigest()[:16])
+
+
+def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, exactly, from counts of the 256 values."""
+    values = np.arange(256) / 255
+    shares = [np.bincount(pixels_BHWC[..., c].ravel(), minlength=256) / pixels_BHWC[..., c].size for c in range(pixels_BHWC.shape[3])]
+    means = [float(share @ values) for share in shares]
+    stds = [float(np.sqrt(share @ (values - mean) ** 2)) for share, mean in zip(shares, means)]
+    return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
+
+
+def _digits() -> ImageData:
+    bunch = load_digits()
+    pixels_BHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
+    train, test = train_test_split(
+        np.arange(len(pixels_BHWC)), test_size=DIGITS_TEST_SHARE, stratify=bunch.target, random_state=SPLIT_SEED
+    )
+    labels_B = bunch.target
+    classes = [str(name) for name in bunch.target_names]
+    return _assemble(
+        "digits", "digits", classes, (pixels_BHWC[train], labels_B[train]), (pixels_BHWC[test], labels_B[test])
+    )
+
+
+def _cifar(source: str, data_dir: Path | None) -> ImageData:
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
+    root = data_dir or CACHE
+    try:
+        train, test = (dataset(root, train=is_train, download=data_dir is None) for is_train in (True, False))
+    except (URLError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if data_dir is None:
+            raise InputError(f"{source} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
+        raise InputError(f"{source}: no complete copy in {root}: files are missing or have another checksum") from None
+    arrays = [(part.data, np.array(part.targets)) for part in (train, test)]
+    return _assemble(source, source, train.classes, *arrays)
+
+
+def _folder(source: str, directory: Path) -> ImageData:
+    parts = []
+    for split in ("train", "test"):
+        try:
+            parts.append(ImageFolder(directory / split))
+        except OSError as error:
+            reason = " ".join(str(error).split()).split(". Supported")[0]
+            raise InputError(f"data source {source!r}: no images in {split}/CLASS/: {reason}") from None
+    train, test = parts
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"data source {source!r}: train/ and test/ differ in the classes {', '.join(differing)}")
+    arrays = []
+    for part in parts:
+        readers = [(path, Path(path).read_bytes) for path, _ in part.samples]
+        arrays.append((_decode(source, readers), np.array(part.targets)))
+    return _assemble(source, directory.resolve().name, train.classes, *arrays)
+
+
+def _parquet(source: str, directory: Path) -> ImageData:
+    arrays, classes = [], None
+    for split in ("train", "test"):
+        files = sorted(directory.glob(f"{split}*.parquet"))
+        if not files:
+            raise InputError(f"data source {source!r}: no {split}*.parquet in {directory}")
+        tables = [_read_table(source, file) for file in files]
+        image_column, label_column = _columns(source, files[0], tables[0].schema)
+        try:
+            table = pyarrow.concat_tables(table.select([image_column, label_column]) for table in tables)
+        except (pyarrow.ArrowInvalid, KeyError) as error:
+            raise InputError(f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}") from None
+        labels_B = table[label_column].to_numpy()
+        if split == "train":
+            classes = _class_names(tables[0].schema, label_column, labels_B)
+        if len(labels_B) == 0 or table[label_column].null_count or labels_B.min() < 0 or labels_B.max() >= len(classes):
+            raise InputError(f"data source {source!r}: {split}: column {label_column!r} needs labels 0 to {len(classes) - 1}")
+        images = table[image_column].combine_chunks()
+        blobs = pyarrow.compute.struct_field(images, "bytes")
+        readers = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
+        arrays.append((_decode(source, readers), labels_B))
+    return _assemble(source, directory.resolve().name, classes, *arrays)
+
+
+def _read_table(source: str, file: Path) -> pyarrow.Table:
+    try:
+        return pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"data source {source!r}: {file} is not Parquet, or is truncated: {reason}") from None
+
+
+def _columns(source: str, file: Path, schema: pyarrow.Schema) -> tuple[str, str]:
+    """The names of the image column (a struct with `bytes`) and of the label column (integers)."""
+    structs = [f.name for f in schema if pyarrow.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    integers = [f.name for f in schema if pyarrow.types.is_integer(f.type)]
+    named = [name for name in ("label", "labels", "fine_label") if name in integers]
+    if not structs or not integers:
+        found = ", ".join(f"{f.name}: {f.type}" for f in schema)
+        needs = "a column of structs with the field 'bytes', and a column of integer labels"
+        raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {found}")
+    return structs[0], (named or integers)[0]
+
+
+def _class_names(schema: pyarrow.Schema, label_column: str, labels_B: np.ndarray) -> tuple[str, ...]:
+    """The names that the `huggingface` metadata gives, else the label numbers."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[label_column]["names"]))
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return tuple(str(label) for label in range(int(labels_B.max(initial=-1)) + 1))
+
+
+def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]]) -> np.ndarray:
+    """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
+
+    def decode(reader: tuple[str, Callable[[], bytes]]) -> np.ndarray:
+        name, read = reader
+        try:
+            with Image.open(io.BytesIO(read())) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, TypeError, Image.DecompressionBombError) as error:
+            raise InputError(f"data source {source!r}: {name} does not decode as an image ({error})") from None
+
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(decode, readers))
+    for (name, _), array in zip(readers, arrays):
+        if array.shape != arrays[0].shape:
+            sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (arrays[0], array)]
+            first = readers[0][0]
+            raise InputError(f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}")
+    return np.stack(arrays)

@@ -1,0 +1,222 @@
+"""The study directory: what was run and what came of it, as files that appear whole or not at all.
+
+    study.toml        the study as it was run
+    plan.json         its cells, with their levels and trial ids, and the data
+    trials/ID/        config.json, epochs.jsonl, record.json and model.safetensors once done; until then resume.pt,
+                      and failure.json where training failed
+    export/  bench/   what `expertgrid export` and `bench` add
+    ledger.jsonl      a line for each read of the test split
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import tomli_w
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ablations.data import ImageData
+from ablations.study import Cell, Level, Study, Trial, parse_study
+from ablations.train import Epoch
+from model.errors import InputError, invalid
+
+
+class Environment(BaseModel):
+    """Where a number was measured."""
+
+    device: str
+    threads: int
+    python: str
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls, device: torch.device) -> "Environment":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+        versions = {package: version(package) for package in ("expertgrid", "torch", "torchvision", "timm")}
+        return cls(device=name, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions)
+
+
+class Record(BaseModel):
+    """What came of a trial. Accuracies are shares of the split's images; losses are means in nats."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trial: str
+    seed: int
+    validation_accuracy: float
+    validation_loss: float
+    validation_images: int
+    test_accuracy: float
+    test_loss: float
+    test_images: int
+    parameters: int
+    macs: int  # multiply-accumulates of one image's forward pass
+    epochs: int
+    images_per_s: float  # of training, median over the epochs but the first
+    train_seconds: float
+    bfloat16: bool
+    environment: Environment
+    finished: str  # UTC, ISO 8601
+
+
+class PlannedCell(BaseModel):
+    """A cell as it is kept on disk."""
+
+    model_name: str
+    levels: dict[str, Level]
+    trials: list[str]  # ids, by seed
+
+
+class Plan(BaseModel):
+    """The cells of a study, resolved for its data."""
+
+    data: str  # in words, with the number of images
+    source: str
+    cells: list[PlannedCell]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, whatever interrupts it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def now() -> str:
+    """The time as records have it: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class StudyDirectory:
+    """Reads and writes one study directory. Writers hold it with `written`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def study(self) -> Study:
+        """The study that was run here. Raises InputError where there is none."""
+        file = self.path / "study.toml"
+        if not file.is_file():
+            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
+        return parse_study(file.read_text(), file)
+
+    @property
+    def plan(self) -> Plan:
+        self.study  # for its error, where this is no study directory
+        file = self.path / "plan.json"
+        try:
+            return Plan.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: there is no plan.json in it") from None
+        except ValidationError as error:
+            raise invalid(str(file), error) from None
+
+    def check_holds(self, study: Study) -> None:
+        """Raises InputError where `study` cannot be written here: the directory has something else in it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path}: there is a file of this name")
+        if (self.path / "study.toml").exists():
+            if not study.grown_from(self.study):
+                raise InputError(
+                    f"--out {self.path}: holds another study, or more of this one (its study.toml differs in more than "
+                    "added levels and seeds); give another directory with --out"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"--out {self.path}: is not empty, and holds no study")
+
+    @contextmanager
+    def written(self, study: Study, data: ImageData, cells: list[Cell]) -> Iterator[None]:
+        """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
+        self.check_holds(study)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"--out {self.path}: another process is writing this study") from None
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
+        with lock:
+            write_whole(self.path / "study.toml", tomli_w.dumps(study.model_dump(mode="json")).encode())
+            planned = [
+                PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
+                for cell in cells
+            ]
+            plan = Plan(data=str(data), source=data.source, cells=planned)
+            write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
+            yield
+
+    def trial(self, trial_id: str) -> Path:
+        return self.path / "trials" / trial_id
+
+    def checkpoint(self, trial_id: str) -> Path:
+        return self.trial(trial_id) / "model.safetensors"
+
+    def record(self, trial_id: str) -> Record | None:
+        """The record of a finished trial, None for another. Raises InputError for a damaged one."""
+        file = self.trial(trial_id) / "record.json"
+        try:
+            return Record.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise invalid(str(file), error) from None
+
+    def failure(self, trial_id: str) -> str | None:
+        """Why a trial failed, None where it did not."""
+        file = self.trial(trial_id) / "failure.json"
+        return json.loads(file.read_text())["error"] if file.exists() else None
+
+    def adopt(self, trial_id: str) -> bool:
+        """Takes over a finished trial of the same id from a study directory beside this one, if there is one."""
+        for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=".adopt.") as beside:
+                copy = shutil.copytree(record.parent, Path(beside) / trial_id)
+                shutil.rmtree(self.trial(trial_id), ignore_errors=True)
+                self.trial(trial_id).parent.mkdir(exist_ok=True)
+                copy.rename(self.trial(trial_id))
+            return True
+        return False
+
+    def write_config(self, trial: Trial) -> None:
+        write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
+
+    def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
+        """Adds an epoch's line; lines of the same epoch or later, from before an interruption, are dropped."""
+        kept = [line for line in self.epochs(trial_id) if line.epoch < epoch.epoch]
+        lines = "".join(line.model_dump_json() + "\n" for line in [*kept, epoch])
+        write_whole(self.trial(trial_id) / "epochs.jsonl", lines.encode())
+
+    def epochs(self, trial_id: str) -> list[Epoch]:
+        file = self.trial(trial_id) / "epochs.jsonl"
+        return [Epoch.model_validate_json(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def enter_test_read(self, trial_id: str, images: int) -> None:
+        """Adds the ledger's line for one read of the test split."""
+        line = json.dumps({"time": now(), "trial": trial_id, "split": "test", "images": images})
+        with (self.path / "ledger.jsonl").open("a") as ledger:
+            ledger.write(line + "\n")
+
+    def latencies(self) -> dict[str, dict]:
+        """The newest latency record of each trial that was exported and benched."""
+        records = [json.loads(file.read_text()) for file in (self.path / "bench").glob("*.json")]
+        return {record["trial"]: record for record in sorted(records, key=lambda record: record["finished"])}

@@ -1,0 +1,251 @@
+"""A study: a question, a base, and the factors to vary; resolved into cells and trials.
+
+Studies are TOML files; those in `studies/` ship with the package. A trial is one training run: what it is is wholly in
+its model config, recipe, data fingerprint and seed, and its id is a hash of these.
+"""
+
+import hashlib
+import itertools
+import json
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ablations.data import ImageData
+from ablations.recipe import Recipe, recipe
+from model.errors import InputError, invalid, unknown
+from model.net import ModelConfig
+from model.presets import Network, build, network
+from model.variants import VARIANTS, vary
+
+SHIPPED = Path(__file__).parent / "studies"
+CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+BASE = None  # the level of a factor that a cell leaves as it is in the base
+
+Level = bool | int | float | str | list | dict | None
+
+
+def _listed(levels: object) -> object:
+    if isinstance(levels, list) and any(level in levels[:i] for i, level in enumerate(levels)):
+        raise ValueError("a level is given twice")
+    return levels
+
+
+class Base(BaseModel):
+    """What the factors vary: a preset or timm model, a recipe, and a data source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "two_block"
+    recipe: str = "fast"
+    data: str = "digits"
+
+
+class Study(BaseModel):
+    """A study as its file says it.
+
+    `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
+    `reference`, a network together with its own recipe. `baselines` are further cells: networks trained as the base
+    is, without the factors. `reported` is what the source of a level claims, shown beside its cell.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(exclude=True)
+    question: str
+    design: Literal["factorial", "one_at_a_time"] = "factorial"
+    seeds: int = Field(3, ge=1, le=1000)
+    base: Base = Base()
+    set: dict[str, Level] = {}
+    factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
+    baselines: list[str] = []
+    reported: dict[str, str] = {}
+
+    def change(self, seeds: int | None = None, data: str | None = None, settings: dict[str, Level] = {}) -> "Study":
+        """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
+        for path in settings:
+            for factor in self.factors:
+                if _dotted(path) == _dotted(factor):
+                    raise InputError(f"--set {path}: {factor} is a factor of study {self.name}, with levels {self.factors[factor]}")
+        fields = {**dict(self), "set": {**self.set, **settings}}
+        fields |= {} if seeds is None else {"seeds": seeds}
+        fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
+        try:
+            return Study(**fields)
+        except ValidationError as error:
+            raise invalid(f"study {self.name}", error, Study.model_fields) from None
+
+    def grown_from(self, older: "Study") -> bool:
+        """Whether this is `older` with, at most, more levels and more seeds: its trials are among this one's."""
+        same = {"factors", "seeds", "question", "reported", "baselines"}
+        return (
+            self.model_dump(exclude=same) == older.model_dump(exclude=same)
+            and self.factors.keys() == older.factors.keys()
+            and all(level in self.factors[name] for name, levels in older.factors.items() for level in levels)
+            and set(older.baselines) <= set(self.baselines)
+            and self.seeds >= older.seeds
+        )
+
+    def settings(self) -> list[dict[str, Level]]:
+        """The level of each factor in each cell of the design."""
+        if self.design == "factorial":
+            return [dict(zip(self.factors, levels)) for levels in itertools.product(*self.factors.values())]
+        base = dict.fromkeys(self.factors, BASE)
+        return [base, *({**base, name: level} for name, levels in self.factors.items() for level in levels)]
+
+    def cells(self, data: ImageData) -> list["Cell"]:
+        """All cells, the baselines last. Raises InputError for what does not exist, is out of range or does not fit."""
+        cells = []
+        for levels in self.settings():
+            reference = levels.get("reference")
+            model = levels.get("model") or reference or self.base.model
+            cells.append(self._cell(data, levels, model, levels.get("recipe") or reference or self.base.recipe))
+        unchanged = dict.fromkeys(self.factors, BASE)
+        cells += [self._cell(data, unchanged, name, self.base.recipe) for name in self.baselines]
+        return cells
+
+    def _cell(self, data: ImageData, levels: dict[str, Level], model: str, recipe_name: str) -> "Cell":
+        for kind, name in (("model", model), ("recipe", recipe_name)):
+            if not isinstance(name, str):
+                raise InputError(f"factor {kind}: level {name!r} is not a name")
+        fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
+        named = network(model)
+        config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
+        parts = config, recipe(recipe_name)
+        factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
+        for changes in (self.set, factors):
+            for name in sorted(changes, key=_order):
+                parts = _changed(*parts, name, changes[name])
+        _check_fit(model, parts[0], data)
+        trials = tuple(
+            Trial(model_name=model, model=parts[0], recipe=parts[1], source=data.source, fingerprint=data.fingerprint, seed=seed)
+            for seed in range(self.seeds)
+        )
+        return Cell(model, levels, trials)
+
+
+class Trial(BaseModel):
+    """One training run. `model_name` and `source` say where model and data come from and are not part of its id."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_name: str
+    model: Network
+    recipe: Recipe
+    source: str
+    fingerprint: str
+    seed: int
+
+    @cached_property
+    def id(self) -> str:
+        """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
+        identity = self.model_dump(mode="json", include={"model", "recipe", "fingerprint", "seed"})
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of levels, and its trials: one for each seed."""
+
+    model_name: str
+    levels: dict[str, Level]
+    trials: tuple[Trial, ...]
+
+
+def shipped_studies() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_study(name: str) -> Study:
+    """Reads a shipped study by name, or any other by the path of its TOML file. Raises InputError for a wrong one."""
+    path = SHIPPED / f"{name}.toml" if name in shipped_studies() else Path(name)
+    if not path.is_file():
+        raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
+    return parse_study(path.read_text(), path)
+
+
+def parse_study(text: str, path: Path) -> Study:
+    """A study from TOML. `path` names it, and is what errors name."""
+    try:
+        study = Study(name=path.stem, **tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        fields = Base.model_fields if error.errors()[0]["loc"][0] == "base" else set(Study.model_fields) - {"name"}
+        raise invalid(str(path), error, sorted(fields)) from None
+    for name in itertools.chain(study.set, study.factors):
+        if _dotted(name) == "" or (name in study.set and name in CHOICES):
+            choices = () if name in study.set else CHOICES
+            accepted = [*VARIANTS, *Recipe.model_fields, *choices]
+            raise unknown(f"name in {path}:", name, accepted, ", recipe.FIELD, model.FIELD")
+    return study
+
+
+def _dotted(name: str) -> str:
+    """The dotted path that a name stands for; a variant stands for itself, a name that is nothing for ''."""
+    if name in VARIANTS or name in CHOICES or "." in name:
+        return name
+    return f"recipe.{name}" if name in Recipe.model_fields else ""
+
+
+def _order(name: str) -> int:
+    """Variants are applied in the order of `VARIANTS`, dotted paths after them."""
+    return list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS)
+
+
+def _changed(config: Network, recipe: Recipe, name: str, value: Level) -> tuple[Network, Recipe]:
+    """Network and recipe with one variant applied, or one dotted path set."""
+    if name in VARIANTS:
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models")
+        return vary(config, name, value), recipe
+    root, _, path = _dotted(name).partition(".")
+    if root == "recipe":
+        return config, _with_path(recipe, "recipe", path, value)
+    if root == "model" and path not in ("in_chans", "num_classes"):
+        return _with_path(config, "model", path, value), recipe
+    if root == "model":
+        raise InputError(f"{name} follows from the data and cannot be set")
+    raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
+
+
+def _with_path(spec: BaseModel, where: str, path: str, value: Level) -> Any:
+    """`spec` with the value at a dotted path replaced, and validated again."""
+    fields = spec.model_dump(mode="json")
+    place, at = fields, where
+    *parents, last = path.split(".")
+    for part in (*parents, last):
+        keys = [str(i) for i in range(len(place))] if isinstance(place, list) else list(place or ())
+        if part not in keys:
+            raise unknown(f"field of {at}:", part, keys) if keys else InputError(f"{at} has no fields; found {at}.{part}")
+        key = int(part) if isinstance(place, list) else part
+        if part is last:
+            place[key] = value
+        else:
+            place, at = place[key], f"{at}.{part}"
+            if not isinstance(place, list | dict):
+                place = None
+    try:
+        return type(spec).model_validate(fields)
+    except ValidationError as error:
+        raise invalid(where, error, type(spec).model_fields) from None
+
+
+def _check_fit(name: str, config: Network, data: ImageData) -> None:
+    """Raises InputError where the network does not take images of the data's size."""
+    height, width = data.image_size
+    try:
+        if isinstance(config, ModelConfig):
+            config.output_size(height, width)
+        else:
+            with torch.device("meta"):
+                build(config).eval()(torch.empty(1, data.channels, height, width))
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"model {name} does not take the {height}x{width} images of {data.name}: {reason}") from None

@@ -1,0 +1,241 @@
+"""Tables of a study: one row a cell, from the records alone; and their rendering."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tabulate import tabulate
+
+from ablations.records import Plan, PlannedCell, Record, StudyDirectory
+from ablations.stats import Interval, mean_interval
+from ablations.study import BASE, CHOICES, Level, Study
+from model.errors import InputError, unknown
+
+Format = Literal["text", "github", "latex", "csv", "json"]
+FORMATS = get_args(Format)
+
+EACH_LEVEL = "-"  # of a factor that changes nothing: the network is the same at each level
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell, or several that are the same network, with what its finished trials gave."""
+
+    study: str
+    model: str
+    levels: dict[str, str]
+    seeds: int  # planned
+    records: list[Record]
+    failures: list[str]
+    latency: dict | None  # the latency record of one of its trials
+    reported: str
+
+    def interval(self, value: Callable[[Record], float]) -> Interval | None:
+        """Mean and 95% interval over the finished seeds, None where none is."""
+        return mean_interval([value(record) for record in self.records]) if self.records else None
+
+
+def study_rows(directory: StudyDirectory) -> list[Row]:
+    """The rows of a study, in the order of its design. Raises InputError for a directory that is none or is damaged."""
+    study, plan, latencies = directory.study, directory.plan, directory.latencies()
+    same: dict[tuple[str, ...], list[PlannedCell]] = {}
+    for cell in plan.cells:
+        same.setdefault(tuple(cell.trials), []).append(cell)
+    rows = []
+    for trials, cells in same.items():
+        found = [directory.record(trial) for trial in trials]
+        failed = [directory.failure(trial) for trial in trials]
+        rows.append(
+            Row(
+                study=study_name(directory),
+                model=cells[0].model_name,
+                levels={name: _shared_level(name, cells, study) for name in study.factors},
+                seeds=len(trials),
+                records=[record for record in found if record is not None],
+                failures=[f"{trial}: {reason}" for trial, reason in zip(trials, failed) if reason],
+                latency=next((latencies[trial] for trial in trials if trial in latencies), None),
+                reported=next((study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported), ""),
+            )
+        )
+    return rows
+
+
+def study_name(directory: StudyDirectory) -> str:
+    return directory.path.resolve().name
+
+
+def level_name(level: Level) -> str:
+    """A level as tables show it and as a TOML file has it."""
+    return "base" if level is BASE else level if isinstance(level, str) else json.dumps(level)
+
+
+def _shared_level(factor: str, cells: list[PlannedCell], study: Study) -> str:
+    names = list(dict.fromkeys(level_name(cell.levels[factor]) for cell in cells))
+    if len(names) == 1:
+        return names[0]
+    return EACH_LEVEL if study.design == "factorial" else names[0]
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """The row with the best mean validation accuracy, the lower validation loss between equals."""
+    done = [row for row in rows if row.records]
+
+    def merit(row: Row) -> tuple[float, float]:
+        return row.interval(lambda r: r.validation_accuracy).mean, -row.interval(lambda r: r.validation_loss).mean
+
+    return max(done, key=merit, default=None)
+
+
+def best_record(row: Row) -> Record:
+    """The trial of a row that is best on the validation split."""
+    return max(row.records, key=lambda record: (record.validation_accuracy, -record.validation_loss))
+
+
+def marginal_rows(directory: StudyDirectory, factor: str) -> list[dict[str, object]]:
+    """A row for each level of a factor: the mean over its cells for each seed, then over seeds, with 95% intervals.
+
+    Only cells in which all seeds are done count, as each seed's mean is over the same cells. Raises InputError for a
+    factor that the study does not have.
+    """
+    study, plan = directory.study, directory.plan
+    if factor not in study.factors:
+        raise unknown(f"factor of {directory.path}:", factor, study.factors)
+    rows = []
+    for level in dict.fromkeys(level_name(cell.levels[factor]) for cell in plan.cells):
+        cells = [cell for cell in plan.cells if level_name(cell.levels[factor]) == level]
+        found = [[directory.record(trial) for trial in cell.trials] for cell in cells]
+        whole = [records for records in found if all(records)]
+        row: dict[str, object] = {factor: level, "cells": len(whole), "n": len(whole[0]) if whole else 0}
+        for title, value in _ACCURACIES.items():
+            by_seed = [sum(map(value, seed)) / len(seed) for seed in zip(*whole)]
+            row[title] = mean_interval(by_seed) if by_seed else None
+        rows.append(row)
+    return rows
+
+
+_ACCURACIES: dict[str, Callable[[Record], float]] = {
+    "val acc %": lambda record: 100 * record.validation_accuracy,
+    "test acc %": lambda record: 100 * record.test_accuracy,
+}
+
+
+def columns(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """The rows as titled values; intervals are still numbers. Columns that would be empty or alike are left out."""
+    factors = list(dict.fromkeys(name for row in rows for name in row.levels))
+    several_models = len({row.model for row in rows}) > 1 and not set(factors) & set(CHOICES)
+    table = []
+    for row in rows:
+        first = row.records[0] if row.records else None
+        values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
+        values |= {"model": row.model} if several_models else {}
+        values |= {name: row.levels.get(name, "") for name in factors}
+        values["n"] = len(row.records) if len(row.records) == row.seeds else f"{len(row.records)}/{row.seeds}"
+        values |= {title: row.interval(value) for title, value in _ACCURACIES.items()}
+        if any(row.reported for row in rows):
+            values["reported %"] = row.reported
+        values["params"] = first.parameters if first else None
+        values["MACs"] = first.macs if first else None
+        rate = row.interval(lambda record: record.images_per_s)
+        values["train images/s"] = rate.mean if rate else None
+        if any(row.latency for row in rows):
+            values["latency ms"] = _onnx_p50(row.latency) if row.latency else None
+        table.append(values)
+    return table
+
+
+def _onnx_p50(latency: dict) -> float:
+    """Median milliseconds of ONNX Runtime at the smallest batch size that was measured."""
+    ours = [one for one in latency["latencies"] if one["engine"].startswith("onnxruntime")]
+    return min(ours, key=lambda one: one["batch"])["p50_ms"]
+
+
+def notes(directory: StudyDirectory, plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """What a reader needs to know under the table, a line each."""
+    lines = [f"Data: {plan.data}."]
+    intervals = "± is half of the 95% interval of the mean over seeds (Student's t)"
+    if any(len(row.records) == 1 for row in rows):
+        intervals += "; one seed has no interval"
+    lines.append(f"n: seeds; {intervals}.")
+    if any(EACH_LEVEL in row.levels.values() for row in rows):
+        lines.append(f"{EACH_LEVEL}: the network is the same at each level of this factor, and was trained once.")
+    if best := best_row(rows):
+        where = ", ".join(f"{name}={level}" for name, level in best.levels.items()) or best.model
+        lines.append(f"Best on validation: {where}, trial {best_record(best).trial}.")
+    environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
+    lines += [f"Trained on {where}." for where in environments]
+    ledger = directory.path / "ledger.jsonl"
+    reads = len(ledger.read_text().splitlines()) if ledger.exists() else 0
+    lines.append(f"The test split was read {reads} times, once at the end of each training in this directory.")
+    for latency in {row.latency["file"]: row.latency for row in rows if row.latency}.values():
+        batch = min(one["batch"] for one in latency["latencies"])
+        lines.append(f"Latency: median of ONNX Runtime at batch {batch}, {latency['provider']}, {latency['threads']} threads.")
+    lines += [f"Failed: {failure}" for row in rows for failure in row.failures]
+    return lines
+
+
+def _where(record: Record) -> str:
+    here = record.environment
+    number = "bf16" if record.bfloat16 else "fp32"
+    return f"{here.device}, {here.threads} threads, {number}, torch {here.versions['torch']}"
+
+
+def check_format(format: str) -> None:
+    """Raises InputError for a format that tables do not have."""
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+
+
+def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = ()) -> str:
+    """A table as text; notes go under it in the formats that people read. Raises InputError for an empty table.
+
+    In `csv` and `json` numbers are unrounded, and an interval is two of them: its mean and half its width.
+    """
+    if not table:
+        raise InputError("there is nothing to show: the study has no cells")
+    if format == "json":
+        return json.dumps([{title: _plain(value) for title, value in row.items()} for row in table], indent=1)
+    if format == "csv":
+        file = io.StringIO()
+        flat = [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in table]
+        writer = csv.DictWriter(file, list(dict.fromkeys(title for row in flat for title in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return file.getvalue().rstrip("\n")
+    plus_minus = "+-" if format == "latex" else "±"
+    cells = [[_shown(value, plus_minus) for value in row.values()] for row in table]
+    styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
+    numeric = [all(isinstance(row[title], int | float | Interval | None) for row in table) for title in table[0]]
+    align = ["right" if is_number else "left" for is_number in numeric]
+    shown = tabulate(cells, headers=list(table[0]), tablefmt=styles[format], colalign=align, disable_numparse=True)
+    if format == "latex":
+        shown = shown.replace(" +- ", r" $\pm$ ")
+        return "\n".join([shown, *(f"% {note}" for note in notes)])
+    return "\n".join([shown, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)])
+
+
+def _plain(value: object) -> object:
+    return value._asdict() if isinstance(value, Interval) else value
+
+
+def _flat(title: str, value: object) -> list[tuple[str, object]]:
+    if isinstance(value, Interval):
+        return [(title, value.mean), (f"{title} ±", value.half_width)]
+    return [(title, value)]
+
+
+def _shown(value: object, plus_minus: str) -> str:
+    match value:
+        case None:
+            return ""
+        case Interval(mean, None):
+            return f"{mean:.2f}"
+        case Interval(mean, half_width):
+            return f"{mean:.2f} {plus_minus} {half_width:.2f}"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)

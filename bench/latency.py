@@ -1,0 +1,192 @@
+"""Inference latency of ONNX files in ONNX Runtime, next to PyTorch eager on the same inputs.
+
+The two take turns in short rounds, so that a change of the machine's speed hits both. Times are wall-clock milliseconds
+of one call with inputs and outputs in the host's memory; each is kept.
+"""
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from pydantic import BaseModel
+
+from export.session import check_provider, open_session
+from export.to_onnx import PixelNet
+from model.checkpoint import Trained, parse_config
+from model.errors import InputError
+from model.presets import build
+
+WARM_UP_S = 0.3
+ROUND_S = 0.05
+LEAST_CALLS = 30
+DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+
+
+class Latency(BaseModel):
+    """One engine at one batch size."""
+
+    engine: str
+    batch: int
+    calls: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_s: float
+    calls_ms: list[float]
+
+    @classmethod
+    def of(cls, engine: str, batch: int, calls_ms: list[float]) -> "Latency":
+        p50, p90, p99 = np.percentile(calls_ms, (50, 90, 99))
+        rate = 1000 * batch * len(calls_ms) / sum(calls_ms)
+        return cls(
+            engine=engine, batch=batch, calls=len(calls_ms), p50_ms=p50, p90_ms=p90, p99_ms=p99, images_per_s=rate,
+            calls_ms=[round(ms, 5) for ms in calls_ms],
+        )  # fmt: skip
+
+
+class LatencyRecord(BaseModel):
+    """The latencies of one ONNX file on one provider, and where they were measured."""
+
+    file: str
+    sha256: str
+    trial: str  # "" for a file that is not ours
+    model: str
+    provider: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+    finished: str
+    latencies: list[Latency]
+
+
+def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray]], dict[str, str]]:
+    """What can run the model: ONNX Runtime on `provider` and, for a file of ours, PyTorch eager on the same device.
+
+    Returns functions from a batch of inputs to logits, by name, and the file's metadata. PyTorch's network is built
+    from the config in the metadata, with fresh weights: its speed does not depend on them. Raises InputError where the
+    file does not load or the provider is not there.
+    """
+    session = open_session(model, provider, name)
+    given, made = session.get_inputs(), session.get_outputs()
+    if len(given) != 1 or given[0].type not in DTYPES or any(not isinstance(size, int) for size in given[0].shape[1:]):
+        found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in given)
+        raise InputError(f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}")
+    metadata = session.get_modelmeta().custom_metadata_map
+    runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
+    if "expertgrid.config" in metadata:
+        device = torch.device("cpu" if provider == "cpu" else "cuda")
+        runs[f"pytorch eager {device.type}"] = _eager(metadata, name, device)
+    return runs, metadata
+
+
+def _eager(metadata: dict[str, str], name: str, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    net = build(parse_config(metadata["expertgrid.config"], name)).eval()
+    if metadata["expertgrid.input"] == "uint8":
+        trained = Trained.model_validate_json(metadata["expertgrid.trained"])
+        net = PixelNet(net, trained.mean, trained.std).eval()
+    net = net.to(device)
+
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> np.ndarray:
+        return net(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    return run
+
+
+def random_images(model: bytes, batch: int) -> np.ndarray:
+    """A batch of random images of the shape and type that the model's input has."""
+    first = onnx.load_from_string(model).graph.input[0].type.tensor_type
+    shape = (batch, *(dim.dim_value for dim in first.shape.dim[1:]))
+    rng = np.random.default_rng(batch)
+    if first.elem_type == onnx.TensorProto.UINT8:
+        return rng.integers(256, size=shape, dtype=np.uint8)
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], images: np.ndarray, measure_s: float) -> dict[str, list[float]]:
+    """Milliseconds of each call of each engine, `measure_s` seconds and at least 30 calls for each, after a warm-up.
+
+    A round is some calls of one engine in a row; its first call is not counted, as the other's threads may still spin.
+    """
+    calls = {name: _warm_up(run, images) for name, run in runs.items()}
+    calls_ms: dict[str, list[float]] = {name: [] for name in runs}
+    while any(len(times) < LEAST_CALLS or sum(times) < 1000 * measure_s for times in calls_ms.values()):
+        for name, run in runs.items():
+            run(images)
+            for _ in range(calls[name]):
+                started = time.perf_counter()
+                run(images)
+                calls_ms[name].append(1000 * (time.perf_counter() - started))
+    return calls_ms
+
+
+def _warm_up(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> int:
+    """Runs for a while; returns how many calls make a round."""
+    run(images)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < WARM_UP_S:
+        run(images)
+        done += 1
+    return max(2, round(ROUND_S * done / (time.perf_counter() - started)))
+
+
+def read_onnx(path: Path) -> bytes:
+    """The content of an ONNX file. Raises InputError where there is none or it is not ONNX."""
+    try:
+        model = path.read_bytes()
+        onnx.load_from_string(model)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # protobuf's errors have no public type of their own
+        raise InputError(f"{path}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
+    return model
+
+
+def measure(path: Path, provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0) -> LatencyRecord:
+    """Latencies of an ONNX file at each batch size. Raises InputError as `engines` and `read_onnx` do."""
+    check_provider(provider)
+    model = read_onnx(path)
+    runs, metadata = engines(model, str(path), provider)
+    latencies = []
+    for batch in batches:
+        for engine, calls_ms in take_turns(runs, random_images(model, batch), measure_s).items():
+            latencies.append(Latency.of(engine, batch, calls_ms))
+    on_cpu = provider == "cpu"
+    return LatencyRecord(
+        file=path.name,
+        sha256=hashlib.sha256(model).hexdigest(),
+        trial=metadata.get("trial", ""),
+        model=metadata.get("preset", ""),
+        provider=provider,
+        device=f"cpu ({platform.machine()})" if on_cpu else torch.cuda.get_device_name(),
+        threads=torch.get_num_threads(),
+        versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        latencies=latencies,
+    )
+
+
+def rows(record: LatencyRecord) -> list[dict[str, object]]:
+    """The record as the rows of a table, with each engine's speed relative to PyTorch eager at the same batch size."""
+    eager = {one.batch: one.p50_ms for one in record.latencies if one.engine.startswith("pytorch")}
+    return [
+        {
+            "file": record.file,
+            "batch": one.batch,
+            "engine": one.engine,
+            "calls": one.calls,
+            "p50 ms": round(one.p50_ms, 3),
+            "p90 ms": round(one.p90_ms, 3),
+            "p99 ms": round(one.p99_ms, 3),
+            "images/s": round(one.images_per_s, 1),
+            "x eager": round(eager[one.batch] / one.p50_ms, 2) if one.batch in eager else None,
+        }
+        for one in record.latencies
+    ]

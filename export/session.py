@@ -1,0 +1,39 @@
+"""ONNX Runtime sessions on the provider that was asked for, or an error."""
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from model.errors import InputError, unknown
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+def check_provider(name: str) -> None:
+    """Raises InputError for a provider that does not exist or that this ONNX Runtime was built without."""
+    if name not in PROVIDERS:
+        raise unknown("provider", name, PROVIDERS)
+    if PROVIDERS[name] not in onnxruntime.get_available_providers():
+        raise InputError(f"provider {name!r}: this ONNX Runtime ({onnxruntime.__version__}) was built without it")
+
+
+def open_session(model: bytes, provider: str, name: str) -> onnxruntime.InferenceSession:
+    """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt").
+
+    `name` is what errors call the model. Raises InputError for a model that does not load and for a provider that is
+    not there or does not start: ONNX Runtime would go on with the CPU.
+    """
+    check_provider(provider)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it has to say is in the errors below
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+    except (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail, ort_errors.InvalidArgument) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise InputError(f"provider {provider!r} does not start here; ONNX Runtime would use {session.get_providers()[0]}")
+    return session

@@ -1,0 +1,93 @@
+"""Checkpoints: safetensors weights with the network's config in the file's metadata. Nothing is ever unpickled."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from model.errors import InputError, invalid
+from model.net import ModelConfig
+from model.presets import Network, TimmModel, build
+
+FORMAT = "expertgrid-1"
+
+
+class Trained(BaseModel):
+    """What a network was trained on and by: all that its pixels need before they enter it, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trial: str  # the trial's id
+    model: str  # the preset or timm model that the config comes from
+    data: str  # the source as it was given
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]  # of pixels from 0 to 1, one for each channel
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network at rest."""
+
+    config: Network
+    trained: Trained
+    weights: dict[str, Tensor]
+
+    def network(self) -> nn.Module:
+        """The network with its weights, on the CPU, in evaluation mode."""
+        net = build(self.config)
+        net.load_state_dict(self.weights)
+        return net.eval()
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        about = {"format": FORMAT, "config": self.config.model_dump_json(), "trained": self.trained.model_dump_json()}
+        return save({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, about)
+
+
+def parse_config(text: str, where: str) -> Network:
+    """A network's config from JSON. Raises InputError, naming `where`, for one that describes no network."""
+    try:
+        fields = json.loads(text)
+        kind = TimmModel if isinstance(fields, dict) and "timm" in fields else ModelConfig
+        return kind.model_validate(fields)
+    except json.JSONDecodeError:
+        raise InputError(f"{where}: the network's config is not JSON") from None
+    except ValidationError as error:
+        raise invalid(f"{where}: config", error) from None
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint. Raises InputError for a file that is none, is damaged, or whose weights fit another config."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path}: format is {about.get('format')!r}; expertgrid checkpoints have {FORMAT!r}")
+    config = parse_config(about.get("config", ""), str(path))
+    try:
+        trained = Trained.model_validate_json(about.get("trained", ""))
+    except ValidationError as error:
+        raise invalid(f"{path}: trained", error, Trained.model_fields) from None
+    with torch.device("meta"):
+        expected = build(config).state_dict()
+    wrong = [name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)]
+    if wrong:
+        found, wanted = _shape(weights, wrong[0]), _shape(expected, wrong[0])
+        raise InputError(f"{path}: weights of another config: {wrong[0]} is {found}, its config needs {wanted}")
+    return Checkpoint(config, trained, weights)
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> str:
+    return "x".join(map(str, weights[name].shape)) or "a number" if name in weights else "absent"

@@ -1,0 +1,493 @@
+"""Soft-expert convolutional networks: the config of one, and the modules that it describes.
+
+A block runs K convolution experts on the same input and mixes their outputs with one weight per expert and image:
+
+    o = sum_k a_k * expert_k(x),    a = softmax(g(mean over H, W of x) / temperature)
+
+Shapes: B images, K experts, C channels, H x W pixels, F features after pooling, N classes.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from timm.layers import SelectAdaptivePool2d
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("kernel sizes are odd, so that a padding of kernel // 2 keeps the image size")
+    return kernel
+
+
+Count = Annotated[int, Field(ge=1, le=4096)]
+Kernel = Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
+Stride = Annotated[int, Field(ge=1, le=4)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+NormAct = Literal["expert", "mix", "none"]
+
+SMALLEST_HIDDEN = 8  # a bottleneck of one or two ReLU units would often be dead from the start
+
+
+class Spec(BaseModel):
+    """A part of a network as data: frozen, compared by value, and without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GateConfig(Spec):
+    """How the K mixing weights come from the mean of the block's input.
+
+    `linear` is one linear layer, `mlp` has hidden layers with ReLU, `uniform` is 1 / K for each expert and has no
+    parameters. The hidden sizes are given as `hidden`, or as `reduction`: one hidden layer of
+    max(8, channels // reduction), which `ModelConfig` works out.
+    """
+
+    kind: Literal["linear", "mlp", "uniform"] = "linear"
+    hidden: tuple[Count, ...] = ()
+    reduction: Count | None = None
+    temperature: float = Field(1.0, gt=0, le=1000)
+
+    @model_validator(mode="after")
+    def _sizes_belong_to_an_mlp(self) -> Self:
+        sizes = len(self.hidden) > 0, self.reduction is not None
+        if self.kind == "mlp" and sum(sizes) != 1:
+            raise ValueError("an mlp gate needs its hidden sizes, or a reduction, and not both")
+        if self.kind != "mlp" and any(sizes):
+            raise ValueError(f"a {self.kind} gate has no hidden layers")
+        if self.kind == "uniform" and self.temperature != 1:
+            raise ValueError("a uniform gate has no temperature")
+        return self
+
+
+class Conv(Spec):
+    """A plain convolution; with `norm_act` without bias and followed by batch norm and ReLU."""
+
+    kind: Literal["conv"] = "conv"
+    channels: Count
+    kernel: Kernel = 3
+    stride: Stride = 1
+    padding: int | None = Field(None, ge=0, le=7, validate_default=True, description="kernel // 2 where not given")
+    norm_act: bool = True
+
+    @field_validator("padding")
+    @classmethod
+    def _same_by_default(cls, padding: int | None, info: ValidationInfo) -> int | None:
+        return info.data["kernel"] // 2 if padding is None and "kernel" in info.data else padding
+
+
+class Block(Spec):
+    """K parallel convolution experts, one for each of `kernels`, and the gate that mixes them.
+
+    `norm_act` says where batch norm and ReLU are: in each expert, after the mix, or nowhere (experts then have a bias).
+    The experts are a set, so `kernels` is kept sorted, largest first. One expert alone needs no gate, and norm and
+    activation after "the mix" are then its own: these fields are brought to one form, so that equal networks are
+    equal configs.
+    """
+
+    kind: Literal["block"] = "block"
+    channels: Count
+    kernels: Annotated[tuple[Kernel, ...], Field(min_length=1, max_length=64)] = (3, 3, 3)
+    stride: Stride = 1
+    norm_act: NormAct = Field("expert", validate_default=True)
+    gate: GateConfig | None = Field(GateConfig(), validate_default=True)
+
+    @field_validator("kernels")
+    @classmethod
+    def _experts_are_a_set(cls, kernels: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(kernels, reverse=True))
+
+    @field_validator("norm_act")
+    @classmethod
+    def _one_expert_is_the_mix(cls, norm_act: NormAct, info: ValidationInfo) -> NormAct:
+        return "expert" if norm_act == "mix" and len(info.data.get("kernels", ())) == 1 else norm_act
+
+    @field_validator("gate")
+    @classmethod
+    def _one_expert_has_no_gate(cls, gate: GateConfig | None, info: ValidationInfo) -> GateConfig | None:
+        if len(info.data.get("kernels", ())) == 1:
+            return None
+        if gate is None:
+            raise ValueError("a block of several experts needs a gate")
+        return gate
+
+
+class Residual(Spec):
+    """A macro block: its input is added to the output of `layers`, through a 1x1 convolution where shapes differ."""
+
+    kind: Literal["residual"] = "residual"
+    layers: Annotated[tuple[Annotated["Conv | Block | Residual", Field(discriminator="kind")], ...], Field(min_length=1)]
+
+    @field_validator("layers")
+    @classmethod
+    def _keep_the_size(cls, layers: tuple["Layer", ...]) -> tuple["Layer", ...]:
+        for layer in layers:
+            if isinstance(layer, Conv) and layer.padding != layer.kernel // 2:
+                raise ValueError("inside a residual macro block a conv has padding kernel // 2")
+        return layers
+
+
+class Pool(Spec):
+    """Pooling over non-overlapping size x size windows."""
+
+    kind: Literal["pool"] = "pool"
+    op: Literal["max", "avg"] = "max"
+    size: Annotated[int, Field(ge=2, le=8)] = 2
+
+
+class Dropout(Spec):
+    """Dropout of single activations."""
+
+    kind: Literal["dropout"] = "dropout"
+    p: Probability
+
+
+Layer = Annotated[Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
+
+
+class HeadConfig(Spec):
+    """Global pooling, hidden linear layers with ReLU, and the classifier; dropout is before the last linear layers.
+
+    `pool` is one of timm's global pools, or "" for a network that returns its feature map (`num_classes` 0).
+    """
+
+    pool: Literal["avg", "max", "avgmax", ""] = "avg"
+    hidden: tuple[Count, ...] = ()
+    dropout: Probability = 0.0
+
+
+class ModelConfig(Spec):
+    """A whole network. Two configs that describe the same network are equal."""
+
+    in_chans: Count = 3
+    num_classes: int = Field(10, ge=0, le=100_000)
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
+    head: HeadConfig = HeadConfig()
+
+    @field_validator("layers")
+    @classmethod
+    def _sizes_from_reductions(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
+        return _resolve(layers, info.data["in_chans"]) if "in_chans" in info.data else layers
+
+    @model_validator(mode="after")
+    def _no_pool_no_classifier(self) -> Self:
+        if self.head.pool == "" and self.num_classes:
+            raise ValueError("a head without pooling returns the feature map: num_classes must be 0")
+        return self
+
+    def change(self, **fields) -> "ModelConfig":
+        """This config with other fields, validated again."""
+        return ModelConfig(**{**dict(self), **fields})
+
+    def blocks(self) -> Iterator[Block]:
+        """Every expert block, macro blocks opened, in order."""
+        return _blocks(self.layers)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the feature map before the head. Raises ValueError where a layer is left no pixel."""
+        for layer in self.layers:
+            size = height, width
+            height, width = (_pixels(layer, pixels) for pixels in size)
+            if min(height, width) < 1:
+                raise ValueError(f"its {layer.kind} layer gets {size[0]}x{size[1]} pixels and leaves none")
+        return height, width
+
+
+def _blocks(layers: tuple[Layer, ...]) -> Iterator[Block]:
+    for layer in layers:
+        if isinstance(layer, Block):
+            yield layer
+        elif isinstance(layer, Residual):
+            yield from _blocks(layer.layers)
+
+
+def _resolve(layers: tuple[Layer, ...], channels: int) -> tuple[Layer, ...]:
+    """The layers with each gate's `reduction` of its block's input channels written as `hidden`."""
+    resolved = []
+    for layer in layers:
+        if isinstance(layer, Residual):
+            layer = Residual(layers=_resolve(layer.layers, channels))
+        elif isinstance(layer, Block) and layer.gate is not None and layer.gate.reduction is not None:
+            hidden = max(SMALLEST_HIDDEN, channels // layer.gate.reduction)
+            gate = GateConfig(kind="mlp", hidden=(hidden,), temperature=layer.gate.temperature)
+            layer = layer.model_copy(update={"gate": gate})
+        resolved.append(layer)
+        channels = out_channels(layer, channels)
+    return tuple(resolved)
+
+
+def out_channels(layer: Layer, channels: int) -> int:
+    """Channels after `layer`, given those before it."""
+    if isinstance(layer, Residual):
+        for inner in layer.layers:
+            channels = out_channels(inner, channels)
+        return channels
+    return layer.channels if isinstance(layer, Conv | Block) else channels
+
+
+def stride_of(layer: Layer) -> int:
+    """By how much `layer` divides height and width."""
+    if isinstance(layer, Residual):
+        stride = 1
+        for inner in layer.layers:
+            stride *= stride_of(inner)
+        return stride
+    if isinstance(layer, Pool):
+        return layer.size
+    return layer.stride if isinstance(layer, Conv | Block) else 1
+
+
+def _pixels(layer: Layer, pixels: int) -> int:
+    if isinstance(layer, Conv):
+        return (pixels + 2 * layer.padding - layer.kernel) // layer.stride + 1
+    if isinstance(layer, Block):
+        return (pixels - 1) // layer.stride + 1
+    if isinstance(layer, Residual):
+        for inner in layer.layers:
+            pixels = _pixels(inner, pixels)
+        return pixels
+    return pixels // layer.size if isinstance(layer, Pool) else pixels
+
+
+class ConvNormAct(nn.Sequential):
+    """A convolution; with `norm_act` without bias and followed by batch norm and ReLU. (B, C, H, W) to the same."""
+
+    def __init__(self, in_chs: int, out_chs: int, kernel: int, stride: int, padding: int, norm_act: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, padding, bias=not norm_act)
+        if norm_act:
+            self.norm = nn.BatchNorm2d(out_chs)
+            self.act = nn.ReLU(inplace=True)
+
+
+class Gate(nn.Module):
+    """The mixing weights of a block: one per expert and image, each row a distribution."""
+
+    def __init__(self, config: GateConfig, in_chs: int, experts: int):
+        super().__init__()
+        self.experts = experts
+        self.temperature = config.temperature
+        self.mlp = None
+        if config.kind != "uniform":
+            sizes = (in_chs, *config.hidden)
+            layers = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+            self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-1], experts))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.mlp is None:
+            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
+        logits_BK = self.mlp(x_BCHW.mean((2, 3)))
+        return torch.softmax(logits_BK / self.temperature, dim=1)  # (B, K)
+
+
+class ExpertBlock(nn.Module):
+    """K convolution experts on the same input, mixed by a gate. (B, C, H, W) to (B, channels, H / stride, W / stride)."""
+
+    def __init__(self, config: Block, in_chs: int):
+        super().__init__()
+        in_expert = config.norm_act == "expert"
+        self.experts = nn.ModuleList(
+            ConvNormAct(in_chs, config.channels, kernel, config.stride, kernel // 2, in_expert)
+            for kernel in config.kernels
+        )
+        self.gate = Gate(config.gate, in_chs, len(config.kernels)) if config.gate is not None else None
+        self.norm_act = nn.Identity()
+        if config.norm_act == "mix":
+            self.norm_act = nn.Sequential(nn.BatchNorm2d(config.channels), nn.ReLU(inplace=True))
+            for expert in self.experts:
+                expert.conv.bias = None  # the norm after the mix would take it away again
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.norm_act(self.experts[0](x_BCHW))
+        gate_KB111 = self.gate(x_BCHW).T[:, :, None, None, None]
+        mix_BCHW = gate_KB111[0] * self.experts[0](x_BCHW)
+        for gate_B111, expert in zip(gate_KB111[1:], self.experts[1:]):
+            mix_BCHW = mix_BCHW + gate_B111 * expert(x_BCHW)
+        return self.norm_act(mix_BCHW)
+
+
+class MacroBlock(nn.Module):
+    """A residual around several layers: the input is added to their output, projected by a 1x1 conv where it must be."""
+
+    def __init__(self, config: Residual, in_chs: int):
+        super().__init__()
+        self.layers = _sequence(config.layers, in_chs)
+        out_chs, stride = out_channels(config, in_chs), stride_of(config)
+        same = in_chs == out_chs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.layers(x_BCHW) + self.shortcut(x_BCHW)
+
+
+def _module(layer: Layer, in_chs: int) -> nn.Module:
+    match layer:
+        case Conv():
+            return ConvNormAct(in_chs, layer.channels, layer.kernel, layer.stride, layer.padding, layer.norm_act)
+        case Block():
+            return ExpertBlock(layer, in_chs)
+        case Residual():
+            return MacroBlock(layer, in_chs)
+        case Pool():
+            return nn.MaxPool2d(layer.size) if layer.op == "max" else nn.AvgPool2d(layer.size)
+        case Dropout():
+            return nn.Dropout(layer.p)
+
+
+def _sequence(layers: tuple[Layer, ...], channels: int) -> nn.Sequential:
+    modules = []
+    for layer in layers:
+        modules.append(_module(layer, channels))
+        channels = out_channels(layer, channels)
+    return nn.Sequential(*modules)
+
+
+class Head(nn.Module):
+    """Feature map (B, C, H, W) to logits (B, N), or to what is before the classifier where `num_classes` is 0."""
+
+    def __init__(self, config: HeadConfig, in_chs: int, num_classes: int):
+        super().__init__()
+        self.pool = SelectAdaptivePool2d(pool_type=config.pool, flatten=bool(config.pool))
+        sizes = (in_chs, *(config.hidden if config.pool else ()))
+        parts = []
+        for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
+            parts += [nn.Dropout(config.dropout)] if i else []
+            parts += [nn.Linear(a, b), nn.ReLU(inplace=True)]
+        self.hidden = nn.Sequential(*parts)
+        self.out_size = sizes[-1]
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(self.out_size, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor, pre_logits: bool = False) -> Tensor:
+        x_BF = self.dropout(self.hidden(self.pool(x_BCHW)))
+        return x_BF if pre_logits else self.classifier(x_BF)  # (B, N)
+
+
+class ExpertNet(nn.Module):
+    """The network that a `ModelConfig` describes, with the behaviour of a timm model.
+
+    Images (B, in_chans, H, W), normalised floats, to logits (B, num_classes). `in_chans`, `num_classes`,
+    `global_pool` and `drop_rate` (the head's dropout), where given, replace what the config says, as in
+    `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        in_chans: int | None = None,
+        num_classes: int | None = None,
+        global_pool: str | None = None,
+        drop_rate: float | None = None,
+    ):
+        super().__init__()
+        given = {"in_chans": in_chans, "num_classes": num_classes}
+        head = {"pool": global_pool, "dropout": drop_rate}
+        self.config = cfg.change(
+            **{name: value for name, value in given.items() if value is not None},
+            head=HeadConfig(**{**dict(cfg.head), **{name: v for name, v in head.items() if v is not None}}),
+        )
+        self.num_classes = self.config.num_classes
+        self.grad_checkpointing = False
+        self.layers = _sequence(self.config.layers, self.config.in_chans)
+        self.feature_info, self.num_features = self._describe_features()
+        self.head = Head(self.config.head, self.num_features, self.num_classes)
+        self.head_hidden_size = self.head.out_size
+        self.apply(_init_weights)
+
+    def _describe_features(self) -> tuple[list[dict], int]:
+        """timm's `feature_info`, an entry for each layer that has weights, and the channels of the last one."""
+        channels, reduction, info = self.config.in_chans, 1, []
+        for i, layer in enumerate(self.config.layers):
+            channels, reduction = out_channels(layer, channels), reduction * stride_of(layer)
+            if isinstance(layer, Conv | Block | Residual):
+                info.append({"num_chs": channels, "reduction": reduction, "module": f"layers.{i}"})
+        return info, channels
+
+    @property
+    def global_pool(self) -> str:
+        return self.config.head.pool
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's grouping of parameters by depth: the layers in order (`coarse` has no other meaning here)."""
+        return {"stem": r"^layers\.0\.", "blocks": r"^layers\.(\d+)\."}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for `num_classes` (0: none); the layers before it keep their weights."""
+        pool = self.global_pool if global_pool is None else global_pool
+        head_config = HeadConfig(**{**dict(self.config.head), "pool": pool})
+        self.config = self.config.change(num_classes=num_classes, head=head_config)
+        self.num_classes = num_classes
+        weight = next(self.parameters())
+        head = Head(head_config, self.num_features, num_classes).to(weight.device, weight.dtype)
+        head.apply(_init_weights)
+        if len(head.hidden) == len(self.head.hidden):
+            head.hidden = self.head.hidden
+        self.head = head.train(self.training)
+        self.head_hidden_size = head.out_size
+
+    def forward_features(self, x_BCHW: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.layers, x_BCHW)
+        return self.layers(x_BCHW)
+
+    def forward_head(self, x_BCHW: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x_BCHW, pre_logits=pre_logits)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x_BCHW))  # (B, N)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of the layers in `feature_info` that `indices` choose (all; an int: the last so many).
+
+        Returns the list of (B, C, H, W), after the final features unless `intermediates_only`. `norm` has no effect
+        here, as there is no final norm; `stop_early` leaves out the layers after the last chosen one.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; only 'NCHW' is there")
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        modules = [int(info["module"].removeprefix("layers.")) for info in self.feature_info]
+        wanted = {modules[i] for i in take}
+        stop = modules[last] + 1 if stop_early and intermediates_only else len(self.layers)
+        intermediates = []
+        for i, layer in enumerate(self.layers[:stop]):
+            x = layer(x)
+            if i in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the layers after the last that `indices` choose, and the head; returns the indices as a list."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.layers = self.layers[: int(self.feature_info[last]["module"].removeprefix("layers.")) + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Kaiming normal for convolutions (`macro_residual` states it, the other reports no other), PyTorch's otherwise."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
