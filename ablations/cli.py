@@ -3,7 +3,6 @@
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 """
 
-import os
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +15,7 @@ from ablations import tables
 from ablations.augment import normalise
 from ablations.data import SOURCES, ImageData, load_data
 from ablations.engines import TrialFailed, by_architecture, cost, run_local
+from ablations.plots import accuracy_plot
 from ablations.progress import StudyProgress, console
 from ablations.recipe import RECIPES, Recipe
 from ablations.records import StudyDirectory, write_whole
@@ -24,6 +24,8 @@ from ablations.tables import level_name, render
 from ablations.train import start, train, uses_bfloat16
 from model.errors import InputError, unknown
 from model.presets import PRESETS, network
+
+INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 app = typer.Typer(
     help="Ablations of soft-expert CNNs: run a study, read its table, export and time its best network.",
@@ -43,19 +45,16 @@ def main() -> None:
     """Runs the command line; input that is wrong is one line on stderr and exit status 2."""
     try:
         status = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        status = INTERRUPTED
     except InputError as error:
         status = _complain(str(error), 2)
-    except typer.Abort:
-        status = _complain("stopped; what was finished is kept, and the same command goes on from there", 130)
-    except KeyboardInterrupt:
-        status = _complain("stopped; what was finished is kept, and the same command goes on from there", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to say
-        status = 0
-    except OSError as error:
-        status = _complain(str(error), 1)
     except typer.BadParameter.__mro__[2] as error:  # click's ClickException, wherever typer keeps it
         status = _complain(error.format_message(), 2)
+    except OSError as error:
+        status = _complain(str(error), 1)
+    if status == INTERRUPTED:
+        _complain("stopped; what was finished is kept, and the same command goes on from there", status)
     sys.exit(status)
 
 
@@ -91,22 +90,24 @@ def run(
     console.print(f"{asked.question}\n{images}", soft_wrap=True)
     with directory.written(asked, images, cells):
         failed = _train(cells, images.to(on), directory)
-    print_table(directory)
-    if study is not None or failed:
-        return 1 if failed else 0
-    status = export(directory.path, data_dir=data_dir)
-    if status == 0:
-        bench([directory.path / "export" / "model-uint8.onnx"])
+    status = 1 if failed else 0
+    if study is None and not failed:
+        status = export(directory.path, data_dir=data_dir)
+        if status == 0:
+            bench([directory.path / "export" / "model-uint8.onnx"])
         print()
-        print_table(directory)
+    _show(directory)
     return status
 
 
-def print_table(directory: StudyDirectory) -> None:
-    """The study's question and table on stdout."""
+def _show(directory: StudyDirectory) -> None:
+    """The study's question and table on stdout, and its picture in its directory."""
     rows = tables.study_rows(directory)
+    picture = directory.path / "accuracy.svg"
+    write_whole(picture, accuracy_plot(directory.study.question, rows))
     print(f"{directory.study.question}\n")
-    print(render(tables.columns(rows), "text", tables.notes(directory, directory.plan, rows)), flush=True)
+    print(render(tables.columns(rows), "text", tables.notes(directory, directory.plan, rows)))
+    print(f"Picture: {picture}", flush=True)
 
 
 def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory) -> bool:
@@ -134,7 +135,10 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
         row = {"model": cell.model_name, **levels, "first trial": cell.trials[0].id, "seeds": len(cell.trials)}
         rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
     different = {trial.id for cell in cells for trial in cell.trials}
-    notes = [f"Data: {data}.", f"{len(different)} different trials in {directory.path}; nothing was trained or written."]
+    notes = [
+        f"Data: {data}.",
+        f"{len(different)} different trials in {directory.path}; nothing was trained or written.",
+    ]
     return f"{study.question}\n\n{render(rows, 'text', notes)}"
 
 
@@ -193,9 +197,13 @@ def table(
 @app.command("export")
 def export(
     source: Annotated[Path, typer.Argument(metavar="DIR|CHECKPOINT", help="A study directory, or model.safetensors.")],
-    input: Annotated[str, typer.Option(help="uint8 (raw pixels, B x H x W x C) or float (normalised, B x C x H x W).")] = "uint8",
+    input: Annotated[
+        str, typer.Option(help="uint8 (raw pixels, B x H x W x C) or float (normalised, B x C x H x W).")
+    ] = "uint8",
     out: Annotated[Path | None, typer.Option(help="The ONNX file; a study's is in its export folder.")] = None,
-    data: Annotated[str | None, typer.Option(help="Source of the test images, where it is no longer where it was.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Source of the test images, where it is no longer where it was.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> int:
     """Write a network as ONNX, once ONNX Runtime gave PyTorch's logits on every test image.
@@ -349,7 +357,12 @@ def _models() -> list[dict[str, object]]:
         parameters, macs = cost(config, 32, 32)
         counts = sorted({len(block.kernels) for block in config.blocks()})
         gates = sorted({block.gate.kind for block in config.blocks() if block.gate})
-        row = {"model": name, "blocks": len(list(config.blocks())), "K": ", ".join(map(str, counts)), "gate": ", ".join(gates)}
+        row = {
+            "model": name,
+            "blocks": len(list(config.blocks())),
+            "K": ", ".join(map(str, counts)),
+            "gate": ", ".join(gates),
+        }
         rows.append(row | {"params": parameters, "MACs at 32x32": macs})
     return rows
 

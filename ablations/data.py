@@ -125,13 +125,19 @@ def load_data(source: str, data_dir: Path | None = None) -> ImageData:
 
 
 def _assemble(
-    source: str, name: str, classes: Sequence[str], train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
+    source: str,
+    name: str,
+    classes: Sequence[str],
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
 ) -> ImageData:
     pixels_BHWC, labels_B = train
     counts = np.bincount(labels_B, minlength=len(classes))
     if counts.min() < 2:
         rare = classes[int(counts.argmin())]
-        raise InputError(f"data source {source!r}: class {rare!r} has {counts.min()} train images; at least 2 are needed")
+        raise InputError(
+            f"data source {source!r}: class {rare!r} has {counts.min()} train images; at least 2 are needed"
+        )
     kept, held_out = train_test_split(
         np.arange(len(labels_B)),
         test_size=max(len(classes), round(VALIDATION_SHARE * len(labels_B))),
@@ -146,14 +152,19 @@ def _assemble(
         digest.update(np.ascontiguousarray(pixels))
         digest.update(labels.astype("<i8"))
     mean, std = _pixel_statistics(splits[0][0])
-    tensors = (Split(torch.from_numpy(np.ascontiguousarray(p)), torch.from_numpy(y.astype(np.int64))) for p, y in splits)
+    tensors = (
+        Split(torch.from_numpy(np.ascontiguousarray(p)), torch.from_numpy(y.astype(np.int64))) for p, y in splits
+    )
     return ImageData(source, name, tuple(classes), *tensors, mean, std, digest.hexdigest()[:16])
 
 
 def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, exactly, from counts of the 256 values."""
     values = np.arange(256) / 255
-    shares = [np.bincount(pixels_BHWC[..., c].ravel(), minlength=256) / pixels_BHWC[..., c].size for c in range(pixels_BHWC.shape[3])]
+    shares = [
+        np.bincount(pixels_BHWC[..., c].ravel(), minlength=256) / pixels_BHWC[..., c].size
+        for c in range(pixels_BHWC.shape[3])
+    ]
     means = [float(share @ values) for share in shares]
     stds = [float(np.sqrt(share @ (values - mean) ** 2)) for share, mean in zip(shares, means)]
     return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
@@ -216,12 +227,16 @@ def _parquet(source: str, directory: Path) -> ImageData:
         try:
             table = pyarrow.concat_tables(table.select([image_column, label_column]) for table in tables)
         except (pyarrow.ArrowInvalid, KeyError) as error:
-            raise InputError(f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}") from None
+            raise InputError(
+                f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}"
+            ) from None
         labels_B = table[label_column].to_numpy()
         if split == "train":
             classes = _class_names(tables[0].schema, label_column, labels_B)
         if len(labels_B) == 0 or table[label_column].null_count or labels_B.min() < 0 or labels_B.max() >= len(classes):
-            raise InputError(f"data source {source!r}: {split}: column {label_column!r} needs labels 0 to {len(classes) - 1}")
+            raise InputError(
+                f"data source {source!r}: {split}: column {label_column!r} needs labels 0 to {len(classes) - 1}"
+            )
         images = table[image_column].combine_chunks()
         blobs = pyarrow.compute.struct_field(images, "bytes")
         readers = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
@@ -275,5 +290,7 @@ def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]]) -> np.n
         if array.shape != arrays[0].shape:
             sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (arrays[0], array)]
             first = readers[0][0]
-            raise InputError(f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}")
+            raise InputError(
+                f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}"
+            )
     return np.stack(arrays)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ablations.engines import Event, EpochDone, TrialDone, TrialFailed, cost
+from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, cost
 from ablations.study import Cell, Trial
 from ablations.tables import level_name
 

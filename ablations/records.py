@@ -1,11 +1,12 @@
 """The study directory: what was run and what came of it, as files that appear whole or not at all.
 
-    study.toml        the study as it was run
-    plan.json         its cells, with their levels and trial ids, and the data
-    trials/ID/        config.json, epochs.jsonl, record.json and model.safetensors once done; until then resume.pt,
-                      and failure.json where training failed
-    export/  bench/   what `expertgrid export` and `bench` add
-    ledger.jsonl      a line for each read of the test split
+study.toml        the study as it was run
+plan.json         its cells, with their levels and trial ids, and the data
+trials/ID/        config.json, epochs.jsonl, record.json and model.safetensors once done; until then resume.pt,
+                  and failure.json where training failed
+export/  bench/   what `expertgrid export` and `bench` add
+accuracy.svg      the picture of its table
+ledger.jsonl      a line for each read of the test split
 """
 
 import json
@@ -121,12 +122,11 @@ class StudyDirectory:
 
     @property
     def plan(self) -> Plan:
-        self.study  # for its error, where this is no study directory
         file = self.path / "plan.json"
         try:
             return Plan.model_validate_json(file.read_bytes())
         except FileNotFoundError:
-            raise InputError(f"{self.path}: there is no plan.json in it") from None
+            raise InputError(f"{self.path}: not a study directory: there is no plan.json in it") from None
         except ValidationError as error:
             raise invalid(str(file), error) from None
 

@@ -8,9 +8,11 @@ import hashlib
 import itertools
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -67,12 +69,16 @@ class Study(BaseModel):
     baselines: list[str] = []
     reported: dict[str, str] = {}
 
-    def change(self, seeds: int | None = None, data: str | None = None, settings: dict[str, Level] = {}) -> "Study":
+    def change(
+        self, seeds: int | None = None, data: str | None = None, settings: Mapping[str, Level] = MappingProxyType({})
+    ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
         for path in settings:
             for factor in self.factors:
                 if _dotted(path) == _dotted(factor):
-                    raise InputError(f"--set {path}: {factor} is a factor of study {self.name}, with levels {self.factors[factor]}")
+                    raise InputError(
+                        f"--set {path}: {factor} is a factor of study {self.name}, with levels {self.factors[factor]}"
+                    )
         fields = {**dict(self), "set": {**self.set, **settings}}
         fields |= {} if seeds is None else {"seeds": seeds}
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
@@ -117,14 +123,18 @@ class Study(BaseModel):
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
-        parts = config, recipe(recipe_name)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        for changes in (self.set, factors):
-            for name in sorted(changes, key=_order):
-                parts = _changed(*parts, name, changes[name])
+        parts = _changed(*_changed(config, recipe(recipe_name), self.set), factors)
         _check_fit(model, parts[0], data)
         trials = tuple(
-            Trial(model_name=model, model=parts[0], recipe=parts[1], source=data.source, fingerprint=data.fingerprint, seed=seed)
+            Trial(
+                model_name=model,
+                model=parts[0],
+                recipe=parts[1],
+                source=data.source,
+                fingerprint=data.fingerprint,
+                seed=seed,
+            )
             for seed in range(self.seeds)
         )
         return Cell(model, levels, trials)
@@ -194,47 +204,51 @@ def _dotted(name: str) -> str:
     return f"recipe.{name}" if name in Recipe.model_fields else ""
 
 
-def _order(name: str) -> int:
-    """Variants are applied in the order of `VARIANTS`, dotted paths after them."""
-    return list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS)
+def _changed(config: Network, recipe: Recipe, changes: dict[str, Level]) -> tuple[Network, Recipe]:
+    """Network and recipe with variants applied, in the order of `VARIANTS`, and then dotted paths set together."""
+    for name in VARIANTS:
+        if name in changes:
+            if not isinstance(config, ModelConfig):
+                raise InputError(
+                    f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models"
+                )
+            config = vary(config, name, changes[name])
+    paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
+    for name in changes.keys() - VARIANTS.keys():
+        root, _, path = _dotted(name).partition(".")
+        if root not in paths:
+            raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
+        if root == "model" and path in ("in_chans", "num_classes"):
+            raise InputError(f"{name} follows from the data and cannot be set")
+        paths[root][path] = changes[name]
+    return _with_paths(config, "model", paths["model"]), _with_paths(recipe, "recipe", paths["recipe"])
 
 
-def _changed(config: Network, recipe: Recipe, name: str, value: Level) -> tuple[Network, Recipe]:
-    """Network and recipe with one variant applied, or one dotted path set."""
-    if name in VARIANTS:
-        if not isinstance(config, ModelConfig):
-            raise InputError(f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models")
-        return vary(config, name, value), recipe
-    root, _, path = _dotted(name).partition(".")
-    if root == "recipe":
-        return config, _with_path(recipe, "recipe", path, value)
-    if root == "model" and path not in ("in_chans", "num_classes"):
-        return _with_path(config, "model", path, value), recipe
-    if root == "model":
-        raise InputError(f"{name} follows from the data and cannot be set")
-    raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
-
-
-def _with_path(spec: BaseModel, where: str, path: str, value: Level) -> Any:
-    """`spec` with the value at a dotted path replaced, and validated again."""
+def _with_paths(spec: BaseModel, root: str, changes: dict[str, Level]) -> Any:
+    """`spec` with the values at dotted paths replaced, and validated again."""
+    if not changes:
+        return spec
     fields = spec.model_dump(mode="json")
-    place, at = fields, where
-    *parents, last = path.split(".")
-    for part in (*parents, last):
-        keys = [str(i) for i in range(len(place))] if isinstance(place, list) else list(place or ())
-        if part not in keys:
-            raise unknown(f"field of {at}:", part, keys) if keys else InputError(f"{at} has no fields; found {at}.{part}")
-        key = int(part) if isinstance(place, list) else part
-        if part is last:
-            place[key] = value
-        else:
-            place, at = place[key], f"{at}.{part}"
-            if not isinstance(place, list | dict):
-                place = None
+    for path, value in changes.items():
+        place, at = fields, root
+        *parents, last = path.split(".")
+        for part in parents:
+            place, at = place[_key(place, at, part)], f"{at}.{part}"
+        place[_key(place, at, last)] = value
     try:
         return type(spec).model_validate(fields)
     except ValidationError as error:
-        raise invalid(where, error, type(spec).model_fields) from None
+        raise invalid(root, error, type(spec).model_fields) from None
+
+
+def _key(place: object, at: str, part: str) -> str | int:
+    """The key that a part of a dotted path stands for in `place`, which is at the path `at`."""
+    if not isinstance(place, list | dict):
+        raise InputError(f"{at} has no fields; found {at}.{part}")
+    keys = {str(i): i for i in range(len(place))} if isinstance(place, list) else {key: key for key in place}
+    if part not in keys:
+        raise unknown(f"field of {at}:", part, keys)
+    return keys[part]
 
 
 def _check_fit(name: str, config: Network, data: ImageData) -> None:

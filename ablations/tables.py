@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ablations.records import Plan, PlannedCell, Record, StudyDirectory
 from ablations.stats import Interval, mean_interval
-from ablations.study import BASE, CHOICES, Level, Study
+from ablations.study import BASE, Level, Study
 from model.errors import InputError, unknown
 
 Format = Literal["text", "github", "latex", "csv", "json"]
@@ -57,7 +57,10 @@ def study_rows(directory: StudyDirectory) -> list[Row]:
                 records=[record for record in found if record is not None],
                 failures=[f"{trial}: {reason}" for trial, reason in zip(trials, failed) if reason],
                 latency=next((latencies[trial] for trial in trials if trial in latencies), None),
-                reported=next((study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported), ""),
+                reported=next(
+                    (study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported),
+                    "",
+                ),
             )
         )
     return rows
@@ -125,12 +128,13 @@ _ACCURACIES: dict[str, Callable[[Record], float]] = {
 def columns(rows: Sequence[Row]) -> list[dict[str, object]]:
     """The rows as titled values; intervals are still numbers. Columns that would be empty or alike are left out."""
     factors = list(dict.fromkeys(name for row in rows for name in row.levels))
-    several_models = len({row.model for row in rows}) > 1 and not set(factors) & set(CHOICES)
+    names = {row.model for row in rows}
+    named = len(names) > 1 and any(row.model not in row.levels.values() for row in rows)
     table = []
     for row in rows:
         first = row.records[0] if row.records else None
         values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
-        values |= {"model": row.model} if several_models else {}
+        values |= {"model": row.model} if named else {}
         values |= {name: row.levels.get(name, "") for name in factors}
         values["n"] = len(row.records) if len(row.records) == row.seeds else f"{len(row.records)}/{row.seeds}"
         values |= {title: row.interval(value) for title, value in _ACCURACIES.items()}
@@ -171,7 +175,9 @@ def notes(directory: StudyDirectory, plan: Plan, rows: Sequence[Row]) -> list[st
     lines.append(f"The test split was read {reads} times, once at the end of each training in this directory.")
     for latency in {row.latency["file"]: row.latency for row in rows if row.latency}.values():
         batch = min(one["batch"] for one in latency["latencies"])
-        lines.append(f"Latency: median of ONNX Runtime at batch {batch}, {latency['provider']}, {latency['threads']} threads.")
+        lines.append(
+            f"Latency: median of ONNX Runtime at batch {batch}, {latency['provider']}, {latency['threads']} threads."
+        )
     lines += [f"Failed: {failure}" for row in rows for failure in row.failures]
     return lines
 
@@ -213,7 +219,9 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     if format == "latex":
         shown = shown.replace(" +- ", r" $\pm$ ")
         return "\n".join([shown, *(f"% {note}" for note in notes)])
-    return "\n".join([shown, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)])
+    return "\n".join(
+        [shown, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
+    )
 
 
 def _plain(value: object) -> object:

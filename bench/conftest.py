@@ -36,7 +36,9 @@ def onnx_model(pytestconfig: pytest.Config) -> bytes:
     torch.manual_seed(0)
     classes = tuple(str(i) for i in range(config.num_classes))
     half = (0.5,) * config.in_chans
-    trained = Trained(trial="untrained", model=name, data="none", classes=classes, image_size=(32, 32), mean=half, std=half)
+    trained = Trained(
+        trial="untrained", model=name, data="none", classes=classes, image_size=(32, 32), mean=half, std=half
+    )
     return to_onnx(Checkpoint(config, trained, build(config).state_dict()), "uint8")
 
 

@@ -66,7 +66,9 @@ class LatencyRecord(BaseModel):
     latencies: list[Latency]
 
 
-def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray]], dict[str, str]]:
+def engines(
+    model: bytes, name: str, provider: str
+) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray]], dict[str, str]]:
     """What can run the model: ONNX Runtime on `provider` and, for a file of ours, PyTorch eager on the same device.
 
     Returns functions from a batch of inputs to logits, by name, and the file's metadata. PyTorch's network is built
@@ -77,7 +79,9 @@ def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[
     given, made = session.get_inputs(), session.get_outputs()
     if len(given) != 1 or given[0].type not in DTYPES or any(not isinstance(size, int) for size in given[0].shape[1:]):
         found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in given)
-        raise InputError(f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}")
+        raise InputError(
+            f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}"
+        )
     metadata = session.get_modelmeta().custom_metadata_map
     runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
     if "expertgrid.config" in metadata:
@@ -110,7 +114,9 @@ def random_images(model: bytes, batch: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def take_turns(runs: dict[str, Callable[[np.ndarray], np.ndarray]], images: np.ndarray, measure_s: float) -> dict[str, list[float]]:
+def take_turns(
+    runs: dict[str, Callable[[np.ndarray], np.ndarray]], images: np.ndarray, measure_s: float
+) -> dict[str, list[float]]:
     """Milliseconds of each call of each engine, `measure_s` seconds and at least 30 calls for each, after a warm-up.
 
     A round is some calls of one engine in a row; its first call is not counted, as the other's threads may still spin.
@@ -149,7 +155,9 @@ def read_onnx(path: Path) -> bytes:
     return model
 
 
-def measure(path: Path, provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0) -> LatencyRecord:
+def measure(
+    path: Path, provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0
+) -> LatencyRecord:
     """Latencies of an ONNX file at each batch size. Raises InputError as `engines` and `read_onnx` do."""
     check_provider(provider)
     model = read_onnx(path)

@@ -26,9 +26,7 @@ class TrainingSpeed(BaseModel):
     bare_s: list[float]
 
 
-def bare_round(
-    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, y_B: Tensor, steps: int, bfloat16: bool
-) -> float:
+def bare_round(net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, y_B: Tensor, steps: int, bfloat16: bool) -> float:
     """Seconds of `steps` times forward, backward and step on one batch that is ready on the device."""
     _synchronise(x_BCHW.device)
     started = time.perf_counter()

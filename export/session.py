@@ -35,5 +35,7 @@ def open_session(model: bytes, provider: str, name: str) -> onnxruntime.Inferenc
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != PROVIDERS[provider]:
-        raise InputError(f"provider {provider!r} does not start here; ONNX Runtime would use {session.get_providers()[0]}")
+        raise InputError(
+            f"provider {provider!r} does not start here; ONNX Runtime would use {session.get_providers()[0]}"
+        )
     return session

@@ -69,7 +69,9 @@ def to_onnx(checkpoint: Checkpoint, kind: Input) -> bytes:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise InputError(f"{checkpoint.trained.model}: PyTorch cannot export it: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{checkpoint.trained.model}: PyTorch cannot export it: {str(error).splitlines()[0]}"
+        ) from error
     model = program.model_proto
     onnx.helper.set_model_props(model, _metadata(checkpoint, kind))
     onnx.checker.check_model(model, full_check=True)

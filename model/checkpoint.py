@@ -64,11 +64,11 @@ def parse_config(text: str, where: str) -> Network:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint. Raises InputError for a file that is none, is damaged, or whose weights fit another config."""
+    """Reads a checkpoint. Raises InputError for a file that is none or damaged, or whose weights fit another config."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such checkpoint") from None
     except (SafetensorError, OSError) as error:
@@ -82,7 +82,9 @@ def load(path: Path) -> Checkpoint:
         raise invalid(f"{path}: trained", error, Trained.model_fields) from None
     with torch.device("meta"):
         expected = build(config).state_dict()
-    wrong = [name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)]
+    wrong = [
+        name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)
+    ]
     if wrong:
         found, wanted = _shape(weights, wrong[0]), _shape(expected, wrong[0])
         raise InputError(f"{path}: weights of another config: {wrong[0]} is {found}, its config needs {wanted}")

@@ -6,7 +6,7 @@ Every part of expertgrid raises `InputError` for input that a person can mend; t
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 
 class InputError(ValueError):
@@ -27,9 +27,10 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
 def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
     """One line for the first thing that pydantic found wrong: `where` is the file or object it was found in."""
     first = error.errors()[0]
-    place = ".".join([where, *(str(part) for part in first["loc"])])
+    *parents, last = map(str, (where, *first["loc"]))
     if first["type"] == "extra_forbidden":
-        return unknown(f"field of {where}:", ".".join(str(part) for part in first["loc"]), fields)
+        return unknown(f"field of {'.'.join(parents)}:", last, fields)
+    place = ".".join([*parents, last])
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+    found = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{found}")

@@ -120,7 +120,9 @@ class Residual(Spec):
     """A macro block: its input is added to the output of `layers`, through a 1x1 convolution where shapes differ."""
 
     kind: Literal["residual"] = "residual"
-    layers: Annotated[tuple[Annotated["Conv | Block | Residual", Field(discriminator="kind")], ...], Field(min_length=1)]
+    layers: Annotated[
+        tuple[Annotated["Conv | Block | Residual", Field(discriminator="kind")], ...], Field(min_length=1)
+    ]
 
     @field_validator("layers")
     @classmethod
@@ -285,7 +287,7 @@ class Gate(nn.Module):
 
 
 class ExpertBlock(nn.Module):
-    """K convolution experts on the same input, mixed by a gate. (B, C, H, W) to (B, channels, H / stride, W / stride)."""
+    """K experts on the same input, mixed by a gate: (B, C, H, W) to (B, channels, H / stride, W / stride)."""
 
     def __init__(self, config: Block, in_chs: int):
         super().__init__()
@@ -312,7 +314,7 @@ class ExpertBlock(nn.Module):
 
 
 class MacroBlock(nn.Module):
-    """A residual around several layers: the input is added to their output, projected by a 1x1 conv where it must be."""
+    """Several layers whose input, projected by a 1x1 conv where it must be, is added to their output."""
 
     def __init__(self, config: Residual, in_chs: int):
         super().__init__()

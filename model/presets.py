@@ -8,8 +8,8 @@ norm with PyTorch's defaults, and weights start as `net._init_weights` says.
 import sys
 
 import timm
-from torch import nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from model.errors import unknown
 from model.net import Block, Conv, Count, Dropout, ExpertNet, GateConfig, HeadConfig, ModelConfig, Pool, Residual, Spec

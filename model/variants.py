@@ -56,7 +56,10 @@ def experts(config: ModelConfig, count: int) -> ModelConfig:
 
 def kernel(config: ModelConfig, size: int | list[int]) -> ModelConfig:
     """Experts of one kernel size, or of several that the experts of a block take in turn."""
-    sizes = [size] if isinstance(size, int) else sorted(size, reverse=True)
+    sizes = [size] if isinstance(size, int) else size
+    if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(one, int) for one in sizes):
+        raise ValueError("accepted: an odd kernel size, or a list of some")
+    sizes = sorted(sizes, reverse=True)
     return _change_blocks(config, lambda block: {"kernels": tuple(islice(cycle(sizes), len(block.kernels)))})
 
 

@@ -1,0 +1,154 @@
+"""Export: ONNX Runtime and the certificate agree with PyTorch, and a wrong model is caught."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+import torch
+
+from export.certificate import BATCHES, certify
+from export.session import open_session
+from export.to_onnx import example, served, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.errors import InputError
+from model.net import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual
+from model.presets import TimmModel, build
+
+TRAINED = Trained(
+    trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.3, 0.4),
+)  # fmt: skip
+EVERYTHING = ModelConfig(
+    num_classes=3,
+    layers=(
+        Conv(channels=4),
+        Block(channels=6, kernels=(5, 3, 1), gate=GateConfig(kind="mlp", reduction=2, temperature=2.0)),
+        Residual(layers=(Block(channels=8, norm_act="mix", stride=2), Block(channels=8, norm_act="none"))),
+        *(Pool(op="avg"), Dropout(p=0.1)),
+        Block(channels=8, gate=GateConfig(kind="uniform")),
+        Block(channels=8, kernels=(3,)),
+        Pool(),
+    ),
+    head=HeadConfig(hidden=(12,), dropout=0.2),
+)
+
+
+def trained_a_little(config) -> Checkpoint:
+    """A checkpoint whose batch norms have seen images, so that they do something."""
+    torch.manual_seed(0)
+    net = build(config)
+    for _ in range(3):
+        net(torch.randn(16, 3, 8, 10) * 2 + 1)
+    return Checkpoint(config, TRAINED, net.state_dict())
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return trained_a_little(EVERYTHING)
+
+
+@pytest.fixture(scope="module", params=["uint8", "float"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, kind) -> bytes:
+    return to_onnx(checkpoint, kind)
+
+
+def labels(count: int) -> np.ndarray:
+    return np.arange(count) % 3
+
+
+def test_onnx_runtime_agrees_at_each_batch_size(checkpoint, kind, model):
+    certificate = certify(model, served(checkpoint, kind), example(checkpoint, kind, 150).numpy(), labels(150))
+    assert certificate.passed
+    assert [agreement.batch for agreement in certificate.agreements] == list(BATCHES) == [1, 2, 7, 64]
+    assert max(agreement.largest_difference for agreement in certificate.agreements) < 1e-5
+    assert "equal to PyTorch on 150 test images" in str(certificate)
+
+
+def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
+    images = example(checkpoint, kind, 3)
+    (logits_BN,) = onnx.reference.ReferenceEvaluator(onnx.load_from_string(model)).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits_BN), served(checkpoint, kind)(images), rtol=1e-4, atol=1e-5)
+
+
+def test_uint8_input_is_the_normalised_float_input(checkpoint):
+    pixels_BHWC = example(checkpoint, "uint8", 5)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (TRAINED.mean, TRAINED.std))
+    floats_BCHW = (pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std
+    sessions = [open_session(to_onnx(checkpoint, kind), "cpu", "model") for kind in ("uint8", "float")]
+    logits = [s.run(None, {"images": x.numpy()})[0] for s, x in zip(sessions, (pixels_BHWC, floats_BCHW))]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_interface_of_the_file(kind, model):
+    session = open_session(model, "cpu", "model")
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    shape, dtype = {"uint8": ([8, 10, 3], "tensor(uint8)"), "float": ([3, 8, 10], "tensor(float)")}[kind]
+    assert (given.name, given.type, given.shape[1:]) == ("images", dtype, shape)
+    assert (made.name, made.shape[1:]) == ("logits", [3])
+    assert given.shape[0] == made.shape[0] == "batch"
+
+
+def test_metadata(kind, model):
+    found = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
+    assert json.loads(found["classes"]) == ["a", "b", "c"]
+    assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
+    assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
+    assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
+    assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
+
+
+def test_a_timm_model_is_exported():
+    checkpoint = trained_a_little(TimmModel(timm="resnet10t", num_classes=3))
+    model = to_onnx(checkpoint, "uint8")
+    images = example(checkpoint, "uint8", 20).numpy()
+    assert certify(model, served(checkpoint, "uint8"), images, labels(20)).passed
+
+
+def test_another_networks_model_fails_its_certificate(checkpoint):
+    model = to_onnx(checkpoint, "uint8")
+    other = trained_a_little(EVERYTHING)
+    other.weights["head.classifier.weight"][0] += 0.5
+    certificate = certify(model, served(other, "uint8"), example(checkpoint, "uint8", 64).numpy(), labels(64))
+    assert not certificate.passed
+    assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
+    assert "NOT equal" in str(certificate)
+
+
+@pytest.mark.parametrize(("change", "passed"), [(2e-5, True), (2e-4, False), (np.nan, False)])
+def test_the_bound_is_applied(checkpoint, change, passed):
+    model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
+    bias = next(one for one in model.graph.initializer if one.name.endswith("head.classifier.bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values += np.float32(change)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    images = example(checkpoint, "uint8", 8).numpy()
+    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, labels(8))
+    assert certificate.passed == passed
+
+
+def test_flips_are_counted_by_image(checkpoint):
+    net = served(checkpoint, "uint8")
+    images = example(checkpoint, "uint8", 9)
+    other = trained_a_little(EVERYTHING)
+    other.weights["head.classifier.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
+    expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
+    certificate = certify(to_onnx(other, "uint8"), net, images.numpy(), labels(9), batches=(4,))
+    assert certificate.agreements[0].argmax_flips == expected
+    assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
+
+
+def test_providers_that_are_not_there(model):
+    with pytest.raises(InputError, match="unknown provider 'cud'; did you mean 'cuda'?"):
+        open_session(model, "cud", "model")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="provider 'cuda'"):
+            open_session(model, "cuda", "model")
+    with pytest.raises(InputError, match="broken.onnx: ONNX Runtime does not load it"):
+        open_session(model[:100], "cpu", "broken.onnx")

@@ -1,0 +1,93 @@
+"""The study directory: whole files, one writer, and nothing lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablations.records import StudyDirectory, write_whole
+from ablations.study import parse_study
+from model.errors import InputError
+
+STUDY = parse_study('question = "?"\n[factors]\nexperts = [1, 2]', Path("one.toml"))
+
+
+def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "file"
+    write_whole(file, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_whole(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_study_comes_back_as_it_was(tmp_path, digits):
+    directory = StudyDirectory(tmp_path / "runs" / "one")
+    with directory.written(STUDY, digits, STUDY.cells(digits)):
+        pass
+    assert directory.study.model_dump() == STUDY.model_dump()
+    assert [cell.levels for cell in directory.plan.cells] == [{"experts": 1}, {"experts": 2}]
+
+
+def test_another_process_keeps_out(tmp_path, digits):
+    directory = StudyDirectory(tmp_path / "one")
+    with directory.written(STUDY, digits, []):
+        code = (
+            "import sys; from ablations.records import *; from ablations.data import load_data\n"
+            "d = StudyDirectory(Path(sys.argv[1]))\n"
+            "with d.written(d.study, load_data('digits'), []): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", code, directory.path], capture_output=True, text=True)
+        assert "another process is writing this study" in other.stderr
+    with directory.written(STUDY, digits, []):
+        pass
+
+
+def test_another_study_keeps_its_directory(tmp_path, digits):
+    directory = StudyDirectory(tmp_path / "one")
+    with directory.written(STUDY, digits, []):
+        pass
+    before = (directory.path / "study.toml").read_bytes()
+    smaller = STUDY.model_copy(update={"factors": {"experts": [2]}})
+    with pytest.raises(InputError, match="holds another study"), directory.written(smaller, digits, []):
+        pass
+    assert (directory.path / "study.toml").read_bytes() == before
+    with directory.written(STUDY.model_copy(update={"seeds": 5}), digits, []):
+        pass
+    assert directory.study.seeds == 5
+
+
+def test_directories_that_are_no_study(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, message in (("full", "is not empty, and holds no study"), ("file", "there is a file of this name")):
+        with pytest.raises(InputError, match=message):
+            StudyDirectory(tmp_path / name).check_holds(STUDY)
+    with pytest.raises(InputError, match="not a study directory"):
+        _ = StudyDirectory(tmp_path).study
+
+
+def test_damaged_records_are_named(trained_study, tmp_path):
+    directory = StudyDirectory(tmp_path)
+    place = directory.trial("abc")
+    place.mkdir(parents=True)
+    (place / "record.json").write_text('{"trial": "abc"}')
+    with pytest.raises(InputError, match=r"abc/record.json.seed: field required"):
+        directory.record("abc")
+    assert directory.record("other") is None
+
+
+def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
+    beside = StudyDirectory(tmp_path / "runs" / "beside")
+    beside.path.mkdir(parents=True)
+    (tmp_path / "runs" / "tiny").symlink_to(trained_study)
+    trial = next((trained_study / "trials").iterdir()).name
+    assert beside.adopt(trial)
+    assert beside.record(trial) == StudyDirectory(trained_study).record(trial)
+    assert beside.checkpoint(trial).read_bytes() == StudyDirectory(trained_study).checkpoint(trial).read_bytes()
+    assert not beside.adopt("no such trial")
+    assert sorted(path.name for path in beside.path.iterdir()) == ["trials"]
