@@ -74,6 +74,7 @@ def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_
     resume = place / "resume.pt"
     if resume.exists():
         training.load_state_dict(torch.load(resume, map_location=data.train.labels_B.device, weights_only=True))
+    directory.keep_epochs(trial.id, training.epoch)
     saved = time.monotonic()
     for epoch in train(trial, data, training):
         directory.append_epoch(trial.id, epoch)

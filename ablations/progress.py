@@ -1,10 +1,10 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, cost
@@ -14,60 +14,57 @@ from ablations.tables import level_name
 console = Console(stderr=True, highlight=False)
 
 
-class _Trials(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['done']}/{task.fields['trials']} trials")
-
-
 class StudyProgress:
-    """Draws the events of an engine. The bar and the time left go by work: epochs times images times MACs."""
+    """Draws the events of an engine. The bar and the time left go by work: epochs times MACs."""
 
     def __init__(self, cells: list[Cell], trials: list[Trial], image_size: tuple[int, int], done_before: int):
-        self.names = {
-            trial.id: f"{_cell_name(cell)} seed {trial.seed}" for cell in reversed(cells) for trial in cell.trials
-        }
+        self.names = {trial.id: _trial_name(cell, trial) for cell in reversed(cells) for trial in cell.trials}
         macs = {trial.model: cost(trial.model, *image_size)[1] for trial in trials}
         self.epoch_work = {trial.id: macs[trial.model] for trial in trials}
-        total = sum(self.epoch_work[trial.id] * trial.recipe.epochs for trial in trials)
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), _Trials(), TextColumn("time left"),
-            TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[now]}"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task(
-            "training", total=total, done=done_before, trials=done_before + len(trials), now=""
+        self.left = {trial.id: trial.recipe.epochs * macs[trial.model] for trial in trials}
+        self.bar = Progress(
+            BarColumn(20),
+            TextColumn("{task.fields[done]}/{task.fields[trials]} trials, time left"),
+            TimeRemainingColumn(),
+            console=console,
         )
-        self.done, self.trials = done_before, done_before + len(trials)
+        counts = {"done": done_before, "trials": done_before + len(trials)}
+        self.task = self.bar.add_task("", total=sum(self.left.values()), **counts)
+        self.now = Text(no_wrap=True, overflow="ellipsis")
+
+    def live(self) -> AbstractContextManager:
+        """Shows the display while it is entered; nothing where stderr is not a terminal."""
+        return Live(Group(self.bar, self.now), console=console) if console.is_terminal else nullcontext()
 
     def show(self, event: Event) -> None:
         name = self.names[event.trial.id]
         match event:
             case EpochDone(trial, epoch):
-                now = (
-                    f"{name}: epoch {epoch.epoch}/{trial.recipe.epochs}, loss {epoch.train_loss:.3f}, "
-                    f"val {100 * epoch.validation_accuracy:.1f}%, {epoch.images_per_s:,.0f} images/s"
+                self.now.plain = (
+                    f"epoch {epoch.epoch}/{trial.recipe.epochs}, loss {epoch.train_loss:.3f}, "
+                    f"val {100 * epoch.validation_accuracy:.1f}%, {epoch.images_per_s:,.0f} images/s: {name}"
                 )
-                self.progress.update(self.task, advance=self.epoch_work[trial.id], now=now)
+                self._advance(trial, (trial.recipe.epochs - epoch.epoch) * self.epoch_work[trial.id])
             case TrialDone(trial, record):
-                self.done += 1
-                self.progress.update(self.task, done=self.done)
+                self._advance(trial, 0, done=1)
                 if not console.is_terminal:
+                    done, trials = (self.bar.tasks[0].fields[field] for field in ("done", "trials"))
                     console.print(
-                        f"trial {self.done}/{self.trials} {name}: val {100 * record.validation_accuracy:.2f}%, "
+                        f"trial {done}/{trials} {name}: val {100 * record.validation_accuracy:.2f}%, "
                         f"{record.images_per_s:,.0f} images/s, {record.train_seconds:.1f} s",
                         soft_wrap=True,
                     )
             case TrialFailed(trial, reason):
-                work = self.epoch_work[trial.id] * trial.recipe.epochs
-                self.progress.update(self.task, advance=work)
+                self._advance(trial, 0)
                 console.print(f"failed: {name} (trial {trial.id}): {reason}", style="red", soft_wrap=True)
 
-    @contextmanager
-    def live(self) -> Iterator[None]:
-        with self.progress:
-            yield
+    def _advance(self, trial: Trial, left: int, done: int = 0) -> None:
+        done += self.bar.tasks[0].fields["done"]
+        self.bar.update(self.task, advance=self.left[trial.id] - left, done=done)
+        self.left[trial.id] = left
 
 
-def _cell_name(cell: Cell) -> str:
+def _trial_name(cell: Cell, trial: Trial) -> str:
     levels = " ".join(f"{name}={level_name(level)}" for name, level in cell.levels.items())
-    return levels if set(cell.levels) & {"model", "reference"} else f"{cell.model_name} {levels}".strip()
+    named = set(cell.levels) & {"model", "reference"}
+    return f"{levels if named else f'{cell.model_name} {levels}'.strip()} seed {trial.seed}"

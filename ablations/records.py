@@ -201,14 +201,20 @@ class StudyDirectory:
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
-        """Adds an epoch's line; lines of the same epoch or later, from before an interruption, are dropped."""
-        kept = [line for line in self.epochs(trial_id) if line.epoch < epoch.epoch]
-        lines = "".join(line.model_dump_json() + "\n" for line in [*kept, epoch])
-        write_whole(self.trial(trial_id) / "epochs.jsonl", lines.encode())
+        with (self.trial(trial_id) / "epochs.jsonl").open("a") as file:
+            file.write(epoch.model_dump_json() + "\n")
 
     def epochs(self, trial_id: str) -> list[Epoch]:
+        return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
+
+    def keep_epochs(self, trial_id: str, count: int) -> None:
+        """Drops the lines after the first `count`, which an interrupted training left."""
+        kept = "".join(f"{line}\n" for line in self._epoch_lines(trial_id)[:count])
+        write_whole(self.trial(trial_id) / "epochs.jsonl", kept.encode())
+
+    def _epoch_lines(self, trial_id: str) -> list[str]:
         file = self.trial(trial_id) / "epochs.jsonl"
-        return [Epoch.model_validate_json(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return file.read_text().splitlines() if file.exists() else []
 
     def enter_test_read(self, trial_id: str, images: int) -> None:
         """Adds the ledger's line for one read of the test split."""
