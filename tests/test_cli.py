@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ablations.records import StudyDirectory
+from export.certificate import BOUNDS, Bound
 
 EXPERTGRID = [sys.executable, "-c", "from ablations.cli import main; main()"]
 
@@ -69,7 +70,7 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     study = tmp_path / "runs" / "quickstart"
     best = onnx.load(study / "export" / "model-uint8.onnx").metadata_props
     trial = next(prop.value for prop in best if prop.key == "trial")
-    assert f"trial {trial}, equal to PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
+    assert f"trial {trial}, fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
     assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
     rows = json.loads(expertgrid("table", study, "--format", "json").out)
@@ -172,12 +173,12 @@ def test_export_of_a_study_and_of_a_checkpoint(expertgrid, trained_study, tmp_pa
 
 
 def test_a_model_that_disagrees_is_not_published(expertgrid, trained_study, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.certificate.FP32_BOUND", 0.0)
-    monkeypatch.setattr("export.certificate.certify.__defaults__", ("cpu", (1, 7), 0.0))
+    nothing = Bound(logit_difference=0.0, argmax_flips=0, accuracy_loss=0.0)
+    monkeypatch.setitem(BOUNDS, "fp32", nothing)
     study = shutil.copytree(trained_study, tmp_path / "tiny")
     outcome = expertgrid("export", study)
     assert outcome.status == 1
-    assert "NOT equal to PyTorch" in outcome.out
+    assert "fp32 DOES NOT agree" in outcome.out
     names = sorted(path.name for path in (study / "export").iterdir())
     assert names == ["model-uint8.rejected.certificate.json", "model-uint8.rejected.onnx"]
 

@@ -8,7 +8,7 @@ import onnx.reference
 import pytest
 import torch
 
-from export.certificate import BATCHES, certify
+from export.certificate import BATCHES, BOUNDS, Agreement, certify, mcnemar
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -68,7 +68,7 @@ def test_onnx_runtime_agrees_at_each_batch_size(checkpoint, kind, model):
     assert certificate.passed
     assert [agreement.batch for agreement in certificate.agreements] == list(BATCHES) == [1, 2, 7, 64]
     assert max(agreement.largest_difference for agreement in certificate.agreements) < 1e-5
-    assert "equal to PyTorch on 150 test images" in str(certificate)
+    assert "fp32 agrees with PyTorch on 150 test images at batch sizes 1, 2, 7, 64 (cpu)" in str(certificate)
 
 
 def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
@@ -118,7 +118,7 @@ def test_another_networks_model_fails_its_certificate(checkpoint):
     certificate = certify(model, served(other, "uint8"), example(checkpoint, "uint8", 64).numpy(), labels(64))
     assert not certificate.passed
     assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
-    assert "NOT equal" in str(certificate)
+    assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
 
 
 @pytest.mark.parametrize(("change", "passed"), [(2e-5, True), (2e-4, False), (np.nan, False)])
@@ -131,6 +131,33 @@ def test_the_bound_is_applied(checkpoint, change, passed):
     images = example(checkpoint, "uint8", 8).numpy()
     certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, labels(8))
     assert certificate.passed == passed
+
+
+def test_the_first_layer_that_diverges_is_named(checkpoint, kind):
+    """Also where its weights were changed in the file: the layers before it agree."""
+    other = trained_a_little(EVERYTHING)
+    other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
+    images = example(checkpoint, kind, 64).numpy()
+    certificate = certify(to_onnx(other, kind), served(checkpoint, kind), images, labels(64))
+    assert certificate.first_divergence == "layers.2"
+
+
+def test_lower_precision_may_lose_half_a_point():
+    def agreement(accuracy: float, difference: float = 3.0) -> Agreement:
+        counts = {"argmax_flips": [1, 2], "accuracy": accuracy, "mcnemar_p": 1.0}
+        return Agreement(provider="cpu", batch=1, largest_difference=difference, mean_difference=0.1, **counts)
+
+    for precision in ("fp16", "int8"):
+        assert agreement(0.9).within(BOUNDS[precision], 0.904)
+        assert not agreement(0.9).within(BOUNDS[precision], 0.906)
+        assert not agreement(0.9, np.inf).within(BOUNDS[precision], 0.9)
+    assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
+
+
+def test_mcnemar_by_hand():
+    first, second = np.array([1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 4) / 2**4)  # 3 against 1 of 4 discordant images
+    assert mcnemar(first, first) == 1
 
 
 def test_flips_are_counted_by_image(checkpoint):
