@@ -16,11 +16,11 @@ from ablations.augment import normalise
 from ablations.data import SOURCES, ImageData, load_data
 from ablations.engines import TrialFailed, by_architecture, cost, run_local
 from ablations.plots import accuracy_plot
-from ablations.progress import StudyProgress, console
+from ablations.progress import StudyProgress, console, status
 from ablations.recipe import RECIPES, Recipe
 from ablations.records import StudyDirectory, write_whole
-from ablations.study import Cell, Level, Study, Trial, load_study, shipped_studies
-from ablations.tables import level_name, render
+from ablations.study import Cell, Level, Study, Trial, check_fit, level_name, load_study, shipped_studies
+from ablations.tables import render
 from ablations.train import start, train, uses_bfloat16
 from model.errors import InputError, unknown
 from model.presets import PRESETS, network
@@ -29,7 +29,6 @@ INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 app = typer.Typer(
     help="Ablations of soft-expert CNNs: run a study, read its table, export and time its best network.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -43,8 +42,9 @@ Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, 
 
 def main() -> None:
     """Runs the command line; input that is wrong is one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     except InputError as error:
@@ -143,7 +143,7 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
 
 
 def _read(source: str, data_dir: Path | None) -> ImageData:
-    with console.status(f"reading {source}"):
+    with status(f"reading {source}"):
         return load_data(source, data_dir)
 
 
@@ -153,7 +153,7 @@ def _setting(text: str) -> tuple[str, Level]:
         raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
     try:
         return path, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return path, value  # a plain word needs no quotes
 
 
@@ -224,16 +224,19 @@ def export(
         raise InputError(f"--out {file}: the name of an .onnx file is needed")
     checkpoint = load(path)
     images = _read(data or checkpoint.trained.data, data_dir)
-    if images.classes != checkpoint.trained.classes or images.image_size != checkpoint.trained.image_size:
+    found = images.classes, images.image_size, images.channels
+    if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
         raise InputError(f"--data {images.source}: {images} are not what {path} was trained on")
-    with console.status("exporting"):
+    with status("exporting"):
         model = to_onnx(checkpoint, input)
     pixels = images.test.pixels_BHWC
     if input == "float":
         mean_C, std_C = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
         pixels = normalise(pixels.permute(0, 3, 1, 2), mean_C, std_C)
-    with console.status("comparing with PyTorch on the test images"):
+    with status("comparing with PyTorch on the test images"):
         certificate = certify(model, served(checkpoint, input), pixels.numpy(), images.test.labels_B.numpy())
+    if directory:
+        directory.enter_test_read(checkpoint.trained.trial, "export", len(images.test))
     kept = file if certificate.passed else file.with_suffix(".rejected.onnx")
     certificate_file = kept.with_suffix(".certificate.json")
     write_whole(certificate_file, certificate.model_dump_json(indent=1).encode())
@@ -261,19 +264,25 @@ def bench(
 
     The record of a file in a study's export folder is kept in its bench folder, where the study's table finds it.
     """
-    from bench.latency import measure, rows
+    from bench.latency import measure, read_onnx, rows
+    from export.session import check_provider
 
     tables.check_format(format)
     batches = _batches(batch)
     if json is not None and len(files) > 1:
         raise InputError(f"--json {json}: takes the record of one file; {len(files)} files were given")
+    if json is not None and (json.suffix != ".json" or json.is_dir() or not json.absolute().parent.is_dir()):
+        raise InputError(f"--json {json}: the name of a .json file in a directory that exists is needed")
+    check_provider(provider)
+    for file in files:
+        read_onnx(file)
     shown = []
     for file in files:
-        with console.status(f"measuring {file}"):
+        with status(f"measuring {file}"):
             record = measure(file, provider, batches)
         content = record.model_dump_json(indent=1).encode()
-        study = file.parent.parent
-        if record.trial and file.parent.name == "export" and (study / "study.toml").exists():
+        study = file.resolve().parent.parent
+        if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_whole(json, content)
@@ -295,9 +304,9 @@ def _batches(text: str) -> list[int]:
 @app.command("bench-train")
 def bench_train(
     preset: Annotated[str, typer.Argument(help="A network; its report's recipe is used, or `fast`.")] = "eight_block",
-    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Images in a batch.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each, taken in turns.")] = 7,
+    batch: Annotated[int, typer.Option(min=2, max=4096, help="Images in a batch.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps in a round.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each, taken in turns.")] = 7,
     device: Device = "auto",
     format: Format = "text",
 ) -> int:
@@ -309,9 +318,9 @@ def bench_train(
     recipe = RECIPES.get(preset, RECIPES["fast"])
     recipe = Recipe(**{**dict(recipe), "batch_size": batch, "epochs": rounds + 1})
     images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
-    trial = Trial(
-        model_name=preset, model=network(preset), recipe=recipe, source="random", fingerprint="random", seed=0
-    )
+    config = network(preset)
+    check_fit(preset, config, images)
+    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     training, bare = start(trial, images), start(trial, images)
     mean_C, std_C = (torch.tensor(values, device=on) for values in recipe.mean_std(images))
     x_BCHW = recipe.augment(images.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(on))

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -37,6 +37,7 @@ SOURCES = {
 VALIDATION_SHARE = 0.1
 DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 SPLIT_SEED = 0
+MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
 CACHE = Path.home() / ".cache" / "expertgrid"
 
 
@@ -132,6 +133,11 @@ def _assemble(
     test: tuple[np.ndarray, np.ndarray],
 ) -> ImageData:
     pixels_BHWC, labels_B = train
+    if pixels_BHWC.shape[1:] != test[0].shape[1:]:
+        sizes = ["x".join(map(str, pixels.shape[1:3])) for pixels in (pixels_BHWC, test[0])]
+        raise InputError(f"data source {source!r}: train images have {sizes[0]} pixels, test images {sizes[1]}")
+    if len(classes) < 2:
+        raise InputError(f"data source {source!r}: has {len(classes)} class; at least 2 are needed")
     counts = np.bincount(labels_B, minlength=len(classes))
     if counts.min() < 2:
         rare = classes[int(counts.argmin())]
@@ -230,13 +236,13 @@ def _parquet(source: str, directory: Path) -> ImageData:
             raise InputError(
                 f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}"
             ) from None
-        labels_B = table[label_column].to_numpy()
+        labels_B = table[label_column].cast("int64", safe=False).fill_null(-1).to_numpy()
         if split == "train":
             classes = _class_names(tables[0].schema, label_column, labels_B)
-        if len(labels_B) == 0 or table[label_column].null_count or labels_B.min() < 0 or labels_B.max() >= len(classes):
-            raise InputError(
-                f"data source {source!r}: {split}: column {label_column!r} needs labels 0 to {len(classes) - 1}"
-            )
+        if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
+            found = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
+            needs = f"needs labels 0 to {len(classes) - 1} in each row"
+            raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
         images = table[image_column].combine_chunks()
         blobs = pyarrow.compute.struct_field(images, "bytes")
         readers = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
@@ -256,12 +262,13 @@ def _columns(source: str, file: Path, schema: pyarrow.Schema) -> tuple[str, str]
     """The names of the image column (a struct with `bytes`) and of the label column (integers)."""
     structs = [f.name for f in schema if pyarrow.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     integers = [f.name for f in schema if pyarrow.types.is_integer(f.type)]
-    named = [name for name in ("label", "labels", "fine_label") if name in integers]
-    if not structs or not integers:
+    structs = [name for name in ("image", "img") if name in structs] or structs
+    integers = [name for name in ("label", "labels", "fine_label") if name in integers] or integers
+    if len(structs) != 1 or len(integers) != 1:
         found = ", ".join(f"{f.name}: {f.type}" for f in schema)
-        needs = "a column of structs with the field 'bytes', and a column of integer labels"
+        needs = "a column of structs with the field 'bytes', and one column of integers, or one called label"
         raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {found}")
-    return structs[0], (named or integers)[0]
+    return structs[0], integers[0]
 
 
 def _class_names(schema: pyarrow.Schema, label_column: str, labels_B: np.ndarray) -> tuple[str, ...]:
@@ -280,9 +287,12 @@ def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]]) -> np.n
         name, read = reader
         try:
             with Image.open(io.BytesIO(read())) as image:
+                if image.mode not in MODES:
+                    raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
                 return np.asarray(image.convert("RGB"))
-        except (OSError, TypeError, Image.DecompressionBombError) as error:
-            raise InputError(f"data source {source!r}: {name} does not decode as an image ({error})") from None
+        except Exception as error:  # each format's decoder has errors of its own
+            reason = "no image format that is known" if isinstance(error, UnidentifiedImageError) else error
+            raise InputError(f"data source {source!r}: {name} does not decode as an image: {reason}") from None
 
     with ThreadPoolExecutor() as pool:
         arrays = list(pool.map(decode, readers))

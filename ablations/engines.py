@@ -1,20 +1,21 @@
 """Engines: they take trials, train them, and leave records. Each yields what happens as it happens."""
 
 import io
-import json
 import statistics
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.data import ImageData
-from ablations.records import Environment, Record, StudyDirectory, now, write_whole
+from ablations.records import Environment, Failure, Record, StudyDirectory, now, write_whole
 from ablations.study import Trial
-from ablations.train import Epoch, Training, predict, score, start, train, uses_bfloat16
+from ablations.train import Epoch, Training, TrainingError, predict, score, start, train, uses_bfloat16
 from model.checkpoint import Checkpoint, Trained
 from model.presets import Network, build
 
@@ -62,8 +63,7 @@ def run_local(
             yield from _run(trial, data, directory, resume_every_s)
         except Exception as error:  # whatever one trial dies of, the others are worth having
             reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
-            failure = {"error": reason, "traceback": traceback.format_exc(), "time": now()}
-            write_whole(directory.trial(trial.id) / "failure.json", json.dumps(failure, indent=1).encode())
+            directory.write_failure(trial.id, Failure(error=reason, traceback=traceback.format_exc(), time=now()))
             yield TrialFailed(trial, reason)
 
 
@@ -73,7 +73,7 @@ def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_
     training = start(trial, data)
     resume = place / "resume.pt"
     if resume.exists():
-        training.load_state_dict(torch.load(resume, map_location=data.train.labels_B.device, weights_only=True))
+        training.load_state_dict(_resumed(resume, data.train.labels_B.device))
     directory.keep_epochs(trial.id, training.epoch)
     saved = time.monotonic()
     for epoch in train(trial, data, training):
@@ -90,13 +90,21 @@ def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_
     yield TrialDone(trial, record)
 
 
+def _resumed(file: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
+
+
 def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: Training) -> Record:
     """Measures the trained network in fp32, on the test split once, and writes checkpoint and record."""
     device = data.train.labels_B.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     validation = score(predict(training.net, data.validation, mean_C, std_C), data.validation.labels_B)
-    directory.enter_test_read(trial.id, len(data.test))
+    directory.enter_test_read(trial.id, "training", len(data.test))
     test = score(predict(training.net, data.test, mean_C, std_C), data.test.labels_B)
     trained = Trained(
         trial=trial.id,

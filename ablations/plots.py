@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from ablations.tables import EACH_LEVEL, Row
+from ablations.tables import Row, row_name
 
 TEST, VALIDATION = "#0b6e8a", "#b9bfc4"
 
@@ -31,19 +31,13 @@ def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
             xerr=[interval.half_width or 0 for interval in intervals],
             fmt="o", markersize=5, capsize=2, linewidth=1.4, color=colour, label=label,
         )  # fmt: skip
-    axes.set_yticks(range(len(done)), [row_name(row) for row in done])
+    axes.set_yticks(range(len(done)), [row_name(row) for row in done], parse_math=False)
     axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval")
     axes.set_xlim(right=min(100.5, axes.get_xlim()[1]))
     axes.grid(axis="x", linewidth=0.4)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9.5, wrap=True)
+    figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()
-
-
-def row_name(row: Row) -> str:
-    """A row in a few words: its levels, those of factors that change nothing left out."""
-    levels = [f"{name} {level}" for name, level in row.levels.items() if level != EACH_LEVEL]
-    return ", ".join(levels) or row.model

@@ -8,10 +8,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, cost
-from ablations.study import Cell, Trial
-from ablations.tables import level_name
+from ablations.study import Cell, Trial, level_name
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def status(text: str) -> AbstractContextManager:
+    """A spinner with a text while something runs that cannot say how far it is."""
+    return console.status(Text(text))
 
 
 class StudyProgress:

@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     pass runs in bfloat16: "auto" on devices that compute it natively, else "on" or "off".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     epochs: int = Field(gt=0, le=10_000)
     batch_size: int = Field(gt=0, le=65_536)
@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     lr: float = Field(gt=0, le=100)
     weight_decay: float = Field(0.0, ge=0, le=10)
     filter_bias_and_bn: bool = False  # keep weight decay off biases and norms
-    opt_betas: tuple[Share, Share] | None = None  # the optimiser's own where not given
+    opt_betas: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None  # the optimiser's own where not given
     sched: Literal["none", "step", "cosine", "poly"] = "none"  # poly: linear to zero
     decay_epochs: float = Field(30, gt=0)  # of sched step
     decay_rate: float = Field(0.1, gt=0, le=1)  # of sched step

@@ -6,10 +6,9 @@ trials/ID/        config.json, epochs.jsonl, record.json and model.safetensors o
                   and failure.json where training failed
 export/  bench/   what `expertgrid export` and `bench` add
 accuracy.svg      the picture of its table
-ledger.jsonl      a line for each read of the test split
+ledger.jsonl      a line for each read of the test split, by a training or by an export
 """
 
-import json
 import os
 import platform
 import shutil
@@ -19,15 +18,17 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import filelock
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ablations.data import ImageData
-from ablations.study import Cell, Level, Study, Trial, parse_study
+from ablations.study import Cell, Level, Study, Trial, read_study
 from ablations.train import Epoch
+from model.checkpoint import load
 from model.errors import InputError, invalid
 
 
@@ -70,7 +71,7 @@ class Record(BaseModel):
 
 
 class PlannedCell(BaseModel):
-    """A cell as it is kept on disk."""
+    """A cell as it is kept on disk. A baseline has no levels."""
 
     model_name: str
     levels: dict[str, Level]
@@ -106,6 +107,57 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class Failure(BaseModel):
+    """Why a trial failed."""
+
+    error: str
+    traceback: str
+    time: str
+
+
+class TestRead(BaseModel):
+    """A line of the ledger."""
+
+    __test__ = False  # pytest: this is none
+
+    time: str
+    trial: str
+    reader: str  # "training" or "export"
+    images: int
+
+
+class Benched(BaseModel):
+    """One engine at one batch size, as far as tables need it."""
+
+    engine: str
+    batch: int
+    p50_ms: float
+
+
+class LatencySummary(BaseModel):
+    """What tables need of the latency record of an exported trial."""
+
+    file: str
+    trial: str
+    provider: str
+    threads: int
+    finished: str
+    latencies: Annotated[list[Benched], Field(min_length=1)]
+
+
+Kept = TypeVar("Kept", bound=BaseModel)
+
+
+def read_record(kind: type[Kept], file: Path) -> Kept | None:
+    """What a JSON file keeps, None where there is no such file. Raises InputError for a damaged one."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        raise invalid(str(file), error, kind.model_fields) from None
+
+
 class StudyDirectory:
     """Reads and writes one study directory. Writers hold it with `written`."""
 
@@ -118,17 +170,19 @@ class StudyDirectory:
         file = self.path / "study.toml"
         if not file.is_file():
             raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
-        return parse_study(file.read_text(), file)
+        return read_study(file)
 
     @property
     def plan(self) -> Plan:
+        """The cells of that study. Raises InputError where there are none, or those of another study."""
         file = self.path / "plan.json"
-        try:
-            return Plan.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: not a study directory: there is no plan.json in it") from None
-        except ValidationError as error:
-            raise invalid(str(file), error) from None
+        plan, factors = read_record(Plan, file), list(self.study.factors)
+        if plan is None:
+            raise InputError(f"{self.path}: not a study directory: there is no plan.json in it")
+        for cell in plan.cells:
+            if cell.levels and list(cell.levels) != factors:
+                raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
+        return plan
 
     def check_holds(self, study: Study) -> None:
         """Raises InputError where `study` cannot be written here: the directory has something else in it."""
@@ -173,27 +227,36 @@ class StudyDirectory:
 
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
-        file = self.trial(trial_id) / "record.json"
-        try:
-            return Record.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            raise invalid(str(file), error) from None
+        return read_record(Record, self.trial(trial_id) / "record.json")
 
     def failure(self, trial_id: str) -> str | None:
         """Why a trial failed, None where it did not."""
-        file = self.trial(trial_id) / "failure.json"
-        return json.loads(file.read_text())["error"] if file.exists() else None
+        failure = read_record(Failure, self.trial(trial_id) / "failure.json")
+        return failure.error if failure else None
+
+    def write_failure(self, trial_id: str, failure: Failure) -> None:
+        write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
     def adopt(self, trial_id: str) -> bool:
-        """Takes over a finished trial of the same id from a study directory beside this one, if there is one."""
+        """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
+
+        Returns whether there was one that is whole.
+        """
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
+            beside_this = StudyDirectory(record.parent.parent.parent)
+            try:
+                beside_this.record(trial_id)
+                load(beside_this.checkpoint(trial_id))
+                reads = [read for read in beside_this.test_reads() if read.trial == trial_id]
+            except InputError:
+                continue  # a damaged trial is trained again
             with tempfile.TemporaryDirectory(dir=self.path, prefix=".adopt.") as beside:
                 copy = shutil.copytree(record.parent, Path(beside) / trial_id)
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
                 self.trial(trial_id).parent.mkdir(exist_ok=True)
                 copy.rename(self.trial(trial_id))
+            for read in reads:
+                self._enter(read)
             return True
         return False
 
@@ -216,13 +279,25 @@ class StudyDirectory:
         file = self.trial(trial_id) / "epochs.jsonl"
         return file.read_text().splitlines() if file.exists() else []
 
-    def enter_test_read(self, trial_id: str, images: int) -> None:
+    def enter_test_read(self, trial_id: str, reader: str, images: int) -> None:
         """Adds the ledger's line for one read of the test split."""
-        line = json.dumps({"time": now(), "trial": trial_id, "split": "test", "images": images})
-        with (self.path / "ledger.jsonl").open("a") as ledger:
-            ledger.write(line + "\n")
+        self._enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images))
 
-    def latencies(self) -> dict[str, dict]:
+    def _enter(self, read: TestRead) -> None:
+        with (self.path / "ledger.jsonl").open("a") as ledger:
+            ledger.write(read.model_dump_json() + "\n")
+
+    def test_reads(self) -> list[TestRead]:
+        """Each time the test split was read. Raises InputError for a damaged ledger."""
+        ledger = self.path / "ledger.jsonl"
+        try:
+            return [TestRead.model_validate_json(line) for line in ledger.read_bytes().splitlines()]
+        except FileNotFoundError:
+            return []
+        except ValidationError as error:
+            raise invalid(str(ledger), error, TestRead.model_fields) from None
+
+    def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported and benched."""
-        records = [json.loads(file.read_text()) for file in (self.path / "bench").glob("*.json")]
-        return {record["trial"]: record for record in sorted(records, key=lambda record: record["finished"])}
+        records = [read_record(LatencySummary, file) for file in (self.path / "bench").glob("*.json")]
+        return {record.trial: record for record in sorted(records, key=lambda record: record.finished)}

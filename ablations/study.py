@@ -53,16 +53,16 @@ class Study(BaseModel):
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
     (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
-    `reference`, a network together with its own recipe. `baselines` are further cells: networks trained as the base
-    is, without the factors. `reported` is what the source of a level claims, shown beside its cell.
+    `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
+    the base's recipe with its changes. `reported` is what the source of a level claims, shown beside its cell.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(exclude=True)
     question: str
     design: Literal["factorial", "one_at_a_time"] = "factorial"
-    seeds: int = Field(3, ge=1, le=1000)
+    seeds: int = Field(3, ge=1, le=1000, strict=True)
     base: Base = Base()
     set: dict[str, Level] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
@@ -73,19 +73,16 @@ class Study(BaseModel):
         self, seeds: int | None = None, data: str | None = None, settings: Mapping[str, Level] = MappingProxyType({})
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
-        for path in settings:
-            for factor in self.factors:
-                if _dotted(path) == _dotted(factor):
-                    raise InputError(
-                        f"--set {path}: {factor} is a factor of study {self.name}, with levels {self.factors[factor]}"
-                    )
+        settings = {_dotted(path) or path: value for path, value in settings.items()}
         fields = {**dict(self), "set": {**self.set, **settings}}
         fields |= {} if seeds is None else {"seeds": seeds}
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
         try:
-            return Study(**fields)
+            study = Study(**fields)
         except ValidationError as error:
             raise invalid(f"study {self.name}", error, Study.model_fields) from None
+        _check_names(study, f"study {self.name}")
+        return study
 
     def grown_from(self, older: "Study") -> bool:
         """Whether this is `older` with, at most, more levels and more seeds: its trials are among this one's."""
@@ -110,13 +107,18 @@ class Study(BaseModel):
         cells = []
         for levels in self.settings():
             reference = levels.get("reference")
-            model = levels.get("model") or reference or self.base.model
-            cells.append(self._cell(data, levels, model, levels.get("recipe") or reference or self.base.recipe))
-        unchanged = dict.fromkeys(self.factors, BASE)
-        cells += [self._cell(data, unchanged, name, self.base.recipe) for name in self.baselines]
+            model, recipe_name = (
+                next(level for level in (levels.get(kind), reference, base) if level is not BASE)
+                for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
+            )
+            cells.append(self._cell(data, levels, model, recipe_name, self.set))
+        training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
+        cells += [self._cell(data, {}, name, self.base.recipe, training) for name in self.baselines]
         return cells
 
-    def _cell(self, data: ImageData, levels: dict[str, Level], model: str, recipe_name: str) -> "Cell":
+    def _cell(
+        self, data: ImageData, levels: dict[str, Level], model: str, recipe_name: str, settings: dict[str, Level]
+    ) -> "Cell":
         for kind, name in (("model", model), ("recipe", recipe_name)):
             if not isinstance(name, str):
                 raise InputError(f"factor {kind}: level {name!r} is not a name")
@@ -124,8 +126,9 @@ class Study(BaseModel):
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        parts = _changed(*_changed(config, recipe(recipe_name), self.set), factors)
-        _check_fit(model, parts[0], data)
+        parts = _changed(*_changed(config, recipe(recipe_name), settings), factors)
+        _check_optimiser(parts[1])
+        check_fit(model, parts[0], data)
         trials = tuple(
             Trial(
                 model_name=model,
@@ -161,7 +164,7 @@ class Trial(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of levels, and its trials: one for each seed."""
+    """One combination of levels, and its trials: one for each seed. A baseline has no levels."""
 
     model_name: str
     levels: dict[str, Level]
@@ -177,24 +180,69 @@ def load_study(name: str) -> Study:
     path = SHIPPED / f"{name}.toml" if name in shipped_studies() else Path(name)
     if not path.is_file():
         raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
-    return parse_study(path.read_text(), path)
+    return read_study(path)
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file, named as the file is."""
+    try:
+        return parse_study(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
 
 
 def parse_study(text: str, path: Path) -> Study:
     """A study from TOML. `path` names it, and is what errors name."""
+    accepted = sorted(set(Study.model_fields) - {"name"})
     try:
-        study = Study(name=path.stem, **tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
+        fields = tomllib.loads(text)
+        if "name" in fields:
+            raise unknown(f"field of {path}:", "name", accepted)
+        if isinstance(fields.get("set"), dict):
+            fields["set"] = _with_dotted_keys(fields["set"])
+        study = Study(name=path.stem, **fields)
     except ValidationError as error:
-        fields = Base.model_fields if error.errors()[0]["loc"][0] == "base" else set(Study.model_fields) - {"name"}
-        raise invalid(str(path), error, sorted(fields)) from None
+        within_base = error.errors()[0]["loc"][0] == "base"
+        raise invalid(str(path), error, Base.model_fields if within_base else accepted) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    _check_names(study, str(path))
+    return study
+
+
+def _with_dotted_keys(settings: dict[str, Level]) -> dict[str, Level]:
+    """Settings keyed by dotted paths and variants, whichever way they were written."""
+    found: dict[str, Level] = {}
+    for name, value in settings.items():
+        if name in ("model", "recipe") and isinstance(value, dict):  # recipe.lr = 0.1, without quotes, is a table
+            found |= {f"{name}.{field}": inner for field, inner in value.items()}
+        else:
+            found[_dotted(name) or name] = value
+    return found
+
+
+def _check_names(study: Study, where: str) -> None:
+    """Raises InputError for names that are nothing, and for those that would change the same thing twice."""
     for name in itertools.chain(study.set, study.factors):
         if _dotted(name) == "" or (name in study.set and name in CHOICES):
-            choices = () if name in study.set else CHOICES
-            accepted = [*VARIANTS, *Recipe.model_fields, *choices]
-            raise unknown(f"name in {path}:", name, accepted, ", recipe.FIELD, model.FIELD")
-    return study
+            accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in study.set else CHOICES)]
+            raise unknown(f"name in {where}:", name, accepted, ", recipe.FIELD, model.FIELD")
+    factors = [_dotted(name) for name in study.factors]
+    for name, dotted in zip(study.factors, factors):
+        if dotted in study.set:
+            raise InputError(f"{where}: {name} is a factor, with levels {study.factors[name]}, and is set as well")
+        if factors.count(dotted) > 1:
+            raise InputError(f"{where}: {name} is given twice among the factors")
+    if "reference" in study.factors and {"model", "recipe"} & study.factors.keys():
+        raise InputError(f"{where}: factor reference is a model and a recipe; neither can be a factor beside it")
+    levels = {level_name(level) for levels in study.factors.values() for level in levels}
+    if wrong := study.reported.keys() - levels:
+        raise unknown(f"level in {where}, reported:", sorted(wrong)[0], sorted(levels))
+
+
+def level_name(level: Level) -> str:
+    """A level as tables show it and as a TOML file has it."""
+    return "base" if level is BASE else level if isinstance(level, str) else json.dumps(level)
 
 
 def _dotted(name: str) -> str:
@@ -214,7 +262,7 @@ def _changed(config: Network, recipe: Recipe, changes: dict[str, Level]) -> tupl
                 )
             config = vary(config, name, changes[name])
     paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
-    for name in changes.keys() - VARIANTS.keys():
+    for name in (name for name in changes if name not in VARIANTS):
         root, _, path = _dotted(name).partition(".")
         if root not in paths:
             raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
@@ -251,7 +299,18 @@ def _key(place: object, at: str, part: str) -> str | int:
     return keys[part]
 
 
-def _check_fit(name: str, config: Network, data: ImageData) -> None:
+def _check_optimiser(recipe: Recipe) -> None:
+    """Raises InputError where the optimiser cannot be made from the recipe's values."""
+    try:
+        optimizer = recipe.optimizer(torch.nn.Linear(1, 1))
+    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"recipe.opt: {recipe.opt!r} cannot be made here with this recipe: {reason}") from None
+    if recipe.opt_betas is not None and "betas" not in optimizer.defaults:
+        raise InputError(f"recipe.opt_betas: optimiser {recipe.opt!r} has none")
+
+
+def check_fit(name: str, config: Network, data: ImageData) -> None:
     """Raises InputError where the network does not take images of the data's size."""
     height, width = data.image_size
     try:

@@ -3,15 +3,16 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tabulate import tabulate
 
-from ablations.records import Plan, PlannedCell, Record, StudyDirectory
+from ablations.records import Benched, LatencySummary, Plan, PlannedCell, Record, StudyDirectory
 from ablations.stats import Interval, mean_interval
-from ablations.study import BASE, Level, Study
+from ablations.study import BASE, Study, level_name
 from model.errors import InputError, unknown
 
 Format = Literal["text", "github", "latex", "csv", "json"]
@@ -30,7 +31,7 @@ class Row:
     seeds: int  # planned
     records: list[Record]
     failures: list[str]
-    latency: dict | None  # the latency record of one of its trials
+    latency: LatencySummary | None  # of one of its trials
     reported: str
 
     def interval(self, value: Callable[[Record], float]) -> Interval | None:
@@ -43,19 +44,24 @@ def study_rows(directory: StudyDirectory) -> list[Row]:
     study, plan, latencies = directory.study, directory.plan, directory.latencies()
     same: dict[tuple[str, ...], list[PlannedCell]] = {}
     for cell in plan.cells:
-        same.setdefault(tuple(cell.trials), []).append(cell)
+        same.setdefault((*cell.trials, "" if cell.levels else "baseline"), []).append(cell)
     rows = []
-    for trials, cells in same.items():
+    for cells in same.values():
+        trials = cells[0].trials
         found = [directory.record(trial) for trial in trials]
         failed = [directory.failure(trial) for trial in trials]
         rows.append(
             Row(
                 study=study_name(directory),
                 model=cells[0].model_name,
-                levels={name: _shared_level(name, cells, study) for name in study.factors},
+                levels={name: _shared_level(name, cells, study) for name in cells[0].levels},
                 seeds=len(trials),
                 records=[record for record in found if record is not None],
-                failures=[f"{trial}: {reason}" for trial, reason in zip(trials, failed) if reason],
+                failures=[
+                    f"{trial}: {reason}"
+                    for trial, reason, record in zip(trials, failed, found)
+                    if reason and not record
+                ],
                 latency=next((latencies[trial] for trial in trials if trial in latencies), None),
                 reported=next(
                     (study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported),
@@ -70,21 +76,26 @@ def study_name(directory: StudyDirectory) -> str:
     return directory.path.resolve().name
 
 
-def level_name(level: Level) -> str:
-    """A level as tables show it and as a TOML file has it."""
-    return "base" if level is BASE else level if isinstance(level, str) else json.dumps(level)
-
-
 def _shared_level(factor: str, cells: list[PlannedCell], study: Study) -> str:
+    """The level of cells that are one network: "-" where they have every level of the factor, else all they have."""
     names = list(dict.fromkeys(level_name(cell.levels[factor]) for cell in cells))
-    if len(names) == 1:
-        return names[0]
-    return EACH_LEVEL if study.design == "factorial" else names[0]
+    every = len(names) > 1 and study.design == "factorial" and len(names) == len(study.factors[factor])
+    return EACH_LEVEL if every else " / ".join(names)
+
+
+def row_name(row: Row) -> str:
+    """A row in a few words: its levels, those of factors that change nothing left out; a baseline's network."""
+    levels = [f"{name} {level}" for name, level in row.levels.items() if level != EACH_LEVEL]
+    return ", ".join(levels) or row.model
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
-    """The row with the best mean validation accuracy, the lower validation loss between equals."""
-    done = [row for row in rows if row.records]
+    """The row with the best mean validation accuracy, the lower validation loss between equals.
+
+    Rows with all their seeds go before those with some; None where no trial is finished.
+    """
+    most = max((len(row.records) for row in rows), default=0)
+    done = [row for row in rows if row.records and len(row.records) == most]
 
     def merit(row: Row) -> tuple[float, float]:
         return row.interval(lambda r: r.validation_accuracy).mean, -row.interval(lambda r: r.validation_loss).mean
@@ -100,15 +111,20 @@ def best_record(row: Row) -> Record:
 def marginal_rows(directory: StudyDirectory, factor: str) -> list[dict[str, object]]:
     """A row for each level of a factor: the mean over its cells for each seed, then over seeds, with 95% intervals.
 
-    Only cells in which all seeds are done count, as each seed's mean is over the same cells. Raises InputError for a
-    factor that the study does not have.
+    Only cells in which all seeds are done count, as each seed's mean is over the same cells. Baselines have no levels;
+    one at a time, a level has the cell in which only this factor is changed. Raises InputError for a factor that the
+    study does not have.
     """
     study, plan = directory.study, directory.plan
     if factor not in study.factors:
         raise unknown(f"factor of {directory.path}:", factor, study.factors)
     rows = []
-    for level in dict.fromkeys(level_name(cell.levels[factor]) for cell in plan.cells):
-        cells = [cell for cell in plan.cells if level_name(cell.levels[factor]) == level]
+    cells_of: dict[str, list[PlannedCell]] = {}
+    for cell in plan.cells:
+        others = [level for name, level in cell.levels.items() if name != factor]
+        if cell.levels and (study.design == "factorial" or all(level is BASE for level in others)):
+            cells_of.setdefault(level_name(cell.levels[factor]), []).append(cell)
+    for level, cells in cells_of.items():
         found = [[directory.record(trial) for trial in cell.trials] for cell in cells]
         whole = [records for records in found if all(records)]
         row: dict[str, object] = {factor: level, "cells": len(whole), "n": len(whole[0]) if whole else 0}
@@ -129,13 +145,13 @@ def columns(rows: Sequence[Row]) -> list[dict[str, object]]:
     """The rows as titled values; intervals are still numbers. Columns that would be empty or alike are left out."""
     factors = list(dict.fromkeys(name for row in rows for name in row.levels))
     names = {row.model for row in rows}
-    named = len(names) > 1 and any(row.model not in row.levels.values() for row in rows)
+    named = "model" in factors or (len(names) > 1 and any(row.model not in row.levels.values() for row in rows))
     table = []
     for row in rows:
         first = row.records[0] if row.records else None
         values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
         values |= {"model": row.model} if named else {}
-        values |= {name: row.levels.get(name, "") for name in factors}
+        values |= {name: row.levels.get(name, "") for name in factors if name != "model" or row.levels}
         values["n"] = len(row.records) if len(row.records) == row.seeds else f"{len(row.records)}/{row.seeds}"
         values |= {title: row.interval(value) for title, value in _ACCURACIES.items()}
         if any(row.reported for row in rows):
@@ -145,15 +161,14 @@ def columns(rows: Sequence[Row]) -> list[dict[str, object]]:
         rate = row.interval(lambda record: record.images_per_s)
         values["train images/s"] = rate.mean if rate else None
         if any(row.latency for row in rows):
-            values["latency ms"] = _onnx_p50(row.latency) if row.latency else None
+            values["latency ms"] = _smallest(row.latency).p50_ms if row.latency else None
         table.append(values)
     return table
 
 
-def _onnx_p50(latency: dict) -> float:
-    """Median milliseconds of ONNX Runtime at the smallest batch size that was measured."""
-    ours = [one for one in latency["latencies"] if one["engine"].startswith("onnxruntime")]
-    return min(ours, key=lambda one: one["batch"])["p50_ms"]
+def _smallest(latency: LatencySummary) -> Benched:
+    """ONNX Runtime at the smallest batch size that was measured."""
+    return min(latency.latencies, key=lambda one: (not one.engine.startswith("onnxruntime"), one.batch))
 
 
 def notes(directory: StudyDirectory, plan: Plan, rows: Sequence[Row]) -> list[str]:
@@ -163,20 +178,24 @@ def notes(directory: StudyDirectory, plan: Plan, rows: Sequence[Row]) -> list[st
     if any(len(row.records) == 1 for row in rows):
         intervals += "; one seed has no interval"
     lines.append(f"n: seeds; {intervals}.")
+    if any("base" in row.levels.values() for row in rows):
+        base = directory.study.base
+        lines.append(f"base: as in {base.model} with the recipe {base.recipe} and the study's settings.")
     if any(EACH_LEVEL in row.levels.values() for row in rows):
         lines.append(f"{EACH_LEVEL}: the network is the same at each level of this factor, and was trained once.")
     if best := best_row(rows):
-        where = ", ".join(f"{name}={level}" for name, level in best.levels.items()) or best.model
-        lines.append(f"Best on validation: {where}, trial {best_record(best).trial}.")
+        lines.append(f"Best on validation: {row_name(best)}, trial {best_record(best).trial}.")
     environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
     lines += [f"Trained on {where}." for where in environments]
-    ledger = directory.path / "ledger.jsonl"
-    reads = len(ledger.read_text().splitlines()) if ledger.exists() else 0
-    lines.append(f"The test split was read {reads} times, once at the end of each training in this directory.")
-    for latency in {row.latency["file"]: row.latency for row in rows if row.latency}.values():
-        batch = min(one["batch"] for one in latency["latencies"])
+    readers = Counter(read.reader for read in directory.test_reads())
+    lines.append(
+        f"The test split was read {readers.total()} times: {readers['training']} times at the end of a training, "
+        f"{readers['export']} times to certify an export."
+    )
+    for latency in {row.latency.file: row.latency for row in rows if row.latency}.values():
+        batch = _smallest(latency).batch
         lines.append(
-            f"Latency: median of ONNX Runtime at batch {batch}, {latency['provider']}, {latency['threads']} threads."
+            f"Latency: median of ONNX Runtime at batch {batch}, {latency.provider}, {latency.threads} threads."
         )
     lines += [f"Failed: {failure}" for row in rows for failure in row.failures]
     return lines
@@ -185,7 +204,9 @@ def notes(directory: StudyDirectory, plan: Plan, rows: Sequence[Row]) -> list[st
 def _where(record: Record) -> str:
     here = record.environment
     number = "bf16" if record.bfloat16 else "fp32"
-    return f"{here.device}, {here.threads} threads, {number}, torch {here.versions['torch']}"
+    return (
+        f"{here.device}, {here.threads} threads, {number}, torch {here.versions.get('torch', 'of an unknown version')}"
+    )
 
 
 def check_format(format: str) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from export.session import check_provider, open_session
+from export.session import ORT_ERRORS, check_provider, open_session
 from export.to_onnx import PixelNet
 from model.checkpoint import Trained, parse_config
-from model.errors import InputError
+from model.errors import InputError, invalid
 from model.presets import build
 
 WARM_UP_S = 0.3
@@ -82,9 +82,11 @@ def engines(
         raise InputError(
             f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}"
         )
+    if not made:
+        raise InputError(f"{name}: has no output")
     metadata = session.get_modelmeta().custom_metadata_map
     runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
-    if "expertgrid.config" in metadata:
+    if {"expertgrid.config", "expertgrid.input", "expertgrid.trained"} <= metadata.keys():
         device = torch.device("cpu" if provider == "cpu" else "cuda")
         runs[f"pytorch eager {device.type}"] = _eager(metadata, name, device)
     return runs, metadata
@@ -93,7 +95,10 @@ def engines(
 def _eager(metadata: dict[str, str], name: str, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
     net = build(parse_config(metadata["expertgrid.config"], name)).eval()
     if metadata["expertgrid.input"] == "uint8":
-        trained = Trained.model_validate_json(metadata["expertgrid.trained"])
+        try:
+            trained = Trained.model_validate_json(metadata["expertgrid.trained"])
+        except ValidationError as error:
+            raise invalid(f"{name}: expertgrid.trained", error, Trained.model_fields) from None
         net = PixelNet(net, trained.mean, trained.std).eval()
     net = net.to(device)
 
@@ -106,7 +111,9 @@ def _eager(metadata: dict[str, str], name: str, device: torch.device) -> Callabl
 
 def random_images(model: bytes, batch: int) -> np.ndarray:
     """A batch of random images of the shape and type that the model's input has."""
-    first = onnx.load_from_string(model).graph.input[0].type.tensor_type
+    graph = onnx.load_from_string(model).graph
+    weights = {weight.name for weight in graph.initializer}
+    first = next(given for given in graph.input if given.name not in weights).type.tensor_type
     shape = (batch, *(dim.dim_value for dim in first.shape.dim[1:]))
     rng = np.random.default_rng(batch)
     if first.elem_type == onnx.TensorProto.UINT8:
@@ -164,8 +171,12 @@ def measure(
     runs, metadata = engines(model, str(path), provider)
     latencies = []
     for batch in batches:
-        for engine, calls_ms in take_turns(runs, random_images(model, batch), measure_s).items():
-            latencies.append(Latency.of(engine, batch, calls_ms))
+        try:
+            calls_ms = take_turns(runs, random_images(model, batch), measure_s)
+        except (*ORT_ERRORS, RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
+        latencies += [Latency.of(engine, batch, times) for engine, times in calls_ms.items()]
     on_cpu = provider == "cpu"
     return LatencyRecord(
         file=path.name,

@@ -100,7 +100,7 @@ def certify(
 ) -> Certificate:
     """Runs `model` in ONNX Runtime, and `net` in PyTorch, on all `images`, in the form that both take.
 
-    PyTorch computes in fp32 on the CPU; what is allowed is in `BOUNDS`. Raises InputError where a provider is not there.
+    PyTorch computes in fp32 on the CPU; what is allowed is in `BOUNDS`. Raises InputError where a provider is missing.
     """
     sessions = {provider: open_session(model, provider, "the exported model") for provider in providers}
     pytorch_BN = pytorch_logits(net, images)
@@ -164,7 +164,7 @@ def mcnemar(first_B: np.ndarray, second_B: np.ndarray) -> float:
 
 
 def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
-    """The tensor that leaves each layer of the network, by the layer's name, as the exporter recorded it in the nodes."""
+    """The tensor that leaves each layer of the network, by the layer's name, which the exporter notes in the nodes."""
     found: dict[str, str] = {}
     for node in model.graph.node:
         scopes = {prop.key: prop.value for prop in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")

@@ -1,10 +1,19 @@
 """ONNX Runtime sessions on the provider that was asked for, or an error."""
 
 import onnxruntime
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from model.errors import InputError, unknown
 
+ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -28,10 +37,11 @@ def open_session(model: bytes, provider: str, name: str) -> onnxruntime.Inferenc
     """
     check_provider(provider)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
     options.log_severity_level = 4  # what it has to say is in the errors below
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[provider]])
-    except (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail, ort_errors.InvalidArgument) as error:
+        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[provider]], enable_fallback=0)
+    except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != PROVIDERS[provider]:

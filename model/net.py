@@ -24,9 +24,9 @@ def _odd(kernel: int) -> int:
     return kernel
 
 
-Count = Annotated[int, Field(ge=1, le=4096)]
-Kernel = Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
-Stride = Annotated[int, Field(ge=1, le=4)]
+Count = Annotated[int, Field(ge=1, le=4096, strict=True)]
+Kernel = Annotated[int, Field(ge=1, le=15, strict=True), AfterValidator(_odd)]
+Stride = Annotated[int, Field(ge=1, le=4, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 NormAct = Literal["expert", "mix", "none"]
 
@@ -36,7 +36,7 @@ SMALLEST_HIDDEN = 8  # a bottleneck of one or two ReLU units would often be dead
 class Spec(BaseModel):
     """A part of a network as data: frozen, compared by value, and without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GateConfig(Spec):

@@ -8,6 +8,7 @@ norm with PyTorch's defaults, and weights start as `net._init_weights` says.
 import sys
 
 import timm
+from pydantic import field_validator
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -88,6 +89,13 @@ class TimmModel(Spec):
     timm: str
     in_chans: Count = 3
     num_classes: Count = 10
+
+    @field_validator("timm")
+    @classmethod
+    def _timm_has_it(cls, name: str) -> str:
+        if not timm.is_model(name):
+            raise ValueError("timm has no model of this name")
+        return name
 
 
 Network = ModelConfig | TimmModel

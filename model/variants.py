@@ -59,7 +59,6 @@ def kernel(config: ModelConfig, size: int | list[int]) -> ModelConfig:
     sizes = [size] if isinstance(size, int) else size
     if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(one, int) for one in sizes):
         raise ValueError("accepted: an odd kernel size, or a list of some")
-    sizes = sorted(sizes, reverse=True)
     return _change_blocks(config, lambda block: {"kernels": tuple(islice(cycle(sizes), len(block.kernels)))})
 
 
@@ -68,7 +67,7 @@ def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
 
     A block whose gate is of the named kind keeps the one it has; blocks of one expert have none.
     """
-    if isinstance(kind, str) and kind not in GATES:
+    if not isinstance(kind, dict) and kind not in list(GATES):
         raise ValueError(f"accepted: {', '.join(GATES)}, or a table with kind, hidden or reduction, temperature")
 
     def change(block: Block) -> dict[str, Any]:
@@ -165,13 +164,13 @@ def _positive(factor: float) -> None:
 
 
 VARIANTS: dict[str, Callable[[ModelConfig, Any], ModelConfig]] = {
+    "depth": depth,  # first: it goes by which blocks are equal
     "experts": experts,
     "kernel": kernel,
     "gate": gate,
     "norm_act": norm_act,
     "residual": residual,
     "width": width,
-    "depth": depth,
 }
 
 

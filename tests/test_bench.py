@@ -118,6 +118,9 @@ def test_files_that_cannot_be_measured(tmp_path):
     path = identity(tmp_path / "int64.onnx", TensorProto.INT64, ["n", 4])
     with pytest.raises(InputError, match=r"found x: tensor\(int64\)"):
         measure(path)
+    path = identity(tmp_path / "one.onnx", TensorProto.FLOAT, [1, 4])
+    with pytest.raises(InputError, match="one.onnx: does not run at batch 2: "):
+        measure(path, batches=(1, 2), measure_s=0.01)
     with pytest.raises(InputError, match="unknown provider 'gpu'"):
         measure(path, "gpu")
 

@@ -45,6 +45,17 @@ def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
     assert snapshot(study / "trials") == before
 
 
+def test_a_question_is_text_and_no_markup(expertgrid, tiny_study, trained_study, tmp_path):
+    shutil.copytree(trained_study, tmp_path / "runs" / "other")
+    question = "Is $a_{ better than [/b] [bold]c[/bold] :smile:?"
+    tiny_study.write_text(TINY_STUDY.replace("Two experts or one?", question))
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--out", "runs/[x]")
+    assert outcome.status == 0, outcome.err
+    assert question in outcome.out
+    assert question in outcome.err
+    assert "6 trials, 6 of them done before; runs/[x]" in outcome.err
+
+
 def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_study, tmp_path):
     shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
     tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
@@ -59,7 +70,7 @@ def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, 
     other.write_text(TINY_STUDY.replace("[1, 2]", "[2]").replace("Two", "Again: two"))
     outcome = expertgrid("run", other, "--device", "cpu")
     assert "4 trials, 4 of them done before" in outcome.err
-    assert "The test split was read 0 times" in outcome.out
+    assert "The test split was read 4 times: 4 times at the end of a training" in outcome.out
 
 
 def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_path, monkeypatch):
@@ -228,8 +239,8 @@ def test_lists(expertgrid):
         (["run", "--set", "recipe.epoch=1"], "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         (["run", "--set", "recipe.epochs=0"], "recipe.epochs: input should be greater than 0, found 0"),
         (["run", "--set", "recipe.epochs"], "PATH=VALUE is needed"),
-        (["run", "--set", "experts=3"], "experts is a factor of study quickstart"),
-        (["run", "--set", "expert=3"], "unknown path 'expert'"),
+        (["run", "--set", "experts=3"], "experts is a factor, with levels [1, 2, 4], and is set as well"),
+        (["run", "--set", "expert=3"], "unknown name in study quickstart: 'expert'; did you mean 'experts'?"),
         (["run", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "--sets", "x=1"], "No such option: --sets"),
         (["run", "--out", "full"], "--out full: is not empty, and holds no study"),
@@ -249,6 +260,9 @@ def test_lists(expertgrid):
         (["bench", "none.onnx", "--provider", "cudaa"], "unknown provider 'cudaa'; did you mean 'cuda'?"),
         (["bench", "none.onnx", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
         (["bench", "none.onnx", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
+        (["bench", "none.onnx", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
+        (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
+        (["bench-train", "--rounds", "0"], "Invalid value for '--rounds'"),
         (["bench-train", "eight_blok"], "unknown model 'eight_blok'; did you mean 'eight_block'?"),
         (["list", "model"], "unknown list 'model'; did you mean 'models'?"),
         (["runn"], "No such command 'runn'"),
@@ -307,8 +321,9 @@ def test_a_reader_that_goes_away_is_no_error(trained_study):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_names_every_command(expertgrid):
-    outcome = expertgrid("--help")
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(expertgrid, arguments):
+    outcome = expertgrid(*arguments)
     assert outcome.status == 0
     for command in ("run", "table", "export", "bench", "bench-train", "list"):
         assert f"\n  {command} " in outcome.out

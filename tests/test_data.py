@@ -177,8 +177,34 @@ def test_wrong_parquet(parquet):
         if blob:
             assert "test row 0 does not decode as an image" in wrong(source)
     images = [{"bytes": encoded(picture(0, 1)), "path": None}]
-    pyarrow.parquet.write_table(pyarrow.table({"img": images, "label": [2]}), test)
-    assert "column 'label' needs labels 0 to 1" in wrong(source)
+    for label, found in ([2], "2 to 2"), ([None], "-1 to -1"), ([-3], "-3 to -3"):
+        labels = pyarrow.array(label, type="int64")
+        pyarrow.parquet.write_table(pyarrow.table({"img": images, "label": labels}), test)
+        assert f"column 'label' needs labels 0 to 1 in each row; found {found}" in wrong(source)
+    table = pyarrow.table({"img": images, "a": [0], "b": [1]})
+    pyarrow.parquet.write_table(table, test)
+    assert "one column of integers, or one called label; found img: struct" in wrong(source)
+
+
+def test_labels_of_any_integer_type(parquet):
+    before = load_data(f"parquet:{parquet}").fingerprint
+    for file in parquet.iterdir():
+        table = pyarrow.parquet.read_table(file)
+        column = table.column_names.index("label")
+        labels = table["label"].cast("uint8")
+        pyarrow.parquet.write_table(table.set_column(column, "label", labels), file)
+    assert load_data(f"parquet:{parquet}").fingerprint == before
+
+
+def test_images_of_more_than_8_bits_are_refused(folder):
+    Image.fromarray(np.full((6, 6), 40_000, dtype=np.uint16)).save(folder / "train" / "cat" / "05.png")
+    assert "cat/05.png does not decode as an image: its mode is I;16; accepted: RGB" in wrong(f"folder:{folder}")
+
+
+def test_train_and_test_images_of_other_sizes(folder):
+    for file in (folder / "test").rglob("*.png"):
+        file.write_bytes(encoded(picture(0, 1, size=9)))
+    assert "train images have 6x6 pixels, test images 9x9" in wrong(f"folder:{folder}")
 
 
 def test_a_class_of_one_image_cannot_be_split(folder):

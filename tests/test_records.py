@@ -1,6 +1,7 @@
 """The study directory: whole files, one writer, and nothing lost."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,39 @@ def test_damaged_records_are_named(trained_study, tmp_path):
     assert directory.record("other") is None
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{}", b"null"])
+@pytest.mark.parametrize("name", ["trials/abc/record.json", "trials/abc/failure.json", "bench/x.json", "plan.json"])
+def test_whatever_is_damaged_is_named(name, content, tmp_path):
+    directory = StudyDirectory(tmp_path)
+    write_whole(tmp_path / "study.toml", b'question = "?"')
+    write_whole(tmp_path / name, content)
+    with pytest.raises(InputError, match=name):
+        _ = directory.record("abc"), directory.failure("abc"), directory.latencies(), directory.plan
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    write_whole(tmp_path / "ledger.jsonl", b"\xff\n")
+    with pytest.raises(InputError, match=r"ledger.jsonl"):
+        StudyDirectory(tmp_path).test_reads()
+
+
+def test_plan_of_other_factors(trained_study, tmp_path):
+    for name, old in (("study.toml", b"gate = "), ("plan.json", b"")):
+        write_whole(tmp_path / name, (trained_study / name).read_bytes().replace(old, b"residual = " if old else b""))
+    with pytest.raises(InputError, match=r"plan.json: a cell has the factors \['experts', 'gate'\]"):
+        _ = StudyDirectory(tmp_path).plan
+
+
+def test_a_damaged_trial_beside_is_not_taken_over(trained_study, tmp_path):
+    beside = shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
+    study = StudyDirectory(tmp_path / "runs" / "other")
+    study.path.mkdir()
+    no_record, no_weights, whole, *_ = (place.name for place in sorted((beside / "trials").iterdir()))
+    (beside / "trials" / no_record / "record.json").write_text("{}")
+    (beside / "trials" / no_weights / "model.safetensors").unlink()
+    assert [study.adopt(trial) for trial in (no_record, no_weights, whole)] == [False, False, True]
+
+
 def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
     beside = StudyDirectory(tmp_path / "runs" / "beside")
     beside.path.mkdir(parents=True)
@@ -90,4 +124,5 @@ def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
     assert beside.record(trial) == StudyDirectory(trained_study).record(trial)
     assert beside.checkpoint(trial).read_bytes() == StudyDirectory(trained_study).checkpoint(trial).read_bytes()
     assert not beside.adopt("no such trial")
-    assert sorted(path.name for path in beside.path.iterdir()) == ["trials"]
+    assert [(read.trial, read.reader) for read in beside.test_reads()] == [(trial, "training")]
+    assert sorted(path.name for path in beside.path.iterdir()) == ["ledger.jsonl", "trials"]

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from ablations.data import ImageData
 from ablations.study import Study, load_study, parse_study, shipped_studies
 from model.errors import InputError
+from model.presets import PRESETS
 
 HEAD = 'question = "?"\n'
 CIFAR_LIKE = ImageData.random(train=40, height=32, width=32)
@@ -122,6 +124,15 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[factors]\nexperts = [3, 3]", "my.toml.factors.experts: a level is given twice"),
         ("[set]\nreference = 'two_block'", "unknown name in my.toml: 'reference'"),
         ("[factors", "my.toml: not TOML"),
+        ("name = 'x'", "unknown field of my.toml: 'name'. Accepted: base, baselines, design,"),
+        ("seeds = true", "my.toml.seeds: input should be a valid integer, found True"),
+        (
+            "[set]\nexperts = 2\n[factors]\nexperts = [1]",
+            "my.toml: experts is a factor, with levels [1], and is set as well",
+        ),
+        ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "cutout is given twice among the factors"),
+        ("[factors]\nreference = ['two_block']\nmodel = ['two_block']", "factor reference is a model and a recipe"),
+        ("[factors]\nexperts = [1]\n[reported]\n2 = '90'", "unknown level in my.toml, reported: '2'. Accepted: 1"),
     ],
 )
 def test_wrong_study_files(text, message):
@@ -136,6 +147,12 @@ def test_wrong_study_files(text, message):
         ("[base]\nmodel = 'eight_blocks'", "unknown model 'eight_blocks'; did you mean 'eight_block'?"),
         ("[base]\nrecipe = 'slow'", "unknown recipe 'slow'"),
         ("[factors]\nmodel = [3]", "factor model: level 3 is not a name"),
+        ("[factors]\nmodel = ['']", "unknown model ''"),
+        ("[factors]\nrecipe = [false]", "factor recipe: level False is not a name"),
+        ("[set]\nrecipe.epochs = true", "recipe.epochs: input should be a valid integer, found True"),
+        ("[set]\nrecipe.lr = inf", "my.toml"),
+        ("[set]\nopt = 'sgd'\nopt_betas = [0.9, 0.9]", "recipe.opt_betas: optimiser 'sgd' has none"),
+        ("[set]\nopt_betas = [1.0, 1.0]", "recipe.opt: 'adamw' cannot be made here with this recipe: Invalid beta"),
         ("[factors]\nexperts = [0]", "factor experts: level 0 is not accepted"),
         ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         ("[set]\n'recipe.lr' = -3", "recipe.lr: input should be greater than 0, found -3"),
@@ -157,6 +174,46 @@ def test_studies_that_cannot_be(text, message, digits):
     assert message in str(error.value)
 
 
+def test_a_study_that_is_not_text(tmp_path):
+    (tmp_path / "my.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="my.toml: not TOML: 'utf-8' codec"):
+        load_study(str(tmp_path / "my.toml"))
+
+
+def test_settings_have_one_name(digits):
+    quoted, table, bare = (
+        study(f"[set]\n{line}") for line in ("'recipe.epochs' = 5", "recipe.epochs = 5", "epochs = 5")
+    )
+    assert quoted == table == bare
+    changed = quoted.change(settings={"epochs": 7})
+    assert changed.set == {"recipe.epochs": 7}
+    assert changed.cells(digits)[0].trials[0].recipe.epochs == 7
+
+
+def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
+    one = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
+    *_, resnet, plain = one.cells(digits)
+    assert (resnet.levels, plain.levels) == ({}, {})
+    assert resnet.trials[0].recipe.epochs == 5
+    assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
+
+
+def test_depth_goes_before_gates_that_differ_by_channels():
+    sizes = {}
+    for gate in ("linear", "mlp"):
+        one = study(f"[base]\nmodel = 'segmented'\n[factors]\ngate = ['{gate}']\ndepth = [0.5, 1, 2]")
+        sizes[gate] = [len(list(cell.trials[0].model.blocks())) for cell in one.cells(CIFAR_LIKE)]
+    assert sizes["linear"] == sizes["mlp"]
+    assert len(set(sizes["mlp"])) >= 2
+
+
+def test_the_readmes_study_is_one():
+    readme = (REPOSITORY / "README.md").read_text()
+    text = readme.split("```toml\n")[1].split("```")[0]
+    cells = parse_study(text, Path("my.toml")).cells(CIFAR_LIKE)
+    assert len(cells) == 3 * 2 * 2 + 1
+
+
 def test_unknown_study():
     with pytest.raises(InputError, match="unknown study 'quickstrat'; did you mean 'quickstart'?"):
         load_study("quickstrat")
@@ -164,5 +221,5 @@ def test_unknown_study():
 
 def test_a_factor_is_not_set_as_well():
     one = study("[factors]\ncutout = [0, 2]")
-    with pytest.raises(InputError, match=r"--set recipe.cutout: cutout is a factor of study my, with levels \[0, 2\]"):
+    with pytest.raises(InputError, match=r"study my: cutout is a factor, with levels \[0, 2\], and is set as well"):
         one.change(settings={"recipe.cutout": 2})

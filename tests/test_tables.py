@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from ablations.engines import run_local
 from ablations.records import StudyDirectory
 from ablations.stats import Interval, mean_interval
-from ablations.tables import best_record, best_row, columns, marginal_rows, render, study_rows
+from ablations.study import parse_study
+from ablations.tables import best_record, best_row, columns, marginal_rows, notes, render, row_name, study_rows
 from model.errors import InputError
 
 ROWS = [
@@ -94,6 +96,47 @@ def test_rows_are_the_records(trained_study):
         )
         assert shown["train images/s"] == pytest.approx(np.mean([file["images_per_s"] for file in files]))
         assert shown["n"] == 2
+
+
+ONE_AT_A_TIME = """
+question = "?"
+design = "one_at_a_time"
+seeds = 2
+baselines = ["two_block"]
+[set]
+width = 0.0625
+epochs = 1
+[factors]
+experts = [4, 2]
+gate = ["mlp", "linear"]
+"""
+
+
+def test_baselines_and_bases_in_tables(digits, tmp_path):
+    study = parse_study(ONE_AT_A_TIME, tmp_path / "one.toml")
+    directory, cells = StudyDirectory(tmp_path / "one"), study.cells(digits)
+    with directory.written(study, digits, cells):
+        list(run_local([trial for cell in cells for trial in cell.trials], digits, directory))
+    rows = study_rows(directory)
+    assert [row_name(row) for row in rows] == [
+        "experts base / 4, gate base / mlp", "experts 2, gate base", "experts base, gate linear", "two_block",
+    ]  # fmt: skip
+    assert [(row["experts"], row["cells"]) for row in marginal_rows(directory, "experts")] == [
+        ("base", 1), ("4", 1), ("2", 1),
+    ]  # fmt: skip
+    shown = render(columns(rows), "text", notes(directory, directory.plan, rows))
+    assert "base: as in two_block with the recipe fast and the study's settings." in shown
+
+
+def test_levels_that_are_one_network_are_named(digits, tmp_path):
+    text = 'question = "?"\nseeds = 1\n[factors]\nexperts = [1, 2]\nkernel = [[5, 3], 5, 3]'
+    study = parse_study(text, tmp_path / "one.toml")
+    directory = StudyDirectory(tmp_path / "one")
+    with directory.written(study, digits, study.cells(digits)):
+        pass
+    assert [tuple(row.levels.values()) for row in study_rows(directory)] == [
+        ("1", "[5, 3] / 5"), ("1", "3"), ("2", "[5, 3]"), ("2", "5"), ("2", "3"),
+    ]  # fmt: skip
 
 
 def test_best_is_chosen_on_validation(trained_study):

@@ -138,7 +138,8 @@ def test_record_is_what_the_checkpoint_gives(trial, digits, tmp_path):
     assert checkpoint.config == trial.model
     assert Trial.model_validate_json((directory.trial(trial.id) / "config.json").read_bytes()) == trial
     (read,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    assert json.loads(read) | {"time": ""} == {"time": "", "trial": trial.id, "split": "test", "images": 360}
+    expected = {"time": "", "trial": trial.id, "reader": "training", "images": 360}
+    assert json.loads(read) | {"time": ""} == expected
 
 
 def test_a_failing_trial_leaves_the_others(digits, tmp_path):
@@ -150,6 +151,14 @@ def test_a_failing_trial_leaves_the_others(digits, tmp_path):
     assert directory.failure(good.id) is None
     assert directory.record(bad.id) is None
     assert not (tmp_path / "ledger.jsonl").read_text().count(bad.id)
+
+
+def test_a_damaged_resume_file_is_named(trial, digits, tmp_path):
+    directory = StudyDirectory(tmp_path)
+    directory.write_config(trial)
+    (directory.trial(trial.id) / "resume.pt").write_bytes(b"damaged")
+    (failed,) = run_local([trial], digits, directory)
+    assert "resume.pt is damaged; without it the trial starts anew" in failed.reason
 
 
 def test_trials_of_one_network_run_next_to_each_other(digits):

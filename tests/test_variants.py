@@ -47,6 +47,13 @@ def test_experts_take_the_blocks_kernels_in_turn():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_kernels_are_taken_in_turn(preset):
+    for sizes, expected in (([3, 5], (5, 3, 3)), ([5, 3], (5, 5, 3))):
+        blocks = vary(vary(PRESETS[preset], "experts", 3), "kernel", sizes).blocks()
+        assert {block.kernels for block in blocks} == {expected}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_own_level_changes_nothing(preset):
     config = PRESETS[preset]
     block = next(config.blocks())
@@ -114,6 +121,7 @@ def test_temperature_survives_another_variant():
         ("kernel", [], "size"),
         ("kernel", "3", "size"),
         ("gate", "lin", "linear, mlp, uniform"),
+        ("gate", 1, "linear, mlp, uniform"),
         ("gate", {"kind": "mlp"}, "hidden sizes"),
         ("norm_act", "both", "'expert', 'mix' or 'none'"),
         ("residual", 1, "true, false"),
