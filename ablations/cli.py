@@ -5,14 +5,14 @@ Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 
 import sys
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 
 from ablations import tables
-from ablations.augment import normalise
 from ablations.data import SOURCES, ImageData, load_data
 from ablations.engines import TrialFailed, by_architecture, cost, run_local
 from ablations.plots import accuracy_plot
@@ -24,6 +24,10 @@ from ablations.tables import render
 from ablations.train import start, train, uses_bfloat16
 from model.errors import InputError, unknown
 from model.presets import PRESETS, network
+
+if TYPE_CHECKING:
+    from export.publish import Published
+    from model.checkpoint import Checkpoint
 
 INTERRUPTED = 130  # as shells have it for Ctrl-C
 
@@ -200,49 +204,159 @@ def export(
     input: Annotated[
         str, typer.Option(help="uint8 (raw pixels, B x H x W x C) or float (normalised, B x C x H x W).")
     ] = "uint8",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8, or all: a file of each.")] = "fp32",
+    outputs: Annotated[str, typer.Option(help="logits, with probabilities and gates where they are named.")] = "logits",
+    fuse: Annotated[bool, typer.Option(help="Rewrite for speed, or export the graph as trained.")] = True,
+    prune_gates: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Drop experts that stay under this weight: another function.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Providers to certify on, separated by commas.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="The ONNX file; a study's is in its export folder.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Source of the test images, where it is no longer where it was.")
     ] = None,
     data_dir: DataDir = None,
 ) -> int:
-    """Write a network as ONNX, once ONNX Runtime gave PyTorch's logits on every test image.
+    """Write a network as ONNX, once ONNX Runtime agreed with PyTorch on every test image.
 
-    Of a study: the trial that is best on the validation split, of the cell that is.
+    Of a study: the trial that is best on the validation split, of the cell that is. Beside the file: its certificate,
+    and a model card.
     """
-    from export.certificate import certify
-    from export.to_onnx import served, to_onnx
+    from export.certificate import BOUNDS
+    from export.precision import PrecisionError
+    from export.publish import Images, pruned, publish
+    from export.session import check_provider
+    from export.to_onnx import OUTPUTS
     from model.checkpoint import load
 
-    if input not in ("uint8", "float"):
-        raise unknown("input", input, ("uint8", "float"))
+    precisions = _chosen("precision", list(BOUNDS) if precision == "all" else [precision], BOUNDS)
+    wanted = _chosen("output", outputs.split(","), OUTPUTS)
+    providers = provider.split(",")
+    _chosen("input", [input], ("uint8", "float"))
+    for name in providers:
+        check_provider(name)
     directory = StudyDirectory(source) if source.is_dir() else None
     path = _best_checkpoint(directory) if directory else source
-    folder = directory.path / "export" if directory else path.parent
-    file = out or folder / f"model-{input}.onnx"
+    file = out or (directory.path / "export" if directory else path.parent) / f"model-{input}.onnx"
     if file.is_dir() or file.suffix != ".onnx":
         raise InputError(f"--out {file}: the name of an .onnx file is needed")
     checkpoint = load(path)
-    images = _read(data or checkpoint.trained.data, data_dir)
-    found = images.classes, images.image_size, images.channels
+    read = _read(data or checkpoint.trained.data, data_dir)
+    found = read.classes, read.image_size, read.channels
     if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
-        raise InputError(f"--data {images.source}: {images} are not what {path} was trained on")
-    with status("exporting"):
-        model = to_onnx(checkpoint, input)
-    pixels = images.test.pixels_BHWC
-    if input == "float":
-        mean_C, std_C = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
-        pixels = normalise(pixels.permute(0, 3, 1, 2), mean_C, std_C)
-    with status("comparing with PyTorch on the test images"):
-        certificate = certify(model, served(checkpoint, input), pixels.numpy(), images.test.labels_B.numpy())
-    if directory:
-        directory.enter_test_read(checkpoint.trained.trial, "export", len(images.test))
+        raise InputError(f"--data {read.source}: {read} are not what {path} was trained on")
+    images = Images(
+        train=read.train.pixels_BHWC.numpy(),
+        validation=read.validation.pixels_BHWC.numpy(),
+        validation_labels=read.validation.labels_B.numpy(),
+        test=read.test.pixels_BHWC.numpy(),
+        test_labels=read.test.labels_B.numpy(),
+    )
+    if prune_gates is not None:
+        checkpoint, said = pruned(checkpoint, images, prune_gates)
+        print(said)
+    passed = True
+    for one in precisions:
+        if directory:
+            directory.enter_test_read(checkpoint.trained.trial, "export", len(read.test))
+        try:
+            with status(f"exporting {one}, and comparing with PyTorch on the test images"):
+                published = publish(checkpoint, images, input, one, fuse, wanted, providers)
+        except PrecisionError as error:
+            passed = False
+            print(f"{one}: not exported: {error}")
+            continue
+        name = file if one == "fp32" else file.with_stem(f"{file.stem}-{one}")
+        rows = tables.study_rows(directory) if directory and prune_gates is None else []
+        passed &= _write(published, name, checkpoint, read, path, rows)
+    return 0 if passed else 1
+
+
+def _chosen(what: str, found: list[str], accepted: Collection[str]) -> list[str]:
+    for name in found:
+        if name not in accepted:
+            raise unknown(what, name, accepted, ", all" if what == "precision" else "")
+    return found
+
+
+def _write(
+    published: "Published",
+    file: Path,
+    checkpoint: "Checkpoint",
+    data: ImageData,
+    source: Path,
+    rows: list[tables.Row],
+) -> bool:
+    """Writes an exported model with its certificate and card; one that failed under another name. Whether it passed.
+
+    `source` is the checkpoint's file, and `rows` are those among which the card finds that of the trial.
+    """
+    from export.card import card
+    from export.graph import describe
+
+    certificate, trained = published.certificate, checkpoint.trained
     kept = file if certificate.passed else file.with_suffix(".rejected.onnx")
-    certificate_file = kept.with_suffix(".certificate.json")
-    write_whole(certificate_file, certificate.model_dump_json(indent=1).encode())
-    write_whole(kept, model)
-    print(f"{kept}: {checkpoint.trained.model}, trial {checkpoint.trained.trial}, {certificate}", flush=True)
-    return 0 if certificate.passed else 1
+    write_whole(kept.with_suffix(".certificate.json"), certificate.model_dump_json(indent=1).encode())
+    if certificate.passed:
+        row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
+        config = source.parent / "config.json"
+        trial = Trial.model_validate_json(config.read_bytes()) if config.exists() else None
+        text = card(
+            describe(published.model, file.name),
+            certificate,
+            data_name=data.name,
+            network=checkpoint.config.model_dump(mode="json"),
+            data={"Images": str(data)},
+            recipe=trial.recipe.model_dump(mode="json") if trial else {},
+            table_row=[(title, tables.shown(value)) for one in tables.columns(row) for title, value in one.items()],
+        )
+        write_whole(file.with_suffix(".md"), text.encode())
+    write_whole(kept, published.model)
+    floats = f"; {len(published.kept_in_float)} nodes stay in float" if published.kept_in_float else ""
+    size = f"{len(published.model):,} bytes"
+    print(f"{kept}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
+    return certificate.passed
+
+
+@app.command("predict")
+def predict(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A file that `export` wrote.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any size.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
+    provider: Annotated[str, typer.Option(help="cpu, cuda or tensorrt: it is used, or it is an error.")] = "cpu",
+    format: Format = "text",
+) -> int:
+    """Show what an exported network takes images for, with its probabilities."""
+    from bench.latency import read_onnx
+    from export.predict import predict
+
+    tables.check_format(format)
+    predictions = predict(read_onnx(file), str(file), images, provider)
+    rows = [
+        {"image": str(one.path), "class": name, "probability": probability}
+        for one in predictions
+        for name, probability in one.classes[:top]
+    ]
+    print(render(rows, format))
+    return 0
+
+
+@app.command("show-model")
+def show_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An ONNX file, of any origin.")],
+    picture: Annotated[Path | None, typer.Option(help="File for a picture of the graph, as SVG.")] = None,
+) -> int:
+    """Show an ONNX file's input, output, operators, size, MACs and metadata."""
+    from bench.latency import read_onnx
+    from export.graph import describe, draw
+
+    if picture is not None and (picture.suffix != ".svg" or not picture.absolute().parent.is_dir()):
+        raise InputError(f"--picture {picture}: the name of an .svg file in a directory that exists is needed")
+    model = read_onnx(file)
+    print(describe(model, str(file)))
+    if picture is not None:
+        write_whole(picture, draw(model, str(file)))
+    return 0
 
 
 def _best_checkpoint(directory: StudyDirectory) -> Path:

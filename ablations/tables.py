@@ -232,16 +232,16 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
         writer.writerows(flat)
         return file.getvalue().rstrip("\n")
     plus_minus = "+-" if format == "latex" else "±"
-    cells = [[_shown(value, plus_minus) for value in row.values()] for row in table]
+    cells = [[shown(value, plus_minus) for value in row.values()] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
     numeric = [all(isinstance(row[title], int | float | Interval | None) for row in table) for title in table[0]]
     align = ["right" if is_number else "left" for is_number in numeric]
-    shown = tabulate(cells, headers=list(table[0]), tablefmt=styles[format], colalign=align, disable_numparse=True)
+    text = tabulate(cells, headers=list(table[0]), tablefmt=styles[format], colalign=align, disable_numparse=True)
     if format == "latex":
-        shown = shown.replace(" +- ", r" $\pm$ ")
-        return "\n".join([shown, *(f"% {note}" for note in notes)])
+        text = text.replace(" +- ", r" $\pm$ ")
+        return "\n".join([text, *(f"% {note}" for note in notes)])
     return "\n".join(
-        [shown, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
+        [text, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
     )
 
 
@@ -255,7 +255,8 @@ def _flat(title: str, value: object) -> list[tuple[str, object]]:
     return [(title, value)]
 
 
-def _shown(value: object, plus_minus: str) -> str:
+def shown(value: object, plus_minus: str = "±") -> str:
+    """A value as a table shows it."""
     match value:
         case None:
             return ""

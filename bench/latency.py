@@ -154,7 +154,10 @@ def read_onnx(path: Path) -> bytes:
     """The content of an ONNX file. Raises InputError where there is none or it is not ONNX."""
     try:
         model = path.read_bytes()
-        onnx.load_from_string(model)
+        if not onnx.load_from_string(model).graph.node:
+            raise InputError(f"{path}: not an ONNX file: there is no graph in it")
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # protobuf's errors have no public type of their own

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from export.session import open_session
-from export.to_onnx import INPUT, OUTPUT
+from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -134,7 +134,7 @@ def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
 
 def onnx_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch: int) -> np.ndarray:
     """ONNX Runtime's logits (B, N) of all images, `batch` at a time."""
-    return np.concatenate([session.run([OUTPUT], {INPUT: part})[0] for part in _batches(images, batch)])
+    return np.concatenate([session.run([LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
@@ -167,7 +167,7 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
     """The tensor that leaves each layer of the network, by the layer's name, which the exporter notes in the nodes."""
     found: dict[str, str] = {}
     for node in model.graph.node:
-        scopes = {prop.key: prop.value for prop in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get(NAME_SCOPES, "")
         for scope in scopes.replace("'", '"').strip('[]"').split('", "'):
             name = scope.removeprefix("net.")
             if name.startswith("layers.") and name.count(".") == 1:

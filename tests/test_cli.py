@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from conftest import CIFAR10_JPEG, TINY_STUDY
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -81,7 +82,8 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     study = tmp_path / "runs" / "quickstart"
     best = onnx.load(study / "export" / "model-uint8.onnx").metadata_props
     trial = next(prop.value for prop in best if prop.key == "trial")
-    assert f"trial {trial}, fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
+    assert f"trial {trial}, " in outcome.out
+    assert "fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
     assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
     rows = json.loads(expertgrid("table", study, "--format", "json").out)
@@ -180,7 +182,37 @@ def test_export_of_a_study_and_of_a_checkpoint(expertgrid, trained_study, tmp_pa
     checkpoint = next((study / "trials").glob("*/model.safetensors"))
     outcome = expertgrid("export", checkpoint, "--out", tmp_path / "mine.onnx")
     assert outcome.status == 0, outcome.err
-    assert sorted(path.name for path in tmp_path.glob("mine*")) == ["mine.certificate.json", "mine.onnx"]
+    assert sorted(path.name for path in tmp_path.glob("mine*")) == ["mine.certificate.json", "mine.md", "mine.onnx"]
+
+
+def test_every_precision_with_certificate_and_card(expertgrid, trained_study, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    outcome = expertgrid("export", study, "--precision", "all", "--outputs", "logits,gates", "--no-fuse")
+    lines = outcome.out.splitlines()
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == [
+        "model-uint8.onnx", "model-uint8-fp16.onnx", "model-uint8-int8.onnx",
+    ]  # fmt: skip
+    passed = {line.split(": ")[0] for line in lines if "agrees with PyTorch" in line}
+    assert str(study / "export" / "model-uint8.onnx") in passed
+    for file in map(Path, passed):
+        assert file.exists()
+        assert json.loads(file.with_suffix(".certificate.json").read_text())["passed"]
+        assert "## Limits" in file.with_suffix(".md").read_text()
+    assert "3 times to certify an export" in expertgrid("table", study).out
+
+
+def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    assert expertgrid("export", study, "--prune-gates", "0.0").status == 0
+    file = study / "export" / "model-uint8.onnx"
+    image = tmp_path / "digit.png"
+    Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0].numpy()).save(image)
+    rows = json.loads(expertgrid("predict", file, image, "--top", 10, "--format", "json").out)
+    assert [row["image"] for row in rows] == [str(image)] * 10
+    assert sum(row["probability"] for row in rows) == pytest.approx(1)
+    outcome = expertgrid("show-model", file, "--picture", tmp_path / "graph.svg")
+    assert "images: uint8 batch×8×8×1" in outcome.out
+    assert (tmp_path / "graph.svg").read_text().count("<svg") == 1
 
 
 def test_a_model_that_disagrees_is_not_published(expertgrid, trained_study, tmp_path, monkeypatch):
@@ -255,6 +287,14 @@ def test_lists(expertgrid):
         (["export", "other.safetensors"], "other.safetensors: weights of another config"),
         (["export", "tiny", "--input", "uint"], "unknown input 'uint'; did you mean 'uint8'?"),
         (["export", "tiny", "--out", "full"], "--out full: the name of an .onnx file is needed"),
+        (["export", "tiny", "--precision", "fp8"], "unknown precision 'fp8'. Accepted: fp32, fp16, int8, all"),
+        (["export", "tiny", "--outputs", "logits,gate"], "unknown output 'gate'; did you mean 'gates'?"),
+        (["export", "tiny", "--provider", "cpu,gpu"], "unknown provider 'gpu'"),
+        (["export", "tiny", "--prune-gates", "2"], "Invalid value for '--prune-gates'"),
+        (["predict", "none.onnx", "x.png"], "none.onnx: cannot be read"),
+        (["predict", "full/notes.txt", "x.png"], "full/notes.txt: not an ONNX file"),
+        (["show-model", "none.onnx"], "none.onnx: cannot be read"),
+        (["show-model", "none.onnx", "--picture", "x.png"], "--picture x.png: the name of an .svg file"),
         (["bench", "none.onnx"], "none.onnx: cannot be read"),
         (["bench", "full/notes.txt"], "full/notes.txt: not an ONNX file"),
         (["bench", "none.onnx", "--provider", "cudaa"], "unknown provider 'cudaa'; did you mean 'cuda'?"),
@@ -325,5 +365,5 @@ def test_a_reader_that_goes_away_is_no_error(trained_study):
 def test_help_names_every_command(expertgrid, arguments):
     outcome = expertgrid(*arguments)
     assert outcome.status == 0
-    for command in ("run", "table", "export", "bench", "bench-train", "list"):
+    for command in ("run", "table", "export", "predict", "show-model", "bench", "bench-train", "list"):
         assert f"\n  {command} " in outcome.out

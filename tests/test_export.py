@@ -95,6 +95,12 @@ def test_interface_of_the_file(kind, model):
     assert given.shape[0] == made.shape[0] == "batch"
 
 
+def test_nodes_name_their_modules_and_no_path_of_this_machine(model):
+    keys = {prop.key for node in onnx.load_from_string(model).graph.node for prop in node.metadata_props}
+    assert keys == {"pkg.torch.onnx.name_scopes"}
+    assert b".py" not in model
+
+
 def test_metadata(kind, model):
     found = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
     assert json.loads(found["classes"]) == ["a", "b", "c"]

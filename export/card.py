@@ -1,0 +1,216 @@
+"""The model card that stands beside an exported file: a Markdown text that says what the network is and is not.
+
+Nothing in it is made up here: what the network was trained on and how is what the caller and the file say.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+from tabulate import tabulate
+
+from export.certificate import Certificate
+from export.graph import Description
+from model.errors import InputError
+
+JPEG_COPIES = "cifar10-jpeg"
+LISTED_CLASSES = 100
+
+
+def card(
+    file: Description,
+    certificate: Certificate,
+    *,
+    data_name: str,
+    network: Mapping[str, object],
+    data: Mapping[str, object],
+    recipe: Mapping[str, object],
+    table_row: Sequence[tuple[str, str]],
+    latency: Sequence[Mapping[str, object]] = (),
+) -> str:
+    """The card of an ONNX file that `to_onnx` made, in Markdown.
+
+    `file` is what `describe` returns. `network`, `data` and `recipe` are facts by their titles, shown in their order; a
+    fact that is a list or a table itself is shown as JSON. `data_name` is the data's name in tables ("cifar10").
+    `table_row` is the titles and texts of the network's row in its study's table, with intervals. `latency` is the rows
+    of `expertgrid bench`, empty where nothing was measured. Raises InputError for a file without expertgrid's metadata.
+    """
+    about = file.metadata
+    missing = [key for key in ("expertgrid.input", "preset", "trial", "classes", "image_size") if key not in about]
+    if missing:
+        raise InputError(
+            f"{file.name}: its metadata has no {missing[0]!r}; cards are of models that expertgrid exported"
+        )
+    classes, (height, width) = json.loads(about["classes"]), json.loads(about["image_size"])
+    name = PurePath(file.name).name
+    sections = [
+        f"# {escaped(about['preset'])} on {escaped(data_name)}",
+        f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
+        f"{escaped(name)}. Its weights are those of the trial {escaped(about['trial'])}.",
+        "## The network",
+        _facts({"Preset or timm model": about["preset"]} | dict(network)),
+        "## What it was trained on",
+        _facts({"Data": data_name} | dict(data)),
+        "## How it was trained",
+        _facts(recipe),
+        "## Results",
+        _results(table_row),
+        "## Latency",
+        _latency(latency, name),
+        "## The file",
+        _file(file),
+        f"Classes, in the order of the logits: {_listed(classes)}.",
+        "## Agreement with PyTorch",
+        _agreement(certificate),
+        "## How to use it",
+        usage(file),
+        "## Limits",
+        _limits(height, width, len(classes), data_name),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def escaped(text: object) -> str:
+    """A text that comes from outside, on one line, so that Markdown shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", " ".join(str(text).split()))
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case str():
+            return escaped(value)
+        case bool() | Mapping() | list() | tuple():
+            return escaped(json.dumps(value, default=str))
+        case int() | float():
+            return f"{value:,}"
+    return escaped(value)
+
+
+def _facts(facts: Mapping[str, object]) -> str:
+    return "\n".join(f"- {escaped(title)}: {_shown(value)}" for title, value in facts.items()) or "Not stated."
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    cells = [[_shown(row.get(title)) for title in titles] for row in rows]
+    return tabulate(cells, headers=[escaped(title) for title in titles], tablefmt="github", disable_numparse=True)
+
+
+def _results(table_row: Sequence[tuple[str, str]]) -> str:
+    if not table_row:
+        return "Not stated."
+    table = _table([dict(table_row)])
+    if any("±" in text for _, text in table_row):
+        table += (
+            "\n\nMeans over seeds; ± is half of the 95% interval of the mean (Student's t). The file is the network of "
+            "one of the seeds."
+        )
+    return table
+
+
+def _latency(latency: Sequence[Mapping[str, object]], name: str) -> str:
+    if latency:
+        return _table(latency)
+    return "Not measured. This measures it:\n\n" + _fenced(f"expertgrid bench {shlex.quote(name)}", "sh")
+
+
+def _fenced(code: str, language: str) -> str:
+    """A block of code, in a fence that is longer than any in it."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _file(file: Description) -> str:
+    wants = {
+        "uint8": "raw pixels from 0 to 255, in the order batch, height, width, channels; the file normalises them",
+        "float": "pixels from 0 to 1, less the mean and divided by the standard deviation of each channel (both in the "
+        "metadata), in the order batch, channels, height, width",
+    }
+    facts = {
+        "Input": ", ".join(map(str, file.inputs)),
+        "Input holds": wants[file.metadata["expertgrid.input"]],
+        "Output": ", ".join(map(str, file.outputs)),
+        "Output holds": "logits, one for each class, before any softmax",
+        "Size": f"{file.file_bytes:,} bytes, {file.parameters:,} numbers in its tensors",
+        "Multiply-accumulates for one image": file.macs_unknown if file.macs is None else file.macs,
+        "Opset": ", ".join(f"{domain or 'onnx'} {version}" for domain, version in file.opsets.items()),
+        "Operators": ", ".join(f"{count} {operator}" for operator, count in file.operators.items()),
+    }
+    return _facts(facts)
+
+
+def _listed(classes: Sequence[str]) -> str:
+    shown = ", ".join(map(escaped, classes[:LISTED_CLASSES]))
+    left = len(classes) - LISTED_CLASSES
+    return f"{shown} and {left:,} more, which are in the metadata" if left > 0 else shown
+
+
+def _agreement(certificate: Certificate) -> str:
+    verdict = "The file passed its comparison" if certificate.passed else "**The file did not pass its comparison**"
+    facts = {
+        "Comparison": str(certificate),
+        "SHA-256 of the file that was compared": certificate.sha256,
+        "Versions": ", ".join(f"{library} {version}" for library, version in certificate.versions.items()),
+    }
+    return f"{verdict} with the network that was trained, on the test split.\n\n{_facts(facts)}"
+
+
+def usage(file: Description) -> str:
+    """A block of Python code that classifies `image.png` with the file, both in the working directory."""
+    height, width = json.loads(file.metadata["image_size"])
+    given, made = file.inputs[0], file.outputs[0]
+    is_uint8 = file.metadata["expertgrid.input"] == "uint8"
+    channels = given.shape[3 if is_uint8 else 1]
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise InputError(
+            f"{file.name}: takes images of {channels} channels; image files are read as grey (1) or RGB (3)"
+        )
+    lines = [
+        "import json",
+        "",
+        "import numpy as np",
+        "import onnxruntime",
+        "from PIL import Image, ImageOps",
+        "",
+        f"session = onnxruntime.InferenceSession({PurePath(file.name).name!r}, providers=['CPUExecutionProvider'])",
+        "about = session.get_modelmeta().custom_metadata_map",
+        "classes = json.loads(about['classes'])",
+        "",
+        f"image = Image.open('image.png').convert({mode!r})",
+        f"image = ImageOps.fit(image, ({width}, {height}))  # scaled, and cut to this width and height",
+        f"images = np.asarray(image).reshape(1, {height}, {width}, {channels})  # batch, height, width, channels",
+    ]
+    if not is_uint8:
+        lines += [
+            "mean, std = (np.float32(json.loads(about[key])) for key in ('mean', 'std'))",
+            "images = (images.astype(np.float32) / 255 - mean) / std",
+            "images = images.transpose(0, 3, 1, 2)  # batch, channels, height, width",
+        ]
+    lines += [
+        f"(logits,) = session.run([{made.name!r}], {{{given.name!r}: images}})",
+        "print(classes[logits[0].argmax()])",
+    ]
+    return _fenced("\n".join(lines), "python")
+
+
+def _limits(height: int, width: int, classes: int, data_name: str) -> str:
+    name = escaped(data_name)
+    limits = [
+        f"It was trained on images of {height}x{width} pixels. Others have to be brought to that size first, and what "
+        "it makes of those was not measured.",
+        f"It knows {classes:,} classes, and gives one of them to any image, also to one that shows something else.",
+        "The softmax of its logits adds up to 1, but was not calibrated: 0.9 does not mean right in nine of ten cases.",
+        f"Accuracies are of the test split of {name}. Nothing is claimed for other data.",
+    ]
+    if data_name == JPEG_COPIES:
+        limits.append(
+            f"{name} is CIFAR-10 with each image encoded once more, as a JPEG, which loses detail. Its accuracies are "
+            "not those on CIFAR-10's own pixels, and compare only with others on the same files."
+        )
+    return "\n".join(f"- {limit}" for limit in limits)

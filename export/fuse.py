@@ -1,0 +1,415 @@
+"""Networks rewritten for inference: the same logits from fewer and faster operators.
+
+Each rewrite is a pure function from the parts of a block to the parts of an equal block, and says when it is exact.
+`prune_gates` is apart from them: it changes the function.
+
+Shapes: B images, K experts, C channels in, O channels out, H x W pixels, k x k the largest kernel.
+"""
+
+import copy
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from model.errors import unknown
+from model.net import Block, ConvNormAct, ExpertBlock, ExpertNet, Gate, Layer, Residual
+
+# Speed of a block with merged kernels, relative to the unfused block, at batch sizes 1 and 64 and three image sizes:
+# 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
+LEAST_SAVING = 3.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An expert block taken apart: act(norm(sum_k a_k * inner_act(norm_k(conv_k(x))))), where a part may be missing.
+
+    Without a gate the experts are summed as they are.
+    """
+
+    name: str
+    convs: tuple[nn.Conv2d, ...]
+    norms: tuple[nn.BatchNorm2d, ...]  # one for each expert, or none
+    inner_act: bool
+    gate: Gate | None
+    norm: nn.BatchNorm2d | None  # after the mix
+    act: bool
+    one_kernel: bool = False
+    one_conv: bool = False
+    matmul: bool = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether a weighted sum of the experts is a convolution with the weighted sum of their kernels."""
+        return not self.inner_act and not self.norms
+
+
+def take_apart(name: str, block: ExpertBlock) -> Parts:
+    """The parts of a block in eval mode, copied."""
+    block = copy.deepcopy(block).eval()
+    norms = tuple(expert.norm for expert in block.experts if hasattr(expert, "norm"))
+    after = isinstance(block.norm_act, nn.Sequential)
+    return Parts(
+        name=name,
+        convs=tuple(expert.conv for expert in block.experts),
+        norms=norms,
+        inner_act=bool(norms),
+        gate=block.gate,
+        norm=block.norm_act[0] if after else None,
+        act=after,
+    )
+
+
+def fold_norms(parts: Parts) -> Parts:
+    """Batch norms folded into the convolutions before them.
+
+    Exact in eval mode, where a batch norm is x * scale + shift: an expert's own norm always; the norm after the mix
+    where the experts are linear, as their weights sum to 1: each expert takes the scale and the whole shift. Where a
+    constant gate is folded in already the weights are in the kernels, and only a single one takes the norm.
+    """
+    if parts.norms:
+        return replace(parts, convs=tuple(map(fuse_conv_bn_eval, parts.convs, parts.norms)), norms=())
+    if parts.norm is None or not parts.linear or (parts.gate is None and len(parts.convs) > 1):
+        return parts
+    return replace(parts, convs=tuple(fuse_conv_bn_eval(conv, parts.norm) for conv in parts.convs), norm=None)
+
+
+def constant_weights(gate: Gate) -> Tensor | None:
+    """The weights (K,) of a gate that is the same for all images: uniform, or its last layer's matrix is zero."""
+    if gate.mlp is None:
+        return torch.full((gate.experts,), 1 / gate.experts)
+    last = gate.mlp[-1]
+    return None if last.weight.any() else torch.softmax(last.bias.detach() / gate.temperature, dim=0)
+
+
+def fold_constant_gate(parts: Parts) -> Parts:
+    """A gate that is the same for all images folded into the convolutions or norms, as their plain sum.
+
+    Exact for linear experts, which become one convolution, and for experts that end in a ReLU, as
+    a * relu(z) = relu(a * z) for a >= 0. A block with another gate is left as it is.
+    """
+    weights_K = None if parts.gate is None else constant_weights(parts.gate)
+    if weights_K is None:
+        return parts
+    if parts.linear:
+        kernel = max(conv.kernel_size[0] for conv in parts.convs)
+        weight_OCkk = sum(a * padded(conv.weight, kernel) for a, conv in zip(weights_K, parts.convs))
+        bias_O = sum(a * bias_of(conv) for a, conv in zip(weights_K, parts.convs))
+        return replace(parts, convs=(conv_of(weight_OCkk, bias_O, parts.convs[0].stride),), gate=None)
+    if parts.norms:
+        return replace(parts, norms=tuple(map(scaled, parts.norms, weights_K)), gate=None)
+    return replace(parts, convs=tuple(map(scaled, parts.convs, weights_K)), gate=None)
+
+
+def fold_temperature(parts: Parts) -> Parts:
+    """The gate's temperature folded into its last linear layer. Always exact: (W x + b) / t = (W / t) x + b / t."""
+    if parts.gate is None or parts.gate.mlp is None:
+        return parts
+    gate = copy.deepcopy(parts.gate)
+    gate.mlp[-1] = scaled(gate.mlp[-1], 1 / gate.temperature)
+    gate.temperature = 1.0
+    return replace(parts, gate=gate)
+
+
+def merge_kernels(parts: Parts) -> Parts:
+    """The experts' kernels mixed before the convolution: one kernel per image.
+
+    Exact where the experts are linear, as conv(x, W) is linear in W. Raises ValueError for a block where they are not.
+    """
+    if parts.gate is None:
+        return parts
+    if not parts.linear:
+        raise ValueError(f"{parts.name}: its experts are not linear before the mix, so their kernels cannot be merged")
+    return replace(parts, one_kernel=True)
+
+
+def merge_kernels_where_faster(parts: Parts) -> Parts:
+    """`merge_kernels` where it is exact and the merged convolution is at most 1 / `LEAST_SAVING` of the experts' work.
+
+    The merged one is a matrix product of patches, which does less of the peak than a convolution with fixed weights,
+    and it computes the rows that a stride then drops.
+    """
+    kernels = [conv.kernel_size[0] for conv in parts.convs]
+    merged = max(kernels) ** 2 * parts.convs[0].stride[0]
+    if parts.gate is None or not parts.linear or sum(kernel**2 for kernel in kernels) < LEAST_SAVING * merged:
+        return parts
+    return merge_kernels(parts)
+
+
+def one_conv_per_size(parts: Parts) -> Parts:
+    """The experts of one kernel size as one convolution with the channels of all of them.
+
+    Always exact. Left as it is: a block without gate, whose plain sum is faster apart, and one that still has norms.
+    """
+    return replace(parts, one_conv=parts.gate is not None and not parts.norms)
+
+
+def sum_by_matmul(parts: Parts) -> Parts:
+    """The weighted sum as a matrix product over the experts, (B, 1, K) @ (B, K, O * H * W). Always exact."""
+    return replace(parts, matmul=parts.gate is not None)
+
+
+ALL: dict[str, Callable[[Parts], Parts]] = {
+    "batch_norm": fold_norms,
+    "constant_gate": fold_constant_gate,
+    "temperature": fold_temperature,
+    "one_kernel": merge_kernels_where_faster,
+    "one_kernel_everywhere": merge_kernels,
+    "one_conv": one_conv_per_size,
+    "matmul": sum_by_matmul,
+}
+"""The rewrites by name, in the order in which they are applied."""
+
+REWRITES = tuple(name for name in ALL if name != "one_kernel_everywhere")
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """The bias (O,) of a convolution, zeros where it has none."""
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+
+
+def padded(weight_OCkk: Tensor, kernel: int) -> Tensor:
+    """A kernel with zeros around it, so that it is `kernel` pixels wide: (O, C, kernel, kernel)."""
+    return F.pad(weight_OCkk.detach(), [(kernel - weight_OCkk.shape[-1]) // 2] * 4)
+
+
+def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, int]) -> nn.Conv2d:
+    """The convolution with these weights that keeps the image size but for its stride."""
+    out_chs, in_chs, kernel, _ = weight_OCkk.shape
+    conv = nn.utils.skip_init(nn.Conv2d, in_chs, out_chs, kernel, stride, kernel // 2)
+    conv.weight, conv.bias = nn.Parameter(weight_OCkk), nn.Parameter(bias_O)
+    return conv
+
+
+def scaled(layer: nn.Module, factor: Tensor | float) -> nn.Module:
+    """A copy of a convolution, linear layer or batch norm whose output is `factor` times as large."""
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight.mul_(factor)
+        if layer.bias is not None:
+            layer.bias.mul_(factor)
+    return layer
+
+
+class FusedBlock(nn.Module):
+    """The block that some parts describe: (B, C, H, W) to (B, O, H / stride, W / stride)."""
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self.gate = parts.gate
+        self.mix = mix_of(parts)
+        self.norm = nn.Identity() if parts.norm is None else parts.norm
+        self.act = nn.ReLU() if parts.act else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        mix_BOHW = self.mix(x_BCHW) if self.gate is None else self.mix(x_BCHW, self.gate(x_BCHW))
+        return self.act(self.norm(mix_BOHW))
+
+
+def mix_of(parts: Parts) -> nn.Module:
+    """The experts and their sum as a module of the input (B, C, H, W) and, with a gate, its weights (B, K)."""
+    if parts.one_kernel:
+        return MergedConv(parts.convs)
+    convs = parts.convs
+    if parts.one_conv:
+        sizes = sorted({conv.kernel_size for conv in convs}, reverse=True)
+        convs = tuple(side_by_side([conv for conv in convs if conv.kernel_size == size]) for size in sizes)
+    norms = parts.norms or [nn.Identity()] * len(convs)
+    act = nn.ReLU() if parts.inner_act else nn.Identity()
+    experts = [nn.Sequential(conv, norm, act) for conv, norm in zip(convs, norms)]
+    if parts.gate is None:
+        return PlainSum(experts)
+    return (MatmulSum if parts.matmul else LoopSum)(experts, len(parts.convs))
+
+
+def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
+    """Convolutions of one kernel size as one, their channels one after the other."""
+    weight, bias = (torch.cat(tensors) for tensors in zip(*((conv.weight.detach(), bias_of(conv)) for conv in convs)))
+    return conv_of(weight, bias, convs[0].stride)
+
+
+class PlainSum(nn.Module):
+    """The sum of experts: (B, C, H, W) to (B, O, H, W)."""
+
+    def __init__(self, experts: list[nn.Module]):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        sum_BOHW = self.experts[0](x_BCHW)
+        for expert in self.experts[1:]:
+            sum_BOHW = sum_BOHW + expert(x_BCHW)
+        return sum_BOHW
+
+
+class LoopSum(nn.Module):
+    """The weighted sum of experts, one after the other. A module may hold several experts, as blocks of channels."""
+
+    def __init__(self, experts: list[nn.Module], count: int):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.channels = sum(expert[0].out_channels for expert in experts) // count
+
+    def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
+        outputs = [one for expert in self.experts for one in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
+        gate_KB111 = gate_BK.T[:, :, None, None, None]
+        mix_BOHW = gate_KB111[0] * outputs[0]
+        for gate_B111, output_BOHW in zip(gate_KB111[1:], outputs[1:]):
+            mix_BOHW = mix_BOHW + gate_B111 * output_BOHW
+        return mix_BOHW
+
+
+class MatmulSum(nn.Module):
+    """The weighted sum of experts as a matrix product. A module may hold several experts, as blocks of channels."""
+
+    def __init__(self, experts: list[nn.Module], count: int):
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.count = count
+
+    def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
+        experts_BKOHW = torch.cat([expert(x_BCHW) for expert in self.experts], dim=1).unflatten(1, (self.count, -1))
+        return (gate_BK[:, None] @ experts_BKOHW.flatten(2)).unflatten(2, experts_BKOHW.shape[2:])[:, 0]
+
+
+class MergedConv(nn.Module):
+    """A convolution whose kernel is mixed for each image: (B, C, H, W) and (B, K) to (B, O, H / s, W / s), stride s.
+
+    It has two stages, as patches of k x k pixels would be k times as large in memory: one matrix product with patches
+    of 1 x k pixels gives each of the k rows of the kernel its own output, and these are shifted and added.
+    """
+
+    def __init__(self, convs: tuple[nn.Conv2d, ...]):
+        super().__init__()
+        self.kernel = max(conv.kernel_size[0] for conv in convs)
+        self.stride = convs[0].stride[0]
+        self.out_chs = convs[0].out_channels
+        weight_KOCkk = torch.stack([padded(conv.weight, self.kernel) for conv in convs])
+        self.weight_KkOkC = nn.Parameter(weight_KOCkk.permute(0, 3, 1, 4, 2).flatten(1))  # (K, k * O * k * C)
+        self.bias_KO = nn.Parameter(torch.stack([bias_of(conv) for conv in convs]))
+
+    def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
+        k, s, (channels, height, width) = self.kernel, self.stride, x_BCHW.shape[1:]
+        x_BCHW = F.pad(x_BCHW, [k // 2] * 4)
+        columns = [x_BCHW[..., j : j + width : s] for j in range(k)]
+        patches_BkCHW = torch.cat(columns, dim=1)  # (B, k * C, H + k - 1, W / s)
+        weight_BkOkC = (gate_BK @ self.weight_KkOkC).reshape(-1, k * self.out_chs, k * channels)
+        rows_BkOHW = (weight_BkOkC @ patches_BkCHW.flatten(2)).unflatten(2, patches_BkCHW.shape[2:])
+        rows_BkOHW = rows_BkOHW.unflatten(1, (k, -1))  # (B, k, O, H + k - 1, W / s)
+        mix_BOHW = (gate_BK @ self.bias_KO)[:, :, None, None]
+        for i in range(k):
+            mix_BOHW = mix_BOHW + rows_BkOHW[:, i, :, i : i + height : s]
+        return mix_BOHW
+
+
+def fuse(net: nn.Module, rewrites: Collection[str] = REWRITES) -> nn.Module:
+    """A network in eval mode with the same logits (B, N) from fewer and faster operators; `net` is left as it is.
+
+    `rewrites` names those of `ALL` that are applied. Its weights have other names and shapes than those of `net`: it
+    is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
+    any network is a batch norm directly after a convolution, which ONNX Runtime folds itself when it loads the file.
+    Raises InputError for an unknown rewrite, and ValueError, with the block's name, where "one_kernel_everywhere" is
+    asked for and a block's experts are not linear.
+    """
+    for name in rewrites:
+        if name not in ALL:
+            raise unknown("rewrite", name, ALL)
+    fused = copy.deepcopy(net).eval()
+    return _fuse_layers(fused, rewrites, "").eval() if isinstance(fused, ExpertNet) else fused
+
+
+def _fuse_layers(module: nn.Module, rewrites: Collection[str], prefix: str) -> nn.Module:
+    """The module with the blocks and convolutions below it replaced."""
+    for name, layer in module.named_children():
+        if isinstance(layer, ExpertBlock):
+            parts = take_apart(prefix + name, layer)
+            for rewrite in (ALL[one] for one in ALL if one in rewrites):
+                parts = rewrite(parts)
+            setattr(module, name, FusedBlock(parts))
+        elif isinstance(layer, ConvNormAct):
+            if hasattr(layer, "norm") and "batch_norm" in rewrites:
+                setattr(module, name, nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.act))
+        else:
+            _fuse_layers(layer, rewrites, f"{prefix}{name}.")
+    return module
+
+
+@torch.no_grad()
+def gate_weights(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The weights (B, K) of each block's gate for inputs (B, C, H, W), by the block's name; `net` in its own mode."""
+    weights: dict[str, Tensor] = {}
+
+    def keep(block: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda gate, inputs, gate_BK: weights.update({block: gate_BK})
+
+    gates = [(name.removesuffix(".gate"), module) for name, module in net.named_modules() if isinstance(module, Gate)]
+    handles = [gate.register_forward_hook(keep(block)) for block, gate in gates]
+    try:
+        net(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return weights
+
+
+def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) -> tuple[ExpertNet, list[str]]:
+    """A network without the experts whose gate weight stays under `threshold`: this CHANGES the function.
+
+    `gates_max` has the largest weights (K,) that were seen, by the block's name, for the blocks that are pruned: the
+    maximum of `gate_weights` over the validation images. The softmax over the experts that are left renormalises
+    their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
+    Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
+    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    blocks = {name.removesuffix(".gate"): gate for name, gate in net.named_modules() if isinstance(gate, Gate)}
+    dropped: list[str] = []
+    kept: dict[str, list[int]] = {}
+    for name, max_K in gates_max.items():
+        if name not in blocks or max_K.shape != (blocks[name].experts,):
+            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
+        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
+        kept[name] = stay_K.nonzero().flatten().tolist()
+        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in kept[name]]
+        weights = _without_experts(weights, f"{name}.", kept[name], blocks[name])
+    config = net.config.change(layers=_kept_layers(net.config.layers, kept, "layers."))
+    with torch.device("meta"):  # no memory, and no numbers drawn
+        pruned = ExpertNet(config)
+    pruned.load_state_dict(weights, assign=True)
+    return pruned.train(net.training), dropped
+
+
+def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
+    """A state dict in which the block with the prefix `block` has the experts `kept` only."""
+    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
+    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else None
+    left = {}
+    for name, tensor in weights.items():
+        if name.startswith(f"{block}experts."):
+            expert = ".".join(name.removeprefix(block).split(".")[:2])
+            if f"{block}{expert}." not in place:
+                continue
+            name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
+        elif name.startswith(f"{block}gate."):
+            if len(kept) == 1:
+                continue
+            tensor = tensor[kept] if name.startswith(last) else tensor
+        elif name.startswith(f"{block}norm_act.0.") and len(kept) == 1:  # the norm after one expert is its own
+            name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
+        left[name] = tensor
+    return left
+
+
+def _kept_layers(layers: tuple[Layer, ...], kept: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
+    """The configs of layers in which the blocks named in `kept` have those experts only."""
+    changed = []
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Residual):
+            layer = Residual(layers=_kept_layers(layer.layers, kept, f"{prefix}{i}.layers."))
+        elif isinstance(layer, Block) and f"{prefix}{i}" in kept:
+            layer = Block(**{**dict(layer), "kernels": tuple(layer.kernels[k] for k in kept[f"{prefix}{i}"])})
+        changed.append(layer)
+    return tuple(changed)

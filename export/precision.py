@@ -1,0 +1,267 @@
+"""Float16 and int8 versions of an ONNX model, and the nodes that have to stay in float32 for them to be right.
+
+Both reductions are ONNX Runtime's own: `onnxruntime.transformers.float16` and `onnxruntime.quantization`. A model is
+the content of one file with the input and output that `export.to_onnx` gives it; shapes, the open batch and the
+metadata are kept.
+"""
+
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QDQQuantizer,
+    QuantType,
+    TensorsData,
+    create_calibrator,
+)
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+
+from export.certificate import onnx_logits
+from export.session import open_session
+from export.to_onnx import INPUT, NAME_SCOPES
+from model.errors import InputError, unknown
+
+Reduced = Literal["fp16", "int8"]
+
+HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum")  # each starts a group of nodes that are reduced together
+QUANTIZED = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "MaxPool")
+FLOAT_OUTPUT = ("Gemm",)  # gates and logits: 8 bits in the range that calibration saw would clip them
+LARGEST = np.finfo(np.float16).max / 2  # what is larger on some images may be too large on others
+BATCH = 32  # images at a time, for calibration and to rank nodes
+
+
+class PrecisionError(RuntimeError):
+    """A model that fails its check even with all of it in float32."""
+
+
+def to_fp16(model: bytes, keep: Collection[str] = ()) -> bytes:
+    """The model with weights and computation in float16; its input and output keep their types.
+
+    The nodes named in `keep` stay in float32, and values between two of them do not pass through float16. Raises
+    InputError for a name that is not in the model.
+    """
+    original = _parse(model, keep)
+    return _finish(_fp16(original, keep), original)
+
+
+def to_int8(model: bytes, calibration: np.ndarray, keep: Collection[str] = ()) -> bytes:
+    """The model with int8 weights, one scale for each output channel, and uint8 activations.
+
+    The activations' ranges are the smallest and largest values that `calibration`, images in the form of the model's
+    input, gives. The nodes named in `keep` stay in float32. Raises InputError where there are no images, and for a
+    name that is not in the model.
+    """
+    original = _parse(model, keep)
+    return _finish(_int8(original, _ranges(original, _some(calibration), QUANTIZED), keep), original)
+
+
+def lowered(
+    model: bytes,
+    precision: Reduced,
+    calibration: np.ndarray | None,
+    check: Callable[[bytes], bool],
+) -> tuple[bytes, list[str]]:
+    """The model in lower precision with as much in float32 as `check` demands, and the names of the nodes that are.
+
+    For fp16, all that `calibration` takes beyond float16's range stays in float32 from the start: ONNX Runtime on a CPU
+    computes in float32 between float16 weights, so that a check there would not see it. Where `check` is false, groups
+    of nodes are added, those first that change the logits most when they alone are reduced, in growing steps until
+    `check` is true. `calibration` is as in `to_int8`, and its first images also serve to rank the groups; for fp16 it
+    may be None, and random images serve. Raises PrecisionError where `check` is false with all in float32 too, and
+    InputError as `to_int8` does.
+    """
+    original = _parse(model)
+    if precision == "fp16":
+        images = _random_images(original) if calibration is None else _some(calibration)
+        ranges = _ranges(original, images, {node.op_type for node in original.graph.node})
+    else:
+        images = _some(calibration)
+        ranges = _ranges(original, images, QUANTIZED)
+
+    def reduce(keep: Collection[str]) -> bytes:
+        return _finish(_fp16(original, keep) if precision == "fp16" else _int8(original, ranges, keep), original)
+
+    groups = _groups(original, precision)
+    beyond = [precision == "fp16" and _beyond_fp16(original, ranges, group) for group in groups]
+    ranked, count = sorted(range(len(groups)), key=lambda i: not beyond[i]), sum(beyond)
+    measured = False
+    while True:
+        keep = [name for i in sorted(ranked[:count]) for name in groups[i]]
+        reduced = reduce(keep)
+        if check(reduced):
+            return reduced, keep
+        if count >= len(groups):
+            raise PrecisionError(f"{precision}: the check fails even with all {len(keep)} nodes in float32")
+        count = max(1, 2 * count)
+        if not measured:
+            errors = np.where(beyond, np.inf, _errors(model, images[:BATCH], groups, reduce))
+            ranked = sorted(range(len(groups)), key=lambda i: -errors[i])
+            count, measured = max(count, int(np.isinf(errors).sum())), True
+
+
+def _parse(model: bytes, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """The model with the types and shapes of all tensors."""
+    parsed = onnx.shape_inference.infer_shapes(onnx.load_from_string(model), check_type=True, strict_mode=True)
+    weights = {weight.name for weight in parsed.graph.initializer}
+    others = [value for value in parsed.graph.value_info if value.name not in weights]  # float16.py takes all for casts
+    del parsed.graph.value_info[:]
+    parsed.graph.value_info.extend(others)
+    names = [node.name for node in parsed.graph.node]
+    for name in keep:
+        if name not in names:
+            raise unknown("node", name, names)
+    return parsed
+
+
+def _finish(reduced: onnx.ModelProto, original: onnx.ModelProto) -> bytes:
+    """The reduced model in a valid order, with the metadata of the original, checked."""
+    tidied = OnnxModel(reduced)
+    tidied.prune_graph()
+    tidied.topological_sort()
+    del reduced.graph.value_info[:]  # some are there twice now, or of tensors that are gone
+    del reduced.metadata_props[:]
+    reduced.metadata_props.extend(original.metadata_props)
+    for node in reduced.graph.node:
+        layer = [prop for prop in node.metadata_props if prop.key == NAME_SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(layer)
+    onnx.checker.check_model(reduced, full_check=True)
+    return reduced.SerializeToString()
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _fp16(original: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
+    model = convert_float_to_float16(
+        _copy(original), keep_io_types=True, disable_shape_infer=True, node_block_list=list(keep)
+    )
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        source = made_by.get(node.input[0]) if _casts_to(node, onnx.TensorProto.FLOAT) else None
+        if source is not None and _casts_to(source, onnx.TensorProto.FLOAT16):
+            node.input[0] = source.input[0]  # from one node in float32 to another
+    casts = {node.output[0]: node for node in model.graph.node}  # the converter repeats one for each node that reads it
+    nodes = [node for node in model.graph.node if casts[node.output[0]] is node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
+    return node.op_type == "Cast" and next(one.i for one in node.attribute if one.name == "to") == kind
+
+
+class _Batches(CalibrationDataReader):
+    """All calibration images, some at a time."""
+
+    def __init__(self, images: np.ndarray):
+        self.parts = iter(images[i : i + BATCH] for i in range(0, len(images), BATCH))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        part = next(self.parts, None)
+        return None if part is None else {INPUT: part}
+
+
+def _some(calibration: np.ndarray | None) -> np.ndarray:
+    if calibration is None or len(calibration) == 0:
+        raise InputError("calibration: at least one image is needed, found none")
+    return calibration
+
+
+def _ranges(original: onnx.ModelProto, images: np.ndarray, operators: Collection[str]) -> TensorsData:
+    """The smallest and the largest value over all images of each float tensor that these operators read or write."""
+    with tempfile.TemporaryDirectory(prefix="expertgrid-") as directory:
+        path, watched = Path(directory, "model.onnx"), Path(directory, "watched.onnx")
+        onnx.save(original, path)
+        calibrator = create_calibrator(path, list(operators), str(watched), CalibrationMethod.MinMax)
+        calibrator.collect_data(_Batches(images))
+        return calibrator.compute_data()
+
+
+def _int8(original: onnx.ModelProto, ranges: TensorsData, keep: Collection[str]) -> onnx.ModelProto:
+    """uint8 activations and int8 weights: the only pair that ONNX Runtime has fast convolutions for on x86."""
+    quantizer = QDQQuantizer(
+        _copy(original),
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=ranges,
+        nodes_to_quantize=[],
+        nodes_to_exclude=list(keep),
+        op_types_to_quantize=list(QUANTIZED),
+        extra_options={
+            "OpTypesToExcludeOutputQuantization": list(FLOAT_OUTPUT),
+            "QDQKeepRemovableActivations": True,  # ONNX Runtime removes them when it loads; the names stay
+        },
+    )
+    quantizer.quantize_model()
+    return quantizer.model.model
+
+
+def _groups(original: onnx.ModelProto, precision: Reduced) -> list[list[str]]:
+    """The names of the nodes that a reduction changes: each heavy node with the light ones after it, in order.
+
+    A light node with several inputs is with the last of the heavy nodes that they come from.
+    """
+    tensors = (*original.graph.value_info, *original.graph.output)
+    floats = {tensor.name for tensor in tensors if tensor.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    groups: list[list[str]] = [[]]  # the first: what is before all heavy nodes
+    group_of: dict[str, int] = {}  # by tensor
+    for node in original.graph.node:
+        group = max((group_of.get(name, 0) for name in node.input), default=0)
+        if node.op_type in HEAVY:
+            group = len(groups)
+            groups.append([])
+        group_of |= dict.fromkeys(node.output, group)
+        if floats & set(node.output) and (precision == "fp16" or node.op_type in QUANTIZED):
+            groups[group].append(node.name)
+    return [group for group in groups if group]
+
+
+def _beyond_fp16(original: onnx.ModelProto, ranges: TensorsData, group: Collection[str]) -> bool:
+    """Whether the group's nodes read or write values, or have weights, that float16 might not hold."""
+    nodes = [node for node in original.graph.node if node.name in group]
+    names = {name for node in nodes for name in (*node.input, *node.output)}
+    values = [ranges[name].range_value for name in names & set(ranges.keys())]
+    floats = (one for one in original.graph.initializer if one.data_type == onnx.TensorProto.FLOAT)
+    weights = [onnx.numpy_helper.to_array(one) for one in floats if one.name in names]
+    return not all(np.abs(one).max(initial=0) < LARGEST for one in (*values, *weights) if one is not None)
+
+
+def _errors(
+    model: bytes, images: np.ndarray, groups: list[list[str]], reduce: Callable[[Collection[str]], bytes]
+) -> list[float]:
+    """For each group, the squared error that reducing it alone causes, relative to the logits'; infinite for NaN."""
+    float_BN = _logits(model, images)
+    errors = []
+    for group in groups:
+        others = {name for other in groups if other is not group for name in other}
+        difference_BN = _logits(reduce(others), images) - float_BN
+        errors.append(float((difference_BN**2).sum() / (float_BN**2).sum()))
+    return np.nan_to_num(errors, nan=np.inf).tolist()
+
+
+def _logits(model: bytes, images: np.ndarray) -> np.ndarray:
+    return onnx_logits(open_session(model, "cpu", "the model in lower precision"), images, BATCH).astype(np.float64)
+
+
+def _random_images(original: onnx.ModelProto) -> np.ndarray:
+    """A batch in the form of the model's input: uint8, or floats of mean 0 and variance 1."""
+    tensor = original.graph.input[0].type.tensor_type
+    shape = (BATCH, *(dim.dim_value for dim in tensor.shape.dim[1:]))
+    rng = np.random.default_rng(0)
+    if tensor.elem_type == onnx.TensorProto.UINT8:
+        return rng.integers(256, size=shape, dtype=np.uint8)
+    return rng.standard_normal(shape, dtype=np.float32)

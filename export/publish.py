@@ -1,0 +1,120 @@
+"""Publishing a network: export, lower the precision, certify, and only then write the file under its name."""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from export.certificate import BOUNDS, PYTORCH_BATCH, Certificate, Precision, certify, onnx_logits, pytorch_logits
+from export.fuse import REWRITES, gate_weights, prune_gates
+from export.precision import lowered
+from export.session import open_session
+from export.to_onnx import LOGITS, Input, as_input, served, to_onnx
+from model.checkpoint import Checkpoint
+from model.errors import InputError
+from model.net import ExpertNet
+
+CALIBRATION_IMAGES = 512
+NOT_IN_INT8 = ("one_kernel",)  # kernels that are mixed for each image are no constants, and would stay in float
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 pixels (B, H, W, C) and labels (B,) of a network's data."""
+
+    train: np.ndarray  # calibrates int8
+    validation: np.ndarray  # decides what stays in float
+    validation_labels: np.ndarray
+    test: np.ndarray  # certifies
+    test_labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Published:
+    """An exported file, and how it compares with PyTorch."""
+
+    model: bytes
+    certificate: Certificate
+    kept_in_float: list[str]  # nodes of a model of lower precision
+
+
+def publish(
+    checkpoint: Checkpoint,
+    images: Images,
+    kind: Input = "uint8",
+    precision: Precision = "fp32",
+    fused: bool = True,
+    outputs: Collection[str] = (LOGITS,),
+    providers: Sequence[str] = ("cpu",),
+) -> Published:
+    """The ONNX model of a checkpoint with its certificate, in memory.
+
+    What stays in float in a model of lower precision is decided on the validation images, so that the test images judge
+    a model that they did not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice
+    of layers holds the bound.
+    """
+    rewrites = REWRITES if precision != "int8" else [name for name in REWRITES if name not in NOT_IN_INT8]
+    model, kept = to_onnx(checkpoint, kind, rewrites if fused else (), outputs), []
+    if precision != "fp32":
+        model, kept = _lowered(model, checkpoint, images, kind, precision)
+    test = as_input(images.test, checkpoint, kind)
+    certificate = certify(model, served(checkpoint, kind), test, images.test_labels, precision, providers)
+    about = {
+        "expertgrid.precision": precision,
+        "expertgrid.certificate": hashlib.sha256(certificate.model_dump_json().encode()).hexdigest(),
+    }
+    return Published(with_metadata(model, about), certificate, kept)
+
+
+def _lowered(
+    model: bytes, checkpoint: Checkpoint, images: Images, kind: Input, precision: Precision
+) -> tuple[bytes, list[str]]:
+    validation = as_input(images.validation, checkpoint, kind)
+    labels_B = images.validation_labels
+    wanted = (pytorch_logits(served(checkpoint, kind), validation).argmax(1) == labels_B).mean()
+
+    def holds(candidate: bytes) -> bool:
+        logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), validation, PYTORCH_BATCH)
+        accuracy = (logits_BN.argmax(1) == labels_B).mean()
+        return bool(np.isfinite(logits_BN).all() and wanted - accuracy <= BOUNDS[precision].accuracy_loss)
+
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(len(images.train))[:CALIBRATION_IMAGES]
+    return lowered(model, precision, as_input(images.train[chosen], checkpoint, kind), holds)
+
+
+def with_metadata(model: bytes, about: dict[str, str]) -> bytes:
+    """The model with more metadata; what it has stays."""
+    proto = onnx.load_from_string(model)
+    onnx.helper.set_model_props(proto, {prop.key: prop.value for prop in proto.metadata_props} | about)
+    return proto.SerializeToString()
+
+
+def pruned(checkpoint: Checkpoint, images: Images, threshold: float) -> tuple[Checkpoint, str]:
+    """The checkpoint without experts whose weight is under `threshold` on every validation image, and what it cost.
+
+    This changes the function. What it says: the experts that were dropped, and the validation accuracy before and
+    after, in percent. Raises InputError for a network that has no experts.
+    """
+    before = checkpoint.network()
+    if not isinstance(before, ExpertNet):
+        raise InputError(f"--prune-gates: {checkpoint.trained.model} has no experts")
+    validation = as_input(images.validation, checkpoint, "float")
+    largest: dict[str, Tensor] = {}
+    for i in range(0, len(validation), PYTORCH_BATCH):
+        for block, gate_BK in gate_weights(before, torch.from_numpy(validation[i : i + PYTORCH_BATCH])).items():
+            seen_K = gate_BK.max(0).values
+            largest[block] = torch.maximum(largest.get(block, seen_K), seen_K)
+    after, dropped = prune_gates(before, largest, threshold)
+    accuracies = [
+        100 * (pytorch_logits(net, validation).argmax(1) == images.validation_labels).mean() for net in (before, after)
+    ]
+    return (
+        Checkpoint(after.config, checkpoint.trained, after.state_dict()),
+        f"pruned {len(dropped)} experts ({', '.join(dropped) or 'none'}): validation accuracy {accuracies[0]:.2f}% "
+        f"before, {accuracies[1]:.2f}% after",
+    )
