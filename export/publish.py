@@ -19,8 +19,8 @@ from model.errors import InputError
 from model.net import ExpertNet
 
 CALIBRATION_IMAGES = 512
-# Kernels that are mixed for each image are no constants, and would stay in float; and int8 convolutions apart were up to
-# 1.6 times as fast as one of all experts with a matrix product after it.
+# Kernels that are mixed for each image are no constants, and would stay in float; and int8 convolutions apart were up
+# to 1.6 times as fast as one of all experts with a matrix product after it.
 NOT_IN_INT8 = ("one_kernel", "one_conv", "matmul")
 
 
