@@ -296,7 +296,7 @@ def _write(
 
     certificate, trained = published.certificate, checkpoint.trained
     kept = file if certificate.passed else file.with_suffix(".rejected.onnx")
-    write_whole(kept.with_suffix(".certificate.json"), certificate.model_dump_json(indent=1).encode())
+    write_whole(kept.with_suffix(".certificate.json"), certificate.to_bytes())
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         config = source.parent / "config.json"

@@ -154,14 +154,13 @@ def read_onnx(path: Path) -> bytes:
     """The content of an ONNX file. Raises InputError where there is none or it is not ONNX."""
     try:
         model = path.read_bytes()
-        if not onnx.load_from_string(model).graph.node:
-            raise InputError(f"{path}: not an ONNX file: there is no graph in it")
-    except InputError:
-        raise
+        graph = onnx.load_from_string(model).graph
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # protobuf's errors have no public type of their own
         raise InputError(f"{path}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
+    if not graph.node:
+        raise InputError(f"{path}: not an ONNX file: there is no graph in it")
     return model
 
 

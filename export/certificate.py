@@ -74,6 +74,10 @@ class Certificate(BaseModel):
     opset: int
     versions: dict[str, str]
 
+    def to_bytes(self) -> bytes:
+        """The content of its file."""
+        return self.model_dump_json(indent=1).encode()
+
     def __str__(self) -> str:
         worst = max(self.agreements, key=lambda agreement: agreement.largest_difference)
         flips = max(len(agreement.argmax_flips) for agreement in self.agreements)

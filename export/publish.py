@@ -67,7 +67,7 @@ def publish(
     certificate = certify(model, served(checkpoint, kind), test, images.test_labels, precision, providers)
     about = {
         "expertgrid.precision": precision,
-        "expertgrid.certificate": hashlib.sha256(certificate.model_dump_json().encode()).hexdigest(),
+        "expertgrid.certificate": hashlib.sha256(certificate.to_bytes()).hexdigest(),
     }
     return Published(with_metadata(model, about), certificate, kept)
 

@@ -1,6 +1,7 @@
 """The command line, as a user calls it."""
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -196,7 +197,10 @@ def test_every_precision_with_certificate_and_card(expertgrid, trained_study, tm
     assert str(study / "export" / "model-uint8.onnx") in passed
     for file in map(Path, passed):
         assert file.exists()
-        assert json.loads(file.with_suffix(".certificate.json").read_text())["passed"]
+        certificate = file.with_suffix(".certificate.json").read_bytes()
+        assert json.loads(certificate)["passed"]
+        metadata = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
+        assert metadata["expertgrid.certificate"] == hashlib.sha256(certificate).hexdigest()
         assert "## Limits" in file.with_suffix(".md").read_text()
     assert "3 times to certify an export" in expertgrid("table", study).out
 
