@@ -3,6 +3,8 @@
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 """
 
+import dataclasses
+import json
 import sys
 import tomllib
 from collections.abc import Collection
@@ -12,16 +14,33 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 
-from ablations import tables
+from ablations import evidence, racing, tables
+from ablations import report as reports
+from ablations.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.data import SOURCES, ImageData, load_data
-from ablations.engines import TrialFailed, by_architecture, cost, run_local
+from ablations.engines import TrialFailed, by_architecture, compile_for, run_local, worth_compiling
+from ablations.findings import find
 from ablations.plots import accuracy_plot
 from ablations.progress import StudyProgress, console, status
 from ablations.recipe import RECIPES, Recipe
-from ablations.records import StudyDirectory, write_whole
-from ablations.study import Cell, Level, Study, Trial, check_fit, level_name, load_study, shipped_studies
+from ablations.records import Environment, Race, StudyDirectory, write_whole
+from ablations.rerun import finished_trial, train_again
+from ablations.study import (
+    Cell,
+    Level,
+    Study,
+    Trial,
+    changed_recipe,
+    check_fit,
+    level_name,
+    load_study,
+    shipped_studies,
+)
 from ablations.tables import render
 from ablations.train import start, train, uses_bfloat16
+from ablations.verify import check_study
+from model.compiled import CHOICES, device_kind, earns, missing
+from model.cost import cost
 from model.errors import InputError, unknown
 from model.presets import PRESETS, network
 
@@ -29,6 +48,7 @@ if TYPE_CHECKING:
     from export.publish import Published
     from model.checkpoint import Checkpoint
 
+CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on, the others validate
 INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 app = typer.Typer(
@@ -42,6 +62,7 @@ app = typer.Typer(
 DataDir = Annotated[Path | None, typer.Option(help="Where torchvision's copy of CIFAR is, instead of a download.")]
 Format = Annotated[str, typer.Option("--format", help=", ".join(tables.FORMATS))]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:N or mps.")]
+Compile = Annotated[str, typer.Option(help="auto (where training is long enough to earn it), on or off.")]
 
 
 def main() -> None:
@@ -76,24 +97,55 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="A change to the base.")] = None,
     out: Annotated[Path | None, typer.Option(help="Study directory; runs/STUDY where not given.")] = None,
     device: Device = "auto",
+    compile: Compile = "auto",
+    until: Annotated[
+        str | None, typer.Option(help="decided: a race, seeds are added to contrasts that are undecided.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="The last seed of a race.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials, train nothing, write nothing.")] = False,
 ) -> int:
     """Train a study and print its table; an interrupted one goes on from where it was.
 
-    Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network.
+    Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network. A race begins
+    with the study's seeds.
     """
     asked = load_study(study or "quickstart").change(seeds, data, dict(map(_setting, set_ or [])))
     on = _device(device)
+    _check_compile(compile, on)
+    racing.check_options(until, max_seeds, asked)
     directory = StudyDirectory(out or Path("runs") / asked.name)
     directory.check_holds(asked)
+    begun = directory.plan.race if (directory.path / "plan.json").exists() else None
+    if begun and until is None:
+        raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
     images = _read(asked.base.data, data_dir)
-    cells = asked.cells(images)
+    cells = asked.change(seeds=max_seeds).cells(images)
+    race = None
+    if max_seeds is not None:
+        trials = {trial.id for cell in cells for trial in cell.trials}
+        seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
+        race = racing.begun(cells, asked, max_seeds, seen)
+        if begun:
+            racing.check_same(begun, race)
+            race = begun
     if dry_run:
-        print(_plan_table(asked, cells, images, directory))
+        print(_plan_table(asked, cells, images, directory, race))
         return 0
     console.print(f"{asked.question}\n{images}", soft_wrap=True)
-    with directory.written(asked, images, cells):
-        failed = _train(cells, images.to(on), directory)
+    counts = {cell.trials[0].id: asked.seeds for cell in cells}
+    if begun:
+        counts |= {cell.trials[0]: max(len(cell.trials), asked.seeds) for cell in directory.plan.cells}
+    with directory.written(asked, images, racing.at(cells, counts), race):
+        failed = _train(racing.at(cells, counts), images.to(on), directory, compile)
+        while race:
+            rows = evidence.study_rows(directory)
+            wanted = racing.next_look(rows, race, counts)
+            console.print(racing.said(rows, race, wanted, counts), soft_wrap=True)
+            if wanted == counts:
+                break
+            counts = wanted
+            directory.write_plan(images, racing.at(cells, counts), race)
+            failed |= _train(racing.at(cells, counts), images.to(on), directory, compile)
     status = 1 if failed else 0
     if study is None and not failed:
         status = export(directory.path, data_dir=data_dir)
@@ -106,30 +158,34 @@ def run(
 
 def _show(directory: StudyDirectory) -> None:
     """The study's question and table on stdout, and its picture in its directory."""
-    rows = tables.study_rows(directory)
+    rows = evidence.study_rows(directory)
+    judgements = evidence.judge(rows, directory.study.margin, directory.plan.race)
     picture = directory.path / "accuracy.svg"
     write_whole(picture, accuracy_plot(directory.study.question, rows))
     print(f"{directory.study.question}\n")
-    print(render(tables.columns(rows), "text", tables.notes(directory, directory.plan, rows)))
+    notes = tables.notes(directory, directory.plan, rows, judgements)
+    print(render(tables.columns(rows, judgements), "text", notes))
     print(f"Picture: {picture}", flush=True)
 
 
-def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory) -> bool:
+def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, compile: str) -> bool:
     """Trains what is not there yet; whether some trial failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
+    if compile == "auto" and any(worth_compiling(trial, data) for trial in pending):
+        compile = _compile_if_it_can(data.train.labels_B.device)
     progress = StudyProgress(cells, pending, data.image_size, done_before)
     failed = False
     with progress.live():
-        for event in run_local(pending, data, directory):
+        for event in run_local(pending, data, directory, compile=compile):
             progress.show(event)
             failed |= isinstance(event, TrialFailed)
     return failed
 
 
-def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: StudyDirectory) -> str:
+def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: StudyDirectory, race: Race | None) -> str:
     rows = []
     for cell in cells:
         parameters, macs = cost(cell.trials[0].model, *data.image_size)
@@ -143,6 +199,13 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
         f"Data: {data}.",
         f"{len(different)} different trials in {directory.path}; nothing was trained or written.",
     ]
+    if race:
+        done = sum(directory.record(trial) is not None for trial in different)
+        first = {trial.id for cell in cells for trial in cell.trials[: race.first]}
+        notes.append(
+            f"A race: {len(first)} of them at least, for the first look at {race.first} seeds, and at most all "
+            f"{len(different)}, should every contrast go on to seed {race.last}; {done} are done."
+        )
     return f"{study.question}\n\n{render(rows, 'text', notes)}"
 
 
@@ -171,31 +234,170 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _check_compile(choice: str, device: torch.device) -> None:
+    if choice not in CHOICES:
+        raise unknown("choice of --compile", choice, CHOICES)
+    if choice == "on" and (reason := missing(device)):
+        raise InputError(f"--compile on: {reason}; with auto or off, networks are trained without")
+
+
+def _compile_if_it_can(device: torch.device) -> str:
+    """`auto`, or `off` and a notice where something that compiling needs is missing."""
+    if reason := missing(device):
+        console.print(f"trained without torch.compile: {reason}", soft_wrap=True)
+        return "off"
+    return "auto"
+
+
 @app.command()
 def table(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Study directories.")],
     format: Format = "text",
-    by: Annotated[str | None, typer.Option(help="A factor: a row for each of its levels, over all others.")] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="FACTOR[,FACTOR]", help="A row for each level: its mean and its effect.")
+    ] = None,
+    contrast: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="A B", help="Two cells: one test, in full.")
+    ] = None,
+    peek: Annotated[bool, typer.Option("--peek", help="What picking the best epoch and seed would claim.")] = False,
 ) -> int:
     """Print the table of one study, or of several together."""
     tables.check_format(format)
+    if sum((by is not None, contrast is not None, peek)) > 1:
+        raise InputError("--by, --contrast and --peek are different tables; give one of them")
     studies = [StudyDirectory(path) for path in directories]
-    if by is not None:
-        rows = [
-            ({"study": tables.study_name(one)} if len(studies) > 1 else {}) | row
-            for one in studies
-            for row in tables.marginal_rows(one, by)
-        ]
-        print(render(rows, format, ["Means over the cells of each level, for each seed; ± as in the whole table."]))
+    if contrast is not None:
+        if len(studies) > 1:
+            raise InputError(f"--contrast compares cells of one study; {len(studies)} were given")
+        _show_contrast(studies[0], *contrast, format)
         return 0
-    by_study = [tables.study_rows(one) for one in studies]
-    notes = [
-        (f"{tables.study_name(one)}: " if len(studies) > 1 else "") + note
-        for one, rows in zip(studies, by_study)
-        for note in tables.notes(one, one.plan, rows)
-    ]
-    print(render(tables.columns([row for rows in by_study for row in rows]), format, notes))
+    by_study = [evidence.study_rows(one) for one in studies]
+    rows = [row for rows in by_study for row in rows]
+    if by is not None:
+        marginals = [evidence.marginals(one, by.split(",")) for one in studies]
+        shown = [
+            ({"study": evidence.study_name(one)} if len(studies) > 1 else {}) | row
+            for one, found in zip(studies, marginals)
+            for row in tables.marginal_columns(found)
+        ]
+        notes = _of_each(studies, [tables.marginal_notes(*both) for both in zip(studies, marginals)])
+    elif peek:
+        peeks = [evidence.peek(one, row) for one, found in zip(studies, by_study) for row in found]
+        shown, notes = tables.peek_columns(rows, peeks), tables.PEEK_NOTES
+    else:
+        judged = [evidence.judge(found, one.study.margin, one.plan.race) for one, found in zip(studies, by_study)]
+        shown = tables.columns(rows, [judgement for one in judged for judgement in one])
+        three = zip(studies, by_study, judged)
+        notes = _of_each(studies, [tables.notes(one, one.plan, found, verdicts) for one, found, verdicts in three])
+    print(render(shown, format, notes))
     return 0
+
+
+def _of_each(studies: list[StudyDirectory], notes: list[list[str]]) -> list[str]:
+    """The notes of all studies, with their names where there are several."""
+    return [
+        (f"{evidence.study_name(one)}: " if len(studies) > 1 else "") + note
+        for one, lines in zip(studies, notes)
+        for note in lines
+    ]
+
+
+def _show_contrast(directory: StudyDirectory, first: str, second: str, format: tables.Format) -> None:
+    rows = evidence.study_rows(directory)
+    a, b = evidence.find_row(rows, first), evidence.find_row(rows, second)
+    if a is b:
+        raise InputError(f"--contrast: {first!r} and {second!r} are one cell")
+    found = evidence.compare(directory, rows, a, b)
+    splits, seeds = tables.comparison_columns(found)
+    notes = tables.comparison_notes(found, directory.study.margin)
+    names = {"A": evidence.row_name(a), "B": evidence.row_name(b)}
+    if not seeds:
+        raise InputError(f"--contrast: neither {names['A']} nor {names['B']} has a finished trial")
+    if format == "json":
+        tests, by_seed = (json.loads(render(table, "json")) for table in (splits, seeds))
+        verdict = dataclasses.asdict(found.judgement)
+        print(json.dumps({**names, "verdict": verdict, "splits": tests, "seeds": by_seed, "notes": notes}, indent=1))
+    elif format == "csv":
+        print(render(seeds, "csv"))
+    else:
+        titles = [("% " if format == "latex" else "") + f"{letter}: {name}" for letter, name in names.items()]
+        print("\n".join([*titles, "", render(splits, format), "", render(seeds, format, notes)]))
+
+
+@app.command("report")
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")],
+    out: Annotated[Path | None, typer.Option(help="DIR/report.html, or the directory of the figures.")] = None,
+    format: Annotated[str, typer.Option(help="html, pdf-figures, png-figures.")] = "html",
+    data_dir: DataDir = None,
+) -> int:
+    """Write all that a study shows as one HTML file that needs nothing else, or its figures for a paper.
+
+    The best network is run on the validation images; the test split is not read.
+    """
+    if format not in reports.FORMATS:
+        raise unknown("format", format, reports.FORMATS)
+    as_html = format == "html"
+    out = out or directory / ("report.html" if as_html else "figures")
+    if as_html and (out.suffix != ".html" or out.is_dir()):
+        raise InputError(f"--out {out}: the name of an .html file is needed")
+    if not as_html and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
+    with status("reading the study, and what its best network does on the validation images"):
+        found = find(StudyDirectory(directory), data_dir)
+    with status("drawing"):
+        files = (
+            {out: reports.html(found).encode()}
+            if as_html
+            else {
+                out / name: content for name, content in reports.figures(found, format.removesuffix("-figures")).items()
+            }
+        )
+    try:
+        for file, content in files.items():
+            write_whole(file, content)
+            print(file)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    return 0
+
+
+@app.command()
+def rerun(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")],
+    trial: Annotated[str, typer.Argument(metavar="ID", help="A trial of it, as the table and the ledger name them.")],
+    data: Annotated[str | None, typer.Option(help="Source of the images, where it is no longer where it was.")] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    format: Format = "text",
+) -> int:
+    """Train one trial again, beside its record, and say whether it comes out the same.
+
+    The record stays as it is. That the test split was read once more is entered in the ledger.
+    """
+    tables.check_format(format)
+    on = _device(device)
+    study = StudyDirectory(directory)
+    asked, record = finished_trial(study, trial)
+    images = _read(data or asked.source, data_dir)
+    with status(f"training trial {trial} again"):
+        found = train_again(study, asked, record, images.to(on))
+    if found.compared:
+        rows = [dataclasses.asdict(one) | {"same": "yes" if one.same else "no"} for one in found.compared]
+        print(render(rows, format, [found.verdict]))
+    else:
+        print(found.verdict)
+    return 0 if found.same else 1
+
+
+@app.command()
+def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")]) -> int:
+    """Recompute a study's numbers from what is kept beside them, and name each that does not fit."""
+    found = check_study(StudyDirectory(directory))
+    for line in [*found.problems, *found.skipped]:
+        print(line)
+    print(f"{directory}: {found.checked} checks, {len(found.problems)} do not fit")
+    return 1 if found.problems else 0
 
 
 @app.command("export")
@@ -267,7 +469,7 @@ def export(
             print(f"{one}: not exported: {error}")
             continue
         name = file if one == "fp32" else file.with_stem(f"{file.stem}-{one}")
-        rows = tables.study_rows(directory) if directory and prune_gates is None else []
+        rows = evidence.study_rows(directory) if directory and prune_gates is None else []
         passed &= _write(published, name, checkpoint, read, path, rows)
     return 0 if passed else 1
 
@@ -285,7 +487,7 @@ def _write(
     checkpoint: "Checkpoint",
     data: ImageData,
     source: Path,
-    rows: list[tables.Row],
+    rows: list[evidence.Row],
 ) -> bool:
     """Writes an exported model with its certificate and card; one that failed under another name. Whether it passed.
 
@@ -360,10 +562,10 @@ def show_model(
 
 
 def _best_checkpoint(directory: StudyDirectory) -> Path:
-    row = tables.best_row(tables.study_rows(directory))
+    row = evidence.best_row(evidence.study_rows(directory))
     if row is None:
         raise InputError(f"{directory.path}: no trial of this study is finished")
-    return directory.checkpoint(tables.best_record(row).trial)
+    return directory.checkpoint(evidence.best_record(row).trial)
 
 
 @app.command("bench")
@@ -415,48 +617,99 @@ def _batches(text: str) -> list[int]:
     return batches
 
 
+@app.command("show-augment")
+def show_augment(
+    recipe: Annotated[str, typer.Argument(help="A recipe.")],
+    out: Annotated[Path, typer.Option(help="The picture, a .png file.")],
+    data: Annotated[str, typer.Option(help="Data source.")] = "digits",
+    data_dir: DataDir = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="A change.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of all that is random, and of the images.")] = 0,
+    images: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 8,
+) -> int:
+    """Draw train images as a recipe's epochs give them to the network, each beside its original."""
+    if out.suffix != ".png" or out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: the name of a .png file in a directory that exists is needed")
+    changed = changed_recipe(recipe, dict(map(_setting, set_ or [])))
+    read = _read(data, data_dir)
+    changed.check_fits(read)
+    content = contact_sheet(changed, read, seed, images)
+    try:
+        write_whole(out, content)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    print(out)
+    return 0
+
+
 @app.command("bench-train")
 def bench_train(
     preset: Annotated[str, typer.Argument(help="A network; its report's recipe is used, or `fast`.")] = "eight_block",
     batch: Annotated[int, typer.Option(min=2, max=4096, help="Images in a batch.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps in a round.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each, taken in turns.")] = 7,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Steps in a round; 2, or 100 on CUDA.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each, taken in turns.")] = 5,
     device: Device = "auto",
+    compile: Compile = "auto",
     format: Format = "text",
 ) -> int:
-    """Measure what the training loop adds to bare forward, backward and optimiser steps."""
-    from bench.training import bare_round, compare
+    """Measure training, next to the plain way to train the same network and to bare steps on one batch.
+
+    `--compile auto` decides as for a whole training by the recipe on 45,000 images.
+    """
+    import bench.training as timing
+    from bench.peaks import measure_peaks
 
     tables.check_format(format)
     on = _device(device)
-    recipe = RECIPES.get(preset, RECIPES["fast"])
-    recipe = Recipe(**{**dict(recipe), "batch_size": batch, "epochs": rounds + 1})
-    images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
+    _check_compile(compile, on)
+    steps = steps or (100 if on.type == "cuda" else 2)
     config = network(preset)
+    recipe = RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
+    worth = earns(config, recipe.epochs * (CIFAR_TRAIN // batch), device_kind(on))
+    if compile == "auto":
+        compile = _compile_if_it_can(on) if worth else "off"
+    recipe = Recipe(**{**dict(recipe), "batch_size": batch, "epochs": rounds + 2})
+    images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
     check_fit(preset, config, images)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
-    training, bare = start(trial, images), start(trial, images)
-    mean_C, std_C = (torch.tensor(values, device=on) for values in recipe.mean_std(images))
+    mean, std = recipe.mean_std(images)
+    mean_C, std_C = torch.tensor(mean, device=on), torch.tensor(std, device=on)
     x_BCHW = recipe.augment(images.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(on))
     y_B = images.train.labels_B[:batch]
     amp = uses_bfloat16(recipe, on)
-    epochs = train(trial, images, training)
-    speed = compare(
-        preset, str(on), batch, steps, rounds,
-        loop=lambda: next(epochs).train_seconds,
-        bare=lambda: bare_round(bare.net.train(), bare.optimizer, x_BCHW, y_B, steps, amp),
+    transform = timing.plain_transform(mean, std, images.image_size, recipe.crop_padding, recipe.hflip, recipe.cutout)
+
+    with status(f"training {preset}"):
+        training = start(trial, images)
+        compile_seconds = 0.0 if compile == "off" else compile_for(trial, images, training)
+        epochs = train(trial, images, training)
+        memory, memory_is = timing.peak_memory(on, lambda: next(epochs))
+        bare = start(trial, images)
+        if compile_seconds:
+            compile_for(trial, images, bare)
+        plain = timing.textbook(start(trial, images).net.to(memory_format=torch.contiguous_format))
+        plain_images = timing.PlainImages(images.train.pixels_BHWC, images.train.labels_B, transform)
+        plainly = plain, recipe.optimizer(plain), plain_images, batch, steps, recipe.smoothing, on
+        with timing.plain_rounds(*plainly) as plain_round:
+            ways = {
+                "loop": lambda: next(epochs).train_seconds,
+                "bare": lambda: timing.bare_round(bare.net.train(), bare.optimizer, x_BCHW, y_B, steps, amp),
+                "plain": plain_round,
+            }
+            timing.in_turns(ways, 1)
+            seconds = timing.in_turns(ways, rounds)
+        peaks = measure_peaks(on)
+    speed = timing.TrainingSpeed.of(
+        seconds["loop"], seconds["bare"], seconds["plain"],
+        model=preset, device=Environment.here(on).device, threads=torch.get_num_threads(), torch=torch.__version__,
+        batch=batch, steps=steps, bfloat16=amp, compiled=compile_seconds > 0, compile_seconds=compile_seconds,
+        peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1], peaks=peaks,
+        plain_workers=timing.plain_workers(),
     )  # fmt: skip
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0
-    row = {
-        "model": preset,
-        "batch": batch,
-        "loop images/s": speed.images_per_s,
-        "bare images/s": speed.bare_images_per_s,
-        "overhead %": speed.overhead_percent,
-    }
-    print(render([row], format, [f"{on}, {torch.get_num_threads()} threads, {'bf16' if amp else 'fp32'}."]))
+    print(render(timing.rows(speed), format, timing.notes(speed)))
     return 0
 
 

@@ -10,15 +10,28 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from ablations.data import ImageData
-from ablations.records import Environment, Failure, Record, StudyDirectory, now, write_whole
+from ablations.data import ImageData, Split
+from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory, now, write_whole
 from ablations.study import Trial
-from ablations.train import Epoch, Training, TrainingError, predict, score, start, train, uses_bfloat16
+from ablations.train import (
+    Diverged,
+    Epoch,
+    Training,
+    TrainingError,
+    batches,
+    mirrored,
+    predict,
+    score,
+    start,
+    train,
+    uses_bfloat16,
+)
 from model.checkpoint import Checkpoint, Trained
-from model.presets import Network, build
+from model.compiled import compile_blocks, device_kind, earns
+from model.cost import cost
 
+CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 RESUME_EVERY_S = 30.0  # shorter trials start anew: that costs less than writing their state
 
 
@@ -40,7 +53,15 @@ class TrialFailed:
     reason: str
 
 
-Event = EpochDone | TrialDone | TrialFailed
+@dataclass(frozen=True)
+class TrialNote:
+    """Something about a trial that its reader should know, and that does not stop it."""
+
+    trial: Trial
+    text: str
+
+
+Event = EpochDone | TrialDone | TrialFailed | TrialNote
 
 
 def by_architecture(trials: list[Trial]) -> list[Trial]:
@@ -52,22 +73,29 @@ def by_architecture(trials: list[Trial]) -> list[Trial]:
 
 
 def run_local(
-    trials: list[Trial], data: ImageData, directory: StudyDirectory, resume_every_s: float = RESUME_EVERY_S
+    trials: list[Trial],
+    data: ImageData,
+    directory: StudyDirectory,
+    resume_every_s: float = RESUME_EVERY_S,
+    compile: str = "off",
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
-    A trial that fails leaves its reason in failure.json and the others go on.
+    A trial that fails leaves its reason in failure.json and the others go on. `compile` is one of `compiled.CHOICES`;
+    with "auto" a trial whose blocks do not compile is trained eagerly, and a note says so.
     """
     for trial in by_architecture(trials):
         try:
-            yield from _run(trial, data, directory, resume_every_s)
+            yield from _run(trial, data, directory, resume_every_s, compile)
         except Exception as error:  # whatever one trial dies of, the others are worth having
-            reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
-            directory.write_failure(trial.id, Failure(error=reason, traceback=traceback.format_exc(), time=now()))
-            yield TrialFailed(trial, reason)
+            failure = _failure(trial, error)
+            directory.write_failure(trial.id, failure)
+            yield TrialFailed(trial, str(failure))
 
 
-def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float) -> Iterator[Event]:
+def _run(
+    trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float, compile: str
+) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
     training = start(trial, data)
@@ -75,6 +103,14 @@ def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_
     if resume.exists():
         training.load_state_dict(_resumed(resume, data.train.labels_B.device))
     directory.keep_epochs(trial.id, training.epoch)
+    compile_seconds = 0.0
+    if compile == "on" or (compile == "auto" and worth_compiling(trial, data)):
+        try:
+            compile_seconds = compile_for(trial, data, training)
+        except Exception as error:
+            if compile == "on":
+                raise
+            yield TrialNote(trial, f"trained without torch.compile, which failed: {_reason(error)}")
     saved = time.monotonic()
     for epoch in train(trial, data, training):
         directory.append_epoch(trial.id, epoch)
@@ -84,10 +120,42 @@ def _run(trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_
             write_whole(resume, buffer.getvalue())
             saved = time.monotonic()
         yield EpochDone(trial, epoch)
-    record = _finish(trial, data, directory, training)
+    record = _finish(trial, data, directory, training, compile_seconds)
     resume.unlink(missing_ok=True)
     (place / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
+
+
+def _failure(trial: Trial, error: Exception) -> Failure:
+    """What is kept of a trial that failed. It is not tried again with other values."""
+    found = {"traceback": traceback.format_exc(), "time": now()}
+    if isinstance(error, Diverged):
+        return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
+    cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_message:
+        size = trial.recipe.batch_size
+        reason = f"no memory left at batch size {size}: {_reason(error)}"
+        return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
+    return Failure(error=_reason(error), **found)
+
+
+def worth_compiling(trial: Trial, data: ImageData) -> bool:
+    """What `--compile auto` decides for a trial, by the rule of `compiled.earns`."""
+    _, steps = batches(trial.recipe, data)
+    return earns(trial.model, steps * trial.recipe.epochs, device_kind(data.train.labels_B.device))
+
+
+def compile_for(trial: Trial, data: ImageData, training: Training) -> float:
+    """Compiles the network's blocks for the batches that the trial trains on; returns the seconds that it took."""
+    recipe, device = trial.recipe, data.train.labels_B.device
+    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
+    batch, _ = batches(recipe, data)
+    x_BCHW = recipe.augment(data.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
+    return compile_blocks(training.net, x_BCHW, uses_bfloat16(recipe, device))
 
 
 def _resumed(file: Path, device: torch.device) -> dict:
@@ -98,14 +166,31 @@ def _resumed(file: Path, device: torch.device) -> dict:
         raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
 
 
-def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: Training) -> Record:
-    """Measures the trained network in fp32, on the test split once, and writes checkpoint and record."""
+def _finish(
+    trial: Trial, data: ImageData, directory: StudyDirectory, training: Training, compile_seconds: float
+) -> Record:
+    """Measures the trained network in fp32, on the test split once, and writes checkpoint, predictions and record."""
     device = data.train.labels_B.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    validation = score(predict(training.net, data.validation, mean_C, std_C), data.validation.labels_B)
-    directory.enter_test_read(trial.id, "training", len(data.test))
-    test = score(predict(training.net, data.test, mean_C, std_C), data.test.labels_B)
+    flip = trial.recipe.tta == "flip"
+
+    kept = {}
+
+    def measure(split: Split, name: str) -> tuple[float, float, float | None]:
+        """Loss and accuracy, and the accuracy with the mirror images; keeps the predicted classes."""
+        logits_BN = predict(training.result, split, mean_C, std_C)
+        loss, accuracy = score(logits_BN, split.labels_B)
+        kept[name], kept[f"{name}_labels"] = logits_BN.argmax(1).cpu().numpy(), split.labels_B.cpu().numpy()
+        if not flip:
+            return loss, accuracy, None
+        both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
+        kept[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
+        return loss, accuracy, score(both_BN, split.labels_B)[1]
+
+    validation = measure(data.validation, "validation")
+    directory.enter_test_read(trial.id, "training", len(data.test), tta="flip" if flip else None)
+    test = measure(data.test, "test")
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
@@ -115,8 +200,9 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         mean=mean,
         std=std,
     )
-    checkpoint = Checkpoint(trial.model, trained, training.net.state_dict())
+    checkpoint = Checkpoint(trial.model, trained, training.result.state_dict())
     write_whole(directory.checkpoint(trial.id), checkpoint.to_bytes())
+    write_whole(directory.trial(trial.id) / "predictions.npz", Predictions(**kept).to_bytes())
     parameters, macs = cost(trial.model, *data.image_size)
     epochs = directory.epochs(trial.id)
     record = Record(
@@ -124,9 +210,11 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         seed=trial.seed,
         validation_loss=validation[0],
         validation_accuracy=validation[1],
+        validation_accuracy_flip=validation[2],
         validation_images=len(data.validation),
         test_loss=test[0],
         test_accuracy=test[1],
+        test_accuracy_flip=test[2],
         test_images=len(data.test),
         parameters=parameters,
         macs=macs,
@@ -134,17 +222,10 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
         train_seconds=sum(epoch.train_seconds for epoch in epochs),
         bfloat16=uses_bfloat16(trial.recipe, device),
+        compiled=compile_seconds > 0,
+        compile_seconds=compile_seconds,
         environment=Environment.here(device),
         finished=now(),
     )
     write_whole(directory.trial(trial.id) / "record.json", record.model_dump_json(indent=1).encode())
     return record
-
-
-def cost(config: Network, height: int, width: int) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one image's forward pass (of convolutions and matrix products)."""
-    with torch.device("meta"), torch.no_grad():
-        net = build(config).eval()
-        with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, config.in_chans, height, width))
-    return sum(parameter.numel() for parameter in net.parameters()), counter.get_total_flops() // 2

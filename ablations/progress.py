@@ -7,8 +7,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, cost
+from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote
 from ablations.study import Cell, Trial, level_name
+from model.cost import cost
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -58,6 +59,8 @@ class StudyProgress:
                         f"{record.images_per_s:,.0f} images/s, {record.train_seconds:.1f} s",
                         soft_wrap=True,
                     )
+            case TrialNote(trial, text):
+                console.print(f"{name} (trial {trial.id}): {text}", soft_wrap=True)
             case TrialFailed(trial, reason):
                 self._advance(trial, 0)
                 console.print(f"failed: {name} (trial {trial.id}): {reason}", style="red", soft_wrap=True)

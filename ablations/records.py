@@ -2,25 +2,30 @@
 
 study.toml        the study as it was run
 plan.json         its cells, with their levels and trial ids, and the data
-trials/ID/        config.json, epochs.jsonl, record.json and model.safetensors once done; until then resume.pt,
-                  and failure.json where training failed
+trials/ID/        config.json, epochs.jsonl, record.json, predictions.npz and model.safetensors once done; until then
+                  resume.pt, and failure.json where training failed
 export/  bench/   what `expertgrid export` and `bench` add
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export
 """
 
+import io
 import os
 import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
+from zipfile import BadZipFile
 
 import filelock
+import numpy as np
 import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,6 +52,9 @@ class Environment(BaseModel):
         return cls(device=name, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Record(BaseModel):
     """What came of a trial. Accuracies are shares of the split's images; losses are means in nats."""
 
@@ -54,18 +62,22 @@ class Record(BaseModel):
 
     trial: str
     seed: int
-    validation_accuracy: float
+    validation_accuracy: Share
     validation_loss: float
     validation_images: int
-    test_accuracy: float
+    test_accuracy: Share
     test_loss: float
     test_images: int
+    validation_accuracy_flip: Share | None = None  # of logits averaged over each image and its mirror image,
+    test_accuracy_flip: Share | None = None  # where the recipe's tta is "flip"
     parameters: int
     macs: int  # multiply-accumulates of one image's forward pass
     epochs: int
     images_per_s: float  # of training, median over the epochs but the first
     train_seconds: float
     bfloat16: bool
+    compiled: bool = False
+    compile_seconds: float = 0.0  # before the first epoch, and not in train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
 
@@ -78,12 +90,63 @@ class PlannedCell(BaseModel):
     trials: list[str]  # ids, by seed
 
 
+class Race(BaseModel):
+    """What was fixed before the first look at a race: `stats.race` of each row against the reference, on validation."""
+
+    alpha: float
+    margin: float  # in points of accuracy
+    first: int  # seeds at the first look; there is one after each further seed
+    last: int
+    contrasts: int
+    seen: int = 0  # trials whose results were there before
+
+
 class Plan(BaseModel):
-    """The cells of a study, resolved for its data."""
+    """The cells of a study, resolved for its data. In a race they differ in their number of seeds."""
 
     data: str  # in words, with the number of images
     source: str
     cells: list[PlannedCell]
+    race: Race | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a trained network took each image for, and the images' classes: integers (B,), in the order of the split.
+
+    So that nothing that a table or a report says of images needs another read of the test split. Those averaged with
+    the mirror images are there where the recipe's tta is "flip".
+    """
+
+    validation: np.ndarray
+    validation_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    validation_flip: np.ndarray | None = None
+    test_flip: np.ndarray | None = None
+
+    def to_bytes(self) -> bytes:
+        """The file predictions.npz."""
+        file = io.BytesIO()
+        arrays = {name: array for name, array in vars(self).items() if array is not None}
+        kind = np.uint8 if max(int(array.max()) for array in arrays.values()) < 256 else np.uint16
+        np.savez_compressed(file, **{name: array.astype(kind) for name, array in arrays.items()})
+        return file.getvalue()
+
+    @classmethod
+    def of_file(cls, file: Path) -> "Predictions":
+        """Raises InputError for a damaged file."""
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
+        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error) as error:
+            raise InputError(f"{file}: damaged: {error}") from None
+        for split in ("validation", "test"):
+            arrays = (array for name, array in vars(found).items() if name.startswith(split))
+            shapes = {array.shape for array in arrays if array is not None}
+            if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+                raise InputError(f"{file}: damaged: {split} has arrays of the shapes {sorted(shapes)}")
+        return found
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -108,11 +171,19 @@ def now() -> str:
 
 
 class Failure(BaseModel):
-    """Why a trial failed."""
+    """Why a trial failed: diverged, with the step (of all, from 1), or out of memory, with the batch size."""
 
+    kind: Literal["diverged", "out_of_memory", "error"] = "error"
     error: str
     traceback: str
     time: str
+    step: int | None = None
+    epoch: int | None = None  # from 1
+    lr: float | None = None  # of that step
+    batch_size: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.error}"
 
 
 class TestRead(BaseModel):
@@ -122,8 +193,9 @@ class TestRead(BaseModel):
 
     time: str
     trial: str
-    reader: str  # "training" or "export"
+    reader: str  # "training", "export" or "rerun"
     images: int
+    tta: Literal["flip"] | None = None  # in this read the mirror images were predicted as well
 
 
 class Benched(BaseModel):
@@ -182,6 +254,9 @@ class StudyDirectory:
         for cell in plan.cells:
             if cell.levels and list(cell.levels) != factors:
                 raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
+        settings = self.study.settings()
+        if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
+            raise InputError(f"{file}: its cells are not those of study.toml")
         return plan
 
     def check_holds(self, study: Study) -> None:
@@ -198,7 +273,7 @@ class StudyDirectory:
             raise InputError(f"--out {self.path}: is not empty, and holds no study")
 
     @contextmanager
-    def written(self, study: Study, data: ImageData, cells: list[Cell]) -> Iterator[None]:
+    def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Iterator[None]:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
         self.check_holds(study)
         try:
@@ -211,13 +286,16 @@ class StudyDirectory:
             raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
         with lock:
             write_whole(self.path / "study.toml", tomli_w.dumps(study.model_dump(mode="json")).encode())
-            planned = [
-                PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
-                for cell in cells
-            ]
-            plan = Plan(data=str(data), source=data.source, cells=planned)
-            write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
+            self.write_plan(data, cells, race)
             yield
+
+    def write_plan(self, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
+        planned = [
+            PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
+            for cell in cells
+        ]
+        plan = Plan(data=str(data), source=data.source, cells=planned, race=race)
+        write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
 
     def trial(self, trial_id: str) -> Path:
         return self.path / "trials" / trial_id
@@ -229,10 +307,13 @@ class StudyDirectory:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return read_record(Record, self.trial(trial_id) / "record.json")
 
-    def failure(self, trial_id: str) -> str | None:
-        """Why a trial failed, None where it did not."""
-        failure = read_record(Failure, self.trial(trial_id) / "failure.json")
-        return failure.error if failure else None
+    def config(self, trial_id: str) -> Trial | None:
+        """What a trial is, None where it was never begun. Raises InputError for a damaged one."""
+        return read_record(Trial, self.trial(trial_id) / "config.json")
+
+    def failure(self, trial_id: str) -> Failure | None:
+        """Why a trial failed, None where it did not. Raises InputError for a damaged one."""
+        return read_record(Failure, self.trial(trial_id) / "failure.json")
 
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
@@ -247,6 +328,7 @@ class StudyDirectory:
             try:
                 beside_this.record(trial_id)
                 load(beside_this.checkpoint(trial_id))
+                beside_this.predictions(trial_id)
                 reads = [read for read in beside_this.test_reads() if read.trial == trial_id]
             except InputError:
                 continue  # a damaged trial is trained again
@@ -268,7 +350,19 @@ class StudyDirectory:
             file.write(epoch.model_dump_json() + "\n")
 
     def epochs(self, trial_id: str) -> list[Epoch]:
-        return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
+        """What each epoch gave. Raises InputError for a damaged file."""
+        file = self.trial(trial_id) / "epochs.jsonl"
+        try:
+            return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
+        except ValidationError as error:
+            raise invalid(str(file), error, Epoch.model_fields) from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: damaged: {error}") from None
+
+    def predictions(self, trial_id: str) -> Predictions | None:
+        """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
+        file = self.trial(trial_id) / "predictions.npz"
+        return Predictions.of_file(file) if file.exists() else None
 
     def keep_epochs(self, trial_id: str, count: int) -> None:
         """Drops the lines after the first `count`, which an interrupted training left."""
@@ -279,13 +373,13 @@ class StudyDirectory:
         file = self.trial(trial_id) / "epochs.jsonl"
         return file.read_text().splitlines() if file.exists() else []
 
-    def enter_test_read(self, trial_id: str, reader: str, images: int) -> None:
+    def enter_test_read(self, trial_id: str, reader: str, images: int, tta: Literal["flip"] | None = None) -> None:
         """Adds the ledger's line for one read of the test split."""
-        self._enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images))
+        self._enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images, tta=tta))
 
     def _enter(self, read: TestRead) -> None:
         with (self.path / "ledger.jsonl").open("a") as ledger:
-            ledger.write(read.model_dump_json() + "\n")
+            ledger.write(read.model_dump_json(exclude_none=True) + "\n")
 
     def test_reads(self) -> list[TestRead]:
         """Each time the test split was read. Raises InputError for a damaged ledger."""

@@ -54,7 +54,8 @@ class Study(BaseModel):
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
     (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
     `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
-    the base's recipe with its changes. `reported` is what the source of a level claims, shown beside its cell.
+    the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
+    surely nearer are equivalent. `reported` is what the source of a level claims, shown beside its cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -63,6 +64,7 @@ class Study(BaseModel):
     question: str
     design: Literal["factorial", "one_at_a_time"] = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
+    margin: float = Field(0.5, gt=0, le=100)
     base: Base = Base()
     set: dict[str, Level] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
@@ -129,6 +131,7 @@ class Study(BaseModel):
         parts = _changed(*_changed(config, recipe(recipe_name), settings), factors)
         _check_optimiser(parts[1])
         check_fit(model, parts[0], data)
+        parts[1].check_fits(data)
         trials = tuple(
             Trial(
                 model_name=model,
@@ -283,10 +286,25 @@ def _with_paths(spec: BaseModel, root: str, changes: dict[str, Level]) -> Any:
         for part in parents:
             place, at = place[_key(place, at, part)], f"{at}.{part}"
         place[_key(place, at, last)] = value
+    if isinstance(spec, Recipe):
+        fields = Recipe.without_idle(fields, given=changes)
     try:
         return type(spec).model_validate(fields)
     except ValidationError as error:
         raise invalid(root, error, type(spec).model_fields) from None
+
+
+def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
+    """The recipe called `name` with fields set, by their names or dotted paths. Raises InputError."""
+    dotted = {_dotted(path) or path: value for path, value in settings.items()}
+    for path in dotted:
+        if not path.startswith("recipe."):
+            raise unknown("field of the recipe", path, Recipe.model_fields)
+    changed = _with_paths(
+        recipe(name), "recipe", {path.removeprefix("recipe."): value for path, value in dotted.items()}
+    )
+    _check_optimiser(changed)
+    return changed
 
 
 def _key(place: object, at: str, part: str) -> str | int:
@@ -306,8 +324,9 @@ def _check_optimiser(recipe: Recipe) -> None:
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"recipe.opt: {recipe.opt!r} cannot be made here with this recipe: {reason}") from None
-    if recipe.opt_betas is not None and "betas" not in optimizer.defaults:
-        raise InputError(f"recipe.opt_betas: optimiser {recipe.opt!r} has none")
+    for field, name in (("opt_betas", "betas"), ("momentum", "momentum")):
+        if getattr(recipe, field) is not None and name not in optimizer.defaults:
+            raise InputError(f"recipe.{field}: optimiser {recipe.opt!r} has none")
 
 
 def check_fit(name: str, config: Network, data: ImageData) -> None:

@@ -2,30 +2,47 @@
 
 `train` is a generator: each `next` trains one epoch and yields what came of it. Whoever drives it writes records,
 draws progress or takes the time; the loop itself knows of none of these.
+
+Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with convolutions in TF32 on CUDA devices that
+have it; what is kept of a trained network is measured in full fp32.
 """
 
+import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ablations.augment import normalise
 from ablations.data import ImageData, Split
+from ablations.loader import Loader, batches
 from ablations.recipe import Recipe
 from ablations.study import Trial
+from model.net import ExpertNet
 from model.presets import build
 
 EVALUATION_BATCH = 500
+STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
 
 
 class TrainingError(RuntimeError):
     """A trial that cannot go on; the other trials can."""
+
+
+class Diverged(TrainingError):
+    """A loss that is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+
+    def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
+        super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
+        self.step, self.epoch, self.lr = step, epoch, lr
 
 
 class Epoch(BaseModel):
@@ -34,7 +51,7 @@ class Epoch(BaseModel):
     epoch: int  # from 1
     lr: float  # after the last step
     train_loss: float
-    train_accuracy: float  # on the augmented images, while training
+    train_accuracy: float  # on the augmented images, while training; under mixup, of the class with the larger share
     validation_loss: float
     validation_accuracy: float
     images_per_s: float  # of training alone
@@ -49,82 +66,90 @@ class Training:
     net: nn.Module
     optimizer: Optimizer
     scheduler: Scheduler | None
+    average: ModelEmaV3 | None = None
     epoch: int = 0  # epochs done
 
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated, tested and saved: the moving average where the recipe has one."""
+        return self.net if self.average is None else self.average.module
+
     def state_dict(self) -> dict:
-        """Network, optimiser and epochs done. The schedule follows from these, and so do all random numbers."""
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch}
+        """Network, its average, optimiser and epochs done. The schedule and all random numbers follow from these."""
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
+        net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
+        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average}
 
     def load_state_dict(self, state: dict) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.epoch = state["epoch"]
 
 
 def start(trial: Trial, data: ImageData) -> Training:
     """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
     device = data.train.labels_B.device
+    _set_precision("tf32")
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
     net = build(trial.model).to(device, memory_format=torch.channels_last)
+    if isinstance(net, ExpertNet):
+        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(data))
+        net.fit_stem(normalise(data.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
     optimizer = trial.recipe.optimizer(net)
     _, steps = batches(trial.recipe, data)
-    return Training(net, optimizer, trial.recipe.scheduler(optimizer, steps))
+    return Training(net, optimizer, trial.recipe.scheduler(optimizer, steps), trial.recipe.average(net))
 
 
-def batches(recipe: Recipe, data: ImageData) -> tuple[int, int]:
-    """Images in a batch, and whole batches in an epoch: the rest of a shuffled epoch is left out."""
-    batch = min(recipe.batch_size, len(data.train))
-    return batch, len(data.train) // batch
-
-
-def train(trial: Trial, data: ImageData, training: Training) -> Iterator[Epoch]:
+def train(trial: Trial, data: ImageData, training: Training, workers: int | None = None) -> Iterator[Epoch]:
     """Trains from where `training` stands to the recipe's last epoch, yielding after each.
 
-    Images stay on their device, where each batch is gathered and augmented; nothing waits for the device within an
-    epoch. All that is random in an epoch follows from the trial's seed and the epoch's number, so that a resumed trial
-    ends as if it had never stopped. Raises TrainingError where the loss is no longer finite.
+    Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
+    the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
+    Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
     recipe, net, optimizer = trial.recipe, training.net, training.optimizer
     device = data.train.labels_B.device
-    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
+    loader = Loader(recipe, data, trial.seed, workers)
     batch, steps = batches(recipe, data)
     amp = uses_bfloat16(recipe, device)
-    generator = torch.Generator(device)
+    losses_S = torch.zeros(steps, device=device)
 
     for epoch in range(training.epoch, recipe.epochs):
-        generator.manual_seed(trial.seed * recipe.epochs + epoch)
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
-        order = torch.randperm(len(data.train), device=device, generator=generator)
-        loss_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device, dtype=torch.int64)
+        rates = []
         net.train()
         started = seconds(device)
-        for step in range(steps):
-            chosen_B = order[step * batch : (step + 1) * batch]
-            x_BCHW = recipe.augment(data.train.pixels_BHWC[chosen_B], mean_C, std_C, generator)
-            y_B = data.train.labels_B[chosen_B]
+        for step, images in enumerate(loader.epoch(epoch)):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits_BN = net(x_BCHW)
-                loss = F.cross_entropy(logits_BN, y_B, label_smoothing=recipe.smoothing)
+                logits_BN = net(images.x_BCHW)
+                loss = F.cross_entropy(logits_BN, images.targets, label_smoothing=recipe.smoothing)
+            rates.append(optimizer.param_groups[0]["lr"])
+            losses_S[step] = loss.detach()
+            if device.type == "cpu" and not math.isfinite(losses_S[step]):
+                break
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            done = epoch * steps + step + 1
+            if training.average is not None:
+                training.average.update(net, done)
             if training.scheduler is not None:
-                training.scheduler.step_update(epoch * steps + step + 1)
-            loss_sum += loss.detach()
-            correct += (logits_BN.detach().argmax(1) == y_B).sum()
+                training.scheduler.step_update(done)
+            correct += (logits_BN.detach().argmax(1) == images.labels_B).sum()
         trained = seconds(device)
-        train_loss = loss_sum.item() / steps
-        lr = optimizer.param_groups[0]["lr"]
-        if not torch.isfinite(loss_sum):
-            raise TrainingError(f"the loss is {train_loss} in epoch {epoch + 1} (learning rate {lr:.2g})")
-        logits_BN = predict(net, data.validation, mean_C, std_C, amp)
+        _check_finite(losses_S, epoch * steps, epoch, rates)
+        logits_BN = predict(training.result, data.validation, loader.mean_C, loader.std_C, amp)
         validation_loss, validation_accuracy = score(logits_BN, data.validation.labels_B)
+        if not math.isfinite(validation_loss):
+            raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
         training.epoch = epoch + 1
         yield Epoch(
             epoch=epoch + 1,
-            lr=lr,
-            train_loss=train_loss,
+            lr=optimizer.param_groups[0]["lr"],
+            train_loss=losses_S.mean().item(),
             train_accuracy=correct.item() / (steps * batch),
             validation_loss=validation_loss,
             validation_accuracy=validation_accuracy,
@@ -134,6 +159,36 @@ def train(trial: Trial, data: ImageData, training: Training) -> Iterator[Epoch]:
         )
 
 
+def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[float]) -> None:
+    """Raises Diverged for the first of an epoch's losses that is not finite. Waits for the device."""
+    if not torch.isfinite(losses_S).all():
+        first = int(torch.isfinite(losses_S).logical_not().int().argmax())
+        raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, rates[first])
+
+
+def _set_precision(precision: str) -> None:
+    """ "tf32" or "ieee" for fp32 convolutions on CUDA; fp32 matrix products are always exact.
+
+    These networks spend their time in convolutions. With TF32 matrix products torch.compile, which still asks by
+    PyTorch's older names, would be refused an answer.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Convolutions are exact within, and in TF32 again afterwards."""
+    _set_precision("ieee")
+    try:
+        yield
+    finally:
+        _set_precision("tf32")
+
+
+@torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for
+@full_fp32()
 @torch.inference_mode()
 def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
     """Logits (B, N) of all images of a split, in order, without augmentation, with the network in evaluation mode."""
@@ -144,6 +199,11 @@ def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bo
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
             parts.append(net(x_BCHW).float())
     return torch.cat(parts)
+
+
+def mirrored(split: Split) -> Split:
+    """The split with its images mirrored left to right."""
+    return Split(split.pixels_BHWC.flip(2), split.labels_B)
 
 
 def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:

@@ -1,34 +1,104 @@
-"""Training throughput: what the training loop adds to the forward pass, the backward pass and the optimiser's step."""
+"""Training throughput: our loop beside the plain way to train the same network, and beside bare steps.
 
+The plain way is what a good tutorial has: an eager network in float32 and PyTorch's default memory layout, whose blocks
+stack their experts' outputs and sum them with their weights; PIL images through torchvision's transforms in a
+`DataLoader` with as many worker processes as there are cores, kept between epochs, with pinned memory on CUDA; the
+recipe's optimiser as PyTorch has it by default, and its label smoothing, without a schedule. Of the recipe's
+augmentation it has the crop, the flip and Cutout; what else there is, only our loop has to do. Nothing is done to slow
+it down: TF32 stays as PyTorch has it, batches are copied without waiting, the loss is not read, and before the clock
+of a round starts its workers run and its first batch was there. What they prepared beyond that while others had their
+turn is dropped, or short rounds would get their images for nothing.
+
+All take turns in short rounds in one process, so that a change of the machine's speed hits all of them.
+"""
+
+import itertools
+import os
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from bench.peaks import Peaks, synchronise
+from model.net import ExpertBlock
+
+PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
 
 
 class TrainingSpeed(BaseModel):
-    """Images a second of the training loop and of the bare loop, each the median of `rounds`, and their raw seconds."""
+    """Images a second of three ways to train, each the median of `rounds`, and their raw seconds."""
 
     model: str
     device: str
+    threads: int
+    torch: str
     batch: int
     steps: int  # in a round
     rounds: int
+    bfloat16: bool  # of our loop and of the bare steps
+    compiled: bool  # likewise
+    compile_seconds: float  # before the first round
     images_per_s: float
     bare_images_per_s: float
+    plain_images_per_s: float
+    ratio: float  # median over the rounds of our images/s over the plain way's
     overhead_percent: float  # median over the rounds of loop / bare - 1
+    peak_memory_bytes: int | None  # of our loop, in its first round
+    peak_memory_is: str
+    macs: int  # multiply-accumulates of one image's forward pass
+    peaks: Peaks
+    device_peak_flops: float  # of the peaks, that of the type which our loop computes in
+    peak_share: float  # of it that our loop uses, where a step takes the work of three forward passes
+    plain_workers: int
     loop_s: list[float]
     bare_s: list[float]
+    plain_s: list[float]
+
+    @classmethod
+    def of(cls, loop_s: list[float], bare_s: list[float], plain_s: list[float], **known: object) -> "TrainingSpeed":
+        """The speeds that follow from the seconds of each round; `known` are the other fields."""
+        images = known["batch"] * known["steps"]
+        rate, bare_rate, plain_rate = (images / statistics.median(times) for times in (loop_s, bare_s, plain_s))
+        peaks = known["peaks"]
+        peak = peaks.bf16_flops if known["bfloat16"] else peaks.fp32_flops
+        return cls(
+            **known,
+            images_per_s=rate,
+            bare_images_per_s=bare_rate,
+            plain_images_per_s=plain_rate,
+            ratio=statistics.median(plain / loop for plain, loop in zip(plain_s, loop_s)),
+            overhead_percent=100 * (statistics.median(loop / bare for loop, bare in zip(loop_s, bare_s)) - 1),
+            device_peak_flops=peak,
+            peak_share=3 * 2 * known["macs"] * rate / peak,
+            rounds=len(loop_s),
+            loop_s=loop_s,
+            bare_s=bare_s,
+            plain_s=plain_s,
+        )
+
+
+def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each way returns, `rounds` times, in turns whose order is reversed each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds):
+        for name in list(ways)[:: 1 if i % 2 else -1]:
+            seconds[name].append(ways[name]())
+    return seconds
 
 
 def bare_round(net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, y_B: Tensor, steps: int, bfloat16: bool) -> float:
     """Seconds of `steps` times forward, backward and step on one batch that is ready on the device."""
-    _synchronise(x_BCHW.device)
+    synchronise(x_BCHW.device)
     started = time.perf_counter()
     for _ in range(steps):
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bfloat16):
@@ -36,37 +106,190 @@ def bare_round(net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, y_B: Tensor
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    _synchronise(x_BCHW.device)
+    synchronise(x_BCHW.device)
     return time.perf_counter() - started
 
 
-def compare(
-    model: str, device: str, batch: int, steps: int, rounds: int, loop: Callable[[], float], bare: Callable[[], float]
-) -> TrainingSpeed:
-    """Lets `loop` and `bare` take turns, one round of `steps` each, after a warm-up of each that is not counted.
+def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | None, str]:
+    """Calls `run`; the most memory that it held, in bytes, and which memory that is.
 
-    Both return the seconds that their round took.
+    On CUDA all that tensors held at a time; on a CPU by how much the most that the process ever had resident grew.
     """
-    loop(), bare()
-    loop_s, bare_s = [], []
-    for i in range(rounds):
-        for run, times in ((loop, loop_s), (bare, bare_s))[:: 1 if i % 2 else -1]:
-            times.append(run())
-    images = batch * steps
-    return TrainingSpeed(
-        model=model,
-        device=device,
-        batch=batch,
-        steps=steps,
-        rounds=rounds,
-        images_per_s=images / statistics.median(loop_s),
-        bare_images_per_s=images / statistics.median(bare_s),
-        overhead_percent=100 * (statistics.median(a / b for a, b in zip(loop_s, bare_s)) - 1),
-        loop_s=loop_s,
-        bare_s=bare_s,
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        run()
+        return None, "not measured on this system"
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    run()
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return (getrusage(RUSAGE_SELF).ru_maxrss - before) * unit, "growth of the process's largest resident set"
+
+
+class TextbookBlock(nn.Module):
+    """An expert block as one writes it down: all experts' outputs stacked, weighted, and summed."""
+
+    def __init__(self, block: ExpertBlock):
+        super().__init__()
+        self.experts, self.gate, self.norm_act = block.experts, block.gate, block.norm_act
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        outputs_BKCHW = torch.stack([expert(x_BCHW) for expert in self.experts], dim=1)
+        if self.gate is None:
+            return self.norm_act(outputs_BKCHW[:, 0])
+        return self.norm_act((self.gate(x_BCHW)[:, :, None, None, None] * outputs_BKCHW).sum(1))
+
+
+def textbook(net: nn.Module) -> nn.Module:
+    """`net` itself, with a `TextbookBlock` of the same weights in place of each expert block."""
+    for name, child in net.named_children():
+        setattr(net, name, TextbookBlock(child) if isinstance(child, ExpertBlock) else textbook(child))
+    return net
+
+
+class Cutout:
+    """A square of `size` pixels of an image (C, H, W) set to zero, its centre anywhere in the image."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, x_CHW: Tensor) -> Tensor:
+        top, left = (random.randrange(pixels) - self.size // 2 for pixels in x_CHW.shape[1:])
+        x_CHW[:, max(0, top) : max(0, top + self.size), max(0, left) : max(0, left + self.size)] = 0
+        return x_CHW
+
+
+def plain_transform(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: tuple[int, int],
+    crop_padding: int = 0,
+    hflip: float = 0.0,
+    cutout: int = 0,
+) -> Callable[[Image.Image], Tensor]:
+    """torchvision's transforms of a PIL image, in their usual order; those which are 0 are left out."""
+    return transforms.Compose(
+        [
+            *[transforms.RandomCrop(image_size, padding=crop_padding)] * bool(crop_padding),
+            *[transforms.RandomHorizontalFlip(hflip)] * bool(hflip),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+            *[Cutout(cutout)] * bool(cutout),
+        ]
     )
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class PlainImages(Dataset):
+    """Images (B, H, W, C) of uint8 as PIL images through a transform, with their labels: torchvision's CIFAR10."""
+
+    def __init__(self, pixels_BHWC: Tensor, labels_B: Tensor, transform: Callable[[Image.Image], Tensor]):
+        pixels_BHWC = pixels_BHWC.squeeze(3) if pixels_BHWC.shape[3] == 1 else pixels_BHWC
+        self.pixels, self.labels, self.transform = pixels_BHWC.cpu().numpy(), labels_B.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def plain_workers() -> int:
+    """As many worker processes as there are cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def plain_rounds(
+    net: nn.Module,
+    optimizer: Optimizer,
+    images: PlainImages,
+    batch: int,
+    steps: int,
+    smoothing: float,
+    device: torch.device,
+) -> Iterator[Callable[[], float]]:
+    """A function that trains `net` the plain way for `steps` steps and returns their seconds.
+
+    The worker processes run until the context is left. One long epoch is drawn from the images, with replacement. An
+    optimiser that has PyTorch's fused implementation is set back to the one that PyTorch takes by itself.
+    """
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = None
+    workers = plain_workers()
+    loader = DataLoader(
+        images,
+        batch,
+        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
+        num_workers=workers,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=PREFETCHED,
+    )
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    batches = iter(loader)
+    net.train()
+
+    def run() -> float:
+        for _ in range(workers * PREFETCHED + 1):
+            next(batches)
+        synchronise(device)
+        started = time.perf_counter()
+        for x_BCHW, y_B in itertools.islice(batches, steps):
+            x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
+            plain_step(net, optimizer, criterion, x_BCHW, y_B)
+        synchronise(device)
+        return time.perf_counter() - started
+
+    try:
+        yield run
+    finally:
+        batches = loader = None  # the workers end with the last reference to their iterator
+
+
+def plain_step(net: nn.Module, optimizer: Optimizer, criterion: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """One step of the textbook; returns its loss."""
+    optimizer.zero_grad()
+    loss = criterion(net(x_BCHW), y_B)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
+    """The three ways as the rows of a table, with their speeds relative to the plain way."""
+    rates = {
+        "expertgrid": (speed.images_per_s, speed.ratio),
+        "bare steps on one batch": (
+            speed.bare_images_per_s,
+            statistics.median(plain / bare for plain, bare in zip(speed.plain_s, speed.bare_s)),
+        ),
+        "the plain way": (speed.plain_images_per_s, 1.0),
+    }
+    return [
+        {"training": name, "images/s": round(rate, 1), "x plain": round(ratio, 2)}
+        for name, (rate, ratio) in rates.items()
+    ]
+
+
+def notes(speed: TrainingSpeed) -> list[str]:
+    """What a reader of the table must know, in sentences."""
+    peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
+    compiled = f"compiled in {speed.compile_seconds:.1f} s before the clock started" if speed.compiled else "eager"
+    memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
+    return [
+        f"{speed.model}, batch {speed.batch}, on {speed.device}, {speed.threads} threads, torch {speed.torch}; medians "
+        f"of {speed.rounds} rounds of {speed.steps} steps, in turns.",
+        f"expertgrid: {dtype}, channels last, {compiled}, images and augmentation on the device; its loop takes "
+        f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
+        f"the plain way: fp32, eager, experts stacked, torchvision transforms in {speed.plain_workers} worker "
+        "processes.",
+        f"Memory at most: {memory}{speed.peak_memory_is}.",
+        f"{speed.macs:,} MACs an image; the device multiplies matrices at {peaks.bf16_flops / 1e12:,.2f} TFLOP/s in "
+        f"bf16 and {peaks.fp32_flops / 1e12:,.2f} in fp32 and copies {peaks.copy_bytes_per_s / 1e9:,.1f} GB/s; "
+        f"training uses {100 * speed.peak_share:.1f}% of its {dtype} peak.",
+    ]

@@ -78,7 +78,9 @@ def fold_norms(parts: Parts) -> Parts:
 
 
 def constant_weights(gate: Gate) -> Tensor | None:
-    """The weights (K,) of a gate that is the same for all images: uniform, or its last layer's matrix is zero."""
+    """The weights (K,) of a gate that is the same for all images: uniform, constant, or its last matrix is zero."""
+    if gate.logits_K is not None:
+        return torch.softmax(gate.logits_K.detach() / gate.temperature, dim=0)
     if gate.mlp is None:
         return torch.full((gate.experts,), 1 / gate.experts)
     last = gate.mlp[-1]
@@ -330,11 +332,26 @@ def _fuse_layers(module: nn.Module, rewrites: Collection[str], prefix: str) -> n
                 parts = rewrite(parts)
             setattr(module, name, FusedBlock(parts))
         elif isinstance(layer, ConvNormAct):
-            if hasattr(layer, "norm") and "batch_norm" in rewrites:
-                setattr(module, name, nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.act))
+            if "batch_norm" in rewrites:
+                setattr(module, name, fold_norm(layer))
         else:
             _fuse_layers(layer, rewrites, f"{prefix}{name}.")
     return module
+
+
+def fold_norm(layer: ConvNormAct) -> nn.Sequential:
+    """A plain convolution in eval mode with its batch norm, where it has one, folded into it.
+
+    Always exact where norm follows convolution. Where max pooling is between them it is exact for scales that are not
+    negative, as the maximum of a growing function is at the same place; a layer with a negative scale is left as it is.
+    """
+    if not hasattr(layer, "norm"):
+        return layer
+    if not hasattr(layer, "pool"):
+        return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.act)
+    if (layer.norm.weight < 0).any():
+        return layer
+    return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.pool, layer.act)
 
 
 @torch.no_grad()
@@ -385,7 +402,7 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
 def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
     """A state dict in which the block with the prefix `block` has the experts `kept` only."""
     place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
-    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else None
+    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
     left = {}
     for name, tensor in weights.items():
         if name.startswith(f"{block}experts."):

@@ -61,9 +61,14 @@ class WithOutputs(nn.Module):
 def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) -> nn.Module:
     """The module that is exported: raw uint8 pixels (B, H, W, C) or normalised floats (B, C, H, W) to logits (B, N).
 
-    `rewrites` are those of `export.fuse`.
+    `rewrites` are those of `export.fuse`. Raises InputError for a network whose logits depend on the whole batch.
     """
-    net = fuse(checkpoint.network(), rewrites)
+    net = checkpoint.network()
+    if any(isinstance(module, Gate) and module.swapped for module in net.modules()):
+        raise InputError(
+            f"{checkpoint.trained.model}: its gates are swapped, so that an image's logits depend on others"
+        )
+    net = fuse(net, rewrites)
     return net if kind == "float" else PixelNet(net, checkpoint.trained.mean, checkpoint.trained.std).eval()
 
 

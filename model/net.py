@@ -31,6 +31,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 NormAct = Literal["expert", "mix", "none"]
 
 SMALLEST_HIDDEN = 8  # a bottleneck of one or two ReLU units would often be dead from the start
+SMALLEST_VARIANCE = 5e-4  # added to the variances that whitening divides by: patches hardly vary in some directions
 
 
 class Spec(BaseModel):
@@ -43,14 +44,19 @@ class GateConfig(Spec):
     """How the K mixing weights come from the mean of the block's input.
 
     `linear` is one linear layer, `mlp` has hidden layers with ReLU, `uniform` is 1 / K for each expert and has no
-    parameters. The hidden sizes are given as `hidden`, or as `reduction`: one hidden layer of
-    max(8, channels // reduction), which `ModelConfig` works out.
+    parameters, `constant` is one learned weight for each expert, the same for all images. The hidden sizes are given
+    as `hidden`, or as `reduction`: one hidden layer of max(8, channels // reduction), which `ModelConfig` works out.
+
+    Two controls ask whether routing matters: a `frozen` gate stays as it starts, at random; a `swapped` one sees the
+    features of another image of the batch, the one before it. A swapped network cannot be exported.
     """
 
-    kind: Literal["linear", "mlp", "uniform"] = "linear"
+    kind: Literal["linear", "mlp", "uniform", "constant"] = "linear"
     hidden: tuple[Count, ...] = ()
     reduction: Count | None = None
     temperature: float = Field(1.0, gt=0, le=1000)
+    frozen: bool = False
+    swapped: bool = False
 
     @model_validator(mode="after")
     def _sizes_belong_to_an_mlp(self) -> Self:
@@ -61,11 +67,37 @@ class GateConfig(Spec):
             raise ValueError(f"a {self.kind} gate has no hidden layers")
         if self.kind == "uniform" and self.temperature != 1:
             raise ValueError("a uniform gate has no temperature")
+        if self.kind in ("uniform", "constant") and (self.frozen or self.swapped):
+            raise ValueError(f"a {self.kind} gate is the same for all images: it is not frozen or swapped")
         return self
 
 
+class NormConfig(Spec):
+    """The batch norms of a network: how much a batch counts in the running statistics, and whether they scale.
+
+    Training in few steps needs a large momentum. Without `scale` a norm only shifts: its weight stays 1.
+    """
+
+    momentum: float = Field(0.1, gt=0, le=1)
+    scale: bool = True
+
+
+class Whiten(Spec):
+    """The stem of the CIFAR speed runs: filters that whiten the patches of the train images, and their negatives.
+
+    Only its bias is learned; `ExpertNet.fit_stem` sets the filters. It has 2 x input channels x kernel x kernel
+    channels, no padding, and an activation. (github.com/KellerJordan/cifar10-airbench; 2404.00498)
+    """
+
+    kind: Literal["whiten"] = "whiten"
+    kernel: Annotated[int, Field(ge=2, le=5, strict=True)] = 2
+
+
 class Conv(Spec):
-    """A plain convolution; with `norm_act` without bias and followed by batch norm and ReLU."""
+    """A plain convolution; with `norm_act` without bias and followed by batch norm and ReLU.
+
+    `pool` is max pooling between the convolution and its norm, which then have fewer pixels to work on.
+    """
 
     kind: Literal["conv"] = "conv"
     channels: Count
@@ -73,6 +105,7 @@ class Conv(Spec):
     stride: Stride = 1
     padding: int | None = Field(None, ge=0, le=7, validate_default=True, description="kernel // 2 where not given")
     norm_act: bool = True
+    pool: Annotated[int, Field(ge=1, le=8, strict=True)] = 1
 
     @field_validator("padding")
     @classmethod
@@ -128,8 +161,8 @@ class Residual(Spec):
     @classmethod
     def _keep_the_size(cls, layers: tuple["Layer", ...]) -> tuple["Layer", ...]:
         for layer in layers:
-            if isinstance(layer, Conv) and layer.padding != layer.kernel // 2:
-                raise ValueError("inside a residual macro block a conv has padding kernel // 2")
+            if isinstance(layer, Conv) and (layer.padding != layer.kernel // 2 or layer.pool > 1):
+                raise ValueError("inside a residual macro block a conv has padding kernel // 2 and no pooling")
         return layers
 
 
@@ -148,32 +181,47 @@ class Dropout(Spec):
     p: Probability
 
 
-Layer = Annotated[Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
+Layer = Annotated[Whiten | Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
 
 
 class HeadConfig(Spec):
     """Global pooling, hidden linear layers with ReLU, and the classifier; dropout is before the last linear layers.
 
-    `pool` is one of timm's global pools, or "" for a network that returns its feature map (`num_classes` 0).
+    `pool` is one of timm's global pools, or "" for a network that returns its feature map (`num_classes` 0). What
+    enters the classifier is multiplied by `scale`: below 1 the first steps are small and the loss starts near log N.
     """
 
     pool: Literal["avg", "max", "avgmax", ""] = "avg"
     hidden: tuple[Count, ...] = ()
     dropout: Probability = 0.0
+    scale: float = Field(1.0, gt=0, le=1000)
 
 
 class ModelConfig(Spec):
-    """A whole network. Two configs that describe the same network are equal."""
+    """A whole network. Two configs that describe the same network are equal.
+
+    Its convolutions start from Kaiming normal weights, or with `init` "dirac" as the identity on their first input
+    channels; a block's experts, of which only the first does so, and what is left start from PyTorch's default.
+    """
 
     in_chans: Count = 3
     num_classes: int = Field(10, ge=0, le=100_000)
     layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
     head: HeadConfig = HeadConfig()
+    norm: NormConfig = NormConfig()
+    init: Literal["kaiming", "dirac"] = "kaiming"
 
     @field_validator("layers")
     @classmethod
     def _sizes_from_reductions(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
         return _resolve(layers, info.data["in_chans"]) if "in_chans" in info.data else layers
+
+    @field_validator("layers")
+    @classmethod
+    def _whitens_images(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if any(isinstance(layer, Whiten) for layer in layers[1:]):
+            raise ValueError("only the first layer can be a whitening stem")
+        return layers
 
     @model_validator(mode="after")
     def _no_pool_no_classifier(self) -> Self:
@@ -215,7 +263,7 @@ def _resolve(layers: tuple[Layer, ...], channels: int) -> tuple[Layer, ...]:
             layer = Residual(layers=_resolve(layer.layers, channels))
         elif isinstance(layer, Block) and layer.gate is not None and layer.gate.reduction is not None:
             hidden = max(SMALLEST_HIDDEN, channels // layer.gate.reduction)
-            gate = GateConfig(kind="mlp", hidden=(hidden,), temperature=layer.gate.temperature)
+            gate = GateConfig(**{**dict(layer.gate), "hidden": (hidden,), "reduction": None})
             layer = layer.model_copy(update={"gate": gate})
         resolved.append(layer)
         channels = out_channels(layer, channels)
@@ -228,6 +276,8 @@ def out_channels(layer: Layer, channels: int) -> int:
         for inner in layer.layers:
             channels = out_channels(inner, channels)
         return channels
+    if isinstance(layer, Whiten):
+        return 2 * channels * layer.kernel**2
     return layer.channels if isinstance(layer, Conv | Block) else channels
 
 
@@ -240,12 +290,16 @@ def stride_of(layer: Layer) -> int:
         return stride
     if isinstance(layer, Pool):
         return layer.size
-    return layer.stride if isinstance(layer, Conv | Block) else 1
+    if isinstance(layer, Conv):
+        return layer.stride * layer.pool
+    return layer.stride if isinstance(layer, Block) else 1
 
 
 def _pixels(layer: Layer, pixels: int) -> int:
+    if isinstance(layer, Whiten):
+        return pixels - layer.kernel + 1
     if isinstance(layer, Conv):
-        return (pixels + 2 * layer.padding - layer.kernel) // layer.stride + 1
+        return ((pixels + 2 * layer.padding - layer.kernel) // layer.stride + 1) // layer.pool
     if isinstance(layer, Block):
         return (pixels - 1) // layer.stride + 1
     if isinstance(layer, Residual):
@@ -255,14 +309,55 @@ def _pixels(layer: Layer, pixels: int) -> int:
     return pixels // layer.size if isinstance(layer, Pool) else pixels
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """PyTorch's batch norm, as a `NormConfig` describes it."""
+
+    def __init__(self, channels: int, config: NormConfig):
+        super().__init__(channels, momentum=config.momentum)
+        self.weight.requires_grad_(config.scale)
+
+
+class WhiteningStem(nn.Sequential):
+    """Patches whitened by fixed filters, with a learned bias, and ReLU: (B, C, H, W) to (B, 2Ckk, H - k + 1, ...)."""
+
+    def __init__(self, config: Whiten, in_chs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_channels(config, in_chs), config.kernel)
+        self.conv.weight.requires_grad_(False)
+        self.act = nn.ReLU(inplace=True)
+
+    @torch.no_grad()
+    def fit(self, x_BCHW: Tensor) -> None:
+        """Sets the filters to the eigenvectors of the patches' covariance, each over its standard deviation."""
+        kernel = self.conv.kernel_size[0]
+        patches_PCkk = x_BCHW.unfold(2, kernel, 1).unfold(3, kernel, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        patches_PF = patches_PCkk.flatten(1)
+        eigenvalues_F, eigenvectors_FF = torch.linalg.eigh((patches_PF.T @ patches_PF / len(patches_PF)).double())
+        filters_FF = (eigenvectors_FF / (eigenvalues_F + SMALLEST_VARIANCE).sqrt()).T.flip(0)  # largest first
+        filters_FCkk = filters_FF.unflatten(1, patches_PCkk.shape[1:])
+        self.conv.weight.copy_(torch.cat([filters_FCkk, -filters_FCkk]))
+        self.conv.bias.zero_()
+
+
 class ConvNormAct(nn.Sequential):
     """A convolution; with `norm_act` without bias and followed by batch norm and ReLU. (B, C, H, W) to the same."""
 
-    def __init__(self, in_chs: int, out_chs: int, kernel: int, stride: int, padding: int, norm_act: bool):
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel: int,
+        stride: int,
+        padding: int,
+        norm: NormConfig | None,
+        pool: int = 1,
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, padding, bias=not norm_act)
-        if norm_act:
-            self.norm = nn.BatchNorm2d(out_chs)
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, padding, bias=norm is None)
+        if pool > 1:
+            self.pool = nn.MaxPool2d(pool)
+        if norm is not None:
+            self.norm = BatchNorm(out_chs, norm)
             self.act = nn.ReLU(inplace=True)
 
 
@@ -273,25 +368,32 @@ class Gate(nn.Module):
         super().__init__()
         self.experts = experts
         self.temperature = config.temperature
+        self.swapped = config.swapped
         self.mlp = None
-        if config.kind != "uniform":
+        self.logits_K = nn.Parameter(torch.zeros(experts)) if config.kind == "constant" else None
+        if config.kind in ("linear", "mlp"):
             sizes = (in_chs, *config.hidden)
             layers = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU(inplace=True))]
             self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-1], experts))
+        self.requires_grad_(not config.frozen)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.mlp is None:
+        if self.mlp is None and self.logits_K is None:
             return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
-        logits_BK = self.mlp(x_BCHW.mean((2, 3)))
-        return torch.softmax(logits_BK / self.temperature, dim=1)  # (B, K)
+        if self.mlp is None:
+            return torch.softmax(self.logits_K / self.temperature, dim=0).expand(x_BCHW.shape[0], -1)  # (B, K)
+        features_BC = x_BCHW.mean((2, 3))
+        if self.swapped:
+            features_BC = features_BC.roll(1, dims=0)
+        return torch.softmax(self.mlp(features_BC) / self.temperature, dim=1)  # (B, K)
 
 
 class ExpertBlock(nn.Module):
     """K experts on the same input, mixed by a gate: (B, C, H, W) to (B, channels, H / stride, W / stride)."""
 
-    def __init__(self, config: Block, in_chs: int):
+    def __init__(self, config: Block, in_chs: int, norm: NormConfig):
         super().__init__()
-        in_expert = config.norm_act == "expert"
+        in_expert = norm if config.norm_act == "expert" else None
         self.experts = nn.ModuleList(
             ConvNormAct(in_chs, config.channels, kernel, config.stride, kernel // 2, in_expert)
             for kernel in config.kernels
@@ -299,7 +401,7 @@ class ExpertBlock(nn.Module):
         self.gate = Gate(config.gate, in_chs, len(config.kernels)) if config.gate is not None else None
         self.norm_act = nn.Identity()
         if config.norm_act == "mix":
-            self.norm_act = nn.Sequential(nn.BatchNorm2d(config.channels), nn.ReLU(inplace=True))
+            self.norm_act = nn.Sequential(BatchNorm(config.channels, norm), nn.ReLU(inplace=True))
             for expert in self.experts:
                 expert.conv.bias = None  # the norm after the mix would take it away again
 
@@ -316,9 +418,9 @@ class ExpertBlock(nn.Module):
 class MacroBlock(nn.Module):
     """Several layers whose input, projected by a 1x1 conv where it must be, is added to their output."""
 
-    def __init__(self, config: Residual, in_chs: int):
+    def __init__(self, config: Residual, in_chs: int, norm: NormConfig):
         super().__init__()
-        self.layers = _sequence(config.layers, in_chs)
+        self.layers = _sequence(config.layers, in_chs, norm)
         out_chs, stride = out_channels(config, in_chs), stride_of(config)
         same = in_chs == out_chs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride)
@@ -327,24 +429,26 @@ class MacroBlock(nn.Module):
         return self.layers(x_BCHW) + self.shortcut(x_BCHW)
 
 
-def _module(layer: Layer, in_chs: int) -> nn.Module:
+def _module(layer: Layer, in_chs: int, norm: NormConfig) -> nn.Module:
     match layer:
-        case Conv():
-            return ConvNormAct(in_chs, layer.channels, layer.kernel, layer.stride, layer.padding, layer.norm_act)
+        case Whiten():
+            return WhiteningStem(layer, in_chs)
+        case Conv(channels=channels, kernel=kernel, stride=stride, padding=padding, pool=pool):
+            return ConvNormAct(in_chs, channels, kernel, stride, padding, norm if layer.norm_act else None, pool)
         case Block():
-            return ExpertBlock(layer, in_chs)
+            return ExpertBlock(layer, in_chs, norm)
         case Residual():
-            return MacroBlock(layer, in_chs)
+            return MacroBlock(layer, in_chs, norm)
         case Pool():
             return nn.MaxPool2d(layer.size) if layer.op == "max" else nn.AvgPool2d(layer.size)
         case Dropout():
             return nn.Dropout(layer.p)
 
 
-def _sequence(layers: tuple[Layer, ...], channels: int) -> nn.Sequential:
+def _sequence(layers: tuple[Layer, ...], channels: int, norm: NormConfig) -> nn.Sequential:
     modules = []
     for layer in layers:
-        modules.append(_module(layer, channels))
+        modules.append(_module(layer, channels, norm))
         channels = out_channels(layer, channels)
     return nn.Sequential(*modules)
 
@@ -363,10 +467,13 @@ class Head(nn.Module):
         self.hidden = nn.Sequential(*parts)
         self.out_size = sizes[-1]
         self.dropout = nn.Dropout(config.dropout)
+        self.scale = config.scale if config.pool else 1.0
         self.classifier = nn.Linear(self.out_size, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, pre_logits: bool = False) -> Tensor:
         x_BF = self.dropout(self.hidden(self.pool(x_BCHW)))
+        if self.scale != 1:
+            x_BF = self.scale * x_BF
         return x_BF if pre_logits else self.classifier(x_BF)  # (B, N)
 
 
@@ -395,18 +502,23 @@ class ExpertNet(nn.Module):
         )
         self.num_classes = self.config.num_classes
         self.grad_checkpointing = False
-        self.layers = _sequence(self.config.layers, self.config.in_chans)
+        self.layers = _sequence(self.config.layers, self.config.in_chans, self.config.norm)
         self.feature_info, self.num_features = self._describe_features()
         self.head = Head(self.config.head, self.num_features, self.num_classes)
         self.head_hidden_size = self.head.out_size
-        self.apply(_init_weights)
+        (_init_kaiming if self.config.init == "kaiming" else _init_dirac)(self)
+
+    def fit_stem(self, x_BCHW: Tensor) -> None:
+        """Sets the filters of a whitening stem from normalised train images; a network without one has none to set."""
+        if isinstance(self.layers[0], WhiteningStem):
+            self.layers[0].fit(x_BCHW)
 
     def _describe_features(self) -> tuple[list[dict], int]:
         """timm's `feature_info`, an entry for each layer that has weights, and the channels of the last one."""
         channels, reduction, info = self.config.in_chans, 1, []
         for i, layer in enumerate(self.config.layers):
             channels, reduction = out_channels(layer, channels), reduction * stride_of(layer)
-            if isinstance(layer, Conv | Block | Residual):
+            if isinstance(layer, Whiten | Conv | Block | Residual):
                 info.append({"num_chs": channels, "reduction": reduction, "module": f"layers.{i}"})
         return info, channels
 
@@ -432,7 +544,6 @@ class ExpertNet(nn.Module):
         self.num_classes = num_classes
         weight = next(self.parameters())
         head = Head(head_config, self.num_features, num_classes).to(weight.device, weight.dtype)
-        head.apply(_init_weights)
         if len(head.hidden) == len(self.head.hidden):
             head.hidden = self.head.hidden
         self.head = head.train(self.training)
@@ -487,9 +598,23 @@ class ExpertNet(nn.Module):
         return take
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_kaiming(net: nn.Module) -> None:
     """Kaiming normal for convolutions (`macro_residual` states it, the other reports no other), PyTorch's otherwise."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _init_dirac(net: nn.Module) -> None:
+    """Convolutions that start as the identity on their input channels (1706.00388), PyTorch's default otherwise.
+
+    Of a block's experts the first does: where all are equal, the gate has no gradient.
+    """
+    others = {expert.conv for block in net.modules() if isinstance(block, ExpertBlock) for expert in block.experts[1:]}
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module not in others:
+            nn.init.dirac_(module.weight.data[: module.in_channels])
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -13,7 +13,40 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from model.errors import unknown
-from model.net import Block, Conv, Count, Dropout, ExpertNet, GateConfig, HeadConfig, ModelConfig, Pool, Residual, Spec
+from model.net import (
+    Block,
+    Conv,
+    Count,
+    Dropout,
+    ExpertNet,
+    GateConfig,
+    HeadConfig,
+    Layer,
+    ModelConfig,
+    NormConfig,
+    Pool,
+    Residual,
+    Spec,
+    Whiten,
+)
+
+_SPEED = {"norm": NormConfig(momentum=0.4, scale=False), "init": "dirac", "head": HeadConfig(pool="max", scale=1 / 9)}
+
+
+def _speed(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
+    """Whitening stem and three groups of a pooled conv and an expert block: the form of the speed runs."""
+    groups = ((Conv(channels=w, pool=2), Block(channels=w, kernels=kernels, norm_act="mix")) for w in widths)
+    return ModelConfig(layers=(Whiten(), *(layer for group in groups for layer in group)), **_SPEED)
+
+
+def _accuracy(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
+    """As `_speed`, with a residual macro block of two expert blocks in each group."""
+    layers: list[Layer] = [Whiten()]
+    for w in widths:
+        block = Block(channels=w, kernels=kernels, norm_act="mix")
+        layers += [Conv(channels=w, pool=2), Residual(layers=(block, block))]
+    return ModelConfig(layers=tuple(layers), **_SPEED)
+
 
 _mixed_gate = GateConfig(kind="mlp", hidden=(512, 512))
 _mixed = {"kernels": (5, 5, 5, 3, 3, 3), "norm_act": "mix", "gate": _mixed_gate}
@@ -80,6 +113,15 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         head=HeadConfig(hidden=(1024, 512)),
     ),
+    # Ours. The form and its parts (whitening stem, identity initialisation, convs pooled before their norm, norms of
+    # high momentum without scale, scaled head) are those of cifar10-airbench, 2404.00498; the experts are ours: a 1x1
+    # expert beside the 3x3 costs a ninth of a second 3x3, and was as good in short trainings.
+    "speed": _speed((64, 256, 256), (3, 1)),
+    "speed_plain_params": _speed((66, 265, 265), (3,)),  # its plain twins: of equal parameters,
+    "speed_plain_macs": _speed((65, 262, 262), (3,)),  # and of equal multiply-accumulates
+    "accuracy": _accuracy((128, 384, 512), (3, 1)),
+    "accuracy_plain_params": _accuracy((133, 400, 534), (3,)),
+    "accuracy_plain_macs": _accuracy((132, 395, 526), (3,)),
 }
 
 
@@ -123,7 +165,7 @@ def build(config: Network) -> nn.Module:
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:
     first = config.layers[0]
-    if isinstance(first, Conv):
+    if isinstance(first, Conv | Whiten):
         return "layers.0.conv"
     return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
 

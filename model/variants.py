@@ -5,12 +5,15 @@ to each preset; where a level is what the network has already, the result equals
 the order in which a study applies several.
 """
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import cycle, groupby, islice
 from typing import Any
 
 from pydantic import ValidationError
 
+from model.cost import cost
 from model.errors import InputError
 from model.net import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Residual
 
@@ -18,7 +21,11 @@ GATES = {
     "linear": GateConfig(kind="linear"),
     "mlp": GateConfig(kind="mlp", reduction=4),
     "uniform": GateConfig(kind="uniform"),
+    "constant": GateConfig(kind="constant"),
 }
+
+OWN_GATE = {"own": {}, "frozen": {"frozen": True}, "swapped": {"swapped": True}}
+IMAGE = 32, 32  # pixels at which plain networks are made equal in multiply-accumulates
 
 
 def _map_blocks(layers: tuple[Layer, ...], change: Callable[[Block], Block]) -> tuple[Layer, ...]:
@@ -63,19 +70,53 @@ def kernel(config: ModelConfig, size: int | list[int]) -> ModelConfig:
 
 
 def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
-    """Another gate: `linear`, `mlp` (one hidden layer, a reduction of 4), `uniform`, or a table of `GateConfig`.
+    """Another gate: `linear`, `mlp` (one hidden layer, a reduction of 4), `uniform`, `constant`, or a `GateConfig`.
 
-    A block whose gate is of the named kind keeps the one it has; blocks of one expert have none.
+    A block whose gate is of the named kind keeps the one it has; blocks of one expert have none. `own` keeps all gates,
+    and `frozen` and `swapped` make these controls of them. A `GateConfig` is given as a table.
     """
-    if not isinstance(kind, dict) and kind not in list(GATES):
-        raise ValueError(f"accepted: {', '.join(GATES)}, or a table with kind, hidden or reduction, temperature")
+    if not isinstance(kind, dict) and kind not in [*GATES, *OWN_GATE]:
+        fields = "kind, hidden or reduction, temperature, frozen, swapped"
+        raise ValueError(f"accepted: {', '.join([*GATES, *OWN_GATE])}, or a table with {fields}")
 
     def change(block: Block) -> dict[str, Any]:
         if isinstance(kind, dict):
             return {"gate": GateConfig(**kind)}
+        if kind in OWN_GATE:
+            return {"gate": block.gate and GateConfig(**{**dict(block.gate), **OWN_GATE[kind]})}
         return {} if block.gate is None or block.gate.kind == kind else {"gate": GATES[kind]}
 
     return _change_blocks(config, change)
+
+
+def plain(config: ModelConfig, equal: bool | str) -> ModelConfig:
+    """The plain twin: one expert in each block, and a width at which the `params` or `macs` are those of `config`.
+
+    `false` is the network itself. Multiply-accumulates are those of an image of 32x32 pixels.
+    """
+    if equal is False:
+        return config
+    if equal not in ("params", "macs"):
+        raise ValueError("accepted: false, params, macs")
+    return _plain(config, equal)
+
+
+@lru_cache
+def _plain(config: ModelConfig, equal: str) -> ModelConfig:
+    wanted, one = cost(config, *IMAGE)[equal == "macs"], experts(config, 1)
+
+    def off(factor: float) -> float:
+        """How much more than `wanted` the network of one expert costs at this width; infinite where it is too wide."""
+        try:
+            return cost(width(one, factor), *IMAGE)[equal == "macs"] - wanted
+        except ValidationError:
+            return math.inf
+
+    low, high = 0.5, 8.0
+    while high - low > 0.001:
+        middle = (low + high) / 2
+        low, high = (middle, high) if off(middle) <= 0 else (low, middle)
+    return width(one, min((low, high), key=lambda factor: abs(off(factor))))
 
 
 def norm_act(config: ModelConfig, place: str) -> ModelConfig:
@@ -167,6 +208,7 @@ VARIANTS: dict[str, Callable[[ModelConfig, Any], ModelConfig]] = {
     "depth": depth,  # first: it goes by which blocks are equal
     "experts": experts,
     "kernel": kernel,
+    "plain": plain,  # before the gate, so that all gates of a network have one twin
     "gate": gate,
     "norm_act": norm_act,
     "residual": residual,

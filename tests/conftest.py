@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from ablations import cli
 from ablations.data import ImageData, load_data
+from ablations.records import Environment, Failure, Record, StudyDirectory, write_whole
+from ablations.study import parse_study
+from ablations.train import Epoch
 
 REPOSITORY = Path(__file__).parent.parent
 CIFAR10_JPEG = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg"
@@ -90,3 +94,46 @@ def trained_study(tmp_path_factory) -> Path:
         sys.argv = argv
     assert not exit.value.code
     return place / "runs" / "tiny"
+
+
+def write_study(
+    place: Path, text: str, data: ImageData, accuracies: Callable[[dict, int], tuple[float, float] | str | None]
+) -> StudyDirectory:
+    """A study's directory without any training: `accuracies` gives validation and test accuracy in percent.
+
+    By the levels of a cell and the seed; the kind of a failure for a trial that failed, None for one that is missing.
+    """
+    study = parse_study(text, place.with_suffix(".toml"))
+    directory, cells = StudyDirectory(place), study.cells(data)
+    with directory.written(study, data, cells):
+        for cell in cells:
+            for trial in cell.trials:
+                found = accuracies(cell.levels, trial.seed)
+                if isinstance(found, str):
+                    directory.write_failure(
+                        trial.id, Failure(kind=found, error="the loss is nan", traceback="", time="")
+                    )
+                elif found is not None:
+                    write_whole(directory.trial(trial.id) / "record.json", written_record(trial, *found).encode())
+                    directory.write_config(trial)
+    return directory
+
+
+def written_record(trial, validation: float, test: float) -> str:
+    record = Record(
+        trial=trial.id, seed=trial.seed, epochs=2, parameters=1, macs=1, images_per_s=1.0, train_seconds=1.0,
+        validation_accuracy=validation / 100, validation_loss=1.0, validation_images=144,
+        test_accuracy=test / 100, test_loss=1.0, test_images=360, bfloat16=False, finished="",
+        environment=Environment(device="cpu", threads=1, python="", versions={"torch": "2"}),
+    )  # fmt: skip
+    return record.model_dump_json()
+
+
+def written_epochs(directory: StudyDirectory, trial: str, accuracies: list[float]) -> None:
+    """Adds a trial's curve of validation accuracies in percent."""
+    for number, accuracy in enumerate(accuracies, 1):
+        one = Epoch(
+            epoch=number, lr=0.1, train_loss=1.0, train_accuracy=0.5, validation_loss=1.0,
+            validation_accuracy=accuracy / 100, images_per_s=1.0, train_seconds=0.5, validation_seconds=0.1,
+        )  # fmt: skip
+        directory.append_epoch(trial, one)

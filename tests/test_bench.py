@@ -1,6 +1,7 @@
 """Benchmarks: that they measure what they say."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -9,11 +10,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
+from ablations.augment import normalise
+from bench.experts import FORMS, TOLERANCE, build_form, difference
 from bench.latency import Latency, engines, measure, random_images, rows, take_turns
-from bench.training import compare
+from bench.peaks import Peaks, measure_peaks
+from bench.training import (
+    PlainImages,
+    TextbookBlock,
+    TrainingSpeed,
+    in_turns,
+    plain_rounds,
+    plain_step,
+    plain_transform,
+    textbook,
+)
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
@@ -125,19 +139,78 @@ def test_files_that_cannot_be_measured(tmp_path):
         measure(path, "gpu")
 
 
-def test_training_overhead_is_a_ratio_of_rounds_in_turns():
+def test_training_speeds_are_ratios_of_rounds_in_turns():
     order = []
 
     def rounds(name: str, seconds: list[float]):
         left = iter(seconds)
         return lambda: order.append(name) or next(left)
 
-    loop, bare = rounds("loop", [9.0, 1.1, 2.2, 4.4]), rounds("bare", [9.0, 1.0, 2.0, 4.0])
-    speed = compare("net", "cpu", batch=8, steps=2, rounds=3, loop=loop, bare=bare)
-    assert order == ["loop", "bare", "bare", "loop", "loop", "bare", "bare", "loop"]
+    times = {"loop": [1.1, 2.2, 4.4], "bare": [1.0, 2.0, 4.0], "plain": [2.2, 8.8, 13.2]}
+    seconds = in_turns({name: rounds(name, values) for name, values in times.items()}, 3)
+    assert seconds == times
+    assert order == ["plain", "bare", "loop", "loop", "bare", "plain", "plain", "bare", "loop"]
+    known = {"model": "net", "device": "cpu", "threads": 1, "torch": "", "peak_memory_bytes": 0, "peak_memory_is": ""}
+    peaks = Peaks(bf16_flops=1e6, fp32_flops=1e3, copy_bytes_per_s=1.0)
+    speed = TrainingSpeed.of(
+        *seconds.values(), batch=8, steps=2, bfloat16=False, compiled=False, compile_seconds=0, macs=10,
+        plain_workers=2, peaks=peaks, **known,
+    )  # fmt: skip
+    assert (speed.rounds, speed.device_peak_flops) == (3, 1e3)
     assert speed.overhead_percent == pytest.approx(10)
+    assert speed.ratio == pytest.approx(3)
     assert speed.images_per_s == pytest.approx(16 / 2.2)
     assert speed.bare_images_per_s == pytest.approx(8)
+    assert speed.peak_share == pytest.approx(6 * 10 * speed.images_per_s / 1e3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plain_way_trains_the_same_network(preset):
+    """On an un-augmented batch in float32: the loss of our forward pass, from images that went through PIL."""
+    torch.manual_seed(0)
+    net = build(vary(PRESETS[preset], "width", 0.125))
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    pixels_BHWC = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    images = PlainImages(pixels_BHWC, torch.arange(6), plain_transform(mean, std, (32, 32)))
+    plain_BCHW = torch.stack([images[i][0] for i in range(6)])
+    y_B = torch.tensor([images[i][1] for i in range(6)])
+    ours_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), torch.tensor(mean), torch.tensor(std))
+    ours = F.cross_entropy(net(ours_BCHW.contiguous(memory_format=torch.channels_last)), y_B)
+    blocks = len(list(PRESETS[preset].blocks()))
+    net = textbook(net)
+    assert sum(isinstance(module, TextbookBlock) for module in net.modules()) == blocks
+    plain = plain_step(net, torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss(), plain_BCHW, y_B)
+    assert plain.item() == pytest.approx(ours.item(), rel=1e-4)
+
+
+def test_plain_rounds_augment_train_and_end_their_workers():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    before = net[1].weight.detach().clone()
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    transform = plain_transform((0.5,) * 3, (0.5,) * 3, (8, 8), crop_padding=2, hflip=0.5, cutout=4)
+    images = PlainImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), torch.arange(8), transform)
+    assert (images[0][0] == 0).any()  # of Cutout; all else is 1, or -1 where the crop has its border
+    with plain_rounds(net, optimizer, images, 4, 2, 0.1, torch.device("cpu")) as run:
+        assert run() > 0
+        assert multiprocessing.active_children()
+    assert multiprocessing.active_children() == []
+    assert optimizer.param_groups[0]["fused"] is None
+    assert not torch.equal(net[1].weight, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_block_are_one_function(form):
+    x_BCHW = torch.randn(3, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert difference(build_form(form, 3, 8), build_form("loop", 3, 8), x_BCHW) < TOLERANCE
+
+
+def test_peaks_are_of_the_device(monkeypatch):
+    monkeypatch.setattr("bench.peaks.SIZE", 64)
+    peaks = measure_peaks(torch.device("cpu"), measure_s=0.01)
+    assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
 
 
 def test_pytest_benchmark_suite(file, tmp_path):

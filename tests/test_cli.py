@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -106,7 +108,7 @@ def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypa
     """On images of CIFAR-10's size that are made up, and networks that are cut to size."""
     from ablations.data import ImageData
 
-    made_up = ImageData.random(train=60, height=32, width=32)
+    made_up = ImageData.random(train=128, height=32, width=32)
     monkeypatch.setattr("ablations.cli.load_data", lambda source, data_dir: made_up)
     monkeypatch.chdir(tmp_path)
     assert expertgrid("run", study, "--dry-run").status == 0
@@ -243,10 +245,16 @@ def test_bench_prints_and_keeps_what_it_measured(expertgrid, trained_study, tmp_
 
 
 def test_bench_train(expertgrid):
-    arguments = ["two_block", "--batch", 4, "--steps", 2, "--rounds", 2, "--device", "cpu", "--format", "json"]
-    speed = json.loads(expertgrid("bench-train", *arguments).out)
-    assert speed["images_per_s"] > 0
-    assert len(speed["loop_s"]) == len(speed["bare_s"]) == 2
+    arguments = ["two_block", "--batch", 4, "--steps", 1, "--rounds", 2, "--device", "cpu", "--compile", "off"]
+    speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
+    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["plain_s"]) == speed["rounds"] == 2
+    assert speed["ratio"] == pytest.approx(np.mean(np.divide(speed["plain_s"], speed["loop_s"])))
+    rate, peak = speed["images_per_s"], speed["device_peak_flops"]
+    assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
+    assert min(rate, peak, speed["plain_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0
+    assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
+    assert speed["peak_memory_bytes"] >= 0
+    assert multiprocessing.active_children() == []
 
 
 def test_lists(expertgrid):
@@ -306,6 +314,7 @@ def test_lists(expertgrid):
         (["bench", "none.onnx", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
         (["bench", "none.onnx", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
         (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
+        (["run", "--compile", "of"], "unknown choice of --compile 'of'; did you mean 'off'?"),
         (["bench-train", "--rounds", "0"], "Invalid value for '--rounds'"),
         (["bench-train", "eight_blok"], "unknown model 'eight_blok'; did you mean 'eight_block'?"),
         (["list", "model"], "unknown list 'model'; did you mean 'models'?"),
@@ -352,7 +361,7 @@ def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, dig
     from ablations.study import load_study
 
     study = load_study(str(tiny_study))
-    with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, []):
+    with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):
         code = "from ablations.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", code, "run", tiny_study], capture_output=True, text=True)
     assert done.returncode == 2
@@ -369,5 +378,16 @@ def test_a_reader_that_goes_away_is_no_error(trained_study):
 def test_help_names_every_command(expertgrid, arguments):
     outcome = expertgrid(*arguments)
     assert outcome.status == 0
-    for command in ("run", "table", "export", "predict", "show-model", "bench", "bench-train", "list"):
+    for command in (
+        "run",
+        "table",
+        "verify",
+        "rerun",
+        "export",
+        "predict",
+        "show-model",
+        "bench",
+        "bench-train",
+        "list",
+    ):
         assert f"\n  {command} " in outcome.out

@@ -28,6 +28,7 @@ EVERYTHING = ModelConfig(
         Residual(layers=(Block(channels=8, norm_act="mix", stride=2), Block(channels=8, norm_act="none"))),
         *(Pool(op="avg"), Dropout(p=0.1)),
         Block(channels=8, gate=GateConfig(kind="uniform")),
+        Block(channels=8, gate=GateConfig(kind="constant")),
         Block(channels=8, kernels=(3,)),
         Pool(),
     ),
@@ -185,3 +186,9 @@ def test_providers_that_are_not_there(model):
             open_session(model, "cuda", "model")
     with pytest.raises(InputError, match="broken.onnx: ONNX Runtime does not load it"):
         open_session(model[:100], "cpu", "broken.onnx")
+
+
+def test_a_network_whose_logits_depend_on_the_batch_is_not_exported():
+    swapped = ModelConfig(num_classes=3, layers=(Block(channels=4, gate=GateConfig(swapped=True)),))
+    with pytest.raises(InputError, match="small: its gates are swapped, so that an image's logits depend on others"):
+        to_onnx(trained_a_little(swapped), "float")

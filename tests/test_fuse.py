@@ -17,7 +17,20 @@ from export.session import open_session
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.net import Block, Conv, ExpertBlock, ExpertNet, GateConfig, HeadConfig, ModelConfig, Pool, Residual
+from model.net import (
+    Block,
+    Conv,
+    ExpertBlock,
+    ExpertNet,
+    Gate,
+    GateConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    Pool,
+    Residual,
+    Whiten,
+)
 
 SIZE = (9, 8)
 FEW = settings(max_examples=12, derandomize=True, deadline=None)
@@ -28,18 +41,21 @@ gates = st.one_of(
     st.builds(GateConfig, temperature=temperatures),
     st.builds(GateConfig, kind=st.just("mlp"), hidden=st.sampled_from([(5,), (4, 3)]), temperature=temperatures),
     st.just(GateConfig(kind="uniform")),
+    st.builds(GateConfig, kind=st.just("constant"), temperature=temperatures),
 )
 channels, strides = st.sampled_from([3, 8]), st.sampled_from([1, 2])
 places = st.sampled_from(["expert", "mix", "none"])
 blocks = st.builds(Block, channels=channels, kernels=kernels, stride=strides, norm_act=places, gate=gates)
-convs = st.builds(Conv, channels=channels, kernel=st.sampled_from([1, 3]), stride=strides, norm_act=st.booleans())
+conv_fields = {"channels": channels, "kernel": st.sampled_from([1, 3]), "stride": strides, "norm_act": st.booleans()}
+convs = st.builds(Conv, **conv_fields)
+pooled = st.builds(Conv, **{**conv_fields, "stride": st.just(1)}, pool=st.just(2))
 plain = st.one_of(blocks, blocks, convs)
 residuals = st.builds(Residual, layers=st.lists(plain, min_size=1, max_size=2).map(tuple))
 configs = st.builds(
     ModelConfig,
     in_chans=st.just(4),
     num_classes=st.just(5),
-    layers=st.lists(st.one_of(plain, residuals), min_size=1, max_size=3).map(tuple),
+    layers=st.lists(st.one_of(plain, residuals, pooled), min_size=1, max_size=3).map(tuple),
 )
 
 
@@ -54,6 +70,8 @@ def random_net(config: ModelConfig, seed: int = 0) -> ExpertNet:
             nn.init.uniform_(module.weight, -0.5, 1.5)
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias)
+        if isinstance(module, Gate) and module.logits_K is not None:
+            nn.init.normal_(module.logits_K)
     return net
 
 
@@ -109,7 +127,27 @@ def test_linear_experts_as_one_kernel_per_image(block, with_others):
         assert distance(net, fuse(net, ALL if with_others else {"one_kernel_everywhere"})) < 1e-4
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_norm_is_folded_through_pooling_where_it_does_not_turn_the_order_round(scale):
+    net = random_net(ModelConfig(in_chans=4, num_classes=5, layers=(Conv(channels=8, pool=2),)))
+    norm = net.layers[0].norm
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    with torch.no_grad():
+        norm.weight[3] *= scale
+    fused = fuse(net)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == (scale < 0)
+    assert distance(net, fused) < 1e-5
+
+
 NETS = {
+    "whiten": ModelConfig(
+        in_chans=4,
+        num_classes=5,
+        layers=(Whiten(), Conv(channels=8, pool=2), Block(channels=8, kernels=(3, 3), norm_act="mix")),
+        head=HeadConfig(pool="max", scale=0.5),
+        norm=NormConfig(momentum=0.4, scale=False),
+        init="dirac",
+    ),
     "experts": only(kernels=(5, 3, 3), gate=GateConfig(kind="mlp", hidden=(4,), temperature=3.0)),
     "mix": only(kernels=(5, 5, 5, 3), norm_act="mix"),
     "stride": ModelConfig(
@@ -220,6 +258,16 @@ def test_an_expert_without_weight_is_dropped(place):
     rebuilt = ExpertNet(pruned.config)
     rebuilt.load_state_dict(pruned.state_dict())
     assert distance(pruned, rebuilt.eval()) == 0
+
+
+def test_an_expert_of_a_constant_gate_is_dropped():
+    net = random_net(only(gate=GateConfig(kind="constant"))).eval()
+    with torch.no_grad():
+        for block in net.layers:
+            block.gate.logits_K[1] = -60
+    pruned, dropped = prune_gates(net, largest(net), 1e-6)
+    assert dropped == ["layers.0.experts.1", "layers.1.experts.1"]
+    assert distance(net, pruned, 32) < 1e-5
 
 
 @pytest.mark.parametrize("place", ["expert", "mix", "none"])

@@ -10,10 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from ablations.engines import cost
 from export.graph import describe, draw, shape_text
 from export.to_onnx import INPUT, to_onnx
 from model.checkpoint import Checkpoint, Trained
+from model.cost import cost
 from model.errors import InputError
 from model.presets import build, network
 

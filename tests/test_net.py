@@ -6,7 +6,19 @@ from pydantic import ValidationError
 from timm.layers import CondConv2d
 from torch import nn
 
-from model.net import Block, Conv, Dropout, ExpertNet, GateConfig, HeadConfig, ModelConfig, Pool, Residual
+from model.net import (
+    Block,
+    Conv,
+    Dropout,
+    ExpertNet,
+    GateConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    Pool,
+    Residual,
+    Whiten,
+)
 from model.presets import PRESETS, build
 
 MLP = GateConfig(kind="mlp", reduction=4)
@@ -48,14 +60,48 @@ def test_one_expert_is_a_plain_conv_network(norm_act):
     torch.testing.assert_close(net(x_BCHW), plain(x_BCHW))
 
 
-@pytest.mark.parametrize("gate", [GateConfig(), MLP, GateConfig(kind="mlp", hidden=(5, 7)), GateConfig(kind="uniform")])
+GATES = [
+    GateConfig(),
+    MLP,
+    GateConfig(kind="mlp", hidden=(5, 7)),
+    GateConfig(kind="uniform"),
+    GateConfig(kind="constant"),
+    GateConfig(swapped=True),
+    GateConfig(frozen=True),
+]
+
+
+@pytest.mark.parametrize("gate", GATES)
 def test_gate_is_a_distribution_for_each_image(gate):
     block = ExpertNet(only(Block(channels=8, kernels=(3,) * 4, gate=gate))).layers[0]
     gate_BK = block.gate(torch.randn(16, 6, 8, 8))
     torch.testing.assert_close(gate_BK.sum(1), torch.ones(16))
     assert gate_BK.shape == (16, 4)
     assert (gate_BK >= 0).all()
-    assert (gate_BK.std(0).max() > 0) == (gate.kind != "uniform")
+    assert (gate_BK.std(0).max() > 0) == (gate.kind not in ("uniform", "constant"))
+
+
+def test_controls_of_a_gate():
+    gates = {"own": GateConfig(), "swapped": GateConfig(swapped=True), "frozen": GateConfig(frozen=True)}
+    gates = {name: ExpertNet(only(Block(channels=8, gate=gate))).layers[0].gate for name, gate in gates.items()}
+    gates["swapped"].load_state_dict(gates["own"].state_dict())
+    x_BCHW = torch.randn(5, 6, 8, 8)
+    torch.testing.assert_close(gates["swapped"](x_BCHW)[1:], gates["own"](x_BCHW)[:-1])
+    torch.testing.assert_close(gates["swapped"](x_BCHW)[0], gates["own"](x_BCHW)[-1])
+    assert {name: {p.requires_grad for p in gate.parameters()} for name, gate in gates.items()} == {
+        "own": {True},
+        "swapped": {True},
+        "frozen": {False},
+    }
+
+
+def test_a_constant_gate_is_learned_and_the_same_for_all_images():
+    gate = ExpertNet(only(Block(channels=8, gate=GateConfig(kind="constant", temperature=2)))).layers[0].gate
+    with torch.no_grad():
+        gate.logits_K.copy_(torch.tensor([0.0, 2.0, 4.0]))
+    gate_BK = gate(torch.randn(4, 6, 8, 8))
+    torch.testing.assert_close(gate_BK, torch.tensor([0.0, 1.0, 2.0]).softmax(0).expand(4, 3))
+    assert gate.logits_K.requires_grad
 
 
 def test_temperature_flattens_the_gate():
@@ -107,7 +153,11 @@ def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     net = build(PRESETS[name])
     net(torch.randn(8, 3, 32, 32)).logsumexp(1).sum().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    learned = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert [name for name, grad in learned.items() if grad is None or not grad.abs().sum() > 0] == []
+    stem = isinstance(PRESETS[name].layers[0], Whiten)
+    frozen = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)] if stem else []
+    assert len(list(net.parameters())) - len(learned) == len(frozen) + stem
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -115,6 +165,57 @@ def test_output_size_is_that_of_the_network(name):
     for height, width in ((32, 32), (40, 24)):
         features = build(PRESETS[name]).eval().forward_features(torch.randn(1, 3, height, width))
         assert PRESETS[name].output_size(height, width) == features.shape[2:]
+
+
+def test_whitening_stem_whitens():
+    x_BCHW = torch.rand(64, 3, 16, 16).cumsum(3).cumsum(2)  # neighbours are alike, as in photographs
+    x_BCHW = (x_BCHW - x_BCHW.mean()) / x_BCHW.std()
+    net = ExpertNet(PRESETS["speed"].change(layers=(Whiten(kernel=3), Conv(channels=4))))
+    net.fit_stem(x_BCHW)
+    stem = net.layers[0]
+    patches_PF = nn.functional.unfold(x_BCHW.double(), 3).transpose(1, 2).flatten(0, 1)
+    whitened_PF = patches_PF @ stem.conv.weight[:27].flatten(1).double().T
+    covariance_FF = whitened_PF.T @ whitened_PF / len(whitened_PF)
+    eigenvalues_F = torch.linalg.eigvalsh(patches_PF.T @ patches_PF / len(patches_PF)).flip(0)
+    torch.testing.assert_close(covariance_FF, (eigenvalues_F / (eigenvalues_F + 5e-4)).diag(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(stem.conv.weight[27:], -stem.conv.weight[:27])
+    assert stem(x_BCHW).shape == (64, 54, 14, 14)
+    assert not stem.conv.weight.requires_grad
+
+
+def test_a_network_without_whitening_stem_has_none_to_fit():
+    net = ExpertNet(PRESETS["two_block"])
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.fit_stem(torch.randn(2, 3, 8, 8))
+    torch.testing.assert_close(net.state_dict(), before)
+
+
+def test_dirac_convolutions_start_as_the_identity():
+    net = ExpertNet(only(Conv(channels=8, norm_act=False), Block(channels=9, norm_act="none"), init="dirac"))
+    conv, block = net.layers
+    x_BCHW = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(conv(x_BCHW)[:, :6], x_BCHW)
+    y_BCHW = conv(x_BCHW)
+    torch.testing.assert_close(block.experts[0](y_BCHW)[:, :8], y_BCHW)
+    assert all((expert(y_BCHW)[:, :8] - y_BCHW).abs().max() > 0.1 for expert in block.experts[1:])
+
+
+def test_pooled_conv_is_pooled_before_its_norm():
+    layer = ExpertNet(only(Conv(channels=8, pool=2), norm=NormConfig(momentum=0.4))).layers[0]
+    x_BCHW = torch.randn(32, 6, 9, 9)
+    pooled_BCHW = nn.functional.max_pool2d(layer.conv(x_BCHW), 2)
+    torch.testing.assert_close(layer(x_BCHW), layer.norm(pooled_BCHW).relu())
+    assert layer(x_BCHW).shape == (32, 8, 4, 4)
+    expected_C = 0.6**3 * 0 + (1 - 0.6**3) * pooled_BCHW.mean((0, 2, 3))  # three batches
+    torch.testing.assert_close(layer.norm.running_mean, expected_C)
+
+
+def test_scaled_head_scales_what_enters_the_classifier():
+    heads = [ExpertNet(only(Conv(channels=8), head=HeadConfig(scale=scale))).head for scale in (1.0, 0.25)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    x_BCHW = torch.randn(2, 8, 5, 5)
+    bias_N = heads[0].classifier.bias
+    torch.testing.assert_close(heads[1](x_BCHW) - bias_N, 0.25 * (heads[0](x_BCHW) - bias_N))
 
 
 def test_same_networks_are_equal():
@@ -141,11 +242,16 @@ def test_same_networks_are_equal():
         (lambda: GateConfig(kind="linear", hidden=(4,)), "no hidden layers"),
         (lambda: GateConfig(kind="uniform", temperature=2), "no temperature"),
         (lambda: GateConfig(temperature=0), "greater than 0"),
+        (lambda: GateConfig(kind="constant", frozen=True), "same for all images"),
+        (lambda: GateConfig(kind="uniform", swapped=True), "same for all images"),
         (lambda: Dropout(p=1), "less than 1"),
         (lambda: Pool(op="min"), "'max' or 'avg'"),
         (lambda: Residual(layers=()), "at least 1"),
         (lambda: Residual(layers=(Conv(channels=8, padding=0),)), "padding"),
+        (lambda: Residual(layers=(Conv(channels=8, pool=2),)), "no pooling"),
         (lambda: ModelConfig(layers=()), "at least 1"),
+        (lambda: only(Conv(channels=8), Whiten()), "only the first layer"),
+        (lambda: NormConfig(momentum=0), "greater than 0"),
         (lambda: only(Conv(channels=8), head=HeadConfig(pool="")), "num_classes must be 0"),
     ],
 )

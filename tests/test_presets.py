@@ -1,12 +1,15 @@
 """The presets: their parameters, counted by hand, and the behaviour of a timm model."""
 
+import math
+
 import pytest
 import timm
 import torch
 from timm.models import group_parameters
 
+from model.cost import cost
 from model.errors import InputError
-from model.net import ExpertNet
+from model.net import Conv, ExpertNet
 from model.presets import PRESETS, TimmModel, build, network
 
 
@@ -22,6 +25,16 @@ def linear(*sizes: int) -> int:
 def mixed(in_chs: int, out_chs: int) -> int:
     """A block of `mixed_kernel`: three 5x5 and three 3x3 experts, one norm after the mix, a gate of 512, 512, 6."""
     return in_chs * out_chs * (3 * 25 + 3 * 9) + 2 * out_chs + linear(in_chs, 512, 512, 6)
+
+
+def speed(widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int) -> int:
+    """Whitening stem of 24 channels; in each group a conv and `blocks` blocks with a norm each; gates where needed."""
+    total, before = 24 * 3 * 4 + 24, 24
+    for w in widths:
+        gate = linear(w, len(kernels)) if len(kernels) > 1 else 0
+        total += conv(before, w, 3) + blocks * (sum(w * w * kernel**2 for kernel in kernels) + 2 * w + gate)
+        before = w
+    return total + linear(before, 10)
 
 
 BY_HAND = {
@@ -43,6 +56,12 @@ BY_HAND = {
         mixed(a, b) for a, b in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 128))
     )
     + linear(128, 1024, 512, 10),
+    "speed": speed((64, 256, 256), (3, 1), blocks=1),
+    "speed_plain_params": speed((66, 265, 265), (3,), blocks=1),
+    "speed_plain_macs": speed((65, 262, 262), (3,), blocks=1),
+    "accuracy": speed((128, 384, 512), (3, 1), blocks=2),
+    "accuracy_plain_params": speed((133, 400, 534), (3,), blocks=2),
+    "accuracy_plain_macs": speed((132, 395, 526), (3,), blocks=2),
 }
 WORKED_OUT = {
     "two_block": 300_658,
@@ -50,6 +69,12 @@ WORKED_OUT = {
     "segmented": 3_577_573,
     "macro_residual": 10_223_262,
     "mixed_kernel": 7_676_660,
+    "speed": 2_109_128,
+    "speed_plain_params": 2_112_301,
+    "speed_plain_macs": 2_064_021,
+    "accuracy": 10_774_862,
+    "accuracy_plain_params": 10_773_202,
+    "accuracy_plain_macs": 10_481_852,
 }
 
 
@@ -57,6 +82,19 @@ WORKED_OUT = {
 def test_parameters_are_as_counted_by_hand(name):
     assert BY_HAND[name] == WORKED_OUT[name]
     assert sum(p.numel() for p in build(PRESETS[name]).parameters()) == WORKED_OUT[name]
+
+
+@pytest.mark.parametrize("name", ["speed", "accuracy"])
+def test_twins_are_plain_and_equal(name):
+    parameters, macs = cost(PRESETS[name], 32, 32)
+    blocks = list(PRESETS[name].blocks())
+    assert {len(block.kernels) for block in blocks} == {2}
+    assert {block.gate.kind for block in blocks} == {"linear"}
+    assert len(blocks) >= sum(isinstance(layer, Conv) for layer in PRESETS[name].layers)
+    for twin, equal in (("params", 0), ("macs", 1)):
+        plain = PRESETS[f"{name}_plain_{twin}"]
+        assert {len(block.kernels) for block in plain.blocks()} == {1}
+        assert cost(plain, 32, 32)[equal] == pytest.approx((parameters, macs)[equal], rel=0.002)
 
 
 @pytest.fixture(params=PRESETS)
@@ -102,7 +140,8 @@ def test_intermediates_are_the_layers_outputs(name):
     final, features = net.forward_intermediates(X)
     torch.testing.assert_close(final, net.forward_features(X))
     assert [f.shape[1] for f in features] == [info["num_chs"] for info in net.feature_info]
-    assert [32 // f.shape[2] for f in features[:-1]] == [info["reduction"] for info in net.feature_info[:-1]]
+    reductions = [2 ** round(math.log2(32 / f.shape[2])) for f in features[:-1]]
+    assert reductions == [info["reduction"] for info in net.feature_info[:-1]]
     last = net.forward_intermediates(X, indices=1, intermediates_only=True)
     torch.testing.assert_close(last, features[-1:])
     with pytest.raises(ValueError, match="NCHW"):

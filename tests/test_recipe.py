@@ -1,12 +1,18 @@
 """Recipes: that they are what the reports say, against PyTorch's own optimisers and schedules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
+from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
+from ablations.data import ImageData
+from ablations.policies import random_state_kept, transformed
 from ablations.recipe import RECIPES, Recipe, recipe
+from ablations.study import changed_recipe
 from model.errors import InputError
 from model.presets import PRESETS, build
 
@@ -112,7 +118,23 @@ def test_augment_does_what_the_recipe_says(digits):
         ("opt", "adamm", "did you mean 'adam'"),
         ("sched", "cosin", "'cosine'"),
         ("warmup", 0.1, "warmup needs a sched"),
-        ("momentum", 0.9, "not permitted"),
+        ("warmup_epochs", 0.9, "not permitted"),
+        ("momentum", 1.0, "less than 1"),
+        ("opt", "adahessian", "second order"),
+        ("decay_epochs", 30.0, "decay_epochs needs sched 'step'"),
+        ("decay_rate", 0.1, "decay_rate needs sched 'step'"),
+        ("translate", 2, "crop_padding and translate"),
+        ("remode", "rand", "remode needs reprob"),
+        ("recount", 1, "recount needs reprob"),
+        ("mixup_prob", 1.0, "mixup_prob needs mixup or cutmix"),
+        ("mixup_switch_prob", 0.5, "mixup_switch_prob needs mixup and cutmix"),
+        ("color_jitter", [0.1, 0.2], "three or four"),
+        ("color_jitter", [0.1, 0.2, 0.3, 0.6], "hue up to 0.5"),
+        ("auto_augment", "rand-m9-mstdinf", "'mstdinf' is no part"),
+        ("auto_augment", "rand-m9-m5", "m is given twice"),
+        ("auto_augment", "rand-m9.5", "does not build"),
+        ("auto_augment", "rnad-m9", "accepted: rand, augmix"),
+        ("auto_augment", "augmix-n3", "'n3' is no part"),
     ],
 )
 def test_wrong_values_are_refused(field, value, message):
@@ -123,3 +145,130 @@ def test_wrong_values_are_refused(field, value, message):
 def test_unknown_recipe():
     with pytest.raises(InputError, match="unknown recipe 'fats'; did you mean 'fast'?"):
         recipe("fats")
+
+
+@pytest.mark.parametrize("warmup", [None, 0.2, 0.5])
+def test_one_cycle_is_pytorchs_with_zero_at_its_end(warmup):
+    fields = {**dict(RECIPES["fast"]), "sched": "onecycle", "warmup": warmup}
+    one = Recipe(**fields)
+    optimizer = torch.optim.SGD(net().parameters(), lr=one.lr)
+    total = one.epochs * STEPS
+    rise = 0.3 if warmup is None else warmup
+    schedule = OneCycleLR(optimizer, one.lr, total, pct_start=rise, final_div_factor=float("inf"), cycle_momentum=False)
+    expected = []
+    for step in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < total - 1:
+            schedule.step()
+    assert rates(one) == pytest.approx(expected, abs=1e-12)
+    assert rates(one)[-1] == 0
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw"])
+def test_fused_optimisers_step_as_the_plain_ones(opt):
+    one = Recipe(epochs=1, batch_size=2, opt=opt, lr=0.1, weight_decay=0.01)
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 3)
+        optimizer = one.optimizer(module)
+        assert optimizer.defaults["fused"] is True
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        for _ in range(3):
+            module(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+        weights.append(module.weight)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("opt", ["lion", "muon", "adamp", "lamb", "rmsprop"])
+def test_other_optimisers_of_timm_leave_frozen_parameters_alone(opt):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in module.parameters()]
+    optimizer = Recipe(epochs=1, batch_size=2, opt=opt, lr=0.1, weight_decay=0.1).optimizer(module)
+    module(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+    changed = [not torch.equal(old, new) for old, new in zip(before, module.parameters())]
+    assert changed == [False, False, True, True]
+
+
+def test_a_change_drops_what_it_leaves_idle_and_refuses_what_is_given():
+    assert changed_recipe("two_block", {"sched": "cosine"}).decay_epochs is None
+    assert changed_recipe("fast", {"recipe.weight_decay": 0.0}).filter_bias_and_bn is False
+    with pytest.raises(InputError, match="recipe: decay_epochs needs sched 'step'"):
+        changed_recipe("two_block", {"sched": "cosine", "decay_epochs": 30})
+    with pytest.raises(InputError, match="recipe.momentum: optimiser 'adamw' has none"):
+        changed_recipe("fast", {"momentum": 0.5})
+    with pytest.raises(InputError, match="unknown field of the recipe 'experts'"):
+        changed_recipe("fast", {"experts": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5000}, "recipe.batch_size: 5000, and digits has 1293 images"),
+        ({"crop_padding": 8}, "recipe.crop_padding: 8 is too large for the 8x8 images of digits; at most 7"),
+        ({"crop_padding": 0, "translate": 8}, "recipe.translate: 8 is too large"),
+        ({"cutout": 9}, "recipe.cutout: 9 is too large"),
+        ({"color_jitter": [0.1, 0.1, 0.1, 0.2]}, "one channel, and no hue"),
+    ],
+)
+def test_recipes_that_do_not_fit_the_data(changes, message, digits):
+    with pytest.raises(InputError, match=message):
+        changed_recipe("fast", changes).check_fits(digits)
+
+
+def test_pil_needs_uint8_of_one_or_three_channels(digits):
+    one = changed_recipe("fast", {"auto_augment": "rand-m9"})
+    one.check_fits(digits)
+    one.check_fits(ImageData.random(200, 32, 32))
+    two = replace(digits.train, pixels_BHWC=digits.train.pixels_BHWC.repeat(1, 1, 1, 2))
+    with pytest.raises(InputError, match="recipe.auto_augment: needs uint8 images of 1 or 3 channels"):
+        one.check_fits(replace(digits, train=two))
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [
+        ("rand-m9-mstd0.5-inc1", RandAugment),
+        ("rand-m7-n3-p0.3-tweights", RandAugment),
+        ("augmix-m5-w4-d2", AugMixAugment),
+        ("original-mstd0.5", AutoAugment),
+        ("3a", AutoAugment),
+    ],
+)
+def test_policies_are_timms(policy, kind, digits):
+    one = changed_recipe("fast", {"auto_augment": policy})
+    assert [type(step) for step in one.pil_transform(digits).transforms] == [kind]
+    one.check_fits(digits)
+    jittered = {"auto_augment": policy, "color_jitter": 0.3}
+    if policy == "3a":
+        assert changed_recipe("fast", jittered).color_jitter == (0.3, 0.3, 0.3)
+    else:
+        with pytest.raises(InputError, match="no effect in timm"):
+            changed_recipe("fast", jittered)
+
+
+def test_average_follows_the_weights_with_timms_warm_up():
+    module = net()
+    average = Recipe(**{**dict(RECIPES["fast"]), "ema_decay": 0.9}).average(module)
+    kept = module[0].weight.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            module[0].weight += 1
+        average.update(module, step)
+        decay = min(0.9, 1 - step ** (-2 / 3)) if step > 1 else 0.0
+        kept = decay * kept + (1 - decay) * module[0].weight.detach()
+    torch.testing.assert_close(average.module[0].weight, kept)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1-n3-p1", "rand-m10-n3-p1", "augmix-m10", "v0", "original", "3a"])
+def test_policies_at_their_strongest_take_every_image(policy):
+    data = ImageData.random(100, 32, 32)
+    transform = changed_recipe("fast", {"auto_augment": policy, "batch_size": 50}).pil_transform(data)
+    with random_state_kept():
+        shapes = {transformed(transform, x.numpy(), (i,)).shape for i, x in enumerate(data.train.pixels_BHWC)}
+    assert shapes == {(32, 32, 3)}

@@ -9,10 +9,11 @@ import pytest
 import scipy.stats
 
 from ablations.engines import run_local
+from ablations.evidence import best_record, best_row, marginals, row_name, study_rows
 from ablations.records import StudyDirectory
 from ablations.stats import Interval, mean_interval
 from ablations.study import parse_study
-from ablations.tables import best_record, best_row, columns, marginal_rows, notes, render, row_name, study_rows
+from ablations.tables import columns, marginal_columns, notes, render
 from model.errors import InputError
 
 ROWS = [
@@ -121,7 +122,7 @@ def test_baselines_and_bases_in_tables(digits, tmp_path):
     assert [row_name(row) for row in rows] == [
         "experts base / 4, gate base / mlp", "experts 2, gate base", "experts base, gate linear", "two_block",
     ]  # fmt: skip
-    assert [(row["experts"], row["cells"]) for row in marginal_rows(directory, "experts")] == [
+    assert [(row["experts"], row["cells"]) for row in marginal_columns(marginals(directory, ["experts"]))] == [
         ("base", 1), ("4", 1), ("2", 1),
     ]  # fmt: skip
     shown = render(columns(rows), "text", notes(directory, directory.plan, rows))
@@ -150,10 +151,10 @@ def test_best_is_chosen_on_validation(trained_study):
 
 def test_marginal_means(trained_study):
     directory = StudyDirectory(trained_study)
-    one, two = marginal_rows(directory, "experts")
+    one, two = marginal_columns(marginals(directory, ["experts"]))
     assert (one["cells"], two["cells"], two["n"]) == (2, 2, 2)
     records = [row.records for row in study_rows(directory)[1:]]
     by_seed = [100 * np.mean([record.test_accuracy for record in seed]) for seed in zip(*records)]
     assert two["test acc %"] == pytest.approx(mean_interval(by_seed))
     with pytest.raises(InputError, match="unknown factor of .*: 'expert'; did you mean 'experts'?"):
-        marginal_rows(directory, "expert")
+        marginals(directory, ["expert"])

@@ -1,16 +1,27 @@
 """The training loop and the local engine: what they leave, and that nothing changes it."""
 
+import gc
 import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_STUDY
 from torch import nn
 
-from ablations.engines import EpochDone, TrialDone, TrialFailed, by_architecture, cost, run_local
+from ablations import engines
+from ablations.data import ImageData
+from ablations.engines import EpochDone, TrialDone, TrialFailed, by_architecture, run_local
+from ablations.loader import Loader
+from ablations.recipe import RECIPES, Recipe
 from ablations.records import StudyDirectory
 from ablations.study import Study, Trial
-from ablations.train import TrainingError, batches, predict, score, start, train
+from ablations.train import Diverged, batches, mirrored, predict, score, start, train
 from model.checkpoint import load
+from model.cost import cost
 from model.presets import network
 
 
@@ -78,14 +89,15 @@ def test_loop_is_the_plain_one(digits):
 
 def test_a_loss_that_is_not_finite_is_an_error(digits):
     trial = trials(digits, **{"recipe.lr": 100.0, "recipe.opt": "sgd", "recipe.warmup": 0, "norm_act": "none"})[0]
-    with pytest.raises(TrainingError, match=r"the loss is \w+ in epoch \d"):
+    with pytest.raises(Diverged, match=r"the loss is \w+ at step \d+ \(epoch \d, learning rate [\d.]+\)") as raised:
         list(train(trial, digits, start(trial, digits)))
+    assert raised.value.step > 1
+    assert raised.value.epoch == -(-raised.value.step // 10)
+    assert raised.value.lr == pytest.approx(100 * (1 - (raised.value.step - 1) / 30))
 
 
 def test_batches_are_whole(trial, digits):
     assert batches(trial.recipe, digits) == (128, 10)
-    large = trial.recipe.model_copy(update={"batch_size": 5000})
-    assert batches(large, digits) == (1293, 1)
 
 
 def test_prediction_is_the_networks_own(trial, digits):
@@ -100,8 +112,20 @@ def test_prediction_is_the_networks_own(trial, digits):
     assert accuracy == pytest.approx((expected.argmax(1) == digits.test.labels_B).double().mean().item())
 
 
-def test_a_resumed_trial_ends_as_one_that_never_stopped(digits, tmp_path):
-    trial = trials(digits, **{"model.head.dropout": 0.3})[0]
+PLAIN = {"model.head.dropout": 0.3}
+NEW = {
+    "ema and one-cycle": {"recipe.ema_decay": 0.9, "recipe.sched": "onecycle", "recipe.tta": "flip"},
+    "batch arithmetic": {
+        "recipe.alternating_flip": True, "recipe.crop_padding": 0, "recipe.translate": 1, "recipe.mixup": 0.4,
+        "recipe.cutmix": 1.0, "recipe.reprob": 0.3, "recipe.opt": "muon",
+    },
+    "pil": {"recipe.auto_augment": "rand-m9-mstd0.5"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [PLAIN, *NEW.values()], ids=["plain", *NEW])
+def test_a_resumed_trial_ends_as_one_that_never_stopped(digits, tmp_path, settings):
+    trial = trials(digits, **settings)[0]
     whole, stopped = (StudyDirectory(tmp_path / name) for name in ("whole", "stopped"))
     for directory in (whole, stopped):
         directory.path.mkdir()
@@ -147,7 +171,12 @@ def test_a_failing_trial_leaves_the_others(digits, tmp_path):
     directory = StudyDirectory(tmp_path)
     last = [event for event in run_local([bad, good], digits, directory) if not isinstance(event, EpochDone)]
     assert [type(event) for event in last] == [TrialFailed, TrialDone]
-    assert directory.failure(bad.id).startswith("TrainingError: the loss is")
+    failure = directory.failure(bad.id)
+    assert failure.kind == "diverged"
+    assert failure.error.startswith("the loss is")
+    assert failure.lr > 0
+    assert (failure.epoch, failure.batch_size) == (-(-failure.step // 10), None)
+    assert last[0].reason == f"diverged: {failure.error}"
     assert directory.failure(good.id) is None
     assert directory.record(bad.id) is None
     assert not (tmp_path / "ledger.jsonl").read_text().count(bad.id)
@@ -171,3 +200,175 @@ def test_cost_is_counted_by_hand():
     experts = 2 * 4 * 64 * 64 * 9 * 32 * 32
     gates = 2 * (64 * 16 + 16 * 4)
     assert cost(config, 32, 32) == (300_658, 3 * 64 * 9 * 32 * 32 + experts + gates + 64 * 10)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 1"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_ends_the_trial_and_no_other(error, digits, tmp_path, monkeypatch):
+    bad, good, *_ = trials(digits)
+    real, asked = engines.start, []
+
+    def start(trial, data):
+        asked.append(trial.recipe.batch_size)
+        if trial == bad:
+            raise error
+        return real(trial, data)
+
+    monkeypatch.setattr(engines, "start", start)
+    directory = StudyDirectory(tmp_path)
+    last = [event for event in run_local([bad, good], digits, directory) if not isinstance(event, EpochDone)]
+    assert [type(event) for event in last] == [TrialFailed, TrialDone]
+    failure = directory.failure(bad.id)
+    assert (failure.kind, failure.batch_size, failure.step) == ("out_of_memory", 128, None)
+    assert "at batch size 128" in failure.error
+    assert asked == [128, 128]
+
+
+def test_flip_tta_is_measured_beside_the_plain_accuracy(digits, tmp_path):
+    trial = trials(digits, **{"recipe.tta": "flip"})[0]
+    directory = StudyDirectory(tmp_path)
+    *_, done = run_local([trial], digits, directory)
+    net = load(directory.checkpoint(trial.id)).network()
+    mean_C, std_C = torch.tensor(digits.mean), torch.tensor(digits.std)
+    plain_BN, other_BN = (predict(net, split, mean_C, std_C) for split in (digits.test, mirrored(digits.test)))
+    torch.testing.assert_close(mirrored(digits.test).pixels_BHWC[0, :, 0], digits.test.pixels_BHWC[0, :, -1])
+    assert done.record.test_accuracy == pytest.approx(score(plain_BN, digits.test.labels_B)[1])
+    both = score((plain_BN + other_BN) / 2, digits.test.labels_B)[1]
+    assert done.record.test_accuracy_flip == pytest.approx(both)
+    assert done.record.validation_accuracy_flip is not None
+    (read,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    assert json.loads(read)["tta"] == "flip"
+
+
+def test_what_is_validated_and_saved_is_the_average(digits, tmp_path):
+    trial = trials(digits, **{"recipe.ema_decay": 0.99})[0]
+    training = start(trial, digits)
+    epochs = list(train(trial, digits, training))
+    assert training.result is training.average.module
+    assert not torch.equal(weights(training.result), weights(training.net))
+    logits_BN = predict(training.result, digits.validation, torch.tensor(digits.mean), torch.tensor(digits.std))
+    assert epochs[-1].validation_accuracy == pytest.approx(score(logits_BN, digits.validation.labels_B)[1])
+    directory = StudyDirectory(tmp_path)
+    list(run_local([trial], digits, directory))
+    assert torch.equal(weights(load(directory.checkpoint(trial.id)).network()), weights(training.result))
+
+
+def test_a_frozen_stem_stays_as_it_was_fitted():
+    fields = {"recipe.epochs": 2, "recipe.batch_size": 16, "recipe.amp": "off", "recipe.ema_decay": 0.9, "width": 0.125}
+    few = ImageData.random(train=32, height=32, width=32)
+    study = Study(name="test", question="?", seeds=1, base={"model": "speed"}, set=fields)
+    trial = study.cells(few)[0].trials[0]
+    training = start(trial, few)
+    frozen = {name: value.clone() for name, value in training.net.named_parameters() if not value.requires_grad}
+    assert frozen
+    list(train(trial, few, training))
+    for net in (training.net, training.result):
+        assert all(torch.equal(value, net.get_parameter(name)) for name, value in frozen.items())
+
+
+def test_the_number_of_workers_changes_nothing(digits):
+    settings = {"recipe.auto_augment": "3a", "recipe.color_jitter": [0.4, 0.2, 0.1], "recipe.cutmix": 1.0}
+    trial = trials(digits, **settings)[0]
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    seen = []
+    for workers in (0, 2):
+        loader = Loader(trial.recipe, digits, trial.seed, workers)
+        seen.append([batch for epoch in range(2) for batch in loader.epoch(epoch)])
+    assert random.getstate() == python_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert len(seen[0]) == len(seen[1]) == 20
+    for one, other in zip(*seen):
+        assert torch.equal(one.x_BCHW, other.x_BCHW)
+        assert torch.equal(one.targets, other.targets)
+    assert not torch.equal(seen[0][0].x_BCHW, seen[0][10].x_BCHW)
+
+
+def test_nothing_accumulates_over_epochs(digits):
+    settings = {"recipe.ema_decay": 0.9, "recipe.mixup": 0.2, "recipe.epochs": 5, "recipe.sched": "onecycle"}
+    trial = trials(digits, **settings)[0]
+    counts = []
+    for _ in train(trial, digits, start(trial, digits)):
+        gc.collect()
+        counts.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
+    assert len(set(counts[1:])) == 1, counts
+
+
+def test_the_table_has_flip_tta_apart_and_names_failures(expertgrid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = ("tta=flip", "opt=sgd", "norm_act=none", "recipe.epochs=1")
+    settings = [part for change in changes for part in ("--set", change)]
+    text = TINY_STUDY.replace('gate = ["linear", "mlp"]', '"recipe.lr" = [0.001, 100.0]')
+    Path("tiny.toml").write_text(text.replace('"recipe.epochs" = 2', "").replace("[1, 2]", "[2]"))
+    done = expertgrid("run", "tiny.toml", *settings, "--device", "cpu")
+    assert done.status == 1
+    assert "test acc % with flip TTA" in done.out
+    assert "Failed: 2 of the trials (2 diverged)." in done.out
+    assert len(re.findall(r"Failed: \w{12}: diverged: the loss is \w+ at step \d+ \(epoch 1, learning", done.out)) == 2
+    assert "read 2 times: 2 times at the end of a training" in done.out
+    assert (
+        "Flip TTA: logits averaged over each image and its mirror image; 2 of these reads predicted both." in done.out
+    )
+
+
+# A value for each field, other than the base's, and what the base needs for the field to mean something.
+CHANGES = {
+    "epochs": (2, {}),
+    "batch_size": (64, {}),
+    "opt": ("lion", {}),
+    "lr": (0.01, {}),
+    "weight_decay": (0.5, {}),
+    "filter_bias_and_bn": (False, {"weight_decay": 5.0}),
+    "opt_betas": ((0.5, 0.9), {}),
+    "momentum": (0.5, {"opt": "sgd"}),
+    "sched": ("cosine", {}),
+    "decay_epochs": (0.5, {"sched": "step"}),
+    "decay_rate": (0.5, {"sched": "step", "decay_epochs": 0.5}),
+    "warmup": (0.5, {}),
+    "ema_decay": (0.9, {}),
+    "smoothing": (0.3, {}),
+    "auto_augment": ("rand-m9", {}),
+    "color_jitter": (0.5, {}),
+    "hflip": (0.2, {}),
+    "alternating_flip": (True, {}),
+    "crop_padding": (2, {}),
+    "translate": (2, {"crop_padding": 0}),
+    "normalise": ("half", {}),
+    "cutout": (3, {}),
+    "reprob": (0.5, {}),
+    "remode": ("rand", {"reprob": 0.5}),
+    "recount": (3, {"reprob": 0.5}),
+    "mixup": (0.5, {}),
+    "cutmix": (1.0, {}),
+    "mixup_prob": (0.3, {"mixup": 0.5}),
+    "mixup_switch_prob": (0.9, {"mixup": 0.5, "cutmix": 1.0}),
+    "amp": ("on", {}),
+    "tta": ("flip", {}),
+}
+
+
+def test_every_field_is_tried():
+    assert list(CHANGES) == list(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_what_is_trained(field, digits, tmp_path):
+    value, needed = CHANGES[field]
+    base = {**dict(RECIPES["fast"]), "epochs": 1, "batch_size": 32, "amp": "off", "crop_padding": 1, "lr": 0.001}
+    base |= needed
+    few = replace(digits, train=type(digits.train)(digits.train.pixels_BHWC[:256], digits.train.labels_B[:256]))
+    found = []
+    for i, fields in enumerate((base, base | {field: value})):
+        trial = trials(digits)[0].model_copy(update={"recipe": Recipe(**fields)})
+        directory = StudyDirectory(tmp_path / str(i))
+        directory.path.mkdir()
+        *_, done = run_local([trial], few, directory)
+        net = load(directory.checkpoint(trial.id)).network()
+        found.append((weights(net), done.record.test_accuracy_flip))
+    (one, one_flip), (other, other_flip) = found
+    assert (one_flip != other_flip) if field == "tta" else not torch.equal(one, other)

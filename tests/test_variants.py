@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.cost import cost
 from model.errors import InputError
 from model.net import Block, Conv, GateConfig, ModelConfig, Residual
 from model.presets import PRESETS, build
@@ -11,7 +12,19 @@ from model.variants import VARIANTS, vary
 LEVELS = {
     "experts": [1, 2, 5],
     "kernel": [1, 5, [3, 5]],
-    "gate": ["linear", "mlp", "uniform", {"kind": "mlp", "hidden": [6, 6], "temperature": 2.0}],
+    "gate": [
+        "linear",
+        "mlp",
+        "uniform",
+        "constant",
+        "own",
+        "frozen",
+        "swapped",
+        {"kind": "linear", "frozen": True},
+        {"kind": "linear", "swapped": True},
+        {"kind": "mlp", "hidden": [6, 6], "temperature": 2.0},
+    ],
+    "plain": [False, "params", "macs"],
     "norm_act": ["expert", "mix", "none"],
     "residual": [True, False],
     "width": [0.25, 1.5],
@@ -58,7 +71,7 @@ def test_own_level_changes_nothing(preset):
     config = PRESETS[preset]
     block = next(config.blocks())
     assert vary(config, "experts", len(block.kernels)) == config
-    assert vary(config, "gate", block.gate.kind) == config
+    assert block.gate is None or vary(config, "gate", block.gate.kind) == config
     assert vary(config, "norm_act", block.norm_act) == config
     assert vary(config, "width", 1) == vary(config, "depth", 1) == config
 
@@ -67,6 +80,24 @@ def test_own_level_changes_nothing(preset):
 def test_one_expert_is_the_same_network_whatever_the_gate(preset):
     one = vary(PRESETS[preset], "experts", 1)
     assert {vary(one, "gate", gate) for gate in ("linear", "mlp", "uniform")} == {one}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plain_twins_cost_the_same(preset):
+    wanted = cost(PRESETS[preset], 32, 32)
+    for i, equal in enumerate(("params", "macs")):
+        twin = vary(PRESETS[preset], "plain", equal)
+        assert {len(block.kernels) for block in twin.blocks()} == {1}
+        assert cost(twin, 32, 32)[i] == pytest.approx(wanted[i], rel=0.03)
+        assert vary(twin, "gate", "frozen") == twin
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_controls_leave_the_kind_of_gate(preset):
+    for control in ("frozen", "swapped"):
+        before, after = PRESETS[preset].blocks(), vary(PRESETS[preset], "gate", control).blocks()
+        for own, changed in zip(before, after, strict=True):
+            assert changed.gate == (own.gate and GateConfig(**{**dict(own.gate), control: True}))
 
 
 def test_residual_pairs_blocks_and_leaves_what_is_there():

@@ -1,0 +1,106 @@
+"""timm's PIL augmentation: ColorJitter, and the policies of RandAugment, AutoAugment and AugMix.
+
+They draw from the global random state of Python, NumPy and torch, which is seeded here for each image and put back.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import (
+    AugmentOp,
+    AutoAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    posterize,
+    rand_augment_transform,
+)
+from torchvision.transforms import ColorJitter, Compose
+
+Transform = Callable[[Image.Image], Image.Image]
+
+# What timm reads in a policy string: it passes over most of what it does not know without a word.
+SECTIONS = {
+    "rand": ("m", "n", "p", "mstd", "mmax", "inc", "t"),
+    "augmix": ("m", "w", "d", "b", "a", "mstd"),
+    **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), ("mstd",)),
+}
+RAND_SETS = ("tweights", "t3a", "t3aw")
+WITH_JITTER = "3a"  # beside other policies timm leaves color_jitter out
+
+
+def check_policy(policy: str) -> None:
+    """Raises ValueError where timm does not build the policy, or would pass over a part of it."""
+    name, *sections = policy.split("-")
+    if name not in SECTIONS:
+        raise ValueError(f"no policy of timm starts with {name!r}; accepted: {', '.join(SECTIONS)}")
+    keys = []
+    for section in sections:
+        found = ("t",) if section in RAND_SETS else re.fullmatch(r"([a-z]+)\d+(?:\.\d+)?", section)
+        keys.append(found[0] if section in RAND_SETS else found[1] if found else section)
+        if keys[-1] not in SECTIONS[name] or (keys[-1] == "t" and section not in RAND_SETS):
+            parts = ", ".join(f"{key}NUMBER" for key in SECTIONS[name] if key != "t")
+            sets = ", " + ", ".join(RAND_SETS) if name == "rand" else ""
+            raise ValueError(f"{section!r} is no part of timm's {name} policies; accepted: {parts}{sets}")
+        if keys.count(keys[-1]) > 1:
+            raise ValueError(f"{keys[-1]} is given twice")
+    try:
+        _policy(policy, (0.5,) * 3, (32, 32))
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"timm does not build the policy: {error or type(error).__name__}") from None
+
+
+def pil_transform(
+    color_jitter: tuple[float, ...], auto_augment: str, mean: tuple[float, ...], image_size: tuple[int, int]
+) -> Transform | None:
+    """The policy and then the jitter, with timm's parameters for images of this size; None where there is neither."""
+    steps = [_policy(auto_augment, mean, image_size)] if auto_augment else []
+    steps += [ColorJitter(*color_jitter)] if color_jitter else []
+    return Compose(steps) if steps else None
+
+
+def _policy(policy: str, mean: tuple[float, ...], image_size: tuple[int, int]) -> Transform:
+    """As `timm.data.transforms_imagenet_train` builds it."""
+    fill = tuple(min(255, round(255 * value)) for value in mean)
+    parameters = {"translate_const": int(min(image_size) * 0.45), "img_mean": fill}
+    if policy.startswith("rand"):
+        built = rand_augment_transform(policy, parameters)
+    elif policy.startswith("augmix"):
+        built = augment_and_mix_transform(policy, parameters | {"translate_pct": 0.3})
+    else:
+        built = auto_augment_transform(policy, parameters)
+    for op in (op for ops in built.policy for op in ops) if isinstance(built, AutoAugment) else built.ops:
+        if isinstance(op, AugmentOp) and op.aug_fn is posterize:
+            op.aug_fn = _posterize
+    return built
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
+    """timm's, with its strongest level, which keeps no bit, a black image: newer versions of Pillow refuse that."""
+    return posterize(image, bits_to_keep, **parameters) if bits_to_keep else image.point(lambda _: 0)
+
+
+def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    """An image of one or three channels after the transform. What is drawn follows from `key`: whole numbers from 0."""
+    python, numpy, torchs = map(int, np.random.SeedSequence(key).generate_state(3))
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(torchs)
+    image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    return np.asarray(transform(image)).reshape(pixels_HWC.shape)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """The global random state of Python, NumPy and torch is afterwards what it was."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

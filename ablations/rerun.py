@@ -1,0 +1,177 @@
+"""Training a trial again, beside its record, to see whether the record is what the code gives."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ablations.data import ImageData
+from ablations.engines import TrialFailed, run_local
+from ablations.records import Record, StudyDirectory
+from ablations.study import Trial
+from model.checkpoint import load
+from model.errors import InputError
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One thing of a trial, as it was kept and as it came again."""
+
+    what: str
+    kept: float | None
+    again: float | None
+    difference: float | None  # the largest, where it is of many; None of nothing to compare
+    same: bool  # to the last bit
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A trial that was trained twice."""
+
+    compared: list[Compared]
+    elsewhere: list[str]  # what differs between the two trainings' environments
+    margin: float  # in points of accuracy, for a training elsewhere
+    failure: str = ""
+
+    @property
+    def same(self) -> bool:
+        """In the same environment on a CPU: to the last bit. Elsewhere: accuracies within the study's margin."""
+        if self.failure:
+            return False
+        if not self.elsewhere:
+            return all(one.same for one in self.compared)
+        return all(100 * one.difference <= self.margin for one in self.compared if one.what.endswith("accuracy"))
+
+    @property
+    def verdict(self) -> str:
+        if self.failure:
+            return f"Different: the record is of a trial that was finished, and this time it failed: {self.failure}"
+        if not self.elsewhere:
+            if self.same:
+                return "The same: weights, losses, accuracies and predictions are equal to the last bit."
+            changed = ", ".join(one.what for one in self.compared if not one.same)
+            return (
+                f"Different: {changed}. In the environment of the record equality to the last bit is expected "
+                "(it does not name the processor; on another one, numbers may differ in their last digits)."
+            )
+        return (
+            f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
+            f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.elsewhere)})."
+        )
+
+
+def finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
+    """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
+    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
+    if trial_id not in trials:
+        near = get_close_matches(trial_id, trials, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."
+        raise InputError(f"unknown trial of {directory.path}: {trial_id!r}{hint}")
+    record, trial = directory.record(trial_id), directory.config(trial_id)
+    if record is None or trial is None:
+        failure = directory.failure(trial_id)
+        why = f"it failed ({failure.kind})" if failure else "it is not finished"
+        raise InputError(f"trial {trial_id} of {directory.path} has no record to compare with: {why}")
+    if trial.id != trial_id:
+        raise InputError(
+            f"{directory.trial(trial_id) / 'config.json'}: not of trial {trial_id}, its hash is {trial.id}"
+        )
+    return trial, record
+
+
+def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ImageData) -> Rerun:
+    """Trains a trial again on the data's device, in a temporary directory, and compares.
+
+    The study's ledger gets the read of the test split, and nothing else of the study is written. Raises InputError for
+    data that is not what the trial was trained on, and for damaged files.
+    """
+    if data.fingerprint != trial.fingerprint:
+        raise InputError(f"--data {data.source}: not the images that trial {trial.id} was trained on")
+    with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
+        beside = StudyDirectory(Path(place))
+        try:
+            events = list(run_local([trial], data, beside, compile="on" if record.compiled else "off"))
+        finally:
+            for read in beside.test_reads():
+                directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
+        failures = [event.reason for event in events if isinstance(event, TrialFailed)]
+        margin = directory.study.margin
+        if failures:
+            return Rerun([], [], margin, failures[0])
+        again = beside.record(trial.id)
+        compared = [_weights(directory, beside, trial.id), *_epochs(directory, beside, trial.id)]
+        for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
+            kept, found = getattr(record, name), getattr(again, name)
+            compared.append(Compared(name.replace("_", " "), kept, found, abs(found - kept), found == kept))
+        compared += _predictions(directory, beside, trial.id)
+    return Rerun(compared, _elsewhere(record, again), margin)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _elsewhere(record: Record, again: Record) -> list[str]:
+    """What there is against equality to the last bit."""
+    kept, here = record.environment, again.environment
+    found = [
+        f"{name} was {before}, is {now}"
+        for name, before, now in (
+            ("the device", kept.device, here.device),
+            ("the number of threads", kept.threads, here.threads),
+            ("bf16", record.bfloat16, again.bfloat16),
+            *((name, version, here.versions.get(name)) for name, version in kept.versions.items()),
+        )
+        if before != now
+    ]
+    return found or ([] if here.device.startswith("cpu") else ["on this device sums are made in any order"])
+
+
+def _weights(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> Compared:
+    kept, again = (load(one.checkpoint(trial)).weights for one in (directory, beside))
+    same = kept.keys() == again.keys() and all(_equal(kept[name], again[name]) for name in kept)
+    largest = max((_distance(kept[name], again[name]) for name in kept.keys() & again.keys()), default=0.0)
+    return Compared("weights", None, None, largest, same)
+
+
+def _equal(kept: Tensor, again: Tensor) -> bool:
+    return kept.dtype == again.dtype and torch.equal(kept, again)
+
+
+def _distance(kept: Tensor, again: Tensor) -> float:
+    return (kept.double() - again.double()).abs().max().item() if kept.numel() else 0.0
+
+
+def _epochs(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> list[Compared]:
+    kept, again = directory.epochs(trial), beside.epochs(trial)
+    found = []
+    for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
+        pairs = [(getattr(one, name), getattr(other, name)) for one, other in zip(kept, again)]
+        largest = max((abs(other - one) for one, other in pairs), default=0.0)
+        same = len(kept) == len(again) and all(one == other for one, other in pairs)
+        found.append(Compared(f"{name.replace('_', ' ')} by epoch", None, None, largest, same))
+    return found
+
+
+def _predictions(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> list[Compared]:
+    kept, again = directory.predictions(trial), beside.predictions(trial)
+    if kept is None:
+        return []
+    found = []
+    for split in ("validation", "test"):
+        one, other = getattr(kept, split), getattr(again, split)
+        changed = int((one != other).sum()) if one.shape == other.shape else max(len(one), len(other))
+        found.append(Compared(f"predictions of {split} images", None, None, changed, np.array_equal(one, other)))
+    return found

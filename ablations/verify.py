@@ -1,0 +1,165 @@
+"""Whether the numbers of a study follow from what is kept beside them."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ablations import evidence, tables
+from ablations.records import Predictions, Record, StudyDirectory
+from ablations.study import Trial
+from model.checkpoint import load
+from model.cost import cost
+from model.errors import InputError
+
+NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, what does not fit, and what could not be checked."""
+
+    checked: int  # numbers and files
+    problems: list[str]
+    skipped: list[str]
+
+
+def check_study(directory: StudyDirectory) -> Verified:
+    """Recomputes a study's numbers. Raises InputError for a directory that is none."""
+    check = _Check()
+    plan = directory.plan
+    labels: dict[bytes, str] = {}
+    fingerprints: dict[str, str] = {}
+    without = 0
+    seeds = {trial: seed for cell in plan.cells for seed, trial in enumerate(cell.trials)}
+    for trial_id, seed in seeds.items():
+        with check.of(f"trial {trial_id}"):
+            record, trial = directory.record(trial_id), directory.config(trial_id)
+            if record is None:
+                continue
+            check.equal("trial in record.json", record.trial, trial_id)
+            check.equal("seed", record.seed, seed)
+            check.true("there is no config.json", trial is not None)
+            check.epochs(directory, record, trial)
+            if trial is not None:
+                check.equal("hash of config.json", trial.id, trial_id)
+                check.equal("seed in config.json", trial.seed, seed)
+                fingerprints.setdefault(trial.fingerprint, trial_id)
+            check.checkpoint(directory, record, trial)
+            kept = directory.predictions(trial_id)
+            without += kept is None
+            if kept is not None:
+                check.predictions(record, kept)
+                labels.setdefault(kept.validation_labels.tobytes() + kept.test_labels.tobytes(), trial_id)
+    for what, found in (("labels", labels), ("data", fingerprints)):
+        check.true(f"trials have different {what}: {', '.join(found.values())}", len(found) < 2)
+    with check.of("ledger.jsonl"):
+        check.ledger(directory, list(seeds))
+    with check.of("report.html"):
+        check.report(directory)
+    if without:
+        check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
+    return Verified(check.count, check.problems, check.skipped)
+
+
+class _Check:
+    """Counts what was checked and collects what does not fit, with the place it is at."""
+
+    def __init__(self) -> None:
+        self.count, self.place = 0, ""
+        self.problems: list[str] = []
+        self.skipped: list[str] = []
+
+    @contextmanager
+    def of(self, place: str) -> Iterator[None]:
+        """Problems found within are of this place. A damaged file is one, and the others are looked at all the same."""
+        self.place = place
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(f"{place}: {error}")
+        self.place = ""
+
+    def true(self, problem: str, fits: bool) -> None:
+        self.count += 1
+        if not fits:
+            self.problems.append(f"{self.place}: {problem}" if self.place else problem)
+
+    def equal(self, what: str, kept: object, found: object) -> None:
+        near = isinstance(kept, float) and isinstance(found, float) and math.isclose(kept, found, rel_tol=1e-6)
+        self.true(f"{what} is {kept}, but {found} follows from the rest", near or kept == found)
+
+    def epochs(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
+        epochs = directory.epochs(record.trial)
+        self.equal("epochs", record.epochs, len(epochs))
+        if trial is not None:
+            self.equal("epochs", record.epochs, trial.recipe.epochs)
+        self.equal("numbers in epochs.jsonl", [one.epoch for one in epochs], list(range(1, len(epochs) + 1)))
+        if epochs:
+            rates = [one.images_per_s for one in (epochs[1:] or epochs)]
+            self.equal("images_per_s", record.images_per_s, statistics.median(rates))
+            self.equal("train_seconds", record.train_seconds, float(sum(one.train_seconds for one in epochs)))
+
+    def checkpoint(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
+        checkpoint = load(directory.checkpoint(record.trial))
+        self.equal("trial in model.safetensors", checkpoint.trained.trial, record.trial)
+        if trial is not None:
+            self.true("model.safetensors has another network than config.json", checkpoint.config == trial.model)
+        parameters, macs = cost(checkpoint.config, *checkpoint.trained.image_size)
+        self.equal("parameters", record.parameters, parameters)
+        self.equal("macs", record.macs, macs)
+
+    def predictions(self, record: Record, kept: Predictions) -> None:
+        for split in ("validation", "test"):
+            labels_B = getattr(kept, f"{split}_labels")
+            self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
+            for suffix in ("", "_flip"):
+                predicted_B, accuracy = getattr(kept, split + suffix), getattr(record, f"{split}_accuracy{suffix}")
+                found = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
+                self.equal(f"{split}_accuracy{suffix}", accuracy, found)
+
+    def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
+        reads = directory.test_reads()
+        training = {read.trial: read for read in reads if read.reader == "training"}
+        for trial in trials:
+            record = directory.record(trial) if (directory.trial(trial) / "record.json").exists() else None
+            if record is not None:
+                self.true(f"has no read of the test split by the training of {trial}", trial in training)
+                if trial in training:
+                    self.equal(f"images in the read of {trial}", training[trial].images, record.test_images)
+        exports = sum(read.reader == "export" for read in reads)
+        certificates = len(list((directory.path / "export").glob("*.certificate.json")))
+        self.true(f"has {exports} reads by exports, of which there are {certificates}", exports >= certificates)
+
+    def report(self, directory: StudyDirectory) -> None:
+        file = directory.path / "report.html"
+        if not file.exists():
+            return
+        found = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
+        if found is None:
+            self.skipped.append("report.html embeds no numbers, and was not compared")
+            return
+        try:
+            kept = json.loads(found[1])["table"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError("the numbers embedded in it have no table") from None
+        rows = evidence.study_rows(directory)
+        shown = tables.columns(rows, evidence.judge(rows, directory.study.margin, directory.plan.race))
+        fresh = json.loads(tables.render(shown, "json"))
+        self.equal("number of rows", len(kept), len(fresh))
+        for row, one, other in zip(rows, kept, fresh):
+            for title, value in _leaves(other):
+                self.equal(f"{title} of {evidence.row_name(row)}", dict(_leaves(one)).get(title), value)
+
+
+def _leaves(row: dict[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    for title, value in row.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{title} ")
+        else:
+            yield f"{path}{title}", value

@@ -1,0 +1,208 @@
+"""The forms that an expert block's computation can take, timed against each other: `python -m bench.experts`.
+
+    loop    one expert after another, added up as they come: what `model.net.ExpertBlock` does
+    stack   all experts' outputs stacked, weighted and summed, as a textbook has it
+    chunk   one convolution and one batch norm of K x C channels; their chunks weighted and added up
+    sum     the same, reshaped to (B, K, C, H, W), weighted and summed over K
+    einsum  the same as one contraction over K
+    fused   one convolution; then norm, activation and mix as one expression of its output and its statistics, which
+            the compiler makes one pass over memory
+
+Each is timed eager and compiled, forwards and backwards, in turns, and has first to give the outputs and the gradients
+of the loop. On the CPU measured (AVX-512 with bfloat16, no matrix units) no form beat the eager loop: a wide
+convolution does not make up for the memory that K outputs held at a time take. On GPUs, not
+measured yet, the fused form is the one with the fewest passes over memory once it is compiled.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from bench.peaks import synchronise
+from bench.training import TextbookBlock, in_turns
+from model.net import Block, ExpertBlock, ExpertNet, GateConfig, ModelConfig
+
+TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
+COMPILERS = ("eager", "compiled")
+
+
+class WideBlock(nn.Module):
+    """An expert block, in training mode, whose experts are one convolution of K x C channels, and its gate.
+
+    Its weights are copies of the block's. (B, C, H, W) to the same.
+    """
+
+    def __init__(self, block: ExpertBlock, form: str):
+        super().__init__()
+        self.gate, self.count, self.form = block.gate, len(block.experts), form
+        self.eps = block.experts[0].norm.eps
+        self.weight, self.scale_F, self.shift_F = (
+            nn.Parameter(torch.cat([part(expert).detach() for expert in block.experts]))
+            for part in (lambda e: e.conv.weight, lambda e: e.norm.weight, lambda e: e.norm.bias)
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        gate_BK = self.gate(x_BCHW)
+        wide_BFHW = F.conv2d(x_BCHW, self.weight, padding=self.weight.shape[2] // 2)  # F = K x C
+        if self.form == "fused":
+            return self.fused(wide_BFHW, gate_BK)
+        wide_BFHW = F.batch_norm(wide_BFHW, None, None, self.scale_F, self.shift_F, training=True, eps=self.eps)
+        wide_BFHW = torch.relu_(wide_BFHW)
+        if self.form == "chunk":
+            return sum(gate_BK[:, k, None, None, None] * part for k, part in enumerate(wide_BFHW.chunk(self.count, 1)))
+        experts_BKCHW = wide_BFHW.unflatten(1, (self.count, -1))
+        if self.form == "einsum":
+            return torch.einsum("bk,bkchw->bchw", gate_BK.to(experts_BKCHW.dtype), experts_BKCHW)
+        return (gate_BK[:, :, None, None, None] * experts_BKCHW).sum(1)
+
+    def fused(self, wide_BFHW: Tensor, gate_BK: Tensor) -> Tensor:
+        variance_F, mean_F = torch.var_mean(wide_BFHW.float(), (0, 2, 3), correction=0)
+        slope_F = self.scale_F * torch.rsqrt(variance_F + self.eps)
+        offset_F = self.shift_F - mean_F * slope_F
+        act_BFHW = torch.relu(wide_BFHW * slope_F[:, None, None] + offset_F[:, None, None])
+        parts_BKCHW = act_BFHW.unflatten(1, (self.count, -1))
+        return (gate_BK[:, :, None, None, None] * parts_BKCHW).sum(1)
+
+    def like_the_loop(self) -> list[Tensor]:
+        """The gradients of all experts, then those of the gate."""
+        return [self.weight.grad, self.scale_F.grad, self.shift_F.grad, *(p.grad for p in self.gate.parameters())]
+
+
+FORMS = ("loop", "stack", "chunk", "sum", "einsum", "fused")
+
+
+def build_form(form: str, experts: int, channels: int) -> nn.Module:
+    """A block in one of `FORMS`; all have the same weights."""
+    config = Block(channels=channels, kernels=(3,) * experts, gate=GateConfig(kind="mlp", reduction=8))
+    torch.manual_seed(0)
+    block = ExpertNet(ModelConfig(in_chans=channels, layers=(config,))).layers[0]
+    if form == "loop":
+        return block
+    return TextbookBlock(block) if form == "stack" else WideBlock(block, form)
+
+
+def gradients(block: nn.Module) -> list[Tensor]:
+    """The gradients of a block in any form, the experts' joined: weights, scales, shifts; then the gate's."""
+    if isinstance(block, WideBlock):
+        return block.like_the_loop()
+    parts = [[e.conv.weight.grad, e.norm.weight.grad, e.norm.bias.grad] for e in block.experts]
+    return [*map(torch.cat, zip(*parts)), *(parameter.grad for parameter in block.gate.parameters())]
+
+
+def difference(found: nn.Module, loop: nn.Module, x_BCHW: Tensor) -> float:
+    """The largest difference from the loop of output, input's gradient and weights' gradients, in float32.
+
+    Each is a share of the largest value of the tensor that it is in.
+    """
+    results = []
+    for block in (found, loop):
+        block.zero_grad()
+        input_BCHW = x_BCHW.detach().clone().requires_grad_()
+        output_BCHW = block(input_BCHW)
+        output_BCHW.square().mean().backward()
+        results.append([output_BCHW.detach(), input_BCHW.grad, *gradients(block)])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
+
+
+class FormSpeed(BaseModel):
+    """One form, eager or compiled."""
+
+    form: str
+    how: str
+    difference: float  # of the eager form from the loop, in float32
+    first_s: float  # of the first call, which compiles
+    median_ms: float
+    x_loop: float  # median over the rounds of the eager loop's time over this one's
+    rounds_ms: list[float]
+
+
+def measure(
+    device: torch.device, batch: int, channels: int, experts: int, size: int, rounds: int, hows: tuple[str, ...]
+) -> list[FormSpeed]:
+    """Times all forms on one random batch, channels last, under autocast to bfloat16.
+
+    Raises ValueError where a form does not compute what the loop does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last).requires_grad_()
+    few_BCHW = x_BCHW[:4]
+    ways, differences, firsts = {}, {}, {}
+    for form in FORMS:
+        block = build_form(form, experts, channels).to(device, memory_format=torch.channels_last)
+        loop = build_form("loop", experts, channels).to(device, memory_format=torch.channels_last)
+        differences[form] = difference(block, loop, few_BCHW)
+        if differences[form] > TOLERANCE:
+            raise ValueError(f"the form {form!r} differs from the loop by {differences[form]:.2g}")
+        for how in hows:
+            run = torch.compile(block, dynamic=False) if how == "compiled" else block
+            ways[form, how] = _step(run, block, x_BCHW)
+            firsts[form, how] = ways[form, how]()
+    seconds = in_turns(ways, rounds)
+    return [
+        FormSpeed(
+            form=form,
+            how=how,
+            difference=differences[form],
+            first_s=firsts[form, how],
+            median_ms=1000 * statistics.median(times),
+            x_loop=statistics.median(a / b for a, b in zip(seconds["loop", "eager"], times)),
+            rounds_ms=[1000 * time for time in times],
+        )
+        for (form, how), times in seconds.items()
+    ]
+
+
+def _step(run: Callable[[Tensor], Tensor], block: nn.Module, x_BCHW: Tensor) -> Callable[[], float]:
+    """A function that goes forwards and backwards once and returns the seconds."""
+    device = x_BCHW.device
+
+    def step() -> float:
+        block.zero_grad()
+        x_BCHW.grad = None
+        synchronise(device)
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            output_BCHW = run(x_BCHW)
+        output_BCHW.backward(torch.ones_like(output_BCHW))
+        synchronise(device)
+        return time.perf_counter() - started
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.experts", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="without the compiled forms")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    args = parser.parse_args()
+    if min(args.batch, args.channels, args.size, args.rounds) < 1 or args.experts < 2:
+        parser.error("sizes are from 1, and experts from 2")
+    hows = COMPILERS[:1] if args.eager else COMPILERS
+    device = torch.device(args.device)
+    speeds = measure(device, args.batch, args.channels, args.experts, args.size, args.rounds, hows)
+    if args.format == "json":
+        print("[" + ",\n".join(speed.model_dump_json() for speed in speeds) + "]")
+        return
+    print(f"{args.experts} experts of {args.channels} channels, batch {args.batch} of {args.size}x{args.size}, bf16")
+    print(f"{'form':8} {'how':10} {'ms':>9} {'x loop':>8} {'first s':>8} {'difference':>11}")
+    for one in speeds:
+        times = f"{one.median_ms:9.2f} {one.x_loop:8.2f} {one.first_s:8.1f}"
+        print(f"{one.form:8} {one.how:10} {times} {one.difference:11.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Inference with inputs and outputs on the device: ONNX Runtime with IO binding, and CUDA graphs of both engines.
+
+`bench.latency` times a call as a program has it whose images are in the host's memory. Here they are on the device
+before the clock starts and the logits stay there, at fixed addresses, which is what a CUDA graph needs: each call is
+then one launch. On a CPU there are no graphs, and binding only saves copies.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+
+from bench.latency import Latency, random_images, read_onnx, take_turns
+from bench.peaks import synchronise
+from export.session import ORT_ERRORS, PROVIDERS, check_provider
+from export.to_onnx import PixelNet
+from model.checkpoint import Trained, parse_config
+from model.errors import InputError, invalid
+from model.presets import build
+
+Call = Callable[[object], object]
+
+
+class NotMeasured(BaseModel):
+    """An engine that does not run here, and why."""
+
+    engine: str
+    batch: int
+    reason: str
+
+
+class Cast(nn.Module):
+    """Images in another type."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW.to(self.dtype)
+
+
+def bound(model: bytes, provider: str, images: np.ndarray, graph: bool) -> Call:
+    """A call of ONNX Runtime whose input and output are on the provider's device. Raises InputError."""
+    check_provider(provider)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    chosen = {"enable_cuda_graph": "1"} if graph else {}
+    session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDERS[provider], chosen)], enable_fallback=0)
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise InputError(f"provider {provider!r} does not start here: a library that it needs is missing")
+    device = "cpu" if provider == "cpu" else "cuda"
+    given, made = session.get_inputs()[0], session.get_outputs()[0]
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(given.name, onnxruntime.OrtValue.ortvalue_from_numpy(images, device, 0))
+    shape = [len(images), *made.shape[1:]]
+    logits_BN = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+    binding.bind_ortvalue_output(made.name, logits_BN)
+
+    def call(_: object) -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    call(None)
+    return call
+
+
+@torch.inference_mode()
+def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.device) -> Call:
+    """A call of PyTorch on the network that the file describes, in the file's precision; a CUDA graph on CUDA."""
+    metadata = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
+    if metadata.get("expertgrid.input") != "uint8":
+        raise InputError(f"{name}: is no file of ours that takes uint8 images")
+    try:
+        trained = Trained.model_validate_json(metadata["expertgrid.trained"])
+    except ValidationError as error:
+        raise invalid(f"{name}: expertgrid.trained", error, Trained.model_fields) from None
+    dtype = torch.float16 if metadata.get("expertgrid.precision") == "fp16" else torch.float32
+    inner = build(parse_config(metadata["expertgrid.config"], name)).to(dtype, memory_format=torch.channels_last)
+    net = PixelNet(nn.Sequential(Cast(dtype), inner), trained.mean, trained.std).eval().to(device)
+    pixels_BHWC = torch.from_numpy(images).to(device)
+    if device.type != "cuda":
+        return torch.inference_mode()(lambda _: net(pixels_BHWC))
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            net(pixels_BHWC)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits_BN = net(pixels_BHWC)
+
+    def call(_: object) -> Tensor:
+        graph.replay()
+        synchronise(device)
+        return logits_BN
+
+    return call
+
+
+def measure_resident(
+    path: Path, device: torch.device, batches: list[int], measure_s: float
+) -> tuple[list[Latency], list[NotMeasured]]:
+    """Latencies of each engine at each batch size, and the engines that do not run here. Raises InputError."""
+    model, kind = read_onnx(path), device.type
+    makers: dict[str, Callable[[np.ndarray], Call]] = {
+        f"onnxruntime {kind} bound": lambda images: bound(model, kind, images, graph=False),
+        f"pytorch {kind} {'graph' if kind == 'cuda' else 'resident'}": lambda images: pytorch_resident(
+            model, str(path), images, device
+        ),
+    }
+    if kind == "cuda":
+        makers["onnxruntime cuda graph"] = lambda images: bound(model, kind, images, graph=True)
+    latencies, missing = [], []
+    for batch in batches:
+        images, runs = random_images(model, batch), {}
+        for engine, make in makers.items():
+            try:
+                runs[engine] = make(images)
+            except (InputError, *ORT_ERRORS, RuntimeError, MemoryError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                missing.append(NotMeasured(engine=engine, batch=batch, reason=reason))
+        calls_ms = take_turns(runs, images, measure_s) if runs else {}
+        latencies += [Latency.of(engine, batch, times) for engine, times in calls_ms.items()]
+    return latencies, missing

@@ -1,0 +1,132 @@
+"""One training step: its kernels, and the floor under its time.
+
+The floor is the fewest operations and bytes that a step of a network needs, whoever writes the kernels. Operations are
+those of the convolutions and matrix products, forwards and backwards, without the gradient of the images. Bytes are
+counted in bfloat16, as if each block were four passes over memory, because batch statistics part what could be one:
+forwards the convolutions (reads the input, writes the experts' outputs, gathers statistics), then norm, activation and
+mix (reads these, writes the block's output); backwards the sums of the norm's gradient (reads the experts' outputs and
+the output's gradient), then all gradients (reads both again and the input, writes that of the input). A norm after the
+mix needs one mixed map in place of the K outputs, and a block without norm none. Weights, their gradients and the two
+moments of AdamW are read and written once each in float32. Pooling, head and loss count as fused into their neighbours.
+"""
+
+import statistics
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.training import bare_round
+from model.compiled import blocks, compile_blocks
+from model.net import ExpertBlock, ModelConfig
+from model.presets import build
+
+BFLOAT16, FLOAT32 = 2, 4  # bytes
+KERNELS = 25  # that are kept, the longest first
+
+
+class Floor(BaseModel):
+    """The fewest operations (a multiply-accumulate is two) and bytes that a training step needs."""
+
+    flops: int
+    bytes: int
+
+
+class Kernel(BaseModel):
+    """What one kernel takes of a step."""
+
+    name: str
+    launches: float  # a step
+    us: float  # a step, on the device
+    share: float  # of the time of all kernels
+
+
+class StepProfile(BaseModel):
+    """A step of the bare loop, by kernel. On a CPU its operators stand for the kernels."""
+
+    batch: int
+    steps: int  # in a round, and profiled
+    compiled: bool
+    step_ms: list[float]  # mean of each round, without the profiler
+    busy_ms: float  # of a step, sum of all kernels
+    launches: float  # a step, of all kernels
+    kernels: list[Kernel]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.step_ms)
+
+
+def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
+    """The floor under a step on `batch` images, from the config alone."""
+    elements = 0
+
+    def count(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal elements
+        x, out, held = inputs[0].numel(), output.numel(), output.numel()
+        if isinstance(part, ExpertBlock):
+            in_experts = hasattr(part.experts[0], "norm")
+            held *= len(part.experts) if in_experts else not isinstance(part.norm_act, nn.Identity)
+        else:
+            held *= hasattr(part, "norm")
+        gradient = x if inputs[0].requires_grad else 0
+        if held:
+            elements += (x + held) + (held + out) + (held + out) + (held + out + x + gradient)
+        else:
+            elements += (x + out) + (out + x + gradient)
+
+    with torch.device("meta"):
+        net = build(config).train()
+        for part in blocks(net):
+            part.register_forward_hook(count)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(batch, config.in_chans, height, width)).sum().backward()
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    return Floor(flops=counter.get_total_flops(), bytes=BFLOAT16 * elements + 2 * 4 * FLOAT32 * trained)
+
+
+def profile_step(
+    config: ModelConfig, batch: int, size: int, device: torch.device, compiled: bool, steps: int, rounds: int
+) -> StepProfile:
+    """Times and profiles bare steps (AdamW, bfloat16, channels last) on one random batch of `size` x `size` images."""
+    torch.manual_seed(0)
+    net = build(config).to(device, memory_format=torch.channels_last).train()
+    x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    y_B = torch.arange(batch, device=device) % config.num_classes
+    if compiled:
+        compile_blocks(net, x_BCHW, bfloat16=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def a_round() -> float:
+        return 1000 * bare_round(net, optimizer, x_BCHW, y_B, steps, bfloat16=True) / steps
+
+    a_round()
+    step_ms = [a_round() for _ in range(rounds)]
+    on_cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profiled:
+        a_round()
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    found = [
+        (event.key, event.count, event.self_device_time_total if on_cuda else event.self_cpu_time_total)
+        for event in profiled.key_averages()
+        if event.device_type == kind and not event.is_user_annotation
+    ]
+    total = sum(us for _, _, us in found) or 1.0
+    longest = sorted(found, key=lambda one: -one[2])[:KERNELS]
+    return StepProfile(
+        batch=batch,
+        steps=steps,
+        compiled=compiled,
+        step_ms=step_ms,
+        busy_ms=total / steps / 1000,
+        launches=sum(launches for _, launches, _ in found) / steps,
+        kernels=[
+            Kernel(name=name, launches=launches / steps, us=us / steps, share=us / total)
+            for name, launches, us in longest
+        ],
+    )

@@ -1,0 +1,106 @@
+"""Compilation by block: each expert block and convolution of a network is compiled where it stands.
+
+What is compiled is a part that repeats, not the whole network: equal blocks are compiled once, whichever network of a
+study they are in, and the names of the weights stay as they were. What is between the blocks (pooling, dropout, sums,
+the head) stays eager, and so does evaluation, whose batches have other sizes: see `ablations.train.predict`.
+"""
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from model.net import ConvNormAct, ExpertBlock, ModelConfig
+
+CHOICES = ("auto", "on", "off")
+# Seconds: of compiling one block and what it needs, of starting the compiler, and saved at each step by each block.
+# On CPUs with matrix units: for 64 channels and batches of 128 images of 32x32 pixels.
+COSTS = {"cuda": (12.0, 20.0, 0.0003), "amx": (20.0, 10.0, 0.01)}
+
+
+def device_kind(device: torch.device) -> str:
+    """The type of the device, or "amx" for a CPU with matrix units."""
+    return "amx" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else device.type
+
+
+def earns(config: object, steps: int, kind: str) -> bool:
+    """Whether compiling a network saves more time in `steps` training steps than it takes.
+
+    On CUDA and on CPUs with matrix units (AMX): where steps x blocks x seconds saved is more than the seconds of
+    compiling the blocks that differ, by the numbers in `COSTS`. These are estimates that are meant to err towards
+    eager: a compiled block does norm, activation and mix in one pass over memory and starts a quarter of the kernels.
+    On other CPUs never: measured there, with bfloat16 in AVX-512, a compiled block was slower than an eager one. The
+    answer follows from the trial and the kind of device alone, so that a trial trained again is trained alike.
+    """
+    if kind not in COSTS or not isinstance(config, ModelConfig):
+        return False
+    blocks = list(config.blocks())
+    a_block, start, saved = COSTS[kind]
+    return steps * len(blocks) * saved > start + a_block * len(set(blocks))
+
+
+def missing(device: torch.device) -> str | None:
+    """What keeps torch.compile from working on the device, None where nothing that can be seen does."""
+    if device.type not in ("cpu", "cuda"):
+        return f"blocks are compiled on cpu and cuda only, not on {device.type}"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "there is no Triton for this GPU"
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            return "there is no C compiler, which Triton needs"
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return f"there is no C++ compiler ({os.environ.get('CXX', 'g++')})"
+    return None
+
+
+def blocks(net: nn.Module) -> Iterator[nn.Module]:
+    """The parts that are compiled: expert blocks, and convolutions outside of them. A network of timm has none."""
+    for child in net.children():
+        if isinstance(child, ExpertBlock | ConvNormAct):
+            yield child
+        else:
+            yield from blocks(child)
+
+
+def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str = "inductor") -> float:
+    """Compiles the blocks of `net` for training on batches like `x_BCHW`; returns the seconds that it took.
+
+    The compiler works when code first runs, so a copy of the network runs forwards and backwards once: weights, batch
+    statistics and random state of `net` are not touched, and the first step of a training has nothing left to compile.
+    If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one. On CUDA this
+    is the default mode, without CUDA graphs: those want the memory of a whole step to themselves, and are recorded
+    anew for each block's weights.
+    """
+    parts = list(blocks(net))
+    if not parts:
+        return 0.0
+    # A limit is there to stop functions that are compiled without end. Here each different block is one, and past the
+    # limit they would run eagerly without a word.
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 8192
+    device = x_BCHW.device
+    started = time.perf_counter()
+    trial = copy.deepcopy(net).train()
+    for part in blocks(trial):
+        part.compile(dynamic=False, backend=backend)
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits_BN = trial(x_BCHW)
+        logits_BN.float().logsumexp(1).mean().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for part in parts:
+        part.compile(dynamic=False, backend=backend)
+    return time.perf_counter() - started
