@@ -106,8 +106,8 @@ def run(
 ) -> int:
     """Train a study and print its table; an interrupted one goes on from where it was.
 
-    Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network. A race begins
-    with the study's seeds.
+    Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network, and the report.
+    A race begins with the study's seeds.
     """
     asked = load_study(study or "quickstart").change(seeds, data, dict(map(_setting, set_ or [])))
     on = _device(device)
@@ -153,6 +153,8 @@ def run(
             bench([directory.path / "export" / "model-uint8.onnx"])
         print()
     _show(directory)
+    if study is None and status == 0:
+        status = report(directory.path, data_dir=data_dir)
     return status
 
 

@@ -34,8 +34,8 @@ def earns(config: object, steps: int, kind: str) -> bool:
     compiling the blocks that differ, by the numbers in `COSTS`. These are estimates that are meant to err towards
     eager: a compiled block does norm, activation and mix in one pass over memory and starts a quarter of the kernels.
     On other CPUs never: measured there, with bfloat16 in AVX-512, a compiled block took 0.88 to 0.94 of the time of an
-    eager one (`python -m bench.experts`), which is too little to pay for it in trainings of minutes. The
-    answer follows from the trial and the kind of device alone, so that a trial trained again is trained alike.
+    eager one (`python -m bench.experts`), which trainings of minutes do not earn back. The answer follows from the
+    trial and the kind of device alone, so that a trial trained again is trained alike.
     """
     if kind not in COSTS or not isinstance(config, ModelConfig):
         return False

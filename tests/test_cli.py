@@ -93,6 +93,9 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     assert len(rows) == 10
     assert len([row for row in rows if row["latency ms"]]) == 1
     assert f", trial {trial}." in outcome.out
+    assert outcome.out.splitlines()[-1] == "runs/quickstart/report.html"
+    verified = expertgrid("verify", study)
+    assert (verified.status, verified.err) == (0, ""), verified.out
 
 
 def test_dry_run_shows_and_writes_nothing(expertgrid, tiny_study, tmp_path):

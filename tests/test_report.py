@@ -118,7 +118,7 @@ def check_accessible_and_whole(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {link["href"] for link in page.all("a")} <= {f"#{name}" for name in ids}
-    assert len(page.all("script")) == 1
+    assert [one.get("type") for one in page.all("script")] == ["application/json", None]
 
 
 # --- Statistics of its own ---
