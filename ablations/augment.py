@@ -47,7 +47,12 @@ def translate(x_BCHW: Tensor, pixels: int, generator: Generator) -> Tensor:
     down_B, right_B = torch.randint(-pixels, pixels + 1, (2, batch, 1, 1), device=device, generator=generator)
     rows_BH1 = _reflected(torch.arange(height, device=device)[:, None] - down_B, height)
     columns_B1W = _reflected(torch.arange(width, device=device) - right_B, width)
-    images_B11 = torch.arange(batch, device=device)[:, None, None]
+    return _pixels_at(x_BCHW, rows_BH1, columns_B1W)
+
+
+def _pixels_at(x_BCHW: Tensor, rows_BH1: Tensor, columns_B1W: Tensor) -> Tensor:
+    """The pixels of each image at its own rows and columns."""
+    images_B11 = torch.arange(len(x_BCHW), device=x_BCHW.device)[:, None, None]
     return x_BCHW.permute(0, 2, 3, 1)[images_B11, rows_BH1, columns_B1W].permute(0, 3, 1, 2)
 
 
@@ -63,9 +68,7 @@ def padded_crop(x_BCHW: Tensor, padding: int, generator: Generator) -> Tensor:
     top_B, left_B = torch.randint(2 * padding + 1, (2, batch, 1, 1), device=device, generator=generator)
     rows_BH1 = top_B + torch.arange(height, device=device)[:, None]
     columns_B1W = left_B + torch.arange(width, device=device)
-    padded_BHWC = F.pad(x_BCHW, (padding,) * 4).permute(0, 2, 3, 1)
-    images_B11 = torch.arange(batch, device=device)[:, None, None]
-    return padded_BHWC[images_B11, rows_BH1, columns_B1W].permute(0, 3, 1, 2)
+    return _pixels_at(F.pad(x_BCHW, (padding,) * 4), rows_BH1, columns_B1W)
 
 
 def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
