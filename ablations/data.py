@@ -8,6 +8,7 @@ as the source has it.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,8 +34,10 @@ SOURCES = {
     "cifar100": "60,000 photographs of 32x32 pixels in 100 classes: downloaded once, or found in --data-dir",
     "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet in the Hugging Face image layout",
     "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files of one size",
+    "SOURCE@SHARE": "one of these with another share of its train images to validate on than a tenth: cifar10@0.02",
 }
-VALIDATION_SHARE = 0.1
+VALIDATION_SHARE = 0.1  # where a source does not say another
+SMALLEST_SHARE, LARGEST_SHARE = 0.01, 0.5
 DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 SPLIT_SEED = 0
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
@@ -107,22 +110,40 @@ class ImageData:
 def load_data(source: str, data_dir: Path | None = None) -> ImageData:
     """Reads a source of `SOURCES` into memory, on the CPU.
 
+    Of a source that ends in @SHARE, this share of the train images (0.01 to 0.5) validates: a small one for networks
+    whose recipe was chosen before.
+
     `data_dir` is where torchvision's copy of CIFAR is; without it, one is downloaded to the user's cache and its
     checksum verified. Raises InputError for an unknown source and for data that is missing, damaged or of mixed sizes.
     """
-    kind, _, place = source.partition(":")
+    without_share, _ = _share(source)
+    kind, _, place = without_share.partition(":")
     if data_dir is not None and kind not in ("cifar10", "cifar100"):
         raise InputError(f"--data-dir is for cifar10 and cifar100; the data source is {source!r}")
-    if source == "digits":
-        return _digits()
-    if source in ("cifar10", "cifar100"):
-        return _cifar(source, data_dir)
+    if without_share == "digits":
+        return _digits(source)
+    if without_share in ("cifar10", "cifar100"):
+        return _cifar(source, without_share, data_dir)
     if kind in ("parquet", "folder") and place:
         directory = Path(place).expanduser()
         if not directory.is_dir():
             raise InputError(f"data source {source!r}: there is no directory {directory}")
         return (_parquet if kind == "parquet" else _folder)(source, directory)
     raise unknown("data source", source, SOURCES)
+
+
+def _share(source: str) -> tuple[str, float]:
+    """The source without its @SHARE, and the share."""
+    found = re.fullmatch(r"(.+)@(\d*\.\d+)", source)
+    if found is None:
+        return source, VALIDATION_SHARE
+    share = float(found[2])
+    if not SMALLEST_SHARE <= share <= LARGEST_SHARE:
+        raise InputError(
+            f"data source {source!r}: {found[2]} of the train images cannot validate; "
+            f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
+        )
+    return found[1], share
 
 
 def _assemble(
@@ -146,7 +167,7 @@ def _assemble(
         )
     kept, held_out = train_test_split(
         np.arange(len(labels_B)),
-        test_size=max(len(classes), round(VALIDATION_SHARE * len(labels_B))),
+        test_size=max(len(classes), round(_share(source)[1] * len(labels_B))),
         stratify=labels_B,
         random_state=SPLIT_SEED,
     )
@@ -176,7 +197,7 @@ def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple
     return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
 
 
-def _digits() -> ImageData:
+def _digits(source: str) -> ImageData:
     bunch = load_digits()
     pixels_BHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
     train, test = train_test_split(
@@ -185,22 +206,22 @@ def _digits() -> ImageData:
     labels_B = bunch.target
     classes = [str(name) for name in bunch.target_names]
     return _assemble(
-        "digits", "digits", classes, (pixels_BHWC[train], labels_B[train]), (pixels_BHWC[test], labels_B[test])
+        source, "digits", classes, (pixels_BHWC[train], labels_B[train]), (pixels_BHWC[test], labels_B[test])
     )
 
 
-def _cifar(source: str, data_dir: Path | None) -> ImageData:
-    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
+def _cifar(source: str, name: str, data_dir: Path | None) -> ImageData:
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = data_dir or CACHE
     try:
         train, test = (dataset(root, train=is_train, download=data_dir is None) for is_train in (True, False))
     except (URLError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if data_dir is None:
-            raise InputError(f"{source} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
-        raise InputError(f"{source}: no complete copy in {root}: files are missing or have another checksum") from None
+            raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
+        raise InputError(f"{name}: no complete copy in {root}: files are missing or have another checksum") from None
     arrays = [(part.data, np.array(part.targets)) for part in (train, test)]
-    return _assemble(source, source, train.classes, *arrays)
+    return _assemble(source, name, train.classes, *arrays)
 
 
 def _folder(source: str, directory: Path) -> ImageData:

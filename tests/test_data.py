@@ -73,6 +73,19 @@ def test_splits_share_no_image_and_are_always_the_same(digits):
     assert torch.equal(again.validation.pixels_BHWC, digits.validation.pixels_BHWC)
 
 
+def test_a_source_says_how_much_of_it_validates(digits, folder):
+    data = load_data("digits@0.2")
+    assert (data.source, data.name) == ("digits@0.2", "digits")
+    together = len(data.train) + len(data.validation)
+    assert together == len(digits.train) + len(digits.validation)
+    assert len(data.validation) == round(0.2 * together)
+    assert torch.equal(data.test.pixels_BHWC, digits.test.pixels_BHWC)
+    assert data.fingerprint != digits.fingerprint
+    assert len(load_data(f"folder:{folder}@.5").validation) == len(load_data(f"folder:{folder}@0.5").train)
+    with pytest.raises(InputError, match="'digits@0.9': 0.9 of the train images cannot validate; a share from 0.01"):
+        load_data("digits@0.9")
+
+
 def test_statistics_are_of_the_train_images(digits):
     pixels = digits.train.pixels_BHWC.double() / 255
     assert digits.mean == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-5)
