@@ -428,7 +428,7 @@ def export(
     """
     from export.certificate import BOUNDS
     from export.precision import PrecisionError
-    from export.publish import Images, pruned, publish
+    from export.publish import Images, Reference, pruned, publish
     from export.session import check_provider
     from export.to_onnx import OUTPUTS
     from model.checkpoint import load
@@ -459,13 +459,14 @@ def export(
     if prune_gates is not None:
         checkpoint, said = pruned(checkpoint, images, prune_gates)
         print(said)
+    reference = Reference(checkpoint, images, input)
     passed = True
     for one in precisions:
         if directory:
             directory.enter_test_read(checkpoint.trained.trial, "export", len(read.test))
         try:
             with status(f"exporting {one}, and comparing with PyTorch on the test images"):
-                published = publish(checkpoint, images, input, one, fuse, wanted, providers)
+                published = publish(reference, one, fuse, wanted, providers)
         except PrecisionError as error:
             passed = False
             print(f"{one}: not exported: {error}")
@@ -578,12 +579,11 @@ def bench(
     format: Format = "text",
     json: Annotated[Path | None, typer.Option(help="File for the whole record, with the time of each call.")] = None,
 ) -> int:
-    """Measure latency in ONNX Runtime, next to PyTorch eager on the same inputs.
+    """Measure latency in ONNX Runtime, next to PyTorch eager on the same inputs; several files take turns.
 
     The record of a file in a study's export folder is kept in its bench folder, where the study's table finds it.
     """
-    from bench.latency import measure, read_onnx, rows
-    from export.session import check_provider
+    from bench.latency import measure, rows
 
     tables.check_format(format)
     batches = _batches(batch)
@@ -591,21 +591,18 @@ def bench(
         raise InputError(f"--json {json}: takes the record of one file; {len(files)} files were given")
     if json is not None and (json.suffix != ".json" or json.is_dir() or not json.absolute().parent.is_dir()):
         raise InputError(f"--json {json}: the name of a .json file in a directory that exists is needed")
-    check_provider(provider)
-    for file in files:
-        read_onnx(file)
-    shown = []
-    for file in files:
-        with status(f"measuring {file}"):
-            record = measure(file, provider, batches)
+    with status(f"measuring {', '.join(map(str, files))}"):
+        records = measure(files, provider, batches)
+    for file, record in zip(files, records):
         content = record.model_dump_json(indent=1).encode()
         study = file.resolve().parent.parent
         if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_whole(json, content)
-        shown += rows(record)
-    print(render(shown, format, [f"{record.device}, {record.threads} threads; images/s from the mean of all calls."]))
+    note = f"{record.device}, {record.threads} threads; images/s from the mean of all calls."
+    first = [f"x first: against {files[0].name} in ONNX Runtime at the same batch size."] if len(files) > 1 else []
+    print(render(rows(records), format, [note, *first]))
     return 0
 
 
@@ -689,9 +686,9 @@ def bench_train(
         bare = start(trial, images)
         if compile_seconds:
             compile_for(trial, images, bare)
-        plain = timing.textbook(start(trial, images).net.to(memory_format=torch.contiguous_format))
+        plain = timing.textbook(start(trial, images).net.to("cpu", memory_format=torch.contiguous_format))
         plain_images = timing.PlainImages(images.train.pixels_BHWC, images.train.labels_B, transform)
-        plainly = plain, recipe.optimizer(plain), plain_images, batch, steps, recipe.smoothing, on
+        plainly = plain, recipe.optimizer, plain_images, batch, steps, recipe.smoothing, on
         with timing.plain_rounds(*plainly) as plain_round:
             ways = {
                 "loop": lambda: next(epochs).train_seconds,

@@ -1,7 +1,7 @@
 """Inference latency of ONNX files in ONNX Runtime, next to PyTorch eager on the same inputs.
 
-The two take turns in short rounds, so that a change of the machine's speed hits both. Times are wall-clock milliseconds
-of one call with inputs and outputs in the host's memory; each is kept.
+All engines, and all files, take turns in short rounds, so that a change of the machine's speed hits all. Times are
+wall-clock milliseconds of one call with inputs and outputs in the host's memory; each is kept.
 """
 
 import hashlib
@@ -9,7 +9,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -22,6 +24,8 @@ from export.to_onnx import PixelNet
 from model.checkpoint import Trained, parse_config
 from model.errors import InputError, invalid
 from model.presets import build
+
+Key = TypeVar("Key")
 
 WARM_UP_S = 0.3
 ROUND_S = 0.05
@@ -121,31 +125,29 @@ def random_images(model: bytes, batch: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def take_turns(
-    runs: dict[str, Callable[[np.ndarray], np.ndarray]], images: np.ndarray, measure_s: float
-) -> dict[str, list[float]]:
+def take_turns(runs: dict[Key, Callable[[], object]], measure_s: float) -> dict[Key, list[float]]:
     """Milliseconds of each call of each engine, `measure_s` seconds and at least 30 calls for each, after a warm-up.
 
     A round is some calls of one engine in a row; its first call is not counted, as the other's threads may still spin.
     """
-    calls = {name: _warm_up(run, images) for name, run in runs.items()}
-    calls_ms: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {name: _warm_up(run) for name, run in runs.items()}
+    calls_ms: dict[Key, list[float]] = {name: [] for name in runs}
     while any(len(times) < LEAST_CALLS or sum(times) < 1000 * measure_s for times in calls_ms.values()):
         for name, run in runs.items():
-            run(images)
+            run()
             for _ in range(calls[name]):
                 started = time.perf_counter()
-                run(images)
+                run()
                 calls_ms[name].append(1000 * (time.perf_counter() - started))
     return calls_ms
 
 
-def _warm_up(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> int:
+def _warm_up(run: Callable[[], object]) -> int:
     """Runs for a while; returns how many calls make a round."""
-    run(images)
+    run()
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < WARM_UP_S:
-        run(images)
+        run()
         done += 1
     return max(2, round(ROUND_S * done / (time.perf_counter() - started)))
 
@@ -165,49 +167,68 @@ def read_onnx(path: Path) -> bytes:
 
 
 def measure(
-    path: Path, provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0
-) -> LatencyRecord:
-    """Latencies of an ONNX file at each batch size. Raises InputError as `engines` and `read_onnx` do."""
+    paths: Sequence[Path], provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0
+) -> list[LatencyRecord]:
+    """Latencies of ONNX files at each batch size, all of them in turns. Raises InputError as `engines` and `read_onnx`.
+
+    A record for each file, in their order.
+    """
     check_provider(provider)
-    model = read_onnx(path)
-    runs, metadata = engines(model, str(path), provider)
-    latencies = []
+    models = [read_onnx(path) for path in paths]
+    opened = [engines(model, str(path), provider) for path, model in zip(paths, models)]
+    latencies: list[list[Latency]] = [[] for _ in paths]
     for batch in batches:
-        try:
-            calls_ms = take_turns(runs, random_images(model, batch), measure_s)
-        except (*ORT_ERRORS, RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
-        latencies += [Latency.of(engine, batch, times) for engine, times in calls_ms.items()]
-    on_cpu = provider == "cpu"
-    return LatencyRecord(
-        file=path.name,
-        sha256=hashlib.sha256(model).hexdigest(),
-        trial=metadata.get("trial", ""),
-        model=metadata.get("preset", ""),
-        provider=provider,
-        device=f"cpu ({platform.machine()})" if on_cpu else torch.cuda.get_device_name(),
-        threads=torch.get_num_threads(),
-        versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        latencies=latencies,
-    )
-
-
-def rows(record: LatencyRecord) -> list[dict[str, object]]:
-    """The record as the rows of a table, with each engine's speed relative to PyTorch eager at the same batch size."""
-    eager = {one.batch: one.p50_ms for one in record.latencies if one.engine.startswith("pytorch")}
+        runs = {}
+        for i, (path, model, (engine_runs, _)) in enumerate(zip(paths, models, opened)):
+            images = random_images(model, batch)
+            for engine, run in engine_runs.items():
+                runs[i, engine] = partial(run, images)
+                try:
+                    run(images)
+                except (*ORT_ERRORS, RuntimeError, MemoryError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
+        for (i, engine), times in take_turns(runs, measure_s).items():
+            latencies[i].append(Latency.of(engine, batch, times))
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
     return [
-        {
-            "file": record.file,
-            "batch": one.batch,
-            "engine": one.engine,
-            "calls": one.calls,
-            "p50 ms": round(one.p50_ms, 3),
-            "p90 ms": round(one.p90_ms, 3),
-            "p99 ms": round(one.p99_ms, 3),
-            "images/s": round(one.images_per_s, 1),
-            "x eager": round(eager[one.batch] / one.p50_ms, 2) if one.batch in eager else None,
-        }
-        for one in record.latencies
+        LatencyRecord(
+            file=path.name,
+            sha256=hashlib.sha256(model).hexdigest(),
+            trial=metadata.get("trial", ""),
+            model=metadata.get("preset", ""),
+            provider=provider,
+            device=f"cpu ({platform.machine()})" if provider == "cpu" else torch.cuda.get_device_name(),
+            threads=torch.get_num_threads(),
+            versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+            finished=finished,
+            latencies=found,
+        )
+        for path, model, (_, metadata), found in zip(paths, models, opened, latencies)
     ]
+
+
+def rows(records: Sequence[LatencyRecord]) -> list[dict[str, object]]:
+    """The records as the rows of a table.
+
+    Each engine's speed is given relative to PyTorch eager on the same file and batch size and, where there are several
+    files, to ONNX Runtime on the first of them.
+    """
+    first = {one.batch: one.p50_ms for one in records[0].latencies if one.engine.startswith("onnxruntime")}
+    shown = []
+    for record in records:
+        eager = {one.batch: one.p50_ms for one in record.latencies if one.engine.startswith("pytorch")}
+        for one in record.latencies:
+            row = {
+                "file": record.file,
+                "batch": one.batch,
+                "engine": one.engine,
+                "calls": one.calls,
+                "p50 ms": round(one.p50_ms, 3),
+                "p90 ms": round(one.p90_ms, 3),
+                "p99 ms": round(one.p99_ms, 3),
+                "images/s": round(one.images_per_s, 1),
+                "x eager": round(eager[one.batch] / one.p50_ms, 2) if one.batch in eager else None,
+            }
+            shown.append(row | ({"x first": round(first[one.batch] / one.p50_ms, 2)} if len(records) > 1 else {}))
+    return shown

@@ -23,7 +23,7 @@ from model.checkpoint import Trained, parse_config
 from model.errors import InputError, invalid
 from model.presets import build
 
-Call = Callable[[object], object]
+Call = Callable[[], object]
 
 
 class NotMeasured(BaseModel):
@@ -63,11 +63,11 @@ def bound(model: bytes, provider: str, images: np.ndarray, graph: bool) -> Call:
     logits_BN = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
     binding.bind_ortvalue_output(made.name, logits_BN)
 
-    def call(_: object) -> None:
+    def call() -> None:
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    call(None)
+    call()
     return call
 
 
@@ -86,7 +86,7 @@ def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.
     net = PixelNet(nn.Sequential(Cast(dtype), inner), trained.mean, trained.std).eval().to(device)
     pixels_BHWC = torch.from_numpy(images).to(device)
     if device.type != "cuda":
-        return torch.inference_mode()(lambda _: net(pixels_BHWC))
+        return torch.inference_mode()(lambda: net(pixels_BHWC))
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -97,7 +97,7 @@ def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.
     with torch.cuda.graph(graph):
         logits_BN = net(pixels_BHWC)
 
-    def call(_: object) -> Tensor:
+    def call() -> Tensor:
         graph.replay()
         synchronise(device)
         return logits_BN
@@ -127,6 +127,6 @@ def measure_resident(
             except (InputError, *ORT_ERRORS, RuntimeError, MemoryError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 missing.append(NotMeasured(engine=engine, batch=batch, reason=reason))
-        calls_ms = take_turns(runs, images, measure_s) if runs else {}
+        calls_ms = take_turns(runs, measure_s) if runs else {}
         latencies += [Latency.of(engine, batch, times) for engine, times in calls_ms.items()]
     return latencies, missing

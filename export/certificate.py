@@ -101,13 +101,15 @@ def certify(
     precision: Precision = "fp32",
     providers: Sequence[str] = ("cpu",),
     batches: Sequence[int] = BATCHES,
+    pytorch_BN: np.ndarray | None = None,
 ) -> Certificate:
     """Runs `model` in ONNX Runtime, and `net` in PyTorch, on all `images`, in the form that both take.
 
-    PyTorch computes in fp32 on the CPU; what is allowed is in `BOUNDS`. Raises InputError where a provider is missing.
+    `pytorch_BN` is what `pytorch_logits` gave for them, where that was computed before. PyTorch computes in fp32 on the
+    CPU; what is allowed is in `BOUNDS`. Raises InputError where a provider is missing.
     """
     sessions = {provider: open_session(model, provider, "the exported model") for provider in providers}
-    pytorch_BN = pytorch_logits(net, images)
+    pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     agreements = [
         _compare(provider, batch, onnx_logits(session, images, batch), pytorch_BN, labels_B)
         for provider, session in sessions.items()

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -35,6 +36,29 @@ class Images:
     test_labels: np.ndarray
 
 
+class Reference:
+    """A network in PyTorch, a data set in the form that its exported model takes, and its logits, computed once."""
+
+    def __init__(self, checkpoint: Checkpoint, images: Images, kind: Input):
+        self.checkpoint, self.images, self.kind = checkpoint, images, kind
+        self.net = served(checkpoint, kind)
+
+    def as_input(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+        return as_input(pixels_BHWC, self.checkpoint, self.kind)
+
+    @cached_property
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """The validation images, and PyTorch's logits (B, N)."""
+        validation = self.as_input(self.images.validation)
+        return validation, pytorch_logits(self.net, validation)
+
+    @cached_property
+    def test(self) -> tuple[np.ndarray, np.ndarray]:
+        """The test images, and PyTorch's logits (B, N)."""
+        test = self.as_input(self.images.test)
+        return test, pytorch_logits(self.net, test)
+
+
 @dataclass(frozen=True)
 class Published:
     """An exported file, and how it compares with PyTorch."""
@@ -45,26 +69,25 @@ class Published:
 
 
 def publish(
-    checkpoint: Checkpoint,
-    images: Images,
-    kind: Input = "uint8",
+    reference: Reference,
     precision: Precision = "fp32",
     fused: bool = True,
     outputs: Collection[str] = (LOGITS,),
     providers: Sequence[str] = ("cpu",),
 ) -> Published:
-    """The ONNX model of a checkpoint with its certificate, in memory.
+    """The ONNX model of a network with its certificate, in memory.
 
     What stays in float in a model of lower precision is decided on the validation images, so that the test images judge
     a model that they did not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice
     of layers holds the bound.
     """
     rewrites = REWRITES if precision != "int8" else [name for name in REWRITES if name not in NOT_IN_INT8]
-    model, kept = to_onnx(checkpoint, kind, rewrites if fused else (), outputs), []
+    model, kept = to_onnx(reference.checkpoint, reference.kind, rewrites if fused else (), outputs), []
     if precision != "fp32":
-        model, kept = _lowered(model, checkpoint, images, kind, precision)
-    test = as_input(images.test, checkpoint, kind)
-    certificate = certify(model, served(checkpoint, kind), test, images.test_labels, precision, providers)
+        model, kept = _lowered(model, reference, precision)
+    test, pytorch_BN = reference.test
+    labels_B = reference.images.test_labels
+    certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN=pytorch_BN)
     about = {
         "expertgrid.precision": precision,
         "expertgrid.certificate": hashlib.sha256(certificate.to_bytes()).hexdigest(),
@@ -72,12 +95,10 @@ def publish(
     return Published(with_metadata(model, about), certificate, kept)
 
 
-def _lowered(
-    model: bytes, checkpoint: Checkpoint, images: Images, kind: Input, precision: Precision
-) -> tuple[bytes, list[str]]:
-    validation = as_input(images.validation, checkpoint, kind)
-    labels_B = images.validation_labels
-    wanted = (pytorch_logits(served(checkpoint, kind), validation).argmax(1) == labels_B).mean()
+def _lowered(model: bytes, reference: Reference, precision: Precision) -> tuple[bytes, list[str]]:
+    validation, pytorch_BN = reference.validation
+    labels_B = reference.images.validation_labels
+    wanted = (pytorch_BN.argmax(1) == labels_B).mean()
 
     def holds(candidate: bytes) -> bool:
         logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), validation, PYTORCH_BATCH)
@@ -85,8 +106,9 @@ def _lowered(
         return bool(np.isfinite(logits_BN).all() and wanted - accuracy <= BOUNDS[precision].accuracy_loss)
 
     rng = np.random.default_rng(0)
-    chosen = rng.permutation(len(images.train))[:CALIBRATION_IMAGES]
-    return lowered(model, precision, as_input(images.train[chosen], checkpoint, kind), holds)
+    train = reference.images.train
+    chosen = rng.permutation(len(train))[:CALIBRATION_IMAGES]
+    return lowered(model, precision, reference.as_input(train[chosen]), holds)
 
 
 def with_metadata(model: bytes, about: dict[str, str]) -> bytes:

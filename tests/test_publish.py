@@ -11,7 +11,7 @@ from ablations.engines import run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from export.certificate import BOUNDS
-from export.publish import Images, pruned, publish
+from export.publish import Images, Reference, pruned, publish
 from export.to_onnx import GATES, LOGITS, PROBABILITIES, example, served
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
@@ -45,7 +45,7 @@ def images(digits: ImageData) -> Images:
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
-    published = publish(checkpoint, images, kind, precision)
+    published = publish(Reference(checkpoint, images, kind), precision)
     certificate = published.certificate
     assert certificate.passed
     assert certificate.pytorch_accuracy > 0.9
@@ -58,7 +58,7 @@ def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_another_engine_gives_the_same_logits(checkpoint, images, fused):
-    model = publish(checkpoint, images, fused=fused).model
+    model = publish(Reference(checkpoint, images, "uint8"), fused=fused).model
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixels_BHWC = images.test[:33]
@@ -71,7 +71,7 @@ def test_another_engine_gives_the_same_logits(checkpoint, images, fused):
 def test_probabilities_and_gates(checkpoint, images, fused):
     import onnxruntime
 
-    model = publish(checkpoint, images, fused=fused, outputs=(LOGITS, PROBABILITIES, GATES)).model
+    model = publish(Reference(checkpoint, images, "uint8"), fused=fused, outputs=(LOGITS, PROBABILITIES, GATES)).model
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "gates.layers.1", "gates.layers.2"]
@@ -95,7 +95,7 @@ def test_pruning_says_what_it_costs(checkpoint, images):
     one_left, said = pruned(checkpoint, images, 1.0)
     assert "pruned 4 experts" in said
     assert [len(block.kernels) for block in one_left.config.blocks()] == [1, 1]
-    published = publish(one_left, images)
+    published = publish(Reference(one_left, images, "uint8"))
     assert published.certificate.passed
     x = example(one_left, "uint8", 3)
     assert served(one_left, "uint8")(x).shape == (3, 10)
