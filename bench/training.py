@@ -9,16 +9,21 @@ it down: TF32 stays as PyTorch has it, batches are copied without waiting, the l
 of a round starts its workers run and its first batch was there. What they prepared beyond that while others had their
 turn is dropped, or short rounds would get their images for nothing.
 
-All take turns in short rounds in one process, so that a change of the machine's speed hits all of them.
+All take turns in short rounds, so that a change of the machine's speed hits all of them; the plain way in a process of
+its own, as our training has its process keep the memory that it frees (`ablations.train.keep_freed_memory`).
 """
 
+import copy
 import itertools
+import multiprocessing
 import os
 import random
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -205,19 +210,76 @@ def plain_workers() -> int:
 @contextmanager
 def plain_rounds(
     net: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Callable[[nn.Module], Optimizer],
     images: PlainImages,
     batch: int,
     steps: int,
     smoothing: float,
     device: torch.device,
 ) -> Iterator[Callable[[], float]]:
-    """A function that trains `net` the plain way for `steps` steps and returns their seconds.
+    """A function that trains `net` (on the CPU) the plain way for `steps` steps and returns their seconds.
 
-    The worker processes run until the context is left. One long epoch is drawn from the images, with replacement. An
-    optimiser that has PyTorch's fused implementation is set back to the one that PyTorch takes by itself.
+    It trains in a process of its own, as our training changes how its process allocates memory. That process and its
+    workers run until the context is left. Errors of the training are raised here.
     """
-    for group in optimizer.param_groups:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    work = (net, optimizer, images, batch, steps, smoothing, device, torch.get_num_threads())
+    process = context.Process(target=_train_plainly, args=(there, *work))
+    process.start()
+    there.close()
+
+    def run() -> float:
+        try:
+            here.send(None)
+            answer = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise RuntimeError(f"the process that trains the plain way ended with status {process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        yield run
+    finally:
+        here.close()
+        process.join()
+
+
+def _train_plainly(asked: Connection, *work: object) -> None:
+    """Trains a round each time that something arrives, and answers with its seconds or its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    with asked, suppress(EOFError):
+        rounds = _plain_rounds(*work)
+        while True:
+            asked.recv()
+            try:
+                answer = next(rounds)
+            except Exception as error:
+                answer = error
+            asked.send(answer)
+
+
+def _plain_rounds(
+    net: nn.Module,
+    optimizer: Callable[[nn.Module], Optimizer],
+    images: PlainImages,
+    batch: int,
+    steps: int,
+    smoothing: float,
+    device: torch.device,
+    threads: int,
+) -> Iterator[float]:
+    """Trains a round for each `next`, and yields its seconds.
+
+    One long epoch is drawn from the images, with replacement. An optimiser that has PyTorch's fused implementation is
+    set back to the one that PyTorch takes by itself.
+    """
+    torch.set_num_threads(threads)
+    net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
+    stepper = optimizer(net)
+    for group in stepper.param_groups:
         if "fused" in group:
             group["fused"] = None
     workers = plain_workers()
@@ -226,29 +288,23 @@ def plain_rounds(
         batch,
         sampler=RandomSampler(images, replacement=True, num_samples=10**9),
         num_workers=workers,
+        multiprocessing_context=multiprocessing.get_all_start_methods()[0],  # the system's default; here it is spawn
         persistent_workers=True,
         pin_memory=device.type == "cuda",
         prefetch_factor=PREFETCHED,
     )
     criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
     batches = iter(loader)
-    net.train()
-
-    def run() -> float:
+    while True:
         for _ in range(workers * PREFETCHED + 1):
             next(batches)
         synchronise(device)
         started = time.perf_counter()
         for x_BCHW, y_B in itertools.islice(batches, steps):
             x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
-            plain_step(net, optimizer, criterion, x_BCHW, y_B)
+            plain_step(net, stepper, criterion, x_BCHW, y_B)
         synchronise(device)
-        return time.perf_counter() - started
-
-    try:
-        yield run
-    finally:
-        batches = loader = None  # the workers end with the last reference to their iterator
+        yield time.perf_counter() - started
 
 
 def plain_step(net: nn.Module, optimizer: Optimizer, criterion: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:

@@ -408,8 +408,10 @@ class ExpertBlock(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.gate is None:
             return self.norm_act(self.experts[0](x_BCHW))
-        gate_KB111 = self.gate(x_BCHW).T[:, :, None, None, None]
-        mix_BCHW = gate_KB111[0] * self.experts[0](x_BCHW)
+        first_BCHW = self.experts[0](x_BCHW)
+        # In the experts' type: under autocast softmax gives float32, which would make float32 of all that follows.
+        gate_KB111 = self.gate(x_BCHW).T[:, :, None, None, None].to(first_BCHW.dtype)
+        mix_BCHW = gate_KB111[0] * first_BCHW
         for gate_B111, expert in zip(gate_KB111[1:], self.experts[1:]):
             mix_BCHW = mix_BCHW + gate_B111 * expert(x_BCHW)
         return self.norm_act(mix_BCHW)

@@ -22,6 +22,7 @@ from bench.training import (
     PlainImages,
     TextbookBlock,
     TrainingSpeed,
+    _plain_rounds,
     in_turns,
     plain_rounds,
     plain_step,
@@ -73,14 +74,13 @@ def test_clock_is_right_and_engines_take_turns():
     order = []
 
     def engine(name: str, seconds: float):
-        def run(images: np.ndarray) -> np.ndarray:
+        def run() -> None:
             order.append(name)
             time.sleep(seconds)
-            return images
 
         return run
 
-    times = take_turns({"slow": engine("slow", 0.02), "quick": engine("quick", 0.01)}, np.zeros(1), measure_s=0.4)
+    times = take_turns({"slow": engine("slow", 0.02), "quick": engine("quick", 0.01)}, measure_s=0.4)
     assert 20 <= np.median(times["slow"]) < 23
     assert 10 <= np.median(times["quick"]) < 13
     assert min(map(len, times.values())) >= 30
@@ -91,16 +91,27 @@ def test_clock_is_right_and_engines_take_turns():
 
 
 def test_record_of_a_file(file):
-    record = measure(file, "cpu", batches=(1, 3), measure_s=0.01)
+    (record,) = measure([file], "cpu", batches=(1, 3), measure_s=0.01)
     assert (record.trial, record.model, record.provider) == ("abc", "two_block", "cpu")
     assert [(one.engine, one.batch) for one in record.latencies] == [
         (engine, batch) for batch in (1, 3) for engine in ("onnxruntime cpu", "pytorch eager cpu")
     ]
-    for one, row in zip(record.latencies, rows(record)):
+    for one, row in zip(record.latencies, rows([record]), strict=True):
         assert 0 < one.p50_ms <= one.p90_ms <= one.p99_ms
         assert len(one.calls_ms) == one.calls >= 30
         eager = next(e for e in record.latencies if e.batch == one.batch and e.engine == "pytorch eager cpu")
         assert row["x eager"] == pytest.approx(eager.p50_ms / one.p50_ms, abs=0.01)
+
+
+def test_several_files_are_measured_in_one_run_and_compared_with_the_first(file, tmp_path):
+    other = identity(tmp_path / "other.onnx", TensorProto.FLOAT, ["n", 3, 4])
+    records = measure([file, other], batches=(1, 3), measure_s=0.01)
+    assert [(record.file, record.trial) for record in records] == [(file.name, "abc"), ("other.onnx", "")]
+    shown = rows(records)
+    assert [row["x first"] for row in shown if row["engine"] == "onnxruntime cpu"][:2] == [1.0, 1.0]
+    (first,) = (one for one in records[0].latencies if (one.engine, one.batch) == ("onnxruntime cpu", 3))
+    assert shown[-1]["x first"] == round(first.p50_ms / records[1].latencies[1].p50_ms, 2)
+    assert "x first" not in rows(records[:1])[0]
 
 
 def test_engines_run_the_same_network(model):
@@ -114,29 +125,29 @@ def test_engines_run_the_same_network(model):
 
 def test_a_file_of_other_origin_is_measured_alone(tmp_path):
     path = identity(tmp_path / "other.onnx", TensorProto.FLOAT, ["n", 3, 4])
-    record = measure(path, batches=(2,), measure_s=0.01)
+    (record,) = measure([path], batches=(2,), measure_s=0.01)
     assert [one.engine for one in record.latencies] == ["onnxruntime cpu"]
-    assert rows(record)[0]["x eager"] is None
+    assert rows([record])[0]["x eager"] is None
     assert record.trial == ""
 
 
 def test_files_that_cannot_be_measured(tmp_path):
     with pytest.raises(InputError, match="none.onnx: cannot be read: No such file"):
-        measure(tmp_path / "none.onnx")
+        measure([tmp_path / "none.onnx"])
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(InputError, match="text.onnx: not an ONNX file"):
-        measure(tmp_path / "text.onnx")
+        measure([tmp_path / "text.onnx"])
     path = identity(tmp_path / "open.onnx", TensorProto.FLOAT, ["n", "height", 4])
     with pytest.raises(InputError, match=r"open.onnx: needs one input of images.* found x: tensor\(float\)"):
-        measure(path)
+        measure([path])
     path = identity(tmp_path / "int64.onnx", TensorProto.INT64, ["n", 4])
     with pytest.raises(InputError, match=r"found x: tensor\(int64\)"):
-        measure(path)
+        measure([path])
     path = identity(tmp_path / "one.onnx", TensorProto.FLOAT, [1, 4])
     with pytest.raises(InputError, match="one.onnx: does not run at batch 2: "):
-        measure(path, batches=(1, 2), measure_s=0.01)
+        measure([path], batches=(1, 2), measure_s=0.01)
     with pytest.raises(InputError, match="unknown provider 'gpu'"):
-        measure(path, "gpu")
+        measure([path], "gpu")
 
 
 def test_training_speeds_are_ratios_of_rounds_in_turns():
@@ -186,19 +197,46 @@ def test_the_plain_way_trains_the_same_network(preset):
     assert plain.item() == pytest.approx(ours.item(), rel=1e-4)
 
 
-def test_plain_rounds_augment_train_and_end_their_workers():
+def _plain_work(labels_B: torch.Tensor) -> tuple:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    before = net[1].weight.detach().clone()
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
     transform = plain_transform((0.5,) * 3, (0.5,) * 3, (8, 8), crop_padding=2, hflip=0.5, cutout=4)
-    images = PlainImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), torch.arange(8), transform)
+    images = PlainImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), labels_B, transform)
     assert (images[0][0] == 0).any()  # of Cutout; all else is 1, or -1 where the crop has its border
-    with plain_rounds(net, optimizer, images, 4, 2, 0.1, torch.device("cpu")) as run:
+    return net, images, 4, 2, 0.1, torch.device("cpu")
+
+
+def _adam(net: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(net.parameters(), fused=True)
+
+
+def test_plain_rounds_train():
+    net, *work = _plain_work(torch.arange(8))
+    optimizers = []
+
+    def optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizers.append(_adam(trained))
+        return optimizers[0]
+
+    assert next(_plain_rounds(net, optimizer, *work, torch.get_num_threads())) > 0
+    (group,) = optimizers[0].param_groups
+    assert group["fused"] is None
+    assert not torch.equal(group["params"][0], net[1].weight)
+
+
+def test_plain_rounds_are_of_a_process_of_their_own_which_ends():
+    net, *work = _plain_work(torch.arange(8))
+    with plain_rounds(net, _adam, *work) as run:
         assert run() > 0
-        assert multiprocessing.active_children()
+        assert run() > 0
+        assert len(multiprocessing.active_children()) == 1
     assert multiprocessing.active_children() == []
-    assert optimizer.param_groups[0]["fused"] is None
-    assert not torch.equal(net[1].weight, before)
+
+
+def test_an_error_of_the_plain_way_is_raised_here():
+    net, *work = _plain_work(torch.arange(8) + 5)
+    with plain_rounds(net, _adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+        run()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("form", FORMS)
