@@ -86,6 +86,11 @@ def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
     return x_BCHW.masked_fill((in_rows_BH[:, :, None] & in_columns_BW[:, None, :])[:, None], 0)
 
 
+def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The images with `size` (height, width) pixels, each the mean of what it covers, weighted by a triangle."""
+    return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
+
+
 def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
     """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
     return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]

@@ -18,7 +18,7 @@ from ablations import evidence, racing, tables
 from ablations import report as reports
 from ablations.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.data import SOURCES, ImageData, load_data
-from ablations.engines import TrialFailed, by_architecture, compile_for, run_local, worth_compiling
+from ablations.engines import TrialFailed, by_architecture, compile_for, reason_of, run_local, worth_compiling
 from ablations.findings import find
 from ablations.plots import accuracy_plot
 from ablations.progress import StudyProgress, console, status
@@ -37,7 +37,7 @@ from ablations.study import (
     shipped_studies,
 )
 from ablations.tables import render
-from ablations.train import start, train, uses_bfloat16
+from ablations.train import Training, start, train, uses_bfloat16
 from ablations.verify import check_study
 from model.compiled import CHOICES, device_kind, earns, missing
 from model.cost import cost
@@ -241,6 +241,19 @@ def _check_compile(choice: str, device: torch.device) -> None:
         raise unknown("choice of --compile", choice, CHOICES)
     if choice == "on" and (reason := missing(device)):
         raise InputError(f"--compile on: {reason}; with auto or off, networks are trained without")
+
+
+def _compile_seconds(trial: Trial, data: ImageData, training: Training, compile: str) -> float:
+    """Compiles as `--compile` says; the seconds that it took, 0 where it is off, or `auto` and fails, with a notice."""
+    if compile == "off":
+        return 0.0
+    try:
+        return compile_for(trial, data, training)
+    except Exception as error:  # the compiler's errors have no type of their own
+        if compile == "on":
+            raise InputError(f"--compile on: torch.compile failed: {reason_of(error)}") from error
+        console.print(f"measured without torch.compile, which failed: {reason_of(error)}", soft_wrap=True)
+        return 0.0
 
 
 def _compile_if_it_can(device: torch.device) -> str:
@@ -667,9 +680,10 @@ def bench_train(
     worth = earns(config, recipe.epochs * (CIFAR_TRAIN // batch), device_kind(on))
     if compile == "auto":
         compile = _compile_if_it_can(on) if worth else "off"
-    recipe = Recipe(**{**dict(recipe), "batch_size": batch, "epochs": rounds + 2})
+    at_full_size = {"small_size": 0, "small_share": None}
+    recipe = Recipe(**{**dict(recipe), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
     images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
-    check_fit(preset, config, images)
+    check_fit(preset, config, images.channels, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     mean, std = recipe.mean_std(images)
     mean_C, std_C = torch.tensor(mean, device=on), torch.tensor(std, device=on)
@@ -680,7 +694,7 @@ def bench_train(
 
     with status(f"training {preset}"):
         training = start(trial, images)
-        compile_seconds = 0.0 if compile == "off" else compile_for(trial, images, training)
+        compile_seconds = _compile_seconds(trial, images, training, compile)
         epochs = train(trial, images, training)
         memory, memory_is = timing.peak_memory(on, lambda: next(epochs))
         bare = start(trial, images)

@@ -110,7 +110,7 @@ def _run(
         except Exception as error:
             if compile == "on":
                 raise
-            yield TrialNote(trial, f"trained without torch.compile, which failed: {_reason(error)}")
+            yield TrialNote(trial, f"trained without torch.compile, which failed: {reason_of(error)}")
     saved = time.monotonic()
     for epoch in train(trial, data, training):
         directory.append_epoch(trial.id, epoch)
@@ -126,7 +126,8 @@ def _run(
     yield TrialDone(trial, record)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
 
 
@@ -138,9 +139,9 @@ def _failure(trial: Trial, error: Exception) -> Failure:
     cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_message:
         size = trial.recipe.batch_size
-        reason = f"no memory left at batch size {size}: {_reason(error)}"
+        reason = f"no memory left at batch size {size}: {reason_of(error)}"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
-    return Failure(error=_reason(error), **found)
+    return Failure(error=reason_of(error), **found)
 
 
 def worth_compiling(trial: Trial, data: ImageData) -> bool:
@@ -150,12 +151,16 @@ def worth_compiling(trial: Trial, data: ImageData) -> bool:
 
 
 def compile_for(trial: Trial, data: ImageData, training: Training) -> float:
-    """Compiles the network's blocks for the batches that the trial trains on; returns the seconds that it took."""
+    """Compiles the network's blocks for batches of each size that the trial trains on; returns the seconds it took."""
     recipe, device = trial.recipe, data.train.labels_B.device
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
     batch, _ = batches(recipe, data)
-    x_BCHW = recipe.augment(data.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
-    return compile_blocks(training.net, x_BCHW, uses_bfloat16(recipe, device))
+    pixels_BHWC, generator = data.train.pixels_BHWC[:batch], torch.Generator(device)
+    compile_seconds = 0.0
+    for size in {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}:
+        x_BCHW = recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size)
+        compile_seconds += compile_blocks(training.net, x_BCHW, uses_bfloat16(recipe, device))
+    return compile_seconds
 
 
 def _resumed(file: Path, device: torch.device) -> dict:

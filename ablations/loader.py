@@ -60,13 +60,14 @@ class Loader:
         order = torch.randperm(len(train), device=self.device, generator=generator)
         batch, steps = batches(recipe, self.data)
         chosen = order[: batch * steps].split(batch)
+        size = recipe.image_size(epoch, self.data.image_size)
         mirrored_N = None
         if recipe.alternating_flip:
             same = torch.Generator(self.device).manual_seed(ALTERNATING << 32 | self.seed)
             mirrored_N = alternately_mirrored(len(train), recipe.hflip, epoch, same)
         for indices_B, pixels_BHWC in zip(chosen, self._pixels(chosen, epoch)):
             mirrored_B = None if mirrored_N is None else mirrored_N[indices_B]
-            x_BCHW = recipe.augment(pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B)
+            x_BCHW = recipe.augment(pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B, size)
             labels_B = targets = train.labels_B[indices_B]
             if recipe.mixes:
                 mix = recipe.draw_mix(mixing, *x_BCHW.shape[2:])

@@ -18,7 +18,17 @@ from timm.utils import ModelEmaV3
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from ablations.augment import Mix, cutout, hflip, mirror, normalise, padded_crop, random_erasing, translate
+from ablations.augment import (
+    Mix,
+    cutout,
+    hflip,
+    mirror,
+    normalise,
+    padded_crop,
+    random_erasing,
+    scaled_down,
+    translate,
+)
 from ablations.data import ImageData
 from ablations.policies import WITH_JITTER, Transform, check_policy, pil_transform, random_state_kept, transformed
 from model.errors import InputError, unknown
@@ -41,6 +51,7 @@ NEEDS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "alternating_flip": ("hflip, the share that is flipped at first", lambda fields: bool(fields["hflip"])),
     "remode": ("reprob", lambda fields: bool(fields["reprob"])),
     "recount": ("reprob", lambda fields: bool(fields["reprob"])),
+    "small_share": ("small_size", lambda fields: bool(fields["small_size"])),
     "mixup_prob": ("mixup or cutmix", lambda fields: bool(fields["mixup"] or fields["cutmix"])),
     "mixup_switch_prob": ("mixup and cutmix", lambda fields: bool(fields["mixup"] and fields["cutmix"])),
 }
@@ -81,6 +92,8 @@ class Recipe(BaseModel):
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
     recount: int | None = Field(None, ge=1, le=100)  # 1 where not given
+    small_size: Pixels = 0  # shorter side that images are scaled down to in the first epochs; 0: in none
+    small_share: float | None = Field(None, gt=0, le=1)  # of the epochs that are so; 0.5 where not given
     mixup: Alpha = 0.0
     cutmix: Alpha = 0.0
     mixup_prob: Share | None = None  # of mixing a batch; 1 where not given
@@ -151,7 +164,8 @@ class Recipe(BaseModel):
         side, images = min(data.image_size), len(data.train)
         if self.batch_size > images:
             raise InputError(f"recipe.batch_size: {self.batch_size}, and {data.name} has {images} images to train on")
-        for field, most in (("crop_padding", side - 1), ("translate", side - 1), ("cutout", side)):
+        limits = {"crop_padding": side - 1, "translate": side - 1, "cutout": side, "small_size": side - 1}
+        for field, most in limits.items():
             if getattr(self, field) > most:
                 size = "x".join(map(str, data.image_size))
                 raise InputError(
@@ -185,6 +199,13 @@ class Recipe(BaseModel):
     def mixes(self) -> bool:
         """Whether batches are mixed with themselves."""
         return self.mixup > 0 or self.cutmix > 0
+
+    def image_size(self, epoch: int, full: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the images that the network sees in an epoch (from 0), of those that are `full` size."""
+        share = 0.5 if self.small_share is None else self.small_share
+        if not self.small_size or epoch >= round(share * self.epochs):
+            return full
+        return tuple(round(side * self.small_size / min(full)) for side in full)
 
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
@@ -251,10 +272,12 @@ class Recipe(BaseModel):
         std_C: Tensor,
         generator: Generator,
         mirrored_B: Tensor | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
         """A batch of uint8 pixels to what the network trains on: normalised floats (B, C, H, W), channels last.
 
-        `mirrored_B` says which images are mirrored where `alternating_flip` has decided that.
+        `mirrored_B` says which images are mirrored where `alternating_flip` has decided that. `size` is the height and
+        width of what comes out, those of the pixels where not given.
         """
         x_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
         if mirrored_B is not None:
@@ -270,6 +293,8 @@ class Recipe(BaseModel):
             x_BCHW = cutout(x_BCHW, self.cutout, generator)
         if self.reprob:
             x_BCHW = random_erasing(x_BCHW, self.reprob, self.remode or "pixel", self.recount or 1, generator)
+        if size is not None and size != x_BCHW.shape[2:]:
+            x_BCHW = scaled_down(x_BCHW, size)
         return x_BCHW.contiguous(memory_format=torch.channels_last)
 
     def draw_mix(self, random: np.random.RandomState, height: int, width: int) -> Mix:
@@ -330,8 +355,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Ours, for the networks of these names: Muon, and the flips, shifts and smoothing of cifar10-airbench.
     "speed": Recipe(
-        epochs=14, batch_size=500, opt="muon", lr=0.03, weight_decay=0.1, filter_bias_and_bn=True, sched="poly",
-        warmup=0.1, smoothing=0.2, hflip=0.5, alternating_flip=True, translate=4, cutout=10,
+        epochs=19, batch_size=500, opt="muon", lr=0.03, weight_decay=0.4, filter_bias_and_bn=True, sched="poly",
+        warmup=0.1, ema_decay=0.97, smoothing=0.2, hflip=0.5, alternating_flip=True, translate=3, cutout=6,
+        small_size=24,
     ),
     "accuracy": Recipe(
         epochs=40, batch_size=500, opt="muon", lr=0.03, weight_decay=0.1, filter_bias_and_bn=True, sched="poly",

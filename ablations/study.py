@@ -130,8 +130,9 @@ class Study(BaseModel):
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
         parts = _changed(*_changed(config, recipe(recipe_name), settings), factors)
         _check_optimiser(parts[1])
-        check_fit(model, parts[0], data)
         parts[1].check_fits(data)
+        for size in dict.fromkeys((data.image_size, parts[1].image_size(0, data.image_size))):
+            check_fit(model, parts[0], data.channels, size, data.name)
         trials = tuple(
             Trial(
                 model_name=model,
@@ -329,15 +330,15 @@ def _check_optimiser(recipe: Recipe) -> None:
             raise InputError(f"recipe.{field}: optimiser {recipe.opt!r} has none")
 
 
-def check_fit(name: str, config: Network, data: ImageData) -> None:
-    """Raises InputError where the network does not take images of the data's size."""
-    height, width = data.image_size
+def check_fit(name: str, config: Network, channels: int, size: tuple[int, int], data: str) -> None:
+    """Raises InputError where the network does not take images of `data` that have `size` (height, width)."""
+    height, width = size
     try:
         if isinstance(config, ModelConfig):
             config.output_size(height, width)
         else:
             with torch.device("meta"):
-                build(config).eval()(torch.empty(1, data.channels, height, width))
+                build(config).eval()(torch.empty(1, channels, height, width))
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"model {name} does not take the {height}x{width} images of {data.name}: {reason}") from None
+        raise InputError(f"model {name} does not take the {height}x{width} images of {data}: {reason}") from None

@@ -114,11 +114,10 @@ def notes(
     lines += [f"Trained on {where}." for where in environments]
     reads = directory.test_reads()
     readers = Counter(read.reader for read in reads)
+    again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
     lines.append(
-        f"The test split was read {readers.total()} times: {readers['training']} times at the end of a training, "
-        f"{readers['export']} times to certify an export"
-        + (f", {readers['rerun']} times by trials that were trained again" if readers["rerun"] else "")
-        + "."
+        f"Reads of the test split: {readers.total()} ({readers['training']} at the end of a training, "
+        f"{readers['export']} to certify an export{again})."
     )
     if flips := sum(read.tta == "flip" for read in reads):
         lines.append(
@@ -184,8 +183,8 @@ def _winner_notes(rows: Sequence[Row], best: Row) -> list[str]:
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.records) else ""
     return [
         f"Its test accuracy{on}: {shown(found.reported)}; corrected for its luck as the best of {len(among)}: "
-        f"{shown(found.corrected)}, read on each seed for the cell that is best on the others, which was this one "
-        f"{round(found.agreement * seeds)} times of {seeds}."
+        f"{shown(found.corrected)}, read on each seed for the cell that is best on the others, which was this one for "
+        f"{round(found.agreement * seeds)} of {seeds}."
     ]
 
 

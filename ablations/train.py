@@ -7,7 +7,6 @@ Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with c
 have it; what is kept of a trained network is measured in full fp32.
 """
 
-import ctypes
 import math
 import time
 from collections.abc import Iterator
@@ -27,12 +26,12 @@ from ablations.data import ImageData, Split
 from ablations.loader import Loader, batches
 from ablations.recipe import Recipe
 from ablations.study import Trial
+from model.memory import keep_freed_memory
 from model.net import ExpertNet
 from model.presets import build
 
 EVALUATION_BATCH = 500
 STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class TrainingError(RuntimeError):
@@ -178,17 +177,6 @@ def _set_precision(precision: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = precision
     torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
-
-
-def keep_freed_memory() -> bool:
-    """Has the C library keep what this process frees, for its next allocation; returns whether it can (glibc only).
-
-    By default glibc hands each large block back to the system. Every activation of every step is then new memory, which
-    the system clears and maps page by page: a sixth to a third of a step's time on the CPUs measured.
-    """
-    if not hasattr(library := ctypes.CDLL(None), "mallopt"):
-        return False
-    return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 @contextmanager

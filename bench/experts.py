@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bench.peaks import synchronise
 from bench.training import TextbookBlock, in_turns
+from model.memory import keep_freed_memory
 from model.net import Block, ExpertBlock, ExpertNet, GateConfig, ModelConfig
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
@@ -130,6 +131,7 @@ def measure(
 
     Raises ValueError where a form does not compute what the loop does.
     """
+    keep_freed_memory()  # as training does
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last).requires_grad_()

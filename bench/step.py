@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import bare_round
 from model.compiled import blocks, compile_blocks
+from model.memory import keep_freed_memory
 from model.net import ExpertBlock, ModelConfig
 from model.presets import build
 
@@ -92,6 +93,7 @@ def profile_step(
     config: ModelConfig, batch: int, size: int, device: torch.device, compiled: bool, steps: int, rounds: int
 ) -> StepProfile:
     """Times and profiles bare steps (AdamW, bfloat16, channels last) on one random batch of `size` x `size` images."""
+    keep_freed_memory()  # as training does
     torch.manual_seed(0)
     net = build(config).to(device, memory_format=torch.channels_last).train()
     x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(

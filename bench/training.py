@@ -10,7 +10,7 @@ of a round starts its workers run and its first batch was there. What they prepa
 turn is dropped, or short rounds would get their images for nothing.
 
 All take turns in short rounds, so that a change of the machine's speed hits all of them; the plain way in a process of
-its own, as our training has its process keep the memory that it frees (`ablations.train.keep_freed_memory`).
+its own, as our training has its process keep the memory that it frees (`model.memory`).
 """
 
 import copy

@@ -460,7 +460,9 @@ class Head(nn.Module):
 
     def __init__(self, config: HeadConfig, in_chs: int, num_classes: int):
         super().__init__()
-        self.pool = SelectAdaptivePool2d(pool_type=config.pool, flatten=bool(config.pool))
+        # timm's "fast" maximum is that of amax, which all exporters know.
+        pool = config.pool if config.pool in ("", "avg") else f"fast{config.pool}"
+        self.pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))
         sizes = (in_chs, *(config.hidden if config.pool else ()))
         parts = []
         for i, (a, b) in enumerate(zip(sizes, sizes[1:])):

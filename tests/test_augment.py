@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -21,6 +22,7 @@ from ablations.augment import (
     normalise,
     padded_crop,
     random_erasing,
+    scaled_down,
     translate,
 )
 
@@ -123,6 +125,14 @@ def test_random_erasing_has_timms_statistics(mode, count):
     erased = ours[(ours != 1).any(1).flatten(1).any(1)][0]
     different = len(erased[0][erased[0] != 1].unique())
     assert different == 1 if mode == "const" else different <= count if mode == "rand" else different > count
+
+
+def test_scaling_down_is_pils(x_BCHW):
+    scaled = scaled_down(x_BCHW.float(), (7, 9))
+    for image_CHW, found_CHW in zip(x_BCHW[:5], scaled):
+        for channel_HW, found_HW in zip(image_CHW, found_CHW):
+            wanted = Image.fromarray(channel_HW.numpy().astype(np.float32)).resize((9, 7), Image.Resampling.BILINEAR)
+            np.testing.assert_allclose(found_HW, np.asarray(wanted), atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 30])

@@ -36,7 +36,7 @@ def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
     outcome = expertgrid("run", tiny_study, "--device", "cpu")
     assert outcome.status == 0
     assert outcome.out.startswith("Two experts or one?\n")
-    assert "The test split was read 6 times" in outcome.out
+    assert "Reads of the test split: 6 (" in outcome.out
     assert "trial 6/6 two_block experts=2 gate=mlp seed 1: val" in outcome.err
     study = tmp_path / "runs" / "tiny"
     assert len(list((study / "trials").iterdir())) == 6
@@ -74,7 +74,7 @@ def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, 
     other.write_text(TINY_STUDY.replace("[1, 2]", "[2]").replace("Two", "Again: two"))
     outcome = expertgrid("run", other, "--device", "cpu")
     assert "4 trials, 4 of them done before" in outcome.err
-    assert "The test split was read 4 times: 4 times at the end of a training" in outcome.out
+    assert "Reads of the test split: 4 (4 at the end of a training" in outcome.out
 
 
 def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_path, monkeypatch):

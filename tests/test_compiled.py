@@ -132,6 +132,19 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
     assert "cpu and cuda only" in missing(torch.device("mps"))
 
 
+def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
+    def compile_for(*arguments) -> float:
+        raise RuntimeError("Python.h is not there\nand more")
+
+    monkeypatch.setattr(cli, "compile_for", compile_for)
+    assert cli._compile_seconds(None, None, None, "auto") == 0
+    notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"
+    assert capsys.readouterr().err == notice
+    outcome = expertgrid("bench-train", "two_block", "--batch", "2", "--compile", "on", "--device", "cpu")
+    assert outcome.status == 2
+    assert "--compile on: torch.compile failed: RuntimeError: Python.h is not there" in outcome.complaint
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, digits, tmp_path, monkeypatch):
     def compile_for(*arguments) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from ablations.data import ImageData
+from ablations.loader import Loader
 from ablations.policies import random_state_kept, transformed
 from ablations.recipe import RECIPES, Recipe, recipe
 from ablations.study import changed_recipe
@@ -109,6 +110,15 @@ def test_augment_does_what_the_recipe_says(digits):
     assert not torch.equal(augmented(crop_padding=2), expected)
 
 
+def test_images_are_small_in_the_first_epochs(digits):
+    one = changed_recipe("fast", {"epochs": 5, "small_size": 24})
+    assert [one.image_size(epoch, (32, 48)) for epoch in range(5)] == [(24, 36)] * 2 + [(32, 48)] * 3
+    one = changed_recipe("fast", {"epochs": 4, "small_size": 6, "small_share": 0.25})
+    loader = Loader(one, digits, seed=0)
+    assert [next(loader.epoch(epoch)).x_BCHW.shape[2:] for epoch in range(4)] == [(6, 6)] + [(8, 8)] * 3
+    assert {changed_recipe("fast", {}).image_size(epoch, (8, 8)) for epoch in range(16)} == {(8, 8)}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -124,6 +134,7 @@ def test_augment_does_what_the_recipe_says(digits):
         ("decay_epochs", 30.0, "decay_epochs needs sched 'step'"),
         ("decay_rate", 0.1, "decay_rate needs sched 'step'"),
         ("translate", 2, "crop_padding and translate"),
+        ("small_share", 0.5, "small_share needs small_size"),
         ("remode", "rand", "remode needs reprob"),
         ("recount", 1, "recount needs reprob"),
         ("mixup_prob", 1.0, "mixup_prob needs mixup or cutmix"),
@@ -213,6 +224,7 @@ def test_a_change_drops_what_it_leaves_idle_and_refuses_what_is_given():
         ({"crop_padding": 8}, "recipe.crop_padding: 8 is too large for the 8x8 images of digits; at most 7"),
         ({"crop_padding": 0, "translate": 8}, "recipe.translate: 8 is too large"),
         ({"cutout": 9}, "recipe.cutout: 9 is too large"),
+        ({"small_size": 8}, "recipe.small_size: 8 is too large"),
         ({"color_jitter": [0.1, 0.1, 0.1, 0.2]}, "one channel, and no hue"),
     ],
 )

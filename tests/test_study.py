@@ -162,6 +162,10 @@ def test_wrong_study_files(text, message):
         ("[set]\n'model.head.dropout.p' = 3", "model.head.dropout has no fields"),
         ("[base]\nmodel = 'macro_residual'", "model macro_residual does not take the 8x8 images of digits"),
         (
+            "[base]\nmodel = 'mixed_kernel'\n[set]\n'recipe.small_size' = 4",
+            "model mixed_kernel does not take the 4x4 images of digits",
+        ),
+        (
             "[base]\nmodel = 'resnet18'\n[factors]\nexperts = [1]",
             "factor experts does not apply to timm model 'resnet18'",
         ),
