@@ -5,6 +5,7 @@ Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Collection
@@ -70,6 +71,10 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has gone, and there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except (typer.Abort, KeyboardInterrupt):
         status = INTERRUPTED
     except InputError as error:
