@@ -1,6 +1,7 @@
 """What this process does with memory that it frees."""
 
 import ctypes
+import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -11,6 +12,7 @@ def keep_freed_memory() -> bool:
     By default glibc hands each large block back to the system. Every activation of every step is then new memory, which
     the system clears and maps page by page: a tenth to a third of a training step on the CPUs measured.
     """
-    if not hasattr(library := ctypes.CDLL(None), "mallopt"):
+    if platform.libc_ver()[0] != "glibc":
         return False
+    library = ctypes.CDLL(None)
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, -1))
