@@ -6,10 +6,14 @@ Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 import dataclasses
 import json
 import os
+import signal
 import sys
+import tempfile
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -24,7 +28,7 @@ from ablations.findings import find
 from ablations.plots import accuracy_plot
 from ablations.progress import StudyProgress, console, status
 from ablations.recipe import RECIPES, Recipe
-from ablations.records import Environment, Race, StudyDirectory, write_whole
+from ablations.records import Environment, Race, StudyDirectory, read_record, write_whole
 from ablations.rerun import finished_trial, train_again
 from ablations.study import (
     Cell,
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 
 CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on, the others validate
 INTERRUPTED = 130  # as shells have it for Ctrl-C
+stopped = Event()  # by the user
 
 app = typer.Typer(
     help="Ablations of soft-expert CNNs: run a study, read its table, export and time its best network.",
@@ -68,7 +73,11 @@ Compile = Annotated[str, typer.Option(help="auto (where training is long enough 
 
 def main() -> None:
     """Runs the command line; input that is wrong is one line on stderr and exit status 2."""
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.stdout.flush()
@@ -84,8 +93,15 @@ def main() -> None:
     except OSError as error:
         status = _complain(str(error), 1)
     if status == INTERRUPTED:
-        _complain("stopped; what was finished is kept, and the same command goes on from there", status)
+        goes_on = sys.argv[1:2] == ["run"]
+        _complain("stopped; what was finished is kept" + ", and the same command goes on from there" * goes_on, status)
     sys.exit(status)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does. Python drops an exception that it meets while it finalises an object, but not the event."""
+    stopped.set()
+    raise KeyboardInterrupt
 
 
 def _complain(message: str, status: int) -> int:
@@ -114,17 +130,17 @@ def run(
     Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network, and the report.
     A race begins with the study's seeds.
     """
-    asked = load_study(study or "quickstart").change(seeds, data, dict(map(_setting, set_ or [])))
+    asked = load_study("quickstart" if study is None else study).change(seeds, data, dict(map(_setting, set_ or [])))
     on = _device(device)
     _check_compile(compile, on)
     racing.check_options(until, max_seeds, asked)
-    directory = StudyDirectory(out or Path("runs") / asked.name)
-    directory.check_holds(asked)
-    begun = directory.plan.race if (directory.path / "plan.json").exists() else None
-    if begun and until is None:
-        raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
     images = _read(asked.base.data, data_dir)
     cells = asked.change(seeds=max_seeds).cells(images)
+    directory = StudyDirectory(out or Path("runs") / asked.name)
+    directory.check_holds(asked)
+    begun = directory.race
+    if begun and until is None:
+        raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
     race = None
     if max_seeds is not None:
         trials = {trial.id for cell in cells for trial in cell.trials}
@@ -189,6 +205,8 @@ def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, compil
         for event in run_local(pending, data, directory, compile=compile):
             progress.show(event)
             failed |= isinstance(event, TrialFailed)
+            if stopped.is_set():
+                raise KeyboardInterrupt
     return failed
 
 
@@ -373,13 +391,18 @@ def report(
                 out / name: content for name, content in reports.figures(found, format.removesuffix("-figures")).items()
             }
         )
-    try:
-        for file, content in files.items():
-            write_whole(file, content)
-            print(file)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    for file, content in files.items():
+        _write_out("--out", file, content)
+        print(file)
     return 0
+
+
+def _write_out(option: str, file: Path, content: bytes) -> None:
+    """Writes a file that `option` named. Raises InputError where it cannot be written."""
+    try:
+        write_whole(file, content)
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None
 
 
 @app.command()
@@ -403,7 +426,9 @@ def rerun(
     with status(f"training trial {trial} again"):
         found = train_again(study, asked, record, images.to(on))
     if found.compared:
-        rows = [dataclasses.asdict(one) | {"same": "yes" if one.same else "no"} for one in found.compared]
+        rows = [dataclasses.asdict(one) for one in found.compared]
+        if format != "json":
+            rows = [row | {"same": "yes" if row["same"] else "no"} for row in rows]
         print(render(rows, format, [found.verdict]))
     else:
         print(found.verdict)
@@ -413,11 +438,22 @@ def rerun(
 @app.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")]) -> int:
     """Recompute a study's numbers from what is kept beside them, and name each that does not fit."""
+    from bench.latency import read_onnx
+    from export.publish import unfit
+
     found = check_study(StudyDirectory(directory))
-    for line in [*found.problems, *found.skipped]:
+    files = sorted((directory / "export").glob("*.onnx"))
+    problems = list(found.problems)
+    for file in files:
+        try:
+            problem = unfit(read_onnx(file), file)
+        except InputError as error:
+            problem = str(error)
+        problems += [f"export: {problem}"] if problem else []
+    for line in [*problems, *found.skipped]:
         print(line)
-    print(f"{directory}: {found.checked} checks, {len(found.problems)} do not fit")
-    return 1 if found.problems else 0
+    print(f"{directory}: {found.checked + len(files)} checks, {len(problems)} do not fit")
+    return 1 if problems else 0
 
 
 @app.command("export")
@@ -459,14 +495,22 @@ def export(
         check_provider(name)
     directory = StudyDirectory(source) if source.is_dir() else None
     path = _best_checkpoint(directory) if directory else source
-    file = out or (directory.path / "export" if directory else path.parent) / f"model-{input}.onnx"
+    beside = path.absolute().parents[2:3]
+    ledger = directory or next((StudyDirectory(one) for one in beside if (one / "study.toml").exists()), None)
+    name = f"model-{input}{'' if prune_gates is None else '-pruned'}.onnx"
+    file = out or (directory.path / "export" if directory else path.parent) / name
     if file.is_dir() or file.suffix != ".onnx":
         raise InputError(f"--out {file}: the name of an .onnx file is needed")
-    checkpoint = load(path)
+    _check_room(file)
+    checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
     read = _read(data or checkpoint.trained.data, data_dir)
     found = read.classes, read.image_size, read.channels
     if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
         raise InputError(f"--data {read.source}: {read} are not what {path} was trained on")
+    if trial is not None and read.fingerprint != trial.fingerprint:
+        raise InputError(
+            f"--data {read.source}: {read} are other images, or split otherwise, than {path} was trained on"
+        )
     images = Images(
         train=read.train.pixels_BHWC.numpy(),
         validation=read.validation.pixels_BHWC.numpy(),
@@ -477,11 +521,11 @@ def export(
     if prune_gates is not None:
         checkpoint, said = pruned(checkpoint, images, prune_gates)
         print(said)
-    reference = Reference(checkpoint, images, input)
+    reference = Reference(checkpoint, images, input, prune_gates)
     passed = True
     for one in precisions:
-        if directory:
-            directory.enter_test_read(checkpoint.trained.trial, "export", len(read.test))
+        if ledger:
+            ledger.enter_test_read(checkpoint.trained.trial, "export", len(read.test))
         try:
             with status(f"exporting {one}, and comparing with PyTorch on the test images"):
                 published = publish(reference, one, fuse, wanted, providers)
@@ -491,8 +535,18 @@ def export(
             continue
         name = file if one == "fp32" else file.with_stem(f"{file.stem}-{one}")
         rows = evidence.study_rows(directory) if directory and prune_gates is None else []
-        passed &= _write(published, name, checkpoint, read, path, rows)
+        passed &= _write(published, name, checkpoint, read, trial, rows)
     return 0 if passed else 1
+
+
+def _check_room(file: Path) -> None:
+    """Raises InputError where a file cannot be written, before the work of making it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {file}: cannot be written: {error.strerror}") from None
 
 
 def _chosen(what: str, found: list[str], accepted: Collection[str]) -> list[str]:
@@ -507,12 +561,12 @@ def _write(
     file: Path,
     checkpoint: "Checkpoint",
     data: ImageData,
-    source: Path,
+    trial: Trial | None,
     rows: list[evidence.Row],
 ) -> bool:
     """Writes an exported model with its certificate and card; one that failed under another name. Whether it passed.
 
-    `source` is the checkpoint's file, and `rows` are those among which the card finds that of the trial.
+    `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
     """
     from export.card import card
     from export.graph import describe
@@ -522,8 +576,6 @@ def _write(
     write_whole(kept.with_suffix(".certificate.json"), certificate.to_bytes())
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
-        config = source.parent / "config.json"
-        trial = Trial.model_validate_json(config.read_bytes()) if config.exists() else None
         text = card(
             describe(published.model, file.name),
             certificate,
@@ -578,7 +630,7 @@ def show_model(
     model = read_onnx(file)
     print(describe(model, str(file)))
     if picture is not None:
-        write_whole(picture, draw(model, str(file)))
+        _write_out("--picture", picture, draw(model, str(file)))
     return 0
 
 
@@ -617,7 +669,7 @@ def bench(
         if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
-            write_whole(json, content)
+            _write_out("--json", json, content)
     note = f"{record.device}, {record.threads} threads; images/s from the mean of all calls."
     first = [f"x first: against {files[0].name} in ONNX Runtime at the same batch size."] if len(files) > 1 else []
     print(render(rows(records), format, [note, *first]))
@@ -651,10 +703,7 @@ def show_augment(
     read = _read(data, data_dir)
     changed.check_fits(read)
     content = contact_sheet(changed, read, seed, images)
-    try:
-        write_whole(out, content)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    _write_out("--out", out, content)
     print(out)
     return 0
 

@@ -129,6 +129,8 @@ def load_data(source: str, data_dir: Path | None = None) -> ImageData:
         if not directory.is_dir():
             raise InputError(f"data source {source!r}: there is no directory {directory}")
         return (_parquet if kind == "parquet" else _folder)(source, directory)
+    if "@" in source and without_share == source:
+        raise InputError(f"data source {source!r}: what follows @ is a share of its train images, as in cifar10@0.02")
     raise unknown("data source", source, SOURCES)
 
 

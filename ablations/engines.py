@@ -101,7 +101,7 @@ def _run(
     training = start(trial, data)
     resume = place / "resume.pt"
     if resume.exists():
-        training.load_state_dict(_resumed(resume, data.train.labels_B.device))
+        training.load_state_dict(_resumed(resume))
     directory.keep_epochs(trial.id, training.epoch)
     compile_seconds = 0.0
     if compile == "on" or (compile == "auto" and worth_compiling(trial, data)):
@@ -163,9 +163,10 @@ def compile_for(trial: Trial, data: ImageData, training: Training) -> float:
     return compile_seconds
 
 
-def _resumed(file: Path, device: torch.device) -> dict:
+def _resumed(file: Path) -> dict:
+    """A training's state, on the CPU: loading it puts each part where the training has it."""
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error

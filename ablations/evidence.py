@@ -28,12 +28,17 @@ Score = Callable[[Record], float]
 
 def on_validation(record: Record) -> float:
     """What every choice and verdict is made on."""
-    return 100 * record.validation_accuracy
+    return _percent(record.validation_accuracy, record.validation_images)
 
 
 def on_test(record: Record) -> float:
     """What is reported."""
-    return 100 * record.test_accuracy
+    return _percent(record.test_accuracy, record.test_images)
+
+
+def _percent(share: float, images: int) -> float:
+    """A share of the images exactly: rounding, as older records have it, would look like a spread over seeds."""
+    return 100 * round(share * images) / images
 
 
 # --- Rows: cells, those that are one network together ---
@@ -102,6 +107,13 @@ def study_rows(directory: StudyDirectory) -> list[Row]:
     return rows
 
 
+def measured(rows: Sequence[Row]) -> list[str]:
+    """What the rows are of, each with when it was measured: other rows have another list."""
+    trials = {f"{record.trial} {record.finished}" for row in rows for record in row.records}
+    latencies = {f"{row.latency.file} {row.latency.finished}" for row in rows if row.latency}
+    return sorted(trials) + sorted(latencies)
+
+
 def study_name(directory: StudyDirectory) -> str:
     return directory.path.resolve().name
 
@@ -159,7 +171,8 @@ def best_row(rows: Sequence[Row]) -> Row | None:
     done = done or [row for row in rows if row.records and len(row.records) == most]
 
     def merit(row: Row) -> tuple[float, float]:
-        return row.interval(on_validation).mean, -row.interval(lambda record: record.validation_loss).mean
+        accuracy = round(row.interval(on_validation).mean, 9)  # equal ones differ by rounding
+        return accuracy, -row.interval(lambda record: record.validation_loss).mean
 
     return max(done, key=merit, default=None)
 
@@ -433,6 +446,8 @@ def marginals(directory: StudyDirectory, factors: Sequence[str]) -> list[Margina
     does not have, and for two of them where the design has no combinations.
     """
     study, plan = directory.study, directory.plan
+    if not study.factors:
+        raise InputError(f"{directory.path}: the study has no factors")
     for factor in factors:
         if factor not in study.factors:
             raise unknown(f"factor of {directory.path}:", factor, study.factors)
@@ -459,7 +474,9 @@ def marginals(directory: StudyDirectory, factors: Sequence[str]) -> list[Margina
             else None
             for value in (on_validation, on_test)
         ]
-        rows.append(Marginal(dict(zip(factors, levels)), len(group), len(seeds), *means, effects.get(levels)))
+        rows.append(
+            Marginal(dict(zip(factors, levels)), len(group), len(seeds) if group else 0, *means, effects.get(levels))
+        )
     return rows
 
 

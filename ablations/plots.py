@@ -94,7 +94,6 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
         )  # fmt: skip
     _listed(axes, [row_name(row) for row in done])
     axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
-    axes.set_xlim(right=min(100.5, axes.get_xlim()[1]))
     _bare(axes)
     if title:
         figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
@@ -178,7 +177,7 @@ def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
         axes.set_ylabel("loss, nats" if what == "loss" else "accuracy, %", fontsize=8.5)
         _bare(axes, "y")
     accuracy.set_xlabel("epoch", fontsize=8.5)
-    accuracy.xaxis.get_major_locator().set_params(integer=True)
+    accuracy.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.suptitle(_short(title, 50), fontsize=9, parse_math=False)
     _under(figure, accuracy)
     return figure
@@ -205,6 +204,8 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     axes.margins(x=0.1)
     if min(costs) > 0 and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
+    else:
+        axes.xaxis.get_major_locator().set_params(nbins=4)
     axes.set_xlabel(what, fontsize=8.5)
     axes.set_ylabel("test accuracy, %", fontsize=8.5)
     _bare(axes, "both")

@@ -16,10 +16,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 from zipfile import BadZipFile
@@ -48,7 +48,10 @@ class Environment(BaseModel):
     @classmethod
     def here(cls, device: torch.device) -> "Environment":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-        versions = {package: version(package) for package in ("expertgrid", "torch", "torchvision", "timm")}
+        versions = {}
+        for package in ("expertgrid", "torch", "torchvision", "timm"):
+            with suppress(PackageNotFoundError):  # expertgrid runs from a checkout too
+                versions[package] = version(package)
         return cls(device=name, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions)
 
 
@@ -108,6 +111,7 @@ class Plan(BaseModel):
     source: str
     cells: list[PlannedCell]
     race: Race | None = None
+    grown: list[int] = []  # seeds that had results when more were added, outside of a race
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ class LatencySummary(BaseModel):
 
     file: str
     trial: str
+    precision: str = "fp32"
+    pruned: bool = False
     provider: str
     threads: int
     finished: str
@@ -219,6 +225,8 @@ class LatencySummary(BaseModel):
 
 Kept = TypeVar("Kept", bound=BaseModel)
 
+LOCK = ".lock"
+
 
 def read_record(kind: type[Kept], file: Path) -> Kept | None:
     """What a JSON file keeps, None where there is no such file. Raises InputError for a damaged one."""
@@ -226,6 +234,8 @@ def read_record(kind: type[Kept], file: Path) -> Kept | None:
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise invalid(str(file), error, kind.model_fields) from None
 
@@ -259,17 +269,23 @@ class StudyDirectory:
             raise InputError(f"{file}: its cells are not those of study.toml")
         return plan
 
+    @property
+    def race(self) -> Race | None:
+        """The race that was begun here, None where there is none, also where plan and study do not fit each other."""
+        plan = read_record(Plan, self.path / "plan.json")
+        return plan and plan.race
+
     def check_holds(self, study: Study) -> None:
         """Raises InputError where `study` cannot be written here: the directory has something else in it."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out {self.path}: there is a file of this name")
         if (self.path / "study.toml").exists():
-            if not study.grown_from(self.study):
+            if apart := study.apart_from(self.study):
                 raise InputError(
-                    f"--out {self.path}: holds another study, or more of this one (its study.toml differs in more than "
-                    "added levels and seeds); give another directory with --out"
+                    f"--out {self.path}: holds another study, or more of this one: {apart}; give another directory "
+                    "with --out"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
             raise InputError(f"--out {self.path}: is not empty, and holds no study")
 
     @contextmanager
@@ -278,7 +294,7 @@ class StudyDirectory:
         self.check_holds(study)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / ".lock")
+            lock = filelock.FileLock(self.path / LOCK)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise InputError(f"--out {self.path}: another process is writing this study") from None
@@ -290,11 +306,17 @@ class StudyDirectory:
             yield
 
     def write_plan(self, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
+        before, grown = read_record(Plan, self.path / "plan.json"), []
+        if before is not None:
+            had, has = (max((len(cell.trials) for cell in found), default=0) for found in (before.cells, cells))
+            trials = [trial for cell in before.cells for trial in cell.trials]
+            seen = any((self.trial(trial) / "record.json").exists() for trial in trials)
+            grown = before.grown + ([had] if race is None and has > had and seen else [])
         planned = [
             PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
             for cell in cells
         ]
-        plan = Plan(data=str(data), source=data.source, cells=planned, race=race)
+        plan = Plan(data=str(data), source=data.source, cells=planned, race=race, grown=grown)
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
 
     def trial(self, trial_id: str) -> Path:
@@ -392,6 +414,7 @@ class StudyDirectory:
             raise invalid(str(ledger), error, TestRead.model_fields) from None
 
     def latencies(self) -> dict[str, LatencySummary]:
-        """The newest latency record of each trial that was exported and benched."""
-        records = [read_record(LatencySummary, file) for file in (self.path / "bench").glob("*.json")]
+        """The newest latency record of each trial that was exported as it is, in fp32, and benched."""
+        records = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
+        records = [record for record in records if record.precision == "fp32" and not record.pruned]
         return {record.trial: record for record in sorted(records, key=lambda record: record.finished)}

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from ablations.evidence import (
     Judgement,
     Marginal,
     Row,
+    complete,
+    measured,
     on_test,
     on_validation,
     row_name,
@@ -75,11 +78,14 @@ def answer(found: Findings) -> list[str]:
     first = f"Best on validation is {ranked}; {_lead(found)}."
     lines = [first]
     if found.probability is not None:
-        lines.append(f"The probability that its true mean is the highest of all cells is {found.probability:.2f}.")
+        lines.append(
+            f"By these scores alone, the probability that its true mean is the highest of all cells is "
+            f"{found.probability:.2f}: too high where cells hardly differ."
+        )
     corrected = winner(found.rows)
     test = f"Its test accuracy is {shown(best.interval(on_test))}%"
     if corrected is not None and corrected.corrected is not None:
-        test += f"; corrected for its luck as the best of {len(found.rows)}, {shown(corrected.corrected)}%"
+        test += f"; corrected for its luck as the best of {len(complete(found.rows))}, {shown(corrected.corrected)}%"
     lines.append(f"{test}.")
     verdicts = Counter(one.verdict for one in found.judgements if one.verdict != "reference")
     said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
@@ -125,11 +131,12 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
 
 def counted(rows: Sequence[Row]) -> str:
     """How many trials there are, and what became of them."""
-    kinds = Counter(failure.kind for row in rows for failure in row.failures.values())
-    done, missing = sum(len(row.records) for row in rows), sum(len(row.missing) for row in rows)
+    kinds = Counter({trial: failure.kind for row in rows for trial, failure in row.failures.items()}.values())
+    done = len({record.trial for row in rows for record in row.records})
+    missing = len({trial for row in rows for trial in row.missing})
     parts = [f"{done:,} finished", *(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())]
     parts += [f"{missing:,} not finished"] if missing else []
-    return f"{sum(row.seeds for row in rows):,} trials were planned: {', '.join(parts)}."
+    return f"{len({trial for row in rows for trial in row.trials}):,} trials were planned: {', '.join(parts)}."
 
 
 def commands(found: Findings) -> list[dict[str, object]]:
@@ -286,7 +293,8 @@ def _accuracy(rows: list[Row], most: str) -> Picture:
         "accuracy",
         lambda: plots.accuracy_figure("", rows),
         f"Validation and test accuracy of {len(rows)} cells; best on validation is {row_name(best)}.",
-        most + "Lines are 95% intervals of the mean over seeds; a dot without one has a single seed.",
+        most
+        + "Lines are 95% intervals of the mean over seeds; a dot without one has a single seed, or seeds that agree.",
     )
 
 
@@ -458,15 +466,16 @@ def html(found: Findings) -> str:
         gates_drawn=MOST_GATES,
         commands=commands(found),
         one_seed=bool(found.best) and max(len(row.records) for row in found.rows) == 1,
-        numbers=_numbers(tables_of["cells"]),
+        numbers=_numbers(found.rows, tables_of["cells"]),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _numbers(cells: list[dict[str, object]]) -> str:
-    """The table as JSON, for `expertgrid verify`, with nothing in it that could end the element it stands in."""
-    return f'{{"table": {tables.render(cells, "json")}}}'.replace("<", "\\u003c")
+def _numbers(rows: list[Row], cells: list[dict[str, object]]) -> str:
+    """What the table is of, and the table, for `expertgrid verify`: JSON, with nothing that could end its element."""
+    numbers = f'{{"measured": {json.dumps(measured(rows))}, "table": {tables.render(cells, "json")}}}'
+    return numbers.replace("<", "\\u003c")
 
 
 def _curves_said(found: Findings) -> str:

@@ -29,7 +29,7 @@ MOST_SEEDS = 1000  # that a study may have
 
 
 class Interval(NamedTuple):
-    """A mean and half the width of its confidence interval; None where one value alone gives no interval."""
+    """A mean and half the width of its confidence interval; None where one value, or equal ones, give no interval."""
 
     mean: float
     half_width: float | None
@@ -38,15 +38,16 @@ class Interval(NamedTuple):
 def mean_interval(values_S: Sequence[float], level: float = 0.95) -> Interval:
     """The mean of S values with Student's t interval, from the sample standard deviation (ddof=1).
 
-    Raises ValueError where there is no value.
+    Values that are all equal have no interval: that a few seeds agree does not say that all would. Raises ValueError
+    where there is no value.
     """
     if len(values_S) == 0:
         raise ValueError("a mean needs at least one value")
     mean = float(np.mean(values_S))
-    if len(values_S) == 1:
+    sd = float(np.std(values_S, ddof=1)) if len(values_S) > 1 else 0.0
+    if _is_nothing(sd, float(np.abs(values_S).max())):
         return Interval(mean, None)
-    error = np.std(values_S, ddof=1) / np.sqrt(len(values_S))
-    return Interval(mean, float(student.ppf((1 + level) / 2, len(values_S) - 1) * error))
+    return Interval(mean, float(student.ppf((1 + level) / 2, len(values_S) - 1) * sd / np.sqrt(len(values_S))))
 
 
 def _finite(values: object, what: str, dimensions: int) -> np.ndarray:
@@ -131,8 +132,8 @@ def paired_contrast(
 
 
 def _is_nothing(sd: float, scale: float) -> bool:
-    """Whether a standard deviation is nothing but rounding of numbers of this size."""
-    return sd <= 1e-12 * scale
+    """Whether a standard deviation is nothing but rounding of numbers of this size, that once were single precision."""
+    return sd <= 1e-6 * scale
 
 
 def _estimated(

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,12 @@ CHOICES = ("model", "recipe", "reference")  # factors that choose what the other
 BASE = None  # the level of a factor that a cell leaves as it is in the base
 
 Level = bool | int | float | str | list | dict | None
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
 
 
 def _listed(levels: object) -> object:
@@ -64,7 +71,7 @@ class Study(BaseModel):
     question: str
     design: Literal["factorial", "one_at_a_time"] = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
-    margin: float = Field(0.5, gt=0, le=100)
+    margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()
     set: dict[str, Level] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
@@ -86,16 +93,30 @@ class Study(BaseModel):
         _check_names(study, f"study {self.name}")
         return study
 
-    def grown_from(self, older: "Study") -> bool:
-        """Whether this is `older` with, at most, more levels and more seeds: its trials are among this one's."""
-        same = {"factors", "seeds", "question", "reported", "baselines"}
-        return (
-            self.model_dump(exclude=same) == older.model_dump(exclude=same)
-            and self.factors.keys() == older.factors.keys()
-            and all(level in self.factors[name] for name, levels in older.factors.items() for level in levels)
-            and set(older.baselines) <= set(self.baselines)
-            and self.seeds >= older.seeds
-        )
+    def apart_from(self, older: "Study") -> str:
+        """In which field this is not `older` with, at most, more levels and seeds; "" where its trials are among ours.
+
+        Names the first such field, and what it is there and here.
+        """
+        fields = [
+            {"design": one.design, "margin": one.margin}
+            | {f"base.{name}": value for name, value in one.base}
+            | {f"set.{name}": value for name, value in one.set.items()}
+            for one in (older, self)
+        ]
+        for name in {**fields[0], **fields[1]}:
+            there, here = (json.dumps(one[name]) if name in one else "not given" for one in fields)
+            if there != here:
+                return f"{name} is {there} there, and {here} here"
+        if self.factors.keys() != older.factors.keys():
+            there, here = (", ".join(one.factors) or "none" for one in (older, self))
+            return f"its factors are {there}, and here {here}"
+        for name, levels in older.factors.items():
+            if lacking := [level for level in levels if level not in self.factors[name]]:
+                return f"its factor {name} has the level {level_name(lacking[0])} too"
+        if lacking := [name for name in older.baselines if name not in self.baselines]:
+            return f"it has the baseline {lacking[0]} too"
+        return f"it has {older.seeds} seeds, and here {self.seeds}" if older.seeds > self.seeds else ""
 
     def settings(self) -> list[dict[str, Level]]:
         """The level of each factor in each cell of the design."""
@@ -148,7 +169,10 @@ class Study(BaseModel):
 
 
 class Trial(BaseModel):
-    """One training run. `model_name` and `source` say where model and data come from and are not part of its id."""
+    """One training run. `model_name` and `source` say where model and data come from and are not part of its id.
+
+    Nor are fields that are as they are where not given: the next one that a recipe gets changes no id.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -162,8 +186,17 @@ class Trial(BaseModel):
     @cached_property
     def id(self) -> str:
         """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
-        identity = self.model_dump(mode="json", include={"model", "recipe", "fingerprint", "seed"})
+        identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
+        identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _essence(value: object) -> object:
+    """What a config says, as JSON: its kind, and the fields that differ from their defaults."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {name: _essence(one) for name, one in value if name == "kind" or one != fields[name].default}
+    return [_essence(one) for one in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -182,6 +215,8 @@ def shipped_studies() -> list[str]:
 def load_study(name: str) -> Study:
     """Reads a shipped study by name, or any other by the path of its TOML file. Raises InputError for a wrong one."""
     path = SHIPPED / f"{name}.toml" if name in shipped_studies() else Path(name)
+    if path.is_dir():
+        raise InputError(f"study {name}: is a directory; the path of a TOML file is needed")
     if not path.is_file():
         raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
     return read_study(path)
@@ -203,7 +238,7 @@ def parse_study(text: str, path: Path) -> Study:
         if "name" in fields:
             raise unknown(f"field of {path}:", "name", accepted)
         if isinstance(fields.get("set"), dict):
-            fields["set"] = _with_dotted_keys(fields["set"])
+            fields["set"] = _with_dotted_keys(fields["set"], str(path))
         study = Study(name=path.stem, **fields)
     except ValidationError as error:
         within_base = error.errors()[0]["loc"][0] == "base"
@@ -214,20 +249,25 @@ def parse_study(text: str, path: Path) -> Study:
     return study
 
 
-def _with_dotted_keys(settings: dict[str, Level]) -> dict[str, Level]:
+def _with_dotted_keys(settings: dict[str, Level], where: str) -> dict[str, Level]:
     """Settings keyed by dotted paths and variants, whichever way they were written."""
-    found: dict[str, Level] = {}
+    pairs: list[tuple[str, Level]] = []
     for name, value in settings.items():
         if name in ("model", "recipe") and isinstance(value, dict):  # recipe.lr = 0.1, without quotes, is a table
-            found |= {f"{name}.{field}": inner for field, inner in value.items()}
+            pairs += [(f"{name}.{field}", inner) for field, inner in value.items()]
         else:
-            found[_dotted(name) or name] = value
-    return found
+            pairs.append((_dotted(name) or name, value))
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise InputError(f"{where}: {name} is set twice")
+    return dict(pairs)
 
 
 def _check_names(study: Study, where: str) -> None:
     """Raises InputError for names that are nothing, and for those that would change the same thing twice."""
     for name in itertools.chain(study.set, study.factors):
+        if name in study.set and name in ("model", "recipe"):
+            raise InputError(f"{where}: {name} is set in [base], or is a factor")
         if _dotted(name) == "" or (name in study.set and name in CHOICES):
             accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in study.set else CHOICES)]
             raise unknown(f"name in {where}:", name, accepted, ", recipe.FIELD, model.FIELD")
@@ -240,6 +280,8 @@ def _check_names(study: Study, where: str) -> None:
     if "reference" in study.factors and {"model", "recipe"} & study.factors.keys():
         raise InputError(f"{where}: factor reference is a model and a recipe; neither can be a factor beside it")
     levels = {level_name(level) for levels in study.factors.values() for level in levels}
+    if study.reported and not levels:
+        raise InputError(f"{where}: reported is of levels, and the study has no factors")
     if wrong := study.reported.keys() - levels:
         raise unknown(f"level in {where}, reported:", sorted(wrong)[0], sorted(levels))
 

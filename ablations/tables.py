@@ -35,8 +35,8 @@ FORMATS = get_args(Format)
 
 
 FURTHER = (
-    "(+N): about N further seeds would decide it, were the truth what it looks like now: in a study of that many, or "
-    "added one at a time by a race (run --until decided)."
+    "(+N): about N further seeds would decide it, were the truth what it looks like now: in a fresh study of that "
+    "many, or with some more in a race, which adds them one at a time (run --until decided)."
 )
 
 
@@ -100,6 +100,12 @@ def notes(
     intervals = "± is half of the 95% interval of the mean over seeds (Student's t)"
     if any(len(row.records) == 1 for row in rows):
         intervals += "; one seed has no interval"
+    if any(
+        len(row.records) > 1 and row.interval(value).half_width is None
+        for row in rows
+        for value in _ACCURACIES.values()
+    ):
+        intervals += "; seeds that all agree have none, as their spread is unknown"
     lines.append(f"n: seeds; {intervals}.")
     if any("base" in row.levels.values() for row in rows):
         base = directory.study.base
@@ -123,11 +129,13 @@ def notes(
         lines.append(
             f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
         )
-    for latency in {row.latency.file: row.latency for row in rows if row.latency}.values():
-        batch = smallest(latency).batch
-        lines.append(
-            f"Latency: median of ONNX Runtime at batch {batch}, {latency.provider}, {latency.threads} threads."
-        )
+    how: dict[str, list[str]] = {}
+    for latency in (row.latency for row in rows if row.latency):
+        where = f"batch {smallest(latency).batch}, {latency.provider}, {latency.threads} threads, of {latency.file}"
+        how.setdefault(where, []).append(latency.trial)
+    for where, trials in how.items():
+        of = f" (trial {', '.join(trials)})" if len(how) > 1 else ""
+        lines.append(f"Latency: median of ONNX Runtime at {where}{of}.")
     if missing := list(dict.fromkeys(trial for row in rows for trial in row.missing)):
         lines.append(f"Not finished: {len(missing)} of the trials: {', '.join(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
@@ -150,9 +158,16 @@ def _verdict_notes(plan: Plan, rows: Sequence[Row], judgements: Sequence[Judgeme
         )
         lines.append(
             f"Verdict: on validation, against {row_name(rows[0])}, the design's first cell; equivalent: within "
-            f"{race.margin if race else margin:g} points; {how}. All of them are "
-            f"right with probability {1 - (race.alpha if race else ALPHA):g} or more."
+            f"{race.margin if race else margin:g} points; {how}."
         )
+        if plan.grown:
+            had = " and then ".join(map(str, plan.grown))
+            lines.append(
+                f"Seeds were added after the results of {had} were there to be seen: these verdicts are wrong more "
+                f"often than {ALPHA:g}. A race (run --until decided) pays for its looks."
+            )
+        else:
+            lines.append(f"All of them are right with probability {1 - (race.alpha if race else ALPHA):g} or more.")
         if race and race.seen:
             lines.append(f"The race was begun when the results of {race.seen} trials were there to be seen.")
     if any(one.further_seeds for _, one in others):
@@ -223,7 +238,10 @@ def marginal_notes(directory: StudyDirectory, marginals: Sequence[Marginal]) -> 
     )
     if any(one.further_seeds for one in effects):
         lines.append(FURTHER)
-    lines += [f"No verdict: {reason}." for reason in dict.fromkeys(one.reason for one in effects if one.reason)]
+    reasons = dict.fromkeys(
+        ("No verdict" if one.verdict == "undecided" else one.verdict, one.reason) for one in effects
+    )
+    lines += [f"{verdict.capitalize()}: {reason}." for verdict, reason in reasons if reason]
     if race := directory.plan.race:
         lines.append(f"Of the race only the first {race.first} seeds count, as these were fixed beforehand.")
     return lines
@@ -247,8 +265,8 @@ def peek_columns(rows: Sequence[Row], peeks: Sequence[Peek | None]) -> list[dict
 
 
 PEEK_NOTES = [
-    "Validation accuracy in percent, as measured after each epoch: mean over seeds after the last one, mean over seeds "
-    "at the best one of each, and the best seed at its best epoch.",
+    "Validation accuracy in percent, as measured after each epoch, in the arithmetic of training: mean over seeds "
+    "after the last one, mean over seeds at the best one of each, and the best seed at its best epoch.",
     "The test split is read once, after the last step, so these are curves of the validation split: they show by how "
     "much the habit of reading the test split after each epoch and reporting its best would flatter, without doing it.",
 ]
@@ -310,7 +328,7 @@ def comparison_notes(one: Comparison, margin: float) -> list[str]:
         lines.append("No bootstrap interval: it needs four seeds in common.")
     if one.mcnemar:
         lines.append("McNemar's exact p, of the test images: it speaks of these two networks, not of the cells.")
-    else:
+    elif one.first.records and one.second.records:
         lines.append("No McNemar test: the predictions of these trials were not kept.")
     lines += [f"Failed: {trial}: {why}" for row in (one.first, one.second) for trial, why in row.failures.items()]
     return lines

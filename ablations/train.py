@@ -211,7 +211,7 @@ def mirrored(split: Split) -> Split:
 def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:
     """Mean cross entropy in nats, and the share of images whose largest logit is their class."""
     loss = F.cross_entropy(logits_BN, labels_B)
-    return loss.item(), (logits_BN.argmax(1) == labels_B).float().mean().item()
+    return loss.item(), (logits_BN.argmax(1) == labels_B).sum().item() / len(labels_B)
 
 
 def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:

@@ -9,15 +9,16 @@ keeps what was measured, and the same command goes on from there; done pieces ar
 pieces work on, the study directories and exported files, is in OUT/DEVICE-DATE/work.
 
 So a machine that is lent for minutes at a time, with a fresh checkout each time, needs two lines around each call. They
-bring the state along without the weights, of which only those exported are needed again:
+bring the results and the records along; weights and exported files stay, so `inference` belongs in the call of `fast`:
 
     tar xzf gpu.tgz || true
-    python -m bench.gpu --out gpu --data SRC --pieces peaks,train-speed
-    tar czf gpu.tgz --exclude=model.safetensors --exclude=resume.pt gpu
+    python -m bench.gpu --out gpu --data SRC --pieces fast,inference
+    tar czf gpu.tgz --exclude=model.safetensors --exclude=resume.pt --exclude=*.onnx gpu
 
 SRC must be the same in each call, as a study is one with its data. What stops within a training begins that one again,
 or goes on from its resume.pt where that travels too. `--smoke` does all pieces small, on a CPU too: to see that
-everything runs, not for its numbers.
+everything runs, not for its numbers. Begin with it on a new machine: `--smoke --pieces peaks,fast,inference`.
+Of several GPUs the first is measured; CUDA_VISIBLE_DEVICES says which that is.
 """
 
 import argparse
@@ -100,7 +101,7 @@ class Piece(BaseModel):
 class Size:
     """How much is measured."""
 
-    presets: tuple[str, ...] = (STEP_PRESET, *(name for name in PRESETS if name != STEP_PRESET))
+    presets: tuple[str, ...] = (STEP_PRESET, *(n for n in PRESETS if n != STEP_PRESET and "_plain_" not in n))
     training: tuple[str, ...] = ("--batch", "128", "--steps", "100", "--rounds", "5")
     batch: int = 128  # of the step that is profiled
     pixels: int = 32
@@ -117,6 +118,7 @@ class Size:
     card_factors: tuple[str, ...] = ("experts", "residual", "gate", "cutout")
     references: str | dict = "references"
     reference_seeds: tuple[int, ...] = (1, 3)
+    served: tuple[str, ...] = (STEP_PRESET, "speed", "accuracy")  # whose latency is measured
     precisions: tuple[str, ...] = ("fp32", "fp16")
     batches: tuple[int, ...] = (1, 8, 64, 512, 2048)
     largest_on_cpu: int = 512
@@ -128,7 +130,8 @@ SMOKE = Size(
     presets=("two_block",), training=("--batch", "2", "--steps", "1", "--rounds", "1"), batch=2, pixels=8, rounds=1,
     steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",), twins=(), seeds=2,
     card={"question": "One expert or two?", "base": {"model": "two_block"}, "factors": {"experts": [1, 2]}},
-    card_seeds=(2,), card_factors=("experts",), reference_seeds=(1,), precisions=("fp32",), batches=(1, 2),
+    card_seeds=(2,), card_factors=("experts",), reference_seeds=(1,), served=(STEP_PRESET,), precisions=("fp32",),
+    batches=(1, 2),
     references={"question": "What do two references reach?", "factors": {"reference": ["two_block", "segmented"]},
                 "reported": {"two_block": "80.68 (last epoch)", "segmented": "91.07"}},
     measure_s=0.01,
@@ -238,10 +241,7 @@ def fast(bench: Bench) -> dict[str, Step]:
 
     for name in size.networks:
         steps[name] = lambda name=name: train(bench, name, study(name, [name]), size.seeds, how=how)
-        for precision in size.precisions:
-            steps[f"export-{name}-{precision}"] = whole(
-                lambda name=name, precision=precision: export(bench, name, precision)
-            )
+        steps |= exports(bench, name)
     for name in size.networks if size.twins else ():
         twins = study(name, [name + twin for twin in size.twins])
         steps[f"{name}-twins"] = lambda name=name, twins=twins: train(
@@ -269,7 +269,10 @@ def references(bench: Bench) -> dict[str, Step]:
 
 
 def inference(bench: Bench) -> dict[str, Step]:
-    """The latency of what `fast` exported, from the host's memory and from the device's."""
+    """The latency of a network of the reports and of what `fast` exported, from the host's memory and the device's.
+
+    The first is trained for one epoch only: its speed does not depend on its weights.
+    """
     size, steps = bench.size, {}
     providers = [*["cuda"] * (bench.device.type == "cuda"), "cpu"]
 
@@ -294,10 +297,15 @@ def inference(bench: Bench) -> dict[str, Step]:
     def there(file: Path) -> None:
         if not file.exists():
             raise InputError(
-                f"{file.name} is not in {file.parent}: --pieces fast makes it (with --again, if it is done)"
+                f"{file.name} is not in {file.parent}: it was rejected, or made elsewhere; --pieces fast,inference "
+                "--again makes it here"
             )
 
-    for provider, name, precision in itertools.product(providers, size.networks, size.precisions):
+    brief = {"question": "How fast does it answer?", "base": {"model": STEP_PRESET, "recipe": "fast"}}
+    brief |= {"set": {"recipe.epochs": 1}, "factors": {"model": [STEP_PRESET]}}
+    steps[STEP_PRESET] = lambda: train(bench, STEP_PRESET, brief, 1)
+    steps |= exports(bench, STEP_PRESET)
+    for name, provider, precision in itertools.product(size.served, providers, size.precisions):
         what, file = f"{name}-{precision}-{provider}", exported(bench, name, precision)
         if provider == bench.device.type:
             steps[f"{what}-device"] = whole(lambda file=file: on_device(file))
@@ -314,7 +322,8 @@ PIECES: dict[str, Callable[[Bench], dict[str, Step]]] = {
     "references": references,
 }
 WORK = {  # what each has in `work`
-    "fast": ("speed", "speed-twins", "accuracy", "accuracy-twins", "export"),
+    "fast": ("speed", "speed-twins", "accuracy", "accuracy-twins"),
+    "inference": (STEP_PRESET,),
     "card": ("card",),
     "references": ("references",),
 }
@@ -351,6 +360,8 @@ def train(
             factor: json.loads(bench.expertgrid("table", directory, "--by", factor, "--format", "json"))
             for factor in by
         }
+    if value["failures"] and not any(one["records"] for one in value["cells"]):
+        raise InputError(f"every trial of {name} failed, the first by: {next(iter(value['failures'].values()))}")
     ended = all(len(one["records"]) + len(one["failed"]) == one["planned"] for one in value["cells"])
     return value, ended
 
@@ -382,27 +393,44 @@ def exported(bench: Bench, name: str, precision: str) -> Path:
     return bench.work / "export" / f"{name}{'' if precision == 'fp32' else f'-{precision}'}.onnx"
 
 
+def exports(bench: Bench, name: str) -> dict[str, Step]:
+    return {
+        f"export-{name}-{precision}": whole(lambda precision=precision: export(bench, name, precision))
+        for precision in bench.size.precisions
+    }
+
+
 def export(bench: Bench, name: str, precision: str) -> dict[str, Any]:
-    """Exports the best trial of a study, certified on CUDA too where ONNX Runtime has it; the certificate."""
+    """Exports the best trial of a study, certified on CUDA too where ONNX Runtime has it; the certificate.
+
+    A file that CUDA does not run, or that does not pass there, is certified on the CPU, and `not_on_cuda` says why.
+    """
     import onnxruntime
 
     file = exported(bench, name, precision)
     file.parent.mkdir(parents=True, exist_ok=True)
     on_cuda = bench.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    how = ["--precision", precision, "--out", file.parent / f"{name}.onnx", "--data", bench.data]
+
+    def certified_on(providers: str) -> dict[str, Any]:
+        for kept in (file, file.with_suffix(".rejected.onnx")):
+            kept.unlink(missing_ok=True)
+        how = ["--precision", precision, "--out", file.parent / f"{name}.onnx", "--data", bench.data]
+        bench.expertgrid("export", bench.work / name, *how, "--provider", providers)
+        kept = file if file.exists() else file.with_suffix(".rejected.onnx")
+        if not kept.exists():
+            raise InputError(f"{name} was not exported in {precision}")
+        certificate = json.loads(kept.with_suffix(".certificate.json").read_text())
+        return {"file": kept.name, "bytes": kept.stat().st_size, "certificate": certificate}
+
+    if not on_cuda:
+        return certified_on("cpu") | {"not_on_cuda": "ONNX Runtime has no CUDA here"}
     try:
-        bench.expertgrid("export", bench.work / name, *how, "--provider", "cpu,cuda" if on_cuda else "cpu")
+        found = certified_on("cpu,cuda")
     except InputError as error:
-        if not on_cuda:
-            raise
-        print(f"certified on the CPU only: {error}", file=sys.stderr)
-        bench.expertgrid("export", bench.work / name, *how, "--provider", "cpu")
-    passed = file.exists()
-    kept = file if passed else file.with_suffix(".rejected.onnx")
-    if not kept.exists():
-        raise InputError(f"{name} was not exported in {precision}")
-    certificate = json.loads(kept.with_suffix(".certificate.json").read_text())
-    return {"file": kept.name, "bytes": kept.stat().st_size, "passed": passed, "certificate": certificate}
+        return certified_on("cpu") | {"not_on_cuda": str(error)}
+    if not found["certificate"]["passed"]:
+        return certified_on("cpu") | {"not_on_cuda": "did not pass", "rejected": found["certificate"]}
+    return found
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -556,7 +584,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--pieces", default=",".join(PIECES), help="which, separated by commas")
     parser.add_argument("--data", help="data source, as expertgrid takes it; cifar10 where not given")
-    parser.add_argument("--device", help="cuda, or cuda:N; of a smoke run cpu too")
+    parser.add_argument("--device", help="cuda; of a smoke run cpu too")
     parser.add_argument("--out", type=Path, help="where results and state are kept; bench/results where not given")
     parser.add_argument("--minutes", type=float, default=8.0, help="that a piece may take in one call")
     parser.add_argument("--smoke", action="store_true", help="all pieces small, on a CPU too")
@@ -581,7 +609,7 @@ def run(asked: argparse.Namespace, command: str) -> int:
         raise InputError(f"--minutes {asked.minutes:g}: more than 0 and at most 60 are needed")
     if asked.device is None and not torch.cuda.is_available() and not asked.smoke:
         raise InputError("there is no CUDA device here; --smoke runs all pieces small on the CPU")
-    there = ["cpu", *[f"cuda:{i}" for i in range(torch.cuda.device_count())], *["cuda"] * torch.cuda.is_available()]
+    there = ["cpu", *["cuda"] * torch.cuda.is_available()]
     name = asked.device or there[-1]
     if name not in there:
         raise unknown("device", name, there)

@@ -62,6 +62,8 @@ class LatencyRecord(BaseModel):
     sha256: str
     trial: str  # "" for a file that is not ours
     model: str
+    precision: str  # "" likewise
+    pruned: bool
     provider: str
     device: str
     threads: int
@@ -185,7 +187,7 @@ def measure(
                 runs[i, engine] = partial(run, images)
                 try:
                     run(images)
-                except (*ORT_ERRORS, RuntimeError, MemoryError) as error:
+                except (*ORT_ERRORS, MemoryError) as error:
                     reason = str(error).splitlines()[0]
                     raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
         for (i, engine), times in take_turns(runs, measure_s).items():
@@ -197,6 +199,8 @@ def measure(
             sha256=hashlib.sha256(model).hexdigest(),
             trial=metadata.get("trial", ""),
             model=metadata.get("preset", ""),
+            precision=metadata.get("expertgrid.precision", ""),
+            pruned="expertgrid.pruned" in metadata,
             provider=provider,
             device=f"cpu ({platform.machine()})" if provider == "cpu" else torch.cuda.get_device_name(),
             threads=torch.get_num_threads(),

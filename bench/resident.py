@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.latency import Latency, random_images, read_onnx, take_turns
 from bench.peaks import synchronise
-from export.session import ORT_ERRORS, PROVIDERS, check_provider
+from export.session import ORT_ERRORS, open_session
 from export.to_onnx import PixelNet
 from model.checkpoint import Trained, parse_config
 from model.errors import InputError, invalid
@@ -45,16 +45,9 @@ class Cast(nn.Module):
         return x_BCHW.to(self.dtype)
 
 
-def bound(model: bytes, provider: str, images: np.ndarray, graph: bool) -> Call:
+def bound(model: bytes, name: str, provider: str, images: np.ndarray, graph: bool) -> Call:
     """A call of ONNX Runtime whose input and output are on the provider's device. Raises InputError."""
-    check_provider(provider)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    chosen = {"enable_cuda_graph": "1"} if graph else {}
-    session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDERS[provider], chosen)], enable_fallback=0)
-    if session.get_providers()[0] != PROVIDERS[provider]:
-        raise InputError(f"provider {provider!r} does not start here: a library that it needs is missing")
+    session = open_session(model, provider, name, {"enable_cuda_graph": "1"} if graph else {})
     device = "cpu" if provider == "cpu" else "cuda"
     given, made = session.get_inputs()[0], session.get_outputs()[0]
     binding = session.io_binding()
@@ -102,6 +95,7 @@ def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.
         synchronise(device)
         return logits_BN
 
+    call.replayed_from = net, pixels_BHWC  # the graph has their addresses alone
     return call
 
 
@@ -111,20 +105,20 @@ def measure_resident(
     """Latencies of each engine at each batch size, and the engines that do not run here. Raises InputError."""
     model, kind = read_onnx(path), device.type
     makers: dict[str, Callable[[np.ndarray], Call]] = {
-        f"onnxruntime {kind} bound": lambda images: bound(model, kind, images, graph=False),
+        f"onnxruntime {kind} bound": lambda images: bound(model, path.name, kind, images, graph=False),
         f"pytorch {kind} {'graph' if kind == 'cuda' else 'resident'}": lambda images: pytorch_resident(
             model, str(path), images, device
         ),
     }
     if kind == "cuda":
-        makers["onnxruntime cuda graph"] = lambda images: bound(model, kind, images, graph=True)
+        makers["onnxruntime cuda graph"] = lambda images: bound(model, path.name, kind, images, graph=True)
     latencies, missing = [], []
     for batch in batches:
         images, runs = random_images(model, batch), {}
         for engine, make in makers.items():
             try:
                 runs[engine] = make(images)
-            except (InputError, *ORT_ERRORS, RuntimeError, MemoryError) as error:
+            except (InputError, *ORT_ERRORS, MemoryError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 missing.append(NotMeasured(engine=engine, batch=batch, reason=reason))
         calls_ms = take_turns(runs, measure_s) if runs else {}

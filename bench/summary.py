@@ -206,10 +206,48 @@ def effect_rows(results: Results) -> Rows:
     ]
 
 
+def exported(results: Results) -> dict[str, dict[str, Any]]:
+    """What was exported, with its certificate, by network and precision."""
+    found = values(results, "fast") | values(results, "inference")
+    return {step.removeprefix("export-"): one for step, one in found.items() if step.startswith("export-")}
+
+
+def export_rows(results: Results) -> Rows:
+    rows = []
+    for what, one in exported(results).items():
+        certificate = one["certificate"]
+        agreements = certificate["agreements"]
+        worst = max(agreements, key=lambda agreement: agreement["largest_difference"])
+        rows.append(
+            {
+                "network": what,
+                "MB": f"{one['bytes'] / 1e6:,.2f}",
+                "certified on": ", ".join(dict.fromkeys(agreement["provider"] for agreement in agreements)),
+                "verdict": "passed" if certificate["passed"] else "rejected",
+                "images": f"{certificate['images']:,}",
+                "largest logit difference": f"{worst['largest_difference']:.1e}",
+                "argmax flips": max(len(agreement["argmax_flips"]) for agreement in agreements),
+                "accuracy %": f"{100 * min(agreement['accuracy'] for agreement in agreements):.2f}",
+                "PyTorch's": f"{100 * certificate['pytorch_accuracy']:.2f}",
+            }
+        )
+    return rows
+
+
+def export_lines(results: Results) -> list[str]:
+    return [
+        f"- Not certified on CUDA: {what}: {one['not_on_cuda']}."
+        for what, one in exported(results).items()
+        if "not_on_cuda" in one
+    ]
+
+
 def latencies(results: Results) -> list[tuple[str, dict[str, Any]]]:
     """Each engine at each batch size, with the network and precision that it ran."""
     found = []
     for step, one in values(results, "inference").items():
+        if "latencies" not in one:
+            continue
         network, precision, _, where = step.rsplit("-", 3)
         # PyTorch eager is in fp32, whatever the file
         found += [
@@ -250,15 +288,31 @@ def targets(results: Results) -> list[Target]:
     if speed := values(results, "train-speed").get("eight_block"):
         found.append(Target("training of eight_block against the plain way", 20.0, speed["ratio"], "x"))
     found += fast_targets(results)
-    on_cuda = [(what, one) for what, one in latencies(results) if " cuda" in one["engine"]]
-    if ones := [(one["p50_ms"], one["engine"]) for what, one in on_cuda if one["batch"] == 1 and " fp16" in what]:
-        best, engine = min(ones)
-        found.append(Target(f"latency at batch 1, fp16 ({engine})", 150.0, 1000 * best, "us", at_least=False))
+    for piece, seeds, most in (("card", 5, 30.0), ("references", 1, 20.0)):
+        if minutes := study_minutes(values(results, piece).get(f"{seeds}-seeds")):
+            found.append(Target(f"training of the {piece}, {seeds} seeds", most, minutes, "minutes", at_least=False))
+    if files := exported(results).values():
+        passed = [one["certificate"]["passed"] and "rejected" not in one for one in files]
+        found.append(Target(f"of {len(passed)} exported files passed", 100.0, 100 * sum(passed) / len(passed), "%"))
+    on_cuda = [(what, one) for what, one in latencies(results) if one["engine"].startswith("onnxruntime cuda")]
+    at_once = [one for what, one in on_cuda if one["batch"] == 1 and what.startswith("eight_block fp16")]
+    if at_once:
+        best = min(at_once, key=lambda one: one["p50_ms"])
+        what = f"latency of eight_block at batch 1, fp16 ({best['engine']})"
+        found.append(Target(what, 150.0, 1000 * best["p50_ms"], "us", at_least=False))
     if on_cuda:
         what, one = max(on_cuda, key=lambda pair: pair[1]["images_per_s"])
         name = f"images a second ({what}, {one['engine']}, batch {one['batch']})"
         found.append(Target(name, 100_000.0, one["images_per_s"], "images/s"))
     return found
+
+
+def study_minutes(study: dict[str, Any] | None) -> float | None:
+    """Minutes that a study compiled and trained; None where some trial is not finished."""
+    if study is None or any(len(cell["records"]) < cell["planned"] for cell in study["cells"]):
+        return None
+    records = [record for cell in study["cells"] for record in cell["records"]]
+    return sum(record["train_seconds"] + record["compile_seconds"] for record in records) / 60
 
 
 def fast_targets(results: Results) -> list[Target]:
@@ -315,6 +369,7 @@ def markdown(results: Results, picture: str) -> str:
         ),
         (f"The card: {results.get('card', {}).get('data', '')}", cell_rows(card["cells"]) if card else [], []),
         ("What each factor of the card is worth", effect_rows(results), []),
+        ("Exported files", export_rows(results), export_lines(results)),
         ("Inference", latency_rows(results), missing_lines(results)),
         (
             f"The references at full length: {results.get('references', {}).get('data', '')}",

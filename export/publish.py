@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from export.certificate import BOUNDS, PYTORCH_BATCH, Certificate, Precision, certify, onnx_logits, pytorch_logits
@@ -20,6 +22,7 @@ from model.errors import InputError
 from model.net import ExpertNet
 
 CALIBRATION_IMAGES = 512
+CERTIFICATE = "expertgrid.certificate"  # the SHA-256 of its file, in the model's metadata
 # Kernels that are mixed for each image are no constants, and would stay in float; and int8 convolutions apart were up
 # to 1.6 times as fast as one of all experts with a matrix product after it.
 NOT_IN_INT8 = ("one_kernel", "one_conv", "matmul")
@@ -37,10 +40,13 @@ class Images:
 
 
 class Reference:
-    """A network in PyTorch, a data set in the form that its exported model takes, and its logits, computed once."""
+    """A network in PyTorch, a data set in the form that its exported model takes, and its logits, computed once.
 
-    def __init__(self, checkpoint: Checkpoint, images: Images, kind: Input):
-        self.checkpoint, self.images, self.kind = checkpoint, images, kind
+    `pruned` is the threshold of `pruned`, where the network is what that left.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, images: Images, kind: Input, pruned: float | None = None):
+        self.checkpoint, self.images, self.kind, self.pruned = checkpoint, images, kind, pruned
         self.net = served(checkpoint, kind)
 
     def as_input(self, pixels_BHWC: np.ndarray) -> np.ndarray:
@@ -85,13 +91,12 @@ def publish(
     model, kept = to_onnx(reference.checkpoint, reference.kind, rewrites if fused else (), outputs), []
     if precision != "fp32":
         model, kept = _lowered(model, reference, precision)
+    pruned = {} if reference.pruned is None else {"expertgrid.pruned": f"{reference.pruned:g}"}
+    model = with_metadata(model, {"expertgrid.precision": precision, **pruned})
     test, pytorch_BN = reference.test
     labels_B = reference.images.test_labels
     certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN=pytorch_BN)
-    about = {
-        "expertgrid.precision": precision,
-        "expertgrid.certificate": hashlib.sha256(certificate.to_bytes()).hexdigest(),
-    }
+    about = {CERTIFICATE: hashlib.sha256(certificate.to_bytes()).hexdigest()}
     return Published(with_metadata(model, about), certificate, kept)
 
 
@@ -116,6 +121,27 @@ def with_metadata(model: bytes, about: dict[str, str]) -> bytes:
     proto = onnx.load_from_string(model)
     onnx.helper.set_model_props(proto, {prop.key: prop.value for prop in proto.metadata_props} | about)
     return proto.SerializeToString()
+
+
+def unfit(model: bytes, file: Path) -> str:
+    """What keeps an exported file and the certificate beside it from being of each other; "" where nothing does."""
+    beside = file.with_suffix(".certificate.json")
+    try:
+        content = beside.read_bytes()
+        certificate = Certificate.model_validate_json(content)
+    except FileNotFoundError:
+        return f"{file.name} has no certificate"
+    except ValidationError:
+        return f"{beside.name} is damaged"
+    proto = onnx.load_from_string(model)
+    named = {prop.key: prop.value for prop in proto.metadata_props}
+    if named.pop(CERTIFICATE, "") != hashlib.sha256(content).hexdigest():
+        return f"{file.name} was certified by another certificate than {beside.name}"
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, named)
+    if hashlib.sha256(proto.SerializeToString()).hexdigest() != certificate.sha256:
+        return f"{file.name} is not the file that {beside.name} is of"
+    return ""
 
 
 def pruned(checkpoint: Checkpoint, images: Images, threshold: float) -> tuple[Checkpoint, str]:

@@ -1,5 +1,10 @@
 """ONNX Runtime sessions on the provider that was asked for, or an error."""
 
+import contextlib
+import io
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -13,12 +18,16 @@ ORT_ERRORS = (
     ort_errors.InvalidProtobuf,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
+    RuntimeError,
 )
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+# Options with which a provider computes float32 as float32: by default convolutions on CUDA are in TF32, and their
+# algorithm is the one that was fastest at the moment, which may be one of those that round more.
+FULL_FP32 = {"cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
 
 
 def check_provider(name: str) -> None:
@@ -29,23 +38,31 @@ def check_provider(name: str) -> None:
         raise InputError(f"provider {name!r}: this ONNX Runtime ({onnxruntime.__version__}) was built without it")
 
 
-def open_session(model: bytes, provider: str, name: str) -> onnxruntime.InferenceSession:
-    """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt").
+def open_session(
+    model: bytes, provider: str, name: str, chosen: Mapping[str, str] = MappingProxyType({})
+) -> onnxruntime.InferenceSession:
+    """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt"), with `chosen` of its options.
 
     `name` is what errors call the model. Raises InputError for a model that does not load and for a provider that is
     not there or does not start: ONNX Runtime would go on with the CPU.
     """
     check_provider(provider)
+    unloaded = io.StringIO()
+    if provider != "cpu":
+        with contextlib.redirect_stdout(unloaded):  # where it says which of the CUDA libraries are not there
+            onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
     options.log_severity_level = 4  # what it has to say is in the errors below
+    onnxruntime.set_default_logger_severity(4)
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDERS[provider]], enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            model, options, providers=[(PROVIDERS[provider], dict(chosen))], enable_fallback=0
+        )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != PROVIDERS[provider]:
-        raise InputError(
-            f"provider {provider!r} does not start here; ONNX Runtime would use {session.get_providers()[0]}"
-        )
+        reason = unloaded.getvalue().partition("\n")[0] or f"ONNX Runtime would use {session.get_providers()[0]}"
+        raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session

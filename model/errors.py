@@ -26,11 +26,20 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
 
 def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
     """One line for the first thing that pydantic found wrong: `where` is the file or object it was found in."""
-    first = error.errors()[0]
-    *parents, last = map(str, (where, *first["loc"]))
+    found = error.errors()
+    first = found[0]
+    at = first["loc"]
+    if sum(one["input"] is first["input"] and one["loc"][:-1] == at[:-1] for one in found) > 1:
+        at = at[:-1]  # of several types that are accepted, each of which says what keeps the value from being one
+        types = {str(one["loc"][-1]) for one in found if one["loc"][:-1] == at}
+        if types >= {"bool", "int", "float", "str"}:
+            first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
+    *parents, last = map(str, (where, *at))
     if first["type"] == "extra_forbidden":
         return unknown(f"field of {'.'.join(parents)}:", last, fields)
     place = ".".join([*parents, last])
     message = first["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(first["input"], dict | BaseModel) else f", found {first['input']!r}"
-    return InputError(f"{place}: {message[0].lower()}{message[1:]}{found}")
+    value = first["input"]
+    said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
+    shown = "" if said else f", found {value!r}"
+    return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")

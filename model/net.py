@@ -360,6 +360,9 @@ class ConvNormAct(nn.Sequential):
             self.norm = BatchNorm(out_chs, norm)
             self.act = nn.ReLU(inplace=True)
 
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW)  # torch 2.11 compiles no method that is PyTorch's own
+
 
 class Gate(nn.Module):
     """The mixing weights of a block: one per expert and image, each row a distribution."""

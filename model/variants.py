@@ -225,4 +225,4 @@ def vary(config: ModelConfig, name: str, level: object) -> ModelConfig:
         reason = first["msg"].removeprefix("Value error, ")
     except (TypeError, ValueError) as error:
         reason = str(error)
-    raise InputError(f"factor {name}: level {level!r} is not accepted: {reason}") from None
+    raise InputError(f"{name}: {level!r} is not accepted: {reason}") from None

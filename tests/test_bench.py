@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -255,8 +256,10 @@ def test_pytest_benchmark_suite(file, tmp_path):
     """As a user calls it, twice, with the second run compared to the first, and a histogram."""
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
     command += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
+    # beside other tests, as pytest-xdist runs them, it would measure nothing
+    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-json", f"{tmp_path}/result.json"]):
-        done = subprocess.run([*command, *more], cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run([*command, *more], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "4 passed" in done.stdout
     assert "(0001_" in done.stdout

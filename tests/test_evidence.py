@@ -17,9 +17,11 @@ from ablations.evidence import (
     best_row,
     common_scores,
     compare,
+    contrast_of,
     find_row,
     judge,
     marginals,
+    on_test,
     on_validation,
     peek,
     row_name,
@@ -226,8 +228,33 @@ def test_the_winner_is_corrected_for_having_been_the_best(digits, tmp_path):
     corrected = np.mean([test_CS[cell, seed] for seed, cell in enumerate(chosen)])
     assert found.corrected.mean == pytest.approx(corrected)
     assert found.reported.mean == pytest.approx(test_CS[validation_CS.mean(1).argmax()].mean())
+    assert found.reported.mean == pytest.approx(best_row(rows).interval(on_test).mean)
     text = "\n".join(notes(directory, directory.plan, rows))
     assert f"corrected for its luck as the best of 6: {corrected:.2f} ±" in text
+
+
+def test_seeds_that_would_decide_pay_for_the_whole_family(digits, tmp_path):
+    rows = study_rows(write_study(tmp_path / "s", GRID, digits, drawn))
+    judgements = judge(rows, 0.5)
+    undecided = [(row, one) for row, one in zip(rows[1:], judgements[1:]) if one.further_seeds]
+    assert undecided
+    for row, one in undecided:
+        contrast = contrast_of(row, rows[0], on_validation)
+        assert one.further_seeds == stats.further_seeds(contrast, 0.05 / (len(rows) - 1), 0.5)
+
+
+def test_seeds_that_were_added_after_a_look_take_the_guarantee_away(digits, tmp_path):
+    directory = write_study(tmp_path / "s", GRID.replace("seeds = 6", "seeds = 3"), digits, drawn)
+    assert "right with probability 0.95" in "\n".join(notes_of(directory))
+    write_study(tmp_path / "s", GRID, digits, drawn)
+    text = "\n".join(notes_of(directory))
+    assert "right with probability" not in text
+    assert "Seeds were added after the results of 3 were there to be seen" in text
+
+
+def notes_of(directory):
+    rows = study_rows(directory)
+    return notes(directory, directory.plan, rows, judge(rows, 1.0))
 
 
 def test_peeking_is_of_the_validation_curves(expertgrid, digits, tmp_path):

@@ -8,7 +8,7 @@ import onnx.reference
 import pytest
 import torch
 
-from export.certificate import BATCHES, BOUNDS, Agreement, certify, mcnemar
+from export.certificate import BATCHES, BOUNDS, Agreement, Certificate, certify, mcnemar
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -128,16 +128,21 @@ def test_another_networks_model_fails_its_certificate(checkpoint):
     assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
 
 
-@pytest.mark.parametrize(("change", "passed"), [(2e-5, True), (2e-4, False), (np.nan, False)])
-def test_the_bound_is_applied(checkpoint, change, passed):
+@pytest.mark.parametrize(
+    ("change", "precision", "passed"),
+    [(2e-5, "fp32", True), (2e-4, "fp32", False), (np.nan, "fp32", False), (np.inf, "fp16", False)],
+)
+def test_the_bound_is_applied(checkpoint, change, precision, passed):
     model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
     bias = next(one for one in model.graph.initializer if one.name.endswith("head.classifier.bias"))
     values = onnx.numpy_helper.to_array(bias).copy()
-    values += np.float32(change)
+    values[:1] += np.float32(change)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
     images = example(checkpoint, "uint8", 8).numpy()
-    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, labels(8))
+    all_first_B = np.zeros(8, int)  # the class that an infinite logit takes each image for
+    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, all_first_B, precision)
     assert certificate.passed == passed
+    assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
 
 
 def test_the_first_layer_that_diverges_is_named(checkpoint, kind):

@@ -70,7 +70,7 @@ def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
     card = results["card"]["steps"]["2-seeds"]["value"]
     assert [cell["levels"] for cell in card["cells"]] == [{"experts": 1}, {"experts": 2}]
     assert [row["experts"] for row in card["effects"]["experts"]] == ["1", "2"]
-    latency = results["inference"]["steps"]["speed-fp32-cpu-device"]["value"]["latencies"][0]
+    latency = results["inference"]["steps"]["eight_block-fp32-cpu-device"]["value"]["latencies"][0]
     assert ["onnxruntime cpu bound", "1", f"{latency['p50_ms']:.4f}"] in [row[1:4] for row in rows]
     references = [row for row in rows if row[-4:-3] == ["80.68 (last epoch)"]]
     assert [row[0] for row in references] == ["two_block"]
@@ -184,8 +184,13 @@ def test_floor_of_eight_block_by_hand():
 
 
 def a_cell(name, accuracies, seconds):
-    records = [{"test_accuracy_flip": share, "test_accuracy": share, "train_seconds": seconds} for share in accuracies]
+    known = {"train_seconds": seconds, "compile_seconds": 5.0}
+    records = [{"test_accuracy_flip": share, "test_accuracy": share, **known} for share in accuracies]
     return {"model": name, "levels": {"model": name}, "planned": len(records), "records": records}
+
+
+def a_latency(engine, p50_ms, images_per_s):
+    return {"engine": f"onnxruntime cuda {engine}", "batch": 1, "p50_ms": p50_ms, "images_per_s": images_per_s}
 
 
 def test_targets_are_met_or_missed_by_how_much():
@@ -196,6 +201,13 @@ def test_targets_are_met_or_missed_by_how_much():
         "fast": {"speed": {"cells": cells}},
         "peaks": {"peaks": [peaks]},
         "train-speed": {"step": step, "eight_block": {"ratio": 25.0}},
+        "card": {"3-seeds": {"cells": [a_cell("two_block", [0.9], 1e6)]}, "5-seeds": {"cells": cells}},
+        "references": {"1-seeds": {"cells": [a_cell("two_block", [0.9], 1e6) | {"planned": 2}]}},
+        "inference": {
+            "export-speed-fp32": {"certificate": {"passed": True}},
+            "export-speed-fp16": {"certificate": {"passed": True}, "rejected": {"passed": False}},
+            "eight_block-fp16-cuda-device": {"latencies": [a_latency("graph", 0.1, 5e4), a_latency("bound", 0.2, 2e5)]},
+        },
     }
     results = {
         name: {"data": "cifar10-jpeg", "steps": {step: {"value": value} for step, value in steps.items()}}
@@ -209,5 +221,9 @@ def test_targets_are_met_or_missed_by_how_much():
         "accuracy over speed on cifar10-jpeg, with flips": "met by 1 points",
         "training of speed, once compiled": "met by 1 s",
         "training of accuracy, once compiled": "missed by 15 s",
+        "training of the card, 5 seeds": "met by 27 minutes",
+        "of 2 exported files passed": "missed by 50 %",
+        "latency of eight_block at batch 1, fp16 (onnxruntime cuda graph)": "met by 50 us",
+        "images a second (eight_block fp16, from the device, onnxruntime cuda bound, batch 1)": "met by 1e+05 images/s",
     }
     assert not any("CIFAR-10" in target for target in verdicts)

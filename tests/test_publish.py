@@ -1,5 +1,8 @@
 """Publishing: fused, lower and pruned models against PyTorch, in ONNX Runtime and in an engine of other origin."""
 
+import dataclasses
+import hashlib
+
 import numpy as np
 import onnx
 import openvino
@@ -10,9 +13,10 @@ from ablations.data import ImageData
 from ablations.engines import run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
-from export.certificate import BOUNDS
-from export.publish import Images, Reference, pruned, publish
-from export.to_onnx import GATES, LOGITS, PROBABILITIES, example, served
+from export.certificate import BOUNDS, PYTORCH_BATCH
+from export.fuse import gate_weights
+from export.publish import Images, Reference, pruned, publish, unfit, with_metadata
+from export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, example, served
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
 from model.presets import TimmModel, build
@@ -99,6 +103,46 @@ def test_pruning_says_what_it_costs(checkpoint, images):
     assert published.certificate.passed
     x = example(one_left, "uint8", 3)
     assert served(one_left, "uint8")(x).shape == (3, 10)
+
+
+def test_an_expert_that_one_image_needs_stays(checkpoint, images):
+    """Also where that image is in none of the last batches."""
+    net = checkpoint.network()
+    gates = gate_weights(net, torch.from_numpy(as_input(images.validation, checkpoint, "float")))
+    last = len(images.validation) % PYTORCH_BATCH
+    gap, block, expert, threshold = max(
+        (gate_BK[:, k].max() - gate_BK[-last:, k].max(), block, k, (gate_BK[:, k].max() + gate_BK[-last:, k].max()) / 2)
+        for block, gate_BK in gates.items()
+        for k in range(gate_BK.shape[1])
+    )
+    assert gap > 0
+    _, said = pruned(checkpoint, images, float(threshold))
+    assert f"{block}.experts.{expert}" not in said
+
+
+def test_test_images_shape_no_model(checkpoint, images):
+    """Calibration is on train images, and what stays in float is decided on validation images."""
+    others = dataclasses.replace(images, test=255 - images.test, test_labels=(images.test_labels + 1) % 10)
+    models = []
+    for one in (images, others):
+        proto = onnx.load_from_string(publish(Reference(checkpoint, one, "uint8"), "int8").model)
+        del proto.metadata_props[:]
+        models.append(proto.SerializeToString())
+    assert models[0] == models[1]
+
+
+def test_a_file_and_its_certificate_are_of_each_other(checkpoint, images, tmp_path):
+    published, other = (publish(Reference(checkpoint, images, "uint8"), fused=fused) for fused in (True, False))
+    file, beside = tmp_path / "model.onnx", tmp_path / "model.certificate.json"
+    assert unfit(published.model, file) == "model.onnx has no certificate"
+    beside.write_bytes(published.certificate.to_bytes())
+    assert unfit(published.model, file) == ""
+    assert unfit(other.model, file) == "model.onnx was certified by another certificate than model.certificate.json"
+    named = hashlib.sha256(published.certificate.to_bytes()).hexdigest()
+    forged = with_metadata(other.model, {"expertgrid.certificate": named})
+    assert unfit(forged, file) == "model.onnx is not the file that model.certificate.json is of"
+    beside.write_text("{}")
+    assert unfit(published.model, file) == "model.certificate.json is damaged"
 
 
 def test_networks_without_experts_are_not_pruned(checkpoint, images):

@@ -10,6 +10,7 @@ import pytest
 
 from ablations.records import StudyDirectory, write_whole
 from ablations.study import parse_study
+from bench.latency import Latency, LatencyRecord
 from model.errors import InputError
 
 STUDY = parse_study('question = "?"\n[factors]\nexperts = [1, 2]', Path("one.toml"))
@@ -90,6 +91,19 @@ def test_whatever_is_damaged_is_named(name, content, tmp_path):
     write_whole(tmp_path / name, content)
     with pytest.raises(InputError, match=name):
         _ = directory.record("abc"), directory.failure("abc"), directory.latencies(), directory.plan
+
+
+def test_latency_is_that_of_the_network_as_it_is(tmp_path):
+    """Neither of a later file of lower precision, nor of a pruned one."""
+    made = [("model.onnx", "fp32", False), ("model-int8.onnx", "int8", False), ("model-pruned.onnx", "fp32", True)]
+    for i, (file, precision, pruned) in enumerate(made):
+        latency = Latency.of("onnxruntime cpu", 1, [1.0])
+        record = LatencyRecord(
+            file=file, sha256="", trial="abc", model="", precision=precision, pruned=pruned, provider="cpu", device="",
+            threads=1, versions={}, finished=f"2026-01-0{i + 1}", latencies=[latency],
+        )  # fmt: skip
+        write_whole(tmp_path / "bench" / f"{file}.json", record.model_dump_json().encode())
+    assert {trial: one.file for trial, one in StudyDirectory(tmp_path).latencies().items()} == {"abc": "model.onnx"}
 
 
 def test_a_damaged_ledger_is_named(tmp_path):

@@ -16,7 +16,7 @@ from statsmodels.stats import weightstats
 from statsmodels.stats.anova import AnovaRM
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 from ablations.stats import (
@@ -139,6 +139,15 @@ def test_bootstrap_interval_of_four_values_is_that_of_all_resamples():
     error = values.std(ddof=1) / 2
     low, high = (3.5 - t_X[math.ceil(256 * share) - 1] * error for share in (0.975, 0.025))
     assert bootstrap_interval(values, resamples=100_000) == pytest.approx((low, high), rel=1e-6)
+
+
+def test_rounding_in_single_precision_is_no_spread():
+    scores_CS = 100 * (np.array([[112, 11, 71], [116, 15, 75]]) / 144).astype(np.float32).astype(float)
+    differences_S = scores_CS[1] - scores_CS[0]
+    assert differences_S.std() > 0
+    contrast = paired_contrast(differences_S, scale=scores_CS.max())
+    assert (contrast.low, contrast.p) == (None, None)
+    assert "the same for all 3 seeds" in contrast.reason
 
 
 def test_bootstrap_interval_is_none_where_it_knows_nothing():
@@ -270,6 +279,14 @@ def test_further_seeds_against_statsmodels_and_simulation():
         assert low < power < high
     assert further_seeds(equal, 0.05, margin=0.001) == math.inf
     assert further_seeds(made(50, 1), 0.05) == 1  # as it is decided already
+
+
+def test_further_seeds_of_unpaired_cells_against_statsmodels():
+    one = contrast({0: 1.0, 1: 2.0, 2: 1.5, 3: 2.5}, {4: 0.7, 5: 1.7, 6: 1.2, 7: 2.2})
+    assert not one.paired
+    size = one.mean / (one.sd / math.sqrt(2))  # in standard deviations of either, which are equal
+    needed = TTestIndPower().solve_power(size, alpha=0.01, power=0.8)
+    assert further_seeds(one, 0.01) == math.ceil(needed) - 4
 
 
 # --- Racing ---
@@ -427,8 +444,9 @@ def test_intervals_of_effects_cover_the_truth():
 # --- The best cell ---
 
 
-def test_probability_of_the_best_of_two_is_the_one_sided_p_value():
-    scores_CS = np.random.default_rng(16).normal(90, 1, size=(2, 4))
+@pytest.mark.parametrize("seed", range(14, 18))
+def test_probability_of_the_best_of_two_is_the_one_sided_p_value(seed):
+    scores_CS = np.random.default_rng(seed).normal(90, 1, size=(2, 3))
     p = scipy.stats.ttest_rel(*scores_CS, alternative="greater").pvalue
     assert probability_best(scores_CS) == pytest.approx([1 - p, p], abs=0.01)
 

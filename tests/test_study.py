@@ -102,13 +102,21 @@ def test_timm_models_stand_as_baselines(digits):
     assert cells[-1].trials[0].model.model_dump() == {"timm": "resnet18", "in_chans": 1, "num_classes": 10}
 
 
+def test_ids_stay(digits):
+    """Networks, recipes and data that are the same are the same trials in the next version too."""
+    assert ids(load_study("quickstart"), digits)[0] == "c19ecc17f167"
+    (first,) = study("seeds = 1\n[base]\nmodel = 'eight_block'\nrecipe = 'segmented'\n[set]\ncutout = 3").cells(digits)
+    assert first.trials[0].id == "90fcc3a33965"
+
+
 def test_a_study_grows_by_levels_and_seeds():
     older = study("[factors]\nexperts = [1, 2]")
     for text in ("[factors]\nexperts = [1, 2]", "seeds = 5\n[factors]\nexperts = [4, 1, 2]"):
-        assert study(text).grown_from(older)
+        assert study(text).apart_from(older) == ""
     others = ("[factors]\nexperts = [1, 4]", "seeds = 2\n[factors]\nexperts = [1, 2]", "[factors]\ngate = ['mlp']")
     for text in (*others, "[factors]\nexperts = [1, 2]\n[base]\nmodel = 'eight_block'"):
-        assert not study(text).grown_from(older)
+        assert study(text).apart_from(older)
+    assert study("[set]\nwidth = 2.0").apart_from(study("")) == "set.width is not given there, and 2.0 here"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +131,15 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[factors]\nexperts = 3", "my.toml.factors.experts: input should be a valid list"),
         ("[factors]\nexperts = [3, 3]", "my.toml.factors.experts: a level is given twice"),
         ("[set]\nreference = 'two_block'", "unknown name in my.toml: 'reference'"),
+        ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
+        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: recipe.cutout is set twice"),
+        (
+            "[set]\n'recipe.lr' = nan",
+            "my.toml.set.recipe.lr: a finite number, text, true, false, a list or a table is n",
+        ),
+        ("[factors]\nlr = [0.1, inf]", "my.toml.factors.lr.1: a finite number, text, true, false, a list or a table"),
+        ("margin = true", "my.toml.margin: a number is needed, found True"),
+        ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
         ("[factors", "my.toml: not TOML"),
         ("name = 'x'", "unknown field of my.toml: 'name'. Accepted: base, baselines, design,"),
         ("seeds = true", "my.toml.seeds: input should be a valid integer, found True"),
@@ -153,7 +170,7 @@ def test_wrong_study_files(text, message):
         ("[set]\nrecipe.lr = inf", "my.toml"),
         ("[set]\nopt = 'sgd'\nopt_betas = [0.9, 0.9]", "recipe.opt_betas: optimiser 'sgd' has none"),
         ("[set]\nopt_betas = [1.0, 1.0]", "recipe.opt: 'adamw' cannot be made here with this recipe: Invalid beta"),
-        ("[factors]\nexperts = [0]", "factor experts: level 0 is not accepted"),
+        ("[factors]\nexperts = [0]", "experts: 0 is not accepted"),
         ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         ("[set]\n'recipe.lr' = -3", "recipe.lr: input should be greater than 0, found -3"),
         ("[set]\n'recpe.lr' = 3", "unknown path 'recpe.lr'"),

@@ -164,5 +164,5 @@ def test_temperature_survives_another_variant():
 def test_wrong_levels_are_refused_by_name(name, level, accepted):
     with pytest.raises(InputError) as error:
         vary(PRESETS["two_block"], name, level)
-    assert str(error.value).startswith(f"factor {name}: level {level!r} is not accepted: ")
+    assert str(error.value).startswith(f"{name}: {level!r} is not accepted: ")
     assert accepted in str(error.value)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_cli import snapshot
 
+from ablations.evidence import measured, study_rows
 from ablations.records import Predictions, StudyDirectory
 from ablations.verify import check_study
 
@@ -56,7 +57,7 @@ def test_a_trial_that_comes_out_otherwise_is_status_1(expertgrid, study):
     outcome = expertgrid("rerun", study.path, trial, "--device", "cpu", "--format", "json")
     assert outcome.status == 1
     rows = {row["what"]: row for row in json.loads(outcome.out)}
-    assert [what for what, row in rows.items() if row["same"] == "no"] == ["weights", "test loss"]
+    assert [what for what, row in rows.items() if not row["same"]] == ["weights", "test loss"]
     assert rows["weights"]["difference"] == pytest.approx(1e-7, rel=0.5)
 
 
@@ -137,9 +138,9 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
         (
             lambda s, t: (s.path / "report.html").write_text(
-                '<script type="application/json" id="numbers">{"table": []}</script>'
+                '<script type="application/json" id="numbers">{"measured": [], "table": []}</script>'
             ),
-            "report.html: number of rows is 0, but 3 follows",
+            "report.html: the study has changed since it was written",
         ),
     ],
 )
@@ -153,10 +154,11 @@ def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, fou
 def test_a_report_with_other_numbers_is_found(expertgrid, study):
     rows = json.loads(expertgrid("table", study.path, "--format", "json").out)
     numbers = '<script type="application/json" id="numbers">{}</script>'
-    (study.path / "report.html").write_text(numbers.format(json.dumps({"table": rows})))
+    kept = {"measured": measured(study_rows(study)), "table": rows}
+    (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     assert check_study(study).problems == []
     rows[1]["test acc %"]["mean"] += 0.01
-    (study.path / "report.html").write_text(numbers.format(json.dumps({"table": rows})))
+    (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     (problem,) = check_study(study).problems
     assert problem.startswith("report.html: test acc % mean of experts 2, gate linear is ")
 
