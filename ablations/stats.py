@@ -547,14 +547,15 @@ class Winner:
 def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
     """The cell with the highest mean on validation (the first of equals), and its test score, corrected for the choice.
 
-    To choose on validation does not bias the test score by way of the images: the splits share none. It does by way of
-    the seeds: a cell that was lucky with its seeds is lucky on both splits, and the best of C cells is likely to have
-    been. So each seed is left out in turn, the winner is chosen by validation on the others, and its test score is read
-    on the one left out; the mean of these has no such bias, and is what the rule "take the best on validation" gives
-    with S - 1 seeds. (Cross-validation over seeds: Stone, 1974. A bootstrap that reads the seeds that were not drawn
-    does the same with a third of the seeds left out, and with chance.) With S - 1 seeds the choice is a little worse,
-    so `optimism` is rather too large than too small, and with few seeds it is noisy and may be negative. The interval
-    of `corrected` is approximate, as the choices share seeds. Raises ValueError for shapes that differ.
+    To choose on validation does not bias the test score by way of the images: the splits share none. It does by way
+    of the seeds: a cell that was lucky with its seeds is lucky on both splits, and the best of C cells is likely to
+    have been. So each seed is left out in turn, the winner is chosen by validation on the others, and its test
+    score (the mean of equals) is read on the one left out; the mean of these has no such bias, and is what the rule
+    "take the best on validation" gives with S - 1 seeds. (Cross-validation over seeds: Stone, 1974. A bootstrap
+    that reads the seeds that were not drawn does the same with a third of the seeds left out, and with chance.)
+    With S - 1 seeds the choice is a little worse, so `optimism` is rather too large than too small, and with few
+    seeds it is noisy and may be negative. The interval of `corrected` is approximate, as the choices share seeds.
+    Raises ValueError for shapes that differ.
     """
     validation_CS, test_CS = _finite(validation_CS, "scores", 2), _finite(test_CS, "scores", 2)
     if validation_CS.shape != test_CS.shape:
@@ -567,8 +568,9 @@ def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
     if n == 1:
         return Winner(cell, reported, None, None)
     without_SC = np.array([np.delete(validation_CS, seed, axis=1).mean(1) for seed in range(n)])
-    chosen_S = _highest(without_SC).argmax(1)
-    return Winner(cell, reported, mean_interval(test_CS[chosen_S, np.arange(n)]), float((chosen_S == cell).mean()))
+    chosen_SC = _highest(without_SC)  # equal ones share: the winner owes its place to the seed left out
+    corrected_S = (chosen_SC * test_CS.T).sum(1) / chosen_SC.sum(1)
+    return Winner(cell, reported, mean_interval(corrected_S), float(chosen_SC[:, cell].mean()))
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _verdict_notes(plan: Plan, rows: Sequence[Row], judgements: Sequence[Judgeme
                 f"often than {ALPHA:g}. A race (run --until decided) pays for its looks."
             )
         else:
-            lines.append(f"All of them are right with probability {1 - (race.alpha if race else ALPHA):g} or more.")
+            lines.append(f"All verdicts are right with probability {1 - (race.alpha if race else ALPHA):g} or more.")
         if race and race.seen:
             lines.append(f"The race was begun when the results of {race.seen} trials were there to be seen.")
     if any(one.further_seeds for _, one in others):
