@@ -21,6 +21,7 @@ import typer
 
 from ablations import evidence, racing, tables
 from ablations import report as reports
+from ablations.__main__ import INTERRUPTED
 from ablations.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.data import SOURCES, ImageData, load_data
 from ablations.engines import TrialFailed, by_architecture, compile_for, reason_of, run_local, worth_compiling
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
 
 CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on, the others validate
-INTERRUPTED = 130  # as shells have it for Ctrl-C
 stopped = Event()  # by the user
 
 app = typer.Typer(
