@@ -21,8 +21,6 @@ import pyarrow.compute
 import pyarrow.parquet
 import torch
 from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
@@ -167,12 +165,7 @@ def _assemble(
         raise InputError(
             f"data source {source!r}: class {rare!r} has {counts.min()} train images; at least 2 are needed"
         )
-    kept, held_out = train_test_split(
-        np.arange(len(labels_B)),
-        test_size=max(len(classes), round(_share(source)[1] * len(labels_B))),
-        stratify=labels_B,
-        random_state=SPLIT_SEED,
-    )
+    kept, held_out = _stratified(labels_B, max(len(classes), round(_share(source)[1] * len(labels_B))))
     kept, held_out = np.sort(kept), np.sort(held_out)
     splits = [(pixels_BHWC[kept], labels_B[kept]), (pixels_BHWC[held_out], labels_B[held_out]), test]
     digest = hashlib.sha256()
@@ -199,12 +192,19 @@ def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple
     return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
 
 
+def _stratified(labels_B: np.ndarray, share: float | int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the images that stay, and of a share, or a number, of them that is held out: always the same."""
+    from sklearn.model_selection import train_test_split  # loading it takes longer than most commands
+
+    return train_test_split(np.arange(len(labels_B)), test_size=share, stratify=labels_B, random_state=SPLIT_SEED)
+
+
 def _digits(source: str) -> ImageData:
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     pixels_BHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
-    train, test = train_test_split(
-        np.arange(len(pixels_BHWC)), test_size=DIGITS_TEST_SHARE, stratify=bunch.target, random_state=SPLIT_SEED
-    )
+    train, test = _stratified(bunch.target, DIGITS_TEST_SHARE)
     labels_B = bunch.target
     classes = [str(name) for name in bunch.target_names]
     return _assemble(

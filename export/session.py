@@ -64,5 +64,6 @@ def open_session(
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != PROVIDERS[provider]:
         reason = unloaded.getvalue().partition("\n")[0] or f"ONNX Runtime would use {session.get_providers()[0]}"
+        reason = reason if torch.cuda.is_available() else "there is no CUDA device"
         raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session
