@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -24,7 +25,7 @@ from ablations import report as reports
 from ablations.__main__ import INTERRUPTED
 from ablations.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.data import SOURCES, ImageData, load_data
-from ablations.engines import TrialFailed, by_architecture, compile_for, reason_of, run_local, worth_compiling
+from ablations.engines import TrialFailed, by_architecture, planned_steps, prepare, run_local
 from ablations.findings import find
 from ablations.plots import accuracy_plot
 from ablations.progress import StudyProgress, console, status
@@ -43,11 +44,11 @@ from ablations.study import (
     shipped_studies,
 )
 from ablations.tables import render
-from ablations.train import Training, start, train, uses_bfloat16
+from ablations.train import TrainingError, start, train, uses_bfloat16
 from ablations.verify import check_study
-from model.compiled import CHOICES, device_kind, earns, missing
 from model.cost import cost
 from model.errors import InputError, unknown
+from model.execution import WORDS, Execution, Means, missing
 from model.presets import PRESETS, network
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ app = typer.Typer(
 DataDir = Annotated[Path | None, typer.Option(help="Where torchvision's copy of CIFAR is, instead of a download.")]
 Format = Annotated[str, typer.Option("--format", help=", ".join(tables.FORMATS))]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda, cuda:N or mps.")]
-Compile = Annotated[str, typer.Option(help="auto (where training is long enough to earn it), on or off.")]
+Compile = Annotated[
+    str, typer.Option(help="torch.compile: auto (where a training is long enough to earn it), on or off.")
+]
+Kernels = Annotated[str, typer.Option(help="Triton kernels of ours: auto (on CUDA), on or off.")]
+Graphs = Annotated[str, typer.Option(help="Steps as CUDA graphs: auto (on CUDA), on or off.")]
 
 
 def main() -> None:
@@ -119,6 +124,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Study directory; runs/STUDY where not given.")] = None,
     device: Device = "auto",
     compile: Compile = "auto",
+    kernels: Kernels = "auto",
+    graphs: Graphs = "auto",
     until: Annotated[
         str | None, typer.Option(help="decided: a race, seeds are added to contrasts that are undecided.")
     ] = None,
@@ -132,7 +139,8 @@ def run(
     """
     asked = load_study("quickstart" if study is None else study).change(seeds, data, dict(map(_setting, set_ or [])))
     on = _device(device)
-    _check_compile(compile, on)
+    execution = Execution(kernels, compile, graphs)
+    execution.check(on)
     racing.check_options(until, max_seeds, asked)
     images = _read(asked.base.data, data_dir)
     cells = asked.change(seeds=max_seeds).cells(images)
@@ -157,7 +165,7 @@ def run(
     if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), asked.seeds) for cell in directory.plan.cells}
     with directory.written(asked, images, racing.at(cells, counts), race):
-        failed = _train(racing.at(cells, counts), images.to(on), directory, compile)
+        failed = _train(racing.at(cells, counts), images.to(on), directory, execution)
         while race:
             rows = evidence.study_rows(directory)
             wanted = racing.next_look(rows, race, counts)
@@ -166,7 +174,7 @@ def run(
                 break
             counts = wanted
             directory.write_plan(images, racing.at(cells, counts), race)
-            failed |= _train(racing.at(cells, counts), images.to(on), directory, compile)
+            failed |= _train(racing.at(cells, counts), images.to(on), directory, execution)
     status = 1 if failed else 0
     if study is None and not failed:
         status = export(directory.path, data_dir=data_dir)
@@ -191,18 +199,19 @@ def _show(directory: StudyDirectory) -> None:
     print(f"Picture: {picture}", flush=True)
 
 
-def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, compile: str) -> bool:
+def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, execution: Execution) -> bool:
     """Trains what is not there yet; whether some trial failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
-    if compile == "auto" and any(worth_compiling(trial, data) for trial in pending):
-        compile = _compile_if_it_can(data.train.labels_B.device)
+    device = data.train.labels_B.device
+    chosen = [execution.chosen(trial.model, planned_steps(trial, data), device) for trial in pending]
+    execution = _that_can_be(execution, chosen, device)
     progress = StudyProgress(cells, pending, data.image_size, done_before)
     failed = False
     with progress.live():
-        for event in run_local(pending, data, directory, compile=compile):
+        for event in run_local(pending, data, directory, execution=execution):
             progress.show(event)
             failed |= isinstance(event, TrialFailed)
             if stopped.is_set():
@@ -259,32 +268,13 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check_compile(choice: str, device: torch.device) -> None:
-    if choice not in CHOICES:
-        raise unknown("choice of --compile", choice, CHOICES)
-    if choice == "on" and (reason := missing(device)):
-        raise InputError(f"--compile on: {reason}; with auto or off, networks are trained without")
-
-
-def _compile_seconds(trial: Trial, data: ImageData, training: Training, compile: str) -> float:
-    """Compiles as `--compile` says; the seconds that it took, 0 where it is off, or `auto` and fails, with a notice."""
-    if compile == "off":
-        return 0.0
-    try:
-        return compile_for(trial, data, training)
-    except Exception as error:  # the compiler's errors have no type of their own
-        if compile == "on":
-            raise InputError(f"--compile on: torch.compile failed: {reason_of(error)}") from error
-        console.print(f"measured without torch.compile, which failed: {reason_of(error)}", soft_wrap=True)
-        return 0.0
-
-
-def _compile_if_it_can(device: torch.device) -> str:
-    """`auto`, or `off` and a notice where something that compiling needs is missing."""
-    if reason := missing(device):
-        console.print(f"trained without torch.compile: {reason}", soft_wrap=True)
-        return "off"
-    return "auto"
+def _that_can_be(execution: Execution, chosen: list[Means], device: torch.device) -> Execution:
+    """What was asked for without what was chosen and cannot be used on the device, of which a notice says why."""
+    for name, words in WORDS.items():
+        if any(getattr(means, name) for means in chosen) and (reason := missing(name, device)):
+            console.print(f"trained without {words}: {reason}", soft_wrap=True)
+            execution = dataclasses.replace(execution, **{name: "off"})
+    return execution
 
 
 @app.command()
@@ -716,24 +706,26 @@ def bench_train(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each, taken in turns.")] = 5,
     device: Device = "auto",
     compile: Compile = "auto",
+    kernels: Kernels = "auto",
+    graphs: Graphs = "auto",
     format: Format = "text",
 ) -> int:
     """Measure training, next to the plain way to train the same network and to bare steps on one batch.
 
-    `--compile auto` decides as for a whole training by the recipe on 45,000 images.
+    What is `auto` is decided as for a whole training by the recipe on 45,000 images.
     """
     import bench.training as timing
     from bench.peaks import measure_peaks
 
     tables.check_format(format)
     on = _device(device)
-    _check_compile(compile, on)
+    execution = Execution(kernels, compile, graphs)
+    execution.check(on)
     steps = steps or (100 if on.type == "cuda" else 2)
     config = network(preset)
     recipe = RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
-    worth = earns(config, recipe.epochs * (CIFAR_TRAIN // batch), device_kind(on))
-    if compile == "auto":
-        compile = _compile_if_it_can(on) if worth else "off"
+    whole = recipe.epochs * (CIFAR_TRAIN // batch)
+    execution = _that_can_be(execution, [execution.chosen(config, whole, on)], on)
     at_full_size = {"small_size": 0, "small_share": None}
     recipe = Recipe(**{**dict(recipe), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
     images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
@@ -747,20 +739,24 @@ def bench_train(
     transform = timing.plain_transform(mean, std, images.image_size, recipe.crop_padding, recipe.hflip, recipe.cutout)
 
     with status(f"training {preset}"):
-        training = start(trial, images)
-        compile_seconds = _compile_seconds(trial, images, training, compile)
+        training, bare = start(trial, images), start(trial, images)
+        try:
+            prepared, _ = (prepare(trial, images, one, execution, whole) for one in (training, bare))
+        except TrainingError as error:
+            raise InputError(str(error)) from error
+        for text in prepared.without:
+            console.print(f"measured without {text}", soft_wrap=True)
         epochs = train(trial, images, training)
         memory, memory_is = timing.peak_memory(on, lambda: next(epochs))
-        bare = start(trial, images)
-        if compile_seconds:
-            compile_for(trial, images, bare)
         plain = timing.textbook(start(trial, images).net.to("cpu", memory_format=torch.contiguous_format))
         plain_images = timing.PlainImages(images.train.pixels_BHWC, images.train.labels_B, transform)
         plainly = plain, recipe.optimizer, plain_images, batch, steps, recipe.smoothing, on
         with timing.plain_rounds(*plainly) as plain_round:
+            bare_step = timing.bare_step(bare.net.train(), bare.optimizer, amp)
+            bare_step = partial(bare_step if bare.recorder is None else partial(bare.recorder, bare_step), x_BCHW, y_B)
             ways = {
                 "loop": lambda: next(epochs).train_seconds,
-                "bare": lambda: timing.bare_round(bare.net.train(), bare.optimizer, x_BCHW, y_B, steps, amp),
+                "bare": lambda: timing.bare_round(bare_step, steps, on),
                 "plain": plain_round,
             }
             timing.in_turns(ways, 1)
@@ -769,7 +765,8 @@ def bench_train(
     speed = timing.TrainingSpeed.of(
         seconds["loop"], seconds["bare"], seconds["plain"],
         model=preset, device=Environment.here(on).device, threads=torch.get_num_threads(), torch=torch.__version__,
-        batch=batch, steps=steps, bfloat16=amp, compiled=compile_seconds > 0, compile_seconds=compile_seconds,
+        batch=batch, steps=steps, bfloat16=amp, kernels=prepared.means.kernels, compiled=prepared.means.compile,
+        graphs=training.recorded, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1], peaks=peaks,
         plain_workers=timing.plain_workers(),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -28,8 +28,10 @@ from ablations.train import (
     uses_bfloat16,
 )
 from model.checkpoint import Checkpoint, Trained
-from model.compiled import compile_blocks, device_kind, earns
+from model.compiled import compile_blocks
 from model.cost import cost
+from model.execution import PLAIN, WORDS, Execution, Means
+from model.recorded import Recorder
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 RESUME_EVERY_S = 30.0  # shorter trials start anew: that costs less than writing their state
@@ -77,16 +79,16 @@ def run_local(
     data: ImageData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
-    compile: str = "off",
+    execution: Execution = PLAIN,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
-    A trial that fails leaves its reason in failure.json and the others go on. `compile` is one of `compiled.CHOICES`;
-    with "auto" a trial whose blocks do not compile is trained eagerly, and a note says so.
+    A trial that fails leaves its reason in failure.json and the others go on. What `execution` leaves to us and does
+    not work is left out, and a note says so.
     """
     for trial in by_architecture(trials):
         try:
-            yield from _run(trial, data, directory, resume_every_s, compile)
+            yield from _run(trial, data, directory, resume_every_s, execution)
         except Exception as error:  # whatever one trial dies of, the others are worth having
             failure = _failure(trial, error)
             directory.write_failure(trial.id, failure)
@@ -94,7 +96,7 @@ def run_local(
 
 
 def _run(
-    trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float, compile: str
+    trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float, execution: Execution
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
@@ -103,14 +105,8 @@ def _run(
     if resume.exists():
         training.load_state_dict(_resumed(resume))
     directory.keep_epochs(trial.id, training.epoch)
-    compile_seconds = 0.0
-    if compile == "on" or (compile == "auto" and worth_compiling(trial, data)):
-        try:
-            compile_seconds = compile_for(trial, data, training)
-        except Exception as error:
-            if compile == "on":
-                raise
-            yield TrialNote(trial, f"trained without torch.compile, which failed: {reason_of(error)}")
+    prepared = prepare(trial, data, training, execution, planned_steps(trial, data))
+    yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
     saved = time.monotonic()
     for epoch in train(trial, data, training):
         directory.append_epoch(trial.id, epoch)
@@ -120,7 +116,9 @@ def _run(
             write_whole(resume, buffer.getvalue())
             saved = time.monotonic()
         yield EpochDone(trial, epoch)
-    record = _finish(trial, data, directory, training, compile_seconds)
+    if training.recorder and training.recorder.refused:
+        yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
+    record = _finish(trial, data, directory, training, prepared)
     resume.unlink(missing_ok=True)
     (place / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
@@ -144,23 +142,65 @@ def _failure(trial: Trial, error: Exception) -> Failure:
     return Failure(error=reason_of(error), **found)
 
 
-def worth_compiling(trial: Trial, data: ImageData) -> bool:
-    """What `--compile auto` decides for a trial, by the rule of `compiled.earns`."""
+def planned_steps(trial: Trial, data: ImageData) -> int:
+    """The steps of a whole training."""
     _, steps = batches(trial.recipe, data)
-    return earns(trial.model, steps * trial.recipe.epochs, device_kind(data.train.labels_B.device))
+    return steps * trial.recipe.epochs
 
 
-def compile_for(trial: Trial, data: ImageData, training: Training) -> float:
-    """Compiles the network's blocks for batches of each size that the trial trains on; returns the seconds it took."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a training uses, the seconds that getting it ready took, and what did not work, with its reason."""
+
+    means: Means
+    seconds: float
+    without: list[str]
+
+
+def prepare(trial: Trial, data: ImageData, training: Training, execution: Execution, steps: int) -> Prepared:
+    """Has a training of `steps` steps use what `execution` chooses for it, on batches of each size that the trial has.
+
+    Raises TrainingError where something that was asked for does not work.
+    """
+    device = data.train.labels_B.device
+    means = execution.chosen(trial.model, steps, device, training.optimizer)
+    took, without = 0.0, []
+    for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
+        if getattr(means, name):
+            try:
+                seconds = _quickened(name, trial, data, training)
+            except Exception as error:  # neither compiler's errors have a type of their own
+                if getattr(execution, name) == "on":
+                    raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
+                without.append(f"{WORDS[name]}, which failed: {reason_of(error)}")
+                seconds = 0.0
+            took += seconds
+            means = replace(means, **{name: seconds > 0})
+    if execution.graphs == "on" and not means.graphs:
+        raise TrainingError(f"--graphs on: the optimiser {trial.recipe.opt} cannot be recorded in a CUDA graph")
+    if means.graphs:
+        training.recorder = Recorder(training.optimizer, device, strict=execution.graphs == "on")
+    return Prepared(means, took, without)
+
+
+def _quickened(name: str, trial: Trial, data: ImageData, training: Training) -> float:
+    """Has a network use kernels, or compiled blocks, on batches like the trial's.
+
+    Returns the seconds that it took, 0 where it has no part for them.
+    """
     recipe, device = trial.recipe, data.train.labels_B.device
+    if name == "kernels":
+        from model.kernels import use_kernels as use  # Triton is not everywhere
+    else:
+        use = compile_blocks
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
     batch, _ = batches(recipe, data)
     pixels_BHWC, generator = data.train.pixels_BHWC[:batch], torch.Generator(device)
-    compile_seconds = 0.0
+    took = 0.0
     for size in {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}:
         x_BCHW = recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size)
-        compile_seconds += compile_blocks(training.net, x_BCHW, uses_bfloat16(recipe, device))
-    return compile_seconds
+        took += use(training.net, x_BCHW, uses_bfloat16(recipe, device))
+    return took
 
 
 def _resumed(file: Path) -> dict:
@@ -172,9 +212,7 @@ def _resumed(file: Path) -> dict:
         raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
 
 
-def _finish(
-    trial: Trial, data: ImageData, directory: StudyDirectory, training: Training, compile_seconds: float
-) -> Record:
+def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
     """Measures the trained network in fp32, on the test split once, and writes checkpoint, predictions and record."""
     device = data.train.labels_B.device
     mean, std = trial.recipe.mean_std(data)
@@ -228,8 +266,10 @@ def _finish(
         images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
         train_seconds=sum(epoch.train_seconds for epoch in epochs),
         bfloat16=uses_bfloat16(trial.recipe, device),
-        compiled=compile_seconds > 0,
-        compile_seconds=compile_seconds,
+        kernels=prepared.means.kernels,
+        compiled=prepared.means.compile,
+        graphs=training.recorded,
+        compile_seconds=prepared.seconds,
         environment=Environment.here(device),
         finished=now(),
     )

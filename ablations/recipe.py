@@ -216,12 +216,16 @@ class Recipe(BaseModel):
         """timm's optimiser of the parameters that need gradients.
 
         PyTorch's fused implementation is used where the optimiser is one of PyTorch's that has it and the parameters
-        are on a CPU or a CUDA device: it does the whole step in a kernel or two.
+        are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
+        recorded in a graph counts its steps on the device, whether it is recorded or not.
         """
         chosen = {} if self.opt_betas is None else {"betas": self.opt_betas}
         kind = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
-        if "fused" in inspect.signature(kind).parameters and next(net.parameters()).device.type in FUSED_ON:
+        knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
+        if "fused" in knows and device in FUSED_ON:
             chosen["fused"] = True
+        if "capturable" in knows and device == "cuda":
+            chosen["capturable"] = True
         return timm.optim.create_optimizer_v2(
             net,
             opt=self.opt,

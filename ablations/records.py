@@ -35,6 +35,7 @@ from ablations.study import Cell, Level, Study, Trial, read_study
 from ablations.train import Epoch
 from model.checkpoint import load
 from model.errors import InputError, invalid
+from model.execution import Means
 
 
 class Environment(BaseModel):
@@ -79,10 +80,16 @@ class Record(BaseModel):
     images_per_s: float  # of training, median over the epochs but the first
     train_seconds: float
     bfloat16: bool
+    kernels: bool = False
     compiled: bool = False
-    compile_seconds: float = 0.0  # before the first epoch, and not in train_seconds
+    graphs: bool = False
+    compile_seconds: float = 0.0  # of blocks or kernels, before the first epoch, and not in train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
+
+    @property
+    def means(self) -> Means:
+        return Means(kernels=self.kernels, compile=self.compiled, graphs=self.graphs)
 
 
 class PlannedCell(BaseModel):

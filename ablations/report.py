@@ -242,7 +242,7 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
 def _environment_rows(found: Findings) -> list[dict[str, object]]:
     records = {record.trial: record for row in found.rows for record in row.records}
     kinds = Counter(
-        (r.environment.device, r.environment.threads, r.bfloat16, r.compiled, r.environment.python)
+        (r.environment.device, r.environment.threads, r.bfloat16, str(r.means), r.environment.python)
         + tuple(sorted(r.environment.versions.items()))
         for r in records.values()
     )
@@ -251,12 +251,12 @@ def _environment_rows(found: Findings) -> list[dict[str, object]]:
             "device": device,
             "threads": threads,
             "numbers": "bfloat16" if bfloat16 else "fp32",
-            "compiled": "yes" if compiled else "no",
+            "steps": means,
             "Python": python,
             **dict(versions),
             "trials": count,
         }
-        for (device, threads, bfloat16, compiled, python, *versions), count in kinds.items()
+        for (device, threads, bfloat16, means, python, *versions), count in kinds.items()
     ]
 
 

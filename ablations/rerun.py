@@ -17,6 +17,7 @@ from ablations.records import Record, StudyDirectory
 from ablations.study import Trial
 from model.checkpoint import load
 from model.errors import InputError
+from model.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: I
     with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
         beside = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, compile="on" if record.compiled else "off"))
+            events = list(run_local([trial], data, beside, execution=Execution.of(record.means)))
         finally:
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)

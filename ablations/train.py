@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from ablations.study import Trial
 from model.memory import keep_freed_memory
 from model.net import ExpertNet
 from model.presets import build
+from model.recorded import Recorder
 
 EVALUATION_BATCH = 500
 STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
@@ -69,11 +71,17 @@ class Training:
     scheduler: Scheduler | None
     average: ModelEmaV3 | None = None
     epoch: int = 0  # epochs done
+    recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
 
     @property
     def result(self) -> nn.Module:
         """The network that is validated, tested and saved: the moving average where the recipe has one."""
         return self.net if self.average is None else self.average.module
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its steps are CUDA graphs."""
+        return self.recorder is not None and self.recorder.refused is None
 
     def state_dict(self) -> dict:
         """Network, its average, optimiser and epochs done. The schedule and all random numbers follow from these."""
@@ -118,29 +126,34 @@ def train(trial: Trial, data: ImageData, training: Training, workers: int | None
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)
 
+    def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and how many images were right."""
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits_BN = net(x_BCHW)
+            loss = F.cross_entropy(logits_BN, targets, label_smoothing=recipe.smoothing)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
+
+    take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
         correct = torch.zeros((), device=device, dtype=torch.int64)
         rates = []
         net.train()
         started = seconds(device)
-        for step, images in enumerate(loader.epoch(epoch)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits_BN = net(images.x_BCHW)
-                loss = F.cross_entropy(logits_BN, images.targets, label_smoothing=recipe.smoothing)
+        for i, images in enumerate(loader.epoch(epoch)):
             rates.append(optimizer.param_groups[0]["lr"])
-            losses_S[step] = loss.detach()
-            if device.type == "cpu" and not math.isfinite(losses_S[step]):
+            losses_S[i], right = take(images.x_BCHW, images.targets, images.labels_B)
+            if device.type == "cpu" and not math.isfinite(losses_S[i]):
                 break
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done = epoch * steps + step + 1
+            correct += right
+            done = epoch * steps + i + 1
             if training.average is not None:
                 training.average.update(net, done)
             if training.scheduler is not None:
                 training.scheduler.step_update(done)
-            correct += (logits_BN.detach().argmax(1) == images.labels_B).sum()
         trained = seconds(device)
         _check_finite(losses_S, epoch * steps, epoch, rates)
         logits_BN = predict(training.result, data.validation, loader.mean_C, loader.std_C, amp)

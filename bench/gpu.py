@@ -52,8 +52,9 @@ from bench import summary
 from bench.latency import LatencyRecord
 from bench.peaks import measure_peaks
 from bench.resident import measure_resident
-from bench.step import floor, profile_step
+from bench.step import agreement, floor, profile_step
 from model.errors import InputError, invalid, unknown
+from model.execution import Means
 from model.presets import PRESETS
 from model.variants import vary
 
@@ -69,6 +70,12 @@ LEAST_MEMORY = 16 * 2**30  # of the GPU, free
 INTERRUPTED = 130
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 STEP_PRESET = "eight_block"  # whose training step is looked into
+WAYS = {  # to take it
+    "kernels": Means(kernels=True, graphs=True),
+    "compiled": Means(compile=True, graphs=True),
+    "graphs": Means(graphs=True),
+    "eager": Means(),
+}
 
 
 class TimeIsUp(Exception):
@@ -107,6 +114,7 @@ class Size:
     pixels: int = 32
     rounds: int = 5
     steps: int = 20
+    agreeing: int = 10  # steps whose losses are compared with those of plain ones
     width: float = 1.0
     peak_s: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)  # of each study
@@ -128,7 +136,7 @@ class Size:
 _SMALL = {"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16}
 SMOKE = Size(
     presets=("two_block",), training=("--batch", "2", "--steps", "1", "--rounds", "1"), batch=2, pixels=8, rounds=1,
-    steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",), twins=(), seeds=2,
+    agreeing=2, steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",), twins=(), seeds=2,
     card={"question": "One expert or two?", "base": {"model": "two_block"}, "factors": {"experts": [1, 2]}},
     card_seeds=(2,), card_factors=("experts",), reference_seeds=(1,), served=(STEP_PRESET,), precisions=("fp32",),
     batches=(1, 2),
@@ -207,23 +215,28 @@ def peaks(bench: Bench) -> dict[str, Step]:
 
 
 def train_speed(bench: Bench) -> dict[str, Step]:
-    """Each preset beside the plain way to train it, and a step of one of them, by kernel and over its floor."""
-    size, compiled = bench.size, bench.device.type == "cuda"
+    """A step of one network in each way that it can be taken: right, by kernel, and over its floor; then all presets.
+
+    The presets are trained beside the plain way to do it.
+    """
+    size, on_cuda = bench.size, bench.device.type == "cuda"
+    config = PRESETS[STEP_PRESET] if size.width == 1 else vary(PRESETS[STEP_PRESET], "width", size.width)
+    shape = size.batch, size.pixels, bench.device
 
     def speed(preset: str) -> dict[str, Any]:
-        how = ["--compile", "on" if compiled else "off", "--device", bench.device, "--format", "json"]
+        how = ["--compile", "on" if on_cuda else "off", "--device", bench.device, "--format", "json"]
         return json.loads(bench.expertgrid("bench-train", preset, *size.training, *how))
 
-    def step() -> dict[str, Any]:
-        config = PRESETS[STEP_PRESET]
-        config = config if size.width == 1 else vary(config, "width", size.width)
-        profiled = profile_step(config, size.batch, size.pixels, bench.device, compiled, size.steps, size.rounds)
+    def step(means: Means) -> dict[str, Any]:
+        agreed = agreement(config, *shape, means, size.agreeing)
+        profiled = profile_step(config, *shape, means, size.steps, size.rounds)
         least = floor(config, size.batch, size.pixels, size.pixels)
-        return {"model": STEP_PRESET, **profiled.model_dump(), "floor": least.model_dump()}
+        found = {"model": STEP_PRESET, **profiled.model_dump(), "floor": least.model_dump()}
+        return found | {"agreement": agreed.model_dump()}
 
-    speeds = {preset: whole(lambda preset=preset: speed(preset)) for preset in size.presets}
-    first = size.presets[0]
-    return {first: speeds.pop(first), "step": whole(step), **speeds}
+    ways = WAYS if on_cuda else {"eager": Means()}
+    steps = {f"step-{name}": whole(lambda means=means: step(means)) for name, means in ways.items()}
+    return steps | {preset: whole(lambda preset=preset: speed(preset)) for preset in size.presets}
 
 
 def fast(bench: Bench) -> dict[str, Step]:

@@ -11,22 +11,28 @@ moments of AdamW are read and written once each in float32. Pooling, head and lo
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.training import bare_round
+from bench.training import bare_round, bare_step
 from model.compiled import blocks, compile_blocks
+from model.execution import Means
 from model.memory import keep_freed_memory
 from model.net import ExpertBlock, ModelConfig
 from model.presets import build
+from model.recorded import Recorder
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 KERNELS = 25  # that are kept, the longest first
+TOLERANCE = 1e-3  # of losses that should be the same but for rounding
 
 
 class Floor(BaseModel):
@@ -50,7 +56,7 @@ class StepProfile(BaseModel):
 
     batch: int
     steps: int  # in a round, and profiled
-    compiled: bool
+    means: str  # of the step: kernels, compiler, graphs
     step_ms: list[float]  # mean of each round, without the profiler
     busy_ms: float  # of a step, sum of all kernels
     launches: float  # a step, of all kernels
@@ -89,10 +95,66 @@ def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
     return Floor(flops=counter.get_total_flops(), bytes=BFLOAT16 * elements + 2 * 4 * FLOAT32 * trained)
 
 
+class Agreement(BaseModel):
+    """The losses of the same steps in float32, taken in two ways."""
+
+    means: str
+    plain: list[float]
+    found: list[float]
+    largest: float  # difference, as a share of the plain loss
+
+
+def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> Agreement:
+    """Trains plainly and with `means`, from the same weights on the same batches, in full float32.
+
+    Raises ValueError where the losses differ by more than `TOLERANCE`.
+    """
+    allowed = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        plain, found = (_losses(config, batch, size, device, one, steps) for one in (Means(), means))
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = allowed
+    largest = max(abs(a - b) / abs(a) for a, b in zip(plain, found))
+    if not largest <= TOLERANCE:  # nor NaN
+        raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
+    return Agreement(means=str(means), plain=plain, found=found, largest=largest)
+
+
+def _losses(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = build(config).to(device, memory_format=torch.channels_last).train()
+    shape = steps, batch, config.in_chans, size, size
+    x_SBCHW = torch.randn(shape, generator=generator).to(device)
+    y_B = torch.arange(batch, device=device) % config.num_classes
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
+    batches = [x_BCHW.contiguous(memory_format=torch.channels_last) for x_BCHW in x_SBCHW]
+    step = _prepared(net, optimizer, batches[0], means, False)
+    return [step(x_BCHW, y_B)[0].item() for x_BCHW in batches]
+
+
+def _prepared(
+    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: Means, bfloat16: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """A bare step that uses `means`. Raises what kernels or compiler raise where they do not work."""
+    if means.kernels:
+        from model.kernels import use_kernels  # Triton is not everywhere
+
+        use_kernels(net, x_BCHW, bfloat16)
+    if means.compile:
+        compile_blocks(net, x_BCHW, bfloat16)
+    step = bare_step(net, optimizer, bfloat16)
+    return partial(Recorder(optimizer, x_BCHW.device, strict=True), step) if means.graphs else step
+
+
 def profile_step(
-    config: ModelConfig, batch: int, size: int, device: torch.device, compiled: bool, steps: int, rounds: int
+    config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int, rounds: int
 ) -> StepProfile:
-    """Times and profiles bare steps (AdamW, bfloat16, channels last) on one random batch of `size` x `size` images."""
+    """Times and profiles bare steps (AdamW, bfloat16, channels last) on one random batch of `size` x `size` images.
+
+    Raises what kernels, compiler or graphs raise where they do not work.
+    """
     keep_freed_memory()  # as training does
     torch.manual_seed(0)
     net = build(config).to(device, memory_format=torch.channels_last).train()
@@ -100,16 +162,15 @@ def profile_step(
         memory_format=torch.channels_last
     )
     y_B = torch.arange(batch, device=device) % config.num_classes
-    if compiled:
-        compile_blocks(net, x_BCHW, bfloat16=True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    on_cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True, capturable=on_cuda)
+    step = _prepared(net, optimizer, x_BCHW, means, True)
 
     def a_round() -> float:
-        return 1000 * bare_round(net, optimizer, x_BCHW, y_B, steps, bfloat16=True) / steps
+        return 1000 * bare_round(lambda: step(x_BCHW, y_B), steps, device) / steps
 
     a_round()
     step_ms = [a_round() for _ in range(rounds)]
-    on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profiled:
         a_round()
     kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
@@ -123,7 +184,7 @@ def profile_step(
     return StepProfile(
         batch=batch,
         steps=steps,
-        compiled=compiled,
+        means=str(means),
         step_ms=step_ms,
         busy_ms=total / steps / 1000,
         launches=sum(launches for _, launches, _ in found) / steps,

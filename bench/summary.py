@@ -116,44 +116,65 @@ def speed_rows(results: Results) -> Rows:
     ]
 
 
-def kernel_rows(results: Results) -> Rows:
-    step = values(results, "train-speed").get("step")
-    return [] if step is None else [
-        {
-            "kernel": one["name"][:60].replace("|", "/"),
-            "launches a step": round(one["launches"], 1),
-            "us a step": round(one["us"], 1),
-            "share %": round(100 * one["share"], 1),
-        }
-        for one in step["kernels"][:KERNELS]
-    ]  # fmt: skip
+def steps_taken(results: Results) -> list[dict[str, Any]]:
+    """The step in each way that it was taken, the fastest first."""
+    found = [one for name, one in values(results, "train-speed").items() if name.startswith("step-")]
+    return sorted(found, key=lambda one: statistics.median(one["step_ms"]))
 
 
-def floor_shares(results: Results) -> dict[str, float] | None:
+def floor_shares(results: Results, step: dict[str, Any]) -> dict[str, float] | None:
     """Shares of the bf16 peak and of the bandwidth that a step's floor is of its time, and the floor in ms."""
-    step, top = values(results, "train-speed").get("step"), peak(results)
-    if step is None or not top:
+    top = peak(results)
+    if not top:
         return None
     seconds = statistics.median(step["step_ms"]) / 1000
     compute, memory = step["floor"]["flops"] / top["bf16_flops"], step["floor"]["bytes"] / top["copy_bytes_per_s"]
     return {"compute": compute / seconds, "memory": memory / seconds, "floor_ms": 1000 * max(compute, memory)}
 
 
+def step_rows(results: Results) -> Rows:
+    rows = []
+    for step in steps_taken(results):
+        shares = floor_shares(results, step)
+        row = {
+            "step": step["means"],
+            "ms": f"{statistics.median(step['step_ms']):.3f}",
+            "kernels ms": f"{step['busy_ms']:.3f}",
+            "launches": f"{step['launches']:.0f}",
+            "loss differs by": f"{step['agreement']['largest']:.1e}",
+        }
+        if shares:
+            row |= {"of the bf16 peak %": f"{100 * shares['compute']:.1f}"}
+            row |= {"of the bandwidth %": f"{100 * shares['memory']:.1f}"}
+        rows.append(row)
+    return rows
+
+
 def step_line(results: Results) -> str:
-    step, shares = values(results, "train-speed").get("step"), floor_shares(results)
-    if step is None:
+    if not (taken := steps_taken(results)):
         return ""
-    line = (
-        f"A bare step of {step['model']} at batch {step['batch']}: {statistics.median(step['step_ms']):.3f} ms, "
-        f"kernels for {step['busy_ms']:.3f} ms of it, {step['launches']:.0f} launches."
-    )
+    step, shares = taken[0], floor_shares(results, taken[0])
+    line = f"Steps of {step['model']} at batch {step['batch']}"
     if shares is None:
-        return line
+        return f"{line}."
     return (
-        f"{line} Its floor is {shares['floor_ms']:.3f} ms ({step['floor']['flops'] / 1e9:,.1f} GFLOP, "
-        f"{step['floor']['bytes'] / 1e9:,.3f} GB): it reaches {100 * shares['compute']:.1f}% of the bf16 peak and "
-        f"{100 * shares['memory']:.1f}% of the bandwidth."
+        f"{line}: {step['floor']['flops'] / 1e9:,.1f} GFLOP and {step['floor']['bytes'] / 1e9:,.3f} GB at the least, "
+        f"which take the device {shares['floor_ms']:.3f} ms. Losses differ from plain steps in float32 by that share."
     )
+
+
+def kernel_rows(results: Results) -> Rows:
+    """The longest kernels of the fastest step."""
+    return [
+        {
+            "kernel": one["name"][:60].replace("|", "/"),
+            "launches a step": round(one["launches"], 1),
+            "us a step": round(one["us"], 1),
+            "share %": round(100 * one["share"], 1),
+        }
+        for step in steps_taken(results)[:1]
+        for one in step["kernels"][:KERNELS]
+    ]
 
 
 def fast_cells(results: Results) -> dict[str, dict[str, Any]]:
@@ -280,7 +301,7 @@ def missing_lines(results: Results) -> list[str]:
 def targets(results: Results) -> list[Target]:
     """The targets for which something was measured."""
     found = []
-    if shares := floor_shares(results):
+    if (taken := steps_taken(results)) and (shares := floor_shares(results, taken[0])):
         binds = "compute" if shares["compute"] >= shares["memory"] else "memory"
         what = {"compute": "the bf16 peak", "memory": "the bandwidth"}[binds]
         wanted = {"compute": 40.0, "memory": 70.0}[binds]
@@ -361,7 +382,8 @@ def markdown(results: Results, picture: str) -> str:
         ("Targets", [one.row() for one in targets(results)], []),
         ("What the device can do (operations and bytes a second)", peaks, []),
         ("Training speed on random images of 32x32 pixels", speed_rows(results), []),
-        ("The kernels of a step", kernel_rows(results), [step_line(results)]),
+        ("A training step, each way that it can be taken", step_rows(results), [step_line(results)]),
+        ("The kernels of the fastest", kernel_rows(results), []),
         (
             f"Seconds of training: {results.get('fast', {}).get('data', '')}",
             cell_rows([*fast_cells(results).values()]),

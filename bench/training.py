@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from bench.peaks import Peaks, synchronise
+from model.execution import Means
 from model.net import ExpertBlock
 
 PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
@@ -51,8 +52,10 @@ class TrainingSpeed(BaseModel):
     steps: int  # in a round
     rounds: int
     bfloat16: bool  # of our loop and of the bare steps
-    compiled: bool  # likewise
-    compile_seconds: float  # before the first round
+    kernels: bool  # likewise
+    compiled: bool
+    graphs: bool
+    compile_seconds: float  # of kernels or blocks, before the first round
     images_per_s: float
     bare_images_per_s: float
     plain_images_per_s: float
@@ -101,17 +104,27 @@ def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
     return seconds
 
 
-def bare_round(net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, y_B: Tensor, steps: int, bfloat16: bool) -> float:
-    """Seconds of `steps` times forward, backward and step on one batch that is ready on the device."""
-    synchronise(x_BCHW.device)
-    started = time.perf_counter()
-    for _ in range(steps):
+def bare_step(net: nn.Module, optimizer: Optimizer, bfloat16: bool) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
+    """A function that goes forwards and backwards on a batch and its classes, steps, and returns the loss."""
+
+    def step(x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bfloat16):
             loss = F.cross_entropy(net(x_BCHW), y_B)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    synchronise(x_BCHW.device)
+        return (loss.detach(),)
+
+    return step
+
+
+def bare_round(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Seconds of `steps` steps on one batch that is ready on the device."""
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(device)
     return time.perf_counter() - started
 
 
@@ -273,15 +286,14 @@ def _plain_rounds(
 ) -> Iterator[float]:
     """Trains a round for each `next`, and yields its seconds.
 
-    One long epoch is drawn from the images, with replacement. An optimiser that has PyTorch's fused implementation is
-    set back to the one that PyTorch takes by itself.
+    One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
+    PyTorch takes by itself.
     """
     torch.set_num_threads(threads)
     net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
     stepper = optimizer(net)
     for group in stepper.param_groups:
-        if "fused" in group:
-            group["fused"] = None
+        group |= {name: plain for name, plain in (("fused", None), ("capturable", False)) if name in group}
     workers = plain_workers()
     loader = DataLoader(
         images,
@@ -335,12 +347,13 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
 def notes(speed: TrainingSpeed) -> list[str]:
     """What a reader of the table must know, in sentences."""
     peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
-    compiled = f"compiled in {speed.compile_seconds:.1f} s before the clock started" if speed.compiled else "eager"
+    how = str(Means(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
+    how += f" (compiled in {speed.compile_seconds:.1f} s before the clock started)" * bool(speed.compile_seconds)
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [
         f"{speed.model}, batch {speed.batch}, on {speed.device}, {speed.threads} threads, torch {speed.torch}; medians "
         f"of {speed.rounds} rounds of {speed.steps} steps, in turns.",
-        f"expertgrid: {dtype}, channels last, {compiled}, images and augmentation on the device; its loop takes "
+        f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
         f"the plain way: fp32, eager, experts stacked, torchvision transforms in {speed.plain_workers} worker "
         "processes.",

@@ -9,14 +9,13 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from model.net import ConvNormAct, ExpertBlock, ModelConfig
+from model.net import Block, ConvNormAct, ExpertBlock
 
-CHOICES = ("auto", "on", "off")
 # Seconds: of compiling one block and what it needs, of starting the compiler, and saved at each step by each block.
 # On CPUs with matrix units: for 64 channels and batches of 128 images of 32x32 pixels.
 COSTS = {"cuda": (12.0, 20.0, 0.0003), "amx": (20.0, 10.0, 0.01)}
@@ -27,19 +26,18 @@ def device_kind(device: torch.device) -> str:
     return "amx" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else device.type
 
 
-def earns(config: object, steps: int, kind: str) -> bool:
-    """Whether compiling a network saves more time in `steps` training steps than it takes.
+def earns(blocks: Sequence[Block], steps: int, kind: str) -> bool:
+    """Whether compiling the blocks of a network saves more time in `steps` training steps than it takes.
 
     On CUDA and on CPUs with matrix units (AMX): where steps x blocks x seconds saved is more than the seconds of
-    compiling the blocks that differ, by the numbers in `COSTS`. These are estimates that are meant to err towards
-    eager: a compiled block does norm, activation and mix in one pass over memory and starts a quarter of the kernels.
-    On other CPUs never: measured there, with bfloat16 in AVX-512, a compiled block took 0.88 to 0.94 of the time of an
-    eager one (`python -m bench.experts`), which trainings of minutes do not earn back. The answer follows from the
-    trial and the kind of device alone, so that a trial trained again is trained alike.
+    compiling the blocks that differ, by the numbers in `COSTS`. On AMX these were measured: 29 s to compile
+    `eight_block`, and 0.01 s saved by each block at each step. On CUDA they are estimates that are meant to err towards
+    eager: a compiled block does norm, activation and mix in one pass over memory. On other CPUs never: measured there,
+    with bfloat16 in AVX-512, a compiled block took 0.88 to 0.94 of the time of an eager one (`python -m
+    bench.experts`), which trainings of minutes do not earn back.
     """
-    if kind not in COSTS or not isinstance(config, ModelConfig):
+    if kind not in COSTS or not blocks:
         return False
-    blocks = list(config.blocks())
     a_block, start, saved = COSTS[kind]
     return steps * len(blocks) * saved > start + a_block * len(set(blocks))
 
@@ -66,22 +64,22 @@ def missing(device: torch.device) -> str | None:
 
 
 def blocks(net: nn.Module) -> Iterator[nn.Module]:
-    """The parts that are compiled: expert blocks, and convolutions outside of them. A network of timm has none."""
+    """The parts that are compiled: expert blocks, and convolutions outside of them, unless kernels have them.
+
+    A network of timm has none.
+    """
     for child in net.children():
-        if isinstance(child, ExpertBlock | ConvNormAct):
+        if type(child) in (ExpertBlock, ConvNormAct):
             yield child
-        else:
+        elif not isinstance(child, ExpertBlock | ConvNormAct):
             yield from blocks(child)
 
 
 def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str = "inductor") -> float:
     """Compiles the blocks of `net` for training on batches like `x_BCHW`; returns the seconds that it took.
 
-    The compiler works when code first runs, so a copy of the network runs forwards and backwards once: weights, batch
-    statistics and random state of `net` are not touched, and the first step of a training has nothing left to compile.
     If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one. On CUDA this
-    is the default mode, without CUDA graphs: those want the memory of a whole step to themselves, and are recorded
-    anew for each block's weights.
+    is the default mode, without CUDA graphs of each block's own: `model.recorded` records the whole step.
     """
     parts = list(blocks(net))
     if not parts:
@@ -90,11 +88,24 @@ def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str 
     # limit they would run eagerly without a word.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 8192
+
+    def compile_all(net: nn.Module) -> None:
+        for part in blocks(net):
+            part.compile(dynamic=False, backend=backend)
+
+    return tried(net, compile_all, x_BCHW, bfloat16)
+
+
+def tried(net: nn.Module, change: Callable[[nn.Module], object], x_BCHW: Tensor, bfloat16: bool) -> float:
+    """Changes a copy of `net`, which then runs forwards and backwards once, and then `net`; returns the seconds.
+
+    Compilers work when code first runs. So weights, batch statistics and random state of `net` are not touched, the
+    first step of a training has nothing left to compile, and after an error `net` is as it was.
+    """
     device = x_BCHW.device
     started = time.perf_counter()
     trial = copy.deepcopy(net).train()
-    for part in blocks(trial):
-        part.compile(dynamic=False, backend=backend)
+    change(trial)
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -102,6 +113,5 @@ def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str 
         logits_BN.float().logsumexp(1).mean().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    for part in parts:
-        part.compile(dynamic=False, backend=backend)
+    change(net)
     return time.perf_counter() - started

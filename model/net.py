@@ -396,6 +396,7 @@ class ExpertBlock(nn.Module):
 
     def __init__(self, config: Block, in_chs: int, norm: NormConfig):
         super().__init__()
+        self.config = config
         in_expert = norm if config.norm_act == "expert" else None
         self.experts = nn.ModuleList(
             ConvNormAct(in_chs, config.channels, kernel, config.stride, kernel // 2, in_expert)

@@ -6,6 +6,11 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; to be set before Triton is imported
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,17 +1,19 @@
 """Compilation by block: what is compiled, how often, when, and that nothing else changes."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from ablations import cli, engines
-from ablations.engines import TrialDone, TrialNote, compile_for, run_local
+from ablations.engines import TrialDone, TrialNote, prepare, run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study, Trial
 from ablations.train import predict, start, train
 from model.checkpoint import load
 from model.compiled import blocks, compile_blocks, earns, missing
+from model.execution import Execution, Means
 from model.net import Block, ModelConfig
 from model.presets import PRESETS, TimmModel, build
 from model.variants import vary
@@ -99,20 +101,20 @@ def test_compiled_training_agrees_with_eager(trial, digits):
     for compiled in (False, True):
         training = start(trial, digits)
         if compiled:
-            assert compile_for(trial, digits, training) > 0
+            assert prepare(trial, digits, training, Execution(compile="on"), steps=1).seconds > 0
         losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits, training)]
     assert len(losses) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_only_long_trainings_are_compiled():
-    eight = PRESETS["eight_block"]
+    eight = list(PRESETS["eight_block"].blocks())
     assert not earns(eight, 10**9, "cpu")
-    assert not earns(TimmModel(timm="resnet18"), 10**9, "cuda")
+    assert not earns([], 10**9, "cuda")
     for kind in ("cuda", "amx"):
         assert earns(eight, 100 * 351, kind)
         assert not earns(eight, 10, kind)
-    many = ModelConfig(layers=tuple(Block(channels=8 + i) for i in range(8)))
+    many = [Block(channels=8 + i) for i in range(8)]
     steps = 20_000
     assert earns(eight, steps, "cuda")
     assert not earns(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
@@ -126,36 +128,37 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
         assert outcome.status == 2
         assert f"--compile on: {reason}" in outcome.complaint
         assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
-        assert cli._compile_if_it_can(CPU) == "off"
+        assert cli._that_can_be(Execution(), [Means(compile=True)], CPU).compile == "off"
+        assert cli._that_can_be(Execution(), [Means()], CPU) == Execution()
         assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert "cpu and cuda only" in missing(torch.device("mps"))
 
 
-def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
-    def compile_for(*arguments) -> float:
-        raise RuntimeError("Python.h is not there\nand more")
+def fails_to_compile(*arguments) -> float:
+    raise RuntimeError("Python.h is not there\nand more")
 
-    monkeypatch.setattr(cli, "compile_for", compile_for)
-    assert cli._compile_seconds(None, None, None, "auto") == 0
+
+def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile)
+    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
+    outcome = expertgrid(*small, "--format", "json")
     notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"
-    assert capsys.readouterr().err == notice
-    outcome = expertgrid("bench-train", "two_block", "--batch", "2", "--compile", "on", "--device", "cpu")
+    assert outcome.err.count(notice) == 1
+    speed = json.loads(outcome.out)
+    assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
+    outcome = expertgrid(*small, "--compile", "on")
     assert outcome.status == 2
     assert "--compile on: torch.compile failed: RuntimeError: Python.h is not there" in outcome.complaint
 
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, digits, tmp_path, monkeypatch):
-    def compile_for(*arguments) -> float:
-        if fails:
-            raise RuntimeError("Python.h is not there\nand more")
-        return 2.5
-
-    monkeypatch.setattr(engines, "compile_for", compile_for)
-    monkeypatch.setattr(engines, "worth_compiling", lambda *arguments: True)
+    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
+    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
     directory = StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], digits, directory, compile="auto"))
+    events = list(run_local([trial], digits, directory, execution=Execution()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert (record.compiled, record.compile_seconds) == ((False, 0) if fails else (True, 2.5))
     assert load(directory.checkpoint(trial.id)).trained.trial == trial.id

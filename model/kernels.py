@@ -1,0 +1,299 @@
+"""The training pass of convolutions, norm, activation and mix on CUDA, in Triton: four passes over memory.
+
+Batch statistics part what could be one pass: the statistics of the experts' outputs; then norm, ReLU and mix at once;
+backwards the sums that the norm's gradient needs; then all gradients at once. This is the floor that `bench.step`
+counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile needs half a
+minute for each network. The experts of a block are one convolution of K x C channels, whose input gradient is then
+summed within the convolution.
+
+Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels. Maps are
+channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in float32.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from model.compiled import tried
+from model.execution import has_kernels
+from model.net import ConvNormAct, ExpertBlock
+
+TILE = 4096  # elements that a program holds of one expert's map
+MOST_COLUMNS = 128
+MOST_PROGRAMS = 1024  # along the pixels, in the pass that gathers statistics
+
+
+@triton.jit
+def _tile_statistics(y_PF, count_T, mean_TF, square_TF, pixels, span, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Count, mean and sum of squared distances from it of `span` pixels, for each channel."""
+    tile = tl.program_id(0)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    first = tile * span
+    end = tl.minimum(first + span, pixels)
+    count = 0.0
+    mean = tl.zeros((COLS,), tl.float32)
+    square = tl.zeros((COLS,), tl.float32)
+    for start in range(first, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < end)[:, None] & known[None, :]
+        places = rows[:, None].to(tl.int64) * channels + cols[None, :]
+        y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+        more = tl.minimum(end - start, ROWS).to(tl.float32)
+        mean_here = tl.sum(y, 0) / more
+        distance = tl.where(inside, y - mean_here[None, :], 0.0)
+        shift = mean_here - mean
+        both = count + more
+        mean += shift * (more / both)
+        square += tl.sum(distance * distance, 0) + shift * shift * (count * more / both)
+        count = both
+    tl.store(count_T + tile, count)
+    tl.store(mean_TF + tile * channels + cols, mean, mask=known)
+    tl.store(square_TF + tile * channels + cols, square, mask=known)
+
+
+@triton.jit
+def _statistics(
+    count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, channels,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of its tiles."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    total = tl.zeros((COLS,), tl.float32)
+    for start in range(0, tiles, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < tiles)[:, None] & known[None, :]
+        count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
+        means = tl.load(mean_TF + rows[:, None] * channels + cols[None, :], mask=inside, other=0.0)
+        total += tl.sum(means * count[:, None], 0)
+    mean = total / pixels
+    square = tl.zeros((COLS,), tl.float32)
+    for start in range(0, tiles, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < tiles)[:, None] & known[None, :]
+        count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
+        places = rows[:, None] * channels + cols[None, :]
+        shift = tl.load(mean_TF + places, mask=inside, other=0.0) - mean[None, :]
+        square += tl.sum(tl.load(square_TF + places, mask=inside, other=0.0) + count[:, None] * shift * shift, 0)
+    tl.store(mean_F + cols, mean, mask=known)
+    tl.store(rstd_F + cols, 1 / tl.sqrt(square / pixels + eps), mask=known)
+    tl.store(variance_F + cols, square / tl.maximum(pixels - 1, 1), mask=known)
+
+
+@triton.jit
+def _mix(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, out_PC, pixels, image, channels,
+    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = sum over k of gate_k * relu(norm(y_k))."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    inside = (rows < pixels)[:, None] & known[None, :]
+    row_starts = rows[:, None].to(tl.int64)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        slope = tl.load(scale_F + f, mask=known, other=0.0) * tl.load(rstd_F + f, mask=known, other=0.0)
+        offset = tl.load(shift_F + f, mask=known, other=0.0) - tl.load(mean_F + f, mask=known, other=0.0) * slope
+        y = tl.load(y_PF + row_starts * (K * channels) + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        act = tl.maximum(y * slope[None, :] + offset[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if GATED:
+            act *= tl.load(gate_BK + rows // image * K + k, mask=rows < pixels, other=0.0)[:, None]
+        total += act
+    tl.store(out_PC + row_starts * channels + cols[None, :], total.to(out_PC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_sums(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_PC, sums_2TF, gate_sums_TGK, image, tiles_an_image, tiles,
+    channels, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """For tiles within one image each: the sums of the norm's gradient, and of the gate's in G groups of columns."""
+    tile = tl.program_id(0)
+    here = tile // tiles_an_image
+    in_image = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    inside = (in_image < image)[:, None] & known[None, :]
+    row_starts = (here.to(tl.int64) * image + in_image)[:, None]
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        mean, rstd = tl.load(mean_F + f, mask=known, other=0.0), tl.load(rstd_F + f, mask=known, other=0.0)
+        scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
+        y = tl.load(y_PF + row_starts * (K * channels) + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        normed = (y - mean[None, :]) * rstd[None, :]
+        z = normed * scale[None, :] + shift[None, :]
+        dz = tl.where(z > 0, dout, 0.0)
+        if GATED:
+            place = (tile * tl.num_programs(1) + tl.program_id(1)) * K + k
+            tl.store(gate_sums_TGK + place, tl.sum(tl.sum(dz * z, 1), 0))
+            dz *= tl.load(gate_BK + here * K + k)
+        places = tile * (K * channels) + f
+        tl.store(sums_2TF + places, tl.sum(dz, 0), mask=known)
+        tl.store(sums_2TF + tiles * (K * channels) + places, tl.sum(dz * normed, 0), mask=known)
+
+
+@triton.jit
+def _gradient(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_PC, sums_2F, dy_PF, pixels, image, channels,
+    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the experts' outputs before the norm."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    inside = (rows < pixels)[:, None] & known[None, :]
+    row_starts = rows[:, None].to(tl.int64)
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        mean, rstd = tl.load(mean_F + f, mask=known, other=0.0), tl.load(rstd_F + f, mask=known, other=0.0)
+        scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
+        dshift = tl.load(sums_2F + f, mask=known, other=0.0) / pixels
+        dscale = tl.load(sums_2F + K * channels + f, mask=known, other=0.0) / pixels
+        places = row_starts * (K * channels) + f[None, :]
+        normed = (tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        dz = tl.where(normed * scale[None, :] + shift[None, :] > 0, dout, 0.0)
+        if GATED:
+            dz *= tl.load(gate_BK + rows // image * K + k, mask=rows < pixels, other=0.0)[:, None]
+        dy = (scale * rstd)[None, :] * (dz - dshift[None, :] - normed * dscale[None, :])
+        tl.store(dy_PF + places, dy.to(dy_PF.dtype.element_ty), mask=inside)
+
+
+def _tile(channels: int, rows: int) -> tuple[int, int]:
+    """Rows and columns of a tile of maps of so many channels, powers of two; at most about `rows` rows."""
+    columns = min(MOST_COLUMNS, triton.next_power_of_2(channels))
+    return min(max(1, TILE // columns), triton.next_power_of_2(rows)), columns
+
+
+class NormActMix(torch.autograd.Function):
+    """Batch norm, ReLU and the sum weighted by the gate, of K maps side by side.
+
+    `apply(y_BFHW, gate_BK, scale_F, shift_F, eps)` gives (B, C, H, W), and the mean and unbiased variance (F) of each
+    channel, which have no gradients. Without a gate (None) there is one expert, and no sum. `y_BFHW` is channels-last
+    in bfloat16, float16 or float32; the gate, scale and shift are in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y_BFHW: Tensor, gate_BK: Tensor | None, scale_F: Tensor, shift_F: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y_BFHW = y_BFHW.contiguous(memory_format=torch.channels_last)
+        batch, wide, height, width = y_BFHW.shape
+        experts = 1 if gate_BK is None else gate_BK.shape[1]
+        pixels, channels = batch * height * width, wide // experts
+        rows, columns = _tile(wide, pixels)
+        span = rows * max(1, triton.cdiv(pixels, rows * MOST_PROGRAMS))
+        tiles = triton.cdiv(pixels, span)
+        count_T = scale_F.new_empty(tiles)
+        mean_TF, square_TF = scale_F.new_empty(2, tiles, wide)
+        mean_F, rstd_F, variance_F = scale_F.new_empty(3, wide)
+        across = triton.cdiv(wide, columns)
+        _tile_statistics[tiles, across](
+            y_BFHW, count_T, mean_TF, square_TF, pixels, span, wide, ROWS=rows, COLS=columns
+        )
+        _statistics[triton.cdiv(wide, 16),](
+            count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, wide, ROWS=64, COLS=16
+        )
+        out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
+        gate_BK = None if gate_BK is None else gate_BK.contiguous()
+        rows, columns = _tile(channels, pixels)
+        _mix[triton.cdiv(pixels, rows), triton.cdiv(channels, columns)](
+            y_BFHW, mean_F, rstd_F, scale_F, shift_F, gate_BK, out_BCHW, pixels, height * width, channels,
+            K=experts, GATED=gate_BK is not None, ROWS=rows, COLS=columns,
+        )  # fmt: skip
+        ctx.save_for_backward(y_BFHW, gate_BK, scale_F, shift_F, mean_F, rstd_F)
+        ctx.mark_non_differentiable(mean_F, variance_F)
+        return out_BCHW, mean_F, variance_F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout_BCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y_BFHW, gate_BK, scale_F, shift_F, mean_F, rstd_F = ctx.saved_tensors
+        dout_BCHW = dout_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = dout_BCHW.shape
+        wide, image = y_BFHW.shape[1], height * width
+        pixels, gated = batch * image, gate_BK is not None
+        forms = {"K": wide // channels, "GATED": gated}
+        rows, columns = _tile(channels, image)
+        across, tiles_an_image = triton.cdiv(channels, columns), triton.cdiv(image, rows)
+        tiles = batch * tiles_an_image
+        sums_2TF = scale_F.new_empty(2, tiles, wide)
+        gate_sums_TGK = gate_BK.new_empty(tiles, across, gate_BK.shape[1]) if gated else None
+        known = y_BFHW, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_BCHW
+        _gradient_sums[tiles, across](
+            *known, sums_2TF, gate_sums_TGK, image, tiles_an_image, tiles, channels, **forms, ROWS=rows, COLS=columns
+        )
+        sums_2F = sums_2TF.sum(1)
+        dy_BFHW = torch.empty_like(y_BFHW)
+        rows, columns = _tile(channels, pixels)
+        _gradient[triton.cdiv(pixels, rows), across](
+            *known, sums_2F, dy_BFHW, pixels, image, channels, **forms, ROWS=rows, COLS=columns
+        )
+        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1) if gated else None
+        return dy_BFHW, dgate_BK, sums_2F[1], sums_2F[0], None
+
+
+def _wide(x_BCHW: Tensor, parts: list[ConvNormAct], gate_BK: Tensor | None) -> Tensor:
+    """The convolutions of all parts as one; then their norms, activations and mix. Keeps the norms' statistics."""
+    conv, norms = parts[0].conv, [part.norm for part in parts]
+    weight_FCkk = torch.cat([part.conv.weight for part in parts]) if len(parts) > 1 else conv.weight
+    y_BFHW = F.conv2d(x_BCHW, weight_FCkk, None, conv.stride, conv.padding)
+    scale_F, shift_F = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
+    gate_BK = None if gate_BK is None else gate_BK.float()
+    out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, scale_F, shift_F, norms[0].eps)
+    with torch.no_grad():
+        for name, found_F in (("running_mean", mean_F), ("running_var", variance_F)):
+            kept = [getattr(norm, name) for norm in norms]
+            torch._foreach_lerp_(kept, list(found_F.chunk(len(norms))), norms[0].momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    return out_BCHW
+
+
+class FusedBlock(ExpertBlock):
+    """An expert block that trains with the kernels of this module; it is evaluated as any other."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BCHW)
+        return _wide(x_BCHW, list(self.experts), None if self.gate is None else self.gate(x_BCHW))
+
+
+class FusedConv(ConvNormAct):
+    """A convolution with norm and activation that trains with the kernels of this module."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return _wide(x_BCHW, [self], None) if self.training else super().forward(x_BCHW)
+
+
+def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The parts of `net` that have kernels, with the classes that train with them."""
+    for child in net.children():
+        if type(child) is ConvNormAct and hasattr(child, "norm") and not hasattr(child, "pool"):
+            yield child, FusedConv
+        elif type(child) is ExpertBlock and has_kernels(child.config):
+            yield child, FusedBlock
+        elif not isinstance(child, ExpertBlock | ConvNormAct):
+            yield from _with_kernels(child)
+
+
+def fuse(net: nn.Module) -> None:
+    """Has the parts of `net` that can train with kernels do so. Weights and their names stay as they are."""
+    for part, fused in list(_with_kernels(net)):
+        part.__class__ = fused
+
+
+def use_kernels(net: nn.Module, x_BCHW: Tensor, bfloat16: bool) -> float:
+    """Has `net` train with kernels, on batches like `x_BCHW`; returns the seconds that compiling them took.
+
+    They are 0 where no part of it has kernels. Where compiling fails the error is raised and `net` is as it was.
+    """
+    return tried(net, fuse, x_BCHW, bfloat16) if any(_with_kernels(net)) else 0.0
