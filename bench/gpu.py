@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ class Size:
     card_factors: tuple[str, ...] = ("experts", "residual", "gate", "cutout")
     references: str | dict = "references"
     reference_seeds: tuple[int, ...] = (1, 3)
+    spread: str | dict = "spread"
+    spread_seeds: int = 3
     served: tuple[str, ...] = (STEP_PRESET, "speed", "accuracy")  # whose latency is measured
     precisions: tuple[str, ...] = ("fp32", "fp16")
     batches: tuple[int, ...] = (1, 8, 64, 512, 2048)
@@ -142,6 +145,8 @@ SMOKE = Size(
     batches=(1, 2),
     references={"question": "What do two references reach?", "factors": {"reference": ["two_block", "segmented"]},
                 "reported": {"two_block": "80.68 (last epoch)", "segmented": "91.07"}},
+    spread={"question": "What is an expert worth?", "base": {"model": "two_block"}, "design": "one_at_a_time",
+            "factors": {"experts": [1]}}, spread_seeds=2,
     measure_s=0.01,
 )  # fmt: skip
 
@@ -274,11 +279,15 @@ def card(bench: Bench) -> dict[str, Step]:
 
 
 def references(bench: Bench) -> dict[str, Step]:
-    """The reports' networks at full length, each with its own recipe."""
-    return {
-        f"{seeds}-seeds": lambda seeds=seeds: train(bench, "references", bench.size.references, seeds)
-        for seeds in bench.size.reference_seeds
+    """The reports' networks at full length, each with its own recipe; and where their spread comes from."""
+    size = bench.size
+    steps = {
+        f"{seeds}-seeds": lambda seeds=seeds: train(bench, "references", size.references, seeds)
+        for seeds in size.reference_seeds
     }
+    spread = partial(train, bench, "spread", size.spread, size.spread_seeds, peek=True)
+    first, *others = steps
+    return {first: steps[first], "spread": spread, **{name: steps[name] for name in others}}
 
 
 def inference(bench: Bench) -> dict[str, Step]:
@@ -338,7 +347,7 @@ WORK = {  # what each has in `work`
     "fast": ("speed", "speed-twins", "accuracy", "accuracy-twins"),
     "inference": (STEP_PRESET,),
     "card": ("card",),
-    "references": ("references",),
+    "references": ("references", "spread"),
 }
 
 
@@ -349,7 +358,13 @@ def thinned(latency: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(
-    bench: Bench, name: str, study: str | dict, seeds: int, by: Sequence[str] = (), how: Sequence[str] = ()
+    bench: Bench,
+    name: str,
+    study: str | dict,
+    seeds: int,
+    by: Sequence[str] = (),
+    how: Sequence[str] = (),
+    peek: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a study, or goes on with it; what it has, raw, and whether all its trials ended."""
     directory = bench.work / name
@@ -373,6 +388,8 @@ def train(
             factor: json.loads(bench.expertgrid("table", directory, "--by", factor, "--format", "json"))
             for factor in by
         }
+    if peek:
+        value["peek"] = json.loads(bench.expertgrid("table", directory, "--peek", "--format", "json"))
     if value["failures"] and not any(one["records"] for one in value["cells"]):
         raise InputError(f"every trial of {name} failed, the first by: {next(iter(value['failures'].values()))}")
     ended = all(len(one["records"]) + len(one["failed"]) == one["planned"] for one in value["cells"])

@@ -88,10 +88,11 @@ def mean_of(cell: dict[str, Any], field: str, scale: float = 1.0) -> tuple[float
     return statistics.mean(found), float(half)
 
 
-def interval(found: tuple[float, float | None] | None) -> str:
+def interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
+    """Of seeds that all agree there is none."""
     if found is None:
         return ""
-    return f"{found[0]:.2f}" + ("" if found[1] is None else f" ± {found[1]:.2f}")
+    return f"{found[0]:{sign}.2f}" + (f" ± {found[1]:.2f}" if found[1] else "")
 
 
 def peak(results: Results) -> dict[str, float]:
@@ -205,8 +206,44 @@ def cell_rows(cells: list[dict[str, Any]], reported: dict[str, str] | None = Non
 
 
 def latest_study(results: Results, piece: str) -> dict[str, Any] | None:
-    found = [one for one in values(results, piece).values() if "cells" in one]
+    """Of the steps that train a piece's study with more and more seeds, the last."""
+    found = [one for step, one in values(results, piece).items() if step.endswith("-seeds")]
     return found[-1] if found else None
+
+
+def spread_rows(results: Results) -> Rows:
+    """What each change of one thing is worth, and beside it the seed, and the habit of reading each epoch's score."""
+    study = values(results, "references").get("spread")
+    if study is None:
+        return []
+    base, *others = study["cells"]
+    rows: Rows = []
+    for cell in others:
+        factor, level = next((name, level) for name, level in cell["levels"].items() if level is not None)
+        change = interval(differences(cell, base), "+")
+        rows.append({"what": f"{factor} {json.dumps(level)}", "points of validation accuracy": change})
+    deviations = [deviation for cell in study["cells"] if (deviation := spread_of(cell)) is not None]
+    if deviations:
+        pooled = statistics.mean(one**2 for one in deviations) ** 0.5
+        rows.append({"what": "another seed: standard deviation", "points of validation accuracy": f"{pooled:.2f}"})
+    peeks = [one for one in study["peek"] if one.get("best epoch") is not None]
+    if peeks:
+        for what, field in (("best epoch", "best epoch"), ("best epoch of the best seed", "best seed and epoch")):
+            gain = statistics.mean(one[field] - one["last epoch"] for one in peeks)
+            rows.append({"what": f"quoting the {what}: mean", "points of validation accuracy": f"{gain:+.2f}"})
+    return rows
+
+
+def differences(cell: dict[str, Any], base: dict[str, Any]) -> tuple[float, float | None] | None:
+    """Mean of the cell's validation accuracy less the base's, paired by seed, and half of its 95% t interval."""
+    there = {record["seed"]: record["validation_accuracy"] for record in base["records"]}
+    pairs = [record for record in cell["records"] if record["seed"] in there]
+    return mean_of({"records": [{"d": one["validation_accuracy"] - there[one["seed"]]} for one in pairs]}, "d", 100)
+
+
+def spread_of(cell: dict[str, Any]) -> float | None:
+    found = [100 * record["validation_accuracy"] for record in cell["records"]]
+    return statistics.stdev(found) if len(found) > 1 else None
 
 
 def effect_rows(results: Results) -> Rows:
@@ -398,6 +435,7 @@ def markdown(results: Results, picture: str) -> str:
             cell_rows(references["cells"], references["reported"]) if references else [],
             [],
         ),
+        ("Where the spread of the reports comes from: one change at a time", spread_rows(results), []),
     ]
     text = "\n".join(["\n\n".join(where_lines(results)), ""])
     for title, rows, lines in parts:

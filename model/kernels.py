@@ -29,23 +29,24 @@ MOST_PROGRAMS = 1024  # along the pixels, in the pass that gathers statistics
 
 
 @triton.jit
-def _tile_statistics(y_PF, count_T, mean_TF, square_TF, pixels, span, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Count, mean and sum of squared distances from it of `span` pixels, for each channel."""
+def _tile_statistics(
+    y_PF, count_T, mean_TF, square_TF, pixels, channels, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Count, mean and sum of squared distances from it of STEPS x ROWS pixels, for each channel."""
     tile = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = cols < channels
-    first = tile * span
-    end = tl.minimum(first + span, pixels)
     count = 0.0
     mean = tl.zeros((COLS,), tl.float32)
     square = tl.zeros((COLS,), tl.float32)
-    for start in range(first, end, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < end)[:, None] & known[None, :]
+    for step in range(STEPS):
+        first = (tile * STEPS + step) * ROWS
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < pixels)[:, None] & known[None, :]
         places = rows[:, None].to(tl.int64) * channels + cols[None, :]
         y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
-        more = tl.minimum(end - start, ROWS).to(tl.float32)
-        mean_here = tl.sum(y, 0) / more
+        more = tl.maximum(tl.minimum(pixels - first, ROWS), 0).to(tl.float32)
+        mean_here = tl.sum(y, 0) / tl.maximum(more, 1.0)
         distance = tl.where(inside, y - mean_here[None, :], 0.0)
         shift = mean_here - mean
         both = count + more
@@ -60,22 +61,22 @@ def _tile_statistics(y_PF, count_T, mean_TF, square_TF, pixels, span, channels, 
 @triton.jit
 def _statistics(
     count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, channels,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of its tiles."""
+    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of at most STEPS x ROWS tiles."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     known = cols < channels
     total = tl.zeros((COLS,), tl.float32)
-    for start in range(0, tiles, ROWS):
-        rows = start + tl.arange(0, ROWS)
+    for step in range(STEPS):
+        rows = step * ROWS + tl.arange(0, ROWS)
         inside = (rows < tiles)[:, None] & known[None, :]
         count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
         means = tl.load(mean_TF + rows[:, None] * channels + cols[None, :], mask=inside, other=0.0)
         total += tl.sum(means * count[:, None], 0)
     mean = total / pixels
     square = tl.zeros((COLS,), tl.float32)
-    for start in range(0, tiles, ROWS):
-        rows = start + tl.arange(0, ROWS)
+    for step in range(STEPS):
+        rows = step * ROWS + tl.arange(0, ROWS)
         inside = (rows < tiles)[:, None] & known[None, :]
         count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
         places = rows[:, None] * channels + cols[None, :]
@@ -191,18 +192,18 @@ class NormActMix(torch.autograd.Function):
         experts = 1 if gate_BK is None else gate_BK.shape[1]
         pixels, channels = batch * height * width, wide // experts
         rows, columns = _tile(wide, pixels)
-        span = rows * max(1, triton.cdiv(pixels, rows * MOST_PROGRAMS))
-        tiles = triton.cdiv(pixels, span)
+        steps = triton.cdiv(pixels, rows * MOST_PROGRAMS)
+        tiles = triton.cdiv(pixels, rows * steps)
         count_T = scale_F.new_empty(tiles)
         mean_TF, square_TF = scale_F.new_empty(2, tiles, wide)
         mean_F, rstd_F, variance_F = scale_F.new_empty(3, wide)
-        across = triton.cdiv(wide, columns)
-        _tile_statistics[tiles, across](
-            y_BFHW, count_T, mean_TF, square_TF, pixels, span, wide, ROWS=rows, COLS=columns
+        _tile_statistics[tiles, triton.cdiv(wide, columns)](
+            y_BFHW, count_T, mean_TF, square_TF, pixels, wide, STEPS=steps, ROWS=rows, COLS=columns
         )
         _statistics[triton.cdiv(wide, 16),](
-            count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, wide, ROWS=64, COLS=16
-        )
+            count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, wide,
+            STEPS=triton.cdiv(tiles, 64), ROWS=64, COLS=16,
+        )  # fmt: skip
         out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
         gate_BK = None if gate_BK is None else gate_BK.contiguous()
         rows, columns = _tile(channels, pixels)

@@ -165,8 +165,8 @@ def test_training_speeds_are_ratios_of_rounds_in_turns():
     known = {"model": "net", "device": "cpu", "threads": 1, "torch": "", "peak_memory_bytes": 0, "peak_memory_is": ""}
     peaks = Peaks(bf16_flops=1e6, fp32_flops=1e3, copy_bytes_per_s=1.0)
     speed = TrainingSpeed.of(
-        *seconds.values(), batch=8, steps=2, bfloat16=False, compiled=False, kernels=False, graphs=False, compile_seconds=0, macs=10,
-        plain_workers=2, peaks=peaks, **known,
+        *seconds.values(), batch=8, steps=2, bfloat16=False, compiled=False, kernels=False, graphs=False,
+        compile_seconds=0, macs=10, plain_workers=2, peaks=peaks, **known,
     )  # fmt: skip
     assert (speed.rounds, speed.device_peak_flops) == (3, 1e3)
     assert speed.overhead_percent == pytest.approx(10)

@@ -228,3 +228,27 @@ def test_targets_are_met_or_missed_by_how_much():
         "images a second (eight_block fp16, from the device, onnxruntime cuda bound, batch 1)": "met by 1e+05 images/s",
     }
     assert not any("CIFAR-10" in target for target in verdicts)
+
+
+def test_spread_is_differences_by_seed_and_what_habits_add():
+    def cell(accuracies, **levels):
+        records = [{"seed": seed, "validation_accuracy": share} for seed, share in enumerate(accuracies)]
+        return {"levels": {"experts": None, "gate": None} | levels, "records": records}
+
+    cells = [
+        cell([0.90, 0.91]),
+        cell([0.88, 0.90], experts=1),
+        cell([0.91, 0.92], gate="mlp"),
+        cell([], gate="uniform"),
+    ]
+    peek = [{"last epoch": 90.5, "best epoch": 90.75, "best seed and epoch": 91.5}, {"best epoch": None}]
+    results = {"references": {"steps": {"spread": {"value": {"cells": cells, "peek": peek}}}}}
+    assert [tuple(row.values()) for row in summary.spread_rows(results)] == [
+        ("experts 1", "-1.50 ± 6.35"),  # -2 and -1: half of the interval is 12.706 x 0.7071 / sqrt(2)
+        ('gate "mlp"', "+1.00"),
+        ('gate "uniform"', ""),
+        ("another seed: standard deviation", "1.00"),  # the root of the mean of 0.5, 2 and 0.5
+        ("quoting the best epoch: mean", "+0.25"),
+        ("quoting the best epoch of the best seed: mean", "+1.00"),
+    ]
+    assert summary.spread_rows({}) == []

@@ -72,6 +72,17 @@ def test_kernels_compute_what_the_plain_modules_do(name):
         assert (found[what] - value).double().norm() <= 1e-5 * value.double().norm() + 1e-6, what
 
 
+def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
+    layer, shape = Block(channels=8), (3, 15, 11)
+    for tile, programs in ((32, 10**6), (32, 3)):
+        monkeypatch.setattr(kernels, "TILE", tile)
+        monkeypatch.setattr(kernels, "MOST_PROGRAMS", programs)
+        net, x_BCHW, weights_BCHW = in_parts(layer, shape)
+        found = step(with_kernels(net), x_BCHW, weights_BCHW)
+        for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
+            assert (found[what] - value).double().norm() <= 1e-5 * value.double().norm() + 1e-6, what
+
+
 def test_in_bfloat16_kernels_are_as_near_to_float64_as_the_plain_modules():
     net, x_BCHW, weights_BCHW = in_parts(Block(channels=16, kernels=(1, 1, 1)), (4, 16, 16))
     plain, fused = copy.deepcopy(net), with_kernels(net)
@@ -137,7 +148,7 @@ from model import kernels
 for kernel in ("_tile_statistics", "_statistics", "_mix", "_gradient_sums", "_gradient"):
     function = getattr(kernels, kernel)
     rows, columns = kernels._tile(64, 131072)
-    constants = {"K": 3, "GATED": True, "ROWS": rows, "COLS": columns}
+    constants = {"K": 3, "GATED": True, "STEPS": 2, "ROWS": rows, "COLS": columns}
     signature = {}
     for name in inspect.signature(function.fn).parameters:
         kind = "*bf16" if name in ("y_PF", "out_PC", "dout_PC", "dy_PF") else "*fp32" if name[-1].isupper() else "i32"
