@@ -196,11 +196,9 @@ def _quickened(name: str, trial: Trial, data: ImageData, training: Training) -> 
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
     batch, _ = batches(recipe, data)
     pixels_BHWC, generator = data.train.pixels_BHWC[:batch], torch.Generator(device)
-    took = 0.0
-    for size in {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}:
-        x_BCHW = recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size)
-        took += use(training.net, x_BCHW, uses_bfloat16(recipe, device))
-    return took
+    sizes = {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}
+    augmented = [recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
+    return use(training.net, augmented, uses_bfloat16(recipe, device))
 
 
 def _resumed(file: Path) -> dict:

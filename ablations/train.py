@@ -101,6 +101,7 @@ def start(trial: Trial, data: ImageData) -> Training:
     """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
     device = data.train.labels_B.device
     _set_precision("tf32")
+    torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
     net = build(trial.model).to(device, memory_format=torch.channels_last)

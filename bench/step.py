@@ -141,9 +141,9 @@ def _prepared(
     if means.kernels:
         from model.kernels import use_kernels  # Triton is not everywhere
 
-        use_kernels(net, x_BCHW, bfloat16)
+        use_kernels(net, [x_BCHW], bfloat16)
     if means.compile:
-        compile_blocks(net, x_BCHW, bfloat16)
+        compile_blocks(net, [x_BCHW], bfloat16)
     step = bare_step(net, optimizer, bfloat16)
     return partial(Recorder(optimizer, x_BCHW.device, strict=True), step) if means.graphs else step
 

@@ -75,11 +75,11 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str = "inductor") -> float:
-    """Compiles the blocks of `net` for training on batches like `x_BCHW`; returns the seconds that it took.
+def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
+    """Compiles the blocks of `net` for training on batches (B, C, H, W) like these; returns the seconds that it took.
 
-    If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one. On CUDA this
-    is the default mode, without CUDA graphs of each block's own: `model.recorded` records the whole step.
+    If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one or two. On CUDA
+    this is the default mode, without CUDA graphs of each block's own: `model.recorded` records the whole step.
     """
     parts = list(blocks(net))
     if not parts:
@@ -93,24 +93,27 @@ def compile_blocks(net: nn.Module, x_BCHW: Tensor, bfloat16: bool, backend: str 
         for part in blocks(net):
             part.compile(dynamic=False, backend=backend)
 
-    return tried(net, compile_all, x_BCHW, bfloat16)
+    return tried(net, compile_all, batches, bfloat16)
 
 
-def tried(net: nn.Module, change: Callable[[nn.Module], object], x_BCHW: Tensor, bfloat16: bool) -> float:
-    """Changes a copy of `net`, which then runs forwards and backwards once, and then `net`; returns the seconds.
+def tried(net: nn.Module, change: Callable[[nn.Module], object], batches: Sequence[Tensor], bfloat16: bool) -> float:
+    """Changes a copy of `net`, which then runs forwards and backwards on each batch, and then `net`.
+
+    Returns the seconds that it took.
 
     Compilers work when code first runs. So weights, batch statistics and random state of `net` are not touched, the
     first step of a training has nothing left to compile, and after an error `net` is as it was.
     """
-    device = x_BCHW.device
+    device = batches[0].device
     started = time.perf_counter()
     trial = copy.deepcopy(net).train()
     change(trial)
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            logits_BN = trial(x_BCHW)
-        logits_BN.float().logsumexp(1).mean().backward()
+        for x_BCHW in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits_BN = trial(x_BCHW)
+            logits_BN.float().logsumexp(1).mean().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     change(net)

@@ -10,7 +10,7 @@ Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F 
 channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -292,9 +292,9 @@ def fuse(net: nn.Module) -> None:
         part.__class__ = fused
 
 
-def use_kernels(net: nn.Module, x_BCHW: Tensor, bfloat16: bool) -> float:
-    """Has `net` train with kernels, on batches like `x_BCHW`; returns the seconds that compiling them took.
+def use_kernels(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool) -> float:
+    """Has `net` train with kernels, on batches (B, C, H, W) like these; returns the seconds that compiling them took.
 
     They are 0 where no part of it has kernels. Where compiling fails the error is raised and `net` is as it was.
     """
-    return tried(net, fuse, x_BCHW, bfloat16) if any(_with_kernels(net)) else 0.0
+    return tried(net, fuse, batches, bfloat16) if any(_with_kernels(net)) else 0.0

@@ -48,14 +48,14 @@ def test_equal_blocks_compile_once(graphs, digits):
     before = copy.deepcopy(nets[0].state_dict())
     random_state = torch.get_rng_state()
     x_BCHW = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert compile_blocks(nets[0], x_BCHW, False, backend) > 0
+    assert compile_blocks(nets[0], [x_BCHW], False, backend) > 0
     assert len(given) == 2  # the first convolution, and the block that is there eight times
-    assert compile_blocks(nets[1], x_BCHW, False, backend) > 0
+    assert compile_blocks(nets[1], [x_BCHW], False, backend) > 0
     nets[0].train()(x_BCHW).sum().backward()
     assert len(given) == 2
     assert torch.equal(torch.get_rng_state(), random_state)
 
-    compile_blocks(nets[0], x_BCHW, False, backend)
+    compile_blocks(nets[0], [x_BCHW], False, backend)
     nets[1].load_state_dict(before)
     assert list(nets[0].state_dict()) == list(before)
     predict(nets[0], digits.validation, torch.zeros(1), torch.ones(1))
@@ -65,7 +65,7 @@ def test_equal_blocks_compile_once(graphs, digits):
 def test_the_first_run_changes_nothing_of_the_network(graphs):
     net = build(vary(PRESETS["two_block"], "width", 0.0625)).eval()
     before = copy.deepcopy(net.state_dict())
-    compile_blocks(net, torch.randn(2, 3, 8, 8), False, graphs[0])
+    compile_blocks(net, [torch.randn(2, 3, 8, 8)], False, graphs[0])
     assert not net.training
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -74,7 +74,7 @@ def test_the_first_run_changes_nothing_of_the_network(graphs):
 def test_many_different_blocks_are_all_compiled(graphs):
     backend, given = graphs
     layers = tuple(Block(channels=channels, kernels=(1, 1)) for channels in range(2, 14))
-    compile_blocks(build(ModelConfig(layers=layers)), torch.randn(2, 3, 4, 4), False, backend)
+    compile_blocks(build(ModelConfig(layers=layers)), [torch.randn(2, 3, 4, 4)], False, backend)
     assert len(given) == 12
 
 
@@ -85,14 +85,14 @@ def test_a_network_that_does_not_compile_stays_eager(graphs):
     net = build(vary(PRESETS["two_block"], "width", 0.0625))
     x_BCHW = torch.randn(2, 3, 8, 8)
     with pytest.raises(Exception, match="no"):
-        compile_blocks(net, x_BCHW, False, broken)
+        compile_blocks(net, [x_BCHW], False, broken)
     assert net(x_BCHW).shape == (2, 10)
 
 
 def test_networks_of_timm_have_no_blocks():
     net = build(TimmModel(timm="test_resnet.r160_in1k"))
     assert list(blocks(net)) == []
-    assert compile_blocks(net, torch.empty(0), False) == 0
+    assert compile_blocks(net, [torch.empty(0)], False) == 0
 
 
 @pytest.mark.skipif(missing(CPU) is not None, reason="there is no C++ compiler")

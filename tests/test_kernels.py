@@ -116,9 +116,9 @@ def test_evaluation_names_and_weights_are_as_before():
     assert list(fused.state_dict()) == list(net.state_dict())
     x_BCHW = torch.randn(2, 3, 32, 32, device=DEVICE)
     assert torch.equal(fused.eval()(x_BCHW), net(x_BCHW))
-    assert kernels.use_kernels(build(TimmModel(timm="test_resnet.r160_in1k")), x_BCHW, False) == 0
+    assert kernels.use_kernels(build(TimmModel(timm="test_resnet.r160_in1k")), [x_BCHW], False) == 0
     before = copy.deepcopy(net.state_dict())
-    assert kernels.use_kernels(net, x_BCHW, False) > 0
+    assert kernels.use_kernels(net, [x_BCHW], False) > 0
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -135,7 +135,7 @@ def test_the_parts_that_have_kernels_are_those_that_are_said_to(name):
 def test_norms_after_the_mix_and_pooled_convolutions_have_none():
     layers = (Whiten(), Conv(channels=8, pool=2), Residual(layers=(Block(channels=8, norm_act="mix"),)), Pool())
     net = build(ModelConfig(layers=(*layers, Block(channels=8, kernels=(3, 1)), Conv(channels=8, norm_act=False))))
-    assert kernels.use_kernels(net, torch.randn(2, 3, 12, 12), False) == 0
+    assert kernels.use_kernels(net, [torch.randn(2, 3, 12, 12)], False) == 0
 
 
 COMPILES = """

@@ -77,9 +77,13 @@ def test_seeds_differ(digits):
 
 
 def test_loop_is_the_plain_one(digits):
-    """One epoch equals PyTorch's textbook loop over the same batches, where nothing is random but their order."""
+    """One epoch equals PyTorch's textbook loop over the same batches, where nothing is random but their order.
+
+    With an optimiser that does not divide by its gradients, which would make much of their last digits.
+    """
     plain = {"recipe.hflip": 0.0, "recipe.crop_padding": 0, "recipe.smoothing": 0.0, "model.head.dropout": 0.0}
-    trial = trials(digits, **plain, **{"recipe.opt": "adamw", "recipe.sched": "none", "recipe.warmup": 0})[0]
+    steady = {"recipe.opt": "momentum", "recipe.lr": 0.05, "recipe.sched": "none", "recipe.warmup": 0}
+    trial = trials(digits, **plain, **steady)[0]
     training, reference = start(trial, digits), start(trial, digits)
     next(train(trial, digits, training))
 
@@ -87,7 +91,7 @@ def test_loop_is_the_plain_one(digits):
     decayed = [p for p in net.parameters() if p.ndim > 1]
     rest = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": rest, "weight_decay": 0}, {"params": decayed, "weight_decay": recipe.weight_decay}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))
     for chosen in order.split(recipe.batch_size)[: len(order) // recipe.batch_size]:
         x = (digits.train.pixels_BHWC[chosen].permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
