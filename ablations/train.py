@@ -100,6 +100,8 @@ class Training:
 def start(trial: Trial, data: ImageData) -> Training:
     """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
     device = data.train.labels_B.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton starts its kernels
     _set_precision("tf32")
     torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()

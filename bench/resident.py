@@ -5,7 +5,7 @@ before the clock starts and the logits stay there, at fixed addresses, which is 
 then one launch. On a CPU there are no graphs, and binding only saves copies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,13 @@ from model.errors import InputError, invalid
 from model.presets import build
 
 Call = Callable[[], object]
+
+# Options of the CUDA provider. In the layout of the matrix units convolutions need no transposes around them, but the
+# mix of the experts does.
+GRAPHS = {
+    "onnxruntime cuda graph": {"enable_cuda_graph": "1"},
+    "onnxruntime cuda graph, channels last": {"enable_cuda_graph": "1", "prefer_nhwc": "1", "fuse_conv_bias": "1"},
+}
 
 
 class NotMeasured(BaseModel):
@@ -45,9 +52,12 @@ class Cast(nn.Module):
         return x_BCHW.to(self.dtype)
 
 
-def bound(model: bytes, name: str, provider: str, images: np.ndarray, graph: bool) -> Call:
-    """A call of ONNX Runtime whose input and output are on the provider's device. Raises InputError."""
-    session = open_session(model, provider, name, {"enable_cuda_graph": "1"} if graph else {})
+def bound(model: bytes, name: str, provider: str, images: np.ndarray, chosen: Mapping[str, str]) -> Call:
+    """A call of ONNX Runtime whose input and output are on the provider's device, with `chosen` of its options.
+
+    Raises InputError.
+    """
+    session = open_session(model, provider, name, chosen)
     device = "cpu" if provider == "cpu" else "cuda"
     given, made = session.get_inputs()[0], session.get_outputs()[0]
     binding = session.io_binding()
@@ -105,13 +115,14 @@ def measure_resident(
     """Latencies of each engine at each batch size, and the engines that do not run here. Raises InputError."""
     model, kind = read_onnx(path), device.type
     makers: dict[str, Callable[[np.ndarray], Call]] = {
-        f"onnxruntime {kind} bound": lambda images: bound(model, path.name, kind, images, graph=False),
+        f"onnxruntime {kind} bound": lambda images: bound(model, path.name, kind, images, {}),
         f"pytorch {kind} {'graph' if kind == 'cuda' else 'resident'}": lambda images: pytorch_resident(
             model, str(path), images, device
         ),
     }
     if kind == "cuda":
-        makers["onnxruntime cuda graph"] = lambda images: bound(model, path.name, kind, images, graph=True)
+        for engine, chosen in GRAPHS.items():
+            makers[engine] = lambda images, chosen=chosen: bound(model, path.name, kind, images, chosen)
     latencies, missing = [], []
     for batch in batches:
         images, runs = random_images(model, batch), {}

@@ -37,7 +37,7 @@ class Engine:
         self.trained: list[tuple[int, int]] = []
         self.interrupt_after = self.fails = None
 
-    def __call__(self, trials, data, directory, compile):
+    def __call__(self, trials, data, directory, execution):
         for trial in trials:
             kernel = next(iter(trial.model.blocks())).kernels[0]
             if len(self.trained) == self.interrupt_after:

@@ -23,7 +23,7 @@ def ids(one: Study, data: ImageData) -> list[str]:
 
 
 def test_shipped_studies():
-    assert shipped_studies() == ["card", "quickstart", "references", "routing"]
+    assert shipped_studies() == ["card", "quickstart", "references", "routing", "spread"]
     expected = {"card": (36, 140), "references": (5, 15)}
     for name, (cells, trials) in expected.items():
         found = load_study(name).cells(CIFAR_LIKE)
