@@ -70,8 +70,8 @@ GRACE_S = 20.0  # for a command to put down what it has, once it was interrupted
 LEAST_MEMORY = 16 * 2**30  # of the GPU, free
 INTERRUPTED = 130
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
-STEP_PRESET = "eight_block"  # whose training step is looked into
-WAYS = {  # to take it
+STEP_PRESET = "eight_block"  # which the targets are for
+WAYS = {  # to take a training step
     "kernels": Means(kernels=True, graphs=True),
     "compiled": Means(compile=True, graphs=True),
     "graphs": Means(graphs=True),
@@ -115,6 +115,7 @@ class Size:
     pixels: int = 32
     rounds: int = 5
     steps: int = 20
+    stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is looked into: norms in the experts, after the mix
     agreeing: int = 10  # steps whose losses are compared with those of plain ones
     width: float = 1.0
     peak_s: float = 1.0
@@ -139,7 +140,8 @@ class Size:
 _SMALL = {"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16}
 SMOKE = Size(
     presets=("two_block",), training=("--batch", "2", "--steps", "1", "--rounds", "1"), batch=2, pixels=8, rounds=1,
-    agreeing=2, steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",), twins=(), seeds=2,
+    stepped=(STEP_PRESET,), agreeing=2, steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",),
+    twins=(), seeds=2,
     card={"question": "One expert or two?", "base": {"model": "two_block"}, "factors": {"experts": [1, 2]}},
     card_seeds=(2,), card_factors=("experts",), reference_seeds=(1,), served=(STEP_PRESET,), precisions=("fp32",),
     batches=(1, 2),
@@ -220,34 +222,37 @@ def peaks(bench: Bench) -> dict[str, Step]:
 
 
 def train_speed(bench: Bench) -> dict[str, Step]:
-    """A step of one network in each way that it can be taken: right, by kernel, and over its floor; then all presets.
+    """A step of two networks in each way that it can be taken: right, by kernel, over its floor; then all presets.
 
     The presets are trained beside the plain way to do it.
     """
     size, on_cuda = bench.size, bench.device.type == "cuda"
-    config = PRESETS[STEP_PRESET] if size.width == 1 else vary(PRESETS[STEP_PRESET], "width", size.width)
     shape = size.batch, size.pixels, bench.device
 
     def speed(preset: str) -> dict[str, Any]:
-        how = ["--compile", "on" if on_cuda else "off", "--device", bench.device, "--format", "json"]
+        how = ["--device", bench.device, "--format", "json"]
         return json.loads(bench.expertgrid("bench-train", preset, *size.training, *how))
 
-    def step(means: Means) -> dict[str, Any]:
+    def step(preset: str, means: Means) -> dict[str, Any]:
+        config = PRESETS[preset] if size.width == 1 else vary(PRESETS[preset], "width", size.width)
         agreed = agreement(config, *shape, means, size.agreeing)
         profiled = profile_step(config, *shape, means, size.steps, size.rounds)
         least = floor(config, size.batch, size.pixels, size.pixels)
-        found = {"model": STEP_PRESET, **profiled.model_dump(), "floor": least.model_dump()}
+        found = {"model": preset, **profiled.model_dump(), "floor": least.model_dump()}
         return found | {"agreement": agreed.model_dump()}
 
     ways = WAYS if on_cuda else {"eager": Means()}
-    steps = {f"step-{name}": whole(lambda means=means: step(means)) for name, means in ways.items()}
+    steps = {
+        f"step-{preset}-{name}": whole(partial(step, preset, means))
+        for preset in size.stepped
+        for name, means in ways.items()
+    }
     return steps | {preset: whole(lambda preset=preset: speed(preset)) for preset in size.presets}
 
 
 def fast(bench: Bench) -> dict[str, Step]:
     """Our own networks by their own recipes, exported; then beside plain networks of equal cost."""
     size, steps = bench.size, {}
-    how = ["--compile", "on"] if bench.device.type == "cuda" else []
 
     def study(name: str, models: Sequence[str]) -> dict[str, Any]:
         return {
@@ -258,13 +263,11 @@ def fast(bench: Bench) -> dict[str, Step]:
         }
 
     for name in size.networks:
-        steps[name] = lambda name=name: train(bench, name, study(name, [name]), size.seeds, how=how)
+        steps[name] = lambda name=name: train(bench, name, study(name, [name]), size.seeds)
         steps |= exports(bench, name)
     for name in size.networks if size.twins else ():
         twins = study(name, [name + twin for twin in size.twins])
-        steps[f"{name}-twins"] = lambda name=name, twins=twins: train(
-            bench, f"{name}-twins", twins, size.seeds, how=how
-        )
+        steps[f"{name}-twins"] = lambda name=name, twins=twins: train(bench, f"{name}-twins", twins, size.seeds)
     return steps
 
 
@@ -363,7 +366,6 @@ def train(
     study: str | dict,
     seeds: int,
     by: Sequence[str] = (),
-    how: Sequence[str] = (),
     peek: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a study, or goes on with it; what it has, raw, and whether all its trials ended."""
@@ -377,7 +379,7 @@ def train(
     settings = [part for path, value in bench.size.settings.items() for part in ("--set", f"{path}={value}")]
     where = ["--out", directory, "--data", bench.data, "--device", bench.device, "--seeds", seeds]
     try:
-        bench.expertgrid("run", study, *where, *settings, *how)
+        bench.expertgrid("run", study, *where, *settings)
     except TimeIsUp:
         if not (directory / "plan.json").exists():
             raise

@@ -118,9 +118,10 @@ def speed_rows(results: Results) -> Rows:
 
 
 def steps_taken(results: Results) -> list[dict[str, Any]]:
-    """The step in each way that it was taken, the fastest first."""
+    """The steps of each network in each way that they were taken, the fastest first."""
     found = [one for name, one in values(results, "train-speed").items() if name.startswith("step-")]
-    return sorted(found, key=lambda one: statistics.median(one["step_ms"]))
+    first = list(dict.fromkeys(one["model"] for one in found))
+    return sorted(found, key=lambda one: (first.index(one["model"]), statistics.median(one["step_ms"])))
 
 
 def floor_shares(results: Results, step: dict[str, Any]) -> dict[str, float] | None:
@@ -136,9 +137,10 @@ def floor_shares(results: Results, step: dict[str, Any]) -> dict[str, float] | N
 def step_rows(results: Results) -> Rows:
     rows = []
     for step in steps_taken(results):
-        shares = floor_shares(results, step)
         row = {
+            "network": step["model"],
             "step": step["means"],
+            "floor ms": f"{shares['floor_ms']:.3f}" if (shares := floor_shares(results, step)) else "",
             "ms": f"{statistics.median(step['step_ms']):.3f}",
             "kernels ms": f"{step['busy_ms']:.3f}",
             "launches": f"{step['launches']:.0f}",
@@ -152,16 +154,17 @@ def step_rows(results: Results) -> Rows:
 
 
 def step_line(results: Results) -> str:
-    if not (taken := steps_taken(results)):
-        return ""
-    step, shares = taken[0], floor_shares(results, taken[0])
-    line = f"Steps of {step['model']} at batch {step['batch']}"
-    if shares is None:
-        return f"{line}."
+    floors = {
+        one[
+            "model"
+        ]: f"{one['model']} {one['floor']['flops'] / 1e9:,.1f} GFLOP and {one['floor']['bytes'] / 1e9:,.3f} GB"
+        for one in steps_taken(results)
+    }
+    batch = next((one["batch"] for one in steps_taken(results)), 0)
     return (
-        f"{line}: {step['floor']['flops'] / 1e9:,.1f} GFLOP and {step['floor']['bytes'] / 1e9:,.3f} GB at the least, "
-        f"which take the device {shares['floor_ms']:.3f} ms. Losses differ from plain steps in float32 by that share."
-    )
+        f"Steps at batch {batch}, in bfloat16. The floor is what the device takes for the fewest operations and bytes: "
+        f"{'; '.join(floors.values())}. Losses differ from those of plain steps, both in float32, by that share."
+    ) * bool(floors)
 
 
 def kernel_rows(results: Results) -> Rows:

@@ -28,8 +28,12 @@ def missing(what: str, device: torch.device) -> str | None:
 
 
 def has_kernels(block: Block) -> bool:
-    """Whether the kernels compute a block: its experts have one kernel size, and norm and activation of their own."""
-    return block.norm_act == "expert" and len(set(block.kernels)) == 1 and len(block.kernels) <= MOST_EXPERTS
+    """Whether the kernels compute a block.
+
+    Of experts with norm and activation of their own they take one kernel size, of those with a norm after the mix two.
+    """
+    most = {"expert": 1, "mix": 2, "none": 0}[block.norm_act]
+    return len(set(block.kernels)) <= most and len(block.kernels) <= MOST_EXPERTS
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""The training pass of convolutions, norm, activation and mix on CUDA, in Triton: four passes over memory.
+"""The training pass of convolutions, norm, activation and mix on CUDA, in Triton, in few passes over memory.
 
 Batch statistics part what could be one pass: the statistics of the experts' outputs; then norm, ReLU and mix at once;
-backwards the sums that the norm's gradient needs; then all gradients at once. This is the floor that `bench.step`
-counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile needs half a
-minute for each network. The experts of a block are one convolution of K x C channels, whose input gradient is then
-summed within the convolution.
+backwards the sums that the norm's gradient needs; then all gradients at once. These four are the floor that
+`bench.step` counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile
+takes half a minute for each network. Where the norm is after the mix, the weighted sum is a pass before these, and one
+after them. The experts of one kernel size are one convolution of K x C channels, whose input gradient is then summed
+within the convolution.
 
 Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels. Maps are
 channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in float32.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from model.compiled import tried
 from model.execution import has_kernels
-from model.net import ConvNormAct, ExpertBlock
+from model.net import BatchNorm, ConvNormAct, ExpertBlock
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
@@ -169,6 +171,56 @@ def _gradient(
         tl.store(dy_PF + places, dy.to(dy_PF.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _weighted_sum(
+    y_PF, z_PF, gate_BK, out_PC, pixels, image, channels,
+    Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = sum over k of gate_k * map_k, where Y maps are side by side in `y` and then Z in `z`."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (rows < pixels)[:, None] & (cols < channels)[None, :]
+    row_starts = rows[:, None].to(tl.int64)
+    gates = gate_BK + rows // image * (Y + Z)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(Y):
+        places = row_starts * (Y * channels) + k * channels + cols[None, :]
+        gate = tl.load(gates + k, mask=rows < pixels, other=0.0)
+        total += gate[:, None] * tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(Z):
+        places = row_starts * (Z * channels) + k * channels + cols[None, :]
+        gate = tl.load(gates + Y + k, mask=rows < pixels, other=0.0)
+        total += gate[:, None] * tl.load(z_PF + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_PC + row_starts * channels + cols[None, :], total.to(out_PC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_sum_gradient(
+    y_PF, z_PF, gate_BK, dout_PC, dy_PF, dz_PF, gate_sums_TGK, image, tiles_an_image, channels,
+    Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """For tiles within one image each: the gradients of the maps, and the sums of the gate's in G groups of columns."""
+    tile = tl.program_id(0)
+    here = tile // tiles_an_image
+    in_image = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (in_image < image)[:, None] & (cols < channels)[None, :]
+    row_starts = (here.to(tl.int64) * image + in_image)[:, None]
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    gates = gate_BK + here * (Y + Z)
+    sums = gate_sums_TGK + (tile * tl.num_programs(1) + tl.program_id(1)) * (Y + Z)
+    for k in tl.static_range(Y):
+        places = row_starts * (Y * channels) + k * channels + cols[None, :]
+        y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + k, tl.sum(tl.sum(dout * y, 1), 0))
+        tl.store(dy_PF + places, (tl.load(gates + k) * dout).to(dy_PF.dtype.element_ty), mask=inside)
+    for k in tl.static_range(Z):
+        places = row_starts * (Z * channels) + k * channels + cols[None, :]
+        z = tl.load(z_PF + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + Y + k, tl.sum(tl.sum(dout * z, 1), 0))
+        tl.store(dz_PF + places, (tl.load(gates + Y + k) * dout).to(dz_PF.dtype.element_ty), mask=inside)
+
+
 def _tile(channels: int, rows: int) -> tuple[int, int]:
     """Rows and columns of a tile of maps of so many channels, powers of two; at most about `rows` rows."""
     columns = min(MOST_COLUMNS, triton.next_power_of_2(channels))
@@ -243,13 +295,57 @@ class NormActMix(torch.autograd.Function):
         return dy_BFHW, dgate_BK, sums_2F[1], sums_2F[0], None
 
 
-def _wide(x_BCHW: Tensor, parts: list[ConvNormAct], gate_BK: Tensor | None) -> Tensor:
-    """The convolutions of all parts as one; then their norms, activations and mix. Keeps the norms' statistics."""
-    conv, norms = parts[0].conv, [part.norm for part in parts]
+class WeightedSum(torch.autograd.Function):
+    """The sum of maps weighted by the gate: `apply(gate_BK, y_BFHW, z_BFHW)`, where `z_BFHW` may be None.
+
+    The maps are side by side in one or two tensors, channels-last; what comes out is (B, C, H, W). The gate is in
+    float32.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_BK: Tensor, y_BFHW: Tensor, z_BFHW: Tensor | None) -> Tensor:
+        y_BFHW = y_BFHW.contiguous(memory_format=torch.channels_last)
+        z_BFHW = None if z_BFHW is None else z_BFHW.contiguous(memory_format=torch.channels_last)
+        gate_BK = gate_BK.contiguous()
+        batch, wide, height, width = y_BFHW.shape
+        channels = (wide + (0 if z_BFHW is None else z_BFHW.shape[1])) // gate_BK.shape[1]
+        ctx.counts = {"Y": wide // channels, "Z": gate_BK.shape[1] - wide // channels}
+        out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
+        pixels = batch * height * width
+        rows, columns = _tile(channels, pixels)
+        _weighted_sum[triton.cdiv(pixels, rows), triton.cdiv(channels, columns)](
+            y_BFHW, z_BFHW, gate_BK, out_BCHW, pixels, height * width, channels, **ctx.counts, ROWS=rows, COLS=columns
+        )
+        ctx.save_for_backward(gate_BK, y_BFHW, z_BFHW)
+        return out_BCHW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        gate_BK, y_BFHW, z_BFHW = ctx.saved_tensors
+        dout_BCHW = dout_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = dout_BCHW.shape
+        rows, columns = _tile(channels, height * width)
+        across, tiles_an_image = triton.cdiv(channels, columns), triton.cdiv(height * width, rows)
+        gate_sums_TGK = gate_BK.new_empty(batch * tiles_an_image, across, gate_BK.shape[1])
+        dy_BFHW, dz_BFHW = (None if one is None else torch.empty_like(one) for one in (y_BFHW, z_BFHW))
+        _weighted_sum_gradient[batch * tiles_an_image, across](
+            y_BFHW, z_BFHW, gate_BK, dout_BCHW, dy_BFHW, dz_BFHW, gate_sums_TGK, height * width, tiles_an_image,
+            channels, **ctx.counts, ROWS=rows, COLS=columns,
+        )  # fmt: skip
+        return gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1), dy_BFHW, dz_BFHW
+
+
+def _side_by_side(x_BCHW: Tensor, parts: Sequence[ConvNormAct]) -> Tensor:
+    """The convolutions of all parts, which have one kernel size, as one."""
+    conv = parts[0].conv
     weight_FCkk = torch.cat([part.conv.weight for part in parts]) if len(parts) > 1 else conv.weight
-    y_BFHW = F.conv2d(x_BCHW, weight_FCkk, None, conv.stride, conv.padding)
+    return F.conv2d(x_BCHW, weight_FCkk, None, conv.stride, conv.padding)
+
+
+def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
+    """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
     scale_F, shift_F = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
-    gate_BK = None if gate_BK is None else gate_BK.float()
     out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, scale_F, shift_F, norms[0].eps)
     with torch.no_grad():
         for name, found_F in (("running_mean", mean_F), ("running_var", variance_F)):
@@ -265,20 +361,28 @@ class FusedBlock(ExpertBlock):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
-        return _wide(x_BCHW, list(self.experts), None if self.gate is None else self.gate(x_BCHW))
+        gate_BK = None if self.gate is None else self.gate(x_BCHW).float()
+        if self.config.norm_act == "expert":
+            return _norm_act_mix(_side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
+        sizes = [list(parts) for _, parts in groupby(self.experts, lambda part: part.conv.kernel_size)]
+        maps = [_side_by_side(x_BCHW, parts) for parts in sizes]
+        return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
 
 
 class FusedConv(ConvNormAct):
     """A convolution with norm and activation that trains with the kernels of this module."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return _wide(x_BCHW, [self], None) if self.training else super().forward(x_BCHW)
+        if not self.training:
+            return super().forward(x_BCHW)
+        y_BCHW = self.conv(x_BCHW)
+        return _norm_act_mix(self.pool(y_BCHW) if hasattr(self, "pool") else y_BCHW, [self.norm])
 
 
 def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """The parts of `net` that have kernels, with the classes that train with them."""
     for child in net.children():
-        if type(child) is ConvNormAct and hasattr(child, "norm") and not hasattr(child, "pool"):
+        if type(child) is ConvNormAct and hasattr(child, "norm"):
             yield child, FusedConv
         elif type(child) is ExpertBlock and has_kernels(child.config):
             yield child, FusedBlock

@@ -8,6 +8,7 @@ from model.errors import InputError
 from model.execution import PLAIN, Execution, Means, missing
 from model.net import Block
 from model.presets import PRESETS, TimmModel
+from model.variants import vary
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = 100 * 351
@@ -19,15 +20,16 @@ def optimizer():
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "chosen"),
+    ("norm_act", "steps", "chosen"),
     [
-        ("eight_block", LONG, Means(kernels=True, graphs=True)),  # the kernels leave nothing to compile
-        ("mixed_kernel", LONG, Means(kernels=True, compile=True, graphs=True)),
-        ("mixed_kernel", 10, Means(kernels=True, graphs=True)),
+        ("expert", LONG, Means(kernels=True, graphs=True)),  # the kernels leave nothing to compile
+        ("none", LONG, Means(kernels=True, compile=True, graphs=True)),
+        ("none", 10, Means(kernels=True, graphs=True)),
     ],
 )
-def test_on_cuda_all_that_is_worth_it_is_chosen(name, steps, chosen, optimizer):
-    assert Execution().chosen(PRESETS[name], steps, CUDA, optimizer) == chosen
+def test_on_cuda_all_that_is_worth_it_is_chosen(norm_act, steps, chosen, optimizer):
+    config = vary(PRESETS["eight_block"], "norm_act", norm_act)
+    assert Execution().chosen(config, steps, CUDA, optimizer) == chosen
 
 
 def test_what_is_left_out_is_left_to_the_others(optimizer):

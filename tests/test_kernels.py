@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.execution import has_kernels
-from model.net import Block, Conv, ExpertNet, GateConfig, ModelConfig, Pool, Residual, Whiten
+from model.net import Block, Conv, ExpertNet, GateConfig, ModelConfig, Residual, Whiten
 from model.presets import PRESETS, TimmModel, build
 from model.variants import vary
 
@@ -30,6 +30,9 @@ PARTS = {
     "mlp gate": (Block(channels=8, gate=GateConfig(kind="mlp", reduction=2)), (2, 4, 4)),
     "one expert": (Block(channels=8, kernels=(3,)), (2, 4, 4)),
     "conv": (Conv(channels=12, padding=0), (3, 6, 5)),
+    "pooled conv": (Conv(channels=12, pool=2), (3, 7, 6)),
+    "norm after the mix": (Block(channels=24, norm_act="mix"), (3, 6, 5)),
+    "two kernel sizes": (Block(channels=8, kernels=(5, 5, 3), norm_act="mix"), (3, 6, 5)),
 }
 
 
@@ -53,8 +56,8 @@ def in_parts(layer: Block | Conv, shape: tuple[int, int, int]) -> tuple[nn.Modul
     batch, height, width = shape
     torch.manual_seed(0)
     net = ExpertNet(ModelConfig(in_chans=3, layers=(layer,))).layers.to(DEVICE)
-    for name, parameter in net.named_parameters():
-        if ".norm." in name:
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.5)
     x_BCHW = torch.randn(batch, 3, height, width, device=DEVICE).contiguous(memory_format=torch.channels_last) + 0.5
     return net, x_BCHW, torch.randn_like(copy.deepcopy(net)(x_BCHW))
@@ -69,7 +72,7 @@ def test_kernels_compute_what_the_plain_modules_do(name):
     expected = step(net.double(), x_BCHW.double(), weights_BCHW.double())
     assert found.keys() == expected.keys()
     for what, value in expected.items():
-        assert (found[what] - value).double().norm() <= 1e-5 * value.double().norm() + 1e-6, what
+        assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
 
 
 def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
@@ -80,7 +83,7 @@ def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
         net, x_BCHW, weights_BCHW = in_parts(layer, shape)
         found = step(with_kernels(net), x_BCHW, weights_BCHW)
         for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
-            assert (found[what] - value).double().norm() <= 1e-5 * value.double().norm() + 1e-6, what
+            assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
 
 
 def test_in_bfloat16_kernels_are_as_near_to_float64_as_the_plain_modules():
@@ -129,12 +132,13 @@ def test_the_parts_that_have_kernels_are_those_that_are_said_to(name):
         fused = with_kernels(build(config))
     found = sum(isinstance(part, kernels.FusedBlock) for part in fused.modules())
     assert found == sum(map(has_kernels, config.blocks()))
-    assert found == (len(list(config.blocks())) if name in ("two_block", "eight_block", "segmented") else found)
+    assert found == len(list(config.blocks())), "all presets train with kernels"
 
 
-def test_norms_after_the_mix_and_pooled_convolutions_have_none():
-    layers = (Whiten(), Conv(channels=8, pool=2), Residual(layers=(Block(channels=8, norm_act="mix"),)), Pool())
-    net = build(ModelConfig(layers=(*layers, Block(channels=8, kernels=(3, 1)), Conv(channels=8, norm_act=False))))
+def test_what_has_no_kernels_stays_as_it_is():
+    sizes = Block(channels=8, kernels=(3, 1)), Block(channels=8, kernels=(5, 3, 1), norm_act="mix")
+    bare = Block(channels=8, norm_act="none"), Conv(channels=8, norm_act=False)
+    net = build(ModelConfig(layers=(Whiten(), *sizes, Residual(layers=bare))))
     assert kernels.use_kernels(net, [torch.randn(2, 3, 12, 12)], False) == 0
 
 
@@ -145,13 +149,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model import kernels
 
-for kernel in ("_tile_statistics", "_statistics", "_mix", "_gradient_sums", "_gradient"):
+for kernel in (name for name, one in vars(kernels).items() if isinstance(one, triton.runtime.JITFunction)):
     function = getattr(kernels, kernel)
     rows, columns = kernels._tile(64, 131072)
-    constants = {"K": 3, "GATED": True, "STEPS": 2, "ROWS": rows, "COLS": columns}
+    constants = {"Y": 2, "Z": 1, "K": 3, "GATED": True, "STEPS": 2, "ROWS": rows, "COLS": columns}
     signature = {}
     for name in inspect.signature(function.fn).parameters:
-        kind = "*bf16" if name in ("y_PF", "out_PC", "dout_PC", "dy_PF") else "*fp32" if name[-1].isupper() else "i32"
+        maps = ("y_PF", "z_PF", "out_PC", "dout_PC", "dy_PF", "dz_PF")
+        kind = "*bf16" if name in maps else "*fp32" if name[-1].isupper() else "i32"
         signature[name] = "constexpr" if name in constants else "fp32" if name == "eps" else kind
     known = {name: value for name, value in constants.items() if name in signature}
     aligned = [name for name, kind in signature.items() if "*" in kind or name in ("pixels", "image", "channels")]
