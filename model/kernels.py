@@ -27,7 +27,8 @@ from model.net import BatchNorm, ConvNormAct, ExpertBlock
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
-MOST_PROGRAMS = 1024  # along the pixels, in the pass that gathers statistics
+MOST_PROGRAMS = 512  # along the pixels, in the pass that gathers statistics
+STATISTICS_COLUMNS = 8  # of all tiles' statistics that a program holds at once
 
 
 @triton.jit
@@ -63,27 +64,18 @@ def _tile_statistics(
 @triton.jit
 def _statistics(
     count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, channels,
-    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of at most STEPS x ROWS tiles."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of its tiles, at most ROWS."""
+    rows, cols = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
     known = cols < channels
-    total = tl.zeros((COLS,), tl.float32)
-    for step in range(STEPS):
-        rows = step * ROWS + tl.arange(0, ROWS)
-        inside = (rows < tiles)[:, None] & known[None, :]
-        count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
-        means = tl.load(mean_TF + rows[:, None] * channels + cols[None, :], mask=inside, other=0.0)
-        total += tl.sum(means * count[:, None], 0)
-    mean = total / pixels
-    square = tl.zeros((COLS,), tl.float32)
-    for step in range(STEPS):
-        rows = step * ROWS + tl.arange(0, ROWS)
-        inside = (rows < tiles)[:, None] & known[None, :]
-        count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)
-        places = rows[:, None] * channels + cols[None, :]
-        shift = tl.load(mean_TF + places, mask=inside, other=0.0) - mean[None, :]
-        square += tl.sum(tl.load(square_TF + places, mask=inside, other=0.0) + count[:, None] * shift * shift, 0)
+    inside = (rows < tiles)[:, None] & known[None, :]
+    places = rows[:, None] * channels + cols[None, :]
+    count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)[:, None]
+    means = tl.load(mean_TF + places, mask=inside, other=0.0)
+    mean = tl.sum(means * count, 0) / pixels
+    shift = means - mean[None, :]
+    square = tl.sum(tl.load(square_TF + places, mask=inside, other=0.0) + count * shift * shift, 0)
     tl.store(mean_F + cols, mean, mask=known)
     tl.store(rstd_F + cols, 1 / tl.sqrt(square / pixels + eps), mask=known)
     tl.store(variance_F + cols, square / tl.maximum(pixels - 1, 1), mask=known)
@@ -140,8 +132,8 @@ def _gradient_sums(
             tl.store(gate_sums_TGK + place, tl.sum(tl.sum(dz * z, 1), 0))
             dz *= tl.load(gate_BK + here * K + k)
         places = tile * (K * channels) + f
-        tl.store(sums_2TF + places, tl.sum(dz, 0), mask=known)
-        tl.store(sums_2TF + tiles * (K * channels) + places, tl.sum(dz * normed, 0), mask=known)
+        tl.store(sums_2TF + places, tl.sum(dz * normed, 0), mask=known)
+        tl.store(sums_2TF + tiles * (K * channels) + places, tl.sum(dz, 0), mask=known)
 
 
 @triton.jit
@@ -160,8 +152,8 @@ def _gradient(
         f = k * channels + cols
         mean, rstd = tl.load(mean_F + f, mask=known, other=0.0), tl.load(rstd_F + f, mask=known, other=0.0)
         scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
-        dshift = tl.load(sums_2F + f, mask=known, other=0.0) / pixels
-        dscale = tl.load(sums_2F + K * channels + f, mask=known, other=0.0) / pixels
+        dscale = tl.load(sums_2F + f, mask=known, other=0.0) / pixels
+        dshift = tl.load(sums_2F + K * channels + f, mask=known, other=0.0) / pixels
         places = row_starts * (K * channels) + f[None, :]
         normed = (tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
         dz = tl.where(normed * scale[None, :] + shift[None, :] > 0, dout, 0.0)
@@ -230,15 +222,16 @@ def _tile(channels: int, rows: int) -> tuple[int, int]:
 class NormActMix(torch.autograd.Function):
     """Batch norm, ReLU and the sum weighted by the gate, of K maps side by side.
 
-    `apply(y_BFHW, gate_BK, scale_F, shift_F, eps)` gives (B, C, H, W), and the mean and unbiased variance (F) of each
-    channel, which have no gradients. Without a gate (None) there is one expert, and no sum. `y_BFHW` is channels-last
-    in bfloat16, float16 or float32; the gate, scale and shift are in float32.
+    `apply(y_BFHW, gate_BK, affine_2F, eps)` gives (B, C, H, W), and the mean and unbiased variance (F) of each channel,
+    which have no gradients. Without a gate (None) there is one expert, and no sum. `y_BFHW` is channels-last in
+    bfloat16, float16 or float32; the gate, and the norms' scale and shift `affine_2F`, are in float32.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, y_BFHW: Tensor, gate_BK: Tensor | None, scale_F: Tensor, shift_F: Tensor, eps: float
+        ctx: FunctionCtx, y_BFHW: Tensor, gate_BK: Tensor | None, affine_2F: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        scale_F, shift_F = affine_2F.contiguous()
         y_BFHW = y_BFHW.contiguous(memory_format=torch.channels_last)
         batch, wide, height, width = y_BFHW.shape
         experts = 1 if gate_BK is None else gate_BK.shape[1]
@@ -252,9 +245,9 @@ class NormActMix(torch.autograd.Function):
         _tile_statistics[tiles, triton.cdiv(wide, columns)](
             y_BFHW, count_T, mean_TF, square_TF, pixels, wide, STEPS=steps, ROWS=rows, COLS=columns
         )
-        _statistics[triton.cdiv(wide, 16),](
+        _statistics[triton.cdiv(wide, STATISTICS_COLUMNS),](
             count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, wide,
-            STEPS=triton.cdiv(tiles, 64), ROWS=64, COLS=16,
+            ROWS=triton.next_power_of_2(tiles), COLS=STATISTICS_COLUMNS,
         )  # fmt: skip
         out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
         gate_BK = None if gate_BK is None else gate_BK.contiguous()
@@ -292,7 +285,7 @@ class NormActMix(torch.autograd.Function):
             *known, sums_2F, dy_BFHW, pixels, image, channels, **forms, ROWS=rows, COLS=columns
         )
         dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1) if gated else None
-        return dy_BFHW, dgate_BK, sums_2F[1], sums_2F[0], None
+        return dy_BFHW, dgate_BK, sums_2F, None
 
 
 class WeightedSum(torch.autograd.Function):
@@ -345,12 +338,12 @@ def _side_by_side(x_BCHW: Tensor, parts: Sequence[ConvNormAct]) -> Tensor:
 
 def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
     """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
-    scale_F, shift_F = (torch.cat([getattr(norm, name) for norm in norms]) for name in ("weight", "bias"))
-    out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, scale_F, shift_F, norms[0].eps)
+    affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
+    out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, affine_2F, norms[0].eps)
     with torch.no_grad():
-        for name, found_F in (("running_mean", mean_F), ("running_var", variance_F)):
-            kept = [getattr(norm, name) for norm in norms]
-            torch._foreach_lerp_(kept, list(found_F.chunk(len(norms))), norms[0].momentum)
+        kept = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        found = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
+        torch._foreach_lerp_(kept, found, norms[0].momentum)
         torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     return out_BCHW
 
