@@ -354,12 +354,19 @@ class FusedBlock(ExpertBlock):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
-        gate_BK = None if self.gate is None else self.gate(x_BCHW).float()
+        gate_BK = None if self.gate is None else self._gate(x_BCHW)
         if self.config.norm_act == "expert":
             return _norm_act_mix(_side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
         sizes = [list(parts) for _, parts in groupby(self.experts, lambda part: part.conv.kernel_size)]
         maps = [_side_by_side(x_BCHW, parts) for parts in sizes]
         return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
+
+    def _gate(self, x_BCHW: Tensor) -> Tensor:
+        """The gate in float32: its matrices are small, and bringing each to another type would take longer."""
+        if self.gate.mlp is None:
+            return self.gate(x_BCHW).float()
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            return self.gate.routed(x_BCHW.mean((2, 3)).float())
 
 
 class FusedConv(ConvNormAct):

@@ -385,10 +385,14 @@ class Gate(nn.Module):
             return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
         if self.mlp is None:
             return torch.softmax(self.logits_K / self.temperature, dim=0).expand(x_BCHW.shape[0], -1)  # (B, K)
-        features_BC = x_BCHW.mean((2, 3))
+        return self.routed(x_BCHW.mean((2, 3)))
+
+    def routed(self, features_BC: Tensor) -> Tensor:
+        """The weights that a gate with layers gives for the means of its inputs."""
         if self.swapped:
             features_BC = features_BC.roll(1, dims=0)
-        return torch.softmax(self.mlp(features_BC) / self.temperature, dim=1)  # (B, K)
+        logits_BK = self.mlp(features_BC)
+        return torch.softmax(logits_BK if self.temperature == 1 else logits_BK / self.temperature, dim=1)  # (B, K)
 
 
 class ExpertBlock(nn.Module):
