@@ -274,7 +274,7 @@ class MatmulSum(nn.Module):
 
     def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
         experts_BKOHW = torch.cat([expert(x_BCHW) for expert in self.experts], dim=1).unflatten(1, (self.count, -1))
-        return (gate_BK[:, None] @ experts_BKOHW.flatten(2)).unflatten(2, experts_BKOHW.shape[2:])[:, 0]
+        return (gate_BK[:, None] @ experts_BKOHW.flatten(2)).unflatten(2, experts_BKOHW.shape[2:]).squeeze(1)
 
 
 class MergedConv(nn.Module):
