@@ -17,7 +17,7 @@ bring the results and the records along; weights and exported files stay, so `in
 
 SRC must be the same in each call, as a study is one with its data. What stops within a training begins that one again,
 or goes on from its resume.pt where that travels too. `--smoke` does all pieces small, on a CPU too: to see that
-everything runs, not for its numbers. Begin with it on a new machine: `--smoke --pieces peaks,fast,inference`.
+everything runs, not for its numbers. Begin with it on a new machine: `--smoke --pieces train-speed,fast,inference`.
 Of several GPUs the first is measured; CUDA_VISIBLE_DEVICES says which that is.
 """
 
@@ -71,11 +71,11 @@ LEAST_MEMORY = 16 * 2**30  # of the GPU, free
 INTERRUPTED = 130
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 STEP_PRESET = "eight_block"  # which the targets are for
-WAYS = {  # to take a training step
-    "kernels": Means(kernels=True, graphs=True),
-    "compiled": Means(compile=True, graphs=True),
-    "graphs": Means(graphs=True),
+WAYS = {  # to take a training step; the last can do the most harm
     "eager": Means(),
+    "graphs": Means(graphs=True),
+    "compiled": Means(compile=True, graphs=True),
+    "kernels": Means(kernels=True, graphs=True),
 }
 
 

@@ -115,8 +115,8 @@ def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, 
         plain, found = (_losses(config, batch, size, device, one, steps) for one in (Means(), means))
     finally:
         torch.backends.cudnn.conv.fp32_precision = allowed
-    largest = max(abs(a - b) / abs(a) for a, b in zip(plain, found))
-    if not largest <= TOLERANCE:  # nor NaN
+    largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(plain, found)]).max().item()
+    if not largest <= TOLERANCE:  # which a NaN is not either
         raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
     return Agreement(means=str(means), plain=plain, found=found, largest=largest)
 

@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
 from ablations.augment import normalise
+from bench import step
 from bench.experts import FORMS, TOLERANCE, build_form, difference
 from bench.latency import Latency, engines, measure, random_images, rows, take_turns
 from bench.peaks import Peaks, measure_peaks
@@ -33,6 +34,7 @@ from bench.training import (
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
+from model.execution import Means
 from model.presets import PRESETS, build
 from model.variants import vary
 
@@ -267,3 +269,15 @@ def test_pytest_benchmark_suite(file, tmp_path):
     assert {one["extra_info"]["engine"] for one in found} == {"onnxruntime cpu", "pytorch eager cpu"}
     assert all(one["extra_info"]["images_per_s"] > 0 for one in found)
     assert list(tmp_path.glob("histogram*.svg"))
+
+
+def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
+    config, cpu = vary(PRESETS["two_block"], "width", 0.0625), torch.device("cpu")
+    found = step.agreement(config, 2, 8, cpu, Means(), steps=3)
+    assert (found.largest, len(found.plain)) == (0, 3)
+    assert found.plain[2] < found.plain[0], "it trains"
+    for wrong in (1.01, float("nan")):
+        losses = iter([[1.0, 1.0], [1.0, wrong]])
+        monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
+        with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
+            step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
