@@ -36,7 +36,7 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -53,18 +53,18 @@ from bench import summary
 from bench.latency import LatencyRecord
 from bench.peaks import measure_peaks
 from bench.resident import measure_resident
-from bench.step import agreement, floor, profile_step
 from model.errors import InputError, invalid, unknown
 from model.execution import Means
 from model.presets import PRESETS
-from model.variants import vary
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent
 # Started in the background of a shell, a process would not notice an interrupt.
 COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ablations.cli import main; main()"
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from {} import main; sys.exit(main())"
 )
+EXPERTGRID, STEP = "ablations.cli", "bench.step"
 PACKAGES = ("expertgrid", "torch", "torchvision", "timm", "triton", "onnxruntime", "onnxruntime-gpu")
 GRACE_S = 20.0  # for a command to put down what it has, once it was interrupted
 LEAST_MEMORY = 16 * 2**30  # of the GPU, free
@@ -111,13 +111,9 @@ class Size:
 
     presets: tuple[str, ...] = (STEP_PRESET, *(n for n in PRESETS if n != STEP_PRESET and "_plain_" not in n))
     training: tuple[str, ...] = ("--batch", "128", "--steps", "100", "--rounds", "5")
-    batch: int = 128  # of the step that is profiled
-    pixels: int = 32
-    rounds: int = 5
-    steps: int = 20
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is looked into: norms in the experts, after the mix
-    agreeing: int = 10  # steps whose losses are compared with those of plain ones
-    width: float = 1.0
+    step: tuple[str, ...] = ("--batch", "128")  # and how, for `bench.step`
+    rounds: int = 5  # of the peaks
     peak_s: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)  # of each study
     networks: tuple[str, ...] = ("speed", "accuracy")
@@ -139,9 +135,10 @@ class Size:
 
 _SMALL = {"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16}
 SMOKE = Size(
-    presets=("two_block",), training=("--batch", "2", "--steps", "1", "--rounds", "1"), batch=2, pixels=8, rounds=1,
-    stepped=(STEP_PRESET,), agreeing=2, steps=1, width=0.0625, peak_s=0.01, settings=_SMALL, networks=("speed",),
-    twins=(), seeds=2,
+    presets=("two_block",), training=("--batch", "2", "--steps", "1", "--rounds", "1", "--compile", "off"),
+    rounds=1, peak_s=0.01,
+    stepped=(STEP_PRESET,), step=("--batch", "2", "--size", "8", "--width", "0.0625", "--steps", "1", "--rounds", "1"),
+    settings=_SMALL, networks=("speed",), twins=(), seeds=2,
     card={"question": "One expert or two?", "base": {"model": "two_block"}, "factors": {"experts": [1, 2]}},
     card_seeds=(2,), card_factors=("experts",), reference_seeds=(1,), served=(STEP_PRESET,), precisions=("fp32",),
     batches=(1, 2),
@@ -169,12 +166,16 @@ class Bench:
         return self.place / "work"
 
     def expertgrid(self, *arguments: object) -> str:
-        """What a command of the command line prints.
+        """What a command of the command line prints. Raises as `command` does."""
+        return self.command(EXPERTGRID, *arguments)
+
+    def command(self, module: str, *arguments: object) -> str:
+        """What the `main` of a module prints, in a process of its own: what breaks the device there ends with it.
 
         Where it is stopped, by the user or as the time is up, it is interrupted, and left a while to put down what it
         has. Raises TimeIsUp then, and InputError with its own complaint where it does not work.
         """
-        line = [sys.executable, "-c", COMMAND, *map(str, arguments)]
+        line = [sys.executable, "-c", COMMAND.format(module), *map(str, arguments)]
         place = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
         process = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True,
@@ -192,7 +193,8 @@ class Bench:
             return out  # 1: some trial or certificate failed, which the files say
         said = [one for one in err.splitlines() if one.strip()] or [f"exit status {process.returncode}"]
         errors = [one.removeprefix("error: ") for one in said if one.startswith("error: ")]
-        raise InputError(f"expertgrid {arguments[0]}: {(errors or said)[-1]}")
+        name = "expertgrid" if module == EXPERTGRID else module
+        raise InputError(f"{name} {arguments[0]}: {(errors or said)[-1]}")
 
 
 def _interrupt(process: subprocess.Popen) -> None:
@@ -226,22 +228,16 @@ def train_speed(bench: Bench) -> dict[str, Step]:
 
     The presets are trained beside the plain way to do it.
     """
-    size, on_cuda = bench.size, bench.device.type == "cuda"
-    shape = size.batch, size.pixels, bench.device
+    size, on = bench.size, ["--device", bench.device, "--format", "json"]
 
     def speed(preset: str) -> dict[str, Any]:
-        how = ["--device", bench.device, "--format", "json"]
-        return json.loads(bench.expertgrid("bench-train", preset, *size.training, *how))
+        return json.loads(bench.expertgrid("bench-train", preset, *size.training, *on))
 
     def step(preset: str, means: Means) -> dict[str, Any]:
-        config = PRESETS[preset] if size.width == 1 else vary(PRESETS[preset], "width", size.width)
-        agreed = agreement(config, *shape, means, size.agreeing)
-        profiled = profile_step(config, *shape, means, size.steps, size.rounds)
-        least = floor(config, size.batch, size.pixels, size.pixels)
-        found = {"model": preset, **profiled.model_dump(), "floor": least.model_dump()}
-        return found | {"agreement": agreed.model_dump()}
+        how = [f"--{name}" for name, used in asdict(means).items() if used]
+        return json.loads(bench.command(STEP, preset, *how, *size.step, *on))
 
-    ways = WAYS if on_cuda else {"eager": Means()}
+    ways = WAYS if bench.device.type == "cuda" else {"eager": Means()}
     steps = {
         f"step-{preset}-{name}": whole(partial(step, preset, means))
         for preset in size.stepped

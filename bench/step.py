@@ -1,4 +1,6 @@
-"""One training step: its kernels, and the floor under its time.
+"""One training step: whether it is right, its kernels, and the floor under its time.
+
+    python -m bench.step eight_block --kernels --graphs
 
 The floor is the fewest operations and bytes that a step of a network needs, whoever writes the kernels. Operations are
 those of the convolutions and matrix products, forwards and backwards, without the gradient of the images. Bytes are
@@ -10,12 +12,15 @@ mix needs one mixed map in place of the K outputs, and a block without norm none
 moments of AdamW are read and written once each in float32. Pooling, head and loss count as fused into their neighbours.
 """
 
+import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from pydantic import BaseModel
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.optim import Optimizer
@@ -24,11 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import bare_round, bare_step
 from model.compiled import blocks, compile_blocks
-from model.execution import Means
+from model.errors import InputError, unknown
+from model.execution import WORDS, Execution, Means
 from model.memory import keep_freed_memory
 from model.net import ExpertBlock, ModelConfig
-from model.presets import build
+from model.presets import PRESETS, build, network
 from model.recorded import Recorder
+from model.variants import vary
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 KERNELS = 25  # that are kept, the longest first
@@ -61,10 +68,6 @@ class StepProfile(BaseModel):
     busy_ms: float  # of a step, sum of all kernels
     launches: float  # a step, of all kernels
     kernels: list[Kernel]
-
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.step_ms)
 
 
 def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
@@ -193,3 +196,70 @@ def profile_step(
             for name, launches, us in longest
         ],
     )
+
+
+class MeasuredStep(StepProfile):
+    """All that is asked about the step of a network."""
+
+    model: str
+    floor: Floor
+    agreement: Agreement
+
+
+def measure_step(asked: argparse.Namespace, device: torch.device, means: Means) -> MeasuredStep:
+    """What the command line asks. Raises InputError where the step cannot be taken so, or its losses are wrong."""
+    config = network(asked.preset)
+    if not isinstance(config, ModelConfig):
+        raise unknown("preset", asked.preset, PRESETS)
+    config = vary(config, "width", asked.width)
+    try:
+        config.output_size(asked.size, asked.size)
+        agreed = agreement(config, asked.batch, asked.size, device, means, asked.agreeing)
+        profiled = profile_step(config, asked.batch, asked.size, device, means, asked.steps, asked.rounds)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{asked.preset}, {means}: {str(error).splitlines()[0]}") from error
+    least = floor(config, asked.batch, asked.size, asked.size)
+    return MeasuredStep(**dict(profiled), model=asked.preset, floor=least, agreement=agreed)
+
+
+def main() -> int:
+    """Exit status: 0 done, 2 the input is wrong or the step is."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
+    parser.add_argument("preset")
+    for name in WORDS:
+        parser.add_argument(f"--{name}", action="store_true", help=f"with {WORDS[name]}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
+    parser.add_argument("--width", type=float, default=1.0, help="all channels times this")
+    parser.add_argument("--steps", type=int, default=20, help="in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--agreeing", type=int, default=10, help="steps whose losses are compared with plain ones")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    asked = parser.parse_args()
+    if min(asked.batch, asked.size, asked.steps, asked.rounds, asked.agreeing) < 1:
+        parser.error("sizes and counts are from 1")
+    execution = Execution(**{name: "on" if getattr(asked, name) else "off" for name in WORDS})
+    try:
+        device = torch.device(asked.device)
+        execution.check(device)
+        found = measure_step(asked, device, Means(**{name: getattr(asked, name) for name in WORDS}))
+    except (InputError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if asked.format == "json":
+        print(found.model_dump_json(indent=1))
+        return 0
+    print(
+        f"{found.model}, batch {found.batch}, bf16, {found.means}: {statistics.median(found.step_ms):.3f} ms a step, "
+        f"kernels for {found.busy_ms:.3f} ms of it, {found.launches:.0f} launches.\n"
+        f"At the least {found.floor.flops / 1e9:,.1f} GFLOP and {found.floor.bytes / 1e9:,.3f} GB. Losses differ from "
+        f"those of plain steps, both in float32, by {found.agreement.largest:.1e} at most.\n"
+    )
+    rows = [(one.name[:60], round(one.launches, 1), round(one.us, 1), f"{one.share:.1%}") for one in found.kernels]
+    print(tabulate(rows, headers=("kernel", "launches a step", "us a step", "share"), disable_numparse=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

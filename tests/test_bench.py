@@ -281,3 +281,28 @@ def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
         monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
         with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
             step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
+
+
+def test_a_step_is_measured_from_the_command_line(monkeypatch, capsys):
+    def called(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["step", *arguments, "--device", "cpu"])
+        return step.main()
+
+    small = "--batch", "2", "--size", "8", "--width", "0.0625", "--steps", "1", "--rounds", "2"
+    assert called("two_block", *small, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["means"], len(found["step_ms"])) == ("two_block", "eager", 2)
+    assert found["floor"]["flops"] == step.floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
+    assert 0.5 < sum(kernel["share"] for kernel in found["kernels"]) <= 1.001  # the longest of them
+    assert called("two_block", *small) == 0
+    assert "Losses differ from those of plain steps, both in float32, by 0.0e+00" in capsys.readouterr().out
+    for wrong, reason in (
+        (("two_block", "--kernels"), "--kernels on: Triton kernels are for CUDA"),
+        (("speed", "--size", "4"), "leaves none"),
+        (("resnet18",), "unknown preset 'resnet18'"),
+    ):
+        assert called(*wrong) == 2
+        complaint = capsys.readouterr().err
+        assert complaint.startswith("error: ")
+        assert reason in complaint
+        assert complaint.count("\n") == 1
