@@ -30,6 +30,7 @@ from ablations.train import (
 from model.checkpoint import Checkpoint, Trained
 from model.compiled import compile_blocks
 from model.cost import cost
+from model.errors import reason_of
 from model.execution import PLAIN, WORDS, Execution, Means
 from model.recorded import Recorder
 
@@ -122,11 +123,6 @@ def _run(
     resume.unlink(missing_ok=True)
     (place / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
 
 
 def _failure(trial: Trial, error: Exception) -> Failure:

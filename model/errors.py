@@ -43,3 +43,8 @@ def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> I
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
     shown = "" if said else f", found {value!r}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
+
+
+def reason_of(error: Exception) -> str:
+    """An error of any kind in one line."""
+    return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]

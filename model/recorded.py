@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from model.errors import reason_of
+
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
 Recording = tuple[Callable[[], object], Tensors]  # what replays a step, and the tensors that it then fills
@@ -58,7 +60,9 @@ class Recorder:
         if self.refused is not None:
             return step(*given)
         key = tuple((x.shape, x.dtype) for x in given)
-        tape = self.tapes.setdefault(key, _Tape(tuple(map(torch.empty_like, given))))
+        if key not in self.tapes:
+            self.tapes[key] = _Tape(tuple(map(torch.empty_like, given)))
+        tape = self.tapes[key]
         for kept, x in zip(tape.inputs, given):
             kept.copy_(x)
         tape.done += 1
@@ -72,7 +76,7 @@ class Recorder:
             except RuntimeError as error:
                 if self.strict:
                     raise
-                self.refused = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
+                self.refused = reason_of(error)
                 return step(*given)
         tape.replay()
         return tape.outputs
