@@ -359,7 +359,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Ours, for the networks of these names: Muon, and the flips, shifts and smoothing of cifar10-airbench.
     "speed": Recipe(
-        epochs=19, batch_size=500, opt="muon", lr=0.03, weight_decay=0.4, filter_bias_and_bn=True, sched="poly",
+        epochs=19, batch_size=1000, opt="muon", lr=0.03, weight_decay=0.4, filter_bias_and_bn=True, sched="poly",
         warmup=0.1, ema_decay=0.97, smoothing=0.2, hflip=0.5, alternating_flip=True, translate=3, cutout=6,
         small_size=24,
     ),

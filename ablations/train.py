@@ -205,7 +205,19 @@ def full_fp32() -> Iterator[None]:
         _set_precision("tf32")
 
 
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Within, cuDNN chooses kernels by rule: trying them out takes seconds, which evaluation does not earn back."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 @torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for
+@untuned()
 @full_fp32()
 @torch.inference_mode()
 def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from model.errors import InputError
+from model.execution import Means
 
 MARKERS = "<!-- bench.gpu -->", "<!-- /bench.gpu -->"
 PICTURE = "summary.svg"
@@ -206,6 +208,18 @@ def cell_rows(cells: list[dict[str, Any]], reported: dict[str, str] | None = Non
         row["params"], row["MACs"] = (f"{first[name]:,}" if first else "" for name in ("parameters", "macs"))
         rows.append(row)
     return rows
+
+
+def how_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """With what the steps of all trials were taken, and how many were taken so."""
+    used = Counter(
+        str(Means(record.get("kernels", False), record.get("compiled", False), record.get("graphs", False)))
+        for cell in cells
+        for record in cell["records"]
+    )
+    return (
+        [f"Training steps: {'; '.join(f'{how} ({count} trainings)' for how, count in used.items())}."] if used else []
+    )
 
 
 def latest_study(results: Results, piece: str) -> dict[str, Any] | None:
@@ -427,16 +441,20 @@ def markdown(results: Results, picture: str) -> str:
         (
             f"Seconds of training: {results.get('fast', {}).get('data', '')}",
             cell_rows([*fast_cells(results).values()]),
-            [],
+            how_lines([*fast_cells(results).values()]),
         ),
-        (f"The card: {results.get('card', {}).get('data', '')}", cell_rows(card["cells"]) if card else [], []),
+        (
+            f"The card: {results.get('card', {}).get('data', '')}",
+            cell_rows(card["cells"]) if card else [],
+            how_lines(card["cells"]) if card else [],
+        ),
         ("What each factor of the card is worth", effect_rows(results), []),
         ("Exported files", export_rows(results), export_lines(results)),
         ("Inference", latency_rows(results), missing_lines(results)),
         (
             f"The references at full length: {results.get('references', {}).get('data', '')}",
             cell_rows(references["cells"], references["reported"]) if references else [],
-            [],
+            how_lines(references["cells"]) if references else [],
         ),
         ("Where the spread of the reports comes from: one change at a time", spread_rows(results), []),
     ]

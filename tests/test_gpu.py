@@ -72,6 +72,7 @@ def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
     assert [row["experts"] for row in card["effects"]["experts"]] == ["1", "2"]
     latency = results["inference"]["steps"]["eight_block-fp32-cpu-device"]["value"]["latencies"][0]
     assert ["onnxruntime cpu bound", "1", f"{latency['p50_ms']:.4f}"] in [row[1:4] for row in rows]
+    assert "Training steps: eager (2 trainings)." in text
     references = [row for row in rows if row[-4:-3] == ["80.68 (last epoch)"]]
     assert [row[0] for row in references] == ["two_block"]
 

@@ -117,7 +117,10 @@ def test_batches_are_whole(trial, digits):
 def test_prediction_is_the_networks_own(trial, digits):
     training = start(trial, digits)
     mean_C, std_C = torch.tensor(digits.mean), torch.tensor(digits.std)
+    tuned = []
+    training.net.register_forward_hook(lambda *_: tuned.append(torch.backends.cudnn.benchmark))
     logits_BN = predict(training.net, digits.test, mean_C, std_C)
+    assert (any(tuned), torch.backends.cudnn.benchmark) == (False, True)
     x = (digits.test.pixels_BHWC.permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
     expected = training.net.eval()(x)
     torch.testing.assert_close(logits_BN, expected, rtol=1e-4, atol=1e-5)
