@@ -142,9 +142,15 @@ def test_a_failed_trial_is_status_1_and_named(expertgrid, tiny_study):
     assert "0/1" in outcome.out
 
 
+def can_be_interrupted() -> None:
+    """Undoes what a shell does to the processes that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     tiny_study.write_text(TINY_STUDY.replace('"recipe.epochs" = 2', '"recipe.epochs" = 40'))
-    process = subprocess.Popen([*EXPERTGRID, "run", tiny_study], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    line = [*EXPERTGRID, "run", tiny_study]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=can_be_interrupted)
     trials = tmp_path / "runs" / "tiny" / "trials"
     deadline = time.monotonic() + 100
     while not list(trials.glob("*/record.json")):
@@ -198,7 +204,7 @@ engines._finish = interrupted
 cli.main()
 """
     line = [sys.executable, "-c", interrupted_in_a_finaliser, "run", tiny_study]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, preexec_fn=can_be_interrupted)
     assert "Exception ignored" in done.stderr
     assert done.returncode == 130
     assert len(list((tmp_path / "runs" / "tiny" / "trials").glob("*/record.json"))) == 1
