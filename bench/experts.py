@@ -129,13 +129,15 @@ def measure(
 ) -> list[FormSpeed]:
     """Times all forms on one random batch, channels last, under autocast to bfloat16.
 
+    The batch is in bfloat16 too, as what a block gives the next one is.
+
     Raises ValueError where a form does not compute what the loop does.
     """
     keep_freed_memory()  # as training does
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
-    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last).requires_grad_()
     few_BCHW = x_BCHW[:4].cpu()
+    x_BCHW = x_BCHW.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     ways, differences, firsts = {}, {}, {}
     for form in FORMS:
         block = build_form(form, experts, channels)

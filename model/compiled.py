@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.net import Block, ConvNormAct, ExpertBlock
+from model.wide import WideBlock, joined
 
 # Seconds: of compiling one block and what it needs, of starting the compiler, and saved at each step by each block.
 # On CPUs with matrix units: for 64 channels and batches of 128 images of 32x32 pixels.
@@ -69,7 +70,7 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
     A network of timm has none.
     """
     for child in net.children():
-        if type(child) in (ExpertBlock, ConvNormAct):
+        if type(child) in (ExpertBlock, WideBlock, ConvNormAct):
             yield child
         elif not isinstance(child, ExpertBlock | ConvNormAct):
             yield from blocks(child)
@@ -78,6 +79,7 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
 def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
     """Compiles the blocks of `net` for training on batches (B, C, H, W) like these; returns the seconds that it took.
 
+    They train in the form of `model.wide`, of which the compiler makes more (`python -m bench.experts`: chunk).
     If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one or two. On CUDA
     this is the default mode, without CUDA graphs of each block's own: `model.recorded` records the whole step.
     """
@@ -91,6 +93,8 @@ def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, ba
 
     def compile_all(net: nn.Module) -> None:
         for part in blocks(net):
+            if isinstance(part, ExpertBlock) and joined(part.config):
+                part.__class__ = WideBlock
             part.compile(dynamic=False, backend=backend)
 
     return tried(net, compile_all, batches, bfloat16)

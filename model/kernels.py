@@ -12,10 +12,8 @@ channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in fl
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from model.compiled import tried
 from model.execution import has_kernels
 from model.net import BatchNorm, ConvNormAct, ExpertBlock
+from model.wide import by_size, side_by_side
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
@@ -329,13 +328,6 @@ class WeightedSum(torch.autograd.Function):
         return gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1), dy_BFHW, dz_BFHW
 
 
-def _side_by_side(x_BCHW: Tensor, parts: Sequence[ConvNormAct]) -> Tensor:
-    """The convolutions of all parts, which have one kernel size, as one."""
-    conv = parts[0].conv
-    weight_FCkk = torch.cat([part.conv.weight for part in parts]) if len(parts) > 1 else conv.weight
-    return F.conv2d(x_BCHW, weight_FCkk, None, conv.stride, conv.padding)
-
-
 def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
     """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
     affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
@@ -356,9 +348,8 @@ class FusedBlock(ExpertBlock):
             return super().forward(x_BCHW)
         gate_BK = None if self.gate is None else self._gate(x_BCHW)
         if self.config.norm_act == "expert":
-            return _norm_act_mix(_side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
-        sizes = [list(parts) for _, parts in groupby(self.experts, lambda part: part.conv.kernel_size)]
-        maps = [_side_by_side(x_BCHW, parts) for parts in sizes]
+            return _norm_act_mix(side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
+        maps = [side_by_side(x_BCHW, parts) for parts in by_size(self)]
         return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
 
     def _gate(self, x_BCHW: Tensor) -> Tensor:
