@@ -9,8 +9,9 @@
             the compiler makes one pass over memory
 
 Each is timed eager and compiled, forwards and backwards, in turns, and has first to give the outputs and the gradients
-of the loop. On the CPU measured (AVX-512 with bfloat16, no matrix units) no other eager form beat the loop: a wide
-convolution does not make up for the memory that K outputs held at a time take. Compiled, the chunks were the fastest.
+of the loop. On the CPUs measured (bfloat16 in AVX-512, and in the matrix units of AMX) no other eager form beat the
+loop: a wide convolution does not make up for the memory that K outputs held at a time take. Compiled, the chunks were
+the fastest, 1.4 times as fast as the eager loop: the form in which blocks are compiled, `model.wide`.
 On GPUs, not measured yet, the fused form is the one with the fewest passes over memory once it is compiled.
 """
 
