@@ -31,6 +31,24 @@ STATISTICS_COLUMNS = 8  # of all tiles' statistics that a program holds at once
 
 
 @triton.jit
+def _tile_of_all(pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows and columns of a map of all images, which of them there are, and where the rows start."""
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    return rows, cols, known, (rows < pixels)[:, None] & known[None, :], rows[:, None].to(tl.int64)
+
+
+@triton.jit
+def _tile_of_one(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same of a tile within one image; first the numbers of the tile and of the image."""
+    tile, cols = tl.program_id(0), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here, known = tile // tiles_an_image, cols < channels
+    rows = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
+    inside = (rows < image)[:, None] & known[None, :]
+    return tile, here, cols, known, inside, (here.to(tl.int64) * image + rows)[:, None]
+
+
+@triton.jit
 def _tile_statistics(
     y_PF, count_T, mean_TF, square_TF, pixels, channels, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -86,11 +104,7 @@ def _mix(
     K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out = sum over k of gate_k * relu(norm(y_k))."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    known = cols < channels
-    inside = (rows < pixels)[:, None] & known[None, :]
-    row_starts = rows[:, None].to(tl.int64)
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(K):
         f = k * channels + cols
@@ -110,13 +124,7 @@ def _gradient_sums(
     channels, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """For tiles within one image each: the sums of the norm's gradient, and of the gate's in G groups of columns."""
-    tile = tl.program_id(0)
-    here = tile // tiles_an_image
-    in_image = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    known = cols < channels
-    inside = (in_image < image)[:, None] & known[None, :]
-    row_starts = (here.to(tl.int64) * image + in_image)[:, None]
+    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         f = k * channels + cols
@@ -141,11 +149,7 @@ def _gradient(
     K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the experts' outputs before the norm."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    known = cols < channels
-    inside = (rows < pixels)[:, None] & known[None, :]
-    row_starts = rows[:, None].to(tl.int64)
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         f = k * channels + cols
@@ -168,10 +172,7 @@ def _weighted_sum(
     Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out = sum over k of gate_k * map_k, where Y maps are side by side in `y` and then Z in `z`."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = (rows < pixels)[:, None] & (cols < channels)[None, :]
-    row_starts = rows[:, None].to(tl.int64)
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
     gates = gate_BK + rows // image * (Y + Z)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(Y):
@@ -191,12 +192,7 @@ def _weighted_sum_gradient(
     Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """For tiles within one image each: the gradients of the maps, and the sums of the gate's in G groups of columns."""
-    tile = tl.program_id(0)
-    here = tile // tiles_an_image
-    in_image = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = (in_image < image)[:, None] & (cols < channels)[None, :]
-    row_starts = (here.to(tl.int64) * image + in_image)[:, None]
+    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     gates = gate_BK + here * (Y + Z)
     sums = gate_sums_TGK + (tile * tl.num_programs(1) + tl.program_id(1)) * (Y + Z)
