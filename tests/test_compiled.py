@@ -114,6 +114,7 @@ def test_only_long_trainings_are_compiled():
     for kind in ("cuda", "amx"):
         assert earns(eight, 100 * 351, kind)
         assert not earns(eight, 10, kind)
+    assert not earns(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
     many = [Block(channels=8 + i) for i in range(8)]
     steps = 20_000
     assert earns(eight, steps, "cuda")
