@@ -52,8 +52,8 @@ class Means:
 class Execution:
     """What the user asked for: one of `CHOICES` for each of `WORDS`.
 
-    With "auto", CUDA devices use kernels and graphs wherever a network and an optimiser have them, as neither costs
-    more than a second or two; what the kernels leave is compiled where `compiled.earns` says so.
+    With "auto", CUDA devices use kernels and graphs wherever a network and an optimiser have them, as neither has to
+    compile a network; what the kernels leave is compiled where `compiled.earns` says so.
     """
 
     kernels: str = "auto"

@@ -3,7 +3,7 @@
 Batch statistics part what could be one pass: the statistics of the experts' outputs; then norm, ReLU and mix at once;
 backwards the sums that the norm's gradient needs; then all gradients at once. These four are the floor that
 `bench.step` counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile
-takes half a minute for each network. Where the norm is after the mix, the weighted sum is a pass before these, and one
+has to compile each network anew. Where the norm is after the mix, the weighted sum is a pass before these, and one
 after them. The experts of one kernel size are one convolution of K x C channels, whose input gradient is then summed
 within the convolution.
 
