@@ -85,8 +85,8 @@ def take_an_epoch(trial: Trial, images: ImageData) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_stay_on_the_device(recipe, images, on_meta):
-    model = recipe if recipe not in ("fast", "macro_residual") else "two_block"
-    if recipe in ("speed", "accuracy"):  # their images are made smaller by three poolings
+    model = recipe if recipe not in ("fast", "fast_muon", "macro_residual") else "two_block"
+    if recipe in ("speed", "accuracy", "fast_muon"):  # smaller by three poolings, or at first
         images = ImageData.random(train=40, height=32, width=32)
     take_an_epoch(trial_of(images, model, recipe), images)
 
