@@ -114,9 +114,9 @@ def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypa
     made_up = ImageData.random(train=128, height=32, width=32)
     monkeypatch.setattr("ablations.cli.load_data", lambda source, data_dir: made_up)
     monkeypatch.chdir(tmp_path)
-    assert expertgrid("run", study, "--dry-run").status == 0
-    small = ["--set", "recipe.epochs=1", "--set", "width=0.05", "--seeds", 1, "--device", "cpu"]
-    outcome = expertgrid("run", study, *small, "--out", "out")
+    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--set", "width=0.05", "--seeds", 1]
+    assert expertgrid("run", study, *small, "--dry-run").status == 0
+    outcome = expertgrid("run", study, *small, "--device", "cpu", "--out", "out")
     assert outcome.status == 0, outcome.err
     assert "n: seeds" in outcome.out
 

@@ -395,7 +395,7 @@ def test_every_field_changes_what_is_trained(field, digits, tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept():
-    """By the system's count of pages that were mapped, in a process of its own; the heap takes a few rounds to settle."""
+    """By the system's count of mapped pages, in a process of its own; the heap takes a few rounds to settle."""
     code = (
         "import resource, torch; from model.memory import keep_freed_memory\n"
         "def faults():\n"
