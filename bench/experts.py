@@ -2,7 +2,7 @@
 
     loop    one expert after another, added up as they come: what `model.net.ExpertBlock` does
     stack   all experts' outputs stacked, weighted and summed, as a textbook has it
-    chunk   one convolution and one batch norm of K x C channels; their chunks weighted and added up
+    chunk   one convolution and one batch norm of K x C channels; their chunks weighted and added up: `model.wide`
     sum     the same, reshaped to (B, K, C, H, W), weighted and summed over K
     einsum  the same as one contraction over K
     fused   one convolution; then norm, activation and mix as one expression of its output and its statistics, which
@@ -11,7 +11,7 @@
 Each is timed eager and compiled, forwards and backwards, in turns, and has first to give the outputs and the gradients
 of the loop. On the CPUs measured (bfloat16 in AVX-512, and in the matrix units of AMX) no other eager form beat the
 loop: a wide convolution does not make up for the memory that K outputs held at a time take. Compiled, the chunks were
-the fastest, 1.4 times as fast as the eager loop: the form in which blocks are compiled, `model.wide`.
+the fastest, 1.4 times as fast as the eager loop: the form in which blocks are compiled.
 On GPUs, not measured yet, the fused form is the one with the fewest passes over memory once it is compiled.
 """
 
@@ -30,13 +30,14 @@ from bench.peaks import synchronise
 from bench.training import TextbookBlock, in_turns
 from model.memory import keep_freed_memory
 from model.net import Block, ExpertBlock, ExpertNet, GateConfig, ModelConfig
+from model.wide import WideBlock
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
 COMPILERS = ("eager", "compiled")
 
 
-class WideBlock(nn.Module):
-    """An expert block, in training mode, whose experts are one convolution of K x C channels, and its gate.
+class ReshapedBlock(nn.Module):
+    """A block in one of the last three forms, in training mode: one convolution of K x C channels, and its gate.
 
     Its weights are copies of the block's. (B, C, H, W) to the same.
     """
@@ -57,8 +58,6 @@ class WideBlock(nn.Module):
             return self.fused(wide_BFHW, gate_BK)
         wide_BFHW = F.batch_norm(wide_BFHW, None, None, self.scale_F, self.shift_F, training=True, eps=self.eps)
         wide_BFHW = torch.relu_(wide_BFHW)
-        if self.form == "chunk":
-            return sum(gate_BK[:, k, None, None, None] * part for k, part in enumerate(wide_BFHW.chunk(self.count, 1)))
         experts_BKCHW = wide_BFHW.unflatten(1, (self.count, -1))
         if self.form == "einsum":
             return torch.einsum("bk,bkchw->bchw", gate_BK.to(experts_BKCHW.dtype), experts_BKCHW)
@@ -85,14 +84,16 @@ def build_form(form: str, experts: int, channels: int) -> nn.Module:
     config = Block(channels=channels, kernels=(3,) * experts, gate=GateConfig(kind="mlp", reduction=8))
     torch.manual_seed(0)
     block = ExpertNet(ModelConfig(in_chans=channels, layers=(config,))).layers[0]
-    if form == "loop":
+    if form == "chunk":
+        block.__class__ = WideBlock
+    if form in ("loop", "chunk"):
         return block
-    return TextbookBlock(block) if form == "stack" else WideBlock(block, form)
+    return TextbookBlock(block) if form == "stack" else ReshapedBlock(block, form)
 
 
 def gradients(block: nn.Module) -> list[Tensor]:
     """The gradients of a block in any form, the experts' joined: weights, scales, shifts; then the gate's."""
-    if isinstance(block, WideBlock):
+    if isinstance(block, ReshapedBlock):
         return block.like_the_loop()
     parts = [[e.conv.weight.grad, e.norm.weight.grad, e.norm.bias.grad] for e in block.experts]
     return [*map(torch.cat, zip(*parts)), *(parameter.grad for parameter in block.gate.parameters())]

@@ -15,6 +15,7 @@ from ablations import train as training
 from ablations.data import ImageData
 from ablations.recipe import RECIPES
 from ablations.study import Study, Trial
+from model.presets import PRESETS
 
 META = torch.device("meta")
 
@@ -48,7 +49,7 @@ class EpochIsOver(Exception):
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    return ImageData.random(train=40, height=16, width=16)
+    return ImageData.random(train=40, height=32, width=32)
 
 
 @pytest.fixture
@@ -85,9 +86,7 @@ def take_an_epoch(trial: Trial, images: ImageData) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_stay_on_the_device(recipe, images, on_meta):
-    model = recipe if recipe not in ("fast", "fast_muon", "macro_residual") else "two_block"
-    if recipe in ("speed", "accuracy", "fast_muon"):  # smaller by three poolings, or at first
-        images = ImageData.random(train=40, height=32, width=32)
+    model = recipe if recipe in PRESETS else "two_block"
     take_an_epoch(trial_of(images, model, recipe), images)
 
 
