@@ -8,7 +8,7 @@ INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 def main() -> None:
     try:
-        cli = import_module("ablations.cli")
+        cli = import_module("ablations.cli.app")
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)

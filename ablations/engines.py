@@ -11,12 +11,10 @@ from pickle import UnpicklingError
 
 import torch
 
-from ablations.data import ImageData, Split
-from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory, now, write_whole
-from ablations.study import Trial
-from ablations.train import (
+from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
+from ablations.training.data import ImageData, Split
+from ablations.training.loop import (
     Diverged,
-    Epoch,
     Training,
     TrainingError,
     batches,
@@ -27,12 +25,14 @@ from ablations.train import (
     train,
     uses_bfloat16,
 )
+from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, Trained
-from model.compiled import compile_blocks
 from model.cost import cost
 from model.errors import reason_of
-from model.execution import PLAIN, WORDS, Execution, Means
-from model.recorded import Recorder
+from model.fast.compiled import compile_blocks
+from model.fast.cuda_graphs import Recorder
+from model.fast.execution import PLAIN, WORDS, Execution, Means
+from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 RESUME_EVERY_S = 30.0  # shorter trials start anew: that costs less than writing their state
@@ -186,7 +186,7 @@ def _quickened(name: str, trial: Trial, data: ImageData, training: Training) -> 
     """
     recipe, device = trial.recipe, data.train.labels_B.device
     if name == "kernels":
-        from model.kernels import use_kernels as use  # Triton is not everywhere
+        from model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:
         use = compile_blocks
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))

@@ -8,7 +8,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote
-from ablations.study import Cell, Trial, level_name
+from ablations.study import Cell, level_name
+from ablations.training.trial import Trial
 from model.cost import cost
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)

@@ -6,8 +6,8 @@ Where a race stands follows from the records alone, so that an interrupted one g
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ablations.evidence import ALPHA, Row, judge_race, race_of, row_name
 from ablations.records import Race
+from ablations.results.evidence import ALPHA, Row, judge_race, race_of, row_name
 from ablations.study import Cell, Study
 from model.errors import InputError
 

@@ -10,7 +10,6 @@ ledger.jsonl      a line for each read of the test split, by a training or by an
 """
 
 import io
-import os
 import platform
 import shutil
 import tempfile
@@ -18,7 +17,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -30,12 +28,13 @@ import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ablations.data import ImageData
-from ablations.study import Cell, Level, Study, Trial, read_study
-from ablations.train import Epoch
+from ablations.study import Cell, Level, Study, read_study
+from ablations.training.data import ImageData
+from ablations.training.trial import Epoch, Trial
 from model.checkpoint import load
 from model.errors import InputError, invalid
-from model.execution import Means
+from model.fast.execution import Means
+from model.files import now, write_whole
 
 
 class Environment(BaseModel):
@@ -158,27 +157,6 @@ class Predictions:
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
                 raise InputError(f"{file}: damaged: {split} has arrays of the shapes {sorted(shapes)}")
         return found
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whatever interrupts it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
-def now() -> str:
-    """The time as records have it: UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Failure(BaseModel):

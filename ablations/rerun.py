@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablations.data import ImageData
 from ablations.engines import TrialFailed, run_local
 from ablations.records import Record, StudyDirectory
-from ablations.study import Trial
+from ablations.training.data import ImageData
+from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.errors import InputError
-from model.execution import Execution
+from model.fast.execution import Execution
 
 
 @dataclass(frozen=True)

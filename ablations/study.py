@@ -4,14 +4,12 @@ Studies are TOML files; those in `studies/` ship with the package. A trial is on
 its model config, recipe, data fingerprint and seed, and its id is a hash of these.
 """
 
-import hashlib
 import itertools
 import json
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -19,11 +17,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ablations.data import ImageData
-from ablations.recipe import Recipe, recipe
+from ablations.training.data import ImageData
+from ablations.training.recipe import Recipe, recipe
+from ablations.training.trial import Trial
+from model.config import ModelConfig, Network
 from model.errors import InputError, invalid, unknown
-from model.net import ModelConfig
-from model.presets import Network, build, network
+from model.presets import network
+from model.registry import build
 from model.variants import VARIANTS, vary
 
 SHIPPED = Path(__file__).parent / "studies"
@@ -166,37 +166,6 @@ class Study(BaseModel):
             for seed in range(self.seeds)
         )
         return Cell(model, levels, trials)
-
-
-class Trial(BaseModel):
-    """One training run. `model_name` and `source` say where model and data come from and are not part of its id.
-
-    Nor are fields that are as they are where not given: the next one that a recipe gets changes no id.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model_name: str
-    model: Network
-    recipe: Recipe
-    source: str
-    fingerprint: str
-    seed: int
-
-    @cached_property
-    def id(self) -> str:
-        """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
-        identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
-        identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _essence(value: object) -> object:
-    """What a config says, as JSON: its kind, and the fields that differ from their defaults."""
-    if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        return {name: _essence(one) for name, one in value if name == "kind" or one != fields[name].default}
-    return [_essence(one) for one in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

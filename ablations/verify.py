@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ablations import evidence, tables
 from ablations.records import Predictions, Record, StudyDirectory
-from ablations.study import Trial
+from ablations.results import evidence, tables
+from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.cost import cost
 from model.errors import InputError

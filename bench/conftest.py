@@ -9,7 +9,8 @@ from bench.latency import engines, read_onnx
 from export.session import PROVIDERS, check_provider
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
-from model.presets import build, network
+from model.presets import network
+from model.registry import build
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

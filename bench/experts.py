@@ -2,7 +2,7 @@
 
     loop    one expert after another, added up as they come: what `model.net.ExpertBlock` does
     stack   all experts' outputs stacked, weighted and summed, as a textbook has it
-    chunk   one convolution and one batch norm of K x C channels; their chunks weighted and added up: `model.wide`
+    chunk   one convolution and one batch norm of K x C channels; their chunks weighted and added up: `model.fast.wide`
     sum     the same, reshaped to (B, K, C, H, W), weighted and summed over K
     einsum  the same as one contraction over K
     fused   one convolution; then norm, activation and mix as one expression of its output and its statistics, which
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from bench.peaks import synchronise
 from bench.training import TextbookBlock, in_turns
-from model.memory import keep_freed_memory
-from model.net import Block, ExpertBlock, ExpertNet, GateConfig, ModelConfig
-from model.wide import WideBlock
+from model.config import Block, GateConfig, ModelConfig
+from model.fast.memory import keep_freed_memory
+from model.fast.wide import WideBlock
+from model.net import ExpertBlock, ExpertNet
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
 COMPILERS = ("eager", "compiled")

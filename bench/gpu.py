@@ -54,7 +54,8 @@ from bench.latency import LatencyRecord
 from bench.peaks import measure_peaks
 from bench.resident import measure_resident
 from model.errors import InputError, invalid, unknown
-from model.execution import Means
+from model.fast.execution import Means
+from model.files import now, write_whole
 from model.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +65,7 @@ COMMAND = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from {} import main; sys.exit(main())"
 )
-EXPERTGRID, STEP = "ablations.cli", "bench.step"
+EXPERTGRID, STEP = "ablations", "bench.step"
 PACKAGES = ("expertgrid", "torch", "torchvision", "timm", "triton", "onnxruntime", "onnxruntime-gpu")
 GRACE_S = 20.0  # for a command to put down what it has, once it was interrupted
 LEAST_MEMORY = 16 * 2**30  # of the GPU, free
@@ -461,14 +462,6 @@ def export(bench: Bench, name: str, precision: str) -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on: device, driver and versions."""
     versions = {}
@@ -588,7 +581,7 @@ def measure(name: str, bench: Bench, minutes: float, command: str) -> bool:
             print(f"error: {name}: {step}: {reason}", file=sys.stderr)
             continue
         piece.steps[step] = Measured(
-            complete=complete, finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            complete=complete, finished=now(),
             seconds=round(time.monotonic() - started, 3), environment=piece.environments.index(here), value=value,
         )  # fmt: skip
         if bench.device.type == "cuda":

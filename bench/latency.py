@@ -8,7 +8,6 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +22,8 @@ from export.session import ORT_ERRORS, check_provider, open_session
 from export.to_onnx import PixelNet
 from model.checkpoint import Trained, parse_config
 from model.errors import InputError, invalid
-from model.presets import build
+from model.files import now
+from model.registry import build
 
 Key = TypeVar("Key")
 
@@ -192,7 +192,7 @@ def measure(
                     raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
         for (i, engine), times in take_turns(runs, measure_s).items():
             latencies[i].append(Latency.of(engine, batch, times))
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    finished = now()
     return [
         LatencyRecord(
             file=path.name,

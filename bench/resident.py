@@ -21,7 +21,7 @@ from export.session import ORT_ERRORS, open_session
 from export.to_onnx import PixelNet
 from model.checkpoint import Trained, parse_config
 from model.errors import InputError, invalid
-from model.presets import build
+from model.registry import build
 
 Call = Callable[[], object]
 

@@ -28,13 +28,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import bare_round, bare_step
-from model.compiled import blocks, compile_blocks
+from model.config import ModelConfig
 from model.errors import InputError, unknown
-from model.execution import WORDS, Execution, Means
-from model.memory import keep_freed_memory
-from model.net import ExpertBlock, ModelConfig
-from model.presets import PRESETS, build, network
-from model.recorded import Recorder
+from model.fast.compiled import blocks, compile_blocks
+from model.fast.cuda_graphs import Recorder
+from model.fast.execution import WORDS, Execution, Means
+from model.fast.memory import keep_freed_memory
+from model.net import ExpertBlock
+from model.presets import PRESETS, network
+from model.registry import build
 from model.variants import vary
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
@@ -142,7 +144,7 @@ def _prepared(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     """A bare step that uses `means`. Raises what kernels or compiler raise where they do not work."""
     if means.kernels:
-        from model.kernels import use_kernels  # Triton is not everywhere
+        from model.fast.kernels import use_kernels  # Triton is not everywhere
 
         use_kernels(net, [x_BCHW], bfloat16)
     if means.compile:

@@ -19,7 +19,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from model.errors import InputError
-from model.execution import Means
+from model.fast.execution import Means
 
 MARKERS = "<!-- bench.gpu -->", "<!-- /bench.gpu -->"
 PICTURE = "summary.svg"

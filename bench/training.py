@@ -10,7 +10,7 @@ of a round starts its workers run and its first batch was there. What they prepa
 turn is dropped, or short rounds would get their images for nothing.
 
 All take turns in short rounds, so that a change of the machine's speed hits all of them; the plain way in a process of
-its own, as our training has its process keep the memory that it frees (`model.memory`).
+its own, as our training has its process keep the memory that it frees (`model.fast.memory`).
 """
 
 import copy
@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from bench.peaks import Peaks, synchronise
-from model.execution import Means
+from model.fast.execution import Means
 from model.net import ExpertBlock
 
 PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default

@@ -64,9 +64,9 @@ def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) 
     `rewrites` are those of `export.fuse`. Raises InputError for a network whose logits depend on the whole batch.
     """
     net = checkpoint.network()
-    if any(isinstance(module, Gate) and module.swapped for module in net.modules()):
+    if any(isinstance(module, Gate) and module.shuffled for module in net.modules()):
         raise InputError(
-            f"{checkpoint.trained.model}: its gates are swapped, so that an image's logits depend on others"
+            f"{checkpoint.trained.model}: its gates are shuffled, so that an image's logits depend on others"
         )
     net = fuse(net, rewrites)
     return net if kind == "float" else PixelNet(net, checkpoint.trained.mean, checkpoint.trained.std).eval()

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from model.config import ModelConfig, Network, TimmModel
 from model.errors import InputError, invalid
-from model.net import ModelConfig
-from model.presets import Network, TimmModel, build
+from model.registry import build
 
 FORMAT = "expertgrid-1"
 

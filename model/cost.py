@@ -3,7 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.presets import Network, build
+from model.config import Network
+from model.registry import build
 
 
 def cost(config: Network, height: int, width: int) -> tuple[int, int]:

@@ -1,312 +1,29 @@
-"""Soft-expert convolutional networks: the config of one, and the modules that it describes.
-
-A block runs K convolution experts on the same input and mixes their outputs with one weight per expert and image:
-
-    o = sum_k a_k * expert_k(x),    a = softmax(g(mean over H, W of x) / temperature)
+"""The modules of a soft-expert convolutional network, as its config describes them.
 
 Shapes: B images, K experts, C channels, H x W pixels, F features after pooling, N classes.
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
-
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from model.config import (
+    Block,
+    Conv,
+    Dropout,
+    GateConfig,
+    HeadConfig,
+    Layer,
+    ModelConfig,
+    NormConfig,
+    Pool,
+    Residual,
+    Whiten,
+)
 
-def _odd(kernel: int) -> int:
-    if kernel % 2 == 0:
-        raise ValueError("kernel sizes are odd, so that a padding of kernel // 2 keeps the image size")
-    return kernel
-
-
-Count = Annotated[int, Field(ge=1, le=4096, strict=True)]
-Kernel = Annotated[int, Field(ge=1, le=15, strict=True), AfterValidator(_odd)]
-Stride = Annotated[int, Field(ge=1, le=4, strict=True)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-NormAct = Literal["expert", "mix", "none"]
-
-SMALLEST_HIDDEN = 8  # a bottleneck of one or two ReLU units would often be dead from the start
 SMALLEST_VARIANCE = 5e-4  # added to the variances that whitening divides by: patches hardly vary in some directions
-
-
-class Spec(BaseModel):
-    """A part of a network as data: frozen, compared by value, and without unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class GateConfig(Spec):
-    """How the K mixing weights come from the mean of the block's input.
-
-    `linear` is one linear layer, `mlp` has hidden layers with ReLU, `uniform` is 1 / K for each expert and has no
-    parameters, `constant` is one learned weight for each expert, the same for all images. The hidden sizes are given
-    as `hidden`, or as `reduction`: one hidden layer of max(8, channels // reduction), which `ModelConfig` works out.
-
-    Two controls ask whether routing matters: a `frozen` gate stays as it starts, at random; a `swapped` one sees the
-    features of another image of the batch, the one before it. A swapped network cannot be exported.
-    """
-
-    kind: Literal["linear", "mlp", "uniform", "constant"] = "linear"
-    hidden: tuple[Count, ...] = ()
-    reduction: Count | None = None
-    temperature: float = Field(1.0, gt=0, le=1000)
-    frozen: bool = False
-    swapped: bool = False
-
-    @model_validator(mode="after")
-    def _sizes_belong_to_an_mlp(self) -> Self:
-        sizes = len(self.hidden) > 0, self.reduction is not None
-        if self.kind == "mlp" and sum(sizes) != 1:
-            raise ValueError("an mlp gate needs its hidden sizes, or a reduction, and not both")
-        if self.kind != "mlp" and any(sizes):
-            raise ValueError(f"a {self.kind} gate has no hidden layers")
-        if self.kind == "uniform" and self.temperature != 1:
-            raise ValueError("a uniform gate has no temperature")
-        if self.kind in ("uniform", "constant") and (self.frozen or self.swapped):
-            raise ValueError(f"a {self.kind} gate is the same for all images: it is not frozen or swapped")
-        return self
-
-
-class NormConfig(Spec):
-    """The batch norms of a network: how much a batch counts in the running statistics, and whether they scale.
-
-    Training in few steps needs a large momentum. Without `scale` a norm only shifts: its weight stays 1.
-    """
-
-    momentum: float = Field(0.1, gt=0, le=1)
-    scale: bool = True
-
-
-class Whiten(Spec):
-    """The stem of the CIFAR speed runs: filters that whiten the patches of the train images, and their negatives.
-
-    Only its bias is learned; `ExpertNet.fit_stem` sets the filters. It has 2 x input channels x kernel x kernel
-    channels, no padding, and an activation. (github.com/KellerJordan/cifar10-airbench; 2404.00498)
-    """
-
-    kind: Literal["whiten"] = "whiten"
-    kernel: Annotated[int, Field(ge=2, le=5, strict=True)] = 2
-
-
-class Conv(Spec):
-    """A plain convolution; with `norm_act` without bias and followed by batch norm and ReLU.
-
-    `pool` is max pooling between the convolution and its norm, which then have fewer pixels to work on.
-    """
-
-    kind: Literal["conv"] = "conv"
-    channels: Count
-    kernel: Kernel = 3
-    stride: Stride = 1
-    padding: int | None = Field(None, ge=0, le=7, validate_default=True, description="kernel // 2 where not given")
-    norm_act: bool = True
-    pool: Annotated[int, Field(ge=1, le=8, strict=True)] = 1
-
-    @field_validator("padding")
-    @classmethod
-    def _same_by_default(cls, padding: int | None, info: ValidationInfo) -> int | None:
-        return info.data["kernel"] // 2 if padding is None and "kernel" in info.data else padding
-
-
-class Block(Spec):
-    """K parallel convolution experts, one for each of `kernels`, and the gate that mixes them.
-
-    `norm_act` says where batch norm and ReLU are: in each expert, after the mix, or nowhere (experts then have a bias).
-    The experts are a set, so `kernels` is kept sorted, largest first. One expert alone needs no gate, and norm and
-    activation after "the mix" are then its own: these fields are brought to one form, so that equal networks are
-    equal configs.
-    """
-
-    kind: Literal["block"] = "block"
-    channels: Count
-    kernels: Annotated[tuple[Kernel, ...], Field(min_length=1, max_length=64)] = (3, 3, 3)
-    stride: Stride = 1
-    norm_act: NormAct = Field("expert", validate_default=True)
-    gate: GateConfig | None = Field(GateConfig(), validate_default=True)
-
-    @field_validator("kernels")
-    @classmethod
-    def _experts_are_a_set(cls, kernels: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(kernels, reverse=True))
-
-    @field_validator("norm_act")
-    @classmethod
-    def _one_expert_is_the_mix(cls, norm_act: NormAct, info: ValidationInfo) -> NormAct:
-        return "expert" if norm_act == "mix" and len(info.data.get("kernels", ())) == 1 else norm_act
-
-    @field_validator("gate")
-    @classmethod
-    def _one_expert_has_no_gate(cls, gate: GateConfig | None, info: ValidationInfo) -> GateConfig | None:
-        if len(info.data.get("kernels", ())) == 1:
-            return None
-        if gate is None:
-            raise ValueError("a block of several experts needs a gate")
-        return gate
-
-
-class Residual(Spec):
-    """A macro block: its input is added to the output of `layers`, through a 1x1 convolution where shapes differ."""
-
-    kind: Literal["residual"] = "residual"
-    layers: Annotated[
-        tuple[Annotated["Conv | Block | Residual", Field(discriminator="kind")], ...], Field(min_length=1)
-    ]
-
-    @field_validator("layers")
-    @classmethod
-    def _keep_the_size(cls, layers: tuple["Layer", ...]) -> tuple["Layer", ...]:
-        for layer in layers:
-            if isinstance(layer, Conv) and (layer.padding != layer.kernel // 2 or layer.pool > 1):
-                raise ValueError("inside a residual macro block a conv has padding kernel // 2 and no pooling")
-        return layers
-
-
-class Pool(Spec):
-    """Pooling over non-overlapping size x size windows."""
-
-    kind: Literal["pool"] = "pool"
-    op: Literal["max", "avg"] = "max"
-    size: Annotated[int, Field(ge=2, le=8)] = 2
-
-
-class Dropout(Spec):
-    """Dropout of single activations."""
-
-    kind: Literal["dropout"] = "dropout"
-    p: Probability
-
-
-Layer = Annotated[Whiten | Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
-
-
-class HeadConfig(Spec):
-    """Global pooling, hidden linear layers with ReLU, and the classifier; dropout is before the last linear layers.
-
-    `pool` is one of timm's global pools, or "" for a network that returns its feature map (`num_classes` 0). What
-    enters the classifier is multiplied by `scale`: below 1 the first steps are small and the loss starts near log N.
-    """
-
-    pool: Literal["avg", "max", "avgmax", ""] = "avg"
-    hidden: tuple[Count, ...] = ()
-    dropout: Probability = 0.0
-    scale: float = Field(1.0, gt=0, le=1000)
-
-
-class ModelConfig(Spec):
-    """A whole network. Two configs that describe the same network are equal.
-
-    Its convolutions start from Kaiming normal weights, or with `init` "dirac" as the identity on their first input
-    channels; a block's experts, of which only the first does so, and what is left start from PyTorch's default.
-    """
-
-    in_chans: Count = 3
-    num_classes: int = Field(10, ge=0, le=100_000)
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1)]
-    head: HeadConfig = HeadConfig()
-    norm: NormConfig = NormConfig()
-    init: Literal["kaiming", "dirac"] = "kaiming"
-
-    @field_validator("layers")
-    @classmethod
-    def _sizes_from_reductions(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
-        return _resolve(layers, info.data["in_chans"]) if "in_chans" in info.data else layers
-
-    @field_validator("layers")
-    @classmethod
-    def _whitens_images(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if any(isinstance(layer, Whiten) for layer in layers[1:]):
-            raise ValueError("only the first layer can be a whitening stem")
-        return layers
-
-    @model_validator(mode="after")
-    def _no_pool_no_classifier(self) -> Self:
-        if self.head.pool == "" and self.num_classes:
-            raise ValueError("a head without pooling returns the feature map: num_classes must be 0")
-        return self
-
-    def change(self, **fields) -> "ModelConfig":
-        """This config with other fields, validated again."""
-        return ModelConfig(**{**dict(self), **fields})
-
-    def blocks(self) -> Iterator[Block]:
-        """Every expert block, macro blocks opened, in order."""
-        return _blocks(self.layers)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the feature map before the head. Raises ValueError where a layer is left no pixel."""
-        for layer in self.layers:
-            size = height, width
-            height, width = (_pixels(layer, pixels) for pixels in size)
-            if min(height, width) < 1:
-                raise ValueError(f"its {layer.kind} layer gets {size[0]}x{size[1]} pixels and leaves none")
-        return height, width
-
-
-def _blocks(layers: tuple[Layer, ...]) -> Iterator[Block]:
-    for layer in layers:
-        if isinstance(layer, Block):
-            yield layer
-        elif isinstance(layer, Residual):
-            yield from _blocks(layer.layers)
-
-
-def _resolve(layers: tuple[Layer, ...], channels: int) -> tuple[Layer, ...]:
-    """The layers with each gate's `reduction` of its block's input channels written as `hidden`."""
-    resolved = []
-    for layer in layers:
-        if isinstance(layer, Residual):
-            layer = Residual(layers=_resolve(layer.layers, channels))
-        elif isinstance(layer, Block) and layer.gate is not None and layer.gate.reduction is not None:
-            hidden = max(SMALLEST_HIDDEN, channels // layer.gate.reduction)
-            gate = GateConfig(**{**dict(layer.gate), "hidden": (hidden,), "reduction": None})
-            layer = layer.model_copy(update={"gate": gate})
-        resolved.append(layer)
-        channels = out_channels(layer, channels)
-    return tuple(resolved)
-
-
-def out_channels(layer: Layer, channels: int) -> int:
-    """Channels after `layer`, given those before it."""
-    if isinstance(layer, Residual):
-        for inner in layer.layers:
-            channels = out_channels(inner, channels)
-        return channels
-    if isinstance(layer, Whiten):
-        return 2 * channels * layer.kernel**2
-    return layer.channels if isinstance(layer, Conv | Block) else channels
-
-
-def stride_of(layer: Layer) -> int:
-    """By how much `layer` divides height and width."""
-    if isinstance(layer, Residual):
-        stride = 1
-        for inner in layer.layers:
-            stride *= stride_of(inner)
-        return stride
-    if isinstance(layer, Pool):
-        return layer.size
-    if isinstance(layer, Conv):
-        return layer.stride * layer.pool
-    return layer.stride if isinstance(layer, Block) else 1
-
-
-def _pixels(layer: Layer, pixels: int) -> int:
-    if isinstance(layer, Whiten):
-        return pixels - layer.kernel + 1
-    if isinstance(layer, Conv):
-        return ((pixels + 2 * layer.padding - layer.kernel) // layer.stride + 1) // layer.pool
-    if isinstance(layer, Block):
-        return (pixels - 1) // layer.stride + 1
-    if isinstance(layer, Residual):
-        for inner in layer.layers:
-            pixels = _pixels(inner, pixels)
-        return pixels
-    return pixels // layer.size if isinstance(layer, Pool) else pixels
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -322,7 +39,7 @@ class WhiteningStem(nn.Sequential):
 
     def __init__(self, config: Whiten, in_chs: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_channels(config, in_chs), config.kernel)
+        self.conv = nn.Conv2d(in_chs, config.out_channels(in_chs), config.kernel)
         self.conv.weight.requires_grad_(False)
         self.act = nn.ReLU(inplace=True)
 
@@ -431,7 +148,7 @@ class MacroBlock(nn.Module):
     def __init__(self, config: Residual, in_chs: int, norm: NormConfig):
         super().__init__()
         self.layers = _sequence(config.layers, in_chs, norm)
-        out_chs, stride = out_channels(config, in_chs), stride_of(config)
+        out_chs, stride = config.out_channels(in_chs), config.reduction
         same = in_chs == out_chs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride)
 
@@ -459,7 +176,7 @@ def _sequence(layers: tuple[Layer, ...], channels: int, norm: NormConfig) -> nn.
     modules = []
     for layer in layers:
         modules.append(_module(layer, channels, norm))
-        channels = out_channels(layer, channels)
+        channels = layer.out_channels(channels)
     return nn.Sequential(*modules)
 
 
@@ -510,7 +227,7 @@ class ExpertNet(nn.Module):
         head = {"pool": global_pool, "dropout": drop_rate}
         self.config = cfg.change(
             **{name: value for name, value in given.items() if value is not None},
-            head=HeadConfig(**{**dict(cfg.head), **{name: v for name, v in head.items() if v is not None}}),
+            head=cfg.head.change(**{name: v for name, v in head.items() if v is not None}),
         )
         self.num_classes = self.config.num_classes
         self.grad_checkpointing = False
@@ -529,8 +246,8 @@ class ExpertNet(nn.Module):
         """timm's `feature_info`, an entry for each layer that has weights, and the channels of the last one."""
         channels, reduction, info = self.config.in_chans, 1, []
         for i, layer in enumerate(self.config.layers):
-            channels, reduction = out_channels(layer, channels), reduction * stride_of(layer)
-            if isinstance(layer, Whiten | Conv | Block | Residual):
+            channels, reduction = layer.out_channels(channels), reduction * layer.reduction
+            if layer.has_weights:
                 info.append({"num_chs": channels, "reduction": reduction, "module": f"layers.{i}"})
         return info, channels
 
@@ -551,7 +268,7 @@ class ExpertNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for `num_classes` (0: none); the layers before it keep their weights."""
         pool = self.global_pool if global_pool is None else global_pool
-        head_config = HeadConfig(**{**dict(self.config.head), "pool": pool})
+        head_config = self.config.head.change(pool=pool)
         self.config = self.config.change(num_classes=num_classes, head=head_config)
         self.num_classes = num_classes
         weight = next(self.parameters())

@@ -1,34 +1,26 @@
-"""Networks as data: the five references, registered with timm as `expertnet_<name>`.
+"""Networks as data: the five references and our own. `model.registry` registers them with timm as `expertnet_<name>`.
 
 Each reference comes from a written report on CIFAR-10. `unstated:` marks a choice that its report leaves open and that
 is ours. Unstated in all five, and chosen alike: convolutions before a batch norm have no bias, normalisation is batch
 norm with PyTorch's defaults, and weights start as `net._init_weights` says.
 """
 
-import sys
-
-import timm
-from pydantic import field_validator
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
-
-from model.errors import unknown
-from model.net import (
+from model.config import (
     Block,
     Conv,
-    Count,
     Dropout,
-    ExpertNet,
     GateConfig,
     HeadConfig,
     Layer,
     ModelConfig,
+    Network,
     NormConfig,
     Pool,
     Residual,
-    Spec,
+    TimmModel,
     Whiten,
 )
+from model.errors import unknown
 
 _SPEED = {"norm": NormConfig(momentum=0.4, scale=False), "init": "dirac", "head": HeadConfig(pool="max", scale=1 / 9)}
 
@@ -125,24 +117,6 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-class TimmModel(Spec):
-    """A network of timm, untrained, as a baseline beside ours."""
-
-    timm: str
-    in_chans: Count = 3
-    num_classes: Count = 10
-
-    @field_validator("timm")
-    @classmethod
-    def _timm_has_it(cls, name: str) -> str:
-        if not timm.is_model(name):
-            raise ValueError("timm has no model of this name")
-        return name
-
-
-Network = ModelConfig | TimmModel
-
-
 def network(name: str) -> Network:
     """The preset called `name` (with or without timm's prefix `expertnet_`), else timm's model of that name.
 
@@ -151,54 +125,8 @@ def network(name: str) -> Network:
     ours = name.removeprefix("expertnet_")
     if ours in PRESETS:
         return PRESETS[ours]
+    import timm  # only for names that are no preset: it imports torch
+
     if timm.is_model(name):
         return TimmModel(timm=name)
     raise unknown("model", name, PRESETS, ", or the name of a timm model")
-
-
-def build(config: Network) -> nn.Module:
-    """The module that `config` describes, with fresh weights from torch's global generator, in training mode."""
-    if isinstance(config, ModelConfig):
-        return ExpertNet(config)
-    return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
-
-
-def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:
-    first = config.layers[0]
-    if isinstance(first, Conv | Whiten):
-        return "layers.0.conv"
-    return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
-
-
-def _default_cfg(config: ModelConfig) -> dict:
-    return {
-        "url": "",
-        "num_classes": config.num_classes,
-        "input_size": (config.in_chans, 32, 32),
-        "pool_size": config.output_size(32, 32),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.4914, 0.4822, 0.4465),  # of CIFAR-10's train images
-        "std": (0.2470, 0.2435, 0.2616),
-        "first_conv": _first_convs(config),
-        "classifier": "head.classifier",
-    }
-
-
-default_cfgs = generate_default_cfgs({f"expertnet_{name}.untrained": _default_cfg(c) for name, c in PRESETS.items()})
-
-
-def _register(name: str, config: ModelConfig) -> None:
-    def build(pretrained: bool = False, **kwargs) -> ExpertNet:
-        features = {"out_indices": tuple(range(len(ExpertNet(config).feature_info))), "feature_cls": "getter"}
-        return build_model_with_cfg(
-            ExpertNet, f"expertnet_{name}", pretrained, model_cfg=config, feature_cfg=features, **kwargs
-        )
-
-    build.__name__ = build.__qualname__ = f"expertnet_{name}"
-    build.__doc__ = f"The reference network `{name}`; see `PRESETS`."
-    setattr(sys.modules[__name__], build.__name__, register_model(build))
-
-
-for _name, _config in PRESETS.items():
-    _register(_name, _config)

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from model.config import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Residual
 from model.cost import cost
 from model.errors import InputError
-from model.net import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Residual
 
 GATES = {
     "linear": GateConfig(kind="linear"),
@@ -24,7 +24,7 @@ GATES = {
     "constant": GateConfig(kind="constant"),
 }
 
-OWN_GATE = {"own": {}, "frozen": {"frozen": True}, "swapped": {"swapped": True}}
+OWN_GATE = {"own": {}, "frozen": {"frozen": True}, "shuffled": {"shuffled": True}}
 IMAGE = 32, 32  # pixels at which plain networks are made equal in multiply-accumulates
 
 
@@ -73,10 +73,10 @@ def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
     """Another gate: `linear`, `mlp` (one hidden layer, a reduction of 4), `uniform`, `constant`, or a `GateConfig`.
 
     A block whose gate is of the named kind keeps the one it has; blocks of one expert have none. `own` keeps all gates,
-    and `frozen` and `swapped` make these controls of them. A `GateConfig` is given as a table.
+    and `frozen` and `shuffled` make these controls of them. A `GateConfig` is given as a table.
     """
     if not isinstance(kind, dict) and kind not in [*GATES, *OWN_GATE]:
-        fields = "kind, hidden or reduction, temperature, frozen, swapped"
+        fields = "kind, hidden or reduction, temperature, frozen, shuffled"
         raise ValueError(f"accepted: {', '.join([*GATES, *OWN_GATE])}, or a table with {fields}")
 
     def change(block: Block) -> dict[str, Any]:

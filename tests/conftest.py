@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from ablations import cli
-from ablations.data import ImageData, load_data
-from ablations.records import Environment, Failure, Record, StudyDirectory, write_whole
+from ablations.cli import app as cli
+from ablations.records import Environment, Failure, Record, StudyDirectory
 from ablations.study import parse_study
-from ablations.train import Epoch
+from ablations.training.data import ImageData, load_data
+from ablations.training.trial import Epoch
+from model.files import write_whole
 
 REPOSITORY = Path(__file__).parent.parent
 CIFAR10_JPEG = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg"
@@ -146,3 +147,8 @@ def written_epochs(directory: StudyDirectory, trial: str, accuracies: list[float
             validation_accuracy=accuracy / 100, images_per_s=1.0, train_seconds=0.5, validation_seconds=0.1,
         )  # fmt: skip
         directory.append_epoch(trial, one)
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    """All files below a directory, with their content."""
+    return {str(path.relative_to(place)): path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file()}

@@ -1,0 +1,243 @@
+"""Training: one visible loop.
+
+`train` is a generator: each `next` trains one epoch and yields what came of it. Whoever drives it writes records,
+draws progress or takes the time; the loop itself knows of none of these.
+
+Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with convolutions in TF32 on CUDA devices that
+have it; what is kept of a trained network is measured in full fp32.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ablations.training.augment import normalise
+from ablations.training.data import ImageData, Split
+from ablations.training.loader import Loader, batches
+from ablations.training.recipe import Recipe
+from ablations.training.trial import Epoch, Trial
+from model.fast.cuda_graphs import Recorder
+from model.fast.memory import keep_freed_memory
+from model.net import ExpertNet
+from model.registry import build
+
+EVALUATION_BATCH = 500
+STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
+
+
+class TrainingError(RuntimeError):
+    """A trial that cannot go on; the other trials can."""
+
+
+class Diverged(TrainingError):
+    """A loss that is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+
+    def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
+        super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
+        self.step, self.epoch, self.lr = step, epoch, lr
+
+
+@dataclass
+class Training:
+    """All that changes while a trial trains."""
+
+    net: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    average: ModelEmaV3 | None = None
+    epoch: int = 0  # epochs done
+    recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated, tested and saved: the moving average where the recipe has one."""
+        return self.net if self.average is None else self.average.module
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its steps are CUDA graphs."""
+        return self.recorder is not None and self.recorder.refused is None
+
+    def state_dict(self) -> dict:
+        """Network, its average, optimiser and epochs done. The schedule and all random numbers follow from these."""
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
+        net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
+        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.epoch = state["epoch"]
+
+
+def start(trial: Trial, data: ImageData) -> Training:
+    """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
+    device = data.train.labels_B.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton starts its kernels
+    _set_precision("tf32")
+    torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
+    keep_freed_memory()
+    torch.manual_seed(trial.seed)  # weights start from torch's global generator
+    net = build(trial.model).to(device, memory_format=torch.channels_last)
+    if isinstance(net, ExpertNet):
+        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(data))
+        net.fit_stem(normalise(data.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+    optimizer = trial.recipe.optimizer(net)
+    _, steps = batches(trial.recipe, data)
+    return Training(net, optimizer, trial.recipe.scheduler(optimizer, steps), trial.recipe.average(net))
+
+
+def train(trial: Trial, data: ImageData, training: Training, workers: int | None = None) -> Iterator[Epoch]:
+    """Trains from where `training` stands to the recipe's last epoch, yielding after each.
+
+    Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
+    the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
+    Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
+    """
+    recipe, net, optimizer = trial.recipe, training.net, training.optimizer
+    device = data.train.labels_B.device
+    loader = Loader(recipe, data, trial.seed, workers)
+    batch, steps = batches(recipe, data)
+    amp = uses_bfloat16(recipe, device)
+    losses_S = torch.zeros(steps, device=device)
+
+    def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and how many images were right."""
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits_BN = net(x_BCHW)
+            loss = F.cross_entropy(logits_BN, targets, label_smoothing=recipe.smoothing)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
+
+    take = partial(training.recorder, step) if training.recorder else step
+    for epoch in range(training.epoch, recipe.epochs):
+        torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
+        correct = torch.zeros((), device=device, dtype=torch.int64)
+        rates = []
+        net.train()
+        started = seconds(device)
+        for i, images in enumerate(loader.epoch(epoch)):
+            rates.append(optimizer.param_groups[0]["lr"])
+            losses_S[i], right = take(images.x_BCHW, images.targets, images.labels_B)
+            if device.type == "cpu" and not math.isfinite(losses_S[i]):
+                break
+            correct += right
+            done = epoch * steps + i + 1
+            if training.average is not None:
+                training.average.update(net, done)
+            if training.scheduler is not None:
+                training.scheduler.step_update(done)
+        trained = seconds(device)
+        _check_finite(losses_S, epoch * steps, epoch, rates)
+        logits_BN = predict(training.result, data.validation, loader.mean_C, loader.std_C, amp)
+        validation_loss, validation_accuracy = score(logits_BN, data.validation.labels_B)
+        if not math.isfinite(validation_loss):
+            raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
+        training.epoch = epoch + 1
+        yield Epoch(
+            epoch=epoch + 1,
+            lr=optimizer.param_groups[0]["lr"],
+            train_loss=losses_S.mean().item(),
+            train_accuracy=correct.item() / (steps * batch),
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
+            images_per_s=steps * batch / (trained - started),
+            train_seconds=trained - started,
+            validation_seconds=seconds(device) - trained,
+        )
+
+
+def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[float]) -> None:
+    """Raises Diverged for the first of an epoch's losses that is not finite. Waits for the device."""
+    if not torch.isfinite(losses_S).all():
+        first = int(torch.isfinite(losses_S).logical_not().int().argmax())
+        raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, rates[first])
+
+
+def _set_precision(precision: str) -> None:
+    """ "tf32" or "ieee" for fp32 convolutions on CUDA; fp32 matrix products are always exact.
+
+    These networks spend their time in convolutions. With TF32 matrix products torch.compile, which still asks by
+    PyTorch's older names, would be refused an answer.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Convolutions are exact within, and in TF32 again afterwards."""
+    _set_precision("ieee")
+    try:
+        yield
+    finally:
+        _set_precision("tf32")
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Within, cuDNN chooses kernels by rule: trying them out takes seconds, which evaluation does not earn back."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for
+@untuned()
+@full_fp32()
+@torch.inference_mode()
+def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
+    """Logits (B, N) of all images of a split, in order, without augmentation, with the network in evaluation mode."""
+    net.eval()
+    parts = []
+    for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):
+        x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
+        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
+            parts.append(net(x_BCHW).float())
+    return torch.cat(parts)
+
+
+def mirrored(split: Split) -> Split:
+    """The split with its images mirrored left to right."""
+    return Split(split.pixels_BHWC.flip(2), split.labels_B)
+
+
+def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:
+    """Mean cross entropy in nats, and the share of images whose largest logit is their class."""
+    loss = F.cross_entropy(logits_BN, labels_B)
+    return loss.item(), (logits_BN.argmax(1) == labels_B).sum().item() / len(labels_B)
+
+
+def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the forward pass runs in bfloat16: as the recipe says, or where the device computes it natively."""
+    if recipe.amp != "auto":
+        return recipe.amp == "on"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def seconds(device: torch.device) -> float:
+    """The time, once all work queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,55 @@
+"""A trial: one training run as data, and what each of its epochs gave. Imports no torch."""
+
+import hashlib
+import json
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict
+
+from ablations.training.recipe import Recipe
+from model.config import Network
+
+
+class Trial(BaseModel):
+    """One training run. `model_name` and `source` say where model and data come from and are not part of its id.
+
+    Nor are fields that are as they are where not given: the next one that a recipe gets changes no id.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_name: str
+    model: Network
+    recipe: Recipe
+    source: str
+    fingerprint: str
+    seed: int
+
+    @cached_property
+    def id(self) -> str:
+        """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
+        identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
+        identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _essence(value: object) -> object:
+    """What a config says, as JSON: its kind, and the fields that differ from their defaults."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {name: _essence(one) for name, one in value if name == "kind" or one != fields[name].default}
+    return [_essence(one) for one in value] if isinstance(value, tuple) else value
+
+
+class Epoch(BaseModel):
+    """What one epoch gave. Accuracies are shares, losses are means in nats, times are in seconds."""
+
+    epoch: int  # from 1
+    lr: float  # after the last step
+    train_loss: float
+    train_accuracy: float  # on the augmented images, while training; under mixup, of the class with the larger share
+    validation_loss: float
+    validation_accuracy: float
+    images_per_s: float  # of training alone
+    train_seconds: float
+    validation_seconds: float

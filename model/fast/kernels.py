@@ -1,0 +1,391 @@
+"""The training pass of convolutions, norm, activation and mix on CUDA, in Triton, in few passes over memory.
+
+Batch statistics part what could be one pass: the statistics of the experts' outputs; then norm, ReLU and mix at once;
+backwards the sums that the norm's gradient needs; then all gradients at once. These four are the floor that
+`bench.step` counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile
+has to compile each network anew. Where the norm is after the mix, the weighted sum is a pass before these, and one
+after them. The experts of one kernel size are one convolution of K x C channels, whose input gradient is then summed
+within the convolution.
+
+Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels. Maps are
+channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in float32.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from model.fast.compiled import tried
+from model.fast.execution import has_kernels
+from model.fast.wide import by_size, side_by_side
+from model.net import BatchNorm, ConvNormAct, ExpertBlock
+
+TILE = 4096  # elements that a program holds of one expert's map
+MOST_COLUMNS = 128
+MOST_PROGRAMS = 512  # along the pixels, in the pass that gathers statistics
+STATISTICS_COLUMNS = 8  # of all tiles' statistics that a program holds at once
+
+
+@triton.jit
+def _tile_of_all(pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows and columns of a map of all images, which of them there are, and where the rows start."""
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    return rows, cols, known, (rows < pixels)[:, None] & known[None, :], rows[:, None].to(tl.int64)
+
+
+@triton.jit
+def _tile_of_one(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same of a tile within one image; first the numbers of the tile and of the image."""
+    tile, cols = tl.program_id(0), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here, known = tile // tiles_an_image, cols < channels
+    rows = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
+    inside = (rows < image)[:, None] & known[None, :]
+    return tile, here, cols, known, inside, (here.to(tl.int64) * image + rows)[:, None]
+
+
+@triton.jit
+def _tile_statistics(
+    y_PF, count_T, mean_TF, square_TF, pixels, channels, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Count, mean and sum of squared distances from it of STEPS x ROWS pixels, for each channel."""
+    tile = tl.program_id(0)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    count = 0.0
+    mean = tl.zeros((COLS,), tl.float32)
+    square = tl.zeros((COLS,), tl.float32)
+    for step in range(STEPS):
+        first = (tile * STEPS + step) * ROWS
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < pixels)[:, None] & known[None, :]
+        places = rows[:, None].to(tl.int64) * channels + cols[None, :]
+        y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+        more = tl.maximum(tl.minimum(pixels - first, ROWS), 0).to(tl.float32)
+        mean_here = tl.sum(y, 0) / tl.maximum(more, 1.0)
+        distance = tl.where(inside, y - mean_here[None, :], 0.0)
+        shift = mean_here - mean
+        both = count + more
+        mean += shift * (more / both)
+        square += tl.sum(distance * distance, 0) + shift * shift * (count * more / both)
+        count = both
+    tl.store(count_T + tile, count)
+    tl.store(mean_TF + tile * channels + cols, mean, mask=known)
+    tl.store(square_TF + tile * channels + cols, square, mask=known)
+
+
+@triton.jit
+def _statistics(
+    count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, channels,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of its tiles, at most ROWS."""
+    rows, cols = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
+    known = cols < channels
+    inside = (rows < tiles)[:, None] & known[None, :]
+    places = rows[:, None] * channels + cols[None, :]
+    count = tl.load(count_T + rows, mask=rows < tiles, other=0.0)[:, None]
+    means = tl.load(mean_TF + places, mask=inside, other=0.0)
+    mean = tl.sum(means * count, 0) / pixels
+    shift = means - mean[None, :]
+    square = tl.sum(tl.load(square_TF + places, mask=inside, other=0.0) + count * shift * shift, 0)
+    tl.store(mean_F + cols, mean, mask=known)
+    tl.store(rstd_F + cols, 1 / tl.sqrt(square / pixels + eps), mask=known)
+    tl.store(variance_F + cols, square / tl.maximum(pixels - 1, 1), mask=known)
+
+
+@triton.jit
+def _mix(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, out_PC, pixels, image, channels,
+    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = sum over k of gate_k * relu(norm(y_k))."""
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        slope = tl.load(scale_F + f, mask=known, other=0.0) * tl.load(rstd_F + f, mask=known, other=0.0)
+        offset = tl.load(shift_F + f, mask=known, other=0.0) - tl.load(mean_F + f, mask=known, other=0.0) * slope
+        y = tl.load(y_PF + row_starts * (K * channels) + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        act = tl.maximum(y * slope[None, :] + offset[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if GATED:
+            act *= tl.load(gate_BK + rows // image * K + k, mask=rows < pixels, other=0.0)[:, None]
+        total += act
+    tl.store(out_PC + row_starts * channels + cols[None, :], total.to(out_PC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_sums(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_PC, sums_2TF, gate_sums_TGK, image, tiles_an_image, tiles,
+    channels, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """For tiles within one image each: the sums of the norm's gradient, and of the gate's in G groups of columns."""
+    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        mean, rstd = tl.load(mean_F + f, mask=known, other=0.0), tl.load(rstd_F + f, mask=known, other=0.0)
+        scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
+        y = tl.load(y_PF + row_starts * (K * channels) + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        normed = (y - mean[None, :]) * rstd[None, :]
+        z = normed * scale[None, :] + shift[None, :]
+        dz = tl.where(z > 0, dout, 0.0)
+        if GATED:
+            place = (tile * tl.num_programs(1) + tl.program_id(1)) * K + k
+            tl.store(gate_sums_TGK + place, tl.sum(tl.sum(dz * z, 1), 0))
+            dz *= tl.load(gate_BK + here * K + k)
+        places = tile * (K * channels) + f
+        tl.store(sums_2TF + places, tl.sum(dz * normed, 0), mask=known)
+        tl.store(sums_2TF + tiles * (K * channels) + places, tl.sum(dz, 0), mask=known)
+
+
+@triton.jit
+def _gradient(
+    y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_PC, sums_2F, dy_PF, pixels, image, channels,
+    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the experts' outputs before the norm."""
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        f = k * channels + cols
+        mean, rstd = tl.load(mean_F + f, mask=known, other=0.0), tl.load(rstd_F + f, mask=known, other=0.0)
+        scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
+        dscale = tl.load(sums_2F + f, mask=known, other=0.0) / pixels
+        dshift = tl.load(sums_2F + K * channels + f, mask=known, other=0.0) / pixels
+        places = row_starts * (K * channels) + f[None, :]
+        normed = (tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+        dz = tl.where(normed * scale[None, :] + shift[None, :] > 0, dout, 0.0)
+        if GATED:
+            dz *= tl.load(gate_BK + rows // image * K + k, mask=rows < pixels, other=0.0)[:, None]
+        dy = (scale * rstd)[None, :] * (dz - dshift[None, :] - normed * dscale[None, :])
+        tl.store(dy_PF + places, dy.to(dy_PF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_sum(
+    y_PF, z_PF, gate_BK, out_PC, pixels, image, channels,
+    Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = sum over k of gate_k * map_k, where Y maps are side by side in `y` and then Z in `z`."""
+    rows, cols, known, inside, row_starts = _tile_of_all(pixels, channels, ROWS, COLS)
+    gates = gate_BK + rows // image * (Y + Z)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(Y):
+        places = row_starts * (Y * channels) + k * channels + cols[None, :]
+        gate = tl.load(gates + k, mask=rows < pixels, other=0.0)
+        total += gate[:, None] * tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(Z):
+        places = row_starts * (Z * channels) + k * channels + cols[None, :]
+        gate = tl.load(gates + Y + k, mask=rows < pixels, other=0.0)
+        total += gate[:, None] * tl.load(z_PF + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_PC + row_starts * channels + cols[None, :], total.to(out_PC.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_sum_gradient(
+    y_PF, z_PF, gate_BK, dout_PC, dy_PF, dz_PF, gate_sums_TGK, image, tiles_an_image, channels,
+    Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """For tiles within one image each: the gradients of the maps, and the sums of the gate's in G groups of columns."""
+    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
+    dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    gates = gate_BK + here * (Y + Z)
+    sums = gate_sums_TGK + (tile * tl.num_programs(1) + tl.program_id(1)) * (Y + Z)
+    for k in tl.static_range(Y):
+        places = row_starts * (Y * channels) + k * channels + cols[None, :]
+        y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + k, tl.sum(tl.sum(dout * y, 1), 0))
+        tl.store(dy_PF + places, (tl.load(gates + k) * dout).to(dy_PF.dtype.element_ty), mask=inside)
+    for k in tl.static_range(Z):
+        places = row_starts * (Z * channels) + k * channels + cols[None, :]
+        z = tl.load(z_PF + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sums + Y + k, tl.sum(tl.sum(dout * z, 1), 0))
+        tl.store(dz_PF + places, (tl.load(gates + Y + k) * dout).to(dz_PF.dtype.element_ty), mask=inside)
+
+
+def _tile(channels: int, rows: int) -> tuple[int, int]:
+    """Rows and columns of a tile of maps of so many channels, powers of two; at most about `rows` rows."""
+    columns = min(MOST_COLUMNS, triton.next_power_of_2(channels))
+    return min(max(1, TILE // columns), triton.next_power_of_2(rows)), columns
+
+
+class NormActMix(torch.autograd.Function):
+    """Batch norm, ReLU and the sum weighted by the gate, of K maps side by side.
+
+    `apply(y_BFHW, gate_BK, affine_2F, eps)` gives (B, C, H, W), and the mean and unbiased variance (F) of each channel,
+    which have no gradients. Without a gate (None) there is one expert, and no sum. `y_BFHW` is channels-last in
+    bfloat16, float16 or float32; the gate, and the norms' scale and shift `affine_2F`, are in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y_BFHW: Tensor, gate_BK: Tensor | None, affine_2F: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scale_F, shift_F = affine_2F.contiguous()
+        y_BFHW = y_BFHW.contiguous(memory_format=torch.channels_last)
+        batch, wide, height, width = y_BFHW.shape
+        experts = 1 if gate_BK is None else gate_BK.shape[1]
+        pixels, channels = batch * height * width, wide // experts
+        rows, columns = _tile(wide, pixels)
+        steps = triton.cdiv(pixels, rows * MOST_PROGRAMS)
+        tiles = triton.cdiv(pixels, rows * steps)
+        count_T = scale_F.new_empty(tiles)
+        mean_TF, square_TF = scale_F.new_empty(2, tiles, wide)
+        mean_F, rstd_F, variance_F = scale_F.new_empty(3, wide)
+        _tile_statistics[tiles, triton.cdiv(wide, columns)](
+            y_BFHW, count_T, mean_TF, square_TF, pixels, wide, STEPS=steps, ROWS=rows, COLS=columns
+        )
+        _statistics[triton.cdiv(wide, STATISTICS_COLUMNS),](
+            count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, wide,
+            ROWS=triton.next_power_of_2(tiles), COLS=STATISTICS_COLUMNS,
+        )  # fmt: skip
+        out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
+        gate_BK = None if gate_BK is None else gate_BK.contiguous()
+        rows, columns = _tile(channels, pixels)
+        _mix[triton.cdiv(pixels, rows), triton.cdiv(channels, columns)](
+            y_BFHW, mean_F, rstd_F, scale_F, shift_F, gate_BK, out_BCHW, pixels, height * width, channels,
+            K=experts, GATED=gate_BK is not None, ROWS=rows, COLS=columns,
+        )  # fmt: skip
+        ctx.save_for_backward(y_BFHW, gate_BK, scale_F, shift_F, mean_F, rstd_F)
+        ctx.mark_non_differentiable(mean_F, variance_F)
+        return out_BCHW, mean_F, variance_F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout_BCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y_BFHW, gate_BK, scale_F, shift_F, mean_F, rstd_F = ctx.saved_tensors
+        dout_BCHW = dout_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = dout_BCHW.shape
+        wide, image = y_BFHW.shape[1], height * width
+        pixels, gated = batch * image, gate_BK is not None
+        forms = {"K": wide // channels, "GATED": gated}
+        rows, columns = _tile(channels, image)
+        across, tiles_an_image = triton.cdiv(channels, columns), triton.cdiv(image, rows)
+        tiles = batch * tiles_an_image
+        sums_2TF = scale_F.new_empty(2, tiles, wide)
+        gate_sums_TGK = gate_BK.new_empty(tiles, across, gate_BK.shape[1]) if gated else None
+        known = y_BFHW, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_BCHW
+        _gradient_sums[tiles, across](
+            *known, sums_2TF, gate_sums_TGK, image, tiles_an_image, tiles, channels, **forms, ROWS=rows, COLS=columns
+        )
+        sums_2F = sums_2TF.sum(1)
+        dy_BFHW = torch.empty_like(y_BFHW)
+        rows, columns = _tile(channels, pixels)
+        _gradient[triton.cdiv(pixels, rows), across](
+            *known, sums_2F, dy_BFHW, pixels, image, channels, **forms, ROWS=rows, COLS=columns
+        )
+        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1) if gated else None
+        return dy_BFHW, dgate_BK, sums_2F, None
+
+
+class WeightedSum(torch.autograd.Function):
+    """The sum of maps weighted by the gate: `apply(gate_BK, y_BFHW, z_BFHW)`, where `z_BFHW` may be None.
+
+    The maps are side by side in one or two tensors, channels-last; what comes out is (B, C, H, W). The gate is in
+    float32.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_BK: Tensor, y_BFHW: Tensor, z_BFHW: Tensor | None) -> Tensor:
+        y_BFHW = y_BFHW.contiguous(memory_format=torch.channels_last)
+        z_BFHW = None if z_BFHW is None else z_BFHW.contiguous(memory_format=torch.channels_last)
+        gate_BK = gate_BK.contiguous()
+        batch, wide, height, width = y_BFHW.shape
+        channels = (wide + (0 if z_BFHW is None else z_BFHW.shape[1])) // gate_BK.shape[1]
+        ctx.counts = {"Y": wide // channels, "Z": gate_BK.shape[1] - wide // channels}
+        out_BCHW = torch.empty_like(y_BFHW[:, :channels], memory_format=torch.channels_last)
+        pixels = batch * height * width
+        rows, columns = _tile(channels, pixels)
+        _weighted_sum[triton.cdiv(pixels, rows), triton.cdiv(channels, columns)](
+            y_BFHW, z_BFHW, gate_BK, out_BCHW, pixels, height * width, channels, **ctx.counts, ROWS=rows, COLS=columns
+        )
+        ctx.save_for_backward(gate_BK, y_BFHW, z_BFHW)
+        return out_BCHW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        gate_BK, y_BFHW, z_BFHW = ctx.saved_tensors
+        dout_BCHW = dout_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = dout_BCHW.shape
+        rows, columns = _tile(channels, height * width)
+        across, tiles_an_image = triton.cdiv(channels, columns), triton.cdiv(height * width, rows)
+        gate_sums_TGK = gate_BK.new_empty(batch * tiles_an_image, across, gate_BK.shape[1])
+        dy_BFHW, dz_BFHW = (None if one is None else torch.empty_like(one) for one in (y_BFHW, z_BFHW))
+        _weighted_sum_gradient[batch * tiles_an_image, across](
+            y_BFHW, z_BFHW, gate_BK, dout_BCHW, dy_BFHW, dz_BFHW, gate_sums_TGK, height * width, tiles_an_image,
+            channels, **ctx.counts, ROWS=rows, COLS=columns,
+        )  # fmt: skip
+        return gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1), dy_BFHW, dz_BFHW
+
+
+def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
+    """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
+    affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
+    out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, affine_2F, norms[0].eps)
+    with torch.no_grad():
+        kept = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        found = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
+        torch._foreach_lerp_(kept, found, norms[0].momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    return out_BCHW
+
+
+class FusedBlock(ExpertBlock):
+    """An expert block that trains with the kernels of this module; it is evaluated as any other."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BCHW)
+        gate_BK = None if self.gate is None else self._gate(x_BCHW)
+        if self.config.norm_act == "expert":
+            return _norm_act_mix(side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
+        maps = [side_by_side(x_BCHW, parts) for parts in by_size(self)]
+        return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
+
+    def _gate(self, x_BCHW: Tensor) -> Tensor:
+        """The gate in float32: its matrices are small, and bringing each to another type would take longer."""
+        if self.gate.mlp is None:
+            return self.gate(x_BCHW).float()
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            return self.gate.routed(x_BCHW.mean((2, 3)).float())
+
+
+class FusedConv(ConvNormAct):
+    """A convolution with norm and activation that trains with the kernels of this module."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BCHW)
+        y_BCHW = self.conv(x_BCHW)
+        return _norm_act_mix(self.pool(y_BCHW) if hasattr(self, "pool") else y_BCHW, [self.norm])
+
+
+def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The parts of `net` that have kernels, with the classes that train with them."""
+    for child in net.children():
+        if type(child) is ConvNormAct and hasattr(child, "norm"):
+            yield child, FusedConv
+        elif type(child) is ExpertBlock and has_kernels(child.config):
+            yield child, FusedBlock
+        elif not isinstance(child, ExpertBlock | ConvNormAct):
+            yield from _with_kernels(child)
+
+
+def fuse(net: nn.Module) -> None:
+    """Has the parts of `net` that can train with kernels do so. Weights and their names stay as they are."""
+    for part, fused in list(_with_kernels(net)):
+        part.__class__ = fused
+
+
+def use_kernels(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool) -> float:
+    """Has `net` train with kernels, on batches (B, C, H, W) like these; returns the seconds that compiling them took.
+
+    They are 0 where no part of it has kernels. Where compiling fails the error is raised and `net` is as it was.
+    """
+    return tried(net, fuse, batches, bfloat16) if any(_with_kernels(net)) else 0.0

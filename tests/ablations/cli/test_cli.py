@@ -1,0 +1,445 @@
+"""The command line, as a user calls it."""
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import CIFAR10_JPEG, TINY_STUDY, snapshot
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ablations.records import StudyDirectory
+from export.certificate import BOUNDS, Bound
+
+EXPERTGRID = [sys.executable, "-c", "from ablations.cli.app import main; main()"]
+
+
+def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
+    outcome = expertgrid("run", tiny_study, "--device", "cpu")
+    assert outcome.status == 0
+    assert outcome.out.startswith("Two experts or one?\n")
+    assert "Reads of the test split: 6 (" in outcome.out
+    assert "trial 6/6 two_block experts=2 gate=mlp seed 1: val" in outcome.err
+    study = tmp_path / "runs" / "tiny"
+    assert len(list((study / "trials").iterdir())) == 6
+    assert (study / "accuracy.svg").read_text().count("<svg") == 1
+    before = snapshot(study / "trials")
+
+    again = expertgrid("run", tiny_study, "--device", "cpu")
+    assert again.out == outcome.out
+    assert "6 trials, 6 of them done before" in again.err
+    assert snapshot(study / "trials") == before
+
+
+def test_a_question_is_text_and_no_markup(expertgrid, tiny_study, trained_study, tmp_path):
+    shutil.copytree(trained_study, tmp_path / "runs" / "other")
+    question = "Is $a_{ better than [/b] [bold]c[/bold] :smile:?"
+    tiny_study.write_text(TINY_STUDY.replace("Two experts or one?", question))
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--out", "runs/[x]")
+    assert outcome.status == 0, outcome.err
+    assert question in outcome.out
+    assert question in outcome.err
+    assert "6 trials, 6 of them done before; runs/[x]" in outcome.err
+
+
+def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_study, tmp_path):
+    shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
+    tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
+    outcome = expertgrid("run", tiny_study, "--device", "cpu")
+    assert outcome.status == 0
+    assert "10 trials, 6 of them done before" in outcome.err
+
+
+def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, tmp_path):
+    shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
+    other = tmp_path / "other.toml"
+    other.write_text(TINY_STUDY.replace("[1, 2]", "[2]").replace("Two", "Again: two"))
+    outcome = expertgrid("run", other, "--device", "cpu")
+    assert "4 trials, 4 of them done before" in outcome.err
+    assert "Reads of the test split: 4 (4 at the end of a training" in outcome.out
+
+
+def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "width=0.125", "--set", "recipe.epochs=1", "--seeds", 1, "--device", "cpu"]
+    outcome = expertgrid("run", *small)
+    assert outcome.status == 0, outcome.err
+    study = tmp_path / "runs" / "quickstart"
+    best = onnx.load(study / "export" / "model-uint8.onnx").metadata_props
+    trial = next(prop.value for prop in best if prop.key == "trial")
+    assert f"trial {trial}, " in outcome.out
+    assert "fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
+    assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
+    assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
+    rows = json.loads(expertgrid("table", study, "--format", "json").out)
+    assert len(rows) == 10
+    assert len([row for row in rows if row["latency ms"]]) == 1
+    assert f", trial {trial}." in outcome.out
+    assert outcome.out.splitlines()[-1] == "runs/quickstart/report.html"
+    verified = expertgrid("verify", study)
+    assert (verified.status, verified.err) == (0, ""), verified.out
+
+
+def test_dry_run_shows_and_writes_nothing(expertgrid, tiny_study, tmp_path):
+    before = snapshot(tmp_path)
+    outcome = expertgrid("run", tiny_study, "--dry-run")
+    assert outcome.status == 0
+    assert "6 different trials in runs/tiny; nothing was trained or written." in outcome.out
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("study", ["quickstart", "card", "references"])
+def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypatch):
+    """On images of CIFAR-10's size that are made up, and networks that are cut to size."""
+    from ablations.training.data import ImageData
+
+    made_up = ImageData.random(train=128, height=32, width=32)
+    monkeypatch.setattr("ablations.cli.app.load_data", lambda source, data_dir: made_up)
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--set", "width=0.05", "--seeds", 1]
+    assert expertgrid("run", study, *small, "--dry-run").status == 0
+    outcome = expertgrid("run", study, *small, "--device", "cpu", "--out", "out")
+    assert outcome.status == 0, outcome.err
+    assert "n: seeds" in outcome.out
+
+
+@pytest.mark.skipif(not CIFAR10_JPEG.is_dir(), reason="the JPEG copies of CIFAR-10 are not here")
+def test_references_dry_run_on_real_images(expertgrid, tmp_path):
+    outcome = expertgrid("run", "references", "--data", f"parquet:{CIFAR10_JPEG}", "--dry-run", "--out", tmp_path / "o")
+    assert outcome.status == 0
+    assert "Data: cifar10-jpeg: 45,000 train" in outcome.out
+    assert "15 different trials" in outcome.out
+
+
+def test_a_failed_trial_is_status_1_and_named(expertgrid, tiny_study):
+    tiny_study.write_text(
+        TINY_STUDY.replace("[1, 2]", "[2]").replace('gate = ["linear", "mlp"]', '"recipe.lr" = [0.01, 100.0]')
+        + "\n".join(("", ""))
+    )
+    settings = ["--set", "recipe.opt=sgd", "--set", "norm_act=none", "--seeds", 1, "--device", "cpu"]
+    outcome = expertgrid("run", tiny_study, *settings)
+    assert outcome.status == 1
+    assert "failed: two_block experts=2 recipe.lr=100.0 seed 0" in outcome.err
+    assert "Failed: " in outcome.out
+    assert "0/1" in outcome.out
+
+
+def can_be_interrupted() -> None:
+    """Undoes what a shell does to the processes that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
+    tiny_study.write_text(TINY_STUDY.replace('"recipe.epochs" = 2', '"recipe.epochs" = 40'))
+    line = [*EXPERTGRID, "run", tiny_study]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=can_be_interrupted)
+    trials = tmp_path / "runs" / "tiny" / "trials"
+    deadline = time.monotonic() + 100
+    while not list(trials.glob("*/record.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("error: stopped; what was finished is kept")
+    done = len(list(trials.glob("*/record.json")))
+    assert 1 <= done < 6
+    outcome = expertgrid("run", tiny_study, "--device", "cpu")
+    assert outcome.status == 0
+    assert f"6 trials, {done} of them done before" in outcome.err
+
+
+def test_an_interrupt_while_it_starts_is_one_line():
+    interrupted_import = """
+import sys
+from ablations.__main__ import main
+
+class Interrupted:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", interrupted_import], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: stopped\n")
+
+
+def test_an_interrupt_that_python_drops_stops_the_study(tiny_study, tmp_path):
+    interrupted_in_a_finaliser = """
+import signal
+from ablations.cli import app as cli
+from ablations import engines
+
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+finish = engines._finish
+
+def interrupted(*arguments):
+    Finalised()
+    return finish(*arguments)
+
+engines._finish = interrupted
+cli.main()
+"""
+    line = [sys.executable, "-c", interrupted_in_a_finaliser, "run", tiny_study]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, preexec_fn=can_be_interrupted)
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == 130
+    assert len(list((tmp_path / "runs" / "tiny" / "trials").glob("*/record.json"))) == 1
+
+
+def test_table_formats(expertgrid, trained_study):
+    rows = json.loads(expertgrid("table", trained_study, "--format", "json").out)
+    assert [row["n"] for row in rows] == [2, 2, 2]
+    for row, flat in zip(rows, csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out))):
+        assert float(flat["test acc %"]) == row["test acc %"]["mean"]
+    assert expertgrid("table", trained_study, "--format", "github").out.startswith("| experts ")
+    assert r"\toprule" in expertgrid("table", trained_study, "--format", "latex").out
+    assert expertgrid("table", trained_study).out.startswith("experts ")
+
+
+def test_table_by_factor_and_of_several_studies(expertgrid, trained_study, tmp_path):
+    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)
+    assert [(row["experts"], row["cells"]) for row in by] == [("1", 2), ("2", 2)]
+    shutil.copytree(trained_study, tmp_path / "other")
+    rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)
+    assert [row["study"] for row in rows] == ["tiny"] * 3 + ["other"] * 3
+
+
+def test_export_of_a_study_and_of_a_checkpoint(expertgrid, trained_study, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    outcome = expertgrid("export", study, "--input", "float")
+    assert outcome.status == 0, outcome.err
+    assert (study / "export" / "model-float.onnx").exists()
+    checkpoint = next((study / "trials").glob("*/model.safetensors"))
+    outcome = expertgrid("export", checkpoint, "--out", tmp_path / "mine.onnx")
+    assert outcome.status == 0, outcome.err
+    assert sorted(path.name for path in tmp_path.glob("mine*")) == ["mine.certificate.json", "mine.md", "mine.onnx"]
+
+
+def test_every_precision_with_certificate_and_card(expertgrid, trained_study, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    outcome = expertgrid("export", study, "--precision", "all", "--outputs", "logits,gates", "--no-fuse")
+    lines = outcome.out.splitlines()
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines] == [
+        "model-uint8.onnx", "model-uint8-fp16.onnx", "model-uint8-int8.onnx",
+    ]  # fmt: skip
+    passed = {line.split(": ")[0] for line in lines if "agrees with PyTorch" in line}
+    assert str(study / "export" / "model-uint8.onnx") in passed
+    for file in map(Path, passed):
+        assert file.exists()
+        certificate = file.with_suffix(".certificate.json").read_bytes()
+        assert json.loads(certificate)["passed"]
+        metadata = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
+        assert metadata["expertgrid.certificate"] == hashlib.sha256(certificate).hexdigest()
+        assert "## Limits" in file.with_suffix(".md").read_text()
+    assert "3 to certify an export" in expertgrid("table", study).out
+
+
+def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    assert expertgrid("export", study, "--prune-gates", "0.0").status == 0
+    file = study / "export" / "model-uint8-pruned.onnx"
+    assert expertgrid("bench", file, "--batch", "1", "--json", tmp_path / "latency.json").status == 0
+    assert json.loads((tmp_path / "latency.json").read_text())["pruned"]
+    assert "latency ms" not in expertgrid("table", study).out
+    image = tmp_path / "digit.png"
+    Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0].numpy()).save(image)
+    rows = json.loads(expertgrid("predict", file, image, "--top", 10, "--format", "json").out)
+    assert [row["image"] for row in rows] == [str(image)] * 10
+    assert sum(row["probability"] for row in rows) == pytest.approx(1)
+    outcome = expertgrid("show-model", file, "--picture", tmp_path / "graph.svg")
+    assert "images: uint8 batch×8×8×1" in outcome.out
+    assert (tmp_path / "graph.svg").read_text().count("<svg") == 1
+
+
+def test_a_model_that_disagrees_is_not_published(expertgrid, trained_study, tmp_path, monkeypatch):
+    nothing = Bound(logit_difference=0.0, argmax_flips=0, accuracy_loss=0.0)
+    monkeypatch.setitem(BOUNDS, "fp32", nothing)
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    outcome = expertgrid("export", study)
+    assert outcome.status == 1
+    assert "fp32 DOES NOT agree" in outcome.out
+    names = sorted(path.name for path in (study / "export").iterdir())
+    assert names == ["model-uint8.rejected.certificate.json", "model-uint8.rejected.onnx"]
+
+
+def test_bench_prints_and_keeps_what_it_measured(expertgrid, trained_study, tmp_path, monkeypatch):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    assert expertgrid("export", study).status == 0
+    file = study / "export" / "model-uint8.onnx"
+    outcome = expertgrid("bench", file, "--batch", "2", "--format", "json", "--json", tmp_path / "record.json")
+    assert [row["engine"] for row in json.loads(outcome.out)] == ["onnxruntime cpu", "pytorch eager cpu"]
+    assert (tmp_path / "record.json").read_bytes() == (study / "bench" / "model-uint8-cpu.json").read_bytes()
+    table = expertgrid("table", study).out
+    assert "latency ms" in table
+    assert "Latency: median of ONNX Runtime at batch 2, cpu" in table
+
+
+def test_bench_train(expertgrid):
+    arguments = ["two_block", "--batch", 4, "--steps", 1, "--rounds", 2, "--device", "cpu", "--compile", "off"]
+    speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
+    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["plain_s"]) == speed["rounds"] == 2
+    assert speed["ratio"] == pytest.approx(np.mean(np.divide(speed["plain_s"], speed["loop_s"])))
+    rate, peak = speed["images_per_s"], speed["device_peak_flops"]
+    assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
+    assert min(rate, peak, speed["plain_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0
+    assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
+    assert speed["peak_memory_bytes"] >= 0
+    assert multiprocessing.active_children() == []
+
+
+def test_lists(expertgrid):
+    models = {row["model"]: row for row in json.loads(expertgrid("list", "models", "--format", "json").out)}
+    assert models["mixed_kernel"] == {
+        "model": "mixed_kernel",
+        "blocks": 7,
+        "K": "6",
+        "gate": "mlp",
+        "params": 7_676_660,
+        "MACs at 32x32": 547_548_672,
+    }
+    assert "fast" in expertgrid("list", "recipes").out
+    assert "references" in expertgrid("list", "studies").out
+    assert "parquet:DIR" in expertgrid("list", "data").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstrat"], "unknown study 'quickstrat'; did you mean 'quickstart'?"),
+        (["run", "--data", "digit"], "unknown data source 'digit'; did you mean 'digits'?"),
+        (["run", "--data", "folder:none"], "there is no directory none"),
+        (["run", "--seeds", "0"], "seeds: input should be greater than or equal to 1, found 0"),
+        (["run", "--seeds", "many"], "Invalid value for '--seeds'"),
+        (["run", "--set", "recipe.epoch=1"], "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
+        (["run", "--set", "recipe.epochs=0"], "recipe.epochs: input should be greater than 0, found 0"),
+        (["run", "--set", "recipe.epochs"], "PATH=VALUE is needed"),
+        (["run", "--set", "experts=3"], "experts is a factor, with levels [1, 2, 4], and is set as well"),
+        (["run", "--set", "expert=3"], "unknown name in study quickstart: 'expert'; did you mean 'experts'?"),
+        (["run", "--device", "gpu"], "unknown device 'gpu'"),
+        (["run", "--sets", "x=1"], "No such option: --sets"),
+        (["run", "--out", "full"], "--out full: is not empty, and holds no study"),
+        (["run", "--out", "tiny"], "--out tiny: holds another study"),
+        (["table", "full"], "full: not a study directory"),
+        (["table", "tiny", "--format", "md"], "unknown format 'md'"),
+        (["table", "tiny", "--by", "expert"], "unknown factor of tiny: 'expert'; did you mean 'experts'?"),
+        (["table"], "Missing argument 'DIR...'"),
+        (["export", "full"], "full: not a study directory"),
+        (["export", "none.safetensors"], "none.safetensors: there is no such checkpoint"),
+        (["export", "broken.safetensors"], "broken.safetensors: not a safetensors file, or a damaged one"),
+        (["export", "other.safetensors"], "other.safetensors: weights of another config"),
+        (["export", "tiny", "--input", "uint"], "unknown input 'uint'; did you mean 'uint8'?"),
+        (["export", "tiny", "--out", "full"], "--out full: the name of an .onnx file is needed"),
+        (["export", "tiny", "--precision", "fp8"], "unknown precision 'fp8'. Accepted: fp32, fp16, int8, all"),
+        (["export", "tiny", "--outputs", "logits,gate"], "unknown output 'gate'; did you mean 'gates'?"),
+        (["export", "tiny", "--provider", "cpu,gpu"], "unknown provider 'gpu'"),
+        (["export", "tiny", "--prune-gates", "2"], "Invalid value for '--prune-gates'"),
+        (["predict", "none.onnx", "x.png"], "none.onnx: cannot be read"),
+        (["predict", "full/notes.txt", "x.png"], "full/notes.txt: not an ONNX file"),
+        (["show-model", "none.onnx"], "none.onnx: cannot be read"),
+        (["show-model", "none.onnx", "--picture", "x.png"], "--picture x.png: the name of an .svg file"),
+        (["bench", "none.onnx"], "none.onnx: cannot be read"),
+        (["bench", "full/notes.txt"], "full/notes.txt: not an ONNX file"),
+        (["bench", "none.onnx", "--provider", "cudaa"], "unknown provider 'cudaa'; did you mean 'cuda'?"),
+        (["bench", "none.onnx", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
+        (["bench", "none.onnx", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
+        (["bench", "none.onnx", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
+        (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
+        (["run", "--compile", "of"], "unknown choice of --compile 'of'; did you mean 'off'?"),
+        (["bench-train", "--rounds", "0"], "Invalid value for '--rounds'"),
+        (["bench-train", "eight_blok"], "unknown model 'eight_blok'; did you mean 'eight_block'?"),
+        (["list", "model"], "unknown list 'model'; did you mean 'models'?"),
+        (["runn"], "No such command 'runn'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_touched(
+    expertgrid, arguments, message, trained_study, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained_study, "tiny")
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    Path("broken.safetensors").write_bytes(b"broken")
+    with safe_open(next(Path("tiny").rglob("model.safetensors")), "pt") as file:
+        save_file({"weight": torch.zeros(1)}, "other.safetensors", file.metadata())
+    before = snapshot(tmp_path)
+    outcome = expertgrid(*arguments)
+    assert outcome.status == 2
+    assert message in outcome.complaint
+    assert outcome.out == ""
+    assert snapshot(tmp_path) == before
+
+
+def test_a_provider_that_is_not_here_is_an_error(expertgrid, trained_study, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    assert expertgrid("export", study).status == 0
+    outcome = expertgrid("bench", study / "export" / "model-uint8.onnx", "--provider", "cuda")
+    assert outcome.status == 2
+    assert "provider 'cuda'" in outcome.complaint
+
+
+def test_export_checks_the_data(expertgrid, trained_study, tmp_path):
+    trial = next((trained_study / "trials").iterdir()) / "model.safetensors"
+    if CIFAR10_JPEG.is_dir():
+        outcome = expertgrid("export", trial, "--data", f"parquet:{CIFAR10_JPEG}", "--out", tmp_path / "x.onnx")
+        assert outcome.status == 2
+        assert "are not what" in outcome.complaint
+
+
+def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, digits, tmp_path):
+    from ablations.study import load_study
+
+    study = load_study(str(tiny_study))
+    with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):
+        code = "from ablations.cli.app import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, "run", tiny_study], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "another process is writing this study" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_is_no_error(trained_study, unbuffered):
+    command = " ".join(f"'{part}'" for part in EXPERTGRID)
+    line = f"PYTHONUNBUFFERED={unbuffered} {command} table '{trained_study}' | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(expertgrid, arguments):
+    outcome = expertgrid(*arguments)
+    assert outcome.status == 0
+    for command in (
+        "run",
+        "table",
+        "verify",
+        "rerun",
+        "export",
+        "predict",
+        "show-model",
+        "bench",
+        "bench-train",
+        "list",
+    ):
+        assert f"\n  {command} " in outcome.out

@@ -1,0 +1,104 @@
+"""Gate diagnostics, against numbers worked out by hand, scikit-learn's, and a trained network's own gate."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import mutual_info_score
+
+from ablations.records import StudyDirectory
+from ablations.results.gates import (
+    block_gate,
+    collapsed,
+    entropy,
+    mean_by_class,
+    mutual_information,
+    predict_watched,
+)
+from ablations.training.loop import normalise, score
+from model.checkpoint import load
+from model.net import Gate
+
+HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+
+
+def test_entropy_of_rows():
+    weights_BK = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.25, 0.125, 0.125]])
+    assert entropy(weights_BK).tolist() == [0, 2, 1, 1.75]
+
+
+def test_means_by_class():
+    means_NK = mean_by_class(np.array([[1.0, 0], [0.5, 0.5], [0, 1]]), np.array([0, 0, 2]), 3)
+    np.testing.assert_array_equal(means_NK, [[0.75, 0.25], [np.nan, np.nan], [0, 1]])
+    np.testing.assert_array_equal(mean_by_class(np.array([1.0, 3, 5]), np.array([0, 0, 1]), 2), [2, 5])
+
+
+@pytest.mark.parametrize(
+    ("labels", "bits"),
+    [([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.0), ([0, 0, 0, 1], 0.3112781244591328)],
+)  # the last: H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
+def test_mutual_information_by_hand(labels, bits):
+    assert mutual_information(HARD_BK, np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
+
+
+def test_mutual_information_of_soft_weights_by_hand():
+    # p(expert, class) is 0.4, 0.1, 0.1, 0.4: 2 bits less that entropy, 1.7219
+    weights_BK = np.array([[0.8, 0.2], [0.2, 0.8]])
+    assert mutual_information(weights_BK, np.array([0, 1]), 2) == pytest.approx(0.2780719051126377)
+    uniform_BK = np.full((4, 2), 0.5)
+    assert mutual_information(uniform_BK, np.array([0, 0, 1, 1]), 2) == pytest.approx(0, abs=1e-12)
+
+
+def test_mutual_information_of_hard_assignments_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    experts_B, labels_B = rng.integers(4, size=500), rng.integers(10, size=500)
+    experts_B[labels_B < 3] = 1
+    found = mutual_information(np.eye(4)[experts_B], labels_B, 10)
+    assert found == pytest.approx(mutual_info_score(experts_B, labels_B) / np.log(2))
+
+
+def test_its_bias_is_as_stated():
+    rng = np.random.default_rng(0)
+    found = [mutual_information(np.eye(4)[rng.integers(4, size=400)], np.arange(400) % 10, 10) for _ in range(100)]
+    assert np.mean(found) == pytest.approx(3 * 9 / (2 * 400 * np.log(2)), rel=0.1)
+
+
+def test_collapsed_is_below_a_tenth_of_an_equal_share():
+    assert collapsed(np.array([0.5, 0.024, 0.451, 0.025])) == (1,)
+    assert collapsed(np.full(4, 0.25)) == ()
+
+
+def test_block_gate():
+    gate = block_gate("layers.1", HARD_BK, np.array([0, 0, 1, 1]), 2)
+    assert (gate.entropy, gate.most_entropy, gate.information, gate.collapsed) == (0, 1, 1, ())
+    assert gate.mean_NK.tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(ValueError, match=r"layers\.1: gate weights must be shares"):
+        block_gate("layers.1", HARD_BK * 2, np.array([0, 0, 1, 1]), 2)
+
+
+def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
+    directory = StudyDirectory(trained_study)
+    trial = next(cell.trials[0] for cell in directory.plan.cells if cell.levels["experts"] == 2)
+    checkpoint, before = load(directory.checkpoint(trial)), directory.test_reads()
+    logits_BN, weights = predict_watched(checkpoint, digits.validation)
+
+    loss, accuracy = score(torch.from_numpy(logits_BN), digits.validation.labels_B)
+    record = directory.record(trial)
+    assert (loss, accuracy) == pytest.approx((record.validation_loss, record.validation_accuracy))
+    net = checkpoint.network()
+    assert weights.keys() == {name.removesuffix(".gate") for name, m in net.named_modules() if isinstance(m, Gate)}
+    for weights_BK in weights.values():
+        assert weights_BK.shape == (len(digits.validation), 2)
+        np.testing.assert_allclose(weights_BK.sum(1), 1, rtol=1e-6)
+    x_BCHW = normalise(
+        digits.validation.pixels_BHWC.permute(0, 3, 1, 2),
+        torch.tensor(checkpoint.trained.mean),
+        torch.tensor(checkpoint.trained.std),
+    )
+    first, block = next((name, m) for name, m in net.named_modules() if hasattr(m, "experts") and hasattr(m, "gate"))
+    inputs = []
+    block.register_forward_hook(lambda module, taken, given: inputs.append(taken[0]))
+    with torch.no_grad():
+        net(x_BCHW)
+        expected_BK = block.gate(inputs[0])
+    np.testing.assert_allclose(weights[first], expected_BK, rtol=1e-4)
+    assert directory.test_reads() == before

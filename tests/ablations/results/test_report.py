@@ -1,0 +1,441 @@
+"""The report: what it says on studies made by hand, of any size, and what a browser makes of a trained one."""
+
+import ast
+import json
+import re
+import shutil
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
+from ablations.results import plots, report
+from ablations.results.evidence import Row
+from ablations.results.findings import Examined, Mistake, find, leads, pareto, ranking, worst
+from ablations.results.gates import block_gate
+from ablations.results.stats import class_accuracies
+from model.errors import InputError
+
+HOSTILE = "<script>alert('1')</script>"
+HERE = Environment(device="cpu", threads=2, python="3.11", versions={"torch": "2.15.0"})
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def record_of(trial: str, seed: int, accuracy: float, macs: int = 1000, epochs: int = 3) -> Record:
+    return Record(
+        trial=trial, seed=seed, validation_accuracy=accuracy, validation_loss=1 - accuracy, validation_images=10**6,
+        test_accuracy=accuracy - 0.01, test_loss=1.1 - accuracy, test_images=10**6, parameters=macs // 10, macs=macs,
+        epochs=epochs, images_per_s=1000.0, train_seconds=1.0, bfloat16=False, environment=HERE,
+        finished="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+
+
+def write_study(path: Path, factors: dict[str, list], scores_LS: np.ndarray, epochs: int = 3, **fields: str) -> Path:
+    """A study directory with these validation accuracies: nan for a trial that is not finished."""
+    given = {"question": "Which?", "source": "digits", "data": "digits: many images", "design": "factorial"} | fields
+    scores_CS = scores_LS.reshape(-1, scores_LS.shape[-1])
+    levels = [dict(zip(factors, place)) for place in np.ndindex(*map(len, factors.values()))]
+    cells, path = [], Path(path)
+    (path / "trials").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, (places, scores_S) in enumerate(zip(levels, scores_CS)):
+        trials = [f"{number:08x}{seed:04x}" for seed in range(len(scores_S))]
+        chosen = {name: factors[name][place] for name, place in places.items()}
+        cells.append({"model_name": "two_block", "levels": chosen, "trials": trials})
+        for seed, (trial, score) in enumerate(zip(trials, scores_S)):
+            (path / "trials" / trial).mkdir()
+            if np.isnan(score):
+                continue
+            kept = record_of(trial, seed, score, macs=1000 * (number + 1), epochs=epochs)
+            (path / "trials" / trial / "record.json").write_text(kept.model_dump_json())
+            lines = [
+                json.dumps({
+                    "epoch": epoch + 1, "lr": 0.1, "train_loss": 2 / (epoch + 1), "train_accuracy": score,
+                    "validation_loss": 2.1 / (epoch + 1), "validation_accuracy": score + noise, "images_per_s": 1e3,
+                    "train_seconds": 1.0, "validation_seconds": 0.1,
+                })
+                for epoch, noise in enumerate(rng.normal(0, 0.01, epochs))
+            ]  # fmt: skip
+            (path / "trials" / trial / "epochs.jsonl").write_text("\n".join(lines) + "\n")
+            with (path / "ledger.jsonl").open("a") as ledger:
+                ledger.write(json.dumps({"time": kept.finished, "trial": trial, "reader": "training", "images": 1000}))
+                ledger.write("\n")
+    toml = "".join(f"{json.dumps(name)} = {json.dumps(of)}\n" for name, of in factors.items())
+    (path / "study.toml").write_text(
+        f"question = {json.dumps(given['question'])}\ndesign = '{given['design']}'\nseeds = {scores_CS.shape[1]}\n"
+        f"[base]\ndata = {json.dumps(given['source'])}\n[factors]\n{toml}"
+    )
+    (path / "plan.json").write_text(json.dumps({"data": given["data"], "source": given["source"], "cells": cells}))
+    return path
+
+
+@pytest.fixture
+def two_by_two(tmp_path) -> Path:
+    """Four cells of three seeds: four experts are better by 10 points, the gate does nothing much."""
+    noise = np.array([0.0, 0.004, -0.003])
+    scores = np.array([[0.80 + noise, 0.801 + noise[::-1]], [0.90 + noise / 2, 0.903 + noise]])
+    return write_study(tmp_path / "study", {"experts": [1, 4], "gate": ["linear", "mlp"]}, scores)
+
+
+class Page(HTMLParser):
+    """What a test asks of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for found, attributes in self.tags if found == tag]
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def page_of(path: Path) -> Page:
+    return Page(report.html(find(StudyDirectory(path))))
+
+
+def check_accessible_and_whole(page: Page) -> None:
+    assert len(page.all("h1")) == 1
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(title.get("scope") in ("col", "row") for title in page.all("th"))
+    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert all(link["href"].startswith(("#", "data:")) for tag in ("a", "link") for link in page.all(tag))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link["href"] for link in page.all("a")} <= {f"#{name}" for name in ids}
+    assert [one.get("type") for one in page.all("script")] == ["application/json", None]
+
+
+# --- Statistics of its own ---
+
+
+def rows_of(scores_CS) -> list[Row]:
+    return [
+        Row("s", f"m{c}", {}, [f"{c}{s}" for s in range(len(scores_S))],
+            [record_of(f"{c}{s}", s, score) for s, score in enumerate(scores_S)], {}, None, "")
+        for c, scores_S in enumerate(scores_CS)
+    ]  # fmt: skip
+
+
+def test_of_two_cells_the_lead_has_the_p_of_their_t_test():
+    rows = ranking(rows_of([[0.80, 0.81, 0.82], [0.84, 0.86, 0.88]]))
+    (one,) = leads(rows[0], rows)
+    assert (rows[0].model, one.row.model) == ("m1", "m0")
+    assert one.contrast.mean == pytest.approx(5)
+    assert one.p == pytest.approx(1 - np.sqrt(75 / 77))  # differences 4, 5, 6: t is sqrt(75), with 2 degrees of freedom
+    assert one.better
+
+
+def test_leads_pay_for_the_choice_and_a_race_has_none():
+    rows = ranking(rows_of([[0.80, 0.84, 0.82], [0.84, 0.86, 0.88], [0.10, 0.11, 0.13], [0.11, 0.10, 0.12]]))
+    found = leads(rows[0], rows)
+    assert found[0].p == pytest.approx(
+        4 / 2 * (1 - np.sqrt(12 / 14))
+    )  # the largest p of its family: Holm's factor is 1
+    assert [one.better for one in found] == [False, True, True]
+    assert [one.p for one in leads(rows[0], rows, sequential=True)] == [None] * 3
+
+
+def test_the_best_of_equal_cells_is_rarely_found_better():
+    rng = np.random.default_rng(0)
+    studies, found = 300, 0
+    for _ in range(studies):
+        rows = ranking(rows_of(0.8 + 0.01 * rng.normal(size=(6, 4))))
+        found += any(one.better for one in leads(rows[0], rows))
+    assert found / studies < 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
+
+
+def test_pareto_front():
+    assert pareto([3, 1, 2, 2, 4], [0.9, 0.5, 0.5, 0.7, 0.9]) == [1, 3, 0]
+    assert pareto([1, 1], [0.5, 0.6]) == [1]
+    assert pareto([], []) == []
+
+
+def test_worst_mistakes_come_first():
+    logits_BN = np.array([[0.0, 5.0], [2.0, 0.0], [0.0, 1.0], [0.0, 0.5]])
+    pixels_BHWC = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+    found = worst(logits_BN, np.array([0, 0, 0, 1]), pixels_BHWC, ["cat", "dog"])
+    assert [int(one.pixels_HWC[0, 0, 0]) for one in found] == [0, 2]
+    assert (found[0].truth, found[0].taken) == ("cat", "dog")
+    assert found[0].loss == pytest.approx(np.log1p(np.exp(5)))
+    assert found[0].probability == pytest.approx(1 / (1 + np.exp(-5)))
+
+
+# --- What it says ---
+
+
+def test_it_answers_with_what_is_decided(two_by_two):
+    page = page_of(two_by_two)
+    check_accessible_and_whole(page)
+    assert "Best on validation is experts 4, gate mlp: 90.33" in page.text
+    assert "undecided against the runner-up, experts 4, gate linear" in page.text
+    assert "12 trials were planned: 12 finished." in page.text
+    assert "The study directory" not in page.text
+    assert "The checkpoint of trial 000000030001 is not in the study directory." in page.text
+    assert "fewer than two cells have a measured latency" in page.text
+    assert f"expertgrid rerun {two_by_two} 000000000000" in page.text
+    alts = [image["alt"] for image in page.all("img")]
+    assert any(alt.startswith("Main effects: experts 1 to 4: +10.09") for alt in alts)
+    assert any(alt.startswith("Interactions: experts 1 to 4, with gate linear to mlp") for alt in alts)
+
+
+def test_of_one_seed_it_says_that_nothing_is_decided(tmp_path):
+    path = write_study(tmp_path / "one", {"experts": [1, 2]}, np.array([[0.8], [0.9]]))
+    page = page_of(path)
+    check_accessible_and_whole(page)
+    assert "cannot be said: one seed has no interval" in page.text
+    assert "Each cell has one seed: there are no intervals and no verdicts" in page.text
+    assert "undecided (equivalent" in page.text
+
+
+def test_one_at_a_time(tmp_path):
+    scores = np.array([[0.80, 0.81, 0.82], [0.91, 0.92, 0.925], [0.80, 0.82, 0.81]])
+    path = write_study(tmp_path / "one", {"experts": [1, 2, 4]}, scores)
+    plan = json.loads((path / "plan.json").read_text())
+    plan["cells"][0]["levels"] = {"experts": None}
+    (path / "plan.json").write_text(json.dumps(plan))
+    (path / "study.toml").write_text(
+        "question = 'Which?'\ndesign = 'one_at_a_time'\nseeds = 3\n[factors]\nexperts = [2, 4]"
+    )
+    alts = [image["alt"] for image in page_of(path).all("img")]
+    assert any(alt.startswith("Main effects: experts base to 2: +10.83") for alt in alts)
+
+
+def test_missing_diverged_and_failed_trials_are_counted_and_named(tmp_path):
+    scores = np.array([[0.8, 0.81], [np.nan, 0.9], [np.nan, np.nan]])
+    path = write_study(tmp_path / "holes", {"experts": [1, 2, 4]}, scores)
+    diverged = Failure(kind="diverged", error="the loss is nan", traceback="", time="", step=7, epoch=1, lr=0.1)
+    StudyDirectory(path).write_failure("000000010000", diverged)
+    page = page_of(path)
+    check_accessible_and_whole(page)
+    assert "6 trials were planned: 3 finished, 1 diverged, 2 not finished." in page.text
+    assert "experts 2, trial 000000010000: diverged: the loss is nan" in page.text
+    assert "experts 4, trial 000000020001: not finished" in page.text
+    assert "3 trials are missing or failed" in page.text
+    assert f"expertgrid run {path}/study.toml --out {path}" in page.text
+
+
+def test_a_study_without_a_finished_trial(tmp_path):
+    page = page_of(write_study(tmp_path / "none", {"experts": [1, 2]}, np.full((2, 2), np.nan)))
+    check_accessible_and_whole(page)
+    assert "No trial is finished, so there is no answer yet." in page.text
+
+
+def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
+    (two_by_two / "bench").mkdir()
+    for number, p50 in ((0, 0.5), (3, 2.5)):
+        latency = {
+            "file": f"{number}.onnx", "trial": f"{number:08x}0000", "provider": "cpu", "threads": 2, "finished": "1",
+            "latencies": [{"engine": "onnxruntime cpu", "batch": 1, "p50_ms": p50}],
+        }  # fmt: skip
+        (two_by_two / "bench" / f"{number}.json").write_text(json.dumps(latency))
+    alts = [image["alt"] for image in page_of(two_by_two).all("img")]
+    assert any("Test accuracy against measured latency, ms (median, batch 1)" in alt for alt in alts)
+
+
+def test_the_confusion_matrix_needs_no_checkpoint_and_no_data(two_by_two):
+    labels = np.array([0, 1, 1, 2])
+    kept = Predictions(labels, labels, np.array([0, 1, 2, 2]), labels)
+    (two_by_two / "trials" / "000000030001" / "predictions.npz").write_bytes(kept.to_bytes())
+    page = page_of(two_by_two)
+    assert "3 of 4 test images are on the diagonal" in page.text
+    assert "1 taken for 2: 1" in page.text
+
+
+def test_every_string_of_a_user_is_escaped(tmp_path):
+    scores = np.array([[0.8, 0.81], [0.9, 0.92]])
+    fields = {"question": HOSTILE, "source": f"folder:{HOSTILE}", "data": HOSTILE}
+    path = write_study(tmp_path / "<script>name", {"model": ["two_block", HOSTILE.replace("/", "")]}, scores, **fields)
+    found = find(StudyDirectory(path))
+    classes = (HOSTILE, "<b>", "a & b")
+    confusion_NN = np.array([[3, 1, 0], [0, 2, 0], [1, 0, 4]])
+    gate = block_gate("layers.1", np.full((6, 2), 0.5), np.arange(6) % 3, 3)
+    examined = Examined(
+        found.best, "trial", classes, confusion_NN, "test", class_accuracies(confusion_NN),
+        [Mistake(np.zeros((2, 2, 3), np.uint8), HOSTILE, "<b>", 0.9, 2.0)], 1, 6, [gate], found.best, "trial", {},
+    )  # fmt: skip
+    html = report.html(replace(found, examined=examined))
+    page = Page(html)
+    check_accessible_and_whole(page)
+    assert "<script>alert" not in html
+    assert "<script>name" not in html
+    assert not page.all("b")
+    for text in (HOSTILE, f"folder:{HOSTILE}", f"is {HOSTILE}"):
+        assert text in page.text
+    for picture in (
+        picture for section in report.pictures(replace(found, examined=examined)).values() for picture in section
+    ):
+        assert b"<script" not in plots.save(picture.draw())
+
+
+def test_of_many_classes_some_are_named():
+    labels_B = np.arange(400) % 100
+    gate = block_gate("layers.1", np.random.default_rng(0).dirichlet(np.ones(4), 400), labels_B, 100)
+    names = [f"a class with the number {n}" for n in range(100)]
+    for figure in (
+        plots.gate_figure(gate, names),
+        plots.entropy_figure([gate], names),
+        plots.confusion_figure(np.eye(100, dtype=int) * 4, names),
+    ):
+        assert len(plots.save(figure)) < 300_000
+
+
+# --- As a command ---
+
+
+def test_command_writes_the_report_and_the_figures(expertgrid, two_by_two, tmp_path):
+    outcome = expertgrid("report", two_by_two)
+    assert (outcome.status, outcome.out.split()) == (0, [str(two_by_two / "report.html")])
+    first = (two_by_two / "report.html").read_bytes()
+    assert expertgrid("report", two_by_two).status == 0
+    assert (two_by_two / "report.html").read_bytes() == first
+
+    outcome = expertgrid("report", two_by_two, "--format", "pdf-figures", "--out", tmp_path / "figures")
+    assert outcome.status == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    assert {"accuracy.pdf", "main-effects.pdf", "differences.pdf", "curves-1.pdf", "cost.pdf"} <= files.keys()
+    assert all(content.startswith(b"%PDF") for content in files.values())
+    assert expertgrid("report", two_by_two, "--format", "png-figures").status == 0
+    assert (two_by_two / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["trials/000000000001/record.json", "trials/000000030001/epochs.jsonl", "ledger.jsonl", "plan.json", "study.toml"],
+)
+def test_a_damaged_file_is_named_in_one_line(expertgrid, two_by_two, damaged):
+    file = two_by_two / damaged
+    file.write_bytes(file.read_bytes()[:-25] + b"\xff")
+    outcome = expertgrid("report", two_by_two)
+    assert outcome.status == 2
+    assert str(file) in outcome.complaint
+    assert not (two_by_two / "report.html").exists()
+
+
+def test_wrong_options(expertgrid, two_by_two, tmp_path):
+    for arguments, words in {
+        ("--format", "doc"): "html, pdf-figures, png-figures",
+        ("--out", tmp_path): "an .html file",
+        ("--format", "png-figures", "--out", two_by_two / "plan.json"): "the name of a directory",
+    }.items():
+        outcome = expertgrid("report", two_by_two, *arguments)
+        assert (outcome.status, words in outcome.complaint) == (2, True)
+    assert expertgrid("report", tmp_path / "nothing").status == 2
+
+
+def test_a_thousand_trials_of_a_hundred_epochs(tmp_path):
+    rng = np.random.default_rng(0)
+    factors = {"experts": [1, 2, 3, 4, 6], "kernel": [1, 3, 5, 7], "cutout": list(range(10))}
+    scores_LS = 0.9 + rng.normal(0, 0.01, (5, 4, 10, 1)) + rng.normal(0, 0.005, (5, 4, 10, 5))
+    path = write_study(tmp_path / "large", factors, scores_LS, epochs=100)
+    started = time.process_time()
+    html = report.html(find(StudyDirectory(path)))
+    assert time.process_time() - started < 10
+    assert len(html.encode()) < 5_000_000
+    page = Page(html)
+    check_accessible_and_whole(page)
+    assert "The 6 cells that are best on validation, of 200" in page.text
+    assert "The 24 best of 200 cells" in page.text
+
+
+# --- On a trained study ---
+
+
+def test_of_a_trained_study_it_shows_gates_and_mistakes_and_reads_no_test_image(trained_study, tmp_path, monkeypatch):
+    directory = StudyDirectory(trained_study)
+    before = directory.test_reads()
+    found = find(directory)
+    one = found.examined
+    record = directory.record(one.trial)
+    assert one.missing == {}
+    assert one.wrong == pytest.approx((1 - record.validation_accuracy) * record.validation_images)
+    assert one.confusion_split == "test"
+    assert np.trace(one.confusion_NN) == pytest.approx(record.test_accuracy * record.test_images)
+    assert [gate.experts for gate in one.gates] == [2] * len(one.gates) != []
+    check_accessible_and_whole(Page(report.html(found)))
+    assert directory.test_reads() == before
+
+
+def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp_path):
+    path = shutil.copytree(trained_study, tmp_path / "elsewhere")
+    plan = json.loads((path / "plan.json").read_text())
+    for source, words in {
+        f"folder:{tmp_path}/gone": "The images are not available on this machine",
+        "digits": "no longer has the images that this study was trained on",
+    }.items():
+        (path / "plan.json").write_text(json.dumps(plan | {"source": source}))
+        for config in path.glob("trials/*/config.json"):
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"fingerprint": "other"}))
+        page = page_of(path)
+        assert page.text.count(words) == 2  # gates and mistakes; the confusion matrix is of kept predictions
+    with pytest.raises(InputError, match="--data-dir is for cifar"):
+        find(StudyDirectory(path), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group dev")
+    with sync_api.sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        found = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.exists() else None)
+        if found is None:
+            pytest.skip("no Chromium on this machine: apt-get install chromium, or playwright install chromium")
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        started = playwright.chromium.launch(executable_path=found, args=flags)
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_in_a_browser(browser, trained_study, tmp_path, width):
+    file = tmp_path / "report.html"
+    file.write_text(report.html(find(StudyDirectory(trained_study))))
+    said, requests = [], []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    assert said == []
+    assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+
+    def column(title: str) -> list[str]:
+        titles = [text.strip() for text in page.locator("#cells thead th").all_inner_texts()]
+        rows = page.locator("#cells tbody tr:visible")
+        return [rows.nth(i).locator("th, td").nth(titles.index(title)).inner_text() for i in range(rows.count())]
+
+    accuracies = [float(text.split()[0]) for text in column("val acc %")]
+    title = page.locator("#cells thead th", has_text="val acc %")
+    for order, expected in (("ascending", sorted(accuracies)), ("descending", sorted(accuracies, reverse=True))):
+        title.locator("button").click()
+        assert title.get_attribute("aria-sort") == order
+        assert [float(text.split()[0]) for text in column("val acc %")] == expected
+    page.get_by_label("Only rows with").fill("mlp")
+    assert column("gate") == ["mlp"]
+    assert page.locator("output").inner_text() == f"1 of {len(accuracies)} rows"
+    assert said == []
+    page.close()
+
+
+def test_matplotlib_is_loaded_only_to_draw():
+    body = ast.parse((REPOSITORY / "ablations" / "results" / "plots.py").read_text()).body
+    assert not [
+        node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
+    ]

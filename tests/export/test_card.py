@@ -1,0 +1,141 @@
+"""Model cards: what the caller gave is in them as it is, and the code in them runs."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.card import card, escaped
+from export.certificate import Certificate, certify
+from export.graph import Description, describe
+from export.to_onnx import example, served, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.config import Block, Conv, ModelConfig
+from model.errors import InputError
+from model.registry import build
+
+CLASSES = ("a cat", "b_dog*", "<c> | `d`")
+GIVEN = {
+    "data_name": "my_data",
+    "network": {"experts": 3, "gate": "linear", "residual": False},
+    "data": {"Source": "folder:/data/my_data", "train images": 1293},
+    "recipe": {"epochs": 8, "rate": 0.01, "augment": ["flip", "cutout 8"]},
+    "table_row": [("n", "3"), ("test acc %", "98.61 ± 1.73")],
+}
+
+
+@pytest.fixture(scope="module", params=[("uint8", 3), ("float", 3), ("float", 1)], ids=lambda p: f"{p[0]} {p[1]}")
+def made(request) -> tuple[Checkpoint, str, bytes]:
+    kind, channels = request.param
+    torch.manual_seed(0)
+    config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
+    trained = Trained(
+        trial="abc", model="two_block", data="folder:/data/my_data", classes=CLASSES, image_size=(6, 8),
+        mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
+    )  # fmt: skip
+    checkpoint = Checkpoint(config, trained, build(config).state_dict())
+    return checkpoint, kind, to_onnx(checkpoint, kind)
+
+
+@pytest.fixture(scope="module")
+def file(made) -> Description:
+    return describe(made[2], "runs/study/export/model.onnx")
+
+
+@pytest.fixture(scope="module")
+def certificate(made) -> Certificate:
+    checkpoint, kind, model = made
+    return certify(model, served(checkpoint, kind), example(checkpoint, kind, 9).numpy(), np.arange(9) % 3)
+
+
+def section(text: str, title: str) -> str:
+    return re.search(rf"^## {title}\n\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_what_was_given_is_in_the_card(file, certificate):
+    text = card(file, certificate, **GIVEN)
+    assert text.startswith("# two\\_block on my\\_data\n")
+    assert "3 classes of 6x8 images" in text
+    assert section(text, "The network") == (
+        "- Preset or timm model: two\\_block\n- experts: 3\n- gate: linear\n- residual: false\n\n"
+    )
+    assert "- train images: 1,293\n" in section(text, "What it was trained on")
+    assert '- augment: \\["flip", "cutout 8"\\]\n' in section(text, "How it was trained")
+    assert re.search(r"\| 3 +\| 98.61 ± 1.73 +\|", section(text, "Results"))
+    assert "half of the 95% interval" in section(text, "Results")
+    assert str(file.inputs[0]) in section(text, "The file")
+    assert f"{file.macs:,}" in section(text, "The file")
+    assert "logits: float32 batch×3" in section(text, "The file")
+    assert str(certificate) in section(text, "Agreement with PyTorch")
+    assert certificate.sha256 in section(text, "Agreement with PyTorch")
+    assert "did not pass" not in text
+    assert "JPEG" not in text
+
+
+def test_latency(file, certificate):
+    rows = [{"batch": 1, "engine": "onnxruntime cpu", "p50 ms": 0.053}, {"batch": 64, "engine": "x|y", "p50 ms": None}]
+    measured = section(card(file, certificate, **GIVEN, latency=rows), "Latency")
+    assert re.search(r"\| 1 +\| onnxruntime cpu +\| 0.053 +\|", measured)
+    assert re.search(r"\| 64 +\| x\\\|y +\| +\|", measured)
+    assert "expertgrid bench" not in measured
+    missing = section(card(file, certificate, **GIVEN), "Latency")
+    assert missing == "Not measured. This measures it:\n\n```sh\nexpertgrid bench model.onnx\n```\n\n"
+
+
+def test_limits(file, certificate):
+    text = card(file, certificate, **GIVEN | {"data_name": "cifar10-jpeg"})
+    limits = section(text, "Limits")
+    assert len(limits.splitlines()) == 5
+    for words in ("6x8 pixels", "3 classes", "not calibrated", "test split of cifar10-jpeg", "as a JPEG"):
+        assert words in limits
+
+
+def test_a_file_that_did_not_pass(file, certificate):
+    failed = certificate.model_copy(update={"passed": False})
+    assert "**The file did not pass its comparison**" in card(file, failed, **GIVEN)
+
+
+def test_nothing_stated(file, certificate):
+    text = card(file, certificate, data_name="digits", network={}, data={}, recipe={}, table_row=[])
+    assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
+
+
+def test_names_are_escaped(file, certificate):
+    text = card(file, certificate, **GIVEN | {"data": {"a|b\n# c": "<script>_x_</script>\n## No"}})
+    assert "- a\\|b \\# c: \\<script\\>\\_x\\_\\</script\\> \\#\\# No\n" in text
+    assert "a cat, b\\_dog\\*, \\<c\\> \\| \\`d\\`." in text
+    assert escaped("![x](y) a\\b 10 000 $1 & ~2~") == "\\!\\[x\\](y) a\\\\b 10 000 \\$1 \\& \\~2\\~"
+    assert len(re.findall("^#", text, re.MULTILINE)) == 10  # the card's own
+
+
+def test_many_classes(file, certificate):
+    names = "[" + ", ".join(f'"c{i}"' for i in range(1234)) + "]"
+    many = file.model_copy(update={"metadata": file.metadata | {"classes": names}})
+    text = card(many, certificate, **GIVEN)
+    assert "c99 and 1,134 more, which are in the metadata." in text
+    assert "c100" not in text
+
+
+@pytest.mark.parametrize("name", ["model.onnx", 'it\'s a "```" model.onnx'])
+def test_the_code_runs(made, certificate, name, tmp_path, monkeypatch, capsys):
+    checkpoint, kind, model = made
+    channels = checkpoint.config.in_chans
+    (tmp_path / name).write_bytes(model)
+    pixels = np.random.default_rng(1).integers(256, size=(6, 8, channels), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    text = card(describe(model, f"anywhere/{name}"), certificate, **GIVEN)
+    code = re.search(r"^(```+)python\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)[2]
+    variables: dict = {}
+    exec(code, variables)
+    expected = served(checkpoint, "uint8")(torch.from_numpy(pixels[None])).detach().numpy()
+    np.testing.assert_allclose(variables["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().out == f"{CLASSES[expected.argmax()]}\n"
+
+
+def test_files_that_are_not_ours(file, certificate):
+    foreign = file.model_copy(update={"metadata": {}})
+    with pytest.raises(InputError, match="model.onnx: its metadata has no 'expertgrid.input'"):
+        card(foreign, certificate, **GIVEN)

@@ -1,0 +1,199 @@
+"""Export: ONNX Runtime and the certificate agree with PyTorch, and a wrong model is caught."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+import torch
+
+from export.certificate import BATCHES, BOUNDS, Agreement, Certificate, certify, mcnemar
+from export.session import open_session
+from export.to_onnx import example, served, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
+from model.errors import InputError
+from model.registry import build
+
+TRAINED = Trained(
+    trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.3, 0.4),
+)  # fmt: skip
+EVERYTHING = ModelConfig(
+    num_classes=3,
+    layers=(
+        Conv(channels=4),
+        Block(channels=6, kernels=(5, 3, 1), gate=GateConfig(kind="mlp", reduction=2, temperature=2.0)),
+        Residual(layers=(Block(channels=8, norm_act="mix", stride=2), Block(channels=8, norm_act="none"))),
+        *(Pool(op="avg"), Dropout(p=0.1)),
+        Block(channels=8, gate=GateConfig(kind="uniform")),
+        Block(channels=8, gate=GateConfig(kind="constant")),
+        Block(channels=8, kernels=(3,)),
+        Pool(),
+    ),
+    head=HeadConfig(hidden=(12,), dropout=0.2),
+)
+
+
+def trained_a_little(config) -> Checkpoint:
+    """A checkpoint whose batch norms have seen images, so that they do something."""
+    torch.manual_seed(0)
+    net = build(config)
+    for _ in range(3):
+        net(torch.randn(16, 3, 8, 10) * 2 + 1)
+    return Checkpoint(config, TRAINED, net.state_dict())
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return trained_a_little(EVERYTHING)
+
+
+@pytest.fixture(scope="module", params=["uint8", "float"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, kind) -> bytes:
+    return to_onnx(checkpoint, kind)
+
+
+def labels(count: int) -> np.ndarray:
+    return np.arange(count) % 3
+
+
+def test_onnx_runtime_agrees_at_each_batch_size(checkpoint, kind, model):
+    certificate = certify(model, served(checkpoint, kind), example(checkpoint, kind, 150).numpy(), labels(150))
+    assert certificate.passed
+    assert [agreement.batch for agreement in certificate.agreements] == list(BATCHES) == [1, 2, 7, 64]
+    assert max(agreement.largest_difference for agreement in certificate.agreements) < 1e-5
+    assert "fp32 agrees with PyTorch on 150 test images at batch sizes 1, 2, 7, 64 (cpu)" in str(certificate)
+
+
+def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
+    images = example(checkpoint, kind, 3)
+    (logits_BN,) = onnx.reference.ReferenceEvaluator(onnx.load_from_string(model)).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits_BN), served(checkpoint, kind)(images), rtol=1e-4, atol=1e-5)
+
+
+def test_uint8_input_is_the_normalised_float_input(checkpoint):
+    pixels_BHWC = example(checkpoint, "uint8", 5)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (TRAINED.mean, TRAINED.std))
+    floats_BCHW = (pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std
+    sessions = [open_session(to_onnx(checkpoint, kind), "cpu", "model") for kind in ("uint8", "float")]
+    logits = [s.run(None, {"images": x.numpy()})[0] for s, x in zip(sessions, (pixels_BHWC, floats_BCHW))]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_interface_of_the_file(kind, model):
+    session = open_session(model, "cpu", "model")
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    shape, dtype = {"uint8": ([8, 10, 3], "tensor(uint8)"), "float": ([3, 8, 10], "tensor(float)")}[kind]
+    assert (given.name, given.type, given.shape[1:]) == ("images", dtype, shape)
+    assert (made.name, made.shape[1:]) == ("logits", [3])
+    assert given.shape[0] == made.shape[0] == "batch"
+
+
+def test_nodes_name_their_modules_and_no_path_of_this_machine(model):
+    keys = {prop.key for node in onnx.load_from_string(model).graph.node for prop in node.metadata_props}
+    assert keys == {"pkg.torch.onnx.name_scopes"}
+    assert b".py" not in model
+
+
+def test_metadata(kind, model):
+    found = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
+    assert json.loads(found["classes"]) == ["a", "b", "c"]
+    assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
+    assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
+    assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
+    assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
+
+
+def test_a_timm_model_is_exported():
+    checkpoint = trained_a_little(TimmModel(timm="resnet10t", num_classes=3))
+    model = to_onnx(checkpoint, "uint8")
+    images = example(checkpoint, "uint8", 20).numpy()
+    assert certify(model, served(checkpoint, "uint8"), images, labels(20)).passed
+
+
+def test_another_networks_model_fails_its_certificate(checkpoint):
+    model = to_onnx(checkpoint, "uint8")
+    other = trained_a_little(EVERYTHING)
+    other.weights["head.classifier.weight"][0] += 0.5
+    certificate = certify(model, served(other, "uint8"), example(checkpoint, "uint8", 64).numpy(), labels(64))
+    assert not certificate.passed
+    assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
+    assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
+
+
+@pytest.mark.parametrize(
+    ("change", "precision", "passed"),
+    [(2e-5, "fp32", True), (2e-4, "fp32", False), (np.nan, "fp32", False), (np.inf, "fp16", False)],
+)
+def test_the_bound_is_applied(checkpoint, change, precision, passed):
+    model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
+    bias = next(one for one in model.graph.initializer if one.name.endswith("head.classifier.bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[:1] += np.float32(change)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    images = example(checkpoint, "uint8", 8).numpy()
+    all_first_B = np.zeros(8, int)  # the class that an infinite logit takes each image for
+    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, all_first_B, precision)
+    assert certificate.passed == passed
+    assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
+
+
+def test_the_first_layer_that_diverges_is_named(checkpoint, kind):
+    """Also where its weights were changed in the file: the layers before it agree."""
+    other = trained_a_little(EVERYTHING)
+    other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
+    images = example(checkpoint, kind, 64).numpy()
+    certificate = certify(to_onnx(other, kind), served(checkpoint, kind), images, labels(64))
+    assert certificate.first_divergence == "layers.2"
+
+
+def test_lower_precision_may_lose_half_a_point():
+    def agreement(accuracy: float, difference: float = 3.0) -> Agreement:
+        counts = {"argmax_flips": [1, 2], "accuracy": accuracy, "mcnemar_p": 1.0}
+        return Agreement(provider="cpu", batch=1, largest_difference=difference, mean_difference=0.1, **counts)
+
+    for precision in ("fp16", "int8"):
+        assert agreement(0.9).within(BOUNDS[precision], 0.904)
+        assert not agreement(0.9).within(BOUNDS[precision], 0.906)
+        assert not agreement(0.9, np.inf).within(BOUNDS[precision], 0.9)
+    assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
+
+
+def test_mcnemar_by_hand():
+    first, second = np.array([1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
+    assert mcnemar(first, second) == pytest.approx(2 * (1 + 4) / 2**4)  # 3 against 1 of 4 discordant images
+    assert mcnemar(first, first) == 1
+
+
+def test_flips_are_counted_by_image(checkpoint):
+    net = served(checkpoint, "uint8")
+    images = example(checkpoint, "uint8", 9)
+    other = trained_a_little(EVERYTHING)
+    other.weights["head.classifier.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
+    expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
+    certificate = certify(to_onnx(other, "uint8"), net, images.numpy(), labels(9), batches=(4,))
+    assert certificate.agreements[0].argmax_flips == expected
+    assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
+
+
+def test_providers_that_are_not_there(model):
+    with pytest.raises(InputError, match="unknown provider 'cud'; did you mean 'cuda'?"):
+        open_session(model, "cud", "model")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="provider 'cuda'"):
+            open_session(model, "cuda", "model")
+    with pytest.raises(InputError, match="broken.onnx: ONNX Runtime does not load it"):
+        open_session(model[:100], "cpu", "broken.onnx")
+
+
+def test_a_network_whose_logits_depend_on_the_batch_is_not_exported():
+    shuffled = ModelConfig(num_classes=3, layers=(Block(channels=4, gate=GateConfig(shuffled=True)),))
+    with pytest.raises(InputError, match="small: its gates are shuffled, so that an image's logits depend on others"):
+        to_onnx(trained_a_little(shuffled), "float")

@@ -1,0 +1,260 @@
+"""Descriptions against the project's own counts and hand-made graphs; drawings are read back as SVG."""
+
+import itertools
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+from export.graph import describe, draw, shape_text
+from export.to_onnx import INPUT, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.cost import cost
+from model.errors import InputError
+from model.presets import network
+from model.registry import build
+
+SIZE = (24, 32)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The ONNX file of a preset or timm model with fresh weights, each made once."""
+    made = {}
+
+    def export(name: str) -> bytes:
+        if name not in made:
+            config = network(name)
+            trained = Trained(
+                trial="abc", model=name, data="digits", classes=tuple("0123456789"), image_size=SIZE,
+                mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
+            )  # fmt: skip
+            made[name] = to_onnx(Checkpoint(config, trained, build(config).state_dict()), "float")
+        return made[name]
+
+    return export
+
+
+class Images(CalibrationDataReader):
+    def __init__(self):
+        self.left = [{INPUT: np.random.default_rng(0).standard_normal((2, 3, *SIZE), dtype=np.float32)}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+@pytest.fixture(scope="module", params=["QDQ", "QOperator"])
+def quantized(request, exported, tmp_path_factory) -> bytes:
+    place = tmp_path_factory.mktemp("quantized")
+    (place / "float.onnx").write_bytes(exported("two_block"))
+    files = place / "float.onnx", place / "int8.onnx"
+    quantize_static(*files, Images(), quant_format=QuantFormat[request.param])
+    return files[1].read_bytes()
+
+
+def model_of(nodes, inputs, outputs, held=(), opset: int = 20, **more) -> bytes:
+    """An ONNX file of nodes; inputs and outputs are (name, shape), held is {name: array}."""
+    values = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in some] for some in (inputs, outputs)]
+    tensors = [numpy_helper.from_array(array, name) for name, array in dict(held).items()]
+    graph = helper.make_graph(nodes, "graph", *values, tensors)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("elsewhere", 1)]
+    return helper.make_model(graph, opset_imports=opsets, **more).SerializeToString()
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize("name", ["two_block", "eight_block", "macro_residual", "mixed_kernel", "resnet10t"])
+def test_macs_are_those_of_the_records(exported, name):
+    assert describe(exported(name), name).macs == cost(network(name), *SIZE)[1]
+
+
+def test_description_of_a_preset(exported):
+    model = exported("two_block")
+    found = describe(model, "two_block.onnx")
+    assert (found.name, found.file_bytes) == ("two_block.onnx", len(model))
+    assert [str(one) for one in found.inputs] == ["images: float32 batch×3×24×32"]
+    assert [str(one) for one in found.outputs] == ["logits: float32 batch×10"]
+    assert found.operators["Conv"] == 9
+    assert sum(found.operators.values()) == len(onnx.load_from_string(model).graph.node)
+    assert list(found.operators.values()) == sorted(found.operators.values(), reverse=True)
+    held = [numpy_helper.to_array(tensor) for tensor in onnx.load_from_string(model).graph.initializer]
+    assert found.parameters == sum(array.size for array in held)
+    assert found.parameter_bytes == sum(array.nbytes for array in held)
+    assert found.opsets[""] >= 18
+    assert found.producer.startswith("pytorch")
+    assert found.metadata["preset"] == "two_block"
+    assert type(found).model_validate_json(found.model_dump_json()) == found
+    assert "parameters" in str(found)
+    assert f"{found.macs:,} for one image" in str(found)
+
+
+def test_quantized_files_have_the_same_macs(exported, quantized):
+    plain, found = describe(exported("two_block"), "float"), describe(quantized, "int8")
+    assert found.macs == plain.macs
+    assert found.parameter_bytes < plain.parameter_bytes / 3
+    assert {"QuantizeLinear", "DequantizeLinear"} < set(found.operators)
+
+
+COUNTED = {
+    "conv with groups": ("Conv", {"group": 2, "pads": [1, 1, 1, 1]}, zeros(6, 2, 3, 3), ("n", 4, 5, 7), 5 * 7 * 6 * 18),
+    "conv with stride": ("Conv", {"strides": [2, 2]}, zeros(6, 4, 1, 1), ("n", 4, 5, 7), 3 * 4 * 6 * 4),
+    "transposed conv": ("ConvTranspose", {"strides": [2, 2]}, zeros(4, 6, 2, 2), ("n", 4, 5, 7), 5 * 7 * 4 * 6 * 4),
+    "gemm": ("Gemm", {"transB": 1}, zeros(3, 8), ("n", 8), 24),
+    "gemm, transposed": ("Gemm", {"transA": 1}, zeros(8, 3), (8, 1), 24),
+    "matmul": ("MatMul", {}, zeros(8, 3), ("n", 5, 8), 5 * 24),
+    "einsum": ("Einsum", {"equation": "bik, kj -> bij"}, zeros(8, 3), ("n", 5, 8), 5 * 24),
+    "a batch of 4": ("Conv", {}, zeros(6, 4, 1, 1), (4, 4, 5, 7), 5 * 7 * 24),
+    "open height": ("Conv", {}, zeros(6, 4, 1, 1), ("n", 4, "h", 7), "the shapes of Conv 'it' are open"),
+    "einsum with dots": ("Einsum", {"equation": "...k,kj->...j"}, zeros(8, 3), ("n", 8), "the shapes of Einsum"),
+    "recurrent": ("RNN", {"hidden_size": 3}, zeros(1, 3, 8), ("n", 1, 8), "those of the operator RNN are not counted"),
+    "another domain": ("Matrix", {"domain": "elsewhere"}, zeros(8, 3), ("n", 8), "operator elsewhere.Matrix are not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_macs_by_hand(case):
+    operator, attributes, weight, shape, expected = COUNTED[case]
+    node = helper.make_node(operator, ["x", "w"], ["y"], name="it", **attributes)
+    if case == "gemm, transposed":
+        expected *= 1 / 8  # eight rows, of which the first dimension is taken for the batch
+    found = describe(model_of([node], [("x", shape)], [("y", None)], {"w": weight}), case)
+    if isinstance(expected, str):
+        assert found.macs is None
+        assert expected in found.macs_unknown
+        assert expected in str(found)
+    else:
+        assert (found.macs, found.macs_unknown) == (expected, "")
+
+
+def with_a_body() -> bytes:
+    """If, whose bodies hold a constant and a product with a tensor from outside."""
+    result = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
+    product = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["r"])], "then", [], [result])
+    constant = helper.make_node("Constant", [], ["r"], value=numpy_helper.from_array(zeros(2, 3)))
+    other = helper.make_graph([constant], "else", [], [result])
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["c"], to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], then_branch=product, else_branch=other),
+    ]
+    return model_of(nodes, [("x", ("n", 2))], [("y", None)], {"w": zeros(2, 3)})
+
+
+def test_bodies_are_counted():
+    found = describe(with_a_body(), "if")
+    assert found.operators == {"ReduceSum": 1, "Cast": 1, "If": 1, "MatMul": 1}
+    assert found.parameters == 12
+    assert "the body of If" in found.macs_unknown
+    assert boxes_and_edges(draw(with_a_body()))[1] == 4  # x to the sum, and to If; the run to If is one box
+
+
+def test_functions_are_opened():
+    opset = [helper.make_opsetid("", 20)]
+    double = helper.make_function(
+        "elsewhere", "Double", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], opset
+    )
+    nodes = [helper.make_node("Double", [f"t{i}"], [f"t{i + 1}"], domain="elsewhere") for i in range(3)]
+    model = model_of(nodes, [("t0", ("n", 2))], [("t3", ("n", 2))], functions=[double])
+    assert describe(model, "functions").operators == {"Add": 3}
+
+
+def test_small_types_and_text():
+    held = [helper.make_tensor("four", TensorProto.INT4, (5,), [1, 2, 3, 4, 5])]
+    held += [helper.make_tensor("text", TensorProto.STRING, (2,), [b"ab", b"c"])]
+    nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in held]
+    found = describe(model_of(nodes, [], [("text", (2,))], opset=21), "small")
+    assert (found.parameters, found.parameter_bytes) == (7, 3 + 3)
+    assert found.operators == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x00\xff" * 50])
+def test_bytes_that_are_not_onnx(content):
+    for function in (describe, draw):
+        with pytest.raises(InputError, match="broken.onnx: not an ONNX file"):
+            function(content, "broken.onnx")
+
+
+def test_shapes_as_text():
+    assert [shape_text(shape) for shape in (("batch", 3, "?"), (), None)] == ["batch×3×?", "scalar", "?"]
+
+
+def frames_of(part: ElementTree.Element) -> list[tuple[float, ...]]:
+    """Left, top, width and height of each box."""
+    frames = [rect for rect in part.iter(f"{SVG}rect") if rect.get("class") == "box" and "style" not in rect.attrib]
+    return [tuple(float(frame.get(key)) for key in ("x", "y", "width", "height")) for frame in frames]
+
+
+def boxes_and_edges(picture: bytes) -> tuple[list[list[str]], int]:
+    """The rows of each box, each as "operator shape", and the number of edges."""
+    whole = ElementTree.fromstring(picture)
+    boxes = []
+    for part in whole.findall(f"{SVG}g/{SVG}g[@transform]"):
+        rows = {}
+        for row in part.findall(f"{SVG}g"):
+            rect = row.find(f"{SVG}rect")
+            rows[float(rect.get("x")), float(rect.get("y"))] = " ".join(text.text for text in row.findall(f"{SVG}text"))
+        for x, y, _, height in frames_of(part):
+            boxes.append([text for (left, top), text in rows.items() if left == x and y <= top < y + height])
+    return boxes, sum(path.get("class") == "edge" for path in whole.iter(f"{SVG}path"))
+
+
+def test_drawing_of_a_block(exported):
+    boxes, edges = boxes_and_edges(draw(exported("two_block")))
+    assert ["Conv 3×3 batch×64×24×32", "Relu batch×64×24×32"] in boxes
+    assert any(box[:2] == ["ReduceMean batch×64", "Gemm batch×16"] for box in boxes)
+    assert ["images float32 batch×3×24×32"] in boxes
+    assert ["logits float32 batch×10"] in boxes
+    assert sum(map(len, boxes)) == sum(describe(exported("two_block"), "").operators.values()) + 2
+    assert edges > len(boxes)
+
+
+def test_boxes_do_not_overlap_and_edges_go_down(exported):
+    picture = draw(exported("eight_block"))
+    whole = ElementTree.fromstring(picture)
+    places = frames_of(whole)
+    assert len(places) > 80
+    for (x, y, w, h), (other_x, other_y, other_w, other_h) in itertools.combinations(places, 2):
+        assert x + w <= other_x or other_x + other_w <= x or y + h <= other_y or other_y + other_h <= y
+    width, height = float(whole.get("width")), float(whole.get("height"))
+    assert max(y + h for _, y, _, h in places) < height
+    assert max(w for _, _, w, _ in places) < width < 2000
+    for path in (path.get("d") for path in whole.iter(f"{SVG}path") if path.get("class") == "edge"):
+        ys = [float(y) for y in re.findall(r"(?:V|[MC ]-?[\d.]+ )(-?[\d.]+)", path)]
+        assert ys == sorted(ys)
+
+
+def test_quantized_drawings_have_shapes(quantized):
+    boxes, _ = boxes_and_edges(draw(quantized))
+    rows = [row for box in boxes for row in box]
+    assert len(rows) > 60
+    assert not [row for row in rows if row.endswith(" ?")]
+
+
+def test_constants_are_left_out_and_unknown_shapes_are_shown():
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(zeros(3))),
+        helper.make_node("Neg", ["c"], ["d"]),
+        helper.make_node("Add", ["x", "d"], ["y"], name='a <name> & "more"\x01'),
+        helper.make_node("Unheard", ["y"], ["z"], domain="elsewhere"),
+        helper.make_node("Mul", ["z", "z"], ["u"]),
+    ]
+    boxes, edges = boxes_and_edges(draw(model_of(nodes, [("x", ("n", 3))], [("u", None)])))
+    assert boxes == [["x float32 n×3"], ["Add n×3", "elsewhere.Unheard ?", "Mul ?"], ["u float32 ?"]]
+    assert edges == 2
+
+
+def test_parts_without_a_connection_are_drawn_side_by_side():
+    nodes = [helper.make_node("Neg", [f"x{i}"], [f"y{i}"]) for i in range(2)]
+    inputs, outputs = ([(f"{name}{i}", (1,)) for i in range(2)] for name in "xy")
+    boxes, edges = boxes_and_edges(draw(model_of(nodes, [*inputs, ("unused", (1,))], outputs)))
+    assert sorted(boxes) == sorted(
+        [[f"{n}{i} float32 1"] for n in "xy" for i in range(2)] + [["Neg 1"]] * 2 + [["unused float32 1"]]
+    )
+    assert edges == 4

@@ -1,0 +1,276 @@
+"""Lower precision: near the float network on both inputs, and float32 where a network needs it."""
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional
+
+from export.precision import PrecisionError, lowered, to_fp16, to_int8
+from export.session import open_session
+from export.to_onnx import to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Pool, Residual
+from model.errors import InputError
+from model.registry import build
+
+TRAINED = Trained(
+    trial="abc", model="digits", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,)
+)
+WIDE = ModelConfig(
+    in_chans=1,
+    layers=(
+        Conv(channels=64),
+        Block(channels=128, gate=GateConfig(kind="mlp", reduction=4)),
+        Pool(),
+        Residual(layers=(Block(channels=128, kernels=(3, 1), norm_act="mix"),)),
+    ),
+    head=HeadConfig(hidden=(128,)),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_written_here(tmp_path_factory):
+    """Every test runs in an empty directory, which is empty at the end."""
+    directory = tmp_path_factory.mktemp("here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        yield
+    assert not list(directory.iterdir())
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (B, 8, 8, 1) uint8 and labels (B,)."""
+    found = load_digits()
+    pixels_BHWC = torch.from_numpy(found.images * 255 / 16).round().to(torch.uint8)[..., None]
+    return pixels_BHWC, torch.from_numpy(found.target).long()
+
+
+def normalised(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+    return (pixels_BHWC.permute(0, 3, 1, 2) / 255 - TRAINED.mean[0]) / TRAINED.std[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits) -> Checkpoint:
+    """Trained for 36 steps."""
+    torch.manual_seed(0)
+    net = build(WIDE)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for part in torch.randperm(1200).split(64)[:18] * 2:
+        loss = functional.cross_entropy(net(normalised(digits[0][part])), digits[1][part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Checkpoint(WIDE, TRAINED, net.state_dict())
+
+
+@pytest.fixture(scope="module", params=["uint8", "float"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def images(digits, kind) -> np.ndarray:
+    """In the form of the model's input; the network was trained on the first 1,200."""
+    return (digits[0] if kind == "uint8" else normalised(digits[0])).numpy()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, kind) -> bytes:
+    return to_onnx(checkpoint, kind)
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8"])
+def precision(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reduced(model, images, precision) -> bytes:
+    return to_fp16(model) if precision == "fp16" else to_int8(model, images[:128])
+
+
+def logits(model: bytes, images: np.ndarray) -> np.ndarray:
+    return open_session(model, "cpu", "model").run(["logits"], {"images": images})[0]
+
+
+def in_float16(model: bytes, images: np.ndarray) -> np.ndarray:
+    """The logits where float16 is computed in float16, which ONNX Runtime does not do on a CPU."""
+    evaluator = onnx.reference.ReferenceEvaluator(onnx.load_from_string(model))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return evaluator.run(None, {"images": images})[0]
+
+
+def noise(model: bytes, reduced: bytes, images: np.ndarray) -> float:
+    """The root mean square error of the logits, relative to them; infinite for what is not a number."""
+    wanted_BN = logits(model, images)
+    error = np.sqrt(((logits(reduced, images) - wanted_BN) ** 2).mean() / (wanted_BN**2).mean())
+    return float(np.nan_to_num(error, nan=np.inf))
+
+
+def names(model: bytes, *kinds: str) -> list[str]:
+    return [node.name for node in onnx.load_from_string(model).graph.node if node.op_type in kinds]
+
+
+def edited(model: bytes, **values: np.ndarray) -> bytes:
+    """The model with other initializers: each replaces the one whose name ends in the key, `__` for a dot."""
+    proto = onnx.load_from_string(model)
+    for key, value in values.items():
+        ends = key.replace("__", ".")
+        old = next(one for one in proto.graph.initializer if one.name.endswith(ends))
+        old.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float32), old.name))
+    return proto.SerializeToString()
+
+
+def weights(model: bytes, ends: str) -> np.ndarray:
+    initializers = onnx.load_from_string(model).graph.initializer
+    return next(onnx.numpy_helper.to_array(one).copy() for one in initializers if one.name.endswith(ends))
+
+
+def test_logits_are_near_the_float_ones(model, reduced, precision, images):
+    held_out = images[1200:]
+    assert noise(model, reduced, held_out) < {"fp16": 2e-3, "int8": 0.05}[precision]
+    agreement = (logits(model, held_out).argmax(1) == logits(reduced, held_out).argmax(1)).mean()
+    assert agreement >= {"fp16": 0.998, "int8": 0.98}[precision]
+
+
+def test_the_network_has_learnt(model, images, digits):
+    assert (logits(model, images[1200:]).argmax(1) == digits[1][1200:].numpy()).mean() > 0.8
+
+
+def test_the_file_is_smaller(model, reduced, precision):
+    assert len(reduced) <= {"fp16": 0.52, "int8": 0.30}[precision] * len(model)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_the_batch_is_open(reduced, images, batch):
+    assert logits(reduced, images[:batch]).shape == (batch, 10)
+    np.testing.assert_allclose(logits(reduced, images[:batch]), logits(reduced, images[:7])[:batch], atol=0.02)
+
+
+def test_interface_and_metadata_are_kept(model, reduced):
+    before, after = onnx.load_from_string(model), onnx.load_from_string(reduced)
+    assert list(after.metadata_props) == list(before.metadata_props)
+    assert list(after.graph.input) == list(before.graph.input)
+    assert list(after.graph.output) == list(before.graph.output)
+
+
+def test_the_file_is_valid(model, reduced):
+    proto = onnx.load_from_string(reduced)
+    onnx.checker.check_model(proto, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    typed = {one.name for one in (*inferred.graph.value_info, *inferred.graph.output)}
+    assert {output for node in proto.graph.node for output in node.output} <= typed
+    assert set(names(model, "Conv", "Gemm", "Mul")) == set(names(reduced, "Conv", "Gemm", "Mul"))
+
+
+def test_weights_have_the_lower_type(reduced, precision):
+    kind = {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}[precision]
+    large = [one for one in onnx.load_from_string(reduced).graph.initializer if np.prod(one.dims) > 1000]
+    assert large
+    assert {one.data_type for one in large} == {kind}
+
+
+def test_named_nodes_stay_in_float(model, images, precision):
+    """With all of them in float32 nothing is lost; with one, its weights stay as they are."""
+    (first, *_) = names(model, "Conv")
+    for keep in ([first], [node.name for node in onnx.load_from_string(model).graph.node]):
+        kept = to_fp16(model, keep) if precision == "fp16" else to_int8(model, images[:32], keep)
+        conv = next(node for node in onnx.load_from_string(kept).graph.node if node.name == first)
+        weight = next(one for one in onnx.load_from_string(kept).graph.initializer if one.name == conv.input[1])
+        assert weight.data_type == onnx.TensorProto.FLOAT
+    np.testing.assert_allclose(logits(kept, images[:20]), logits(model, images[:20]), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_kept_without_need(model, reduced, images, precision):
+    assert lowered(model, precision, images[:128], lambda _: True) == (reduced, [])
+
+
+@pytest.fixture(scope="module")
+def plain() -> bytes:
+    """Three convolutions and a linear layer; the batch norms have seen images."""
+    torch.manual_seed(0)
+    config = ModelConfig(in_chans=1, layers=tuple(Conv(channels=8) for _ in range(3)))
+    net = build(config)
+    for _ in range(50):
+        net(torch.randn(16, 1, 8, 8))
+    return to_onnx(Checkpoint(config, TRAINED, net.state_dict()), "float")
+
+
+def test_an_overflow_is_repaired(plain, digits):
+    """The second convolution's output is beyond float16, and the third takes it back: these two stay in float32."""
+    images = normalised(digits[0][:64]).numpy()
+    second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
+    bias = weights(plain, "layers.1.conv.weight_bias")
+    model = edited(
+        plain, layers__1__conv__weight=second * 1e6, layers__1__conv__weight_bias=bias * 1e6,
+        layers__2__conv__weight=third / 1e6,
+    )  # fmt: skip
+    assert noise(plain, model, images) < 1e-5
+    assert not np.isfinite(in_float16(to_fp16(model), images[:8])).all()
+    tried = []
+
+    def check(reduced: bytes) -> bool:
+        tried.append(reduced)
+        return noise(model, reduced, images) < 0.01
+
+    for calibration in (images, None):
+        tried.clear()
+        repaired, kept = lowered(model, "fp16", calibration, check)
+        assert [name for name in kept if name in names(model, "Conv")] == names(model, "Conv")[1:]
+        assert not set(kept) & set(names(model, "Gemm"))
+        assert tried == [repaired] == [to_fp16(model, kept)]
+        np.testing.assert_allclose(in_float16(repaired, images[:8]), logits(plain, images[:8]), rtol=0.02, atol=0.02)
+
+
+def test_an_outlier_channel_is_repaired(plain, digits):
+    """One channel between the second and third convolution is 3,000 times the others, so 8 bits leave them nothing."""
+    images = normalised(digits[0][:64]).numpy()
+    second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
+    bias = weights(plain, "layers.1.conv.weight_bias")
+    second[0], bias[0], third[:, 0] = second[0] * 3000, bias[0] * 3000, third[:, 0] / 3000
+    model = edited(
+        plain, layers__1__conv__weight=second, layers__1__conv__weight_bias=bias, layers__2__conv__weight=third
+    )
+    assert noise(plain, model, images) < 1e-5
+    assert noise(plain, to_int8(plain, images), images) < 0.05
+    assert noise(model, to_int8(model, images), images) > 0.2
+    repaired, kept = lowered(model, "int8", images, lambda reduced: noise(model, reduced, images) < 0.05)
+    assert [name for name in kept if name in names(model, "Conv")] == names(model, "Conv")[1:]
+    assert not set(kept) & set(names(model, "Gemm"))
+    assert repaired == to_int8(model, images, kept)
+
+
+def test_more_is_kept_in_growing_steps(plain, digits, precision):
+    calls = []
+
+    def never(reduced: bytes) -> bool:
+        calls.append(reduced)
+        return False
+
+    with pytest.raises(PrecisionError, match=f"{precision}: the check fails even with all .* nodes in float32"):
+        lowered(plain, precision, normalised(digits[0][:16]).numpy(), never)
+    assert len(calls) == 4  # none, 1, 2 and all 4 groups: three convolutions and the linear layer
+    in_float = [
+        {one.name for one in onnx.load_from_string(call).graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
+        for call in calls
+    ]
+    named = [{name for name in found if name.endswith("weight")} for found in in_float]
+    assert [len(found) for found in named] == [0, 1, 2, 4]
+    assert named[1] < named[2] < named[3]
+
+
+def test_what_a_user_can_mend(plain):
+    for nothing in (np.zeros((0, 1, 8, 8), np.float32), None):
+        with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
+            to_int8(plain, nothing)
+        with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
+            lowered(plain, "int8", nothing, lambda _: True)
+    (first, *_) = names(plain, "Conv")
+    with pytest.raises(InputError, match=f"unknown node '{first}0'; did you mean '{first}'?"):
+        to_fp16(plain, [first + "0"])
+    with pytest.raises(InputError, match="unknown node 'head'"):
+        to_int8(plain, np.zeros((1, 1, 8, 8), np.float32), ["head"])

@@ -1,0 +1,200 @@
+"""Predictions: PyTorch's on the same pixels, from image files of any size and mode."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from export.predict import BATCH, predict, read_pixels, softmax
+from export.to_onnx import served, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.config import Block, Conv, ModelConfig
+from model.errors import InputError
+from model.registry import build
+
+HEIGHT, WIDTH = 6, 8
+
+
+def small(channels: int) -> Checkpoint:
+    torch.manual_seed(0)
+    config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
+    trained = Trained(
+        trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(HEIGHT, WIDTH),
+        mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
+    )  # fmt: skip
+    return Checkpoint(config, trained, build(config).state_dict())
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
+def checkpoint(request) -> Checkpoint:
+    return small(request.param)
+
+
+@pytest.fixture(scope="module", params=["uint8", "float"])
+def model(request, checkpoint) -> bytes:
+    return to_onnx(checkpoint, request.param)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+def pytorch(checkpoint: Checkpoint, pixels_BHWC: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return served(checkpoint, "uint8")(torch.from_numpy(pixels_BHWC)).softmax(1).numpy()
+
+
+def probabilities(prediction) -> list[float]:
+    return [dict(prediction.classes)[name] for name in "abc"]
+
+
+def test_pytorch_agrees_on_images_of_the_right_size(checkpoint, model, tmp_path):
+    channels = checkpoint.config.in_chans
+    pixels_BHWC = noise(BATCH + 3, HEIGHT, WIDTH, channels)
+    paths = [tmp_path / f"{i}.png" for i in range(len(pixels_BHWC))]
+    for path, pixels in zip(paths, pixels_BHWC):
+        Image.fromarray(pixels.squeeze()).save(path)
+    found = predict(model, "model.onnx", paths)
+    assert [prediction.path for prediction in found] == paths
+    expected_BN = pytorch(checkpoint, pixels_BHWC)
+    np.testing.assert_allclose([probabilities(p) for p in found], expected_BN, rtol=1e-4, atol=1e-5)
+    for prediction, expected_N in zip(found, expected_BN):
+        chances = [chance for _, chance in prediction.classes]
+        assert chances == sorted(chances, reverse=True)
+        assert sum(chances) == pytest.approx(1)
+        assert prediction.classes[0][0] == "abc"[expected_N.argmax()]
+    np.testing.assert_array_equal(read_pixels(paths[0], HEIGHT, WIDTH, channels), pixels_BHWC[0])
+
+
+def test_any_size_goes_through_the_network(checkpoint, model, tmp_path):
+    sizes = [(1, 1), (3, 200), (200, 3), (64, 48), (9, 7), (WIDTH, HEIGHT)]
+    paths = [tmp_path / f"{width}x{height}.png" for width, height in sizes]
+    for path, (width, height) in zip(paths, sizes):
+        Image.fromarray(noise(height, width, 3)).save(path)
+    pixels = [read_pixels(path, HEIGHT, WIDTH, checkpoint.config.in_chans) for path in paths]
+    found = [probabilities(prediction) for prediction in predict(model, "model.onnx", paths)]
+    np.testing.assert_allclose(found, pytorch(checkpoint, np.stack(pixels)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_image_is_cut_at_both_sides_and_a_tall_one_above_and_below(tmp_path):
+    stripes = np.zeros((10, 50, 3), np.uint8)
+    stripes[:, 16:34] = (10, 200, 30)  # the filter looks a little over the edge of what is kept
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    Image.fromarray(stripes.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    for name in ("wide.png", "tall.png"):
+        assert (read_pixels(tmp_path / name, 5, 5, 3) == (10, 200, 30)).all()
+
+
+def test_scaling_down_averages(tmp_path):
+    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checks).save(tmp_path / "checks.png")
+    small = read_pixels(tmp_path / "checks.png", 4, 4, 1)
+    assert small.shape == (4, 4, 1)
+    assert abs(small.astype(int) - 127.5).max() < 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode", ["L.png", "LA.png", "P.png", "P.gif", "RGB.png", "RGBA.png", "RGB.bmp", "CMYK.tiff", "I;16.png", "I.tiff"]
+)
+def test_modes(mode, channels, tmp_path):
+    """A picture in greys is the same in each mode."""
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 5
+    image = Image.fromarray(grey)
+    mode, suffix = mode.split(".")
+    if mode.startswith("I"):
+        image = Image.fromarray((grey * 257.0).astype(np.uint16 if mode == "I;16" else np.int32))
+    elif mode == "P":
+        image = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
+    else:
+        image = image.convert("RGB").convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / f"image.{suffix}")
+    pixels = read_pixels(tmp_path / f"image.{suffix}", HEIGHT, WIDTH, channels)
+    np.testing.assert_array_equal(pixels, np.repeat(grey[..., None], channels, 2))
+
+
+@pytest.mark.parametrize(("mode", "white", "suffix"), [("1", 1, "png"), ("LAB", (255, 128, 128), "tiff")])
+def test_white(mode, white, suffix, tmp_path):
+    Image.new(mode, (WIDTH, HEIGHT), white).save(tmp_path / f"white.{suffix}")
+    for channels in (1, 3):
+        assert (read_pixels(tmp_path / f"white.{suffix}", HEIGHT, WIDTH, channels) >= 254).all()
+
+
+def test_exif_turns_the_image(tmp_path):
+    pixels = noise(WIDTH, HEIGHT, 3)  # lying on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif)
+    np.testing.assert_array_equal(read_pixels(tmp_path / "image.png", HEIGHT, WIDTH, 3), np.rot90(pixels, -1))
+
+
+def test_softmax_by_hand():
+    np.testing.assert_allclose(softmax(np.float32([[0, np.log(3)], [1e4, 1e4]])), [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def rgb() -> bytes:
+    return to_onnx(small(3), "uint8")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "fine.png")
+    return tmp_path / "fine.png"
+
+
+def test_no_images(rgb):
+    assert predict(rgb, "model.onnx", []) == []
+
+
+def test_files_that_are_no_images(rgb, picture, tmp_path):
+    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text.write_text("not an image")
+    Image.fromarray(noise(50, 50, 3)).save(tmp_path / "whole.png")
+    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    floats = tmp_path / "floats.tiff"
+    Image.fromarray(np.ones((4, 4), np.float32)).save(floats)
+    wide = tmp_path / "wide.tiff"
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(wide)
+    cases = {
+        text: "text.png: not an image", cut: "cut.png: cannot be read as an image", floats: "its pixels are floats",
+        wide: "its pixels go from 70000 to 70000", tmp_path / "none.png": "none.png: there is no such file",
+        tmp_path: "cannot be read as an image .Is a directory",
+    }  # fmt: skip
+    for path, message in cases.items():
+        with pytest.raises(InputError, match=message) as error:
+            predict(rgb, "model.onnx", [picture, path])
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_images_that_are_too_large(rgb, picture, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(InputError, match="fine.png: more than 20 pixels"):
+        predict(rgb, "model.onnx", [picture])
+
+
+def changed(model: bytes, **metadata: str | None) -> bytes:
+    parsed = onnx.load_from_string(model)
+    kept = {prop.key: prop.value for prop in parsed.metadata_props} | metadata
+    del parsed.metadata_props[:]
+    onnx.helper.set_model_props(parsed, {key: value for key, value in kept.items() if value is not None})
+    return parsed.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"classes": None}, "other.onnx: its metadata has no 'classes'"),
+        ({"expertgrid.input": None}, "other.onnx: its metadata has no 'expertgrid.input'"),
+        ({"expertgrid.input": "uint4"}, "other.onnx: needs one input of images.*'uint4'"),
+        ({"mean": "[0.5"}, "other.onnx: its metadata is damaged"),
+        ({"image_size": "[8]"}, "other.onnx: its metadata is damaged"),
+        ({"classes": '["a", "b"]'}, "other.onnx: its output is .3,., its metadata has 2 classes"),
+    ],
+)
+def test_models_that_are_not_ours(rgb, picture, metadata, message):
+    with pytest.raises(InputError, match=message):
+        predict(changed(rgb, **metadata), "other.onnx", [picture])

@@ -1,0 +1,170 @@
+"""Compilation by block: what is compiled, how often, when, and that nothing else changes."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from ablations import engines
+from ablations.cli import app as cli
+from ablations.engines import TrialDone, TrialNote, prepare, run_local
+from ablations.records import StudyDirectory
+from ablations.study import Study
+from ablations.training.loop import predict, start, train
+from ablations.training.trial import Trial
+from model.checkpoint import load
+from model.config import Block, ModelConfig, TimmModel
+from model.fast.compiled import blocks, compile_blocks, earns, missing
+from model.fast.execution import Execution, Means
+from model.presets import PRESETS
+from model.registry import build
+from model.variants import vary
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def graphs():
+    """A backend that runs a graph as it is, and the list of those that it was given."""
+    torch._dynamo.reset()
+    given = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        given.append(graph)
+        return graph
+
+    yield backend, given
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def trial(digits) -> Trial:
+    fields = {"width": 0.0625, "recipe.epochs": 1, "recipe.amp": "off", "experts": 2, "recipe.batch_size": 128}
+    return Study(name="test", question="?", seeds=1, set=fields).cells(digits)[0].trials[0]
+
+
+def test_equal_blocks_compile_once(graphs, digits):
+    backend, given = graphs
+    torch.manual_seed(0)
+    nets = [build(vary(PRESETS["eight_block"].change(in_chans=1), "width", 0.125)) for _ in range(2)]
+    before = copy.deepcopy(nets[0].state_dict())
+    random_state = torch.get_rng_state()
+    x_BCHW = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert compile_blocks(nets[0], [x_BCHW], False, backend) > 0
+    assert len(given) == 2  # the first convolution, and the block that is there eight times
+    assert compile_blocks(nets[1], [x_BCHW], False, backend) > 0
+    nets[0].train()(x_BCHW).sum().backward()
+    assert len(given) == 2
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+    compile_blocks(nets[0], [x_BCHW], False, backend)
+    nets[1].load_state_dict(before)
+    assert list(nets[0].state_dict()) == list(before)
+    predict(nets[0], digits.validation, torch.zeros(1), torch.ones(1))
+    assert len(given) == 2, "evaluation is eager"
+
+
+def test_the_first_run_changes_nothing_of_the_network(graphs):
+    net = build(vary(PRESETS["two_block"], "width", 0.0625)).eval()
+    before = copy.deepcopy(net.state_dict())
+    compile_blocks(net, [torch.randn(2, 3, 8, 8)], False, graphs[0])
+    assert not net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_many_different_blocks_are_all_compiled(graphs):
+    backend, given = graphs
+    layers = tuple(Block(channels=channels, kernels=(1, 1)) for channels in range(2, 14))
+    compile_blocks(build(ModelConfig(layers=layers)), [torch.randn(2, 3, 4, 4)], False, backend)
+    assert len(given) == 12
+
+
+def test_a_network_that_does_not_compile_stays_eager(graphs):
+    def broken(graph, inputs):
+        raise ValueError("no")
+
+    net = build(vary(PRESETS["two_block"], "width", 0.0625))
+    x_BCHW = torch.randn(2, 3, 8, 8)
+    with pytest.raises(Exception, match="no"):
+        compile_blocks(net, [x_BCHW], False, broken)
+    assert net(x_BCHW).shape == (2, 10)
+
+
+def test_networks_of_timm_have_no_blocks():
+    net = build(TimmModel(timm="test_resnet.r160_in1k"))
+    assert list(blocks(net)) == []
+    assert compile_blocks(net, [torch.empty(0)], False) == 0
+
+
+@pytest.mark.skipif(missing(CPU) is not None, reason="there is no C++ compiler")
+def test_compiled_training_agrees_with_eager(trial, digits):
+    losses = []
+    for compiled in (False, True):
+        training = start(trial, digits)
+        if compiled:
+            assert prepare(trial, digits, training, Execution(compile="on"), steps=1).seconds > 0
+        losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits, training)]
+    assert len(losses) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_only_long_trainings_are_compiled():
+    eight = list(PRESETS["eight_block"].blocks())
+    assert not earns(eight, 10**9, "cpu")
+    assert not earns([], 10**9, "cuda")
+    for kind in ("cuda", "amx"):
+        assert earns(eight, 100 * 351, kind)
+        assert not earns(eight, 10, kind)
+    assert not earns(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
+    many = [Block(channels=8 + i) for i in range(8)]
+    steps = 20_000
+    assert earns(eight, steps, "cuda")
+    assert not earns(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
+
+
+def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path, capsys):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
+        reason = missing(CPU)
+        assert reason.startswith("there is no C++ compiler")
+        outcome = expertgrid("run", tiny_study, "--compile", "on", "--device", "cpu")
+        assert outcome.status == 2
+        assert f"--compile on: {reason}" in outcome.complaint
+        assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
+        assert cli._that_can_be(Execution(), [Means(compile=True)], CPU).compile == "off"
+        assert cli._that_can_be(Execution(), [Means()], CPU) == Execution()
+        assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert "cpu and cuda only" in missing(torch.device("mps"))
+
+
+def fails_to_compile(*arguments) -> float:
+    raise RuntimeError("Python.h is not there\nand more")
+
+
+def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile)
+    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
+    outcome = expertgrid(*small, "--format", "json")
+    notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"
+    assert outcome.err.count(notice) == 1
+    speed = json.loads(outcome.out)
+    assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
+    outcome = expertgrid(*small, "--compile", "on")
+    assert outcome.status == 2
+    assert "--compile on: torch.compile failed: RuntimeError: Python.h is not there" in outcome.complaint
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_records_say_what_was_compiled(fails, trial, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
+    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    directory = StudyDirectory(tmp_path / "study")
+    events = list(run_local([trial], digits, directory, execution=Execution()))
+    record = next(event.record for event in events if isinstance(event, TrialDone))
+    assert (record.compiled, record.compile_seconds) == ((False, 0) if fails else (True, 2.5))
+    assert load(directory.checkpoint(trial.id)).trained.trial == trial.id
+    notes = [event.text for event in events if isinstance(event, TrialNote)]
+    assert notes == ["trained without torch.compile, which failed: RuntimeError: Python.h is not there"] * fails

@@ -1,0 +1,233 @@
+"""Recorded steps, on a CPU: what a replay does, and that it trains as plain steps do.
+
+A CUDA graph is kernels with the addresses and the numbers that they were started with. `Tape` is the same of PyTorch's
+operators: a replay runs them on the same tensors with the same numbers, and writes where they wrote. As on CUDA, a step
+that reads a value of the device, or brings one to it, is refused.
+"""
+
+import copy
+import inspect
+import sys
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ablations import engines
+from ablations.engines import TrialDone, TrialNote, prepare, run_local
+from ablations.records import StudyDirectory
+from ablations.study import Study
+from ablations.training.loop import start, train
+from ablations.training.recipe import RECIPES, Recipe
+from ablations.training.trial import Trial
+from model.fast.cuda_graphs import WARM_UP, Recorder, recordable
+from model.fast.execution import Execution, Means
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.lift_fresh.default)
+
+
+class Tape(TorchDispatchMode):
+    """Runs operators and keeps them, to be replayed."""
+
+    def __init__(self):
+        super().__init__()
+        self.played = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
+        result = function(*args, **(kwargs or {}))
+        self.played.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        with torch._C._AutoDispatchBelowAutograd():  # where they were played
+            for function, args, kwargs, result in self.played:
+                again = function(*args, **kwargs)
+                pairs = zip(result, again) if isinstance(result, list | tuple) else [(result, again)]
+                for kept, made in pairs:
+                    if isinstance(kept, torch.Tensor) and kept.data_ptr() != made.data_ptr():
+                        kept.copy_(made)
+
+
+class TapeRecorder(Recorder):
+    """A recorder for CPUs, whose recordings take no step of their own, as those of CUDA."""
+
+    replays = 0
+
+    def _prepare(self) -> None:
+        pass
+
+    def _aside(self, step):
+        return step()
+
+    def _record(self, step):
+        tape = Tape()
+        with tape:
+            outputs = step()
+        first = []
+
+        def replay() -> None:
+            self.replays += 1
+            if first:
+                tape.replay()
+            first.append(True)  # the recording was this step
+
+        return replay, outputs
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Has optimisers keep their counts on the device, as on CUDA, and steps be recorded, though that is a CPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("torch.optim.", "timm.optim.")):
+            if hasattr(module, "_get_capturable_supported_devices"):
+                monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
+            if hasattr(module, "_check_capturable_devices"):
+                monkeypatch.setattr(module, "_check_capturable_devices", lambda *_, **__: None)
+    made = Recipe.optimizer
+
+    def optimizer(self: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+        optimizer = made(self, net)
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = optimizer.defaults["capturable"] = True
+        return optimizer
+
+    monkeypatch.setattr(Recipe, "optimizer", optimizer)
+    monkeypatch.setattr(engines, "Recorder", TapeRecorder)
+
+
+def trial_of(digits, **fields) -> Trial:
+    small = {"width": 0.0625, "experts": 2, "recipe.batch_size": 128, "recipe.epochs": 2, "recipe.amp": "off"}
+    return Study(name="test", question="?", seeds=1, set=small | fields).cells(digits)[0].trials[0]
+
+
+def losses(trial, digits, execution) -> list[tuple[float, float, float]]:
+    training = start(trial, digits)
+    prepare(trial, digits, training, execution, steps=20)
+    found = [(e.train_loss, e.train_accuracy, e.validation_loss) for e in train(trial, digits, training)]
+    if training.recorder:
+        assert training.recorder.refused is None
+        assert training.recorder.replays > 2
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"recipe.opt": "muon", "recipe.lr": 0.02, "recipe.ema_decay": 0.9},
+        {"recipe.opt": "sgd", "recipe.lr": 0.05, "recipe.sched": "onecycle"},
+        {"recipe.mixup": 0.5, "recipe.cutmix": 1.0},
+        {"recipe.small_size": 6},
+    ],
+    ids=["adamw", "muon", "sgd", "mixing", "two sizes"],
+)
+def test_replays_train_as_plain_steps_do(fields, digits, on_cpu):
+    """Rates change at each step, and batches; what was recorded of one step has to follow."""
+    trial = trial_of(digits, **fields)
+    plain = losses(trial, digits, Execution(graphs="off"))
+    replayed = losses(trial, digits, Execution(graphs="on"))
+    assert [pytest.approx(one, rel=2e-4) for one in plain] == replayed
+
+
+def test_a_replay_reads_the_batch_and_the_rate_of_its_step():
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
+    recorder, twin = TapeRecorder(optimizer, CPU, strict=True), copy.deepcopy(net)
+
+    def step(x_BC):
+        optimizer.zero_grad(set_to_none=True)
+        net(x_BC).square().sum().backward()
+        optimizer.step()
+        return (net.weight.detach().sum(),)
+
+    for i in range(WARM_UP + 4):
+        x_BC, rate = torch.randn(3, 2), 0.1 / (i + 1)
+        optimizer.param_groups[0]["lr"] = rate
+        (total,) = recorder(step, x_BC)
+        twin.zero_grad()
+        twin(x_BC).square().sum().backward()
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter -= rate * parameter.grad
+        torch.testing.assert_close(net.weight, twin.weight)
+        assert total.item() == pytest.approx(twin.weight.sum().item(), rel=1e-4)
+        assert optimizer.param_groups[0]["lr"] == rate
+    assert recorder.replays == 4
+
+
+def recorded_optimisers() -> list[str]:
+    """timm's optimisers that a recipe can have and whose steps are recorded on CUDA."""
+    found = []
+    for name in timm.optim.list_optimizers():
+        if not name.startswith(("bnb", "fused")) and not timm.optim.get_optimizer_info(name).second_order:
+            kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
+            found += [name] * bool({"capturable", "fused"} & inspect.signature(kind).parameters.keys())
+    return found
+
+
+def test_the_optimisers_of_all_recipes_are_recorded():
+    assert {recipe.opt for recipe in RECIPES.values()} <= set(recorded_optimisers())
+
+
+# Of these PyTorch has another form for CPUs, which reads the rate.
+@pytest.mark.parametrize("name", sorted({*recorded_optimisers()} - {"adadelta", "rmsprop"}))
+def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
+    """Weights after some steps at falling rates; where an optimiser decides something on the host, they differ."""
+    recipe = Recipe(epochs=1, batch_size=2, opt=name, lr=0.01, weight_decay=0.1)
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = torch.randn(WARM_UP + 6, 16, 6)
+
+    def weights(replayed: bool) -> list[torch.Tensor]:
+        net = copy.deepcopy(first)
+        optimizer = recipe.optimizer(net)
+        assert recordable(optimizer)
+        recorder = TapeRecorder(optimizer, CPU, strict=True)
+
+        def step(x_BC: torch.Tensor) -> tuple[torch.Tensor]:
+            optimizer.zero_grad(set_to_none=True)
+            loss = net(x_BC).square().mean()
+            loss.backward()
+            optimizer.step()
+            return (loss.detach(),)
+
+        for i, x_BC in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = 0.01 / (i + 1)
+            recorder(step, x_BC) if replayed else step(x_BC)
+        return [parameter.detach() for parameter in net.parameters()]
+
+    for plain, replayed in zip(weights(False), weights(True)):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_recorded_is_an_error_or_goes_on_as_it_is(digits, on_cpu, tmp_path, monkeypatch):
+    def refused(self, step):
+        raise RuntimeError("operation not permitted\nand more")
+
+    monkeypatch.setattr(TapeRecorder, "_record", refused)
+    monkeypatch.setattr(Execution, "chosen", lambda *_: Means(graphs=True))
+    trial, directory = trial_of(digits), StudyDirectory(tmp_path / "study")
+    events = list(run_local([trial], digits, directory, execution=Execution()))
+    record = next(event.record for event in events if isinstance(event, TrialDone))
+    assert not record.graphs
+    notes = [event.text for event in events if isinstance(event, TrialNote)]
+    assert notes == ["trained without CUDA graphs, which failed: RuntimeError: operation not permitted"]
+    strict = StudyDirectory(tmp_path / "strict")
+    list(run_local([trial], digits, strict, execution=Execution(graphs="on")))
+    assert strict.failure(trial.id).error == "RuntimeError: operation not permitted"
+
+
+def test_an_optimiser_that_counts_on_the_host_is_not_recorded(digits):
+    trial = trial_of(digits, **{"recipe.opt": "lion"})
+    training = start(trial, digits)
+    with pytest.raises(engines.TrainingError, match="--graphs on: the optimiser lion cannot be recorded"):
+        prepare(trial, digits, training, Execution(graphs="on"), steps=2)
+    prepare(trial, digits, training, Execution(), steps=2)
+    assert training.recorder is None

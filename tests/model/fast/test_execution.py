@@ -1,0 +1,73 @@
+"""What a training uses: what is asked for, what is chosen, and what is missing."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import Block, TimmModel
+from model.errors import InputError
+from model.fast.execution import PLAIN, Execution, Means, missing
+from model.presets import PRESETS
+from model.variants import vary
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = 100 * 351
+
+
+@pytest.fixture
+def optimizer():
+    return torch.optim.AdamW(nn.Linear(2, 2).parameters(), fused=True)
+
+
+@pytest.mark.parametrize(
+    ("norm_act", "steps", "chosen"),
+    [
+        ("expert", LONG, Means(kernels=True, graphs=True)),  # the kernels leave nothing to compile
+        ("none", LONG, Means(kernels=True, compile=True, graphs=True)),
+        ("none", 10, Means(kernels=True, graphs=True)),
+    ],
+)
+def test_on_cuda_all_that_is_worth_it_is_chosen(norm_act, steps, chosen, optimizer):
+    config = vary(PRESETS["eight_block"], "norm_act", norm_act)
+    assert Execution().chosen(config, steps, CUDA, optimizer) == chosen
+
+
+def test_what_is_left_out_is_left_to_the_others(optimizer):
+    eight = PRESETS["eight_block"]
+    assert Execution(kernels="off").chosen(eight, LONG, CUDA, optimizer) == Means(compile=True, graphs=True)
+    assert Execution(graphs="off").chosen(eight, LONG, CUDA, optimizer) == Means(kernels=True)
+    assert PLAIN.chosen(eight, LONG, CUDA, optimizer) == Means()
+    assert Execution().chosen(TimmModel(timm="resnet18"), LONG, CUDA, optimizer) == Means(graphs=True)
+    lion = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    assert not Execution(graphs="on").chosen(eight, LONG, CUDA, lion).graphs
+
+
+def test_on_a_cpu_neither_kernels_nor_graphs_are_chosen(optimizer):
+    means = Execution().chosen(PRESETS["eight_block"], LONG, CPU, optimizer)
+    assert (means.kernels, means.graphs) == (False, False)
+
+
+def test_blocks_of_many_experts_or_several_kernel_sizes_have_no_kernels(optimizer):
+    config = PRESETS["two_block"].change(
+        layers=(Block(channels=8, kernels=(3,) * 9), Block(channels=8, kernels=(5, 3)))
+    )
+    assert Execution().chosen(config, 10**9, CUDA, optimizer).compile
+
+
+def test_means_are_in_words_and_asked_for_again():
+    means = Means(kernels=True, graphs=True)
+    assert str(means) == "Triton kernels, CUDA graphs"
+    assert str(Means()) == "eager"
+    assert Execution.of(means) == Execution(kernels="on", compile="off", graphs="on")
+
+
+def test_wrong_choices_are_one_line(expertgrid, tiny_study, tmp_path):
+    for name in ("kernels", "graphs"):
+        outcome = expertgrid("run", tiny_study, f"--{name}", "on", "--device", "cpu")
+        assert outcome.status == 2
+        assert f"--{name} on: {missing(name, CPU)}; with auto or off" in outcome.complaint
+        assert "for CUDA, not for cpu" in outcome.complaint
+        assert "unknown choice of --" in expertgrid("bench-train", f"--{name}", "yes", "--device", "cpu").complaint
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(InputError, match="cpu and cuda only"):
+        Execution(compile="on").check(torch.device("mps"))

@@ -1,0 +1,185 @@
+"""The Triton kernels: against the plain modules in float64, and that they compile for GPUs.
+
+Without a GPU they run in Triton's interpreter (see conftest), which is NumPy.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
+from model.fast.execution import has_kernels
+from model.net import ExpertNet
+from model.presets import PRESETS
+from model.registry import build
+from model.variants import vary
+
+kernels = pytest.importorskip("model.fast.kernels", reason="there is no Triton", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+PARTS = {
+    "three experts": (Block(channels=8), (4, 6, 6)),
+    "stride, and sizes that fill no tile": (Block(channels=24, kernels=(5, 5), stride=2), (3, 9, 7)),
+    "more channels than a tile has columns": (Block(channels=200, kernels=(1, 1)), (2, 5, 5)),
+    "several tiles an image": (Block(channels=64, kernels=(1,) * 4), (2, 16, 16)),
+    "one image of one pixel more than a tile": (Block(channels=128, kernels=(1, 1)), (1, 11, 3)),
+    "uniform gate": (Block(channels=8, gate=GateConfig(kind="uniform")), (2, 4, 4)),
+    "mlp gate": (Block(channels=8, gate=GateConfig(kind="mlp", reduction=2)), (2, 4, 4)),
+    "one expert": (Block(channels=8, kernels=(3,)), (2, 4, 4)),
+    "conv": (Conv(channels=12, padding=0), (3, 6, 5)),
+    "pooled conv": (Conv(channels=12, pool=2), (3, 7, 6)),
+    "norm after the mix": (Block(channels=24, norm_act="mix"), (3, 6, 5)),
+    "two kernel sizes": (Block(channels=8, kernels=(5, 5, 3), norm_act="mix"), (3, 6, 5)),
+}
+
+
+def with_kernels(net: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(net)
+    kernels.fuse(fused)
+    return fused
+
+
+def step(net: nn.Module, x_BCHW: torch.Tensor, weights_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, all gradients and all statistics after one training pass."""
+    x_BCHW = x_BCHW.clone().requires_grad_()
+    output_BCHW = net.train()(x_BCHW)
+    (output_BCHW * weights_BCHW).sum().backward()
+    found = {"output": output_BCHW.detach(), "input's gradient": x_BCHW.grad, **dict(net.named_buffers())}
+    return found | {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def in_parts(layer: Block | Conv, shape: tuple[int, int, int]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A net of one layer whose norms are not at their start, its input, and weights of its output."""
+    batch, height, width = shape
+    torch.manual_seed(0)
+    net = ExpertNet(ModelConfig(in_chans=3, layers=(layer,))).layers.to(DEVICE)
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 0.5)
+    x_BCHW = torch.randn(batch, 3, height, width, device=DEVICE).contiguous(memory_format=torch.channels_last) + 0.5
+    return net, x_BCHW, torch.randn_like(copy.deepcopy(net)(x_BCHW))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_kernels_compute_what_the_plain_modules_do(name):
+    net, x_BCHW, weights_BCHW = in_parts(*PARTS[name])
+    fused = with_kernels(net)
+    assert type(fused[0]) in (kernels.FusedBlock, kernels.FusedConv)
+    found = step(fused, x_BCHW, weights_BCHW)
+    expected = step(net.double(), x_BCHW.double(), weights_BCHW.double())
+    assert found.keys() == expected.keys()
+    for what, value in expected.items():
+        assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
+
+
+def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
+    layer, shape = Block(channels=8), (3, 15, 11)
+    for tile, programs in ((32, 10**6), (32, 3)):
+        monkeypatch.setattr(kernels, "TILE", tile)
+        monkeypatch.setattr(kernels, "MOST_PROGRAMS", programs)
+        net, x_BCHW, weights_BCHW = in_parts(layer, shape)
+        found = step(with_kernels(net), x_BCHW, weights_BCHW)
+        for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
+            assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
+
+
+def test_in_bfloat16_kernels_are_as_near_to_float64_as_the_plain_modules():
+    net, x_BCHW, weights_BCHW = in_parts(Block(channels=16, kernels=(1, 1, 1)), (4, 16, 16))
+    plain, fused = copy.deepcopy(net), with_kernels(net)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found, others = step(fused, x_BCHW, weights_BCHW), step(plain, x_BCHW, weights_BCHW)
+    assert (found["output"].dtype, found["0.experts.1.norm.weight"].dtype) == (torch.bfloat16, torch.float32)
+    for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
+        error, plain_error = ((one[what] - value).double().norm() for one in (found, others))
+        assert error <= 2 * plain_error + 5e-3 * value.double().norm(), what
+
+
+def test_a_variance_far_below_the_mean_is_not_lost():
+    """Where statistics are the sum of squares less the square of the mean, this one would be gone."""
+    y_BFHW = 1000 + 0.1 * torch.randn(2, 16, 24, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    affine_2F = torch.tensor([[1.0], [0.0]], device=DEVICE).repeat(1, 16)
+    _, mean_F, variance_F = kernels.NormActMix.apply(y_BFHW, None, affine_2F, 1e-5)
+    expected = torch.var_mean(y_BFHW.double(), (0, 2, 3))
+    torch.testing.assert_close(variance_F.double(), expected[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean_F.double(), expected[1], rtol=1e-6, atol=0)
+
+
+def test_a_nan_is_not_hidden():
+    net, x_BCHW, _ = in_parts(*PARTS["three experts"])
+    x_BCHW[0, 0, 0, 0] = float("nan")
+    assert with_kernels(net).train()(x_BCHW).isnan().any()
+
+
+def test_evaluation_names_and_weights_are_as_before():
+    net = build(vary(PRESETS["macro_residual"], "width", 0.0625)).to(DEVICE).eval()
+    fused = with_kernels(net)
+    assert list(fused.state_dict()) == list(net.state_dict())
+    x_BCHW = torch.randn(2, 3, 32, 32, device=DEVICE)
+    assert torch.equal(fused.eval()(x_BCHW), net(x_BCHW))
+    assert kernels.use_kernels(build(TimmModel(timm="test_resnet.r160_in1k")), [x_BCHW], False) == 0
+    before = copy.deepcopy(net.state_dict())
+    assert kernels.use_kernels(net, [x_BCHW], False) > 0
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_parts_that_have_kernels_are_those_that_are_said_to(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        fused = with_kernels(build(config))
+    found = sum(isinstance(part, kernels.FusedBlock) for part in fused.modules())
+    assert found == sum(map(has_kernels, config.blocks()))
+    assert found == len(list(config.blocks())), "all presets train with kernels"
+
+
+def test_what_has_no_kernels_stays_as_it_is():
+    sizes = Block(channels=8, kernels=(3, 1)), Block(channels=8, kernels=(5, 3, 1), norm_act="mix")
+    bare = Block(channels=8, norm_act="none"), Conv(channels=8, norm_act=False)
+    net = build(ModelConfig(layers=(Whiten(), *sizes, Residual(layers=bare))))
+    assert kernels.use_kernels(net, [torch.randn(2, 3, 12, 12)], False) == 0
+
+
+COMPILES = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model.fast import kernels
+
+for kernel in (name for name, one in vars(kernels).items() if isinstance(one, triton.runtime.JITFunction)):
+    function = getattr(kernels, kernel)
+    rows, columns = kernels._tile(64, 131072)
+    if kernel == "_statistics":
+        rows, columns = kernels.MOST_PROGRAMS, kernels.STATISTICS_COLUMNS
+    constants = {"Y": 2, "Z": 1, "K": 3, "GATED": True, "STEPS": 2, "ROWS": rows, "COLS": columns}
+    signature = {}
+    for name in inspect.signature(function.fn).parameters:
+        maps = ("y_PF", "z_PF", "out_PC", "dout_PC", "dy_PF", "dz_PF")
+        kind = "*bf16" if name in maps else "*fp32" if name[-1].isupper() else "i32"
+        signature[name] = "constexpr" if name in constants else "fp32" if name == "eps" else kind
+    if not any("*" in kind for kind in signature.values()):
+        continue  # a part of the others
+    known = {name: value for name, value in constants.items() if name in signature}
+    aligned = [name for name, kind in signature.items() if "*" in kind or name in ("pixels", "image", "channels")]
+    places = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(function, signature, known, places)
+    for capability in (80, 90):
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert code.asm["cubin"]
+        if "y_PF" in signature:
+            assert "ld.global.v4.b32" in code.asm["ptx"], "loads of 16 bytes"
+            assert ".local" not in code.asm["ptx"], "nothing is spilled"
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has its assembler there")
+def test_kernels_compile_for_gpus_that_are_not_here():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True, env=environment)
+    assert run.stdout == "compiled\n", run.stderr

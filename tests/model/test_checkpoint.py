@@ -1,0 +1,92 @@
+"""Checkpoints: what is written comes back, and what is none or damaged is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint import Checkpoint, Trained, load
+from model.config import TimmModel
+from model.errors import InputError
+from model.presets import PRESETS
+from model.registry import build
+from model.variants import vary
+
+TRAINED = Trained(
+    trial="abc", model="two_block", data="digits", classes=("a", "b"), image_size=(8, 8), mean=(0.5,), std=(0.25,)
+)
+SMALL = vary(PRESETS["two_block"], "width", 0.125).change(num_classes=2, in_chans=1)
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    torch.manual_seed(0)
+    return Checkpoint(SMALL, TRAINED, build(SMALL).state_dict())
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), TimmModel(timm="resnet10t")])
+def test_what_is_written_comes_back(config, tmp_path):
+    net = build(config).eval()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(Checkpoint(config, TRAINED, net.state_dict()).to_bytes())
+    found = load(path)
+    assert (found.config, found.trained) == (config, TRAINED)
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(found.network()(x_BCHW), net(x_BCHW))
+
+
+def test_channels_last_weights_come_back(checkpoint, tmp_path):
+    net = build(SMALL).to(memory_format=torch.channels_last)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(Checkpoint(SMALL, TRAINED, net.state_dict()).to_bytes())
+    for name, tensor in load(path).network().state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name])
+
+
+def wrong(path) -> str:
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_files_that_are_no_checkpoint(checkpoint, tmp_path):
+    path = tmp_path / "model.safetensors"
+    assert "there is no such checkpoint" in wrong(path)
+    whole = checkpoint.to_bytes()
+    for damaged in (b"", b"no safetensors", whole[:-100], whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        assert "not a safetensors file, or a damaged one" in wrong(path)
+    save_file({"x": torch.zeros(3)}, path)
+    assert "format is None; expertgrid checkpoints have 'expertgrid-1'" in wrong(path)
+
+
+def test_checkpoint_of_another_config(checkpoint, tmp_path):
+    path = tmp_path / "model.safetensors"
+    other = Checkpoint(vary(SMALL, "experts", 2), TRAINED, checkpoint.weights)
+    path.write_bytes(other.to_bytes())
+    assert "weights of another config: layers.1.experts.2.conv.weight is 8x8x3x3, its config needs absent" in wrong(
+        path
+    )
+    wide = Checkpoint(vary(SMALL, "width", 2), TRAINED, checkpoint.weights)
+    path.write_bytes(wide.to_bytes())
+    assert "head.classifier.weight is 2x8, its config needs 2x16" in wrong(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("config", "{", "config is not JSON"),
+        ("config", "[]", "config"),
+        ("config", json.dumps({"layers": []}), "config.layers"),
+        ("config", json.dumps({"timm": "nope"}), "config.timm: timm has no model of this name, found 'nope'"),
+        ("trained", "{}", "trained.trial: field required"),
+    ],
+)
+def test_wrong_metadata(field, text, message, checkpoint, tmp_path):
+    path = tmp_path / "model.safetensors"
+    about = {"format": "expertgrid-1", "config": SMALL.model_dump_json(), "trained": TRAINED.model_dump_json()}
+    save_file(checkpoint.weights, path, {**about, field: text})
+    assert message in wrong(path)

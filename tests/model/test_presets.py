@@ -1,0 +1,194 @@
+"""The presets: their parameters, counted by hand, and the behaviour of a timm model."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+
+from model.config import Conv, TimmModel
+from model.cost import cost
+from model.errors import InputError
+from model.net import ExpertNet
+from model.presets import PRESETS, network
+from model.registry import build
+
+
+def conv(in_chs: int, out_chs: int, kernel: int) -> int:
+    """Parameters of a conv without bias and its batch norm."""
+    return in_chs * out_chs * kernel**2 + 2 * out_chs
+
+
+def linear(*sizes: int) -> int:
+    return sum(a * b + b for a, b in zip(sizes, sizes[1:]))
+
+
+def mixed(in_chs: int, out_chs: int) -> int:
+    """A block of `mixed_kernel`: three 5x5 and three 3x3 experts, one norm after the mix, a gate of 512, 512, 6."""
+    return in_chs * out_chs * (3 * 25 + 3 * 9) + 2 * out_chs + linear(in_chs, 512, 512, 6)
+
+
+def speed(widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int) -> int:
+    """Whitening stem of 24 channels; in each group a conv and `blocks` blocks with a norm each; gates where needed."""
+    total, before = 24 * 3 * 4 + 24, 24
+    for w in widths:
+        gate = linear(w, len(kernels)) if len(kernels) > 1 else 0
+        total += conv(before, w, 3) + blocks * (sum(w * w * kernel**2 for kernel in kernels) + 2 * w + gate)
+        before = w
+    return total + linear(before, 10)
+
+
+BY_HAND = {
+    "two_block": conv(3, 64, 3) + 2 * (4 * conv(64, 64, 3) + linear(64, 16, 4)) + linear(64, 10),
+    "eight_block": conv(3, 64, 3) + 8 * (3 * conv(64, 64, 3) + linear(64, 8, 3)) + linear(64, 10),
+    "segmented": sum(
+        3 * conv(a, b, 3) + linear(a, 3) for a, b in ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
+    )
+    + linear(256, 512, 10),
+    "macro_residual": sum(
+        2 * conv(a, b, k) + linear(a, 2)
+        for a, b, k in ((3, 64, 3), (64, 128, 5), (128, 256, 3), (256, 256, 3), (256, 384, 3))
+    )
+    + (128 * 256 + 256)
+    + 2 * (2 * conv(384, 384, 3) + linear(384, 2))
+    + conv(384, 256, 3)
+    + linear(256, 128, 10),
+    "mixed_kernel": sum(
+        mixed(a, b) for a, b in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 128))
+    )
+    + linear(128, 1024, 512, 10),
+    "speed": speed((64, 256, 256), (3, 1), blocks=1),
+    "speed_plain_params": speed((66, 265, 265), (3,), blocks=1),
+    "speed_plain_macs": speed((65, 262, 262), (3,), blocks=1),
+    "accuracy": speed((128, 384, 512), (3, 1), blocks=2),
+    "accuracy_plain_params": speed((133, 400, 534), (3,), blocks=2),
+    "accuracy_plain_macs": speed((132, 395, 526), (3,), blocks=2),
+}
+WORKED_OUT = {
+    "two_block": 300_658,
+    "eight_block": 894_690,
+    "segmented": 3_577_573,
+    "macro_residual": 10_223_262,
+    "mixed_kernel": 7_676_660,
+    "speed": 2_109_128,
+    "speed_plain_params": 2_112_301,
+    "speed_plain_macs": 2_064_021,
+    "accuracy": 10_774_862,
+    "accuracy_plain_params": 10_773_202,
+    "accuracy_plain_macs": 10_481_852,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_as_counted_by_hand(name):
+    assert BY_HAND[name] == WORKED_OUT[name]
+    assert sum(p.numel() for p in build(PRESETS[name]).parameters()) == WORKED_OUT[name]
+
+
+@pytest.mark.parametrize("name", ["speed", "accuracy"])
+def test_twins_are_plain_and_equal(name):
+    parameters, macs = cost(PRESETS[name], 32, 32)
+    blocks = list(PRESETS[name].blocks())
+    assert {len(block.kernels) for block in blocks} == {2}
+    assert {block.gate.kind for block in blocks} == {"linear"}
+    assert len(blocks) >= sum(isinstance(layer, Conv) for layer in PRESETS[name].layers)
+    for twin, equal in (("params", 0), ("macs", 1)):
+        plain = PRESETS[f"{name}_plain_{twin}"]
+        assert {len(block.kernels) for block in plain.blocks()} == {1}
+        assert cost(plain, 32, 32)[equal] == pytest.approx((parameters, macs)[equal], rel=0.002)
+
+
+@pytest.fixture(params=PRESETS)
+def name(request) -> str:
+    return f"expertnet_{request.param}"
+
+
+X = torch.randn(2, 3, 32, 32)
+
+
+def test_timm_creates_it_for_other_data(name):
+    net = timm.create_model(name, num_classes=7, in_chans=1, drop_rate=0.3)
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert (net.config.num_classes, net.config.in_chans, net.config.head.dropout) == (7, 1, 0.3)
+    assert ExpertNet(net.config).state_dict().keys() == net.state_dict().keys()
+
+
+def test_features_and_head_make_the_output(name):
+    net = timm.create_model(name).eval()
+    features = net.forward_features(X)
+    assert features.shape[1] == net.num_features
+    pre_logits = net.forward_head(features, pre_logits=True)
+    assert pre_logits.shape == (2, net.head_hidden_size)
+    torch.testing.assert_close(net.get_classifier()(pre_logits), net(X))
+    torch.testing.assert_close(net.forward_head(features), net(X))
+
+
+def test_classifier_is_reset(name):
+    net = timm.create_model(name).eval()
+    before = net.forward_head(net.forward_features(X), pre_logits=True)
+    net.reset_classifier(0)
+    torch.testing.assert_close(net(X), before)
+    net.reset_classifier(3, "max")
+    assert net(X).shape == (2, 3)
+    assert net.num_classes == net.config.num_classes == 3
+    assert net.global_pool == "max"
+    net.reset_classifier(0, "")
+    torch.testing.assert_close(net(X), net.forward_features(X))
+
+
+def test_intermediates_are_the_layers_outputs(name):
+    net = timm.create_model(name).eval()
+    final, features = net.forward_intermediates(X)
+    torch.testing.assert_close(final, net.forward_features(X))
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in net.feature_info]
+    reductions = [2 ** round(math.log2(32 / f.shape[2])) for f in features[:-1]]
+    assert reductions == [info["reduction"] for info in net.feature_info[:-1]]
+    last = net.forward_intermediates(X, indices=1, intermediates_only=True)
+    torch.testing.assert_close(last, features[-1:])
+    with pytest.raises(ValueError, match="NCHW"):
+        net.forward_intermediates(X, output_fmt="NLC")
+
+
+def test_features_only(name):
+    net = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()
+    features = net(X)
+    assert [f.shape[1] for f in features] == net.feature_info.channels()
+    assert len(net.model.layers) < len(PRESETS[name.removeprefix("expertnet_")].layers)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(name):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = timm.create_model(name)
+        net.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        net(X).sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_groups_hold_every_parameter_once(name):
+    net = timm.create_model(name)
+    groups = group_parameters(net, net.group_matcher(), reverse=False)
+    named = [parameter for group in groups.values() for parameter in group]
+    assert sorted(named) == sorted(n for n, _ in net.named_parameters())
+
+
+def test_default_cfg_names_the_layers_that_timm_changes(name):
+    net = timm.create_model(name)
+    cfg = net.default_cfg
+    modules = dict(net.named_modules())
+    first = cfg["first_conv"] if isinstance(cfg["first_conv"], tuple) else (cfg["first_conv"],)
+    assert all(modules[conv].in_channels == 3 for conv in first)
+    assert modules[cfg["classifier"]].out_features == cfg["num_classes"]
+    assert net.forward_features(X).shape[2:] == cfg["pool_size"]
+
+
+def test_networks_are_found_by_name():
+    assert network("expertnet_two_block") == network("two_block") == PRESETS["two_block"]
+    assert network("resnet18") == TimmModel(timm="resnet18")
+    assert build(TimmModel(timm="resnet18", in_chans=1, num_classes=4))(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+    with pytest.raises(InputError, match="unknown model 'eigth_block'; did you mean 'eight_block'?"):
+        network("eigth_block")

@@ -1,0 +1,169 @@
+"""The variants: each on each preset, what it changes and what it leaves."""
+
+import pytest
+import torch
+
+from model.config import Block, Conv, GateConfig, ModelConfig, Residual
+from model.cost import cost
+from model.errors import InputError
+from model.presets import PRESETS
+from model.registry import build
+from model.variants import VARIANTS, vary
+
+LEVELS = {
+    "experts": [1, 2, 5],
+    "kernel": [1, 5, [3, 5]],
+    "gate": [
+        "linear",
+        "mlp",
+        "uniform",
+        "constant",
+        "own",
+        "frozen",
+        "shuffled",
+        {"kind": "linear", "frozen": True},
+        {"kind": "linear", "shuffled": True},
+        {"kind": "mlp", "hidden": [6, 6], "temperature": 2.0},
+    ],
+    "plain": [False, "params", "macs"],
+    "norm_act": ["expert", "mix", "none"],
+    "residual": [True, False],
+    "width": [0.25, 1.5],
+    "depth": [0.5, 2],
+}
+CASES = [(name, level) for name, levels in LEVELS.items() for level in levels]
+
+
+def test_all_variants_are_tried():
+    assert LEVELS.keys() == VARIANTS.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_each_applies_to_each_preset(preset, name, level):
+    changed = vary(PRESETS[preset], name, level)
+    with torch.device("meta"):
+        assert build(changed)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert vary(changed, name, level) == changed or name in ("width", "depth")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_experts(preset):
+    for count in (1, 2, 5):
+        blocks = list(vary(PRESETS[preset], "experts", count).blocks())
+        assert {len(block.kernels) for block in blocks} == {count}
+        assert all((block.gate is None) == (count == 1) for block in blocks)
+
+
+def test_experts_take_the_blocks_kernels_in_turn():
+    blocks = vary(PRESETS["mixed_kernel"], "experts", 3).blocks()
+    assert {block.kernels for block in blocks} == {(5, 5, 3)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_kernels_are_taken_in_turn(preset):
+    for sizes, expected in (([3, 5], (5, 3, 3)), ([5, 3], (5, 5, 3))):
+        blocks = vary(vary(PRESETS[preset], "experts", 3), "kernel", sizes).blocks()
+        assert {block.kernels for block in blocks} == {expected}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_own_level_changes_nothing(preset):
+    config = PRESETS[preset]
+    block = next(config.blocks())
+    assert vary(config, "experts", len(block.kernels)) == config
+    assert block.gate is None or vary(config, "gate", block.gate.kind) == config
+    assert vary(config, "norm_act", block.norm_act) == config
+    assert vary(config, "width", 1) == vary(config, "depth", 1) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_expert_is_the_same_network_whatever_the_gate(preset):
+    one = vary(PRESETS[preset], "experts", 1)
+    assert {vary(one, "gate", gate) for gate in ("linear", "mlp", "uniform")} == {one}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plain_twins_cost_the_same(preset):
+    wanted = cost(PRESETS[preset], 32, 32)
+    for i, equal in enumerate(("params", "macs")):
+        twin = vary(PRESETS[preset], "plain", equal)
+        assert {len(block.kernels) for block in twin.blocks()} == {1}
+        assert cost(twin, 32, 32)[i] == pytest.approx(wanted[i], rel=0.03)
+        assert vary(twin, "gate", "frozen") == twin
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_controls_leave_the_kind_of_gate(preset):
+    for control in ("frozen", "shuffled"):
+        before, after = PRESETS[preset].blocks(), vary(PRESETS[preset], "gate", control).blocks()
+        for own, changed in zip(before, after, strict=True):
+            assert changed.gate == (own.gate and GateConfig(**{**dict(own.gate), control: True}))
+
+
+def test_residual_pairs_blocks_and_leaves_what_is_there():
+    layers = vary(PRESETS["eight_block"], "residual", True).layers
+    assert [type(layer) for layer in layers] == [Conv] + [Residual] * 4
+    assert vary(PRESETS["macro_residual"], "residual", True) == PRESETS["macro_residual"]
+    three = ModelConfig(layers=(Block(channels=8),) * 3)
+    assert [type(layer) for layer in vary(three, "residual", True).layers] == [Residual, Block]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_residual_leaves_no_macro_block_and_all_blocks(preset):
+    opened = vary(PRESETS[preset], "residual", False)
+    assert not [layer for layer in opened.layers if isinstance(layer, Residual)]
+    assert list(opened.blocks()) == list(PRESETS[preset].blocks())
+
+
+def test_gate_sizes():
+    hidden = {block.gate.hidden for block in vary(PRESETS["macro_residual"], "gate", "mlp").blocks()}
+    assert hidden == {(8,), (16,), (32,), (64,), (96,)}  # a quarter of 3, 64, 128, 256 and 384 channels, at least 8
+
+
+def test_width_scales_channels_and_hidden_sizes():
+    wide = vary(PRESETS["two_block"], "width", 2)
+    assert [layer.channels for layer in wide.layers] == [128] * 3
+    assert [block.gate.hidden for block in wide.blocks()] == [(32,)] * 2
+    assert vary(PRESETS["macro_residual"], "width", 0.5).head.hidden == (64,)
+
+
+def test_depth_repeats_without_stride():
+    config = ModelConfig(layers=(Block(channels=8, stride=2), Block(channels=16), Block(channels=16)))
+    deep = vary(config, "depth", 2)
+    assert [(block.channels, block.stride) for block in deep.blocks()] == [(8, 2), (8, 1)] + [(16, 1)] * 4
+    assert len(list(vary(PRESETS["eight_block"], "depth", 0.375).blocks())) == 3
+    assert build(deep)(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_temperature_survives_another_variant():
+    gate = GateConfig(temperature=4.0)
+    config = ModelConfig(layers=(Block(channels=8, gate=gate),))
+    assert {block.gate for block in vary(config, "experts", 2).blocks()} == {gate}
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "accepted"),
+    [
+        ("experts", 0, "1 to 64"),
+        ("experts", 65, "1 to 64"),
+        ("experts", 2.5, "1 to 64"),
+        ("experts", True, "1 to 64"),
+        ("kernel", 4, "odd"),
+        ("kernel", [], "size"),
+        ("kernel", "3", "size"),
+        ("gate", "lin", "linear, mlp, uniform"),
+        ("gate", 1, "linear, mlp, uniform"),
+        ("gate", {"kind": "mlp"}, "hidden sizes"),
+        ("norm_act", "both", "'expert', 'mix' or 'none'"),
+        ("residual", 1, "true, false"),
+        ("width", 0, "above 0"),
+        ("width", "2", "above 0"),
+        ("depth", -1, "above 0"),
+    ],
+)
+def test_wrong_levels_are_refused_by_name(name, level, accepted):
+    with pytest.raises(InputError) as error:
+        vary(PRESETS["two_block"], name, level)
+    assert str(error.value).startswith(f"{name}: {level!r} is not accepted: ")
+    assert accepted in str(error.value)
