@@ -88,7 +88,7 @@ class Gate(nn.Module):
         super().__init__()
         self.experts = experts
         self.temperature = config.temperature
-        self.swapped = config.swapped
+        self.shuffled = config.shuffled
         self.mlp = None
         self.logits_K = nn.Parameter(torch.zeros(experts)) if config.kind == "constant" else None
         if config.kind in ("linear", "mlp"):
@@ -106,7 +106,7 @@ class Gate(nn.Module):
 
     def routed(self, features_BC: Tensor) -> Tensor:
         """The weights that a gate with layers gives for the means of its inputs."""
-        if self.swapped:
+        if self.shuffled:
             features_BC = features_BC.roll(1, dims=0)
         logits_BK = self.mlp(features_BC)
         return torch.softmax(logits_BK if self.temperature == 1 else logits_BK / self.temperature, dim=1)  # (B, K)
