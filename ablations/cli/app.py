@@ -32,10 +32,12 @@ from ablations.results.findings import find
 from ablations.results.plots import accuracy_plot
 from ablations.results.tables import render
 from ablations.study import Cell, Level, Study, changed_recipe, check_fit, level_name, load_study, shipped_studies
+from ablations.training.augment import augment
 from ablations.training.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.training.data import SOURCES, ImageData, load_data
 from ablations.training.loop import TrainingError, start, train, uses_bfloat16
 from ablations.training.recipe import RECIPES, Recipe
+from ablations.training.splits import ResidentData, Split, Splits
 from ablations.training.trial import Trial
 from ablations.verify import check_study
 from model.cost import cost
@@ -135,7 +137,7 @@ def run(
     execution = Execution(kernels, compile, graphs)
     execution.check(on)
     racing.check_options(until, max_seeds, asked)
-    images = _read(asked.base.data, data_dir)
+    images = _read(asked.base.data, data_dir, asked.base.image_size)
     cells = asked.change(seeds=max_seeds).cells(images)
     directory = StudyDirectory(out or Path("runs") / asked.name)
     directory.check_holds(asked)
@@ -153,12 +155,14 @@ def run(
     if dry_run:
         print(_plan_table(asked, cells, images, directory, race))
         return 0
-    console.print(f"{asked.question}\n{images}", soft_wrap=True)
+    hold_out = images.hold_out(asked.base.hold_out)
+    console.print(f"{asked.question}\n{images.in_words(hold_out)}", soft_wrap=True)
+    resident = ResidentData(images, on)
     counts = {cell.trials[0].id: asked.seeds for cell in cells}
     if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), asked.seeds) for cell in directory.plan.cells}
     with directory.written(asked, images, racing.at(cells, counts), race):
-        failed = _train(racing.at(cells, counts), images.to(on), directory, execution)
+        failed = _train(racing.at(cells, counts), resident, directory, execution)
         while race:
             rows = evidence.study_rows(directory)
             wanted = racing.next_look(rows, race, counts)
@@ -166,8 +170,8 @@ def run(
             if wanted == counts:
                 break
             counts = wanted
-            directory.write_plan(images, racing.at(cells, counts), race)
-            failed |= _train(racing.at(cells, counts), images.to(on), directory, execution)
+            directory.write_plan(asked, images, racing.at(cells, counts), race)
+            failed |= _train(racing.at(cells, counts), resident, directory, execution)
     status = 1 if failed else 0
     if study is None and not failed:
         status = export(directory.path, data_dir=data_dir)
@@ -192,16 +196,19 @@ def _show(directory: StudyDirectory) -> None:
     print(f"Picture: {picture}", flush=True)
 
 
-def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, execution: Execution) -> bool:
+def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution) -> bool:
     """Trains what is not there yet; whether some trial failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
-    device = data.train.labels_B.device
-    chosen = [execution.chosen(trial.model, planned_steps(trial, data), device) for trial in pending]
+    device = data.device
+    chosen = [
+        execution.chosen(trial.model, planned_steps(trial, data.data.trained_on(trial.hold_out)), device)
+        for trial in pending
+    ]
     execution = _that_can_be(execution, chosen, device)
-    progress = StudyProgress(cells, pending, data.image_size, done_before)
+    progress = StudyProgress(cells, pending, data.data.image_size, done_before)
     failed = False
     with progress.live():
         for event in run_local(pending, data, directory, execution=execution):
@@ -223,7 +230,7 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
         rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
     different = {trial.id for cell in cells for trial in cell.trials}
     notes = [
-        f"Data: {data}.",
+        f"Data: {data.in_words(cells[0].trials[0].hold_out)}.",
         f"{len(different)} different trials in {directory.path}; nothing was trained or written.",
     ]
     if race:
@@ -236,9 +243,9 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
     return f"{study.question}\n\n{render(rows, 'text', notes)}"
 
 
-def _read(source: str, data_dir: Path | None) -> ImageData:
+def _read(source: str, data_dir: Path | None, image_size: int | None = None) -> ImageData:
     with status(f"reading {source}"):
-        return load_data(source, data_dir)
+        return load_data(source, data_dir, image_size)
 
 
 def _setting(text: str) -> tuple[str, Level]:
@@ -405,9 +412,9 @@ def rerun(
     on = _device(device)
     study = StudyDirectory(directory)
     asked, record = finished_trial(study, trial)
-    images = _read(data or asked.source, data_dir)
+    images = _read(data or asked.source, data_dir, study.plan.image_size)
     with status(f"training trial {trial} again"):
-        found = train_again(study, asked, record, images.to(on))
+        found = train_again(study, asked, record, ResidentData(images, on))
     if found.compared:
         rows = [dataclasses.asdict(one) for one in found.compared]
         if format != "json":
@@ -486,20 +493,21 @@ def export(
         raise InputError(f"--out {file}: the name of an .onnx file is needed")
     _check_room(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    read = _read(data or checkpoint.trained.data, data_dir)
+    size = directory.plan.image_size if directory else None
+    read = _read(data or checkpoint.trained.data, data_dir, size)
     found = read.classes, read.image_size, read.channels
     if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
-        raise InputError(f"--data {read.source}: {read} are not what {path} was trained on")
+        raise InputError(f"--data {read.source}: {read.name} has other classes or image sizes than {path} has")
     if trial is not None and read.fingerprint != trial.fingerprint:
-        raise InputError(
-            f"--data {read.source}: {read} are other images, or split otherwise, than {path} was trained on"
-        )
+        raise InputError(f"--data {read.source}: {read.name} has other images than {path} was trained on")
+    hold_out, seed = (trial.hold_out, trial.seed) if trial else (read.hold_out(), 0)
+    splits = ResidentData(read, torch.device("cpu")).splits(hold_out, seed)
     images = Images(
-        train=read.train.pixels_BHWC.numpy(),
-        validation=read.validation.pixels_BHWC.numpy(),
-        validation_labels=read.validation.labels_B.numpy(),
-        test=read.test.pixels_BHWC.numpy(),
-        test_labels=read.test.labels_B.numpy(),
+        train=splits.train.pixels_BHWC.numpy(),
+        validation=splits.validation.pixels_BHWC.numpy(),
+        validation_labels=splits.validation.labels_B.numpy(),
+        test=read.test.pixels_BHWC,
+        test_labels=read.test.labels_B,
     )
     if prune_gates is not None:
         checkpoint, said = pruned(checkpoint, images, prune_gates)
@@ -564,7 +572,7 @@ def _write(
             certificate,
             data_name=data.name,
             network=checkpoint.config.model_dump(mode="json"),
-            data={"Images": str(data)},
+            data={"Images": data.in_words(data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
             table_row=[(title, tables.shown(value)) for one in tables.columns(row) for title, value in one.items()],
         )
@@ -684,7 +692,7 @@ def show_augment(
         raise InputError(f"--out {out}: the name of a .png file in a directory that exists is needed")
     changed = changed_recipe(recipe, dict(map(_setting, set_ or [])))
     read = _read(data, data_dir)
-    changed.check_fits(read)
+    changed.check_fits(read, len(read.train))
     content = contact_sheet(changed, read, seed, images)
     _write_out("--out", out, content)
     print(out)
@@ -721,28 +729,30 @@ def bench_train(
     execution = _that_can_be(execution, [execution.chosen(config, whole, on)], on)
     at_full_size = {"small_size": 0, "small_share": None}
     recipe = Recipe(**{**dict(recipe), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
-    images = ImageData.random(train=batch * steps, height=32, width=32).to(on)
+    images = ImageData.random(train=batch * steps, height=32, width=32)
+    every = Split.of(images.train, on)
+    splits = Splits(images, every, Split.of(images.test, on), Split.of(images.test, on))
     check_fit(preset, config, images.channels, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     mean, std = recipe.mean_std(images)
     mean_C, std_C = torch.tensor(mean, device=on), torch.tensor(std, device=on)
-    x_BCHW = recipe.augment(images.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(on))
-    y_B = images.train.labels_B[:batch]
+    x_BCHW = augment(recipe, every.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(on))
+    y_B = every.labels_B[:batch]
     amp = uses_bfloat16(recipe, on)
     transform = timing.plain_transform(mean, std, images.image_size, recipe.crop_padding, recipe.hflip, recipe.cutout)
 
     with status(f"training {preset}"):
-        training, bare = start(trial, images), start(trial, images)
+        training, bare = start(trial, splits), start(trial, splits)
         try:
-            prepared, _ = (prepare(trial, images, one, execution, whole) for one in (training, bare))
+            prepared, _ = (prepare(trial, splits, one, execution, whole) for one in (training, bare))
         except TrainingError as error:
             raise InputError(str(error)) from error
         for text in prepared.without:
             console.print(f"measured without {text}", soft_wrap=True)
-        epochs = train(trial, images, training)
+        epochs = train(trial, splits, training)
         memory, memory_is = timing.peak_memory(on, lambda: next(epochs))
-        plain = timing.textbook(start(trial, images).net.to("cpu", memory_format=torch.contiguous_format))
-        plain_images = timing.PlainImages(images.train.pixels_BHWC, images.train.labels_B, transform)
+        plain = timing.textbook(start(trial, splits).net.to("cpu", memory_format=torch.contiguous_format))
+        plain_images = timing.PlainImages(every.pixels_BHWC, every.labels_B, transform)
         plainly = plain, recipe.optimizer, plain_images, batch, steps, recipe.smoothing, on
         with timing.plain_rounds(*plainly) as plain_round:
             bare_step = timing.bare_step(bare.net.train(), bare.optimizer, amp)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ablations.training.data import Split
+from ablations.training.splits import Split
 from ablations.training.loop import predict
 from model.checkpoint import Checkpoint
 from model.net import Gate
