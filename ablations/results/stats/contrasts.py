@@ -122,42 +122,36 @@ def judge(
     spread. Raises ValueError for weights that do not sum to 0 or do not fit the scores, infinite scores, a margin that
     is not above 0.
     """
-    weights_QC, scores_CS = _checked(weights_QC, scores_CS)
-    if not margin > 0:
-        raise ValueError(f"the margin must be above 0, found {margin}")
-    no_verdict = dict(no_verdict or {})
+    weights_QC, scores_CS = checked(weights_QC, scores_CS, margin)
+    no_verdict = no_verdict or {}
     if not len(weights_QC):
         return Family([], None, 0.0)
     kept_CS = scores_CS.copy()
     kept_CS[list(no_verdict)] = np.nan
     found = estimate(weights_QC, kept_CS, level)
-    verdict_Q = verdicts(found.low_XQ, found.high_XQ, margin)
-    judgements = []
-    for place, weights_C in enumerate(weights_QC):
-        seeds, mean = int(found.seeds_Q[place]), float(found.mean_XQ[place])
-        dead = [cell for cell in no_verdict if weights_C[cell] != 0]
-        if dead:
-            reason = "; ".join(dict.fromkeys(no_verdict[cell] for cell in dead))
-            judgements.append(Judgement(NONE, seeds, reason=reason))
-        elif not np.isfinite(found.error_XQ[place]):
-            judgements.append(Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds)))
-        else:
-            low, high = float(found.low_XQ[place]), float(found.high_XQ[place])
-            inside = verdict_Q[place] == SAME and (low > 0 or high < 0)
-            judgements.append(
-                Judgement(
-                    verdict=str(verdict_Q[place]),
-                    seeds=seeds,
-                    mean=mean,
-                    error=float(found.error_XQ[place]),
-                    low=low,
-                    high=high,
-                    constant=float(found.constant_Q[place]),
-                    basis=BASES[found.basis_XQ[place]],
-                    reason="there is a difference, within the margin" if inside else "",
-                )
-            )
+    judgements = [
+        without_verdict(weights_C, no_verdict) or judged(found, place, float(found.constant_Q[place]), margin)
+        for place, weights_C in enumerate(weights_QC)
+    ]
     return Family(judgements, float(found.spread_X) if found.df > 0 else None, found.df)
+
+
+def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Judgement | None:
+    """The judgement on a contrast with cells that may not be judged; None for others."""
+    reasons = [reason for cell, reason in no_verdict.items() if weights_C[cell] != 0]
+    return Judgement(NONE, 0, reason="; ".join(dict.fromkeys(reasons))) if reasons else None
+
+
+def judged(found: "Estimates | Errors", place: int, constant: float, margin: float) -> Judgement:
+    """The judgement on the contrast at this place of one study, by an interval of `constant` errors either side."""
+    seeds, mean, error = int(found.seeds_Q[place]), float(found.mean_XQ[place]), float(found.error_XQ[place])
+    if np.isnan(error):
+        return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
+    low, high = mean - constant * error, mean + constant * error
+    verdict = str(verdicts(low, high, margin))
+    inside = verdict == SAME and (low > 0 or high < 0)
+    reason = "there is a difference, within the margin" if inside else ""
+    return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[found.basis_XQ[place]], reason)
 
 
 def _no_interval(seeds: int) -> str:
@@ -181,7 +175,29 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
     that all of its cells have, and the variances are from all scores: unbiased ones, of residuals after a fit of cells
     and seeds. A contrast without an interval has NaN for its error: fewer than two seeds, no spread at all.
     """
-    weights_QC, scores_XCS = _checked(weights_QC, scores_XCS)
+    weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
+    found = errors(weights_QC, scores_XCS)
+    joint = _joint(weights_QC, np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0]))
+    constant_Q = np.full(len(weights_QC), joint.constant(found.df, level) if found.df > 0 else np.nan)
+    for seeds in np.unique(found.seeds_Q[found.by_seeds_Q & (found.seeds_Q > 1)]):
+        constant_Q[found.by_seeds_Q & (found.seeds_Q == seeds)] = joint.constant(seeds - 1, level)
+    return Estimates(found.mean_XQ, found.error_XQ, constant_Q, found.basis_XQ, found.seeds_Q, found.spread_X, found.df)
+
+
+class Errors(NamedTuple):
+    """Contrasts and their standard errors, without critical values. NaN where a contrast has no error."""
+
+    mean_XQ: np.ndarray
+    error_XQ: np.ndarray
+    basis_XQ: np.ndarray
+    seeds_Q: np.ndarray
+    by_seeds_Q: np.ndarray  # whether the error has the contrast's own seeds - 1 degrees of freedom, not `df`
+    spread_X: np.ndarray
+    df: float
+
+
+def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Errors:
+    """What `estimate` knows before it asks for critical values; weights and scores are not checked."""
     mask_CS = ~np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0])
     if (np.isnan(scores_XCS) == mask_CS).any():
         raise ValueError("scores of several studies must be missing at the same cells and seeds")
@@ -190,6 +206,8 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
     total_Q = squares_QC.sum(1)
     mask_QS = ~((weights_QC != 0) @ ~mask_CS)
     seeds_Q = mask_QS.sum(1)
+    own_df_Q = (seeds_Q - 1) * total_Q**2 / (squares_QC**2).sum(1)
+    too_few_Q = own_df_Q < TOO_FEW
     with np.errstate(divide="ignore", invalid="ignore"):
         by_seed_XQS = np.where(mask_QS, weights_QC @ scores_XCS, 0.0)
         mean_XQ = by_seed_XQS.sum(-1) / seeds_Q
@@ -200,11 +218,9 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
         pooled_X1 = spread.pooled_X[..., None]
         excess_XC = np.nan_to_num(spread.own_XC / pooled_X1 - 1)  # 0 for a cell without scores
         share_CQ = (squares_QC / total_Q[:, None]).T
-        own_df_Q = (seeds_Q - 1) * total_Q**2 / (squares_QC**2).sum(1)
         together_XQ = np.maximum(0, excess_XC @ share_CQ)
         apart_XQ = np.maximum(0, excess_XC) @ share_CQ
         excess_XQ = surcharge(seeds_Q) * np.where(own_df_Q < FEW, apart_XQ, together_XQ)
-        too_few_Q = own_df_Q < TOO_FEW
         cells_variance_XQ = np.where(too_few_Q, 0.0, pooled_X1 * (1 + excess_XQ))
         variance_XQ = np.maximum(cells_variance_XQ, seeds_variance_XQ)
         scale_X1 = np.abs(scores_XCS).max((-2, -1))[..., None]
@@ -212,12 +228,7 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
         error_XQ = np.where(known_XQ, np.sqrt(variance_XQ * total_Q / seeds_Q), np.nan)
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
     basis_XQ = np.where(too_few_Q, 3, basis_XQ)
-
-    joint = _joint(weights_QC, mask_QS)
-    constant_Q = np.full(len(weights_QC), joint.constant(spread.df, level) if spread.df > 0 else np.nan)
-    for seeds in np.unique(seeds_Q[too_few_Q & (seeds_Q > 1)]):
-        constant_Q[too_few_Q & (seeds_Q == seeds)] = joint.constant(seeds - 1, level)
-    return Estimates(mean_XQ, error_XQ, constant_Q, basis_XQ, seeds_Q, np.sqrt(spread.pooled_X), spread.df)
+    return Errors(mean_XQ, error_XQ, basis_XQ, seeds_Q, too_few_Q, np.sqrt(spread.pooled_X), spread.df)
 
 
 def surcharge(seeds: np.ndarray | int) -> np.ndarray:
@@ -227,8 +238,9 @@ def surcharge(seeds: np.ndarray | int) -> np.ndarray:
     return np.where(seeds > 1, (t / ndtri(0.975)) ** 2, np.inf)
 
 
-def _joint(weights_QC: np.ndarray, mask_QS: np.ndarray) -> JointT:
-    """The joint t of contrasts whose means are over the seeds of their masks. One without seeds counts as with all."""
+def _joint(weights_QC: np.ndarray, missing_CS: np.ndarray) -> JointT:
+    """The joint t of contrasts over the seeds that all their cells have. A contrast without any counts as with all."""
+    mask_QS = ~((weights_QC != 0) @ missing_CS)
     mask_QS = np.where(mask_QS.any(1)[:, None], mask_QS, True).astype(float)
     seeds_Q = mask_QS.sum(1)
     covariance_QQ = (weights_QC @ weights_QC.T) * (mask_QS @ mask_QS.T) / np.outer(seeds_Q, seeds_Q)
@@ -236,7 +248,10 @@ def _joint(weights_QC: np.ndarray, mask_QS: np.ndarray) -> JointT:
     return joint_t(covariance_QQ / np.outer(scale_Q, scale_Q))
 
 
-def _checked(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked(
+    weights_QC: np.ndarray, scores_XCS: np.ndarray, margin: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and scores as arrays. Raises ValueError for what `judge` does not take."""
     weights_QC, scores_XCS = np.asarray(weights_QC, dtype=float), np.asarray(scores_XCS, dtype=float)
     if weights_QC.ndim != 2 or scores_XCS.ndim < 2 or weights_QC.shape[1] != scores_XCS.shape[-2]:
         raise ValueError(f"contrasts {weights_QC.shape} do not fit scores {scores_XCS.shape}")
@@ -247,6 +262,8 @@ def _checked(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> tuple[np.ndarray
     largest_Q = np.abs(weights_QC).max(1) if weights_QC.size else np.ones(0)
     if (largest_Q == 0).any() or (np.abs(weights_QC.sum(1)) > 1e-9 * largest_Q).any():
         raise ValueError("the weights of a contrast must sum to 0, and not all be 0")
+    if margin is not None and not margin > 0:
+        raise ValueError(f"the margin must be above 0, found {margin}")
     return weights_QC, scores_XCS
 
 

@@ -42,13 +42,18 @@ class JointT:
         self._constants: dict[tuple[float, float], float] = {}
 
     @cached_property
-    def _largest(self) -> tuple[np.ndarray, int]:
-        """The largest estimate in each direction (X,), and the rank R."""
+    def root_QR(self) -> np.ndarray:
+        """A root of the correlation: estimates are independent normal values (R,) times it, the largest share first."""
         values_Q, vectors_QQ = np.linalg.eigh(self.correlation_QQ)
         if values_Q[0] < -1e-6 * values_Q[-1]:
             raise ValueError("a correlation matrix has no negative eigenvalue")
         kept_Q = values_Q > 1e-9 * values_Q[-1]
-        root_QR = (vectors_QQ[:, kept_Q] * np.sqrt(values_Q[kept_Q]))[:, ::-1]  # the largest share first
+        return (vectors_QQ[:, kept_Q] * np.sqrt(values_Q[kept_Q]))[:, ::-1]
+
+    @cached_property
+    def _largest(self) -> tuple[np.ndarray, int]:
+        """The largest estimate in each direction (X,), and the rank R."""
+        root_QR = self.root_QR
         rank = root_QR.shape[1]
         if rank == 1:
             return np.ones(1), 1
@@ -64,6 +69,12 @@ class JointT:
         bound_X = (constant / largest_X) ** 2
         tail_X = chdtrc(rank, bound_X) if np.isinf(df) else fdtrc(rank, df, bound_X / rank)
         return float(tail_X.mean())
+
+    def tails(self, constants: np.ndarray, df: float) -> np.ndarray:
+        """`tail` of many constants, from 32 of them: its logarithm is almost linear in the square of the constant."""
+        knots = np.linspace(0, float(np.max(constants)), 32)
+        logs = np.log([max(self.tail(knot, df), 1e-300) for knot in knots])
+        return np.exp(np.interp(np.square(constants), knots**2, logs))
 
     def constant(self, df: float, level: float = LEVEL) -> float:
         """The constant that the largest |t| stays below with probability `level`. Raises ValueError for df of 0."""

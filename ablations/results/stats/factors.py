@@ -49,8 +49,9 @@ def main_effects(
     """What each level of each factor does, against the factor's first level.
 
     `points` are the design's settings, full factorial, one at a time or anything between, and `cells` the cell of each,
-    0 to `count` - 1; cells that are no point (baselines, say) have no weight. Where no network matches at the first level, the reference is the next level that has one. A level
-    without any matched pair has no effect, and is left out.
+    0 to `count` - 1; cells that are no point (baselines, say) have no weight. Where no network matches at the first
+    level, the reference is the next level that has one. A level without any matched pair has no effect, and is left
+    out.
     """
     found = []
     for factor, levels in factors.items():

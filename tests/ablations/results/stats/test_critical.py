@@ -11,7 +11,7 @@ from ablations.results.stats.factors import against
 
 
 def dunnett_constant(contrasts, df, alpha=0.05):
-    """Equal numbers of seeds: given the base's deviation z and the spread s, cells are independent. Gauss quadrature."""
+    """For equal numbers of seeds: given the base's deviation z and the spread s, cells are independent."""
     z, weight_z = np.polynomial.hermite_e.hermegauss(64)
     u, weight_u = np.polynomial.legendre.leggauss(64)
     s = np.sqrt(scipy.stats.chi2.ppf((u + 1) / 2, df) / df)[:, None]
@@ -71,6 +71,14 @@ def test_independent_contrasts_are_sidaks_and_none_is_above_bonferronis():
         for df in (3, 10, 100):
             constant = JointT(correlation(weights_QC)).constant(df)
             assert scipy.stats.t.isf(0.025, df) < constant < scipy.stats.t.isf(0.025 / 5, df)
+
+
+def test_many_tails():
+    joint = JointT(correlation(against(0, 8)))
+    constants = np.array([0.3, 1.7, 2.5, 3.9, 7.0])
+    for df in (6, 40):
+        expected = [joint.tail(constant, df) for constant in constants]
+        assert joint.tails(constants, df) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_same_question_has_the_same_answer():

@@ -1,0 +1,114 @@
+"""Networks on their images: which are right on which, and how far a share of images is known.
+
+Shapes: B images, N classes, S seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two networks on the same images: how many only one of them has right, and two-sided p-values of equal chances."""
+
+    only_first: int
+    only_second: int
+    exact_p: float  # never below its level, and so rather too large
+    mid_p: float  # near its level
+
+
+def mcnemar(first_B: Sequence[bool], second_B: Sequence[bool]) -> McNemar:
+    """McNemar's test of two networks that are right (True) or wrong on the same B images.
+
+    It speaks of these two networks and of images, not of two cells: another seed is another network. Exact binomial,
+    and mid-p, which counts half of the outcome itself (Fagerland, Lydersen & Laake, 2013). Raises ValueError for shapes
+    that differ.
+    """
+    from scipy.stats import binom, binomtest  # slow to import
+
+    first_B, second_B = np.asarray(first_B, dtype=bool), np.asarray(second_B, dtype=bool)
+    if first_B.shape != second_B.shape or first_B.ndim != 1:
+        raise ValueError(f"both need one value for each image, found {first_B.shape} and {second_B.shape}")
+    only_first, only_second = int((first_B & ~second_B).sum()), int((second_B & ~first_B).sum())
+    n = only_first + only_second
+    if n == 0:
+        return McNemar(0, 0, 1.0, 1.0)
+    exact = float(binomtest(only_first, n).pvalue)
+    return McNemar(only_first, only_second, exact, min(1.0, exact - float(binom.pmf(only_first, n, 0.5))))
+
+
+@dataclass(frozen=True)
+class Consistent:
+    """An image on which two cells differ in the same direction over seeds."""
+
+    image: int  # its place
+    first: int  # seeds at which the first cell has it right
+    second: int
+    lead: float  # share of seeds by which the first cell leads; below 0 the second does
+
+
+def consistent_differences(first_SB: np.ndarray, second_SB: np.ndarray, most: int = 24) -> list[Consistent]:
+    """The images on which two cells differ most over S seeds, each cell right (True) or wrong on the same B images.
+
+    By how many more seeds have the image right, largest first, the order of the images between equals. A description,
+    for looking at: of many images some differ at most seeds by chance. Images on which the cells are right equally
+    often are left out. Raises ValueError for shapes that differ.
+    """
+    first_SB, second_SB = np.asarray(first_SB, dtype=bool), np.asarray(second_SB, dtype=bool)
+    if first_SB.shape != second_SB.shape or first_SB.ndim != 2:
+        raise ValueError(f"both need one value for each seed and image, found {first_SB.shape} and {second_SB.shape}")
+    first_B, second_B = first_SB.sum(0), second_SB.sum(0)
+    lead_B = first_B - second_B
+    order_B = np.argsort(-np.abs(lead_B), kind="stable")
+    return [
+        Consistent(int(image), int(first_B[image]), int(second_B[image]), float(lead_B[image] / len(first_SB)))
+        for image in order_B[:most]
+        if lead_B[image] != 0
+    ]
+
+
+def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int) -> np.ndarray:
+    """Counts (N, N) of images: rows are what they are, columns what they were taken for.
+
+    Raises ValueError for a class that is not within 0 and `classes` - 1, and for shapes that differ.
+    """
+    labels_B, predicted_B = np.asarray(labels_B), np.asarray(predicted_B)
+    if labels_B.shape != predicted_B.shape or labels_B.ndim != 1:
+        raise ValueError(f"found {labels_B.shape} labels and {predicted_B.shape} predictions")
+    for values_B in (labels_B, predicted_B):
+        if values_B.size and (values_B.min() < 0 or values_B.max() >= classes):
+            raise ValueError(f"classes go from 0 to {classes - 1}, found {values_B.min()} to {values_B.max()}")
+    return np.bincount(labels_B * classes + predicted_B, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of images with its interval; None of no images."""
+
+    right: int
+    images: int
+    share: float | None
+    low: float
+    high: float
+
+
+def wilson(right: int, images: int, level: float = 0.95) -> Share:
+    """A share with Wilson's score interval (1927), for images that were drawn at random: of one network, not of a cell.
+
+    Raises ValueError for more right ones than images.
+    """
+    from scipy.stats import binomtest  # slow to import
+
+    if not 0 <= right <= images:
+        raise ValueError(f"{right} of {images} images are no share")
+    if images == 0:
+        return Share(0, 0, None, 0.0, 1.0)
+    interval = binomtest(right, images).proportion_ci(level, method="wilson")
+    return Share(right, images, right / images, float(interval.low), float(interval.high))
+
+
+def class_accuracies(confusion_NN: np.ndarray, level: float = 0.95) -> list[Share]:
+    """For each class the share of its images that were taken for it, with Wilson's interval."""
+    return [wilson(int(row_N[i]), int(row_N.sum()), level) for i, row_N in enumerate(np.asarray(confusion_NN))]
