@@ -4,7 +4,6 @@ Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong.
 """
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -26,11 +25,14 @@ from ablations.engines import TrialFailed, by_architecture, planned_steps, prepa
 from ablations.progress import StudyProgress, console, status
 from ablations.records import Environment, Race, StudyDirectory, read_record
 from ablations.rerun import finished_trial, train_again
-from ablations.results import evidence, tables
 from ablations.results import report as reports
-from ablations.results.findings import find
+from ablations.results import tables
+from ablations.results.answer import answer
+from ablations.results.evidence import compare, foresee, marginals, read_evidence
+from ablations.results.findings import read_findings
 from ablations.results.plots import accuracy_plot
-from ablations.results.tables import render
+from ablations.results.rendering import render, render_tables
+from ablations.results.rows import Row, best_record, best_row, read_results
 from ablations.study import Cell, Level, Study, changed_recipe, check_fit, level_name, load_study, shipped_studies
 from ablations.training.augment import augment
 from ablations.training.contact_sheet import MOST_IMAGES, contact_sheet
@@ -115,6 +117,7 @@ def run(
     data: Annotated[str | None, typer.Option(help="Data source, in place of the study's.")] = None,
     data_dir: DataDir = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds, in place of the study's.")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="The first seed: others make a fresh study.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="A change to the base.")] = None,
     out: Annotated[Path | None, typer.Option(help="Study directory; runs/STUDY where not given.")] = None,
     device: Device = "auto",
@@ -132,7 +135,8 @@ def run(
     Without STUDY: the study `quickstart`, and then export, certificate and latency of its best network, and the report.
     A race begins with the study's seeds.
     """
-    asked = load_study("quickstart" if study is None else study).change(seeds, data, dict(map(_setting, set_ or [])))
+    asked = load_study("quickstart" if study is None else study)
+    asked = asked.change(seeds, data, dict(map(_setting, set_ or [])), first_seed)
     on = _device(device)
     execution = Execution(kernels, compile, graphs)
     execution.check(on)
@@ -148,7 +152,7 @@ def run(
     if max_seeds is not None:
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
-        race = racing.begun(cells, asked, max_seeds, seen)
+        race = racing.new_race(cells, asked, max_seeds, seen)
         if begun:
             racing.check_same(begun, race)
             race = begun
@@ -161,39 +165,36 @@ def run(
     counts = {cell.trials[0].id: asked.seeds for cell in cells}
     if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), asked.seeds) for cell in directory.plan.cells}
-    with directory.written(asked, images, racing.at(cells, counts), race):
-        failed = _train(racing.at(cells, counts), resident, directory, execution)
+    with directory.written(asked, images, racing.cells_with(cells, counts), race):
+        failed = _train(racing.cells_with(cells, counts), resident, directory, execution)
         while race:
-            rows = evidence.study_rows(directory)
-            wanted = racing.next_look(rows, race, counts)
-            console.print(racing.said(rows, race, wanted, counts), soft_wrap=True)
+            found = read_evidence(directory)
+            wanted = racing.next_counts(found, counts)
+            console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
             if wanted == counts:
                 break
             counts = wanted
-            directory.write_plan(asked, images, racing.at(cells, counts), race)
-            failed |= _train(racing.at(cells, counts), resident, directory, execution)
+            directory.write_plan(asked, images, racing.cells_with(cells, counts), race)
+            failed |= _train(racing.cells_with(cells, counts), resident, directory, execution)
     status = 1 if failed else 0
     if study is None and not failed:
         status = export(directory.path, data_dir=data_dir)
         if status == 0:
             bench([directory.path / "export" / "model-uint8.onnx"])
+        if status == 0:
+            status = report(directory.path, data_dir=data_dir)
         print()
     _show(directory)
-    if study is None and status == 0:
-        status = report(directory.path, data_dir=data_dir)
     return status
 
 
 def _show(directory: StudyDirectory) -> None:
-    """The study's question and table on stdout, and its picture in its directory."""
-    rows = evidence.study_rows(directory)
-    judgements = evidence.judge(rows, directory.study.margin, directory.plan.race)
+    """The study's question, its tables and the answer on stdout, and its picture in its directory."""
+    found = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(directory.study.question, rows))
-    print(f"{directory.study.question}\n")
-    notes = tables.notes(directory, directory.plan, rows, judgements)
-    print(render(tables.columns(rows, judgements), "text", notes))
-    print(f"Picture: {picture}", flush=True)
+    write_whole(picture, accuracy_plot(directory.study.question, found.results.rows))
+    print(f"{found.results.study.question}\n\n{render_tables(tables.study_tables(directory, found), 'text')}\n")
+    print(f"Picture: {picture}\n\n{answer(found)}", flush=True)
 
 
 def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution) -> bool:
@@ -233,6 +234,9 @@ def _plan_table(study: Study, cells: list[Cell], data: ImageData, directory: Stu
         f"Data: {data.in_words(cells[0].trials[0].hold_out)}.",
         f"{len(different)} different trials in {directory.path}; nothing was trained or written.",
     ]
+    if not race:
+        images = len(data.train) - data.trained_on(cells[0].trials[0].hold_out)
+        notes += tables.plan_lines(foresee(study, study.names(cells), images, directory))
     if race:
         done = sum(directory.record(trial) is not None for trial in different)
         first = {trial.id for cell in cells for trial in cell.trials[: race.first]}
@@ -299,57 +303,26 @@ def table(
             raise InputError(f"--contrast compares cells of one study; {len(studies)} were given")
         _show_contrast(studies[0], *contrast, format)
         return 0
-    by_study = [evidence.study_rows(one) for one in studies]
-    rows = [row for rows in by_study for row in rows]
-    if by is not None:
-        marginals = [evidence.marginals(one, by.split(",")) for one in studies]
-        shown = [
-            ({"study": evidence.study_name(one)} if len(studies) > 1 else {}) | row
-            for one, found in zip(studies, marginals)
-            for row in tables.marginal_columns(found)
-        ]
-        notes = _of_each(studies, [tables.marginal_notes(*both) for both in zip(studies, marginals)])
-    elif peek:
-        peeks = [evidence.peek(one, row) for one, found in zip(studies, by_study) for row in found]
-        shown, notes = tables.peek_columns(rows, peeks), tables.PEEK_NOTES
+    if by is None and not peek:
+        shown = [tables.study_tables(study, read_evidence(study)) for study in studies]
+    elif by is not None:
+        found = [read_evidence(study) for study in studies]
+        shown = [[tables.factor_levels(one, marginals(one, by.split(",")))] for one in found]
     else:
-        judged = [evidence.judge(found, one.study.margin, one.plan.race) for one, found in zip(studies, by_study)]
-        shown = tables.columns(rows, [judgement for one in judged for judgement in one])
-        three = zip(studies, by_study, judged)
-        notes = _of_each(studies, [tables.notes(one, one.plan, found, verdicts) for one, found, verdicts in three])
-    print(render(shown, format, notes))
+        shown = [[tables.peek_table(study, read_results(study))] for study in studies]
+    named = [
+        table.named(study.path.resolve().name) if len(studies) > 1 else table
+        for study, found in zip(studies, shown)
+        for table in found
+    ]
+    print(render_tables(named, format))
     return 0
 
 
-def _of_each(studies: list[StudyDirectory], notes: list[list[str]]) -> list[str]:
-    """The notes of all studies, with their names where there are several."""
-    return [
-        (f"{evidence.study_name(one)}: " if len(studies) > 1 else "") + note
-        for one, lines in zip(studies, notes)
-        for note in lines
-    ]
-
-
 def _show_contrast(directory: StudyDirectory, first: str, second: str, format: tables.Format) -> None:
-    rows = evidence.study_rows(directory)
-    a, b = evidence.find_row(rows, first), evidence.find_row(rows, second)
-    if a is b:
-        raise InputError(f"--contrast: {first!r} and {second!r} are one cell")
-    found = evidence.compare(directory, rows, a, b)
-    splits, seeds = tables.comparison_columns(found)
-    notes = tables.comparison_notes(found, directory.study.margin)
-    names = {"A": evidence.row_name(a), "B": evidence.row_name(b)}
-    if not seeds:
-        raise InputError(f"--contrast: neither {names['A']} nor {names['B']} has a finished trial")
-    if format == "json":
-        tests, by_seed = (json.loads(render(table, "json")) for table in (splits, seeds))
-        verdict = dataclasses.asdict(found.judgement)
-        print(json.dumps({**names, "verdict": verdict, "splits": tests, "seeds": by_seed, "notes": notes}, indent=1))
-    elif format == "csv":
-        print(render(seeds, "csv"))
-    else:
-        titles = [("% " if format == "latex" else "") + f"{letter}: {name}" for letter, name in names.items()]
-        print("\n".join([*titles, "", render(splits, format), "", render(seeds, format, notes)]))
+    evidence = read_evidence(directory)
+    found = compare(directory, evidence, *map(evidence.results.row, (first, second)))
+    print(render_tables(tables.comparison_tables(evidence, found), format))
 
 
 @app.command("report")
@@ -372,7 +345,7 @@ def report(
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
     with status("reading the study, and what its best network does on the validation images"):
-        found = find(StudyDirectory(directory), data_dir)
+        found = read_findings(StudyDirectory(directory), data_dir)
     with status("drawing"):
         files = (
             {out: reports.html(found).encode()}
@@ -525,7 +498,7 @@ def export(
             print(f"{one}: not exported: {error}")
             continue
         name = file if one == "fp32" else file.with_stem(f"{file.stem}-{one}")
-        rows = evidence.study_rows(directory) if directory and prune_gates is None else []
+        rows = read_results(directory).rows if directory and prune_gates is None else []
         passed &= _write(published, name, checkpoint, read, trial, rows)
     return 0 if passed else 1
 
@@ -553,7 +526,7 @@ def _write(
     checkpoint: "Checkpoint",
     data: ImageData,
     trial: Trial | None,
-    rows: list[evidence.Row],
+    rows: list[Row],
 ) -> bool:
     """Writes an exported model with its certificate and card; one that failed under another name. Whether it passed.
 
@@ -626,10 +599,10 @@ def show_model(
 
 
 def _best_checkpoint(directory: StudyDirectory) -> Path:
-    row = evidence.best_row(evidence.study_rows(directory))
+    row = best_row(read_results(directory).rows)
     if row is None:
         raise InputError(f"{directory.path}: no trial of this study is finished")
-    return directory.checkpoint(evidence.best_record(row).trial)
+    return directory.checkpoint(best_record(row).trial)
 
 
 @app.command("bench")

@@ -40,33 +40,40 @@ def mcnemar(first_B: Sequence[bool], second_B: Sequence[bool]) -> McNemar:
 
 
 @dataclass(frozen=True)
-class Consistent:
-    """An image on which two cells differ in the same direction over seeds."""
+class ConsistentImages:
+    """The images that all networks of one cell recognise and no network of the other: indices."""
 
-    image: int  # its place
-    first: int  # seeds at which the first cell has it right
-    second: int
-    lead: float  # share of seeds by which the first cell leads; below 0 the second does
+    only_first: np.ndarray
+    only_second: np.ndarray
+    by_chance: float  # how many of both together two equal cells would show
 
 
-def consistent_differences(first_SB: np.ndarray, second_SB: np.ndarray, most: int = 24) -> list[Consistent]:
-    """The images on which two cells differ most over S seeds, each cell right (True) or wrong on the same B images.
+def consistent_images(first_SB: np.ndarray, second_SB: np.ndarray) -> ConsistentImages:
+    """On which images two cells differ at every seed, from whether each network is right (S, B).
 
-    By how many more seeds have the image right, largest first, the order of the images between equals. A description,
-    for looking at: of many images some differ at most seeds by chance. Images on which the cells are right equally
-    often are left out. Raises ValueError for shapes that differ.
+    The cells may have different numbers of seeds. `by_chance` is what a random division of the same networks into two
+    such groups gives on average (hypergeometric). Raises ValueError for other images or without seeds.
     """
+    from scipy.stats import hypergeom  # slow to import
+
     first_SB, second_SB = np.asarray(first_SB, dtype=bool), np.asarray(second_SB, dtype=bool)
-    if first_SB.shape != second_SB.shape or first_SB.ndim != 2:
-        raise ValueError(f"both need one value for each seed and image, found {first_SB.shape} and {second_SB.shape}")
+    if first_SB.ndim != 2 or second_SB.ndim != 2 or first_SB.shape[1] != second_SB.shape[1]:
+        raise ValueError(f"both need (seeds, images) of the same images, found {first_SB.shape} and {second_SB.shape}")
+    ours, theirs = len(first_SB), len(second_SB)
+    if not ours or not theirs:
+        raise ValueError("both need one seed or more")
     first_B, second_B = first_SB.sum(0), second_SB.sum(0)
-    lead_B = first_B - second_B
-    order_B = np.argsort(-np.abs(lead_B), kind="stable")
-    return [
-        Consistent(int(image), int(first_B[image]), int(second_B[image]), float(lead_B[image] / len(first_SB)))
-        for image in order_B[:most]
-        if lead_B[image] != 0
+    right_B = first_B + second_B
+    chances = [
+        float(hypergeom.pmf(ours, ours + theirs, ours, ours)),  # all that are right are in the first cell
+        float(hypergeom.pmf(0, ours + theirs, theirs, ours)),  # or in the second
     ]
+    by_chance = (right_B == ours).sum() * chances[0] + (right_B == theirs).sum() * chances[1]
+    return ConsistentImages(
+        only_first=np.flatnonzero((first_B == ours) & (second_B == 0)),
+        only_second=np.flatnonzero((second_B == theirs) & (first_B == 0)),
+        by_chance=float(by_chance),
+    )
 
 
 def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int) -> np.ndarray:

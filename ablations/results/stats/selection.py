@@ -2,7 +2,7 @@
 
 These are secondary: what differs is judged by `contrasts`.
 
-Shapes: C cells, S seeds, E epochs, X draws.
+Shapes: C cells, S seeds, E epochs, X any.
 """
 
 import math
@@ -67,26 +67,6 @@ def _finite(values: object, what: str, dimensions: int) -> np.ndarray:
         places = ", ".join(map(str, np.argwhere(~np.isfinite(array)).tolist()[:5]))
         raise ValueError(f"{what} must be finite, found {(~np.isfinite(array)).sum()} that are not, at {places}")
     return array
-
-
-def probability_best(scores_CS: np.ndarray, draws: int = 20_000, seed: int = 0) -> np.ndarray:
-    """The probability (C,) that each cell has the highest true mean, from scores that are paired by seed.
-
-    Bayesian: the means are drawn from Student's multivariate t around those observed, with their covariance over seeds
-    and S - 1 degrees of freedom (flat priors). All cells are drawn together, as seeds are shared. Equal cells share. It
-    is not a test: of 10 equal cells one may have 0.5. From `draws` drawn with `seed`, and so exact to about 0.01.
-    Raises ValueError for fewer than two seeds.
-    """
-    scores_CS = _finite(scores_CS, "scores", 2)
-    n = scores_CS.shape[1]
-    if n < 2:
-        raise ValueError("the probability to be the best needs two seeds or more")
-    mean_C = scores_CS.mean(1)
-    generator = np.random.default_rng(seed)
-    weights_XS = generator.normal(size=(draws, n)) / np.sqrt(n * generator.chisquare(n - 1, size=(draws, 1)))
-    means_XC = mean_C + weights_XS @ (scores_CS - mean_C[:, None]).T
-    best_XC = _highest(means_XC)
-    return (best_XC / best_XC.sum(1, keepdims=True)).mean(0)
 
 
 def _highest(values_XC: np.ndarray) -> np.ndarray:

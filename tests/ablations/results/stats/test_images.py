@@ -7,10 +7,9 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from ablations.results.stats.images import (
-    Consistent,
     class_accuracies,
     confusion_matrix,
-    consistent_differences,
+    consistent_images,
     mcnemar,
     wilson,
 )
@@ -31,18 +30,30 @@ def test_mcnemar_by_hand_and_against_statsmodels():
         mcnemar([True], [True, False])
 
 
-def test_consistent_differences_by_hand():
-    first = np.array([[1, 0, 1, 0, 1], [1, 0, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
-    second = np.array([[0, 1, 1, 1, 0], [0, 1, 1, 0, 1], [0, 1, 1, 1, 1]], bool)
-    found = consistent_differences(first, second)
-    assert found == [
-        Consistent(0, 3, 0, pytest.approx(1)),
-        Consistent(1, 1, 3, pytest.approx(-2 / 3)),
-        Consistent(3, 1, 2, pytest.approx(-1 / 3)),
-    ]
-    assert consistent_differences(first, second, most=1) == found[:1]
-    with pytest.raises(ValueError, match="each seed and image"):
-        consistent_differences(first, second[:2])
+def test_images_that_tell_cells_apart_by_hand():
+    first_SB = [[1, 1, 0, 0, 1], [1, 1, 0, 1, 1]]
+    second_SB = [[0, 1, 1, 0, 0], [0, 1, 1, 0, 1]]
+    found = consistent_images(np.array(first_SB, bool), np.array(second_SB, bool))
+    assert (found.only_first.tolist(), found.only_second.tolist()) == ([0], [2])
+    # images 0 and 2 have two of four right: of the 6 ways to choose 2 of 4, one is all in the first, one in the second
+    assert found.by_chance == pytest.approx(2 * (1 / 6 + 1 / 6))
+
+
+def test_equal_cells_show_as_many_as_chance_gives():
+    rng = np.random.default_rng(0)
+    hardness_B = rng.beta(2, 1, size=20_000)
+    right_SB = rng.random((7, 20_000)) < hardness_B
+    found = consistent_images(right_SB[:4], right_SB[4:])
+    counts = len(found.only_first) + len(found.only_second)
+    assert found.by_chance > 100
+    assert counts == pytest.approx(found.by_chance, abs=4 * np.sqrt(found.by_chance))
+
+
+def test_cells_of_other_images_cannot_be_compared():
+    with pytest.raises(ValueError, match="same images"):
+        consistent_images(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="one seed"):
+        consistent_images(np.ones((0, 3)), np.ones((2, 3)))
 
 
 def test_confusion_and_class_accuracies():

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from scipy.special import expit, logit
 
-from ablations.results.stats.selection import accuracy_interval, mean_interval, peek, probability_best, winner
+from ablations.results.stats.selection import accuracy_interval, mean_interval, peek, winner
 
 
 def test_mean_interval_is_students():
@@ -40,40 +40,11 @@ def test_what_is_missing_is_never_dropped():
     for call in (
         lambda: mean_interval([1, np.inf]),
         lambda: accuracy_interval([]),
-        lambda: probability_best([[1, 2], [np.nan, 3]]),
         lambda: winner([[1, 2], [2, 3]], [[1, 2], [np.nan, 3]]),
         lambda: peek([[1, np.nan]]),
     ):
         with pytest.raises(ValueError, match="finite|at least one"):
             call()
-
-
-@pytest.mark.parametrize("seed", range(14, 18))
-def test_probability_of_the_best_of_two_is_the_one_sided_p_value(seed):
-    scores_CS = np.random.default_rng(seed).normal(90, 1, size=(2, 3))
-    p = scipy.stats.ttest_rel(*scores_CS, alternative="greater").pvalue
-    assert probability_best(scores_CS) == pytest.approx([1 - p, p], abs=0.01)
-
-
-def test_equal_cells_share_the_first_place():
-    scores_S = [0.1, 0.2, 0.4]
-    assert probability_best([scores_S, scores_S, np.subtract(scores_S, 5)]) == pytest.approx([0.5, 0.5, 0], abs=0.01)
-    assert probability_best([[1, 1], [2, 2], [2, 2]]).tolist() == [0, 0.5, 0.5]
-    with pytest.raises(ValueError, match="two seeds"):
-        probability_best([[1], [2]])
-
-
-def test_probabilities_to_be_best_are_frequencies():
-    generator, given, came = np.random.default_rng(17), [], []
-    for i in range(600):
-        truth_C = generator.normal(0, 3, size=4)
-        scores_CS = truth_C[:, None] + generator.normal(size=4) + generator.normal(size=(4, 4))
-        given.append(probability_best(scores_CS, draws=1000, seed=i))
-        came.append(np.arange(4) == truth_C.argmax())
-    given, came = np.ravel(given), np.ravel(came)
-    for low, high in ((0, 0.1), (0.1, 0.4), (0.4, 0.6), (0.6, 0.9), (0.9, 1.01)):
-        chosen = (given >= low) & (given < high)
-        assert came[chosen].mean() == pytest.approx(given[chosen].mean(), abs=0.08)
 
 
 def test_winner_by_hand():
