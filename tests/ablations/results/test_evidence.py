@@ -12,13 +12,11 @@ import scipy.stats
 from conftest import write_study, written_epochs
 
 from ablations.records import Plan, Predictions, Race, StudyDirectory
-from ablations.results import stats
 from ablations.results.answer import answer
 from ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
 from ablations.results.rendering import render_tables
-from ablations.results.rows import best_row, common_scores, on_test, on_validation, peek, read_results, winner
+from ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
 from ablations.results.stats.contrasts import judge
-from ablations.results.stats.factors import against
 from ablations.results.stats.race import race
 from ablations.results.tables import comparison_tables, plan_lines, study_tables, study_text
 from ablations.study import parse_study
@@ -288,7 +286,7 @@ def test_the_answer_is_of_verdicts_and_costs(digits, tmp_path, scores, said):
     text = GRID.replace("experts = [2, 4]", "experts = [1, 2, 4]").replace("kernel = [3, 5, 7]", "")
     directory = write_study(tmp_path / "s", text, digits, of_experts)
     for file in directory.path.glob("trials/*/record.json"):  # costs of so many experts
-        experts = {1: 1, 2: 2, 4: 4}[len_experts(directory, file.parent.name)]
+        experts = experts_of(directory, file.parent.name)
         file.write_text(json.dumps(json.loads(file.read_text()) | {"macs": 100 * experts}))
     found = answer(read_evidence(directory))
     assert all(part in found for part in said)
@@ -298,8 +296,8 @@ def test_the_answer_is_of_verdicts_and_costs(digits, tmp_path, scores, said):
         assert "for 4.0 times the MACs" in found
 
 
-def len_experts(directory: StudyDirectory, trial: str) -> int:
-    return next(iter(directory.config(trial).model.blocks())).experts
+def experts_of(directory: StudyDirectory, trial: str) -> int:
+    return len(next(iter(directory.config(trial).model.blocks())).kernels)
 
 
 def test_open_effects_say_how_many_seeds_would_show(digits, tmp_path):
