@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ablations.records import StudyDirectory
+from ablations.records import Record, StudyDirectory
 from ablations.results import plots, tables
 from ablations.results.answer import answer
 from ablations.results.evidence import smallest
@@ -197,7 +197,7 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
 def _environment_rows(found: Findings) -> list[dict[str, object]]:
     records = {record.trial: record for row in found.rows for record in row.records}
     kinds = Counter(
-        (r.environment.device, r.environment.threads, r.bfloat16, str(r.means), r.environment.python)
+        (r.environment.device, r.environment.threads, r.bfloat16, _means(r), r.environment.python)
         + tuple(sorted(r.environment.versions.items()))
         for r in records.values()
     )
@@ -213,6 +213,12 @@ def _environment_rows(found: Findings) -> list[dict[str, object]]:
         }
         for (device, threads, bfloat16, means, python, *versions), count in kinds.items()
     ]
+
+
+def _means(record: Record) -> str:
+    """How the steps were run."""
+    used = {"fused kernels": record.kernels, "torch.compile": record.compiled, "CUDA graphs": record.graphs}
+    return ", ".join(name for name, was in used.items() if was) or "eager PyTorch"
 
 
 # --- Its pictures ---
