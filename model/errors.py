@@ -5,8 +5,10 @@ Every part of expertgrid raises `InputError` for input that a person can mend; t
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -24,8 +26,10 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
     return InputError(f"unknown {what} {found!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
-def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
+def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
     """One line for the first thing that pydantic found wrong: `where` is the file or object it was found in."""
+    from pydantic import BaseModel  # not for the errors above, of which the command line makes some at its start
+
     found = error.errors()
     first = found[0]
     at = first["loc"]
