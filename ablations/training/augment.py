@@ -91,11 +91,6 @@ def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
 
 
-def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
-    return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
-
-
 def random_erasing(
     x_BCHW: Tensor, p: float, mode: Literal["const", "rand", "pixel"], count: int, generator: Generator
 ) -> Tensor:

@@ -23,7 +23,6 @@ from ablations.training.augment import (
     cutout,
     hflip,
     mirror,
-    normalise,
     padded_crop,
     random_erasing,
     scaled_down,
@@ -39,6 +38,7 @@ from ablations.training.policies import (
     transformed,
 )
 from model.errors import InputError, unknown
+from model.pixels import normalise
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]

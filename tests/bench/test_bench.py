@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
-from ablations.training.augment import normalise
 from bench import step
 from bench.experts import FORMS, TOLERANCE, build_form, difference
 from bench.latency import Latency, engines, measure, random_images, rows, take_turns
@@ -35,6 +34,7 @@ from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
 from model.fast.execution import Means
+from model.pixels import normalise
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
