@@ -6,6 +6,7 @@ Shapes: B images, C channels, H x W pixels.
 from PIL import Image
 from torch import Tensor
 
+RESIZE = "shorter side to image_size, bicubic with antialiasing; then centre crop"  # what `fitted` does, in words
 BICUBIC = Image.Resampling.BICUBIC  # of Pillow, which antialiases
 MOST_PIXELS = 10**8  # of an image that is resized as a whole
 
