@@ -308,7 +308,8 @@ class StudyDirectory:
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
         with lock:
-            write_whole(self.path / "study.toml", tomli_w.dumps(study.model_dump(mode="json", exclude_none=True)).encode())
+            fields = study.model_dump(mode="json", exclude_none=True)
+            write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
             self.write_plan(study, data, cells, race)
             yield
 

@@ -22,35 +22,32 @@ import typer
 
 from ablations import racing
 from ablations.__main__ import INTERRUPTED
-from ablations.engines import TrialFailed, by_architecture, planned_steps, prepare, run_local
+from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
 from ablations.progress import StudyProgress, console, status
-from ablations.records import Environment, Race, StudyDirectory, read_record
+from ablations.records import Race, StudyDirectory, read_record
 from ablations.rerun import finished_trial, train_again
 from ablations.results import evidence, tables
 from ablations.results import report as reports
 from ablations.results.findings import find
 from ablations.results.plots import accuracy_plot
 from ablations.results.tables import render
-from ablations.study import Cell, Level, Study, changed_recipe, check_fit, level_name, load_study, shipped_studies
-from ablations.training.augment import augment
+from ablations.study import Cell, Level, Study, changed_recipe, level_name, load_study, shipped_studies
 from ablations.training.contact_sheet import MOST_IMAGES, contact_sheet
 from ablations.training.data import SOURCES, ImageData, load_data
-from ablations.training.loop import TrainingError, start, train, uses_bfloat16
-from ablations.training.recipe import RECIPES, Recipe
-from ablations.training.splits import ResidentData, Split, Splits
+from ablations.training.recipe import RECIPES
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from ablations.verify import check_study
 from model.cost import cost
 from model.errors import InputError, unknown
-from model.fast.execution import WORDS, Execution, Means, missing
+from model.fast.execution import Execution, Means
 from model.files import write_whole
-from model.presets import PRESETS, network
+from model.presets import PRESETS
 
 if TYPE_CHECKING:
     from export.publish import Published
     from model.checkpoint import Checkpoint
 
-CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on, the others validate
 stopped = Event()  # by the user
 
 app = typer.Typer(
@@ -270,10 +267,9 @@ def _device(name: str) -> torch.device:
 
 def _that_can_be(execution: Execution, chosen: list[Means], device: torch.device) -> Execution:
     """What was asked for without what was chosen and cannot be used on the device, of which a notice says why."""
-    for name, words in WORDS.items():
-        if any(getattr(means, name) for means in chosen) and (reason := missing(name, device)):
-            console.print(f"trained without {words}: {reason}", soft_wrap=True)
-            execution = dataclasses.replace(execution, **{name: "off"})
+    execution, without = execution.usable(chosen, device)
+    for text in without:
+        console.print(f"trained without {text}", soft_wrap=True)
     return execution
 
 
@@ -428,15 +424,15 @@ def rerun(
 @app.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")]) -> int:
     """Recompute a study's numbers from what is kept beside them, and name each that does not fit."""
-    from bench.latency import read_onnx
-    from export.publish import unfit
+    from export.certificate import certificate_problem
+    from export.graph import read_onnx
 
     found = check_study(StudyDirectory(directory))
     files = sorted((directory / "export").glob("*.onnx"))
     problems = list(found.problems)
     for file in files:
         try:
-            problem = unfit(read_onnx(file), file)
+            problem = certificate_problem(read_onnx(file), file)
         except InputError as error:
             problem = str(error)
         problems += [f"export: {problem}"] if problem else []
@@ -472,7 +468,8 @@ def export(
     """
     from export.certificate import BOUNDS
     from export.precision import PrecisionError
-    from export.publish import Images, Reference, pruned, publish
+    from export.prune import pruned
+    from export.publish import Images, Reference, publish
     from export.session import check_provider
     from export.to_onnx import OUTPUTS
     from model.checkpoint import load
@@ -502,15 +499,9 @@ def export(
         raise InputError(f"--data {read.source}: {read.name} has other images than {path} was trained on")
     hold_out, seed = (trial.hold_out, trial.seed) if trial else (read.hold_out(), 0)
     splits = ResidentData(read, torch.device("cpu")).splits(hold_out, seed)
-    images = Images(
-        train=splits.train.pixels_BHWC.numpy(),
-        validation=splits.validation.pixels_BHWC.numpy(),
-        validation_labels=splits.validation.labels_B.numpy(),
-        test=read.test.pixels_BHWC,
-        test_labels=read.test.labels_B,
-    )
+    images = Images(**splits.arrays())
     if prune_gates is not None:
-        checkpoint, said = pruned(checkpoint, images, prune_gates)
+        checkpoint, said = pruned(checkpoint, images.validation, images.validation_labels, prune_gates)
         print(said)
     reference = Reference(checkpoint, images, input, prune_gates)
     passed = True
@@ -563,8 +554,6 @@ def _write(
     from export.graph import describe
 
     certificate, trained = published.certificate, checkpoint.trained
-    kept = file if certificate.passed else file.with_suffix(".rejected.onnx")
-    write_whole(kept.with_suffix(".certificate.json"), certificate.to_bytes())
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         text = card(
@@ -577,7 +566,7 @@ def _write(
             table_row=[(title, tables.shown(value)) for one in tables.columns(row) for title, value in one.items()],
         )
         write_whole(file.with_suffix(".md"), text.encode())
-    write_whole(kept, published.model)
+    kept = published.write(file)
     floats = f"; {len(published.kept_in_float)} nodes stay in float" if published.kept_in_float else ""
     size = f"{len(published.model):,} bytes"
     print(f"{kept}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
@@ -593,7 +582,7 @@ def predict(
     format: Format = "text",
 ) -> int:
     """Show what an exported network takes images for, with its probabilities."""
-    from bench.latency import read_onnx
+    from export.graph import read_onnx
     from export.predict import predict
 
     tables.check_format(format)
@@ -613,8 +602,8 @@ def show_model(
     picture: Annotated[Path | None, typer.Option(help="File for a picture of the graph, as SVG.")] = None,
 ) -> int:
     """Show an ONNX file's input, output, operators, size, MACs and metadata."""
-    from bench.latency import read_onnx
-    from export.graph import describe, draw
+    from export.graph import describe, read_onnx
+    from export.picture import draw
 
     if picture is not None and (picture.suffix != ".svg" or not picture.absolute().parent.is_dir()):
         raise InputError(f"--picture {picture}: the name of an .svg file in a directory that exists is needed")
@@ -711,72 +700,21 @@ def bench_train(
     graphs: Graphs = "auto",
     format: Format = "text",
 ) -> int:
-    """Measure training, next to the plain way to train the same network and to bare steps on one batch.
+    """Measure training, next to a PyTorch baseline of the same network and to bare steps on one batch.
 
     What is `auto` is decided as for a whole training by the recipe on 45,000 images.
     """
-    import bench.training as timing
-    from bench.peaks import measure_peaks
+    from bench.training import measure_training, notes, rows
 
     tables.check_format(format)
-    on = _device(device)
-    execution = Execution(kernels, compile, graphs)
-    execution.check(on)
-    steps = steps or (100 if on.type == "cuda" else 2)
-    config = network(preset)
-    recipe = RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
-    whole = recipe.epochs * (CIFAR_TRAIN // batch)
-    execution = _that_can_be(execution, [execution.chosen(config, whole, on)], on)
-    at_full_size = {"small_size": 0, "small_share": None}
-    recipe = Recipe(**{**dict(recipe), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
-    images = ImageData.random(train=batch * steps, height=32, width=32)
-    every = Split.of(images.train, on)
-    splits = Splits(images, every, Split.of(images.test, on), Split.of(images.test, on))
-    check_fit(preset, config, images.channels, images.image_size, images.name)
-    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
-    mean, std = recipe.mean_std(images)
-    mean_C, std_C = torch.tensor(mean, device=on), torch.tensor(std, device=on)
-    x_BCHW = augment(recipe, every.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(on))
-    y_B = every.labels_B[:batch]
-    amp = uses_bfloat16(recipe, on)
-    transform = timing.plain_transform(mean, std, images.image_size, recipe.crop_padding, recipe.hflip, recipe.cutout)
-
+    on, execution = _device(device), Execution(kernels, compile, graphs)
     with status(f"training {preset}"):
-        training, bare = start(trial, splits), start(trial, splits)
-        try:
-            prepared, _ = (prepare(trial, splits, one, execution, whole) for one in (training, bare))
-        except TrainingError as error:
-            raise InputError(str(error)) from error
-        for text in prepared.without:
-            console.print(f"measured without {text}", soft_wrap=True)
-        epochs = train(trial, splits, training)
-        memory, memory_is = timing.peak_memory(on, lambda: next(epochs))
-        plain = timing.textbook(start(trial, splits).net.to("cpu", memory_format=torch.contiguous_format))
-        plain_images = timing.PlainImages(every.pixels_BHWC, every.labels_B, transform)
-        plainly = plain, recipe.optimizer, plain_images, batch, steps, recipe.smoothing, on
-        with timing.plain_rounds(*plainly) as plain_round:
-            bare_step = timing.bare_step(bare.net.train(), bare.optimizer, amp)
-            bare_step = partial(bare_step if bare.recorder is None else partial(bare.recorder, bare_step), x_BCHW, y_B)
-            ways = {
-                "loop": lambda: next(epochs).train_seconds,
-                "bare": lambda: timing.bare_round(bare_step, steps, on),
-                "plain": plain_round,
-            }
-            timing.in_turns(ways, 1)
-            seconds = timing.in_turns(ways, rounds)
-        peaks = measure_peaks(on)
-    speed = timing.TrainingSpeed.of(
-        seconds["loop"], seconds["bare"], seconds["plain"],
-        model=preset, device=Environment.here(on).device, threads=torch.get_num_threads(), torch=torch.__version__,
-        batch=batch, steps=steps, bfloat16=amp, kernels=prepared.means.kernels, compiled=prepared.means.compile,
-        graphs=training.recorded, compile_seconds=prepared.seconds,
-        peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1], peaks=peaks,
-        plain_workers=timing.plain_workers(),
-    )  # fmt: skip
+        notice = partial(console.print, soft_wrap=True)
+        speed = measure_training(preset, batch, steps, rounds, on, execution, notice)
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0
-    print(render(timing.rows(speed), format, timing.notes(speed)))
+    print(render(rows(speed), format, notes(speed)))
     return 0
 
 
