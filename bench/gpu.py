@@ -110,7 +110,7 @@ class Piece(BaseModel):
 class Size:
     """How much is measured."""
 
-    presets: tuple[str, ...] = (STEP_PRESET, *(n for n in PRESETS if n != STEP_PRESET and "_plain_" not in n))
+    presets: tuple[str, ...] = (STEP_PRESET, *(n for n in PRESETS if n != STEP_PRESET and "_matched_" not in n))
     training: tuple[str, ...] = ("--batch", "128", "--steps", "100", "--rounds", "5")
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is looked into: norms in the experts, after the mix
     step: tuple[str, ...] = ("--batch", "128")  # and how, for `bench.step`
@@ -118,7 +118,7 @@ class Size:
     peak_s: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)  # of each study
     networks: tuple[str, ...] = ("speed", "accuracy")
-    twins: tuple[str, ...] = ("_plain_params", "_plain_macs")
+    twins: tuple[str, ...] = ("_matched_params", "_matched_macs")
     seeds: int = 5
     card: str | dict = "card"
     card_seeds: tuple[int, ...] = (3, 5)
