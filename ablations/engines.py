@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 import torch
 
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
-from ablations.training.data import ImageData, Split
+from ablations.training.augment import augment
 from ablations.training.loop import (
     Diverged,
     Training,
@@ -25,6 +25,7 @@ from ablations.training.loop import (
     train,
     uses_bfloat16,
 )
+from ablations.training.splits import ResidentData, Split, Splits
 from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, Trained
 from model.cost import cost
@@ -77,7 +78,7 @@ def by_architecture(trials: list[Trial]) -> list[Trial]:
 
 def run_local(
     trials: list[Trial],
-    data: ImageData,
+    data: ResidentData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
     execution: Execution = PLAIN,
@@ -97,19 +98,20 @@ def run_local(
 
 
 def _run(
-    trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float, execution: Execution
+    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: Execution
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
-    training = start(trial, data)
+    splits = data.splits(trial.hold_out, trial.seed)
+    training = start(trial, splits)
     resume = place / "resume.pt"
     if resume.exists():
         training.load_state_dict(_resumed(resume))
     directory.keep_epochs(trial.id, training.epoch)
-    prepared = prepare(trial, data, training, execution, planned_steps(trial, data))
+    prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
     yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
     saved = time.monotonic()
-    for epoch in train(trial, data, training):
+    for epoch in train(trial, splits, training):
         directory.append_epoch(trial.id, epoch)
         if time.monotonic() - saved >= resume_every_s:
             buffer = io.BytesIO()
@@ -119,7 +121,7 @@ def _run(
         yield EpochDone(trial, epoch)
     if training.recorder and training.recorder.refused:
         yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
-    record = _finish(trial, data, directory, training, prepared)
+    record = _finish(trial, splits, directory, training, prepared)
     resume.unlink(missing_ok=True)
     (place / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
@@ -138,9 +140,9 @@ def _failure(trial: Trial, error: Exception) -> Failure:
     return Failure(error=reason_of(error), **found)
 
 
-def planned_steps(trial: Trial, data: ImageData) -> int:
-    """The steps of a whole training."""
-    _, steps = batches(trial.recipe, data)
+def planned_steps(trial: Trial, images: int) -> int:
+    """The steps of a whole training on so many images."""
+    _, steps = batches(trial.recipe, images)
     return steps * trial.recipe.epochs
 
 
@@ -153,18 +155,18 @@ class Prepared:
     without: list[str]
 
 
-def prepare(trial: Trial, data: ImageData, training: Training, execution: Execution, steps: int) -> Prepared:
+def prepare(trial: Trial, splits: Splits, training: Training, execution: Execution, steps: int) -> Prepared:
     """Has a training of `steps` steps use what `execution` chooses for it, on batches of each size that the trial has.
 
     Raises TrainingError where something that was asked for does not work.
     """
-    device = data.train.labels_B.device
+    device = splits.device
     means = execution.chosen(trial.model, steps, device, training.optimizer)
     took, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(means, name):
             try:
-                seconds = _quickened(name, trial, data, training)
+                seconds = _quickened(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
                     raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
@@ -179,21 +181,21 @@ def prepare(trial: Trial, data: ImageData, training: Training, execution: Execut
     return Prepared(means, took, without)
 
 
-def _quickened(name: str, trial: Trial, data: ImageData, training: Training) -> float:
+def _quickened(name: str, trial: Trial, splits: Splits, training: Training) -> float:
     """Has a network use kernels, or compiled blocks, on batches like the trial's.
 
     Returns the seconds that it took, 0 where it has no part for them.
     """
-    recipe, device = trial.recipe, data.train.labels_B.device
+    recipe, device = trial.recipe, splits.device
     if name == "kernels":
         from model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:
         use = compile_blocks
-    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
-    batch, _ = batches(recipe, data)
-    pixels_BHWC, generator = data.train.pixels_BHWC[:batch], torch.Generator(device)
-    sizes = {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}
-    augmented = [recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
+    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
+    batch, _ = batches(recipe, len(splits.train))
+    pixels_BHWC, generator = splits.train.pixels_BHWC[:batch], torch.Generator(device)
+    sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
+    augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, uses_bfloat16(recipe, device))
 
 
@@ -206,9 +208,9 @@ def _resumed(file: Path) -> dict:
         raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
 
 
-def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
+def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
     """Measures the trained network in fp32, on the test split once, and writes checkpoint, predictions and record."""
-    device = data.train.labels_B.device
+    data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     flip = trial.recipe.tta == "flip"
@@ -226,9 +228,9 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         kept[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
         return loss, accuracy, score(both_BN, split.labels_B)[1]
 
-    validation = measure(data.validation, "validation")
-    directory.enter_test_read(trial.id, "training", len(data.test), tta="flip" if flip else None)
-    test = measure(data.test, "test")
+    validation = measure(splits.validation, "validation")
+    directory.enter_test_read(trial.id, "training", len(splits.test), tta="flip" if flip else None)
+    test = measure(splits.test, "test")
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
@@ -249,11 +251,11 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         validation_loss=validation[0],
         validation_accuracy=validation[1],
         validation_accuracy_flip=validation[2],
-        validation_images=len(data.validation),
+        validation_images=len(splits.validation),
         test_loss=test[0],
         test_accuracy=test[1],
         test_accuracy_flip=test[2],
-        test_images=len(data.test),
+        test_images=len(splits.test),
         parameters=parameters,
         macs=macs,
         epochs=len(epochs),

@@ -19,40 +19,58 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from zipfile import BadZipFile
 
 import filelock
 import numpy as np
 import tomli_w
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ablations.study import Cell, Level, Study, read_study
 from ablations.training.data import ImageData
+from ablations.training.holdout import HoldOut
 from ablations.training.trial import Epoch, Trial
-from model.checkpoint import load
+from model import machine
 from model.errors import InputError, invalid
-from model.fast.execution import Means
 from model.files import now, write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Environment(BaseModel):
     """Where a number was measured."""
 
-    device: str
+    device: str  # the GPU's name, or cpu (its model)
     threads: int
     python: str
     versions: dict[str, str]
+    cpu: str = ""  # the processor's model
+    cores: int | None = None  # that the process could use
+    memory_bytes: int | None = None  # of the machine
+    driver: str | None = None  # of the GPU
+    commit: str | None = None  # of the checkout that expertgrid ran from
 
     @classmethod
-    def here(cls, device: torch.device) -> "Environment":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    def here(cls, device: "torch.device") -> "Environment":
+        import torch
+
         versions = {}
         for package in ("expertgrid", "torch", "torchvision", "timm"):
             with suppress(PackageNotFoundError):  # expertgrid runs from a checkout too
                 versions[package] = version(package)
-        return cls(device=name, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions)
+        return cls(
+            device=machine.device_name(device),
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            versions=versions,
+            cpu=machine.cpu_name(),
+            cores=machine.usable_cores(),
+            memory_bytes=machine.memory_bytes(),
+            driver=machine.gpu_driver() if device.type == "cuda" else None,
+            commit=machine.checkout_commit(),
+        )
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,8 +105,10 @@ class Record(BaseModel):
     finished: str  # UTC, ISO 8601
 
     @property
-    def means(self) -> Means:
-        return Means(kernels=self.kernels, compile=self.compiled, graphs=self.graphs)
+    def execution(self) -> str:
+        """How the steps ran, in words."""
+        used = {"Triton kernels": self.kernels, "torch.compile": self.compiled, "CUDA graphs": self.graphs}
+        return ", ".join(name for name, is_used in used.items() if is_used) or "eager"
 
 
 class PlannedCell(BaseModel):
@@ -115,6 +135,8 @@ class Plan(BaseModel):
 
     data: str  # in words, with the number of images
     source: str
+    image_size: int | None = None  # that the images were brought to
+    hold_out: HoldOut = HoldOut()
     cells: list[PlannedCell]
     race: Race | None = None
     grown: list[int] = []  # seeds that had results when more were added, outside of a race
@@ -286,11 +308,12 @@ class StudyDirectory:
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
         with lock:
-            write_whole(self.path / "study.toml", tomli_w.dumps(study.model_dump(mode="json")).encode())
-            self.write_plan(data, cells, race)
+            fields = study.model_dump(mode="json", exclude_none=True)
+            write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
+            self.write_plan(study, data, cells, race)
             yield
 
-    def write_plan(self, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
+    def write_plan(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
         before, grown = read_record(Plan, self.path / "plan.json"), []
         if before is not None:
             had, has = (max((len(cell.trials) for cell in found), default=0) for found in (before.cells, cells))
@@ -301,7 +324,16 @@ class StudyDirectory:
             PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
             for cell in cells
         ]
-        plan = Plan(data=str(data), source=data.source, cells=planned, race=race, grown=grown)
+        hold_out = data.hold_out(study.base.hold_out)
+        plan = Plan(
+            data=data.in_words(hold_out),
+            source=data.source,
+            image_size=study.base.image_size,
+            hold_out=hold_out,
+            cells=planned,
+            race=race,
+            grown=grown,
+        )
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
 
     def trial(self, trial_id: str) -> Path:
@@ -333,6 +365,8 @@ class StudyDirectory:
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
             beside_this = StudyDirectory(record.parent.parent.parent)
             try:
+                from model.checkpoint import load
+
                 beside_this.record(trial_id)
                 load(beside_this.checkpoint(trial_id))
                 beside_this.predictions(trial_id)

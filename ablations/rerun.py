@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ablations.engines import TrialFailed, run_local
 from ablations.records import Record, StudyDirectory
-from ablations.training.data import ImageData
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution
+from model.fast.execution import Execution, Means
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,19 @@ def finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Rec
     return trial, record
 
 
-def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ImageData) -> Rerun:
+def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
     """Trains a trial again on the data's device, in a temporary directory, and compares.
 
     The study's ledger gets the read of the test split, and nothing else of the study is written. Raises InputError for
     data that is not what the trial was trained on, and for damaged files.
     """
-    if data.fingerprint != trial.fingerprint:
-        raise InputError(f"--data {data.source}: not the images that trial {trial.id} was trained on")
+    if data.data.fingerprint != trial.fingerprint:
+        raise InputError(f"--data {data.data.source}: not the images that trial {trial.id} was trained on")
+    used = Means(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
     with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
         beside = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, execution=Execution.of(record.means)))
+            events = list(run_local([trial], data, beside, execution=Execution.of(used)))
         finally:
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)

@@ -15,7 +15,7 @@ def show_augment(
     """Draws train images as the recipe's epochs give them to the network."""
     changed = changed_recipe(recipe, settings)
     read = read_data(data, data_dir)
-    changed.check_fits(read)
+    changed.check_fits(read, len(read.train))
     write_out("--out", out, contact_sheet(changed, read, seed, images))
     print(out)
     return 0

@@ -1,13 +1,12 @@
 """The device that a command runs on, and what of PyTorch's compilers can be used there."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from ablations.cli.terminal import console
 from model.errors import unknown
-from model.fast.execution import WORDS, Execution, Means, missing
+from model.fast.execution import Execution, Means
 
 
 def device(name: str) -> torch.device:
@@ -23,8 +22,7 @@ def device(name: str) -> torch.device:
 
 def usable(execution: Execution, chosen: Sequence[Means], device: torch.device) -> Execution:
     """`execution` without what some of the trainings would use and the device does not have; a notice says why."""
-    for name, words in WORDS.items():
-        if any(getattr(means, name) for means in chosen) and (reason := missing(name, device)):
-            console.print(f"trained without {words}: {reason}", soft_wrap=True)
-            execution = replace(execution, **{name: "off"})
+    execution, without = execution.usable(chosen, device)
+    for text in without:
+        console.print(f"trained without {text}", soft_wrap=True)
     return execution

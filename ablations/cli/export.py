@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ablations.cli.options import check_can_be_written, write_out
 from ablations.cli.sources import read_data
 from ablations.cli.terminal import status
 from ablations.records import StudyDirectory, read_record
 from ablations.results import evidence, tables
 from ablations.training.data import ImageData
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
-from bench.latency import read_onnx
 from export.card import card
 from export.certificate import BOUNDS
-from export.graph import describe, draw
+from export.graph import describe, read_onnx
+from export.picture import draw
 from export.precision import PrecisionError
 from export.predict import predict as predict_images
-from export.publish import Images, Published, Reference, pruned, publish
+from export.prune import pruned
+from export.publish import Images, Published, Reference, publish
 from export.session import check_provider
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
@@ -47,17 +51,14 @@ def export(
     )
     check_can_be_written(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    images = read_data(data or checkpoint.trained.data, data_dir)
+    size = directory.plan.image_size if directory else None
+    images = read_data(data or checkpoint.trained.data, data_dir, size)
     _check_data(images, path, checkpoint, trial)
-    arrays = Images(
-        train=images.train.pixels_BHWC.numpy(),
-        validation=images.validation.pixels_BHWC.numpy(),
-        validation_labels=images.validation.labels_B.numpy(),
-        test=images.test.pixels_BHWC.numpy(),
-        test_labels=images.test.labels_B.numpy(),
-    )
+    hold_out, seed = (trial.hold_out, trial.seed) if trial else (images.hold_out(), 0)
+    splits = ResidentData(images, torch.device("cpu")).splits(hold_out, seed)
+    arrays = Images(**splits.arrays())
     if prune_gates is not None:
-        checkpoint, dropped = pruned(checkpoint, arrays, prune_gates)
+        checkpoint, dropped = pruned(checkpoint, arrays.validation, arrays.validation_labels, prune_gates)
         print(dropped)
     reference = Reference(checkpoint, arrays, input, prune_gates)
     passed = True
@@ -88,11 +89,9 @@ def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Tr
     """Raises InputError for images that the network was not trained on."""
     found = images.classes, images.image_size, images.channels
     if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
-        raise InputError(f"--data {images.source}: {images} are not what {path} was trained on")
+        raise InputError(f"--data {images.source}: {images.name} has other classes or image sizes than {path} has")
     if trial is not None and images.fingerprint != trial.fingerprint:
-        raise InputError(
-            f"--data {images.source}: {images} are other images, or split otherwise, than {path} was trained on"
-        )
+        raise InputError(f"--data {images.source}: {images.name} has other images than {path} was trained on")
 
 
 def _write(
@@ -108,8 +107,6 @@ def _write(
     `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
     """
     certificate, trained = published.certificate, checkpoint.trained
-    kept = file if certificate.passed else file.with_suffix(".rejected.onnx")
-    write_whole(kept.with_suffix(".certificate.json"), certificate.to_bytes())
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         text = card(
@@ -117,14 +114,14 @@ def _write(
             certificate,
             data_name=data.name,
             network=checkpoint.config.model_dump(mode="json"),
-            data={"Images": str(data)},
+            data={"Images": data.in_words(data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
             table_row=[
                 (title, tables.shown(value)) for values in tables.columns(row) for title, value in values.items()
             ],
         )
         write_whole(file.with_suffix(".md"), text.encode())
-    write_whole(kept, published.model)
+    kept = published.write(file)
     floats = f"; {len(published.kept_in_float)} nodes stay in float" if published.kept_in_float else ""
     size = f"{len(published.model):,} bytes"
     print(f"{kept}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)

@@ -56,7 +56,7 @@ class Plan:
 def plan(asked: Asked, data_dir: Path | None) -> Plan:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = asked.study, asked.directory
-    data = read_data(study.base.data, data_dir)
+    data = read_data(study.base.data, data_dir, study.base.image_size)
     cells = study.change(seeds=asked.last_seed).cells(data)
     race = None
     if asked.last_seed is not None:
@@ -86,7 +86,7 @@ def plan_table(plan: Plan) -> str:
         rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
     different = {trial.id for cell in plan.cells for trial in cell.trials}
     notes = [
-        f"Data: {plan.data}.",
+        f"Data: {plan.data.in_words(plan.cells[0].trials[0].hold_out)}.",
         f"{len(different)} different trials in {plan.directory.path}; nothing was trained or written.",
     ]
     if race := plan.race:

@@ -16,7 +16,7 @@ from ablations.rerun import finished_trial, train_again
 from ablations.results import evidence, tables
 from ablations.results.plots import accuracy_plot
 from ablations.study import Cell
-from ablations.training.data import ImageData
+from ablations.training.splits import ResidentData
 from model.fast.execution import Execution
 from model.files import write_whole
 
@@ -27,12 +27,13 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
     execution.check(on)
     planned = plan(asked, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
-    console.print(f"{study.question}\n{planned.data}", soft_wrap=True)
+    hold_out = planned.data.hold_out(study.base.hold_out)
+    console.print(f"{study.question}\n{planned.data.in_words(hold_out)}", soft_wrap=True)
+    images = ResidentData(planned.data, on)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
     with directory.written(study, planned.data, racing.at(cells, counts), race):
-        images = planned.data.to(on)
         failed = _train(racing.at(cells, counts), images, directory, execution)
         while race:
             rows = evidence.study_rows(directory)
@@ -41,7 +42,7 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
             if wanted == counts:
                 break
             counts = wanted
-            directory.write_plan(planned.data, racing.at(cells, counts), race)
+            directory.write_plan(study, planned.data, racing.at(cells, counts), race)
             failed |= _train(racing.at(cells, counts), images, directory, execution)
     return 1 if failed else 0
 
@@ -53,16 +54,18 @@ def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execut
     return failed
 
 
-def _train(cells: list[Cell], data: ImageData, directory: StudyDirectory, execution: Execution) -> bool:
+def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution) -> bool:
     """Trains what is not there yet; whether some trial failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
-    on = data.train.labels_B.device
-    chosen = [execution.chosen(trial.model, planned_steps(trial, data), on) for trial in pending]
-    execution = usable(execution, chosen, on)
-    progress = StudyProgress(cells, pending, data.image_size, done_before, console)
+    chosen = [
+        execution.chosen(trial.model, planned_steps(trial, data.data.trained_on(trial.hold_out)), data.device)
+        for trial in pending
+    ]
+    execution = usable(execution, chosen, data.device)
+    progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
     failed = False
     with progress.live():
         for event in run_local(pending, data, directory, execution=execution):
@@ -97,9 +100,9 @@ def rerun(
     study = StudyDirectory(directory)
     trial, record = finished_trial(study, trial_id)
     on = device(device_name)
-    images = read_data(data or trial.source, data_dir)
+    images = read_data(data or trial.source, data_dir, study.plan.image_size)
     with status(f"training trial {trial_id} again"):
-        found = train_again(study, trial, record, images.to(on))
+        found = train_again(study, trial, record, ResidentData(images, on))
     if found.compared:
         rows = [asdict(compared) for compared in found.compared]
         if format != "json":

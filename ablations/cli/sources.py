@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from ablations.training.data import ImageData
 
 
-def read_data(source: str, data_dir: Path | None) -> "ImageData":
-    """The images of a source. Raises InputError for one that is unknown, missing or damaged."""
+def read_data(source: str, data_dir: Path | None, image_size: int | None = None) -> "ImageData":
+    """The images of a source, brought to `image_size` pixels where it is given.
+
+    Raises InputError for a source that is unknown, missing or damaged.
+    """
     from ablations.training.data import load_data
 
     with status(f"reading {source}"):
-        return load_data(source, data_dir)
+        return load_data(source, data_dir, image_size)
 
 
 def import_modules(names: Sequence[str]) -> None:

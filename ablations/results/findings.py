@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ablations.records import Plan, StudyDirectory, TestRead, read_record
 from ablations.results import evidence, stats
@@ -18,7 +19,8 @@ from ablations.results.evidence import ALPHA, Judgement, Marginal, Row, on_valid
 from ablations.results.gates import BlockGate, block_gate, predict_watched
 from ablations.results.stats import Contrast, Share
 from ablations.study import Study
-from ablations.training.data import CACHE, ImageData, load_data
+from ablations.training.data import CACHE, load_data, split_share
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
@@ -214,12 +216,14 @@ def examine(directory: StudyDirectory, ranked: Sequence[Row], data_dir: Path | N
         reason = f"The checkpoint of trial {found.trial} is not in the study directory."
         found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
         return found
-    data, reason = _validation(directory, found.trial, data_dir)
-    if data is None:
+    resident, reason = _images(directory, found.trial, data_dir)
+    if resident is None:
         found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
         return found
-    labels_B, pixels_BHWC = data.validation.labels_B.numpy(), data.validation.pixels_BHWC.numpy()
-    logits_BN, weights = predict_watched(checkpoint, data.validation)
+    hold_out = directory.plan.hold_out
+    validation = resident.splits(hold_out, evidence.best_record(ranked[0]).seed).validation
+    labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels_BHWC.numpy()
+    logits_BN, weights = predict_watched(checkpoint, validation)
     found.images, found.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
     found.mistakes = worst(logits_BN, labels_B, pixels_BHWC, found.classes)
     if not kept:
@@ -228,9 +232,13 @@ def examine(directory: StudyDirectory, ranked: Sequence[Row], data_dir: Path | N
     for row in ranked[1:TRIED_FOR_GATES]:
         if weights:
             break
-        found.gates_row, found.gates_trial = row, evidence.best_record(row).trial
+        record = evidence.best_record(row)
+        found.gates_row, found.gates_trial = row, record.trial
         other = _checkpoint(directory, found.gates_trial)
-        weights = predict_watched(other, data.validation)[1] if other and _has_gates(other) else {}
+        if other and _has_gates(other):
+            validation = resident.splits(hold_out, record.seed).validation
+            weights = predict_watched(other, validation)[1]
+    labels_B = validation.labels_B.numpy()
     found.gates = [block_gate(name, one_BK, labels_B, len(found.classes)) for name, one_BK in weights.items()]
     if not found.gates:
         found.missing["gates"] = "No network has a gate" + (
@@ -273,12 +281,12 @@ def _has_gates(checkpoint: Checkpoint) -> bool:
     return any(".gate." in name for name in checkpoint.weights)
 
 
-def _validation(directory: StudyDirectory, trial: str, data_dir: Path | None) -> tuple[ImageData | None, str]:
-    """The data that a trial was trained on, or why it cannot be had here. Nothing is downloaded."""
-    source = directory.plan.source
-    cifar = source in ("cifar10", "cifar100")
+def _images(directory: StudyDirectory, trial: str, data_dir: Path | None) -> tuple[ResidentData | None, str]:
+    """The images that a trial was trained on, or why they cannot be had here. Nothing is downloaded."""
+    source, image_size = directory.plan.source, directory.plan.image_size
+    cifar = split_share(source)[0] in ("cifar10", "cifar100")
     try:
-        data = load_data(source, (data_dir or CACHE) if cifar else data_dir)
+        data = load_data(source, (data_dir or CACHE) if cifar else data_dir, image_size)
     except InputError as error:
         if data_dir is not None:
             raise
@@ -286,4 +294,4 @@ def _validation(directory: StudyDirectory, trial: str, data_dir: Path | None) ->
     config = read_record(Trial, directory.trial(trial) / "config.json")
     if config is not None and config.fingerprint != data.fingerprint:
         return None, f"The data source {source!r} no longer has the images that this study was trained on."
-    return data, ""
+    return ResidentData(data, torch.device("cpu")), ""

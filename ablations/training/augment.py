@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from ablations.training.recipe import Recipe
+from model.pixels import normalise
+
 ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
 ERASED_ASPECT = 0.3  # height / width of what is erased: from this to its inverse
 ERASING_ATTEMPTS = 10
@@ -89,11 +92,6 @@ def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
 def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """The images with `size` (height, width) pixels, each the mean of what it covers, weighted by a triangle."""
     return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
-
-
-def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
-    return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
 
 
 def random_erasing(
@@ -182,3 +180,43 @@ def mix_labels(labels_B: Tensor, classes: int, mix: Mix) -> Tensor:
     """The shares (B, N) of the classes in the mixed images."""
     one_hot_BN = torch.zeros(len(labels_B), classes, device=labels_B.device).scatter_(1, labels_B[:, None], 1.0)
     return one_hot_BN * mix.share + one_hot_BN.flip(0) * (1 - mix.share)
+
+
+def augment(
+    recipe: Recipe,
+    pixels_BHWC: Tensor,
+    mean_C: Tensor,
+    std_C: Tensor,
+    generator: Generator,
+    mirrored_B: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """A batch of uint8 pixels to what the network trains on: normalised floats (B, C, H, W), channels last.
+
+    `mirrored_B` says which images are mirrored where `alternating_flip` has decided that. `size` is the height and
+    width of what comes out, those of the pixels where not given.
+    """
+    x_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
+    if mirrored_B is not None:
+        x_BCHW = mirror(x_BCHW, mirrored_B)
+    elif recipe.hflip:
+        x_BCHW = hflip(x_BCHW, recipe.hflip, generator)
+    if recipe.crop_padding:
+        x_BCHW = padded_crop(x_BCHW, recipe.crop_padding, generator)
+    if recipe.translate:
+        x_BCHW = translate(x_BCHW, recipe.translate, generator)
+    x_BCHW = normalise(x_BCHW, mean_C, std_C)
+    if recipe.cutout:
+        x_BCHW = cutout(x_BCHW, recipe.cutout, generator)
+    if recipe.reprob:
+        x_BCHW = random_erasing(x_BCHW, recipe.reprob, recipe.remode or "pixel", recipe.recount or 1, generator)
+    if size is not None and size != x_BCHW.shape[2:]:
+        x_BCHW = scaled_down(x_BCHW, size)
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def draw_mix(recipe: Recipe, random: np.random.RandomState, height: int, width: int) -> Mix:
+    """How a batch is mixed by mixup or CutMix."""
+    prob = 1.0 if recipe.mixup_prob is None else recipe.mixup_prob
+    switch_prob = 0.5 if recipe.mixup_switch_prob is None else recipe.mixup_switch_prob
+    return Mix.draw(random, height, width, recipe.mixup, recipe.cutmix, prob, switch_prob)

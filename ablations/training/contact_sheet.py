@@ -1,15 +1,15 @@
 """A picture of what a recipe's augmentation makes of images: a row for each, its original first, then an epoch each."""
 
 import io
-from dataclasses import replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ablations.training.data import ImageData, Split
+from ablations.training.data import ImageData
 from ablations.training.loader import Batch, Loader
 from ablations.training.recipe import Recipe
+from ablations.training.splits import Split, Splits
 from model.errors import InputError
 
 MOST_IMAGES = 64
@@ -28,8 +28,9 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> by
     """
     if images > len(data.train):
         raise InputError(f"--images {images}: {data.name} has {len(data.train)} images to train on")
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:images]
-    few = replace(data, train=Split(data.train.pixels_BHWC[chosen], data.train.labels_B[chosen]))
+    train, test = (Split.of(images, torch.device("cpu")) for images in (data.train, data.test))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+    few = Splits(data, Split(train.pixels_BHWC[chosen], train.labels_B[chosen]), test, test)
     loader = Loader(recipe.model_copy(update={"batch_size": images}), few, seed, workers=0)
     columns = [[(pixels, [data.classes[label]]) for pixels, label in zip(few.train.pixels_BHWC, few.train.labels_B)]]
     columns += [_column(batch, loader, data) for epoch in range(DRAWS) for batch in loader.epoch(epoch)]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ablations.training.augment import alternately_mirrored, mix_images, mix_labels
-from ablations.training.data import ImageData
-from ablations.training.policies import Transform, random_state_kept, transformed
+from ablations.training.augment import alternately_mirrored, augment, draw_mix, mix_images, mix_labels
+from ablations.training.policies import Transform, pil_transform, random_state_kept, transformed
 from ablations.training.recipe import Recipe
+from ablations.training.splits import Splits
 
 MOST_WORKERS = 16
 ALTERNATING, MIXING = 1, 2  # streams of random numbers beside that of the epoch's generator
@@ -33,53 +33,53 @@ class Batch:
     indices_B: Tensor  # of the images in the train split
 
 
-def batches(recipe: Recipe, data: ImageData) -> tuple[int, int]:
-    """Images in a batch, and whole batches in an epoch: the rest of a shuffled epoch is left out."""
-    return recipe.batch_size, len(data.train) // recipe.batch_size
+def batches(recipe: Recipe, images: int) -> tuple[int, int]:
+    """Images in a batch, and whole batches in an epoch of so many images: what is left over is left out."""
+    return recipe.batch_size, images // recipe.batch_size
 
 
 class Loader:
     """The batches of a trial. `workers` is the number of processes for the PIL part; None is one for each other CPU."""
 
-    def __init__(self, recipe: Recipe, data: ImageData, seed: int, workers: int | None = None):
-        self.recipe, self.data, self.seed = recipe, data, seed
-        self.device = data.train.labels_B.device
-        self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(data))
+    def __init__(self, recipe: Recipe, splits: Splits, seed: int, workers: int | None = None):
+        self.recipe, self.splits, self.seed = recipe, splits, seed
+        self.device = splits.device
+        self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator = torch.Generator(self.device)
         self.pil = None
-        if (transform := recipe.pil_transform(data)) is not None:
+        if (transform := pil_transform(recipe, splits.data)) is not None:
             workers = min(MOST_WORKERS, max(1, _cpus() - 1)) if workers is None else workers
-            pixels_BHWC = data.train.pixels_BHWC.cpu()
+            pixels_BHWC = splits.train.pixels_BHWC.cpu()
             self.pil = _pil_loader(_PilImages(pixels_BHWC, transform, seed), workers, self.device.type == "cuda")
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, which counts from 0."""
-        recipe, train = self.recipe, self.data.train
+        recipe, train = self.recipe, self.splits.train
         generator = self.generator.manual_seed(self.seed * recipe.epochs + epoch)
         mixing = np.random.RandomState([MIXING, self.seed, epoch])
         order = torch.randperm(len(train), device=self.device, generator=generator)
-        batch, steps = batches(recipe, self.data)
+        batch, steps = batches(recipe, len(train))
         chosen = order[: batch * steps].split(batch)
-        size = recipe.image_size(epoch, self.data.image_size)
+        size = recipe.image_size(epoch, self.splits.data.image_size)
         mirrored_N = None
         if recipe.alternating_flip:
             same = torch.Generator(self.device).manual_seed(ALTERNATING << 32 | self.seed)
             mirrored_N = alternately_mirrored(len(train), recipe.hflip, epoch, same)
         for indices_B, pixels_BHWC in zip(chosen, self._pixels(chosen, epoch)):
             mirrored_B = None if mirrored_N is None else mirrored_N[indices_B]
-            x_BCHW = recipe.augment(pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B, size)
+            x_BCHW = augment(recipe, pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B, size)
             labels_B = targets = train.labels_B[indices_B]
             if recipe.mixes:
-                mix = recipe.draw_mix(mixing, *x_BCHW.shape[2:])
+                mix = draw_mix(recipe, mixing, *x_BCHW.shape[2:])
                 x_BCHW = mix_images(x_BCHW, mix)
-                targets = mix_labels(labels_B, len(self.data.classes), mix)
+                targets = mix_labels(labels_B, len(self.splits.data.classes), mix)
                 labels_B = labels_B if mix.share >= 0.5 else labels_B.flip(0)
             yield Batch(x_BCHW, labels_B, targets, indices_B)
 
     def _pixels(self, chosen: tuple[Tensor, ...], epoch: int) -> Iterator[Tensor]:
         """The pixels (B, H, W, C) of each batch, on the device, once the PIL part is done."""
         if self.pil is None:
-            return (self.data.train.pixels_BHWC[indices_B] for indices_B in chosen)
+            return (self.splits.train.pixels_BHWC[indices_B] for indices_B in chosen)
         self.pil.sampler.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
         return (pixels_BHWC.to(self.device, non_blocking=True) for pixels_BHWC in self.pil)
 

@@ -21,14 +21,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ablations.training.augment import normalise
-from ablations.training.data import ImageData, Split
 from ablations.training.loader import Loader, batches
+from ablations.training.optimise import make_average, make_optimizer, make_scheduler
 from ablations.training.recipe import Recipe
+from ablations.training.splits import Split, Splits
+from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
 from model.fast.memory import keep_freed_memory
 from model.net import ExpertNet
+from model.pixels import normalise
 from model.registry import build
 
 EVALUATION_BATCH = 500
@@ -82,9 +84,9 @@ class Training:
         self.epoch = state["epoch"]
 
 
-def start(trial: Trial, data: ImageData) -> Training:
-    """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
-    device = data.train.labels_B.device
+def start(trial: Trial, splits: Splits) -> Training:
+    """A network with the initial weights of the trial's seed on the splits' device, its optimiser and schedule."""
+    device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
     _set_precision("tf32")
@@ -93,14 +95,14 @@ def start(trial: Trial, data: ImageData) -> Training:
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
     net = build(trial.model).to(device, memory_format=torch.channels_last)
     if isinstance(net, ExpertNet):
-        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(data))
-        net.fit_stem(normalise(data.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
-    optimizer = trial.recipe.optimizer(net)
-    _, steps = batches(trial.recipe, data)
-    return Training(net, optimizer, trial.recipe.scheduler(optimizer, steps), trial.recipe.average(net))
+        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
+        net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+    optimizer = make_optimizer(trial.recipe, net)
+    _, steps = batches(trial.recipe, len(splits.train))
+    return Training(net, optimizer, make_scheduler(trial.recipe, optimizer, steps), make_average(trial.recipe, net))
 
 
-def train(trial: Trial, data: ImageData, training: Training, workers: int | None = None) -> Iterator[Epoch]:
+def train(trial: Trial, splits: Splits, training: Training, workers: int | None = None) -> Iterator[Epoch]:
     """Trains from where `training` stands to the recipe's last epoch, yielding after each.
 
     Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
@@ -108,22 +110,12 @@ def train(trial: Trial, data: ImageData, training: Training, workers: int | None
     Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
     recipe, net, optimizer = trial.recipe, training.net, training.optimizer
-    device = data.train.labels_B.device
-    loader = Loader(recipe, data, trial.seed, workers)
-    batch, steps = batches(recipe, data)
+    device = splits.device
+    loader = Loader(recipe, splits, trial.seed, workers)
+    batch, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)
-
-    def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and how many images were right."""
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits_BN = net(x_BCHW)
-            loss = F.cross_entropy(logits_BN, targets, label_smoothing=recipe.smoothing)
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
-
+    step = training_step(net, optimizer, amp, recipe.smoothing)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
@@ -144,8 +136,8 @@ def train(trial: Trial, data: ImageData, training: Training, workers: int | None
                 training.scheduler.step_update(done)
         trained = seconds(device)
         _check_finite(losses_S, epoch * steps, epoch, rates)
-        logits_BN = predict(training.result, data.validation, loader.mean_C, loader.std_C, amp)
-        validation_loss, validation_accuracy = score(logits_BN, data.validation.labels_B)
+        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
+        validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
         if not math.isfinite(validation_loss):
             raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
         training.epoch = epoch + 1

@@ -21,6 +21,10 @@ from timm.data.auto_augment import (
 )
 from torchvision.transforms import ColorJitter, Compose
 
+from ablations.training.data import ImageData
+from ablations.training.recipe import Recipe
+from model.errors import InputError
+
 Transform = Callable[[Image.Image], Image.Image]
 
 # What timm reads in a policy string: it passes over most of what it does not know without a word.
@@ -30,7 +34,7 @@ SECTIONS = {
     **dict.fromkeys(("v0", "v0r", "original", "originalr", "3a"), ("mstd",)),
 }
 RAND_SETS = ("tweights", "t3a", "t3aw")
-WITH_JITTER = "3a"  # beside other policies timm leaves color_jitter out
+DRAWS_TRIED = 20  # draws of a transform before training, to see that it takes the images
 
 
 def check_policy(policy: str) -> None:
@@ -54,13 +58,34 @@ def check_policy(policy: str) -> None:
         raise ValueError(f"timm does not build the policy: {error or type(error).__name__}") from None
 
 
-def pil_transform(
-    color_jitter: tuple[float, ...], auto_augment: str, mean: tuple[float, ...], image_size: tuple[int, int]
-) -> Transform | None:
-    """The policy and then the jitter, with timm's parameters for images of this size; None where there is neither."""
-    steps = [_policy(auto_augment, mean, image_size)] if auto_augment else []
-    steps += [ColorJitter(*color_jitter)] if color_jitter else []
+def pil_transform(recipe: Recipe, data: ImageData) -> Transform | None:
+    """What a recipe does to each image with PIL: the policy, then the jitter. None where it has neither.
+
+    With timm's parameters for images of this size.
+    """
+    mean, _ = recipe.mean_std(data)
+    steps = [_policy(recipe.auto_augment, mean, data.image_size)] if recipe.auto_augment else []
+    steps += [ColorJitter(*recipe.color_jitter)] if recipe.color_jitter else []
     return Compose(steps) if steps else None
+
+
+def check_images(recipe: Recipe, data: ImageData) -> None:
+    """Raises InputError where the recipe's PIL transform does not take the images of `data`."""
+    field = "auto_augment" if recipe.auto_augment else "color_jitter"
+    if data.channels not in (1, 3):
+        raise InputError(
+            f"recipe.{field}: needs images of 1 or 3 channels; those of {data.name} have {data.channels} channels"
+        )
+    if data.channels == 1 and len(recipe.color_jitter) == 4 and recipe.color_jitter[3]:
+        raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
+    try:
+        transform = pil_transform(recipe, data)
+        with random_state_kept():
+            for draw in range(DRAWS_TRIED):
+                transformed(transform, data.train.pixels_BHWC[0], (draw,))
+    except Exception as error:  # PIL, NumPy and torchvision each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"recipe.{field}: does not work on the images of {data.name}: {reason}") from None
 
 
 def _policy(policy: str, mean: tuple[float, ...], image_size: tuple[int, int]) -> Transform:

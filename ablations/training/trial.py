@@ -6,6 +6,7 @@ from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 
+from ablations.training.holdout import HoldOut
 from ablations.training.recipe import Recipe
 from model.config import Network
 
@@ -23,13 +24,15 @@ class Trial(BaseModel):
     recipe: Recipe
     source: str
     fingerprint: str
+    hold_out: HoldOut = HoldOut()
     seed: int
 
     @cached_property
     def id(self) -> str:
-        """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
+        """12 hexadecimal digits: the same for the same network, recipe, data, hold-out and seed."""
         identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
         identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
+        identity |= {"hold_out": hold_out} if (hold_out := _essence(self.hold_out)) else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
