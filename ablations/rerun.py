@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -65,25 +64,6 @@ class Rerun:
             f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
             f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.elsewhere)})."
         )
-
-
-def finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
-    """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
-    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
-    if trial_id not in trials:
-        near = get_close_matches(trial_id, trials, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."
-        raise InputError(f"unknown trial of {directory.path}: {trial_id!r}{hint}")
-    record, trial = directory.record(trial_id), directory.config(trial_id)
-    if record is None or trial is None:
-        failure = directory.failure(trial_id)
-        why = f"it failed ({failure.kind})" if failure else "it is not finished"
-        raise InputError(f"trial {trial_id} of {directory.path} has no record to compare with: {why}")
-    if trial.id != trial_id:
-        raise InputError(
-            f"{directory.trial(trial_id) / 'config.json'}: not of trial {trial_id}, its hash is {trial.id}"
-        )
-    return trial, record
 
 
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:

@@ -129,4 +129,4 @@ def network(name: str) -> Network:
 
     if timm.is_model(name):
         return TimmModel(timm=name)
-    raise unknown("model", name, PRESETS, ", or the name of a timm model")
+    raise unknown("model", name, PRESETS, ", or the name of a timm model; --import MODULE registers networks")

@@ -7,10 +7,10 @@ from ablations.cli.plan import Asked
 from model.fast.execution import Execution
 
 
-def quickstart(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution) -> int:
+def quickstart(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution, adopts: bool) -> int:
     """Trains the study, exports and times its best network, prints its table and writes its report."""
     directory = asked.directory
-    if run.train_study(asked, data_dir, device_name, execution):
+    if run.train_study(asked, data_dir, device_name, execution, adopts):
         run.show_study(directory)
         return 1
     status = export.export(directory.path, data_dir=data_dir)
