@@ -13,10 +13,9 @@ from ablations.results import evidence, tables
 from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
-from bench.latency import read_onnx
 from export.card import card
 from export.certificate import BOUNDS
-from export.graph import describe
+from export.graph import describe, read_onnx
 from export.picture import draw
 from export.precision import PrecisionError
 from export.predict import predict as predict_images

@@ -109,15 +109,15 @@ def verify(directory: Path) -> int:
     """Prints each number and file of a study that does not fit the others; 1 where there is one."""
     with starting():
         from ablations.verify import check_study
-        from bench.latency import read_onnx
-        from export.publish import unfit
+        from export.certificate import certificate_problem
+        from export.graph import read_onnx
     with status("recomputing the numbers of the study"):
         found = check_study(StudyDirectory(directory))
         files = sorted((directory / "export").glob("*.onnx"))
         problems = list(found.problems)
         for file in files:
             try:
-                problem = unfit(read_onnx(file), file)
+                problem = certificate_problem(read_onnx(file), file)
             except InputError as error:
                 problem = str(error)
             problems += [f"export: {problem}"] if problem else []
