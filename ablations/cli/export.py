@@ -51,12 +51,11 @@ def export(
     )
     check_can_be_written(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    size = directory.plan.image_size if directory else None
+    size = ledger.plan.image_size if ledger else None
     images = read_data(data or checkpoint.trained.data, data_dir, size)
     _check_data(images, path, checkpoint, trial)
     hold_out, seed = (trial.hold_out, trial.seed) if trial else (images.hold_out(), 0)
-    splits = ResidentData(images, torch.device("cpu")).splits(hold_out, seed)
-    arrays = Images(**splits.arrays())
+    arrays = Images(**ResidentData(images, torch.device("cpu")).splits(hold_out, seed).arrays())
     if prune_gates is not None:
         checkpoint, dropped = pruned(checkpoint, arrays.validation, arrays.validation_labels, prune_gates)
         print(dropped)
@@ -114,7 +113,7 @@ def _write(
             certificate,
             data_name=data.name,
             network=checkpoint.config.model_dump(mode="json"),
-            data={"Images": data.in_words(data.hold_out())},
+            data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
             table_row=[
                 (title, tables.shown(value)) for values in tables.columns(row) for title, value in values.items()

@@ -8,6 +8,7 @@ from ablations.cli.sources import read_data
 from ablations.records import Race, StudyDirectory
 from ablations.study import Cell, Level, Study, level_name, load_study
 from ablations.training.data import ImageData
+from ablations.training.holdout import HoldOut
 from model.errors import InputError
 
 
@@ -52,6 +53,10 @@ class Plan:
     cells: list[Cell]  # with all seeds that may be trained
     race: Race | None
 
+    @property
+    def hold_out(self) -> HoldOut:
+        return self.data.hold_out(self.study.base.hold_out)
+
 
 def plan(asked: Asked, data_dir: Path | None) -> Plan:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
@@ -86,7 +91,7 @@ def plan_table(plan: Plan) -> str:
         rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
     different = {trial.id for cell in plan.cells for trial in cell.trials}
     notes = [
-        f"Data: {plan.data.in_words(plan.cells[0].trials[0].hold_out)}.",
+        f"Data: {plan.data.in_words(plan.hold_out)}.",
         f"{len(different)} different trials in {plan.directory.path}; nothing was trained or written.",
     ]
     if race := plan.race:

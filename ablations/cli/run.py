@@ -25,13 +25,12 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
     execution.check(on)
     planned = plan(asked, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
-    hold_out = planned.data.hold_out(study.base.hold_out)
-    console.print(f"{study.question}\n{planned.data.in_words(hold_out)}", soft_wrap=True)
-    images = ResidentData(planned.data, on)
+    console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
     with directory.written(study, planned.data, racing.at(cells, counts), race):
+        images = ResidentData(planned.data, on)
         failed = _train(racing.at(cells, counts), images, directory, execution, adopts)
         while race:
             rows = evidence.study_rows(directory)
@@ -68,10 +67,8 @@ def _train(
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
-    chosen = [
-        execution.chosen(trial.model, planned_steps(trial, data.data.trained_on(trial.hold_out)), data.device)
-        for trial in pending
-    ]
+    steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
+    chosen = [execution.chosen(trial.model, steps[trial.id], data.device) for trial in pending]
     execution = usable(execution, chosen, data.device)
     progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
     failed = False

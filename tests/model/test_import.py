@@ -19,7 +19,8 @@ import timm
 found["same"] = timm.create_model("expertnet_eight_block").config == config
 found["loader"] = type(timm.__spec__.loader).__name__
 
-orders = {"model, timm": ("model", "timm"), "timm, model": ("timm", "model"), "model, timm.layers": ("model", "timm.layers"),
+orders = {"model, timm": ("model", "timm"), "timm, model": ("timm", "model"),
+          "model, timm.layers": ("model", "timm.layers"),
           "model.net": ("model.net",), "model.registry": ("model.registry",)}
 for order, names in orders.items():
     for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "model")]:

@@ -44,7 +44,7 @@ def trial(digits) -> Trial:
     return Study(name="test", question="?", seeds=1, set=fields).cells(digits)[0].trials[0]
 
 
-def test_equal_blocks_compile_once(graphs, digits):
+def test_equal_blocks_compile_once(graphs, digits_splits):
     backend, given = graphs
     torch.manual_seed(0)
     nets = [build(vary(PRESETS["eight_block"].change(in_chans=1), "width", 0.125)) for _ in range(2)]
@@ -61,7 +61,7 @@ def test_equal_blocks_compile_once(graphs, digits):
     compile_blocks(nets[0], [x_BCHW], False, backend)
     nets[1].load_state_dict(before)
     assert list(nets[0].state_dict()) == list(before)
-    predict(nets[0], digits.validation, torch.zeros(1), torch.ones(1))
+    predict(nets[0], digits_splits.validation, torch.zeros(1), torch.ones(1))
     assert len(given) == 2, "evaluation is eager"
 
 
@@ -99,13 +99,13 @@ def test_networks_of_timm_have_no_blocks():
 
 
 @pytest.mark.skipif(missing(CPU) is not None, reason="there is no C++ compiler")
-def test_compiled_training_agrees_with_eager(trial, digits):
+def test_compiled_training_agrees_with_eager(trial, digits_splits):
     losses = []
     for compiled in (False, True):
-        training = start(trial, digits)
+        training = start(trial, digits_splits)
         if compiled:
-            assert prepare(trial, digits, training, Execution(compile="on"), steps=1).seconds > 0
-        losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits, training)]
+            assert prepare(trial, digits_splits, training, Execution(compile="on"), steps=1).seconds > 0
+        losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits_splits, training)]
     assert len(losses) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -158,11 +158,11 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_records_say_what_was_compiled(fails, trial, digits, tmp_path, monkeypatch):
+def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
     monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
     directory = StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], digits, directory, execution=Execution()))
+    events = list(run_local([trial], resident_digits, directory, execution=Execution()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert (record.compiled, record.compile_seconds) == ((False, 0) if fails else (True, 2.5))
     assert load(directory.checkpoint(trial.id)).trained.trial == trial.id
