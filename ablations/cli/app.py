@@ -490,8 +490,9 @@ def export(
         raise InputError(f"--out {file}: the name of an .onnx file is needed")
     _check_room(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    size = directory.plan.image_size if directory else None
-    read = _read(data or checkpoint.trained.data, data_dir, size)
+    plan = ledger.plan if ledger else None
+    source_of_data = data or (plan.source if plan else checkpoint.trained.data)
+    read = _read(source_of_data, data_dir, plan.image_size if plan else None)
     found = read.classes, read.image_size, read.channels
     if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
         raise InputError(f"--data {read.source}: {read.name} has other classes or image sizes than {path} has")
