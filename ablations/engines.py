@@ -234,7 +234,8 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
-        data=data.source,
+        data=data.name,
+        fingerprint=data.fingerprint,
         classes=data.classes,
         image_size=data.image_size,
         mean=mean,

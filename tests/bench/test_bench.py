@@ -40,7 +40,8 @@ from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
+    trial="abc", model="two_block", data="digits",
+    fingerprint="0123abcd", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
     std=(0.25,) * 3,
 )  # fmt: skip
 

@@ -22,7 +22,8 @@ def small(channels: int) -> Checkpoint:
     torch.manual_seed(0)
     config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
     trained = Trained(
-        trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(HEIGHT, WIDTH),
+        trial="abc", model="small", data="digits",
+        fingerprint="0123abcd", classes=("a", "b", "c"), image_size=(HEIGHT, WIDTH),
         mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
     )  # fmt: skip
     return Checkpoint(config, trained, build(config).state_dict())
