@@ -98,7 +98,7 @@ class ImageData:
 
     @classmethod
     def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
-        """Random RGB images to measure speed with: `train` of them to train on beside the held-out, a few to test."""
+        """Random RGB images to measure speed with: `train` train images, and one test image of each class."""
         rng = np.random.default_rng(0)
 
         def images(count: int) -> Images:
