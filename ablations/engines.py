@@ -32,7 +32,7 @@ from model.cost import cost
 from model.errors import reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import PLAIN, WORDS, Execution, Means
+from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
@@ -81,7 +81,7 @@ def run_local(
     data: ResidentData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
-    execution: Execution = PLAIN,
+    execution: ExecutionOptions = EAGER,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
@@ -98,7 +98,7 @@ def run_local(
 
 
 def _run(
-    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: Execution
+    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: ExecutionOptions
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
@@ -150,27 +150,27 @@ def planned_steps(trial: Trial, images: int) -> int:
 class Prepared:
     """What a training uses, the seconds that getting it ready took, and what did not work, with its reason."""
 
-    means: Means
+    means: ExecutionPlan
     seconds: float
     without: list[str]
 
 
-def prepare(trial: Trial, splits: Splits, training: Training, execution: Execution, steps: int) -> Prepared:
+def prepare(trial: Trial, splits: Splits, training: Training, execution: ExecutionOptions, steps: int) -> Prepared:
     """Has a training of `steps` steps use what `execution` chooses for it, on batches of each size that the trial has.
 
     Raises TrainingError where something that was asked for does not work.
     """
     device = splits.device
-    means = execution.chosen(trial.model, steps, device, training.optimizer)
+    means = execution.plan(trial.model, steps, device, training.optimizer)
     took, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(means, name):
             try:
-                seconds = _quickened(name, trial, splits, training)
+                seconds = _accelerate(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
-                    raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
-                without.append(f"{WORDS[name]}, which failed: {reason_of(error)}")
+                    raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
+                without.append(f"{LABELS[name]}, which failed: {reason_of(error)}")
                 seconds = 0.0
             took += seconds
             means = replace(means, **{name: seconds > 0})
@@ -181,7 +181,7 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     return Prepared(means, took, without)
 
 
-def _quickened(name: str, trial: Trial, splits: Splits, training: Training) -> float:
+def _accelerate(name: str, trial: Trial, splits: Splits, training: Training) -> float:
     """Has a network use kernels, or compiled blocks, on batches like the trial's.
 
     Returns the seconds that it took, 0 where it has no part for them.

@@ -17,7 +17,7 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
     """
     if data.data.fingerprint != trial.fingerprint:
         raise InputError(f"--data {data.data.source}: not the images that trial {trial.id} was trained on")
-    used = Means(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
+    used = ExecutionPlan(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
     with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
         beside = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, execution=Execution.of(used)))
+            events = list(run_local([trial], data, beside, execution=ExecutionOptions.requiring(used)))
         finally:
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)

@@ -29,7 +29,7 @@ from bench.baseline import BaselineImages, baseline_rounds, baseline_transform, 
 from bench.peaks import Peaks, measure_peaks, synchronise
 from model.cost import cost
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.machine import device_name, usable_cores
 from model.presets import network
 
@@ -97,7 +97,7 @@ def measure_training(
     steps: int | None,
     rounds: int,
     device: torch.device,
-    execution: Execution,
+    execution: ExecutionOptions,
     notice: Callable[[str], object] = lambda text: None,
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
@@ -111,7 +111,7 @@ def measure_training(
     config = network(preset)
     named = recipe_of(preset)
     whole = named.epochs * (CIFAR_TRAIN // batch)
-    execution, without = execution.usable([execution.chosen(config, whole, device)], device)
+    execution, without = execution.usable([execution.plan(config, whole, device)], device)
     at_full_size = {"small_size": 0, "small_share": None}
     recipe = Recipe(**{**dict(named), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
     images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
@@ -231,7 +231,7 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
 def notes(speed: TrainingSpeed) -> list[str]:
     """What a reader of the table must know, in sentences."""
     peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
-    how = str(Means(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
+    how = str(ExecutionPlan(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
     how += f" (compiled in {speed.compile_seconds:.1f} s before the clock started)" * bool(speed.compile_seconds)
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [

@@ -17,11 +17,11 @@ from ablations.results import evidence, tables
 from ablations.results.plots import accuracy_plot
 from ablations.study import Cell
 from ablations.training.splits import ResidentData
-from model.fast.execution import Execution
+from model.fast.execution import ExecutionOptions
 from model.files import write_whole
 
 
-def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution) -> int:
+def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions) -> int:
     """Trains what is not there yet; 1 where some trial failed."""
     on = device(device_name)
     execution.check(on)
@@ -46,21 +46,21 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
     return 1 if failed else 0
 
 
-def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution) -> int:
+def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions) -> int:
     """Trains a study and prints its table; 1 where some trial failed."""
     failed = train_study(asked, data_dir, device_name, execution)
     show_study(asked.directory)
     return failed
 
 
-def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution) -> bool:
+def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: ExecutionOptions) -> bool:
     """Trains what is not there yet; whether some trial failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
-    chosen = [execution.chosen(trial.model, steps[trial.id], data.device) for trial in pending]
+    chosen = [execution.plan(trial.model, steps[trial.id], data.device) for trial in pending]
     execution = usable(execution, chosen, data.device)
     progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
     failed = False

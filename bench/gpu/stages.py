@@ -31,17 +31,17 @@ from export.precision import PrecisionError
 from export.publish import Images, Published, Reference, publish
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.presets import PRESETS
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 STEP_PRESET = "eight_block"
 NETWORKS = ("speed", "accuracy")  # expertgrid's own
 WAYS = {  # to take a training step; the last can do the most harm
-    "eager": Means(),
-    "graphs": Means(graphs=True),
-    "compiled": Means(compile=True, graphs=True),
-    "kernels": Means(kernels=True, graphs=True),
+    "eager": ExecutionPlan(),
+    "graphs": ExecutionPlan(graphs=True),
+    "compiled": ExecutionPlan(compile=True, graphs=True),
+    "kernels": ExecutionPlan(kernels=True, graphs=True),
 }
 
 
@@ -68,7 +68,7 @@ class Size:
     training: Mapping[str, int] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is measured: norms in the experts, after the mix
     step: Mapping[str, float] = field(default_factory=lambda: {"batch": 128})
-    execution: Execution = Execution()  # of trainings
+    execution: ExecutionOptions = ExecutionOptions()  # of trainings
     rounds: int = 5  # of the peaks
     peak_s: float = 1.0
     settings: Mapping[str, Level] = field(default_factory=dict)  # of each study
@@ -94,7 +94,7 @@ SMOKE = Size(
     training={"batch": 2, "steps": 1, "rounds": 1},
     stepped=(STEP_PRESET,),
     step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
-    execution=Execution(compile="off"),
+    execution=ExecutionOptions(compile="off"),
     rounds=1,
     peak_s=0.01,
     settings={"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16},
@@ -174,10 +174,10 @@ def train_speed(bench: Bench) -> dict[str, Step]:
         speed = measure_training(preset, device=device, execution=size.execution, notice=notice, **size.training)
         return Measurement(speed.model_dump(mode="json"))
 
-    def step(preset: str, means: Means) -> Measurement:
+    def step(preset: str, means: ExecutionPlan) -> Measurement:
         return Measurement(measure_step(preset, device, means, **size.step).model_dump(mode="json"))
 
-    ways = WAYS if device.type == "cuda" else {"eager": Means()}
+    ways = WAYS if device.type == "cuda" else {"eager": ExecutionPlan()}
     steps = {
         f"step-{preset}-{name}": partial(step, preset, means) for preset in size.stepped for name, means in ways.items()
     }
@@ -334,7 +334,7 @@ def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, tr
     trials = by_architecture(trials)
     pending = [trial for trial in trials if directory.record(trial.id) is None and not directory.adopt(trial.id)]
     chosen = [
-        bench.size.execution.chosen(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
+        bench.size.execution.plan(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
         for trial in pending
     ]
     execution, without = bench.size.execution.usable(chosen, bench.device)
