@@ -105,7 +105,7 @@ def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
 
 
 class Agreement(BaseModel):
-    """The losses of the same steps in float32, taken in two ways."""
+    """The losses of the same steps in float32: eager, and with kernels, compiler or graphs."""
 
     means: str
     eager: list[float]

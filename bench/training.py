@@ -62,7 +62,7 @@ class TrainingSpeed(BaseModel):
     macs: int  # multiply-accumulates of one image's forward pass
     peaks: Peaks
     device_peak_flops: float  # of the peaks, that of the type that the loop computes in
-    peak_share: float  # of it that the loop uses; a step is the work of three forward passes
+    peak_share: float  # the share of it that the loop uses; a step is the work of three forward passes
     baseline_workers: int
     loop_s: list[float]
     bare_s: list[float]
