@@ -24,14 +24,20 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
     return InputError(f"unknown {what} {found!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
+LONGEST_VALUE = 80  # characters of a wrong value that an error shows
+
+
 def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
-    """One line for the first thing that pydantic found wrong: `where` is the file or object it was found in."""
+    """One line for the first thing that pydantic found wrong: `where` is the file or object that it was found in.
+
+    The value that was found is shown in at most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
+    """
     found = error.errors()
     first = found[0]
     at = first["loc"]
-    if sum(one["input"] is first["input"] and one["loc"][:-1] == at[:-1] for one in found) > 1:
-        at = at[:-1]  # of several types that are accepted, each of which says what keeps the value from being one
-        types = {str(one["loc"][-1]) for one in found if one["loc"][:-1] == at}
+    if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in found) > 1:
+        at = at[:-1]  # several types are accepted, and each says why the value is not of it
+        types = {str(other["loc"][-1]) for other in found if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
             first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
     *parents, last = map(str, (where, *at))
@@ -39,9 +45,13 @@ def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> I
         return unknown(f"field of {'.'.join(parents)}:", last, fields)
     place = ".".join([*parents, last])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return InputError(f"{place}: not JSON: {message.removeprefix('Invalid JSON: ')}")
     value = first["input"]
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
-    shown = "" if said else f", found {value!r}"
+    text = repr(value)
+    text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    shown = "" if said else f", found {text}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
 
 
