@@ -114,6 +114,12 @@ class Record(BaseModel):
     environment: Environment
     finished: str  # UTC, ISO 8601
 
+    @property
+    def execution(self) -> str:
+        """How the steps ran, in words."""
+        used = {"Triton kernels": self.kernels, "torch.compile": self.compiled, "CUDA graphs": self.graphs}
+        return ", ".join(name for name, is_used in used.items() if is_used) or "eager"
+
 
 class PlannedCell(BaseModel):
     """A cell in plan.json. A baseline has no levels."""

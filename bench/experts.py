@@ -15,22 +15,26 @@ the fastest, 1.4 times as fast as the eager loop: the form in which blocks are c
 On GPUs, not measured yet, the fused form is the one with the fewest passes over memory once it is compiled.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+import typer
 from pydantic import BaseModel
+from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench import command
 from bench.peaks import synchronise
 from bench.training import TextbookBlock, in_turns
 from model.config import Block, GateConfig, ModelConfig
 from model.fast.memory import keep_freed_memory
 from model.fast.wide import WideBlock
+from model.machine import torch_device
 from model.net import ExpertBlock, ExpertNet
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
@@ -123,7 +127,7 @@ class FormSpeed(BaseModel):
     difference: float  # of the eager form from the loop, in float32
     first_s: float  # of the first call, which compiles
     median_ms: float
-    x_loop: float  # median over the rounds of the eager loop's time over this one's
+    x_loop: float  # median over the rounds of the eager loop's time over this form's
     rounds_ms: list[float]
 
 
@@ -132,7 +136,7 @@ def measure(
 ) -> list[FormSpeed]:
     """Times all forms on one random batch, channels last, under autocast to bfloat16.
 
-    The batch is in bfloat16 too, as what a block gives the next one is.
+    The batch is in bfloat16 too, as is what a block gives to the next block.
 
     Raises ValueError where a form does not compute what the loop does.
     """
@@ -185,30 +189,36 @@ def _step(run: Callable[[Tensor], Tensor], block: nn.Module, x_BCHW: Tensor) -> 
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.experts", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="without the compiled forms")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
-    args = parser.parse_args()
-    if min(args.batch, args.channels, args.size, args.rounds) < 1 or args.experts < 2:
-        parser.error("sizes are from 1, and experts from 2")
-    hows = COMPILERS[:1] if args.eager else COMPILERS
-    device = torch.device(args.device)
-    speeds = measure(device, args.batch, args.channels, args.experts, args.size, args.rounds, hows)
-    if args.format == "json":
+def experts_command(
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the block.")] = 64,
+    experts: Annotated[int, typer.Option(min=2, help="Experts of the block.")] = 3,
+    size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    eager: Annotated[bool, typer.Option("--eager", help="Without the compiled forms.")] = False,
+    format: Annotated[Literal["text", "json"], typer.Option(help="text or json.")] = "text",
+) -> int:
+    """Time the forms of an expert block."""
+    hows = COMPILERS[:1] if eager else COMPILERS
+    speeds = measure(torch_device(device), batch, channels, experts, size, rounds, hows)
+    if format == "json":
         print("[" + ",\n".join(speed.model_dump_json() for speed in speeds) + "]")
-        return
-    print(f"{args.experts} experts of {args.channels} channels, batch {args.batch} of {args.size}x{args.size}, bf16")
-    print(f"{'form':8} {'how':10} {'ms':>9} {'x loop':>8} {'first s':>8} {'difference':>11}")
-    for one in speeds:
-        times = f"{one.median_ms:9.2f} {one.x_loop:8.2f} {one.first_s:8.1f}"
-        print(f"{one.form:8} {one.how:10} {times} {one.difference:11.1e}")
+        return 0
+    print(f"{experts} experts of {channels} channels, batch {batch} of {size}x{size}, bf16\n")
+    rows = [
+        (speed.form, speed.how, f"{speed.median_ms:.2f}", f"{speed.x_loop:.2f}", f"{speed.first_s:.1f}",
+         f"{speed.difference:.1e}")
+        for speed in speeds
+    ]  # fmt: skip
+    titles = ("form", "how", "ms", "x loop", "first s", "difference")
+    print(tabulate(rows, headers=titles, disable_numparse=True))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the input is wrong."""
+    return command.run(experts_command, arguments)
 
 
 if __name__ == "__main__":

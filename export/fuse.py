@@ -1,7 +1,6 @@
 """Networks rewritten for inference: the same logits from fewer and faster operators.
 
 Each rewrite is a pure function from the parts of a block to the parts of an equal block, and says when it is exact.
-`prune_gates` is apart from them: it changes the function.
 
 Shapes: B images, K experts, C channels in, O channels out, H x W pixels, k x k the largest kernel.
 """
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.config import Block, Layer, Residual
 from model.errors import unknown
 from model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
 
@@ -31,7 +29,6 @@ class Parts:
     Without a gate the experts are summed as they are.
     """
 
-    name: str
     convs: tuple[nn.Conv2d, ...]
     norms: tuple[nn.BatchNorm2d, ...]  # one for each expert, or none
     inner_act: bool
@@ -48,13 +45,12 @@ class Parts:
         return not self.inner_act and not self.norms
 
 
-def take_apart(name: str, block: ExpertBlock) -> Parts:
+def take_apart(block: ExpertBlock) -> Parts:
     """The parts of a block in eval mode, copied."""
     block = copy.deepcopy(block).eval()
     norms = tuple(expert.norm for expert in block.experts if hasattr(expert, "norm"))
     after = isinstance(block.norm_act, nn.Sequential)
     return Parts(
-        name=name,
         convs=tuple(expert.conv for expert in block.experts),
         norms=norms,
         inner_act=bool(norms),
@@ -118,28 +114,18 @@ def fold_temperature(parts: Parts) -> Parts:
 
 
 def merge_kernels(parts: Parts) -> Parts:
-    """The experts' kernels mixed before the convolution: one kernel per image.
+    """The experts' kernels mixed before the convolution: one kernel for each image.
 
-    Exact where the experts are linear, as conv(x, W) is linear in W. Raises ValueError for a block where they are not.
-    """
-    if parts.gate is None:
-        return parts
-    if not parts.linear:
-        raise ValueError(f"{parts.name}: its experts are not linear before the mix, so their kernels cannot be merged")
-    return replace(parts, one_kernel=True)
-
-
-def merge_kernels_where_faster(parts: Parts) -> Parts:
-    """`merge_kernels` where it is exact and the merged convolution is at most 1 / `LEAST_SAVING` of the experts' work.
-
-    The merged one is a matrix product of patches, which does less of the peak than a convolution with fixed weights,
-    and it computes the rows that a stride then drops.
+    Exact where the experts are linear, as conv(x, W) is linear in W. Applied where it is exact and faster: where the
+    merged convolution is at most 1 / `LEAST_SAVING` of the experts' work. It is a matrix product of patches, which
+    reaches less of the device's peak than a convolution with fixed weights, and it computes the rows that a stride then
+    drops.
     """
     kernels = [conv.kernel_size[0] for conv in parts.convs]
     merged = max(kernels) ** 2 * parts.convs[0].stride[0]
     if parts.gate is None or not parts.linear or sum(kernel**2 for kernel in kernels) < LEAST_SAVING * merged:
         return parts
-    return merge_kernels(parts)
+    return replace(parts, one_kernel=True)
 
 
 def one_conv_per_size(parts: Parts) -> Parts:
@@ -155,18 +141,15 @@ def sum_by_matmul(parts: Parts) -> Parts:
     return replace(parts, matmul=parts.gate is not None)
 
 
-ALL: dict[str, Callable[[Parts], Parts]] = {
+REWRITES: dict[str, Callable[[Parts], Parts]] = {
     "batch_norm": fold_norms,
     "constant_gate": fold_constant_gate,
     "temperature": fold_temperature,
-    "one_kernel": merge_kernels_where_faster,
-    "one_kernel_everywhere": merge_kernels,
+    "one_kernel": merge_kernels,
     "one_conv": one_conv_per_size,
     "matmul": sum_by_matmul,
 }
 """The rewrites by name, in the order in which they are applied."""
-
-REWRITES = tuple(name for name in ALL if name != "one_kernel_everywhere")
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
@@ -257,7 +240,7 @@ class LoopSum(nn.Module):
         self.channels = sum(expert[0].out_channels for expert in experts) // count
 
     def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
-        outputs = [one for expert in self.experts for one in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
+        outputs = [out for expert in self.experts for out in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
         gate_KB111 = gate_BK.T[:, :, None, None, None]
         mix_BOHW = gate_KB111[0] * outputs[0]
         for gate_B111, output_BOHW in zip(gate_KB111[1:], outputs[1:]):
@@ -308,35 +291,34 @@ class MergedConv(nn.Module):
         return mix_BOHW
 
 
-def fuse(net: nn.Module, rewrites: Collection[str] = REWRITES) -> nn.Module:
+def fuse(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.Module:
     """A network in eval mode with the same logits (B, N) from fewer and faster operators; `net` is left as it is.
 
-    `rewrites` names those of `ALL` that are applied. Its weights have other names and shapes than those of `net`: it
-    is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
+    `rewrites` names those of `REWRITES` that are applied. Its weights have other names and shapes than those of `net`:
+    it is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
     any network is a batch norm directly after a convolution, which ONNX Runtime folds itself when it loads the file.
-    Raises InputError for an unknown rewrite, and ValueError, with the block's name, where "one_kernel_everywhere" is
-    asked for and a block's experts are not linear.
+    Raises InputError for an unknown rewrite.
     """
     for name in rewrites:
-        if name not in ALL:
-            raise unknown("rewrite", name, ALL)
+        if name not in REWRITES:
+            raise unknown("rewrite", name, REWRITES)
     fused = copy.deepcopy(net).eval()
-    return _fuse_layers(fused, rewrites, "").eval() if isinstance(fused, ExpertNet) else fused
+    return _fuse_layers(fused, rewrites).eval() if isinstance(fused, ExpertNet) else fused
 
 
-def _fuse_layers(module: nn.Module, rewrites: Collection[str], prefix: str) -> nn.Module:
+def _fuse_layers(module: nn.Module, rewrites: Collection[str]) -> nn.Module:
     """The module with the blocks and convolutions below it replaced."""
     for name, layer in module.named_children():
         if isinstance(layer, ExpertBlock):
-            parts = take_apart(prefix + name, layer)
-            for rewrite in (ALL[one] for one in ALL if one in rewrites):
+            parts = take_apart(layer)
+            for rewrite in (REWRITES[name] for name in REWRITES if name in rewrites):
                 parts = rewrite(parts)
             setattr(module, name, FusedBlock(parts))
         elif isinstance(layer, ConvNormAct):
             if "batch_norm" in rewrites:
                 setattr(module, name, fold_norm(layer))
         else:
-            _fuse_layers(layer, rewrites, f"{prefix}{name}.")
+            _fuse_layers(layer, rewrites)
     return module
 
 
@@ -353,81 +335,3 @@ def fold_norm(layer: ConvNormAct) -> nn.Sequential:
     if (layer.norm.weight < 0).any():
         return layer
     return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.pool, layer.act)
-
-
-@torch.no_grad()
-def gate_weights(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The weights (B, K) of each block's gate for inputs (B, C, H, W), by the block's name; `net` in its own mode."""
-    weights: dict[str, Tensor] = {}
-
-    def keep(block: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda gate, inputs, gate_BK: weights.update({block: gate_BK})
-
-    gates = [(name.removesuffix(".gate"), module) for name, module in net.named_modules() if isinstance(module, Gate)]
-    handles = [gate.register_forward_hook(keep(block)) for block, gate in gates]
-    try:
-        net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return weights
-
-
-def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) -> tuple[ExpertNet, list[str]]:
-    """A network without the experts whose gate weight stays under `threshold`: this CHANGES the function.
-
-    `gates_max` has the largest weights (K,) that were seen, by the block's name, for the blocks that are pruned: the
-    maximum of `gate_weights` over the validation images. The softmax over the experts that are left renormalises
-    their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
-    Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
-    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
-    """
-    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    blocks = {name.removesuffix(".gate"): gate for name, gate in net.named_modules() if isinstance(gate, Gate)}
-    dropped: list[str] = []
-    kept: dict[str, list[int]] = {}
-    for name, max_K in gates_max.items():
-        if name not in blocks or max_K.shape != (blocks[name].experts,):
-            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
-        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
-        kept[name] = stay_K.nonzero().flatten().tolist()
-        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in kept[name]]
-        weights = _without_experts(weights, f"{name}.", kept[name], blocks[name])
-    config = net.config.change(layers=_kept_layers(net.config.layers, kept, "layers."))
-    with torch.device("meta"):  # no memory, and no numbers drawn
-        pruned = ExpertNet(config)
-    pruned.load_state_dict(weights, assign=True)
-    return pruned.train(net.training), dropped
-
-
-def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
-    """A state dict in which the block with the prefix `block` has the experts `kept` only."""
-    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
-    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
-    left = {}
-    for name, tensor in weights.items():
-        if name.startswith(f"{block}experts."):
-            expert = ".".join(name.removeprefix(block).split(".")[:2])
-            if f"{block}{expert}." not in place:
-                continue
-            name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
-        elif name.startswith(f"{block}gate."):
-            if len(kept) == 1:
-                continue
-            tensor = tensor[kept] if name.startswith(last) else tensor
-        elif name.startswith(f"{block}norm_act.0.") and len(kept) == 1:  # the norm after one expert is its own
-            name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
-        left[name] = tensor
-    return left
-
-
-def _kept_layers(layers: tuple[Layer, ...], kept: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
-    """The configs of layers in which the blocks named in `kept` have those experts only."""
-    changed = []
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Residual):
-            layer = Residual(layers=_kept_layers(layer.layers, kept, f"{prefix}{i}.layers."))
-        elif isinstance(layer, Block) and f"{prefix}{i}" in kept:
-            layer = Block(**{**dict(layer), "kernels": tuple(layer.kernels[k] for k in kept[f"{prefix}{i}"])})
-        changed.append(layer)
-    return tuple(changed)

@@ -1,22 +1,26 @@
-"""What a user did wrong, said in one line.
+"""Errors of input, each in one line.
 
-Every part of expertgrid raises `InputError` for input that a person can mend; the CLI prints it and exits with 2.
+Every part of expertgrid raises `InputError` for input that a user can correct. The CLI prints it and exits with 2.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # imported only where it is raised, so that `--help` opens at once
+
+LONGEST_VALUE = 80  # characters of a wrong value that an error shows
 
 
 class InputError(ValueError):
-    """Wrong input: the message names the field or file, what was found and what is accepted."""
+    """Wrong input. The message names the field or file, what was found, and what is accepted."""
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """The error for a name that does not exist. It suggests the most similar name that does.
 
-    `what` is the kind of name ("preset"), `accepted` the names there are, `more` what else would be accepted.
+    `what` is the kind of name ("preset"), `accepted` the names that exist, `more` what else would be accepted.
     """
     accepted = list(accepted)
     near = get_close_matches(str(found), accepted, n=1)
@@ -24,19 +28,19 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
     return InputError(f"unknown {what} {found!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
-LONGEST_VALUE = 80  # characters of a wrong value that an error shows
+def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
+    """The error for the first thing that pydantic found wrong in a file or object.
 
-
-def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
-    """One line for the first thing that pydantic found wrong: `where` is the file or object that it was found in.
-
-    The value that was found is shown in at most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
+    `where` names that file or object, `fields` the fields that it can have. The value that was found is shown in at
+    most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
     """
+    from pydantic import BaseModel
+
     found = error.errors()
     first = found[0]
     at = first["loc"]
     if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in found) > 1:
-        at = at[:-1]  # several types are accepted, and each says why the value is not of it
+        at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
         types = {str(other["loc"][-1]) for other in found if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
             first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}

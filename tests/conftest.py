@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ablations.cli import app as cli
+from ablations.cli import entry as cli
 from ablations.records import Environment, Failure, Record, StudyDirectory
 from ablations.study import parse_study
 from ablations.training.data import ImageData, load_data

@@ -16,9 +16,10 @@ import numpy as np
 
 from ablations.records import Failure, LatencySummary, PlannedCell, Predictions, Race, Record, StudyDirectory
 from ablations.results import stats
-from ablations.results.stats import Contrast, Interval, McNemar, Peek, Winner, mean_interval
+from ablations.results.stats import Contrast, Interval, Peek, Winner, mean_interval
 from ablations.study import BASE, Study, level_name
 from model.errors import InputError, unknown
+from model.mcnemar import McNemar, mcnemar
 
 ALPHA = 0.05  # the chance that any verdict of a family is wrong
 EACH_LEVEL = "-"  # of a factor that changes nothing: the network is the same at each level
@@ -412,7 +413,7 @@ def _mcnemar(directory: StudyDirectory, first: Row, second: Row) -> dict[int, Mc
     for seed in sorted(trials[0].keys() & trials[1].keys()):
         kept = [directory.predictions(one[seed]) for one in trials]
         if all(kept):
-            found[seed] = stats.mcnemar(*(right(one) for one in kept))
+            found[seed] = mcnemar(*(right(one) for one in kept))
     return found
 
 

@@ -242,7 +242,7 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
 def _environment_rows(found: Findings) -> list[dict[str, object]]:
     records = {record.trial: record for row in found.rows for record in row.records}
     kinds = Counter(
-        (r.environment.device, r.environment.threads, r.bfloat16, str(r.means), r.environment.python)
+        (r.environment.device, r.environment.threads, r.bfloat16, r.execution, r.environment.python)
         + tuple(sorted(r.environment.versions.items()))
         for r in records.values()
     )

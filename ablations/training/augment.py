@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ablations.training.recipe import Recipe
+from model.pixels import normalise
 
 ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
 ERASED_ASPECT = 0.3  # height / width of what is erased: from this to its inverse
@@ -91,11 +92,6 @@ def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
 def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """The images resized to `size` (height, width): bilinear and antialiased."""
     return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
-
-
-def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
-    return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
 
 
 def random_erasing(

@@ -21,15 +21,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ablations.training.augment import normalise
 from ablations.training.loader import Loader, batches
 from ablations.training.optimise import make_average, make_optimizer, make_scheduler
 from ablations.training.recipe import Recipe
 from ablations.training.splits import Split, Splits
+from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
 from model.fast.memory import keep_freed_memory
 from model.net import ExpertNet
+from model.pixels import normalise
 from model.registry import build
 
 EVALUATION_BATCH = 500
@@ -117,17 +118,7 @@ def train(trial: Trial, splits: Splits, training: Training, workers: int | None 
     batch, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)
-
-    def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the number of images that were classified correctly."""
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits_BN = net(x_BCHW)
-            loss = F.cross_entropy(logits_BN, targets, label_smoothing=recipe.smoothing)
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
-
+    step = training_step(net, optimizer, amp, recipe.smoothing)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator

@@ -3,7 +3,8 @@
 Kernels take the parts of a network that they compute, the compiler what is left of it, and a graph records the whole.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.optim import Optimizer
@@ -83,6 +84,15 @@ class Execution:
             compile=self.compile == "on" or earned,
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
+
+    def usable(self, chosen: Iterable[Means], device: torch.device) -> tuple["Execution", list[str]]:
+        """This without what is in `chosen` and missing on the device; and of each such thing, what it is and why."""
+        execution, chosen, without = self, list(chosen), []
+        for name, words in WORDS.items():
+            if any(getattr(means, name) for means in chosen) and (reason := missing(name, device)):
+                without.append(f"{words}: {reason}")
+                execution = replace(execution, **{name: "off"})
+        return execution, without
 
     @classmethod
     def of(cls, means: Means) -> "Execution":

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from model.fast.compiled import tried
 from model.fast.execution import has_kernels
 from model.fast.wide import by_size, side_by_side
-from model.net import BatchNorm, ConvNormAct, ExpertBlock
+from model.net import ConvNormAct, ExpertBlock
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
@@ -324,7 +324,7 @@ class WeightedSum(torch.autograd.Function):
         return gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1), dy_BFHW, dz_BFHW
 
 
-def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
+def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tensor | None = None) -> Tensor:
     """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
     affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
     out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, affine_2F, norms[0].eps)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import Block
-from model.net import BatchNorm, ConvNormAct, ExpertBlock
+from model.net import ConvNormAct, ExpertBlock
 
 
 def by_size(block: ExpertBlock) -> list[list[ConvNormAct]]:
@@ -48,7 +48,7 @@ class WideBlock(ExpertBlock):
         return self.norm_act(sum(gate_B111 * map_BCHW for gate_B111, map_BCHW in zip(gate_KB111, maps_KBCHW)))
 
 
-def _norm_act(y_BFHW: Tensor, norms: Sequence[BatchNorm]) -> Tensor:
+def _norm_act(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
     """All norms as one, and ReLU. Keeps their statistics."""
     names = "running_mean", "running_var", "weight", "bias"
     mean_F, variance_F, scale_F, shift_F = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)

@@ -91,7 +91,7 @@ def test_what_cannot_be_trained_again_is_one_line(expertgrid, study, digits, mon
     if kind == "unfinished":
         (study.trial(trial) / "record.json").unlink()
     if kind == "data":
-        monkeypatch.setattr("ablations.cli.app.load_data", lambda *_: replace(digits, fingerprint="other"))
+        monkeypatch.setattr("ablations.training.data.load_data", lambda *_: replace(digits, fingerprint="other"))
     if kind == "config":
         change(study.trial(trial) / "config.json", fingerprint="other")
     outcome = expertgrid("rerun", study.path, asked)

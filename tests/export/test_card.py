@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from export.card import card, escaped
-from export.certificate import Certificate, certify
+from export.certificate import Certificate
+from export.compare import certify
 from export.graph import Description, describe
+from export.predict import read_pixels
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.config import Block, Conv, ModelConfig
@@ -118,13 +120,15 @@ def test_many_classes(file, certificate):
     assert "c100" not in text
 
 
-@pytest.mark.parametrize("name", ["model.onnx", 'it\'s a "```" model.onnx'])
-def test_the_code_runs(made, certificate, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "size"), [("model.onnx", (6, 8)), ('it\'s a "```" model.onnx', (31, 20))])
+def test_the_code_runs(made, certificate, name, size, tmp_path, monkeypatch, capsys):
+    """Also on an image of another size, to which it does what `predict` does."""
     checkpoint, kind, model = made
     channels = checkpoint.config.in_chans
     (tmp_path / name).write_bytes(model)
-    pixels = np.random.default_rng(1).integers(256, size=(6, 8, channels), dtype=np.uint8)
+    pixels = np.random.default_rng(1).integers(256, size=(*size, channels), dtype=np.uint8)
     Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
+    pixels = read_pixels(tmp_path / "image.png", 6, 8, channels)
     monkeypatch.chdir(tmp_path)
     text = card(describe(model, f"anywhere/{name}"), certificate, **GIVEN)
     code = re.search(r"^(```+)python\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)[2]

@@ -1,6 +1,7 @@
 """Export: ONNX Runtime and the certificate agree with PyTorch, and a wrong model is caught."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -8,7 +9,9 @@ import onnx.reference
 import pytest
 import torch
 
-from export.certificate import BATCHES, BOUNDS, Agreement, Certificate, certify, mcnemar
+from export.certificate import BOUNDS, Agreement, Certificate
+from export.compare import BATCHES, certify
+from export.metadata import Metadata, entries_of, read_metadata
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -103,12 +106,35 @@ def test_nodes_name_their_modules_and_no_path_of_this_machine(model):
 
 
 def test_metadata(kind, model):
-    found = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
+    """What other programs read is JSON or text; what is read back is what was written."""
+    found = entries_of(onnx.load_from_string(model))
     assert json.loads(found["classes"]) == ["a", "b", "c"]
     assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
     assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
     assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
+    assert found["data"] == "digits"
+    assert "bicubic" in found["resize"] and "centre crop" in found["resize"]
     assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
+    assert read_metadata(found, "model") == Metadata(input=kind, config=EVERYTHING, trained=TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"classes": None}, "other.onnx: its metadata has no 'classes'"),
+        ({"expertgrid.input": None}, "other.onnx: its metadata has no 'expertgrid.input'"),
+        ({"expertgrid.config": "{}"}, "other.onnx: metadata expertgrid.config: config.layers: field required"),
+        ({"expertgrid.input": "uint4"}, "other.onnx: metadata expertgrid.input: found 'uint4'; accepted: uint8, float"),
+        ({"mean": "[0.5"}, "other.onnx: metadata mean: not JSON"),
+        ({"image_size": "[8]"}, "other.onnx: metadata.image_size.1: field required"),
+        ({"expertgrid.precision": "fp4"}, "other.onnx: metadata.precision: input should be 'fp32', 'fp16' or 'int8'"),
+    ],
+)
+def test_metadata_that_is_not_ours_or_damaged(model, entries, message):
+    changed = entries_of(onnx.load_from_string(model)) | entries
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_metadata({key: value for key, value in changed.items() if value is not None}, "other.onnx")
+    assert "\n" not in str(error.value)
 
 
 def test_a_timm_model_is_exported():
@@ -134,7 +160,7 @@ def test_another_networks_model_fails_its_certificate(checkpoint):
 )
 def test_the_bound_is_applied(checkpoint, change, precision, passed):
     model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
-    bias = next(one for one in model.graph.initializer if one.name.endswith("head.classifier.bias"))
+    bias = next(held for held in model.graph.initializer if held.name.endswith("head.classifier.bias"))
     values = onnx.numpy_helper.to_array(bias).copy()
     values[:1] += np.float32(change)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
@@ -164,12 +190,6 @@ def test_lower_precision_may_lose_half_a_point():
         assert not agreement(0.9).within(BOUNDS[precision], 0.906)
         assert not agreement(0.9, np.inf).within(BOUNDS[precision], 0.9)
     assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
-
-
-def test_mcnemar_by_hand():
-    first, second = np.array([1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
-    assert mcnemar(first, second) == pytest.approx(2 * (1 + 4) / 2**4)  # 3 against 1 of 4 discordant images
-    assert mcnemar(first, first) == 1
 
 
 def test_flips_are_counted_by_image(checkpoint):

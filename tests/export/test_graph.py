@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from export.graph import describe, draw, shape_text
+from export.graph import describe, shape_text
+from export.picture import draw
 from export.to_onnx import INPUT, to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.cost import cost

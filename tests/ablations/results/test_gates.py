@@ -14,9 +14,10 @@ from ablations.results.gates import (
     mutual_information,
     predict_watched,
 )
-from ablations.training.loop import normalise, score
+from ablations.training.loop import score
 from model.checkpoint import load
 from model.net import Gate
+from model.pixels import normalise
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ablations import engines
-from ablations.cli import app as cli
+from ablations.cli.devices import usable
 from ablations.engines import TrialDone, TrialNote, prepare, run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
@@ -132,8 +132,8 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
         assert outcome.status == 2
         assert f"--compile on: {reason}" in outcome.complaint
         assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
-        assert cli._that_can_be(Execution(), [Means(compile=True)], CPU).compile == "off"
-        assert cli._that_can_be(Execution(), [Means()], CPU) == Execution()
+        assert usable(Execution(), [Means(compile=True)], CPU).compile == "off"
+        assert usable(Execution(), [Means()], CPU) == Execution()
         assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
     assert "cpu and cuda only" in missing(torch.device("mps"))
