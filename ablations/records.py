@@ -32,7 +32,7 @@ from ablations.training.data import ImageData
 from ablations.training.holdout import HoldOut
 from ablations.training.trial import Epoch, Trial
 from model import machine
-from model.errors import InputError, invalid
+from model.errors import InputError, invalid, reason_of
 from model.files import now, write_whole
 
 if TYPE_CHECKING:
@@ -40,20 +40,26 @@ if TYPE_CHECKING:
 
 
 class Environment(BaseModel):
-    """Where a number was measured."""
+    """The machine, the software and the settings that a number was measured with.
 
-    device: str  # the GPU's name, or cpu (its model)
-    threads: int
+    Records of older versions have no processor, cores, memory, driver and commit.
+    """
+
+    device: str  # that trained: the GPU's name, or cpu (the processor's model)
+    threads: int  # of PyTorch on the CPU
     python: str
     versions: dict[str, str]
     cpu: str = ""  # the processor's model
-    cores: int | None = None  # that the process could use
-    memory_bytes: int | None = None  # of the machine
-    driver: str | None = None  # of the GPU
-    commit: str | None = None  # of the checkout that expertgrid ran from
+    cores: int | None = None  # logical cores that the process could use
+    memory_bytes: int | None = None  # physical memory of the machine; None where the system does not say
+    driver: str | None = None  # version of the NVIDIA driver, for numbers of a CUDA device
+    commit: str | None = (
+        None  # of the git checkout that expertgrid ran from, with "+changes" where files differ from it
+    )
 
     @classmethod
     def here(cls, device: "torch.device") -> "Environment":
+        """This machine, for numbers that are measured on `device`."""
         import torch
 
         versions = {}
@@ -77,7 +83,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(BaseModel):
-    """What came of a trial. Accuracies are shares of the split's images; losses are means in nats."""
+    """The result of a trial: accuracies, losses, cost and speed.
+
+    An accuracy is a share of the split's images, from 0 to 1. A loss is a mean cross entropy in nats. Both are of the
+    network after the last epoch, in fp32. Validation images are those that the trial's seed holds out.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,18 +99,18 @@ class Record(BaseModel):
     test_accuracy: Share
     test_loss: float
     test_images: int
-    validation_accuracy_flip: Share | None = None  # of logits averaged over each image and its mirror image,
-    test_accuracy_flip: Share | None = None  # where the recipe's tta is "flip"
+    validation_accuracy_flip: Share | None = None  # with logits averaged over each image and its mirror image;
+    test_accuracy_flip: Share | None = None  # only where the recipe's tta is "flip"
     parameters: int
     macs: int  # multiply-accumulates of one image's forward pass
     epochs: int
-    images_per_s: float  # of training, median over the epochs but the first
-    train_seconds: float
-    bfloat16: bool
-    kernels: bool = False
-    compiled: bool = False
-    graphs: bool = False
-    compile_seconds: float = 0.0  # of blocks or kernels, before the first epoch, and not in train_seconds
+    images_per_s: float  # while training: the median of the epochs after the first
+    train_seconds: float  # of all epochs, without validation
+    bfloat16: bool  # whether the forward pass of the training ran in bfloat16
+    kernels: bool = False  # whether it used the fused Triton kernels,
+    compiled: bool = False  # blocks compiled by torch.compile,
+    graphs: bool = False  # and steps recorded as CUDA graphs
+    compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
 
@@ -112,7 +122,7 @@ class Record(BaseModel):
 
 
 class PlannedCell(BaseModel):
-    """A cell as it is kept on disk. A baseline has no levels."""
+    """A cell in plan.json. A baseline has no levels."""
 
     model_name: str
     levels: dict[str, Level]
@@ -131,7 +141,7 @@ class Race(BaseModel):
 
 
 class Plan(BaseModel):
-    """The cells of a study, resolved for its data. In a race they differ in their number of seeds."""
+    """The file plan.json: the cells of a study for its data. In a race cells have different numbers of seeds."""
 
     data: str  # in words, with the number of images
     source: str
@@ -144,10 +154,10 @@ class Plan(BaseModel):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a trained network took each image for, and the images' classes: integers (B,), in the order of the split.
+    """The class that a trained network predicted for each image, and the image's own: integers (B,), in split order.
 
-    So that nothing that a table or a report says of images needs another read of the test split. Those averaged with
-    the mirror images are there where the recipe's tta is "flip".
+    Tables and reports about single images read these, so that they need not read the test split again. Predictions
+    from logits averaged with the mirror image are there where the recipe's tta is "flip".
     """
 
     validation: np.ndarray
@@ -172,17 +182,22 @@ class Predictions:
             with np.load(file, allow_pickle=False) as arrays:
                 found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
         except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error) as error:
-            raise InputError(f"{file}: damaged: {error}") from None
+            raise _damaged(file, InputError(f"{file}: not a file of predictions: {reason_of(error)}")) from None
         for split in ("validation", "test"):
             arrays = (array for name, array in vars(found).items() if name.startswith(split))
             shapes = {array.shape for array in arrays if array is not None}
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-                raise InputError(f"{file}: damaged: {split} has arrays of the shapes {sorted(shapes)}")
+                found = InputError(f"{file}: the arrays of {split} have the shapes {sorted(shapes)}")
+                raise _damaged(file, found)
         return found
 
 
 class Failure(BaseModel):
-    """Why a trial failed: diverged, with the step (of all, from 1), or out of memory, with the batch size."""
+    """Why a trial failed.
+
+    A diverged trial has the step, counted from 1 over all epochs, the epoch and the learning rate. A trial that ran out
+    of memory has the batch size.
+    """
 
     kind: Literal["diverged", "out_of_memory", "error"] = "error"
     error: str
@@ -198,15 +213,15 @@ class Failure(BaseModel):
 
 
 class TestRead(BaseModel):
-    """A line of the ledger."""
+    """A line of ledger.jsonl: one read of the test split."""
 
-    __test__ = False  # pytest: this is none
+    __test__ = False  # pytest would take it for a class of tests
 
     time: str
     trial: str
     reader: str  # "training", "export" or "rerun"
     images: int
-    tta: Literal["flip"] | None = None  # in this read the mirror images were predicted as well
+    tta: Literal["flip"] | None = None  # "flip": the mirror images were predicted in the same read
 
 
 class Adopted(BaseModel):
@@ -216,7 +231,7 @@ class Adopted(BaseModel):
 
 
 class Benched(BaseModel):
-    """One engine at one batch size, as far as tables need it."""
+    """The latency of one engine at one batch size: the part that tables need."""
 
     engine: str
     batch: int
@@ -224,7 +239,7 @@ class Benched(BaseModel):
 
 
 class LatencySummary(BaseModel):
-    """What tables need of the latency record of an exported trial."""
+    """The latency record of an exported trial: the part that tables need."""
 
     file: str
     trial: str
@@ -241,8 +256,24 @@ Kept = TypeVar("Kept", bound=BaseModel)
 LOCK = ".lock"
 
 
+def _damaged(file: Path, error: InputError) -> InputError:
+    """The error for a damaged file of a study directory: what is wrong, and what to do."""
+    if file.parent.parent.name == "trials":
+        remedy = f"delete {file.parent} and run the study again: this trial is then trained again"
+    elif file.parent.name == "bench":
+        remedy = "delete it and run expertgrid bench again"
+    elif file.name == "ledger.jsonl":
+        remedy = "delete the damaged line"
+    else:
+        remedy = "delete it and run the study again"
+    return InputError(f"{error}; the file is damaged: {remedy}")
+
+
 def read_record(kind: type[Kept], file: Path) -> Kept | None:
-    """What a JSON file keeps, None where there is no such file. Raises InputError for a damaged one."""
+    """The record in a JSON file of a study directory, None where there is no file.
+
+    Raises InputError for a damaged file: which file, what is wrong, and what to do.
+    """
     try:
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -250,7 +281,7 @@ def read_record(kind: type[Kept], file: Path) -> Kept | None:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise invalid(str(file), error, kind.model_fields) from None
+        raise _damaged(file, invalid(str(file), error, kind.model_fields)) from None
 
 
 class StudyDirectory:
@@ -411,9 +442,9 @@ class StudyDirectory:
         try:
             return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
         except ValidationError as error:
-            raise invalid(str(file), error, Epoch.model_fields) from None
+            raise _damaged(file, invalid(str(file), error, Epoch.model_fields)) from None
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: damaged: {error}") from None
+            raise _damaged(file, InputError(f"{file}: not text: {error.reason}")) from None
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
@@ -445,7 +476,7 @@ class StudyDirectory:
         except FileNotFoundError:
             return []
         except ValidationError as error:
-            raise invalid(str(ledger), error, TestRead.model_fields) from None
+            raise _damaged(ledger, invalid(str(ledger), error, TestRead.model_fields)) from None
 
     def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported as it is, in fp32, and benched."""

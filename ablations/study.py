@@ -110,11 +110,11 @@ class Study(BaseModel):
             for one in (older, self)
         ]
         for name in {**fields[0], **fields[1]}:
-            there, here = (json.dumps(one[name]) if name in one else "not given" for one in fields)
+            there, here = (json.dumps(given[name]) if name in given else "not given" for given in fields)
             if there != here:
                 return f"{name} is {there} there, and {here} here"
         if self.factors.keys() != older.factors.keys():
-            there, here = (", ".join(one.factors) or "none" for one in (older, self))
+            there, here = (", ".join(study.factors) or "none" for study in (older, self))
             return f"its factors are {there}, and here {here}"
         for name, levels in older.factors.items():
             if lacking := [level for level in levels if level not in self.factors[name]]:
@@ -344,8 +344,8 @@ def _key(place: object, at: str, part: str) -> str | int:
 def _check_optimizer(recipe: Recipe) -> None:
     """Raises InputError where the optimiser cannot be made from the recipe's values.
 
-    An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other one is tried, and
-    that imports torch.
+    An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
+    is tried, and that imports torch.
     """
     if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
         return

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError  # imported only where it is raised, so that `--help` opens at once
 
+LONGEST_VALUE = 80  # characters of a wrong value that an error shows
+
 
 class InputError(ValueError):
     """Wrong input. The message names the field or file, what was found, and what is accepted."""
@@ -29,7 +31,8 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
 def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
     """The error for the first thing that pydantic found wrong in a file or object.
 
-    `where` names that file or object, `fields` the fields that it can have.
+    `where` names that file or object, `fields` the fields that it can have. The value that was found is shown in at
+    most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
     """
     from pydantic import BaseModel
 
@@ -46,9 +49,13 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
         return unknown(f"field of {'.'.join(parents)}:", last, fields)
     place = ".".join([*parents, last])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return InputError(f"{place}: not JSON: {message.removeprefix('Invalid JSON: ')}")
     value = first["input"]
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
-    shown = "" if said else f", found {value!r}"
+    text = repr(value)
+    text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    shown = "" if said else f", found {text}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
 
 

@@ -126,8 +126,8 @@ def run(
         return 0
     with starting():
         from ablations.cli.run import train_and_show
-        from model.fast.execution import Execution
-    execution = Execution(kernels, compile, graphs)
+        from model.fast.execution import ExecutionOptions
+    execution = ExecutionOptions(kernels, compile, graphs)
     if study is None:
         from ablations.cli.quickstart import quickstart
 
@@ -365,9 +365,9 @@ def bench_train(
     with starting():
         from ablations.cli.bench import bench_train
         from ablations.cli.sources import import_modules
-        from model.fast.execution import Execution
+        from model.fast.execution import ExecutionOptions
     import_modules(modules or [])
-    return bench_train(preset, batch, steps, rounds, device, Execution(kernels, compile, graphs), format)
+    return bench_train(preset, batch, steps, rounds, device, ExecutionOptions(kernels, compile, graphs), format)
 
 
 @app.command("list", rich_help_panel=LISTS)

@@ -15,11 +15,13 @@ from ablations.results import evidence, tables
 from ablations.results.plots import accuracy_plot
 from ablations.study import Cell
 from ablations.training.splits import ResidentData
-from model.fast.execution import Execution
+from model.fast.execution import ExecutionOptions
 from model.files import write_whole
 
 
-def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution, adopts: bool) -> int:
+def train_study(
+    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
+) -> int:
     """Trains what is not there yet; 1 where some trial failed."""
     on = device(device_name)
     execution.check(on)
@@ -44,7 +46,9 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
     return 1 if failed else 0
 
 
-def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution, adopts: bool) -> int:
+def train_and_show(
+    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
+) -> int:
     """Trains a study and prints its table; 1 where some trial failed."""
     failed = train_study(asked, data_dir, device_name, execution, adopts)
     show_study(asked.directory)
@@ -52,7 +56,7 @@ def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execut
 
 
 def _train(
-    cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution, adopts: bool
+    cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: ExecutionOptions, adopts: bool
 ) -> bool:
     """Trains what is not there yet; whether some trial failed.
 
@@ -68,7 +72,7 @@ def _train(
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
-    chosen = [execution.chosen(trial.model, steps[trial.id], data.device) for trial in pending]
+    chosen = [execution.plan(trial.model, steps[trial.id], data.device) for trial in pending]
     execution = usable(execution, chosen, data.device)
     progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
     failed = False

@@ -1,4 +1,4 @@
-"""A picture of what a recipe's augmentation makes of images: a row for each, its original first, then an epoch each."""
+"""A picture of a recipe's augmentation: a row for each image, first as it is, then as each epoch shows it."""
 
 import io
 
@@ -20,11 +20,11 @@ CAPTIONS = 2  # lines under a tile
 
 
 def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> bytes:
-    """A PNG of random train images as the first epochs of the recipe show them to the network.
+    """A PNG of `images` random train images as the network sees them in the first epochs of the recipe.
 
-    They are batches of the training's own `Loader`, over these images alone; pixels are normalised back and clipped.
-    Under each image are its class, or the classes that it is mixed of and their shares. Raises InputError where there
-    are fewer images.
+    The batches are of the `Loader` that trains, over these images only. The normalisation is undone, and pixels are
+    clipped. Under each image is its class, or the classes that are mixed in it with their shares. Raises InputError
+    where the data have fewer train images.
     """
     if images > len(data.train):
         raise InputError(f"--images {images}: {data.name} has {len(data.train)} images to train on")

@@ -1,11 +1,10 @@
 """The batches that a network trains on, epoch by epoch.
 
 Images stay on their device, where each batch is gathered and augmented. Only where a recipe has `color_jitter` or
-`auto_augment`, which timm computes with PIL image by image, worker processes do that part and feed the device. All that
-is random follows from the trial's seed, the epoch and the image's index; the number of workers changes nothing.
+`auto_augment`, which timm computes with PIL image by image, worker processes do that part and feed the device. All
+random numbers follow from the trial's seed, the epoch and the image's index; the number of workers changes nothing.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ablations.training.augment import alternately_mirrored, augment, draw_mix, 
 from ablations.training.policies import Transform, pil_transform, random_state_kept, transformed
 from ablations.training.recipe import Recipe
 from ablations.training.splits import Splits
+from model.machine import usable_cores
 
 MOST_WORKERS = 16
 ALTERNATING, MIXING = 1, 2  # streams of random numbers beside that of the epoch's generator
@@ -25,7 +25,7 @@ ALTERNATING, MIXING = 1, 2  # streams of random numbers beside that of the epoch
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step takes. Under mixup or CutMix `labels_B` are the classes with the larger share."""
+    """The input of a training step. Under mixup or CutMix `labels_B` are the classes with the larger share."""
 
     x_BCHW: Tensor  # normalised floats, channels last
     labels_B: Tensor
@@ -34,12 +34,16 @@ class Batch:
 
 
 def batches(recipe: Recipe, images: int) -> tuple[int, int]:
-    """Images in a batch, and whole batches in an epoch of so many images: what is left over is left out."""
+    """The images in a batch, and the batches in an epoch of `images` images. An incomplete last batch is left out."""
     return recipe.batch_size, images // recipe.batch_size
 
 
 class Loader:
-    """The batches of a trial. `workers` is the number of processes for the PIL part; None is one for each other CPU."""
+    """The batches of a trial.
+
+    `workers` is the number of processes for the PIL part: 0 does it in this process, None takes all usable cores but
+    one, at most MOST_WORKERS.
+    """
 
     def __init__(self, recipe: Recipe, splits: Splits, seed: int, workers: int | None = None):
         self.recipe, self.splits, self.seed = recipe, splits, seed
@@ -48,7 +52,7 @@ class Loader:
         self.generator = torch.Generator(self.device)
         self.pil = None
         if (transform := pil_transform(recipe, splits.data)) is not None:
-            workers = min(MOST_WORKERS, max(1, _cpus() - 1)) if workers is None else workers
+            workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
             pixels_BHWC = splits.train.pixels_BHWC.cpu()
             self.pil = _pil_loader(_PilImages(pixels_BHWC, transform, seed), workers, self.device.type == "cuda")
 
@@ -85,7 +89,7 @@ class Loader:
 
 
 class _Keys(Sampler):
-    """The batches of the epoch that is to come: the epoch and the indices of the images."""
+    """The batches of the next epoch: for each, the epoch's number and the indices of its images."""
 
     keys: list[tuple[int, list[int]]] = []
 
@@ -111,7 +115,7 @@ class _PilImages(Dataset):
 
 
 def _pil_loader(images: _PilImages, workers: int, pin_memory: bool) -> DataLoader:
-    # A generator of its own, or it would draw from the global one, which is dropout's.
+    # Without a generator of its own it would draw from the global one, which dropout uses.
     prefetching = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         images,
@@ -122,7 +126,3 @@ def _pil_loader(images: _PilImages, workers: int, pin_memory: bool) -> DataLoade
         generator=torch.Generator(),
         **prefetching,
     )
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,10 +1,10 @@
 """Training: one visible loop.
 
-`train` is a generator: each `next` trains one epoch and yields what came of it. Whoever drives it writes records,
-draws progress or takes the time; the loop itself knows of none of these.
+`train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
+or takes the time; the loop does none of these.
 
-Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with convolutions in TF32 on CUDA devices that
-have it; what is kept of a trained network is measured in full fp32.
+Precision: networks train in bfloat16 (`recipe.amp`). Where that is off, convolutions are in TF32 on CUDA devices that
+have it. Accuracies and losses of the trained network are measured in full fp32.
 """
 
 import math
@@ -38,11 +38,11 @@ STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
 
 
 class TrainingError(RuntimeError):
-    """A trial that cannot go on; the other trials can."""
+    """A trial cannot go on. The other trials can."""
 
 
 class Diverged(TrainingError):
-    """A loss that is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+    """A loss is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
 
     def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
         super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
@@ -51,7 +51,7 @@ class Diverged(TrainingError):
 
 @dataclass
 class Training:
-    """All that changes while a trial trains."""
+    """The state of a trial that trains."""
 
     net: nn.Module
     optimizer: Optimizer
@@ -85,7 +85,10 @@ class Training:
 
 
 def start(trial: Trial, splits: Splits) -> Training:
-    """A network with the initial weights of the trial's seed on the splits' device, its optimiser and schedule."""
+    """A trial before its first step: network, optimiser and schedule, on the splits' device.
+
+    The initial weights follow from the trial's seed.
+    """
     device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
@@ -103,9 +106,9 @@ def start(trial: Trial, splits: Splits) -> Training:
 
 
 def train(trial: Trial, splits: Splits, training: Training, workers: int | None = None) -> Iterator[Epoch]:
-    """Trains from where `training` stands to the recipe's last epoch, yielding after each.
+    """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
 
-    Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
+    Nothing waits for a CUDA device within an epoch. The random numbers of an epoch follow from the trial's seed and
     the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
     Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
@@ -162,19 +165,19 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[f
 
 
 def _set_precision(precision: str) -> None:
-    """ "tf32" or "ieee" for fp32 convolutions on CUDA; fp32 matrix products are always exact.
+    """Sets the precision of fp32 convolutions on CUDA, "tf32" or "ieee". Matrix products are always in full fp32.
 
-    These networks spend their time in convolutions. With TF32 matrix products torch.compile, which still asks by
-    PyTorch's older names, would be refused an answer.
+    These networks spend their time in convolutions. With TF32 matrix products torch.compile would fail, because it
+    still reads the settings by PyTorch's older names.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
+    torch.backends.cudnn.rnn.fp32_precision = precision  # PyTorch's older name for both needs equal values
 
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Convolutions are exact within, and in TF32 again afterwards."""
+    """Within, convolutions are in full fp32; afterwards in TF32 again."""
     _set_precision("ieee")
     try:
         yield
@@ -184,7 +187,7 @@ def full_fp32() -> Iterator[None]:
 
 @contextmanager
 def untuned() -> Iterator[None]:
-    """Within, cuDNN chooses kernels by rule: trying them out takes seconds, which evaluation does not earn back."""
+    """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -198,7 +201,10 @@ def untuned() -> Iterator[None]:
 @full_fp32()
 @torch.inference_mode()
 def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
-    """Logits (B, N) of all images of a split, in order, without augmentation, with the network in evaluation mode."""
+    """Logits (B, N) of all images of a split, in their order and without augmentation.
+
+    Sets the network to evaluation mode.
+    """
     net.eval()
     parts = []
     for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):

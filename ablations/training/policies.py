@@ -27,7 +27,7 @@ from model.errors import InputError
 
 Transform = Callable[[Image.Image], Image.Image]
 
-# What timm reads in a policy string: it passes over most of what it does not know without a word.
+# The parts of a policy string that timm reads. timm ignores most unknown parts silently.
 SECTIONS = {
     "rand": ("m", "n", "p", "mstd", "mmax", "inc", "t"),
     "augmix": ("m", "w", "d", "b", "a", "mstd"),
@@ -38,7 +38,7 @@ DRAWS_TRIED = 20  # draws of a transform before training, to see that it takes t
 
 
 def check_policy(policy: str) -> None:
-    """Raises ValueError where timm does not build the policy, or would pass over a part of it."""
+    """Raises ValueError where timm does not build the policy, or would ignore a part of it."""
     name, *sections = policy.split("-")
     if name not in SECTIONS:
         raise ValueError(f"no policy of timm starts with {name!r}; accepted: {', '.join(SECTIONS)}")
@@ -59,9 +59,9 @@ def check_policy(policy: str) -> None:
 
 
 def pil_transform(recipe: Recipe, data: ImageData) -> Transform | None:
-    """What a recipe does to each image with PIL: the policy, then the jitter. None where it has neither.
+    """The PIL part of a recipe's augmentation: the policy, then the jitter. None where the recipe has neither.
 
-    With timm's parameters for images of this size.
+    The policy has timm's parameters for images of this size.
     """
     mean, _ = recipe.mean_std(data)
     steps = [_policy(recipe.auto_augment, mean, data.image_size)] if recipe.auto_augment else []
@@ -105,12 +105,12 @@ def _policy(policy: str, mean: tuple[float, ...], image_size: tuple[int, int]) -
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
-    """timm's, with its strongest level, which keeps no bit, a black image: newer versions of Pillow refuse that."""
+    """timm's posterize. Its strongest level keeps no bit: a black image, which newer versions of Pillow refuse."""
     return posterize(image, bits_to_keep, **parameters) if bits_to_keep else image.point(lambda _: 0)
 
 
 def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """An image of one or three channels after the transform. What is drawn follows from `key`: whole numbers from 0."""
+    """An image of one or three channels after the transform. Its random numbers follow from `key`: integers from 0."""
     python, numpy, torchs = map(int, np.random.SeedSequence(key).generate_state(3))
     random.seed(python)
     np.random.seed(numpy)
@@ -121,7 +121,7 @@ def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ..
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """The global random state of Python, NumPy and torch is afterwards what it was."""
+    """Afterwards the global random state of Python, NumPy and torch is what it was before."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

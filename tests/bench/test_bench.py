@@ -16,31 +16,31 @@ from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
 from bench import step
-from bench.experts import FORMS, TOLERANCE, build_form, difference
-from bench.latency import Latency, engines, measure, random_images, rows, take_turns
-from bench.peaks import Peaks, measure_peaks
-from bench.training import (
+from bench.baseline import (
     BaselineImages,
     TextbookBlock,
-    TrainingSpeed,
     _baseline_rounds,
     baseline_rounds,
     baseline_step,
     baseline_transform,
-    in_turns,
     textbook,
 )
+from bench.experts import FORMS, TOLERANCE, build_form, difference
+from bench.latency import Latency, engines, measure, random_images, rows, take_turns
+from bench.peaks import Peaks, measure_peaks
+from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.fast.execution import Means
+from model.fast.execution import ExecutionPlan
 from model.pixels import normalise
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
+    trial="abc", model="two_block", data="digits",
+    fingerprint="0123abcd", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
     std=(0.25,) * 3,
 )  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_engines_run_the_same_network(model):
     images = random_images(model, 5)
     assert (images.shape, images.dtype) == ((5, 8, 8, 3), np.uint8)
     assert [run(images).shape for run in runs.values()] == [(5, 10)] * 2
-    assert metadata["trial"] == "abc"
+    assert metadata.trained == TRAINED
 
 
 def test_a_file_of_other_origin_is_measured_alone(tmp_path):
@@ -142,7 +142,7 @@ def test_files_that_cannot_be_measured(tmp_path):
     with pytest.raises(InputError, match="text.onnx: not an ONNX file"):
         measure([tmp_path / "text.onnx"])
     path = identity(tmp_path / "open.onnx", TensorProto.FLOAT, ["n", "height", 4])
-    with pytest.raises(InputError, match=r"open.onnx: needs found input of images.* found x: tensor\(float\)"):
+    with pytest.raises(InputError, match=r"open.onnx: needs one input of images.* found x: tensor\(float\)"):
         measure([path])
     path = identity(tmp_path / "int64.onnx", TensorProto.INT64, ["n", 4])
     with pytest.raises(InputError, match=r"found x: tensor\(int64\)"):
@@ -267,21 +267,21 @@ def test_pytest_benchmark_suite(file, tmp_path):
         assert "4 passed" in done.stdout
     assert "(0001_" in done.stdout
     found = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
-    assert {bench["extra_info"]["engine"] for bench in found} == {"onnxruntime cpu", "pytorch eager cpu"}
-    assert all(bench["extra_info"]["images_per_s"] > 0 for bench in found)
+    assert {benchmark["extra_info"]["engine"] for benchmark in found} == {"onnxruntime cpu", "pytorch eager cpu"}
+    assert all(benchmark["extra_info"]["images_per_s"] > 0 for benchmark in found)
     assert list(tmp_path.glob("histogram*.svg"))
 
 
 def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
     config, cpu = vary(PRESETS["two_block"], "width", 0.0625), torch.device("cpu")
-    found = step.agreement(config, 2, 8, cpu, Means(), steps=3)
+    found = step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=3)
     assert (found.largest, len(found.eager)) == (0, 3)
     assert found.eager[2] < found.eager[0], "it trains"
     for wrong in (1.01, float("nan")):
         losses = iter([[1.0, 1.0], [1.0, wrong]])
         monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
         with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
-            step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
+            step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
 def test_a_step_is_measured_from_the_command_line(capsys):

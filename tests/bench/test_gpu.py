@@ -190,7 +190,8 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
     assert "only --summary takes it" in complaint("--write", str(place / "card.json"))
     assert "No such option" in complaint("--smok")
     (place / "card.json").write_text(Piece(piece="card", smoke=False, data="x", command="").model_dump_json())
-    assert "needs the lines" in complaint("--summary", str(place), "--write", __file__.replace("test_gpu", "conftest"))
+    (tmp_path / "README.md").write_text("no markers")
+    assert "needs the lines" in complaint("--summary", str(place), "--write", str(tmp_path / "README.md"))
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
