@@ -9,7 +9,7 @@ have it. Accuracies and losses of the trained network are measured in full fp32.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -171,12 +171,13 @@ def _set_precision(precision: str) -> None:
     still reads the settings by PyTorch's older names.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision  # PyTorch's older name for both needs equal values
+    # PyTorch declares no types for these two.
+    torch.backends.cudnn.conv.fp32_precision = precision  # ty: ignore[missing-attribute]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # ty: ignore[missing-attribute]  # PyTorch's older name for both needs equal values
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
+def full_fp32() -> Generator[None]:
     """Within, convolutions are in full fp32; afterwards in TF32 again."""
     _set_precision("ieee")
     try:
@@ -186,7 +187,7 @@ def full_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
+def untuned() -> Generator[None]:
     """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False

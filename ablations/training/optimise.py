@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import timm.optim
 import timm.scheduler
@@ -26,7 +27,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
     are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
     recorded in a graph counts its steps on the device, whether it is recorded or not.
     """
-    chosen = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
+    chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
     kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
     knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
     if "fused" in knows and device in FUSED_ON:

@@ -5,7 +5,7 @@ They draw from the global random state of Python, NumPy and torch, which is seed
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -120,7 +120,7 @@ def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ..
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Generator[None]:
     """Afterwards the global random state of Python, NumPy and torch is what it was before."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
