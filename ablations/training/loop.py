@@ -96,7 +96,8 @@ def start(trial: Trial, splits: Splits) -> Training:
     torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device, memory_format=torch.channels_last)
+    net = build(trial.model).to(device)
+    net = net.to(memory_format=torch.channels_last)
     if isinstance(net, ExpertNet):
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))

@@ -57,9 +57,10 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -
         optimizer,
         sched=recipe.sched,
         num_epochs=recipe.epochs,
+        # timm computes with fractions of an epoch, although it declares whole ones.
         decay_epochs=30 if recipe.decay_epochs is None else recipe.decay_epochs,
         decay_rate=1.0 if recipe.sched == "poly" else rate,
-        warmup_epochs=(recipe.warmup or 0.0) * recipe.epochs,
+        warmup_epochs=(recipe.warmup or 0.0) * recipe.epochs,  # ty: ignore[invalid-argument-type]
         warmup_lr=0.0,
         min_lr=0.0,
         step_on_epochs=False,
