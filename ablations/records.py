@@ -10,11 +10,12 @@ ledger.jsonl      a line for each read of the test split, by a training or by an
 """
 
 import io
+import json
 import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,8 @@ import numpy as np
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ablations.study import Cell, Level, Study, read_study
+from ablations.cells import CellName
+from ablations.study import CONTROL_SEEDS, Cell, Level, Study, level_name, read_study
 from ablations.training.data import ImageData
 from ablations.training.holdout import HoldOut
 from ablations.training.trial import Epoch, Trial
@@ -122,15 +124,16 @@ class Record(BaseModel):
 
 
 class PlannedCell(BaseModel):
-    """A cell in plan.json. A baseline has no levels."""
+    """A cell in plan.json. Baselines and the control have no levels."""
 
     model_name: str
     levels: dict[str, Level]
     trials: list[str]  # ids, by seed
+    control: bool = False
 
 
 class Race(BaseModel):
-    """What was fixed before the first look at a race: `stats.race` of each row against the reference, on validation."""
+    """What was fixed before the first look at a race, on validation."""
 
     alpha: float
     margin: float  # in points of accuracy
@@ -147,9 +150,17 @@ class Plan(BaseModel):
     source: str
     image_size: int | None = None  # that the images were brought to
     hold_out: HoldOut = HoldOut()
+    first_seed: int = 0
+    margin: float | None = None  # None in plans of older versions
+    contrasts: list[tuple[str, str]] = []  # declared with the study
     cells: list[PlannedCell]
     race: Race | None = None
-    grown: list[int] = []  # seeds that had results when more were added, outside of a race
+    seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
+
+    def seeds_of(self, cell: PlannedCell) -> dict[str, int]:
+        """The seed of each trial of a cell; of the control, CONTROL_SEEDS more than the seed of its hold-out."""
+        first = self.first_seed + (CONTROL_SEEDS if cell.control else 0)
+        return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
 @dataclass(frozen=True)
@@ -228,6 +239,7 @@ class Adopted(BaseModel):
     """Beside the record of a trial that was not trained here."""
 
     directory: str  # the name of the neighbouring study directory that it was taken over from
+    time: str
 
 
 class Benched(BaseModel):
@@ -249,6 +261,24 @@ class LatencySummary(BaseModel):
     threads: int
     finished: str
     latencies: Annotated[list[Benched], Field(min_length=1)]
+
+
+def cell_names(plan: Plan) -> list[CellName]:
+    """The names of a plan's cells, without those of which no trial is planned."""
+    return [
+        CellName(
+            cell.model_name,
+            {name: level_name(level) for name, level in cell.levels.items()},
+            cell.trials[0],
+            cell.control,
+        )
+        for cell in plan.cells
+        if cell.trials
+    ]
+
+
+def _in_words(value: object) -> str:
+    return json.dumps(value) if value else "not given"
 
 
 Kept = TypeVar("Kept", bound=BaseModel)
@@ -308,9 +338,17 @@ class StudyDirectory:
         for cell in plan.cells:
             if cell.levels and list(cell.levels) != factors:
                 raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
-        settings = self.study.settings()
+        study = self.study
+        settings = study.settings()
         if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
             raise InputError(f"{file}: its cells are not those of study.toml")
+        if plan.margin is not None:
+            for field in ("margin", "first_seed", "contrasts"):
+                if (planned := getattr(plan, field)) != (now := getattr(study, field)):
+                    raise InputError(
+                        f"{file}: {field} was {_in_words(planned)} when the study was begun, study.toml has "
+                        f"{_in_words(now)}; what is declared cannot be changed afterwards"
+                    )
         return plan
 
     @property
@@ -329,8 +367,25 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {apart}; give another directory "
                     "with --out"
                 )
+            self._check_families(study)
         elif self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
             raise InputError(f"--out {self.path}: is not empty, and holds no study")
+
+    def _check_families(self, study: Study) -> None:
+        """Raises InputError for more levels or baselines than there were when the first results came."""
+        older = self.study
+        if not (self.path / "ledger.jsonl").exists():
+            return
+        for what, there, here in (
+            ("baselines", older.baselines, study.baselines),
+            *((f"levels of {name}", older.factors[name], levels) for name, levels in study.factors.items()),
+        ):
+            if added := [level_name(level) for level in here if level not in there]:
+                raise InputError(
+                    f"--out {self.path}: has results, and the study now has more {what}: {', '.join(added)}; what is "
+                    "compared is declared before the first result. Give another directory with --out: it takes over "
+                    "the finished trials"
+                )
 
     @contextmanager
     def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Iterator[None]:
@@ -351,14 +406,13 @@ class StudyDirectory:
             yield
 
     def write_plan(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
-        before, grown = read_record(Plan, self.path / "plan.json"), []
-        if before is not None:
-            had, has = (max((len(cell.trials) for cell in found), default=0) for found in (before.cells, cells))
-            trials = [trial for cell in before.cells for trial in cell.trials]
-            seen = any((self.trial(trial) / "record.json").exists() for trial in trials)
-            grown = before.grown + ([had] if race is None and has > had and seen else [])
         planned = [
-            PlannedCell(model_name=cell.model_name, levels=cell.levels, trials=[t.id for t in cell.trials])
+            PlannedCell(
+                model_name=cell.model_name,
+                levels=cell.levels,
+                trials=[trial.id for trial in cell.trials],
+                control=cell.control,
+            )
             for cell in cells
         ]
         hold_out = data.hold_out(study.base.hold_out)
@@ -367,11 +421,48 @@ class StudyDirectory:
             source=data.source,
             image_size=study.base.image_size,
             hold_out=hold_out,
+            first_seed=study.first_seed,
+            margin=study.margin,
+            contrasts=study.contrasts,
             cells=planned,
             race=race,
-            grown=grown,
         )
+        before = read_record(Plan, self.path / "plan.json")
+        if before is None:
+            plan.seen = self._seen_beside(plan)
+        else:
+            had, has = (max((len(cell.trials) for cell in found.cells), default=0) for found in (before, plan))
+            here = self._seen([self], before) if race is None and has > had else set()
+            plan.seen = sorted({*before.seen, *here})
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
+
+    def _seen_beside(self, plan: Plan) -> list[int]:
+        """The seeds of which a directory beside this one has results.
+
+        Where that directory has this very plan, it is the same study, and only what had been seen before it counts.
+        """
+        trials = {trial for cell in plan.cells for trial in cell.trials}
+        seen: set[int] = set()
+        for file in sorted(self.path.resolve().parent.glob("*/plan.json")):
+            beside = StudyDirectory(file.parent)
+            if beside.path == self.path.resolve():
+                continue
+            try:
+                other = read_record(Plan, file)
+            except InputError:
+                other = None  # it is damaged, and its trials still count
+            same = other is not None and {trial for cell in other.cells for trial in cell.trials} == trials
+            seen |= set(other.seen) if same else self._seen([beside], plan)
+        return sorted(seen)
+
+    def _seen(self, places: Sequence["StudyDirectory"], plan: Plan) -> set[int]:
+        """The seeds of a plan of which a directory has a record."""
+        return {
+            plan.first_seed + place
+            for cell in plan.cells
+            for place, trial in enumerate(cell.trials)
+            if any((directory.trial(trial) / "record.json").exists() for directory in places)
+        }
 
     def trial(self, trial_id: str) -> Path:
         return self.path / "trials" / trial_id
@@ -382,6 +473,22 @@ class StudyDirectory:
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return read_record(Record, self.trial(trial_id) / "record.json")
+
+    def adopted(self, trial_id: str) -> Adopted | None:
+        """Where a trial was taken over from, None for one that was trained here. Raises InputError."""
+        return read_record(Adopted, self.trial(trial_id) / "adopted.json")
+
+    def hold_out(self, trial_id: str) -> HoldOut | None:
+        """The hold-out of a trial, None for one without its config. Raises InputError for a damaged one."""
+        file = self.trial(trial_id) / "config.json"
+        try:
+            return HoldOut.model_validate(json.loads(file.read_bytes()).get("hold_out", {}))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValidationError as error:
+            raise invalid(str(file), error, HoldOut.model_fields) from None
+        except (ValueError, AttributeError):
+            raise InputError(f"{file}: damaged: not the config of a trial") from None
 
     def config(self, trial_id: str) -> Trial | None:
         """What a trial is, None where it was never begun. Raises InputError for a damaged one."""
@@ -412,20 +519,16 @@ class StudyDirectory:
                 continue  # a damaged trial is trained again
             with tempfile.TemporaryDirectory(dir=self.path, prefix=".adopt.") as beside:
                 copy = shutil.copytree(record.parent, Path(beside) / trial_id)
-                adopted = Adopted(directory=beside_this.path.name)
-                write_whole(copy / "adopted.json", adopted.model_dump_json().encode())
+                if not (copy / "adopted.json").exists():
+                    taken = Adopted(directory=beside_this.path.name, time=now())
+                    write_whole(copy / "adopted.json", taken.model_dump_json().encode())
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
                 self.trial(trial_id).parent.mkdir(exist_ok=True)
                 copy.rename(self.trial(trial_id))
             for read in reads:
                 self._enter(read)
-            return adopted.directory
+            return beside_this.path.name
         return None
-
-    def adopted(self, trial_id: str) -> str | None:
-        """The directory that a trial was taken over from, None for one that was trained here. Raises InputError."""
-        found = read_record(Adopted, self.trial(trial_id) / "adopted.json")
-        return found and found.directory
 
     def write_config(self, trial: Trial) -> None:
         """Begins a training of the trial here."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ablations.cells import CellName, find_cell, groups
 from ablations.training.data import LARGEST_SIDE, ImageData
 from ablations.training.holdout import HoldOut, Kind
 from ablations.training.recipe import RECIPES, Recipe, recipe
@@ -28,6 +29,7 @@ from model.variants import VARIANTS, vary
 SHIPPED = Path(__file__).parent / "studies"
 CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
 BASE = None  # the level of a factor that a cell leaves as it is in the base
+CONTROL_SEEDS = 1_000_000  # by so many the seeds of the control cell are higher than those of the others
 
 Level = bool | int | float | str | list | dict | None
 
@@ -67,7 +69,10 @@ class Study(BaseModel):
     (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
     `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
     the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
-    surely nearer are equivalent. `reported` is what the source of a level claims, shown beside its cell.
+    surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
+    on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -82,14 +87,22 @@ class Study(BaseModel):
     factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
     baselines: list[str] = []
     reported: dict[str, str] = {}
+    first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
+    control: bool = Field(False, strict=True)
+    contrasts: list[tuple[str, str]] = []
 
     def change(
-        self, seeds: int | None = None, data: str | None = None, settings: Mapping[str, Level] = MappingProxyType({})
+        self,
+        seeds: int | None = None,
+        data: str | None = None,
+        settings: Mapping[str, Level] = MappingProxyType({}),
+        first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
         settings = {_dotted(path) or path: value for path, value in settings.items()}
         fields = {**dict(self), "set": {**self.set, **settings}}
         fields |= {} if seeds is None else {"seeds": seeds}
+        fields |= {} if first_seed is None else {"first_seed": first_seed}
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
         try:
             study = Study(**fields)
@@ -104,7 +117,13 @@ class Study(BaseModel):
         Names the first such field, and what it is there and here.
         """
         fields = [
-            {"design": one.design, "margin": one.margin}
+            {
+                "design": one.design,
+                "margin": one.margin,
+                "first_seed": one.first_seed,
+                "control": one.control,
+                "contrasts": one.contrasts,
+            }
             | {f"base.{name}": value for name, value in one.base}
             | {f"set.{name}": value for name, value in one.set.items()}
             for one in (older, self)
@@ -131,7 +150,10 @@ class Study(BaseModel):
         return [base, *({**base, name: level} for name, levels in self.factors.items() for level in levels)]
 
     def cells(self, data: ImageData) -> list["Cell"]:
-        """All cells, the baselines last. Raises InputError for what does not exist, is out of range or does not fit."""
+        """All cells; those without levels, baselines and the control, come last.
+
+        Raises InputError for what does not exist, is out of range or does not fit.
+        """
         hold_out, cells = data.hold_out(self.base.hold_out), []
         for levels in self.settings():
             reference = levels.get("reference")
@@ -142,7 +164,44 @@ class Study(BaseModel):
             cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
         cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training) for name in self.baselines]
+        if self.control:
+            cells.append(_control(cells[0]))
+        self._check_contrasts(cells)
         return cells
+
+    def names(self, cells: Sequence["Cell"]) -> list[CellName]:
+        return [
+            CellName(
+                cell.model_name,
+                {name: level_name(level) for name, level in cell.levels.items()},
+                cell.trials[0].id,
+                cell.control,
+            )
+            for cell in cells
+        ]
+
+    @property
+    def combined_levels(self) -> dict[str, int]:
+        """The number of levels of each factor, where the design combines all of them; else nothing."""
+        return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
+
+    def _check_contrasts(self, cells: Sequence["Cell"]) -> None:
+        names, seen = self.names(cells), {}
+        named = groups(names, self.combined_levels)
+        for pair in self.contrasts:
+            try:
+                places = frozenset(find_cell(names, named, text) for text in pair)
+            except InputError as error:
+                raise InputError(f"study {self.name}: contrasts: {error}") from None
+            if len(places) == 1:
+                raise InputError(f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are the same cell")
+            if places in seen:
+                first, second = seen[places]
+                raise InputError(
+                    f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are declared twice, first as "
+                    f"{first!r} and {second!r}"
+                )
+            seen[places] = pair
 
     def _cell(
         self,
@@ -175,18 +234,29 @@ class Study(BaseModel):
                 hold_out=hold_out,
                 seed=seed,
             )
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
         )
         return Cell(model, levels, trials)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of levels, and its trials: one for each seed. A baseline has no levels."""
+    """One combination of levels, and its trials: one for each seed. Baselines and the control have no levels."""
 
     model_name: str
     levels: dict[str, Level]
     trials: tuple[Trial, ...]
+    control: bool = False
+
+
+def _control(base: Cell) -> Cell:
+    """The base once more: trained from other seeds, on the same hold-outs."""
+    hold_out = base.trials[0].hold_out.model_copy(update={"offset": CONTROL_SEEDS})
+    trials = []
+    for trial in base.trials:
+        fields = {name: getattr(trial, name) for name in Trial.model_fields}
+        trials.append(Trial(**fields | {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}))
+    return Cell(base.model_name, {}, tuple(trials), control=True)
 
 
 def shipped_studies() -> list[str]:

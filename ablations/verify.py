@@ -12,6 +12,9 @@ import numpy as np
 
 from ablations.records import Predictions, Record, StudyDirectory
 from ablations.results import evidence, tables
+from ablations.results.rendering import render_tables
+from ablations.results.rows import measured
+from ablations.study import CONTROL_SEEDS
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.cost import cost
@@ -36,7 +39,7 @@ def check_study(directory: StudyDirectory) -> Verified:
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = 0
-    seeds = {trial: seed for cell in plan.cells for seed, trial in enumerate(cell.trials)}
+    seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
         with check.of(f"trial {trial_id}"):
             record, trial = directory.record(trial_id), directory.config(trial_id)
@@ -55,7 +58,7 @@ def check_study(directory: StudyDirectory) -> Verified:
             without += kept is None
             if kept is not None:
                 check.predictions(record, kept)
-                block = seed if plan.hold_out.kind == "rotating" else 0
+                block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
                 labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
     for block in {block for block, _ in labels}:
         trials = [trial for (other, _), trial in labels.items() if other == block]
@@ -150,19 +153,20 @@ class _Check:
             return
         try:
             kept = json.loads(found[1])
-            of, kept = kept["measured"], kept["table"]
+            of, kept = kept["measured"], kept["tables"]
         except (ValueError, TypeError, KeyError):
-            raise InputError("the numbers embedded in it have no table") from None
-        rows = evidence.study_rows(directory)
-        if of != evidence.measured(rows):
+            raise InputError("the numbers embedded in it have no tables") from None
+        found = evidence.read_evidence(directory)
+        if of != measured(found.results.rows):
             self.true("the study has changed since it was written; expertgrid report writes it again", False)
             return
-        shown = tables.columns(rows, evidence.judge(rows, directory.study.margin, directory.plan.race))
-        fresh = json.loads(tables.render(shown, "json"))
-        self.equal("number of rows", len(kept), len(fresh))
-        for row, one, other in zip(rows, kept, fresh):
-            for title, value in _leaves(other):
-                self.equal(f"{title} of {evidence.row_name(row)}", dict(_leaves(one)).get(title), value)
+        fresh = json.loads(render_tables(tables.study_tables(directory, found), "json"))
+        self.equal("tables", sorted(kept), sorted(fresh))
+        for key in sorted(kept.keys() & fresh.keys()):
+            self.equal(f"number of rows of {key}", len(kept[key]), len(fresh[key]))
+            for place, (row, again) in enumerate(zip(kept[key], fresh[key]), 1):
+                for title, value in _leaves(again):
+                    self.equal(f"{title} in row {place} of {key}", dict(_leaves(row)).get(title), value)
 
 
 def _leaves(row: dict[str, object], path: str = "") -> Iterator[tuple[str, object]]:

@@ -94,6 +94,9 @@ def run(
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Data source, instead of the study's.")] = None,
     data_dir: DataDir = None,
     seeds: Annotated[int | None, typer.Option(metavar="N", help="Number of seeds, instead of the study's.")] = None,
+    first_seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="First seed. New seeds make a fresh study.")
+    ] = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Study directory. Default: runs/STUDY.")] = None,
     device: Device = "auto",
@@ -119,7 +122,7 @@ def run(
 
     with status("starting"):
         from ablations.cli import plan, sources
-    asked = plan.ask(study or "quickstart", seeds, data, settings, out, until, max_seeds)
+    asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan(asked, data_dir)))

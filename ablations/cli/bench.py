@@ -7,7 +7,7 @@ from pathlib import Path
 from ablations.cli.devices import device
 from ablations.cli.options import write_out
 from ablations.cli.terminal import console, status
-from ablations.results.tables import Format, render
+from ablations.results.rendering import Format, render
 from bench import training
 from bench.latency import measure, rows
 from bench.training import measure_training

@@ -9,7 +9,9 @@ from ablations.cli.options import check_can_be_written, write_out
 from ablations.cli.sources import read_data
 from ablations.cli.terminal import status
 from ablations.records import StudyDirectory, read_record
-from ablations.results import evidence, tables
+from ablations.results.rendering import Format, render, shown
+from ablations.results.rows import Row, best_record, best_row, read_results
+from ablations.results.tables import columns
 from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
@@ -75,16 +77,16 @@ def export(
             print(f"{kind}: not exported: {error}")
             continue
         name = file if kind == "fp32" else file.with_stem(f"{file.stem}-{kind}")
-        rows = evidence.study_rows(directory) if directory and prune_gates is None else []
+        rows = read_results(directory).rows if directory and prune_gates is None else []
         passed &= _write(published, name, checkpoint, images, trial, rows)
     return 0 if passed else 1
 
 
 def _best_checkpoint(directory: StudyDirectory) -> Path:
-    row = evidence.best_row(evidence.study_rows(directory))
+    row = best_row(read_results(directory).rows)
     if row is None:
         raise InputError(f"{directory.path}: no trial of this study is finished")
-    return directory.checkpoint(evidence.best_record(row).trial)
+    return directory.checkpoint(best_record(row).trial)
 
 
 def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Trial | None) -> None:
@@ -102,7 +104,7 @@ def _write(
     checkpoint: Checkpoint,
     data: ImageData,
     trial: Trial | None,
-    rows: list[evidence.Row],
+    rows: list[Row],
 ) -> bool:
     """Writes an exported model with its certificate and card; a rejected one has another name. Whether it passed.
 
@@ -118,9 +120,7 @@ def _write(
             network=checkpoint.config.model_dump(mode="json"),
             data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
-            table_row=[
-                (title, tables.shown(value)) for values in tables.columns(row) for title, value in values.items()
-            ],
+            table_row=[(title, shown(value)) for values in columns(row) for title, value in values.items()],
         )
         write_whole(file.with_suffix(".md"), text.encode())
     kept = published.write(file)
@@ -130,7 +130,7 @@ def _write(
     return certificate.passed
 
 
-def predict(file: Path, images: Sequence[Path], top: int, provider: str, format: tables.Format) -> int:
+def predict(file: Path, images: Sequence[Path], top: int, provider: str, format: Format) -> int:
     """Prints the most probable classes of each image."""
     predictions = predict_images(read_onnx(file), str(file), images, provider)
     rows = [
@@ -138,7 +138,7 @@ def predict(file: Path, images: Sequence[Path], top: int, provider: str, format:
         for prediction in predictions
         for name, probability in prediction.classes[:top]
     ]
-    print(tables.render(rows, format))
+    print(render(rows, format))
     return 0
 
 

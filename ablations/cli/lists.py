@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ablations.results.tables import Format, render
+from ablations.results.rendering import Format, render
 
 
 def list_(what: str, modules: Sequence[str], format: Format) -> int:

@@ -24,6 +24,7 @@ class Asked:
 def ask(
     study: str,
     seeds: int | None,
+    first_seed: int | None,
     data: str | None,
     settings: Mapping[str, Level],
     out: Path | None,
@@ -31,7 +32,7 @@ def ask(
     max_seeds: int | None,
 ) -> Asked:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings)
+    changed = load_study(study).change(seeds, data, settings, first_seed)
     from ablations import racing  # a wrong name of a study is an error before its statistics are imported
 
     racing.check_options(until, max_seeds, changed)
@@ -69,7 +70,7 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
 
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
-        race = racing.begun(cells, study, asked.last_seed, seen)
+        race = racing.new_race(cells, study, asked.last_seed, seen)
         if before := directory.race:
             racing.check_same(before, race)
             race = before
@@ -78,7 +79,9 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
 
 def plan_table(plan: Plan) -> str:
     """The cells with their costs, for a person to read before the training."""
-    from ablations.results.tables import render
+    from ablations.results.evidence import foresee
+    from ablations.results.rendering import render
+    from ablations.results.tables import plan_lines
     from model.cost import cost
 
     rows = []
@@ -94,6 +97,9 @@ def plan_table(plan: Plan) -> str:
         f"Data: {plan.data.in_words(plan.hold_out)}.",
         f"{len(different)} different trials in {plan.directory.path}; nothing was trained or written.",
     ]
+    if plan.race is None:
+        images = len(plan.data.train) - plan.data.trained_on(plan.hold_out)
+        notes += plan_lines(foresee(plan.study, plan.study.names(plan.cells), images, plan.directory))
     if race := plan.race:
         done = sum(plan.directory.record(trial) is not None for trial in different)
         first = {trial.id for cell in plan.cells for trial in cell.trials[: race.first]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from ablations.cli.sources import import_modules, read_data
 from ablations.cli.terminal import starting, status
 from ablations.records import Record, StudyDirectory
-from ablations.results import tables
+from ablations.results.rendering import Format, render
 from ablations.training.trial import Trial
 from model.errors import InputError
 
@@ -20,7 +20,7 @@ def rerun(
     data_dir: Path | None,
     device_name: str,
     modules: Sequence[str],
-    format: tables.Format,
+    format: Format,
 ) -> int:
     """Trains a trial again and prints the comparison; 1 where it comes out otherwise."""
     study = StudyDirectory(directory)
@@ -38,7 +38,7 @@ def rerun(
         rows = [asdict(compared) for compared in found.compared]
         if format != "json":
             rows = [row | {"same": "yes" if row["same"] else "no"} for row in rows]
-        print(tables.render(rows, format, [found.verdict]))
+        print(render(rows, format, [found.verdict]))
     else:
         print(found.verdict)
     return 0 if found.same else 1

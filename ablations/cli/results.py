@@ -1,20 +1,21 @@
 """What a study shows: its tables, its report, and whether its numbers fit each other."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from ablations.cli.options import write_out
 from ablations.cli.terminal import starting, status
 from ablations.records import StudyDirectory
-from ablations.results import evidence, tables
+from ablations.results import tables
+from ablations.results.evidence import compare, marginals, read_evidence
+from ablations.results.rendering import Format, render_tables
+from ablations.results.rows import read_results, study_name
 from model.errors import InputError
 
 
 def table(
     directories: Sequence[Path],
-    format: tables.Format,
+    format: Format,
     by: str | None,
     contrast: tuple[str, str] | None,
     peek: bool,
@@ -28,57 +29,26 @@ def table(
     if contrast is not None:
         _show_contrast(studies[0], *contrast, format)
         return 0
-    by_study = [evidence.study_rows(study) for study in studies]
-    rows = [row for rows in by_study for row in rows]
-    if by is not None:
-        marginals = [evidence.marginals(study, by.split(",")) for study in studies]
-        shown = [
-            ({"study": evidence.study_name(study)} if len(studies) > 1 else {}) | row
-            for study, found in zip(studies, marginals)
-            for row in tables.marginal_columns(found)
-        ]
-        notes = _of_each(studies, [tables.marginal_notes(*both) for both in zip(studies, marginals)])
-    elif peek:
-        peeks = [evidence.peek(study, row) for study, found in zip(studies, by_study) for row in found]
-        shown, notes = tables.peek_columns(rows, peeks), tables.PEEK_NOTES
+    if by is None and not peek:
+        shown = [tables.study_tables(study, read_evidence(study)) for study in studies]
+    elif by is not None:
+        found = [read_evidence(study) for study in studies]
+        shown = [[tables.factor_levels(evidence, marginals(evidence, by.split(",")))] for evidence in found]
     else:
-        judged = [evidence.judge(found, study.study.margin, study.plan.race) for study, found in zip(studies, by_study)]
-        shown = tables.columns(rows, [judgement for judgements in judged for judgement in judgements])
-        three = zip(studies, by_study, judged)
-        notes = _of_each(studies, [tables.notes(study, study.plan, *found) for study, *found in three])
-    print(tables.render(shown, format, notes))
+        shown = [[tables.peek_table(study, read_results(study))] for study in studies]
+    named = [
+        table.named(study_name(study)) if len(studies) > 1 else table
+        for study, its_tables in zip(studies, shown)
+        for table in its_tables
+    ]
+    print(render_tables(named, format))
     return 0
 
 
-def _of_each(studies: Sequence[StudyDirectory], notes: Sequence[Sequence[str]]) -> list[str]:
-    """The notes of all studies, with their names where there are several."""
-    return [
-        (f"{evidence.study_name(study)}: " if len(studies) > 1 else "") + note
-        for study, lines in zip(studies, notes)
-        for note in lines
-    ]
-
-
-def _show_contrast(directory: StudyDirectory, first: str, second: str, format: tables.Format) -> None:
-    rows = evidence.study_rows(directory)
-    a, b = evidence.find_row(rows, first), evidence.find_row(rows, second)
-    if a is b:
-        raise InputError(f"--contrast: {first!r} and {second!r} are the same cell")
-    found = evidence.compare(directory, rows, a, b)
-    splits, seeds = tables.comparison_columns(found)
-    notes = tables.comparison_notes(found, directory.study.margin)
-    names = {"A": evidence.row_name(a), "B": evidence.row_name(b)}
-    if not seeds:
-        raise InputError(f"--contrast: neither {names['A']} nor {names['B']} has a finished trial")
-    if format == "json":
-        tests, by_seed = (json.loads(tables.render(table, "json")) for table in (splits, seeds))
-        verdict = asdict(found.judgement)
-        print(json.dumps({**names, "verdict": verdict, "splits": tests, "seeds": by_seed, "notes": notes}, indent=1))
-    elif format == "csv":
-        print(tables.render(seeds, "csv"))
-    else:
-        titles = [("% " if format == "latex" else "") + f"{letter}: {name}" for letter, name in names.items()]
-        print("\n".join([*titles, "", tables.render(splits, format), "", tables.render(seeds, format, notes)]))
+def _show_contrast(directory: StudyDirectory, first: str, second: str, format: Format) -> None:
+    evidence = read_evidence(directory)
+    found = compare(directory, evidence, *map(evidence.results.row, (first, second)))
+    print(render_tables(tables.comparison_tables(evidence, found), format))
 
 
 def report(directory: Path, out: Path | None = None, format: str = "html", data_dir: Path | None = None) -> int:
@@ -92,7 +62,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
     with starting():
         from ablations.results import findings, report
     with status("reading the study; its best network predicts the validation images"):
-        found = findings.find(StudyDirectory(directory), data_dir)
+        found = findings.read_findings(StudyDirectory(directory), data_dir)
     with status("drawing"):
         if as_html:
             files = {out: report.html(found).encode()}

@@ -11,8 +11,11 @@ from ablations.cli.terminal import console
 from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
-from ablations.results import evidence, tables
+from ablations.results.answer import answer
+from ablations.results.evidence import read_evidence
 from ablations.results.plots import accuracy_plot
+from ablations.results.rendering import render_tables
+from ablations.results.tables import study_tables
 from ablations.study import Cell
 from ablations.training.splits import ResidentData
 from model.fast.execution import ExecutionOptions
@@ -31,18 +34,18 @@ def train_study(
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
-    with directory.written(study, planned.data, racing.at(cells, counts), race):
+    with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         images = ResidentData(planned.data, on)
-        failed = _train(racing.at(cells, counts), images, directory, execution, adopts)
+        failed = _train(racing.cells_with(cells, counts), images, directory, execution, adopts)
         while race:
-            rows = evidence.study_rows(directory)
-            wanted = racing.next_look(rows, race, counts)
-            console.print(racing.said(rows, race, wanted, counts), soft_wrap=True)
+            found = read_evidence(directory)
+            wanted = racing.next_counts(found, counts)
+            console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
             if wanted == counts:
                 break
             counts = wanted
-            directory.write_plan(study, planned.data, racing.at(cells, counts), race)
-            failed |= _train(racing.at(cells, counts), images, directory, execution, adopts)
+            directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
+            failed |= _train(racing.cells_with(cells, counts), images, directory, execution, adopts)
     return 1 if failed else 0
 
 
@@ -86,12 +89,9 @@ def _train(
 
 
 def show_study(directory: StudyDirectory) -> None:
-    """The study's question and table on stdout, and its picture in its directory."""
-    rows = evidence.study_rows(directory)
-    judgements = evidence.judge(rows, directory.study.margin, directory.plan.race)
+    """The study's question, its tables and the answer on stdout, and its picture in its directory."""
+    found = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(directory.study.question, rows))
-    print(f"{directory.study.question}\n")
-    notes = tables.notes(directory, directory.plan, rows, judgements)
-    print(tables.render(tables.columns(rows, judgements), "text", notes))
-    print(f"Picture: {picture}", flush=True)
+    write_whole(picture, accuracy_plot(directory.study.question, found.results.rows))
+    print(f"{found.results.study.question}\n\n{render_tables(study_tables(directory, found), 'text')}\n")
+    print(f"Picture: {picture}\n\n{answer(found)}", flush=True)

@@ -21,12 +21,16 @@ Kind = Literal["rotating", "fixed"]
 
 
 class HoldOut(BaseModel):
-    """How the train images of a source are split for a seed. A share of 0.1 makes 10 parts."""
+    """How the train images of a source are split for a seed. A share of 0.1 makes 10 parts.
+
+    `offset` is the seed that counts as the first, so that cells of other seeds can share their hold-outs.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = "rotating"
     share: float = Field(SHARE, ge=SMALLEST_SHARE, le=LARGEST_SHARE)
+    offset: int = Field(0, ge=0)
 
     @property
     def parts(self) -> int:
@@ -48,12 +52,12 @@ class HoldOut(BaseModel):
 
     def held_out(self, labels_B: np.ndarray, fingerprint: str, seed: int) -> np.ndarray:
         """The sorted indices of the images that `seed` holds out. `fingerprint` is the data's."""
-        partition, part = divmod(seed if self.kind == "rotating" else 0, self.parts)
+        partition, part = divmod(seed - self.offset if self.kind == "rotating" else 0, self.parts)
         return np.flatnonzero(partition_of(labels_B, self.parts, fingerprint, partition) == part)
 
     def size(self, labels_B: np.ndarray, fingerprint: str) -> int:
         """The number of images in the first part. No other part has more; a part has one image fewer at most."""
-        return len(self.held_out(labels_B, fingerprint, seed=0))
+        return len(self.held_out(labels_B, fingerprint, seed=self.offset))
 
 
 def partition_of(labels_B: np.ndarray, parts: int, fingerprint: str, number: int) -> np.ndarray:

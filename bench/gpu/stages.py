@@ -15,8 +15,10 @@ import torch
 
 from ablations.engines import TrialFailed, TrialNote, by_architecture, planned_steps, run_local
 from ablations.records import StudyDirectory
-from ablations.results import evidence
-from ablations.results.tables import marginal_columns, peek_columns, render
+from ablations.results.evidence import marginals, read_evidence
+from ablations.results.rendering import render
+from ablations.results.rows import best_record, best_row, read_results
+from ablations.results.tables import Table, factor_levels, peek_table
 from ablations.study import Base, Level, Study, load_study
 from ablations.training.data import ImageData, load_data
 from ablations.training.splits import ResidentData
@@ -326,8 +328,7 @@ def train(
     if ended and by and not value["failures"]:
         value["effects"] = {factor: effects(directory, factor) for factor in by}
     if ended and peek:
-        rows = evidence.study_rows(directory)
-        value["peek"] = as_json(peek_columns(rows, [evidence.peek(directory, row) for row in rows]))
+        value["peek"] = as_json(peek_table(directory, read_results(directory)))
     return Measurement(value, ended)
 
 
@@ -379,12 +380,13 @@ def trained(directory: StudyDirectory) -> dict[str, Any]:
 
 def effects(directory: StudyDirectory, factor: str) -> list[dict[str, Any]]:
     """The table of a factor's levels."""
-    return as_json(marginal_columns(evidence.marginals(directory, [factor])))
+    evidence = read_evidence(directory)
+    return as_json(factor_levels(evidence, marginals(evidence, [factor])))
 
 
-def as_json(table: list[dict[str, object]]) -> list[dict[str, Any]]:
+def as_json(table: Table) -> list[dict[str, Any]]:
     """A table of the results as its JSON has it."""
-    return json.loads(render(table, "json"))
+    return json.loads(render(table.rows, "json"))
 
 
 def exported(bench: Bench, name: str, precision: Precision) -> Path:
@@ -403,10 +405,10 @@ def export(bench: Bench, name: str, precision: Precision) -> Measurement:
     A file that CUDA does not run, or that does not pass there, is certified on the CPU, and `not_on_cuda` says why.
     """
     directory, file = StudyDirectory(bench.work / name), exported(bench, name, precision)
-    row = evidence.best_row(evidence.study_rows(directory))
+    row = best_row(read_results(directory).rows)
     if row is None:
         raise InputError(f"{name}: no trial of this study is finished")
-    trial = evidence.best_record(row).trial
+    trial = best_record(row).trial
     data, config = load_data(bench.data), directory.config(trial)
     if config is None:
         raise InputError(f"{directory.trial(trial)}: there is no config.json")

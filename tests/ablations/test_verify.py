@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ablations.records import Predictions, StudyDirectory
-from ablations.results.evidence import measured, study_rows
+from ablations.results.rows import measured, read_results
 from ablations.verify import check_study
 
 
@@ -141,7 +141,7 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
         (
             lambda s, t: (s.path / "report.html").write_text(
-                '<script type="application/json" id="numbers">{"measured": [], "table": []}</script>'
+                '<script type="application/json" id="numbers">{"measured": [], "tables": {}}</script>'
             ),
             "report.html: the study has changed since it was written",
         ),
@@ -157,13 +157,13 @@ def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, fou
 def test_a_report_with_other_numbers_is_found(expertgrid, study):
     rows = json.loads(expertgrid("table", study.path, "--format", "json").out)
     numbers = '<script type="application/json" id="numbers">{}</script>'
-    kept = {"measured": measured(study_rows(study)), "table": rows}
+    kept = {"measured": measured(read_results(study).rows), "tables": rows}
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     assert check_study(study).problems == []
-    rows[1]["test acc %"]["mean"] += 0.01
+    rows["cells"][1]["test acc %"]["mean"] += 0.01
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     (problem,) = check_study(study).problems
-    assert problem.startswith("report.html: test acc % mean of experts 2, gate linear is ")
+    assert problem.startswith("report.html: test acc % mean in row 2 of cells is ")
 
 
 def test_records_of_before_predictions_were_kept_say_so(expertgrid, study):

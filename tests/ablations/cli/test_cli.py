@@ -58,9 +58,14 @@ def test_a_question_is_text_and_no_markup(expertgrid, tiny_study, trained_study,
 def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_study, tmp_path):
     shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
     tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
-    outcome = expertgrid("run", tiny_study, "--device", "cpu")
+    refused = expertgrid("run", tiny_study, "--device", "cpu")
+    assert refused.status == 2
+    assert "the study now has more levels of experts: 3; what is compared is declared" in refused.complaint
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--out", "runs/more")
     assert outcome.status == 0
     assert "10 trials, 6 of them done before" in outcome.err
+    assert "Results of these seeds were seen before the study was made" in outcome.out
+    assert "Taken over from tiny: 6 trials." in outcome.out
 
 
 def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, tmp_path):
@@ -84,11 +89,12 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     assert "fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
     assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
-    rows = json.loads(expertgrid("table", study, "--format", "json").out)
+    rows = json.loads(expertgrid("table", study, "--format", "json").out)["cells"]
     assert len(rows) == 10
     assert len([row for row in rows if row["latency ms"]]) == 1
     assert f", trial {trial}." in outcome.out
-    assert outcome.out.splitlines()[-1] == "runs/quickstart/report.html"
+    assert "\nruns/quickstart/report.html\n" in outcome.out
+    assert outcome.out.splitlines()[-1].endswith(" are open.")
     verified = expertgrid("verify", study)
     assert (verified.status, verified.err) == (0, ""), verified.out
 
@@ -190,20 +196,23 @@ cli.main()
 
 
 def test_table_formats(expertgrid, trained_study):
-    rows = json.loads(expertgrid("table", trained_study, "--format", "json").out)
-    assert [row["n"] for row in rows] == [2, 2, 2]
-    for row, flat in zip(rows, csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out))):
+    tables = json.loads(expertgrid("table", trained_study, "--format", "json").out)
+    assert [row["change"] for row in tables["factors"]] == ["1 -> 2", "linear -> mlp"]
+    assert [row["n"] for row in tables["cells"]] == [2, 2, 2]
+    lines = list(csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out)))
+    assert [line["table"] for line in lines] == ["factors"] * 2 + ["cells"] * 3
+    for row, flat in zip(tables["cells"], lines[2:]):
         assert float(flat["test acc %"]) == row["test acc %"]["mean"]
-    assert expertgrid("table", trained_study, "--format", "github").out.startswith("| experts ")
+    assert expertgrid("table", trained_study, "--format", "github").out.startswith("### What each factor does (")
     assert r"\toprule" in expertgrid("table", trained_study, "--format", "latex").out
-    assert expertgrid("table", trained_study).out.startswith("experts ")
+    assert expertgrid("table", trained_study).out.startswith("What each factor does (")
 
 
 def test_table_by_factor_and_of_several_studies(expertgrid, trained_study, tmp_path):
-    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)
-    assert [(row["experts"], row["cells"]) for row in by] == [("1", 2), ("2", 2)]
+    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)["levels"]
+    assert [(row["experts"], row["cells"]) for row in by] == [("1", 1), ("2", 2)]
     shutil.copytree(trained_study, tmp_path / "other")
-    rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)
+    rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)["cells"]
     assert [row["study"] for row in rows] == ["tiny"] * 3 + ["other"] * 3
 
 
