@@ -15,7 +15,14 @@ from itertools import product
 import numpy as np
 from scipy.special import expit
 
-from ablations.results.stats.contrasts import Estimates, errors, estimate, residual_variances, verdicts
+from ablations.results.stats.contrasts import (
+    Estimates,
+    by_seeds_constant,
+    errors,
+    estimate,
+    residual_variances,
+    verdicts,
+)
 from ablations.results.stats.critical import correlation, joint_t
 from ablations.results.stats.factors import against, main_effects
 from ablations.results.stats.race import race
@@ -296,8 +303,8 @@ def of_rules(studies: int) -> str:
             for scores_XCS in cases.values():
                 mean_XQ = scores_XCS.mean(-1) @ weights_QC.T
                 for rule, error_XQ in alternatives(weights_QC, scores_XCS).items():
-                    df = seeds - 1 if rule == "t over seeds" else 19 * (seeds - 1)
-                    half_XQ = joint.constant(df) * error_XQ
+                    by_seeds = by_seeds_constant(seeds, len(weights_QC))
+                    half_XQ = error_XQ * (by_seeds if rule == "t over seeds" else joint.constant(19 * (seeds - 1)))
                     if not shown.get(rule):
                         power = (mean_XQ + 0.4 > half_XQ).mean(0)
                         shown[rule] = [f"{100 * power.min():.0f} to {100 * power.max():.0f}"]

@@ -16,7 +16,7 @@ def most(percent, studies):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cells", [10, 20])
-@pytest.mark.parametrize(("seeds", "percent"), [(3, 6), (4, 5), (5, 5), (7, 5), (10, 5)])
+@pytest.mark.parametrize(("seeds", "percent"), [(2, 5), (3, 6), (4, 5), (5, 5), (7, 5), (10, 5)])
 def test_families_err_in_five_studies_of_a_hundred_at_most(kind, cells, seeds, percent):
     rng = np.random.default_rng(seeds)
     for weights_QC in families(cells).values():
@@ -73,14 +73,14 @@ def test_races_err_in_five_studies_of_a_hundred_at_most(family):
     weights_QC, rng = families(20)[family], np.random.default_rng(5)
     for truth_C in (np.zeros(20), simulations.at_margin(weights_QC)):
         assert np.abs(weights_QC @ truth_C) == pytest.approx(abs((weights_QC @ truth_C)[0]))
-        *_, wrong_X = simulations.raced(rng, weights_QC, truth_C, 0.3, last=8, studies=120)
-        assert wrong_X.mean() <= most(5, 120)
+        *_, wrong_X = simulations.raced(rng, weights_QC, truth_C, 0.3, last=8, studies=80)
+        assert wrong_X.mean() <= most(5, 80)
 
 
 def test_a_race_takes_seven_tenths_of_the_trainings():
     weights_QC, truth_C = families(20)["cells against base"], simulations.race_truth(15)
     rng, last = np.random.default_rng(6), 16
-    decided_XQ, cost_X, _ = simulations.raced(rng, weights_QC, truth_C, 0.3, last, studies=100)
+    decided_XQ, cost_X, _ = simulations.raced(rng, weights_QC, truth_C, 0.3, last, studies=60)
     cheaper = int(cost_X.mean() / 0.7)  # seeds of a fixed design that takes so many more trainings
     scores_XCS = truth_C[:, None] + rng.normal(0, 0.3, size=(2000, 20, cheaper))
     found = estimate(weights_QC, scores_XCS)
