@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, surcharge
+from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
 from ablations.results.stats.critical import LEVEL, correlation, joint_t
 
 POWER = 0.8
@@ -86,9 +86,9 @@ class Plan:
 
     def _constant(self, contrast: int, seeds: int) -> float:
         weights_C = self.weights_QC[contrast]
-        too_few = _own_df(weights_C, seeds) < TOO_FEW
-        df = seeds - 1 if too_few else (len(weights_C) - 1) * (seeds - 1)
-        return self._joint.constant(df, self.level)
+        if _own_df(weights_C, seeds) < TOO_FEW:
+            return by_seeds_constant(seeds, len(self.weights_QC), self.level)
+        return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
 
 
 def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:
@@ -118,15 +118,15 @@ def _widths(weights: tuple[float, ...], seeds: int) -> np.ndarray:
     `weights` without their signs, sorted, so that contrasts of one form have one answer. Drawn from chi-squared
     distributions, the variance over seeds as if it were independent of those of cells.
     """
-    weights_C = np.array(weights)
-    cells, rng = len(weights_C), np.random.default_rng(0)
-    share_C = weights_C**2 / (weights_C**2).sum()
-    own_df = _own_df(weights_C, seeds)
+    count, used_C = len(weights), np.array([weight for weight in weights if weight])
+    share_C, own_df, rng = used_C**2 / (used_C**2).sum(), _own_df(used_C, seeds), np.random.default_rng(0)
     over_seeds_X = rng.chisquare(seeds - 1, DRAWS) / (seeds - 1)
-    if cells == 2 or own_df < TOO_FEW:
+    if count == 2 or own_df < TOO_FEW:
         return np.sqrt(over_seeds_X)
-    own_XC = rng.chisquare(seeds - 1, (DRAWS, cells)) / (seeds - 1)
-    pooled_X = own_XC.mean(1)
+    own_XC = rng.chisquare(seeds - 1, (DRAWS, len(used_C))) / (seeds - 1)
+    others = count - len(used_C)
+    others_X = rng.chisquare(others * (seeds - 1), DRAWS) / (seeds - 1) if others else 0.0
+    pooled_X = (own_XC.sum(1) + others_X) / count
     excess_XC = own_XC - pooled_X[:, None]
     apart = own_df < FEW
     excess_X = np.maximum(excess_XC, 0) @ share_C if apart else np.maximum(excess_XC @ share_C, 0)
