@@ -289,11 +289,11 @@ def test_a_frozen_stem_stays_as_it_was_fitted():
     trial = study.cells(few)[0].trials[0]
     splits = ResidentData(few, torch.device("cpu")).splits(trial.hold_out, trial.seed)
     training = start(trial, splits)
-    frozen = {name: value.clone() for name, value in training.net.named_parameters() if not value.requires_grad}
-    assert frozen
+    frozen = {name: value.clone() for name, value in training.net.named_buffers() if name.endswith(".weight")}
+    assert "layers.0.conv.weight" in frozen
     list(train(trial, splits, training))
     for net in (training.net, training.result):
-        assert all(torch.equal(value, net.get_parameter(name)) for name, value in frozen.items())
+        assert all(torch.equal(value, net.get_buffer(name)) for name, value in frozen.items())
 
 
 def test_the_number_of_workers_changes_nothing(digits, digits_splits):

@@ -56,11 +56,11 @@ def test_blocks_of_many_experts_or_several_kernel_sizes_have_no_kernels(optimize
     assert ExecutionOptions().plan(config, 10**9, CUDA, optimizer).compile
 
 
-def test_means_are_in_words_and_asked_for_again():
-    means = ExecutionPlan(kernels=True, graphs=True)
-    assert str(means) == "Triton kernels, CUDA graphs"
+def test_a_plan_is_in_words_and_can_be_required():
+    plan = ExecutionPlan(kernels=True, graphs=True)
+    assert str(plan) == "Triton kernels, CUDA graphs"
     assert str(ExecutionPlan()) == "eager"
-    assert ExecutionOptions.requiring(means) == ExecutionOptions(kernels="on", compile="off", graphs="on")
+    assert ExecutionOptions.requiring(plan) == ExecutionOptions(kernels="on", compile="off", graphs="on")
 
 
 def test_wrong_choices_are_one_line(expertgrid, tiny_study, tmp_path):
@@ -69,7 +69,10 @@ def test_wrong_choices_are_one_line(expertgrid, tiny_study, tmp_path):
         assert outcome.status == 2
         assert f"--{name} on: {why_unavailable(name, CPU)}; with auto or off" in outcome.complaint
         assert "for CUDA, not for cpu" in outcome.complaint
-        assert "unknown choice of --" in expertgrid("bench-train", f"--{name}", "yes", "--device", "cpu").complaint
+        complaint = expertgrid("bench-train", f"--{name}", "yes", "--device", "cpu").complaint
+        assert f"'--{name}': 'yes' is not one of 'auto', 'on', 'off'" in complaint
     assert not (tmp_path / "runs").exists()
+    with pytest.raises(InputError, match="unknown choice of --compile 'yes'"):
+        ExecutionOptions(compile="yes").check(CPU)
     with pytest.raises(InputError, match="cpu and cuda only"):
         ExecutionOptions(compile="on").check(torch.device("mps"))
