@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from model.cost import cost
 from model.errors import reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import PLAIN, WORDS, Execution, Means
+from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
@@ -81,7 +82,7 @@ def run_local(
     data: ResidentData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
-    execution: Execution = PLAIN,
+    execution: ExecutionOptions = EAGER,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
@@ -98,7 +99,7 @@ def run_local(
 
 
 def _run(
-    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: Execution
+    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: ExecutionOptions
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
@@ -129,7 +130,7 @@ def _run(
 
 def _failure(trial: Trial, error: Exception) -> Failure:
     """The record of a trial that failed. The trial is not tried again with other values."""
-    found = {"traceback": traceback.format_exc(), "time": now()}
+    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
         return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
     cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
@@ -150,19 +151,19 @@ def planned_steps(trial: Trial, images: int) -> int:
 class Prepared:
     """How a training runs."""
 
-    means: Means  # what it uses
+    means: ExecutionPlan  # what it uses
     seconds: float  # that the compilers took
     without: list[str]  # what failed and is not used, each with its reason
 
 
-def prepare(trial: Trial, splits: Splits, training: Training, execution: Execution, steps: int) -> Prepared:
+def prepare(trial: Trial, splits: Splits, training: Training, execution: ExecutionOptions, steps: int) -> Prepared:
     """Prepares a training of `steps` steps to run as `execution` chooses: kernels, compiled blocks, CUDA graphs.
 
     Kernels and blocks are compiled for the image sizes of the trial. Raises TrainingError where something fails that
     was asked for.
     """
     device = splits.device
-    means = execution.chosen(trial.model, steps, device, training.optimizer)
+    means = execution.plan(trial.model, steps, device, training.optimizer)
     took, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(means, name):
@@ -170,8 +171,8 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
                 seconds = _compile(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
-                    raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
-                without.append(f"{WORDS[name]}, which failed: {reason_of(error)}")
+                    raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
+                without.append(f"{LABELS[name]}, which failed: {reason_of(error)}")
                 seconds = 0.0
             took += seconds
             means = replace(means, **{name: seconds > 0})
@@ -235,7 +236,8 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
-        data=data.source,
+        data=data.name,
+        fingerprint=data.fingerprint,
         classes=data.classes,
         image_size=data.image_size,
         mean=mean,

@@ -1,6 +1,7 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,7 +36,7 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        counts = {"done": done_before, "trials": done_before + len(trials)}
+        counts: dict[str, Any] = {"done": done_before, "trials": done_before + len(trials)}
         self.task = self.bar.add_task("", total=sum(self.left.values()), **counts)
         self.now = Text(no_wrap=True, overflow="ellipsis")
 

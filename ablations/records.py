@@ -3,7 +3,7 @@
 study.toml        the study as it was run
 plan.json         its cells, with their levels and trial ids, and the data
 trials/ID/        config.json, epochs.jsonl, record.json, predictions.npz and model.safetensors once done; until then
-                  resume.pt, and failure.json where training failed
+                  resume.pt, and failure.json where training failed; adopted.json where another study trained it
 export/  bench/   what `expertgrid export` and `bench` add
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export
@@ -224,6 +224,12 @@ class TestRead(BaseModel):
     tta: Literal["flip"] | None = None  # "flip": the mirror images were predicted in the same read
 
 
+class Adopted(BaseModel):
+    """Beside the record of a trial that was not trained here."""
+
+    directory: str  # the name of the neighbouring study directory that it was taken over from
+
+
 class Benched(BaseModel):
     """The latency of one engine at one batch size: the part that tables need."""
 
@@ -388,10 +394,10 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> bool:
+    def adopt(self, trial_id: str) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns whether there was one that is whole.
+        Returns the name of that study's directory, None where no study has the trial undamaged.
         """
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
             beside_this = StudyDirectory(record.parent.parent.parent)
@@ -406,15 +412,24 @@ class StudyDirectory:
                 continue  # a damaged trial is trained again
             with tempfile.TemporaryDirectory(dir=self.path, prefix=".adopt.") as beside:
                 copy = shutil.copytree(record.parent, Path(beside) / trial_id)
+                adopted = Adopted(directory=beside_this.path.name)
+                write_whole(copy / "adopted.json", adopted.model_dump_json().encode())
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
                 self.trial(trial_id).parent.mkdir(exist_ok=True)
                 copy.rename(self.trial(trial_id))
             for read in reads:
                 self._enter(read)
-            return True
-        return False
+            return adopted.directory
+        return None
+
+    def adopted(self, trial_id: str) -> str | None:
+        """The directory that a trial was taken over from, None for one that was trained here. Raises InputError."""
+        found = read_record(Adopted, self.trial(trial_id) / "adopted.json")
+        return found and found.directory
 
     def write_config(self, trial: Trial) -> None:
+        """Begins a training of the trial here."""
+        (self.trial(trial.id) / "adopted.json").unlink(missing_ok=True)
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:

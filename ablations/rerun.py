@@ -1,10 +1,9 @@
 """Trains a trial again and compares the result with its record."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Rerun:
             return False
         if not self.elsewhere:
             return all(number.same for number in self.compared)
-        accuracies = [number for number in self.compared if number.what.endswith("accuracy")]
-        return all(100 * accuracy.difference <= self.margin for accuracy in accuracies)
+        differences = [number.difference or 0.0 for number in self.compared if number.what.endswith("accuracy")]
+        return all(100 * difference <= self.margin for difference in differences)
 
     @property
     def verdict(self) -> str:
@@ -65,25 +64,6 @@ class Rerun:
         )
 
 
-def finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
-    """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
-    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
-    if trial_id not in trials:
-        near = get_close_matches(trial_id, trials, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."
-        raise InputError(f"unknown trial of {directory.path}: {trial_id!r}{hint}")
-    record, trial = directory.record(trial_id), directory.config(trial_id)
-    if record is None or trial is None:
-        failure = directory.failure(trial_id)
-        why = f"it failed ({failure.kind})" if failure else "it is not finished"
-        raise InputError(f"trial {trial_id} of {directory.path} has no record to compare with: {why}")
-    if trial.id != trial_id:
-        raise InputError(
-            f"{directory.trial(trial_id) / 'config.json'}: not of trial {trial_id}, its hash is {trial.id}"
-        )
-    return trial, record
-
-
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
     """Trains a trial again on the data's device, in a temporary directory, and compares.
 
@@ -92,11 +72,11 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
     """
     if data.data.fingerprint != trial.fingerprint:
         raise InputError(f"--data {data.data.source}: not the images that trial {trial.id} was trained on")
-    used = Means(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
+    used = ExecutionPlan(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
     with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
         beside = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, execution=Execution.of(used)))
+            events = list(run_local([trial], data, beside, execution=ExecutionOptions.requiring(used)))
         finally:
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
@@ -114,7 +94,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ class _Check:
         self.skipped: list[str] = []
 
     @contextmanager
-    def of(self, place: str) -> Iterator[None]:
+    def of(self, place: str) -> Generator[None]:
         """Problems that are found within get this place. A damaged file is such a problem; the check goes on."""
         self.place = place
         try:

@@ -29,8 +29,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench import command
+from bench.baseline import TextbookBlock
 from bench.peaks import synchronise
-from bench.training import TextbookBlock, in_turns
+from bench.training import in_turns
 from model.config import Block, GateConfig, ModelConfig
 from model.fast.memory import keep_freed_memory
 from model.fast.wide import WideBlock

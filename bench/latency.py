@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from export.graph import read_onnx
-from export.metadata import Metadata, is_ours, read_metadata
+from export.metadata import Metadata, is_expertgrid_file, read_metadata
 from export.session import ORT_ERRORS, check_provider, open_session
 from export.to_onnx import PixelNet
 from model.errors import InputError
@@ -93,7 +93,7 @@ def engines(
     if not made:
         raise InputError(f"{name}: has no output")
     entries = session.get_modelmeta().custom_metadata_map
-    metadata = read_metadata(entries, name) if is_ours(entries) else None
+    metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
     runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
     if metadata is not None:
         device = torch.device("cpu" if provider == "cpu" else "cuda")
@@ -102,7 +102,7 @@ def engines(
 
 
 def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network that a file of ours holds, with fresh weights, from the file's input to logits, in evaluation mode.
+    """The network of an expertgrid file with fresh weights, from the file's input to logits, in evaluation mode.
 
     It computes in `dtype`. Its speed does not depend on its weights.
     """

@@ -131,7 +131,8 @@ def merge_kernels(parts: Parts) -> Parts:
 def one_conv_per_size(parts: Parts) -> Parts:
     """The experts of one kernel size as one convolution with the channels of all of them.
 
-    Always exact. Left as it is: a block without gate, whose plain sum is faster apart, and one that still has norms.
+    Always exact. A block without gate is left as it is, as separate convolutions are faster there, and so is a block
+    that still has norms.
     """
     return replace(parts, one_conv=parts.gate is not None and not parts.norms)
 
@@ -323,7 +324,7 @@ def _fuse_layers(module: nn.Module, rewrites: Collection[str]) -> nn.Module:
 
 
 def fold_norm(layer: ConvNormAct) -> nn.Sequential:
-    """A plain convolution in eval mode with its batch norm, where it has one, folded into it.
+    """A convolution layer in eval mode with its batch norm, where it has one, folded into the convolution.
 
     Always exact where norm follows convolution. Where max pooling is between them it is exact for scales that are not
     negative, as the maximum of a growing function is at the same place; a layer with a negative scale is left as it is.

@@ -117,7 +117,7 @@ def describe(model: bytes, name: str) -> Description:
 
 
 def read_onnx(path: Path) -> bytes:
-    """The content of an ONNX file. Raises InputError where there is none, or where it is not ONNX."""
+    """The content of an ONNX file. Raises InputError for a missing file, and for content that is not ONNX."""
     try:
         model = path.read_bytes()
     except OSError as error:
@@ -201,7 +201,7 @@ def _dimension(name: str) -> str:
 
 
 def with_plain_operators(model: ModelProto) -> ModelProto:
-    """A copy with quantized and fused operators as the plain ones, of which ONNX can infer the shapes."""
+    """A copy with plain operators in place of quantized and fused ones, so that ONNX can infer the shapes."""
     plain = ModelProto()
     plain.CopyFrom(model)
     for node in plain.graph.node:
@@ -295,7 +295,7 @@ def _matmul(node: NodeProto, shapes: dict[str, Shape]) -> int:
 
 
 def _einsum(node: NodeProto, shapes: dict[str, Shape]) -> int:
-    """Of two operands; of one there are none. Raises ValueError for more, and for an ellipsis."""
+    """The products of two operands; one operand needs no product. Raises ValueError for more, and for an ellipsis."""
     terms = attribute(node, "equation").decode().replace(" ", "").split("->")[0].split(",")
     if len(terms) == 1:
         return 0

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from model.checkpoint import Trained, parse_config
 from model.config import Network
 from model.errors import InputError, invalid
-from model.pixels import RESIZE
 
 Input = Literal["uint8", "float"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -42,10 +41,10 @@ class Metadata(BaseModel):
         trained = {NAMES.get(name, name): _text(value) for name, value in fields.items()}
         about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
         pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
-        return trained | {"resize": RESIZE} | about | pruned
+        return trained | about | pruned
 
 
-def is_ours(entries: Mapping[str, str]) -> bool:
+def is_expertgrid_file(entries: Mapping[str, str]) -> bool:
     """Whether expertgrid exported the file that has these entries."""
     return INPUT in entries and CONFIG in entries
 
@@ -61,21 +60,17 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
             raise InputError(f"{name}: its metadata has no {key!r}; a file that `expertgrid export` wrote is needed")
     if entries[INPUT] not in get_args(Input):
         raise InputError(f"{name}: metadata {INPUT}: found {entries[INPUT]!r}; accepted: {', '.join(get_args(Input))}")
-    fields = {}
+    fields: dict[str, object] = {}
     for field, about in Trained.model_fields.items():
         key = NAMES.get(field, field)
         try:
             fields[field] = entries[key] if about.annotation is str else json.loads(entries[key])
         except json.JSONDecodeError as error:
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
+    config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
+    found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
     try:
-        return Metadata(
-            input=entries[INPUT],
-            config=parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}"),
-            trained=Trained.model_validate(fields),
-            precision=entries.get(PRECISION, "fp32"),
-            pruned=entries.get(PRUNED),
-        )
+        return Metadata.model_validate(found | {"config": config, "trained": Trained.model_validate(fields)})
     except ValidationError as error:
         raise invalid(f"{name}: metadata", error) from None
 
@@ -93,7 +88,7 @@ def with_entries(model: bytes, entries: Mapping[str, str]) -> bytes:
 
 
 def without_certificate(model: bytes) -> tuple[bytes, str]:
-    """The model as it was before its certificate's SHA-256 was entered, and that SHA-256; "" where there is none."""
+    """The model as it was before its certificate's SHA-256 was entered, and that SHA-256; "" for a model without it."""
     proto = onnx.load_from_string(model)
     entries = entries_of(proto)
     digest = entries.pop(CERTIFICATE, "")

@@ -45,8 +45,8 @@ class PrecisionError(RuntimeError):
 class Reduction:
     """A model that is to be reduced to float16 or int8, and the ranges of its values on some images.
 
-    `images`, in the form of the model's input, give the smallest and largest value of each tensor; there must be some.
-    Raises InputError where there are none.
+    `images`, in the form of the model's input, give the smallest and largest value of each tensor. Raises InputError
+    where there is no image.
     """
 
     def __init__(self, model: bytes, precision: Reduced, images: np.ndarray):

@@ -53,7 +53,7 @@ def open_session(
             onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
-    options.log_severity_level = 4  # what it has to say is in the errors below
+    options.log_severity_level = 4  # the errors below say it
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(

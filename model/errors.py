@@ -59,6 +59,6 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """An error of any kind in one line."""
     return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]

@@ -31,8 +31,8 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
         return image.resize((full_width, full_height), BICUBIC).crop((left, top, right, bottom))
     # A very long image would take gigabytes. Resizing only what the crop keeps rounds a little differently.
     x_scale, y_scale = image.width / full_width, image.height / full_height
-    right, bottom = min(right * x_scale, image.width), min(bottom * y_scale, image.height)
-    return image.resize((width, height), BICUBIC, (left * x_scale, top * y_scale, right, bottom))
+    edges = min(right * x_scale, image.width), min(bottom * y_scale, image.height)
+    return image.resize((width, height), BICUBIC, (left * x_scale, top * y_scale, *edges))
 
 
 def _covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
@@ -42,6 +42,6 @@ def _covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]
     """
     if wanted[0] == wanted[1]:
         shorter = min(size)
-        return tuple(side * wanted[0] // shorter for side in size)
-    ratio = min(side / target for side, target in zip(size, wanted))
-    return tuple(round(side / ratio) for side in size)
+        return size[0] * wanted[0] // shorter, size[1] * wanted[0] // shorter
+    ratio = min(size[0] / wanted[0], size[1] / wanted[1])
+    return round(size[0] / ratio), round(size[1] / ratio)

@@ -2,7 +2,7 @@
 
 Each reference comes from a written report on CIFAR-10. `unstated:` marks a choice that its report leaves open and that
 is ours. Unstated in all five, and chosen alike: convolutions before a batch norm have no bias, normalisation is batch
-norm with PyTorch's defaults, and weights start as `net._init_weights` says.
+norm with PyTorch's defaults, and weights start as `ModelConfig.init` says.
 """
 
 from model.config import (
@@ -129,4 +129,4 @@ def network(name: str) -> Network:
 
     if timm.is_model(name):
         return TimmModel(timm=name)
-    raise unknown("model", name, PRESETS, ", or the name of a timm model")
+    raise unknown("model", name, PRESETS, ", or the name of a timm model; --import MODULE registers networks")

@@ -11,6 +11,7 @@ import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from model.config import Conv, ModelConfig, Network, Whiten
+from model.errors import InputError
 from model.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
 
 
 def build(config: Network) -> "nn.Module":
-    """The module that `config` describes, with fresh weights from torch's global generator, in training mode."""
+    """The module that `config` describes, with fresh weights from torch's global generator, in training mode.
+
+    Raises InputError for a network that is not registered with timm.
+    """
     if isinstance(config, ModelConfig):
         from model.net import ExpertNet
 
         return ExpertNet(config)
+    if not timm.is_model(config.timm):
+        raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
 
 

@@ -106,6 +106,7 @@ def run(
     ] = None,
     max_seeds: Annotated[int | None, typer.Option(metavar="N", help="Last seed of a race.")] = None,
     modules: Import = None,
+    adopt: Annotated[bool, typer.Option(help="Take over finished trials of neighbours.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials only. Nothing is written.")] = False,
 ) -> int:
     """Train a study and print its table.
@@ -125,13 +126,13 @@ def run(
         return 0
     with starting():
         from ablations.cli.run import train_and_show
-        from model.fast.execution import Execution
-    execution = Execution(kernels, compile, graphs)
+        from model.fast.execution import ExecutionOptions
+    execution = ExecutionOptions(kernels, compile, graphs)
     if study is None:
         from ablations.cli.quickstart import quickstart
 
-        return quickstart(asked, data_dir, device, execution)
-    return train_and_show(asked, data_dir, device, execution)
+        return quickstart(asked, data_dir, device, execution, adopt)
+    return train_and_show(asked, data_dir, device, execution, adopt)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -148,13 +149,11 @@ def rerun(
 
     The record stays as it is. The ledger gets a line, because the test split is read once more.
     """
-    from ablations.cli.terminal import starting
+    from ablations.cli.terminal import status
 
-    with starting():
-        from ablations.cli.run import rerun
-        from ablations.cli.sources import import_modules
-    import_modules(modules or [])
-    return rerun(directory, trial, data, data_dir, device, format)
+    with status("starting"):
+        from ablations.cli.rerun import rerun
+    return rerun(directory, trial, data, data_dir, device, modules or [], format)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -366,9 +365,9 @@ def bench_train(
     with starting():
         from ablations.cli.bench import bench_train
         from ablations.cli.sources import import_modules
-        from model.fast.execution import Execution
+        from model.fast.execution import ExecutionOptions
     import_modules(modules or [])
-    return bench_train(preset, batch, steps, rounds, device, Execution(kernels, compile, graphs), format)
+    return bench_train(preset, batch, steps, rounds, device, ExecutionOptions(kernels, compile, graphs), format)
 
 
 @app.command("list", rich_help_panel=LISTS)

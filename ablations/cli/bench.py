@@ -11,7 +11,7 @@ from ablations.results.tables import Format, render
 from bench import training
 from bench.latency import measure, rows
 from bench.training import measure_training
-from model.fast.execution import Execution
+from model.fast.execution import ExecutionOptions
 from model.files import write_whole
 
 
@@ -39,7 +39,13 @@ def bench(
 
 
 def bench_train(
-    preset: str, batch: int, steps: int | None, rounds: int, device_name: str, execution: Execution, format: Format
+    preset: str,
+    batch: int,
+    steps: int | None,
+    rounds: int,
+    device_name: str,
+    execution: ExecutionOptions,
+    format: Format,
 ) -> int:
     """Prints the speed of a training beside the PyTorch baseline and beside bare steps on one batch."""
     on = device(device_name)

@@ -6,7 +6,7 @@ import torch
 
 from ablations.cli.terminal import console
 from model.errors import unknown
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 
 def device(name: str) -> torch.device:
@@ -20,7 +20,7 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def usable(execution: Execution, chosen: Sequence[Means], device: torch.device) -> Execution:
+def usable(execution: ExecutionOptions, chosen: Sequence[ExecutionPlan], device: torch.device) -> ExecutionOptions:
     """`execution` without what some of the trainings would use and the device does not have; a notice says why."""
     execution, without = execution.usable(chosen, device)
     for text in without:

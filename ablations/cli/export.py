@@ -51,8 +51,11 @@ def export(
     )
     check_can_be_written(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    size = ledger.plan.image_size if ledger else None
-    images = read_data(data or checkpoint.trained.data, data_dir, size)
+    if trial is None and prune_gates is not None:
+        raise InputError(f"--prune-gates: {path.parent / 'config.json'} is missing; it says which images were held out")
+    plan = ledger.plan if ledger else None
+    given = data or (plan.source if plan else checkpoint.trained.data)
+    images = read_data(given, data_dir, plan.image_size if plan else None)
     _check_data(images, path, checkpoint, trial)
     hold_out, seed = (trial.hold_out, trial.seed) if trial else (images.hold_out(), 0)
     arrays = Images(**ResidentData(images, torch.device("cpu")).splits(hold_out, seed).arrays())

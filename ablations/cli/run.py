@@ -1,27 +1,27 @@
-"""Training a study, or one of its trials again."""
+"""Training a study."""
 
-from dataclasses import asdict
+from collections import Counter
 from pathlib import Path
 
 from ablations import racing
 from ablations.cli.devices import device, usable
 from ablations.cli.entry import stopped
 from ablations.cli.plan import Asked, plan
-from ablations.cli.sources import read_data
-from ablations.cli.terminal import console, status
+from ablations.cli.terminal import console
 from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
-from ablations.rerun import finished_trial, train_again
 from ablations.results import evidence, tables
 from ablations.results.plots import accuracy_plot
 from ablations.study import Cell
 from ablations.training.splits import ResidentData
-from model.fast.execution import Execution
+from model.fast.execution import ExecutionOptions
 from model.files import write_whole
 
 
-def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution) -> int:
+def train_study(
+    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
+) -> int:
     """Trains what is not there yet; 1 where some trial failed."""
     on = device(device_name)
     execution.check(on)
@@ -33,7 +33,7 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
     with directory.written(study, planned.data, racing.at(cells, counts), race):
         images = ResidentData(planned.data, on)
-        failed = _train(racing.at(cells, counts), images, directory, execution)
+        failed = _train(racing.at(cells, counts), images, directory, execution, adopts)
         while race:
             rows = evidence.study_rows(directory)
             wanted = racing.next_look(rows, race, counts)
@@ -42,25 +42,37 @@ def train_study(asked: Asked, data_dir: Path | None, device_name: str, execution
                 break
             counts = wanted
             directory.write_plan(study, planned.data, racing.at(cells, counts), race)
-            failed |= _train(racing.at(cells, counts), images, directory, execution)
+            failed |= _train(racing.at(cells, counts), images, directory, execution, adopts)
     return 1 if failed else 0
 
 
-def train_and_show(asked: Asked, data_dir: Path | None, device_name: str, execution: Execution) -> int:
+def train_and_show(
+    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
+) -> int:
     """Trains a study and prints its table; 1 where some trial failed."""
-    failed = train_study(asked, data_dir, device_name, execution)
+    failed = train_study(asked, data_dir, device_name, execution, adopts)
     show_study(asked.directory)
     return failed
 
 
-def _train(cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: Execution) -> bool:
-    """Trains what is not there yet; whether some trial failed."""
+def _train(
+    cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: ExecutionOptions, adopts: bool
+) -> bool:
+    """Trains what is not there yet; whether some trial failed.
+
+    With `adopts`, finished trials of the studies beside this one are taken over.
+    """
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
-    pending = [t for t in trials if directory.record(t.id) is None and not directory.adopt(t.id)]
+    pending = [trial for trial in trials if directory.record(trial.id) is None]
+    if adopts:
+        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))
+        for place, count in taken.items():
+            console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
+        pending = [trial for trial in pending if directory.record(trial.id) is None]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
-    chosen = [execution.chosen(trial.model, steps[trial.id], data.device) for trial in pending]
+    chosen = [execution.plan(trial.model, steps[trial.id], data.device) for trial in pending]
     execution = usable(execution, chosen, data.device)
     progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
     failed = False
@@ -83,28 +95,3 @@ def show_study(directory: StudyDirectory) -> None:
     notes = tables.notes(directory, directory.plan, rows, judgements)
     print(tables.render(tables.columns(rows, judgements), "text", notes))
     print(f"Picture: {picture}", flush=True)
-
-
-def rerun(
-    directory: Path,
-    trial_id: str,
-    data: str | None,
-    data_dir: Path | None,
-    device_name: str,
-    format: tables.Format,
-) -> int:
-    """Trains a trial again and prints the comparison; 1 where it comes out otherwise."""
-    study = StudyDirectory(directory)
-    trial, record = finished_trial(study, trial_id)
-    on = device(device_name)
-    images = read_data(data or trial.source, data_dir, study.plan.image_size)
-    with status(f"training trial {trial_id} again"):
-        found = train_again(study, trial, record, ResidentData(images, on))
-    if found.compared:
-        rows = [asdict(compared) for compared in found.compared]
-        if format != "json":
-            rows = [row | {"same": "yes" if row["same"] else "no"} for row in rows]
-        print(tables.render(rows, format, [found.verdict]))
-    else:
-        print(found.verdict)
-    return 0 if found.same else 1

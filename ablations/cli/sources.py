@@ -35,7 +35,7 @@ def import_modules(names: Sequence[str]) -> None:
         try:
             with working_directory_first():
                 importlib.import_module(name)
-        except Exception as error:  # a user's module may fail in any way
+        except (Exception, SystemExit) as error:  # a user's module may fail in any way
             raise InputError(f"--import {name}: {reason_of(error)}") from error
     if names and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

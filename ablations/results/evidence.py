@@ -8,7 +8,7 @@ is only reported.
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -57,6 +57,7 @@ class Row:
     failures: dict[str, Failure]  # by trial, of those that have not finished since
     latency: LatencySummary | None  # of one of its trials
     reported: str
+    adopted: dict[str, str] = field(default_factory=dict)  # by trial: the study directory that it was taken over from
 
     @property
     def seeds(self) -> int:
@@ -103,6 +104,7 @@ def study_rows(directory: StudyDirectory) -> list[Row]:
                     (study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported),
                     "",
                 ),
+                adopted={trial: place for trial in trials if (place := directory.adopted(trial))},
             )
         )
     return rows

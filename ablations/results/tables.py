@@ -61,6 +61,7 @@ def columns(rows: Sequence[Row], judgements: Sequence[Judgement] = ()) -> list[d
     names = {row.model for row in rows}
     named = "model" in factors or (len(names) > 1 and any(row.model not in row.levels.values() for row in rows))
     judged = any(one.verdict not in ("reference", "undecided") or one.low is not None for one in judgements)
+    comparable = _comparable_speed(rows)
     table = []
     for place, row in enumerate(rows):
         first = row.records[0] if row.records else None
@@ -79,12 +80,31 @@ def columns(rows: Sequence[Row], judgements: Sequence[Judgement] = ()) -> list[d
             values["reported %"] = row.reported
         values["params"] = first.parameters if first else None
         values["MACs"] = first.macs if first else None
-        rate = row.interval(lambda record: record.images_per_s)
-        values["train images/s"] = rate.mean if rate else None
+        rates = [record.images_per_s for record in row.records if record.trial in comparable]
+        values["train images/s"] = sum(rates) / len(rates) if rates else None
         if any(row.latency for row in rows):
             values["latency ms"] = smallest(row.latency).p50_ms if row.latency else None
         table.append(values)
     return table
+
+
+def _comparable_speed(rows: Sequence[Row]) -> set[str]:
+    """The trials whose training speed is shown: all that were trained here, and of those taken over the ones like them.
+
+    They are alike if they ran on the same machine with the same versions and options. A study that trained nothing
+    itself shows speeds if all its trials are alike.
+    """
+
+    def conditions(row: Row, record: Record) -> tuple[str, str, str, bool]:
+        environment = record.environment.model_dump_json(exclude={"commit"})
+        return row.study, environment, record.execution, record.bfloat16
+
+    pairs = [(row, record) for row in rows for record in row.records]
+    shown = {conditions(row, record) for row, record in pairs if record.trial not in row.adopted}
+    for study in {row.study for row in rows} - {study for study, *_ in shown}:
+        found = {conditions(row, record) for row, record in pairs if row.study == study}
+        shown |= found if len(found) == 1 else set()
+    return {record.trial for row, record in pairs if conditions(row, record) in shown}
 
 
 def smallest(latency: LatencySummary) -> Benched:
@@ -118,6 +138,7 @@ def notes(
         lines += _winner_notes(rows, best)
     environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
     lines += [f"Trained on {where}." for where in environments]
+    lines += _adopted_notes(rows)
     reads = directory.test_reads()
     readers = Counter(read.reader for read in reads)
     again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
@@ -142,6 +163,19 @@ def notes(
         counts = Counter(failure.kind for failure in failures.values())
         lines.append(f"Failed: {len(failures)} of the trials ({_counted(counts)}).")
         lines += [f"Failed: {trial}: {failure}" for trial, failure in failures.items()]
+    return lines
+
+
+def _adopted_notes(rows: Sequence[Row]) -> list[str]:
+    """Which trials another study trained, and whether their speed is left out."""
+    adopted = {trial: place for row in rows for trial, place in row.adopted.items()}
+    comparable, finished = _comparable_speed(rows), {record.trial for row in rows for record in row.records}
+    lines = []
+    for place in dict.fromkeys(adopted.values()):
+        trials = [trial for trial, found in adopted.items() if found == place and trial in finished]
+        hidden = [trial for trial in trials if trial not in comparable]
+        left_out = f"; the images/s of {len(hidden)} are not shown: another machine or other options" if hidden else ""
+        lines.append(f"Taken over from ../{place}: {len(trials)} trials ({', '.join(trials)}){left_out}.")
     return lines
 
 

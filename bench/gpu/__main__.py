@@ -43,7 +43,7 @@ SMOKE_OUT = Path("runs/gpu-smoke")
 def gpu(
     context: typer.Context,
     directory: Annotated[Path | None, typer.Argument(help="Results for --summary; the newest if not given.")] = None,
-    pieces: Annotated[str, typer.Option(help="Which pieces, separated by commas.")] = ",".join(PIECES),
+    pieces: Annotated[str | None, typer.Option(help=f"Some of: {','.join(PIECES)}.")] = None,
     data: Annotated[str | None, typer.Option(help="Data source; cifar10 if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda; of a smoke run cpu too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results; bench/results if not given.")] = None,

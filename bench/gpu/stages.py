@@ -17,7 +17,7 @@ from ablations.engines import TrialFailed, TrialNote, by_architecture, planned_s
 from ablations.records import StudyDirectory
 from ablations.results import evidence
 from ablations.results.tables import marginal_columns, peek_columns, render
-from ablations.study import Level, Study, load_study
+from ablations.study import Base, Level, Study, load_study
 from ablations.training.data import ImageData, load_data
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
@@ -31,17 +31,17 @@ from export.precision import PrecisionError
 from export.publish import Images, Published, Reference, publish
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.presets import PRESETS
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 STEP_PRESET = "eight_block"
 NETWORKS = ("speed", "accuracy")  # expertgrid's own
 WAYS = {  # to take a training step; the last can do the most harm
-    "eager": Means(),
-    "graphs": Means(graphs=True),
-    "compiled": Means(compile=True, graphs=True),
-    "kernels": Means(kernels=True, graphs=True),
+    "eager": ExecutionPlan(),
+    "graphs": ExecutionPlan(graphs=True),
+    "compiled": ExecutionPlan(compile=True, graphs=True),
+    "kernels": ExecutionPlan(kernels=True, graphs=True),
 }
 
 
@@ -65,10 +65,10 @@ class Size:
     """How much is measured."""
 
     presets: tuple[str, ...] = without_baselines()
-    training: Mapping[str, int] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
+    training: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is measured: norms in the experts, after the mix
-    step: Mapping[str, float] = field(default_factory=lambda: {"batch": 128})
-    execution: Execution = Execution()  # of trainings
+    step: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128})
+    execution: ExecutionOptions = ExecutionOptions()  # of trainings
     rounds: int = 5  # of the peaks
     peak_s: float = 1.0
     settings: Mapping[str, Level] = field(default_factory=dict)  # of each study
@@ -94,14 +94,14 @@ SMOKE = Size(
     training={"batch": 2, "steps": 1, "rounds": 1},
     stepped=(STEP_PRESET,),
     step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
-    execution=Execution(compile="off"),
+    execution=ExecutionOptions(compile="off"),
     rounds=1,
     peak_s=0.01,
     settings={"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16},
     networks=("speed",),
     baselines=False,
     seeds=2,
-    card=Study(name="card", question="One expert or two?", base={"model": "two_block"}, factors={"experts": [1, 2]}),
+    card=Study(name="card", question="One expert or two?", base=Base(model="two_block"), factors={"experts": [1, 2]}),
     card_seeds=(2,),
     card_factors=("experts",),
     references=Study(
@@ -114,7 +114,7 @@ SMOKE = Size(
     spread=Study(
         name="spread",
         question="What is an expert worth?",
-        base={"model": "two_block"},
+        base=Base(model="two_block"),
         design="one_at_a_time",
         factors={"experts": [1]},
     ),
@@ -174,11 +174,11 @@ def train_speed(bench: Bench) -> dict[str, Step]:
         speed = measure_training(preset, device=device, execution=size.execution, notice=notice, **size.training)
         return Measurement(speed.model_dump(mode="json"))
 
-    def step(preset: str, means: Means) -> Measurement:
+    def step(preset: str, means: ExecutionPlan) -> Measurement:
         return Measurement(measure_step(preset, device, means, **size.step).model_dump(mode="json"))
 
-    ways = WAYS if device.type == "cuda" else {"eager": Means()}
-    steps = {
+    ways = WAYS if device.type == "cuda" else {"eager": ExecutionPlan()}
+    steps: dict[str, Step] = {
         f"step-{preset}-{name}": partial(step, preset, means) for preset in size.stepped for name, means in ways.items()
     }
     return steps | {preset: partial(training, preset) for preset in size.presets}
@@ -186,13 +186,14 @@ def train_speed(bench: Bench) -> dict[str, Step]:
 
 def fast(bench: Bench) -> dict[str, Step]:
     """expertgrid's own networks by their own recipes, exported; then their matched baselines."""
-    size, steps = bench.size, {}
+    size = bench.size
+    steps: dict[str, Step] = {}
 
     def study(name: str, models: Sequence[str]) -> Study:
         return Study(
             name=name,
             question="What do a few seconds of training reach, and do experts earn their cost in them?",
-            base={"model": name, "recipe": name},
+            base=Base(model=name, recipe=name),
             set={"recipe.tta": "flip"},
             factors={"model": list(models)},
         )
@@ -219,7 +220,7 @@ def card(bench: Bench) -> dict[str, Step]:
 def references(bench: Bench) -> dict[str, Step]:
     """The reports' networks at full length, each with its own recipe; and where their spread comes from."""
     size = bench.size
-    steps = {
+    steps: dict[str, Step] = {
         f"{seeds}-seeds": partial(train, bench, "references", size.references, seeds) for seeds in size.reference_seeds
     }
     spread = partial(train, bench, "spread", size.spread, size.spread_seeds, peek=True)
@@ -232,7 +233,8 @@ def inference(bench: Bench) -> dict[str, Step]:
 
     The first is trained for one epoch only: its speed does not depend on its weights.
     """
-    size, steps = bench.size, {}
+    size = bench.size
+    steps: dict[str, Step] = {}
     providers = [*["cuda"] * (bench.device.type == "cuda"), "cpu"]
 
     def from_host(file: Path, provider: str) -> Measurement:
@@ -251,7 +253,7 @@ def inference(bench: Bench) -> dict[str, Step]:
     brief = Study(
         name=STEP_PRESET,
         question="How fast does it answer?",
-        base={"model": STEP_PRESET, "recipe": "fast"},
+        base=Base(model=STEP_PRESET, recipe="fast"),
         set={"recipe.epochs": 1},
         factors={"model": [STEP_PRESET]},
     )
@@ -334,7 +336,7 @@ def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, tr
     trials = by_architecture(trials)
     pending = [trial for trial in trials if directory.record(trial.id) is None and not directory.adopt(trial.id)]
     chosen = [
-        bench.size.execution.chosen(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
+        bench.size.execution.plan(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
         for trial in pending
     ]
     execution, without = bench.size.execution.usable(chosen, bench.device)
@@ -352,7 +354,8 @@ def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, tr
 
 def trained(directory: StudyDirectory) -> dict[str, Any]:
     """The cells of a study directory with the records of their trials."""
-    failures, cells = {}, []
+    failures: dict[str, str] = {}
+    cells: list[dict[str, Any]] = []
     for cell in directory.plan.cells:
         records = [record for trial in cell.trials if (record := directory.record(trial))]
         done = {record.trial for record in records}

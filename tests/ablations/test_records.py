@@ -207,7 +207,7 @@ def test_a_damaged_trial_beside_is_not_taken_over(trained_study, tmp_path):
     no_record, no_weights, whole, *_ = (place.name for place in sorted((beside / "trials").iterdir()))
     (beside / "trials" / no_record / "record.json").write_text("{}")
     (beside / "trials" / no_weights / "model.safetensors").unlink()
-    assert [study.adopt(trial) for trial in (no_record, no_weights, whole)] == [False, False, True]
+    assert [study.adopt(trial) for trial in (no_record, no_weights, whole)] == [None, None, "tiny"]
 
 
 def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
@@ -215,9 +215,13 @@ def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
     beside.path.mkdir(parents=True)
     (tmp_path / "runs" / "tiny").symlink_to(trained_study)
     trial = next((trained_study / "trials").iterdir()).name
-    assert beside.adopt(trial)
+    assert beside.adopt(trial) == "tiny"
+    assert beside.adopted(trial) == "tiny"
+    assert StudyDirectory(trained_study).adopted(trial) is None
     assert beside.record(trial) == StudyDirectory(trained_study).record(trial)
     assert beside.checkpoint(trial).read_bytes() == StudyDirectory(trained_study).checkpoint(trial).read_bytes()
     assert not beside.adopt("no such trial")
     assert [(read.trial, read.reader) for read in beside.test_reads()] == [(trial, "training")]
     assert sorted(path.name for path in beside.path.iterdir()) == ["ledger.jsonl", "trials"]
+    beside.write_config(beside.config(trial))  # a training here begins
+    assert beside.adopted(trial) is None

@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,35 +9,36 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from adam import adam
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
 from bench import step
-from bench.experts import FORMS, TOLERANCE, build_form, difference
-from bench.latency import Latency, engines, measure, random_images, rows, take_turns
-from bench.peaks import Peaks, measure_peaks
-from bench.training import (
+from bench.baseline import (
     BaselineImages,
     TextbookBlock,
-    TrainingSpeed,
     _baseline_rounds,
     baseline_rounds,
     baseline_step,
     baseline_transform,
-    in_turns,
     textbook,
 )
+from bench.experts import FORMS, TOLERANCE, build_form, difference
+from bench.latency import Latency, engines, measure, random_images, rows, take_turns
+from bench.peaks import Peaks, measure_peaks
+from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.fast.execution import Means
+from model.fast.execution import ExecutionPlan
 from model.pixels import normalise
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
+    trial="abc", model="two_block", data="digits",
+    fingerprint="0123abcd", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
     std=(0.25,) * 3,
 )  # fmt: skip
 
@@ -124,7 +122,7 @@ def test_engines_run_the_same_network(model):
     images = random_images(model, 5)
     assert (images.shape, images.dtype) == ((5, 8, 8, 3), np.uint8)
     assert [run(images).shape for run in runs.values()] == [(5, 10)] * 2
-    assert metadata["trial"] == "abc"
+    assert metadata.trained == TRAINED
 
 
 def test_a_file_of_other_origin_is_measured_alone(tmp_path):
@@ -142,7 +140,7 @@ def test_files_that_cannot_be_measured(tmp_path):
     with pytest.raises(InputError, match="text.onnx: not an ONNX file"):
         measure([tmp_path / "text.onnx"])
     path = identity(tmp_path / "open.onnx", TensorProto.FLOAT, ["n", "height", 4])
-    with pytest.raises(InputError, match=r"open.onnx: needs found input of images.* found x: tensor\(float\)"):
+    with pytest.raises(InputError, match=r"open.onnx: needs one input of images.* found x: tensor\(float\)"):
         measure([path])
     path = identity(tmp_path / "int64.onnx", TensorProto.INT64, ["n", 4])
     with pytest.raises(InputError, match=r"found x: tensor\(int64\)"):
@@ -209,16 +207,12 @@ def _baseline_work(labels_B: torch.Tensor) -> tuple:
     return net, images, 4, 2, 0.1, torch.device("cpu")
 
 
-def _adam(net: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(net.parameters(), fused=True)
-
-
 def test_baseline_rounds_train():
     net, *work = _baseline_work(torch.arange(8))
     optimizers = []
 
     def optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizers.append(_adam(trained))
+        optimizers.append(adam(trained))
         return optimizers[0]
 
     assert next(_baseline_rounds(net, optimizer, *work, torch.get_num_threads())) > 0
@@ -227,18 +221,11 @@ def test_baseline_rounds_train():
     assert not torch.equal(group["params"][0], net[1].weight)
 
 
-def test_baseline_rounds_are_of_a_process_of_their_own_which_ends():
-    net, *work = _baseline_work(torch.arange(8))
-    with baseline_rounds(net, _adam, *work) as run:
-        assert run() > 0
-        assert run() > 0
-        assert len(multiprocessing.active_children()) == 1
-    assert multiprocessing.active_children() == []
-
-
-def test_an_error_of_the_baseline_is_raised_here():
+def test_baseline_rounds_are_of_a_process_of_their_own_whose_errors_are_raised_here():
+    """That it trains there is seen in `measure_training`."""
     net, *work = _baseline_work(torch.arange(8) + 5)
-    with baseline_rounds(net, _adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+    with baseline_rounds(net, adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+        assert len(multiprocessing.active_children()) == 1
         run()
     assert multiprocessing.active_children() == []
 
@@ -255,33 +242,34 @@ def test_peaks_are_of_the_device(monkeypatch):
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
 
 
-def test_pytest_benchmark_suite(file, tmp_path):
-    """As a user calls it, twice, with the second run compared to the first, and a histogram."""
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
-    command += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
-    # beside other tests, as pytest-xdist runs them, it would measure nothing
-    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
+    """Twice, with the second run compared to the first, and a histogram."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    suite = ["bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
+    suite += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
     for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-json", f"{tmp_path}/result.json"]):
-        done = subprocess.run([*command, *more], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 passed" in done.stdout
-    assert "(0001_" in done.stdout
+        status = pytest.main([*suite, *more])
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert "4 passed" in printed
+    assert "(0001_" in printed
     found = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
-    assert {bench["extra_info"]["engine"] for bench in found} == {"onnxruntime cpu", "pytorch eager cpu"}
-    assert all(bench["extra_info"]["images_per_s"] > 0 for bench in found)
+    assert {benchmark["extra_info"]["engine"] for benchmark in found} == {"onnxruntime cpu", "pytorch eager cpu"}
+    assert all(benchmark["extra_info"]["images_per_s"] > 0 for benchmark in found)
     assert list(tmp_path.glob("histogram*.svg"))
 
 
 def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
     config, cpu = vary(PRESETS["two_block"], "width", 0.0625), torch.device("cpu")
-    found = step.agreement(config, 2, 8, cpu, Means(), steps=3)
+    found = step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=3)
     assert (found.largest, len(found.eager)) == (0, 3)
     assert found.eager[2] < found.eager[0], "it trains"
     for wrong in (1.01, float("nan")):
         losses = iter([[1.0, 1.0], [1.0, wrong]])
         monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
         with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
-            step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
+            step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
 def test_a_step_is_measured_from_the_command_line(capsys):

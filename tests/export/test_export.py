@@ -8,19 +8,23 @@ import onnx
 import onnx.reference
 import pytest
 import torch
+from small_networks import weights, with_weights
 
 from export.certificate import BOUNDS, Agreement, Certificate
 from export.compare import BATCHES, certify
+from export.graph import describe
 from export.metadata import Metadata, entries_of, read_metadata
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
+from model.cost import cost
 from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
+    trial="abc", model="small", data="digits",
+    fingerprint="0123abcd", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.3, 0.4),
 )  # fmt: skip
 EVERYTHING = ModelConfig(
@@ -59,8 +63,14 @@ def kind(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint, kind) -> bytes:
-    return to_onnx(checkpoint, kind)
+def models(checkpoint) -> dict[str, bytes]:
+    """The checkpoint's file of each kind."""
+    return {kind: to_onnx(checkpoint, kind) for kind in ("uint8", "float")}
+
+
+@pytest.fixture(scope="module")
+def model(models, kind) -> bytes:
+    return models[kind]
 
 
 def labels(count: int) -> np.ndarray:
@@ -81,11 +91,11 @@ def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
     torch.testing.assert_close(torch.from_numpy(logits_BN), served(checkpoint, kind)(images), rtol=1e-4, atol=1e-5)
 
 
-def test_uint8_input_is_the_normalised_float_input(checkpoint):
+def test_uint8_input_is_the_normalised_float_input(checkpoint, models):
     pixels_BHWC = example(checkpoint, "uint8", 5)
     mean, std = (torch.tensor(values)[:, None, None] for values in (TRAINED.mean, TRAINED.std))
     floats_BCHW = (pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std
-    sessions = [open_session(to_onnx(checkpoint, kind), "cpu", "model") for kind in ("uint8", "float")]
+    sessions = [open_session(models[kind], "cpu", "model") for kind in ("uint8", "float")]
     logits = [s.run(None, {"images": x.numpy()})[0] for s, x in zip(sessions, (pixels_BHWC, floats_BCHW))]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
 
@@ -144,11 +154,11 @@ def test_a_timm_model_is_exported():
     assert certify(model, served(checkpoint, "uint8"), images, labels(20)).passed
 
 
-def test_another_networks_model_fails_its_certificate(checkpoint):
-    model = to_onnx(checkpoint, "uint8")
+def test_another_networks_model_fails_its_certificate(checkpoint, models):
     other = trained_a_little(EVERYTHING)
     other.weights["head.classifier.weight"][0] += 0.5
-    certificate = certify(model, served(other, "uint8"), example(checkpoint, "uint8", 64).numpy(), labels(64))
+    images = example(checkpoint, "uint8", 64).numpy()
+    certificate = certify(models["uint8"], served(other, "uint8"), images, labels(64))
     assert not certificate.passed
     assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
     assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
@@ -158,25 +168,23 @@ def test_another_networks_model_fails_its_certificate(checkpoint):
     ("change", "precision", "passed"),
     [(2e-5, "fp32", True), (2e-4, "fp32", False), (np.nan, "fp32", False), (np.inf, "fp16", False)],
 )
-def test_the_bound_is_applied(checkpoint, change, precision, passed):
-    model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
-    bias = next(held for held in model.graph.initializer if held.name.endswith("head.classifier.bias"))
-    values = onnx.numpy_helper.to_array(bias).copy()
-    values[:1] += np.float32(change)
-    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+def test_the_bound_is_applied(checkpoint, models, change, precision, passed):
+    bias = weights(models["uint8"], "head.classifier.bias")
+    bias[:1] += np.float32(change)
+    model = with_weights(models["uint8"], head__classifier__bias=bias)
     images = example(checkpoint, "uint8", 8).numpy()
     all_first_B = np.zeros(8, int)  # the class that an infinite logit takes each image for
-    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, all_first_B, precision)
+    certificate = certify(model, served(checkpoint, "uint8"), images, all_first_B, precision)
     assert certificate.passed == passed
     assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
 
 
-def test_the_first_layer_that_diverges_is_named(checkpoint, kind):
-    """Also where its weights were changed in the file: the layers before it agree."""
+def test_the_first_layer_that_diverges_is_named(checkpoint, kind, model):
+    """The layers before it agree."""
     other = trained_a_little(EVERYTHING)
     other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
     images = example(checkpoint, kind, 64).numpy()
-    certificate = certify(to_onnx(other, kind), served(checkpoint, kind), images, labels(64))
+    certificate = certify(model, served(other, kind), images, labels(64))
     assert certificate.first_divergence == "layers.2"
 
 
@@ -192,15 +200,20 @@ def test_lower_precision_may_lose_half_a_point():
     assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
 
 
-def test_flips_are_counted_by_image(checkpoint):
+def test_flips_are_counted_by_image(checkpoint, models):
     net = served(checkpoint, "uint8")
     images = example(checkpoint, "uint8", 9)
-    other = trained_a_little(EVERYTHING)
-    other.weights["head.classifier.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
+    model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    certificate = certify(to_onnx(other, "uint8"), net, images.numpy(), labels(9), batches=(4,))
+    certificate = certify(model, net, images.numpy(), labels(9), batches=(4,))
     assert certificate.agreements[0].argmax_flips == expected
     assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
+
+
+def test_macs_are_those_of_the_records(models):
+    """Of mixed kernels, residual macro blocks, strides and pooling."""
+    for model in models.values():
+        assert describe(model, "small").macs == cost(EVERYTHING, *TRAINED.image_size)[1]
 
 
 def test_providers_that_are_not_there(model):

@@ -32,7 +32,8 @@ def exported():
         if name not in made:
             config = network(name)
             trained = Trained(
-                trial="abc", model=name, data="digits", classes=tuple("0123456789"), image_size=SIZE,
+                trial="abc", model=name, data="digits",
+                fingerprint="0123abcd", classes=tuple("0123456789"), image_size=SIZE,
                 mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
             )  # fmt: skip
             made[name] = to_onnx(Checkpoint(config, trained, build(config).state_dict()), "float")
@@ -71,7 +72,7 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-@pytest.mark.parametrize("name", ["two_block", "eight_block", "macro_residual", "mixed_kernel", "resnet10t"])
+@pytest.mark.parametrize("name", ["two_block", "eight_block", "resnet10t"])
 def test_macs_are_those_of_the_records(exported, name):
     assert describe(exported(name), name).macs == cost(network(name), *SIZE)[1]
 

@@ -6,6 +6,7 @@ import onnx.reference
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from small_networks import weights, with_weights
 from torch.nn import functional
 
 from export.precision import PrecisionError, Reduction, lowered
@@ -17,7 +18,14 @@ from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="digits", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,)
+    trial="abc",
+    model="digits",
+    data="digits",
+    fingerprint="0123abcd",
+    classes=tuple("0123456789"),
+    image_size=(8, 8),
+    mean=(0.3,),
+    std=(0.4,),
 )
 WIDE = ModelConfig(
     in_chans=1,
@@ -115,21 +123,6 @@ def names(model: bytes, *kinds: str) -> list[str]:
     return [node.name for node in onnx.load_from_string(model).graph.node if node.op_type in kinds]
 
 
-def edited(model: bytes, **values: np.ndarray) -> bytes:
-    """The model with other initializers: each replaces the one whose name ends in the key, `__` for a dot."""
-    proto = onnx.load_from_string(model)
-    for key, value in values.items():
-        ends = key.replace("__", ".")
-        old = next(held for held in proto.graph.initializer if held.name.endswith(ends))
-        old.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float32), old.name))
-    return proto.SerializeToString()
-
-
-def weights(model: bytes, ends: str) -> np.ndarray:
-    initializers = onnx.load_from_string(model).graph.initializer
-    return next(onnx.numpy_helper.to_array(one).copy() for one in initializers if one.name.endswith(ends))
-
-
 def test_logits_are_near_the_float_ones(model, reduced, precision, images):
     held_out = images[1200:]
     assert noise(model, reduced, held_out) < {"fp16": 2e-3, "int8": 0.05}[precision]
@@ -206,7 +199,7 @@ def test_an_overflow_is_repaired(plain, digits):
     images = normalised(digits[0][:64]).numpy()
     second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
     bias = weights(plain, "layers.1.conv.weight_bias")
-    model = edited(
+    model = with_weights(
         plain, layers__1__conv__weight=second * 1e6, layers__1__conv__weight_bias=bias * 1e6,
         layers__2__conv__weight=third / 1e6,
     )  # fmt: skip
@@ -232,7 +225,7 @@ def test_an_outlier_channel_is_repaired(plain, digits):
     second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
     bias = weights(plain, "layers.1.conv.weight_bias")
     second[0], bias[0], third[:, 0] = second[0] * 3000, bias[0] * 3000, third[:, 0] / 3000
-    model = edited(
+    model = with_weights(
         plain, layers__1__conv__weight=second, layers__1__conv__weight_bias=bias, layers__2__conv__weight=third
     )
     assert noise(plain, model, images) < 1e-5

@@ -5,37 +5,24 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from small_networks import CLASSES, HEIGHT, WIDTH, small_checkpoint, small_model
 from timm.data import create_transform
 
 from export.metadata import entries_of
 from export.predict import BATCH, predict, read_pixels
-from export.to_onnx import served, to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, ModelConfig
+from export.to_onnx import served
+from model.checkpoint import Checkpoint
 from model.errors import InputError
-from model.registry import build
-
-HEIGHT, WIDTH = 6, 8
-
-
-def small(channels: int) -> Checkpoint:
-    torch.manual_seed(0)
-    config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
-    trained = Trained(
-        trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(HEIGHT, WIDTH),
-        mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
-    )  # fmt: skip
-    return Checkpoint(config, trained, build(config).state_dict())
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
 def checkpoint(request) -> Checkpoint:
-    return small(request.param)
+    return small_checkpoint(request.param)
 
 
 @pytest.fixture(scope="module", params=["uint8", "float"])
 def model(request, checkpoint) -> bytes:
-    return to_onnx(checkpoint, request.param)
+    return small_model(checkpoint.config.in_chans, request.param)
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -48,7 +35,7 @@ def pytorch(checkpoint: Checkpoint, pixels_BHWC: np.ndarray) -> np.ndarray:
 
 
 def probabilities(prediction) -> list[float]:
-    return [dict(prediction.classes)[name] for name in "abc"]
+    return [dict(prediction.classes)[name] for name in CLASSES]
 
 
 def test_pytorch_agrees_on_images_of_the_right_size(checkpoint, model, tmp_path):
@@ -65,7 +52,7 @@ def test_pytorch_agrees_on_images_of_the_right_size(checkpoint, model, tmp_path)
         chances = [chance for _, chance in prediction.classes]
         assert chances == sorted(chances, reverse=True)
         assert sum(chances) == pytest.approx(1)
-        assert prediction.classes[0][0] == "abc"[expected_N.argmax()]
+        assert prediction.classes[0][0] == CLASSES[expected_N.argmax()]
     np.testing.assert_array_equal(read_pixels(paths[0], HEIGHT, WIDTH, channels), pixels_BHWC[0])
 
 
@@ -146,7 +133,7 @@ def test_exif_turns_the_image(tmp_path):
 
 @pytest.fixture(scope="module")
 def rgb() -> bytes:
-    return to_onnx(small(3), "uint8")
+    return small_model(3, "uint8")
 
 
 @pytest.fixture

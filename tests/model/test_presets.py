@@ -1,5 +1,6 @@
 """The presets: their parameters, counted by hand, and the behaviour of a timm model."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 from timm.models import group_parameters
 
-from model.config import TimmModel
+from model.config import Block, Pool, TimmModel
 from model.errors import InputError
 from model.net import ExpertNet
 from model.presets import PRESETS, network
@@ -93,9 +94,16 @@ def test_matched_presets_are_the_matched_baselines(name, equal):
     assert abs(matched_difference(PRESETS[name], equal)) < 0.006
 
 
-@pytest.fixture(params=PRESETS)
+NAMES = timm.list_models("expertnet_*")
+
+
+def test_all_presets_are_registered():
+    assert {f"expertnet_{name}" for name in PRESETS} == set(NAMES)
+
+
+@pytest.fixture(params=NAMES)
 def name(request) -> str:
-    return f"expertnet_{request.param}"
+    return request.param
 
 
 X = torch.randn(2, 3, 32, 32)
@@ -140,15 +148,88 @@ def test_intermediates_are_the_layers_outputs(name):
     assert reductions == [info["reduction"] for info in net.feature_info[:-1]]
     last = net.forward_intermediates(X, indices=1, intermediates_only=True)
     torch.testing.assert_close(last, features[-1:])
+    early = net.forward_intermediates(X, indices=[0, 1], stop_early=True, intermediates_only=True, norm=True)
+    torch.testing.assert_close(early, features[:2])
     with pytest.raises(ValueError, match="NCHW"):
         net.forward_intermediates(X, output_fmt="NLC")
 
 
-def test_features_only(name):
-    net = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()
-    features = net(X)
-    assert [f.shape[1] for f in features] == net.feature_info.channels()
-    assert len(net.model.layers) < len(PRESETS[name.removeprefix("expertnet_")].layers)
+@pytest.mark.parametrize("kind", ["getter", "fx"])
+def test_features_only(name, kind):
+    net = timm.create_model(name).eval()
+    wrapped = timm.create_model(name, features_only=True, out_indices=(0, 1), feature_cls=kind).eval()
+    weights = net.state_dict()
+    wrapped.load_state_dict({key: weights[key.partition(".")[2]] for key in wrapped.state_dict()})
+    features = wrapped(X)
+    torch.testing.assert_close(features, net.forward_intermediates(X, indices=[0, 1], intermediates_only=True))
+    assert [f.shape[1] for f in features] == wrapped.feature_info.channels()
+    assert len(wrapped.state_dict()) < len(net.state_dict())
+
+
+def test_layers_are_pruned(name):
+    net = timm.create_model(name).eval()
+    expected = net.forward_intermediates(X, indices=[1], intermediates_only=True)[0]
+    parts = len(net.feature_info)
+    assert net.prune_intermediate_layers([1 - parts]) == [1]
+    torch.testing.assert_close(net(X), expected)
+    assert net.num_features == expected.shape[1]
+    assert len(net.feature_info) == 2
+    assert ExpertNet(net.config).state_dict().keys() == net.state_dict().keys()
+    (last,) = net.forward_intermediates(X, indices=1, intermediates_only=True)
+    torch.testing.assert_close(last, expected)
+
+
+def test_pruning_can_leave_the_head():
+    net = timm.create_model("expertnet_two_block").eval()
+    head = net.head
+    net.prune_intermediate_layers([1], prune_head=False)
+    assert net.head is head
+    assert net(X).shape == (2, 10)
+
+
+TRACERS = {
+    "fx": torch.fx.symbolic_trace,
+    "script": torch.jit.script,
+    "export": lambda net: torch.export.export(net, (X,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_traced_networks_compute_the_same(name, tracer):
+    net = timm.create_model(name).eval()
+    torch.testing.assert_close(TRACERS[tracer](net)(X), net(X))
+
+
+def test_a_network_is_exported_for_batches_of_any_size():
+    net = timm.create_model("expertnet_two_block").eval()
+    program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for size in (2, 5):
+        x_BCHW = torch.randn(size, 3, 32, 32)
+        torch.testing.assert_close(program(x_BCHW), net(x_BCHW))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize(
+    ("variant", "level"),
+    [("gate", "shuffled"), ("gate", "frozen"), ("gate", "uniform"), ("gate", "constant")]
+    + [("gate", {"kind": "linear", "temperature": 2.0}), ("norm_act", "none"), ("norm_act", "mix"), ("experts", 1)],
+)
+def test_traced_variants_compute_the_same(variant, level):
+    small = PRESETS["segmented"].change(layers=(Block(channels=8), Pool(), Block(channels=8)))
+    net = build(vary(small, variant, level)).eval()
+    for tracer, trace in TRACERS.items():
+        torch.testing.assert_close(trace(net)(X), net(X), msg=lambda text, tracer=tracer: f"{tracer}: {text}")
+
+
+def test_a_traced_network_trains_as_the_network_does():
+    torch.manual_seed(0)
+    net = timm.create_model("expertnet_macro_residual", drop_rate=0.0)
+    traced, gradients = torch.fx.symbolic_trace(copy.deepcopy(net)), []
+    for module in (net, traced):
+        module(X).logsumexp(1).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    torch.testing.assert_close(*gradients)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(name):
@@ -165,9 +246,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name):
 
 def test_groups_hold_every_parameter_once(name):
     net = timm.create_model(name)
-    groups = group_parameters(net, net.group_matcher(), reverse=False)
-    named = [parameter for group in groups.values() for parameter in group]
-    assert sorted(named) == sorted(n for n, _ in net.named_parameters())
+    counts = []
+    for coarse in (False, True):
+        groups = group_parameters(net, net.group_matcher(coarse), reverse=False)
+        named = [parameter for group in groups.values() for parameter in group]
+        assert sorted(named) == sorted(n for n, _ in net.named_parameters())
+        layers = [{name.split(".")[1] for name in group if name.startswith("layers")} for group in groups.values()]
+        assert [group for group in layers[1:] if "0" in group] == []
+        counts.append(len(groups))
+    reductions = {info["reduction"] for info in net.feature_info[1:]}
+    assert counts == [len(net.feature_info) + 1, len(reductions) + 2]  # the first layer, the others, and the head
 
 
 def test_default_cfg_names_the_layers_that_timm_changes(name):

@@ -163,24 +163,6 @@ def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     assert f"6 trials, {done} of them done before" in outcome.err
 
 
-def test_an_interrupt_while_it_starts_is_one_line():
-    interrupted_import = """
-import sys
-from ablations.cli.entry import main
-
-class Interrupted:
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Interrupted())
-sys.argv = ["expertgrid", "bench-train"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", interrupted_import], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "error: stopped; finished work is kept\n")
-
-
 def test_an_interrupt_that_python_drops_stops_the_study(tiny_study, tmp_path):
     interrupted_in_a_finaliser = """
 import signal

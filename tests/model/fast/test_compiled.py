@@ -15,8 +15,8 @@ from ablations.training.loop import predict, start, train
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.config import Block, ModelConfig, TimmModel
-from model.fast.compiled import blocks, compile_blocks, earns, missing
-from model.fast.execution import Execution, Means
+from model.fast.compiled import blocks, compile_blocks, pays_off, why_unavailable
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
@@ -98,13 +98,13 @@ def test_networks_of_timm_have_no_blocks():
     assert compile_blocks(net, [torch.empty(0)], False) == 0
 
 
-@pytest.mark.skipif(missing(CPU) is not None, reason="there is no C++ compiler")
+@pytest.mark.skipif(why_unavailable(CPU) is not None, reason="there is no C++ compiler")
 def test_compiled_training_agrees_with_eager(trial, digits_splits):
     losses = []
     for compiled in (False, True):
         training = start(trial, digits_splits)
         if compiled:
-            assert prepare(trial, digits_splits, training, Execution(compile="on"), steps=1).seconds > 0
+            assert prepare(trial, digits_splits, training, ExecutionOptions(compile="on"), steps=1).seconds > 0
         losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits_splits, training)]
     assert len(losses) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
@@ -112,31 +112,31 @@ def test_compiled_training_agrees_with_eager(trial, digits_splits):
 
 def test_only_long_trainings_are_compiled():
     eight = list(PRESETS["eight_block"].blocks())
-    assert not earns(eight, 10**9, "cpu")
-    assert not earns([], 10**9, "cuda")
+    assert not pays_off(eight, 10**9, "cpu")
+    assert not pays_off([], 10**9, "cuda")
     for kind in ("cuda", "amx"):
-        assert earns(eight, 100 * 351, kind)
-        assert not earns(eight, 10, kind)
-    assert not earns(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
+        assert pays_off(eight, 100 * 351, kind)
+        assert not pays_off(eight, 10, kind)
+    assert not pays_off(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
     many = [Block(channels=8 + i) for i in range(8)]
     steps = 20_000
-    assert earns(eight, steps, "cuda")
-    assert not earns(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
+    assert pays_off(eight, steps, "cuda")
+    assert not pays_off(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
 
 
 def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path, capsys):
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
-        reason = missing(CPU)
+        reason = why_unavailable(CPU)
         assert reason.startswith("there is no C++ compiler")
         outcome = expertgrid("run", tiny_study, "--compile", "on", "--device", "cpu")
         assert outcome.status == 2
         assert f"--compile on: {reason}" in outcome.complaint
         assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
-        assert usable(Execution(), [Means(compile=True)], CPU).compile == "off"
-        assert usable(Execution(), [Means()], CPU) == Execution()
+        assert usable(ExecutionOptions(), [ExecutionPlan(compile=True)], CPU).compile == "off"
+        assert usable(ExecutionOptions(), [ExecutionPlan()], CPU) == ExecutionOptions()
         assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    assert "cpu and cuda only" in missing(torch.device("mps"))
+    assert "cpu and cuda only" in why_unavailable(torch.device("mps"))
 
 
 def fails_to_compile(*arguments) -> float:
@@ -145,7 +145,7 @@ def fails_to_compile(*arguments) -> float:
 
 def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
     monkeypatch.setattr(engines, "compile_blocks", fails_to_compile)
-    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
     outcome = expertgrid(*small, "--format", "json")
     notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"
@@ -160,9 +160,9 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
-    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     directory = StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], resident_digits, directory, execution=Execution()))
+    events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert (record.compiled, record.compile_seconds) == ((False, 0) if fails else (True, 2.5))
     assert load(directory.checkpoint(trial.id)).trained.trial == trial.id

@@ -25,7 +25,7 @@ from ablations.training.loop import start, train
 from ablations.training.recipe import RECIPES, Recipe
 from ablations.training.trial import Trial
 from model.fast.cuda_graphs import WARM_UP, Recorder, recordable
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -136,8 +136,8 @@ def losses(trial, splits, execution) -> list[tuple[float, float, float]]:
 def test_replays_train_as_plain_steps_do(fields, digits, digits_splits, on_cpu):
     """Rates change at each step, and batches; what was recorded of one step has to follow."""
     trial = trial_of(digits, **fields)
-    plain = losses(trial, digits_splits, Execution(graphs="off"))
-    replayed = losses(trial, digits_splits, Execution(graphs="on"))
+    plain = losses(trial, digits_splits, ExecutionOptions(graphs="off"))
+    replayed = losses(trial, digits_splits, ExecutionOptions(graphs="on"))
     assert [pytest.approx(epoch, rel=2e-4) for epoch in plain] == replayed
 
 
@@ -217,15 +217,15 @@ def test_what_cannot_be_recorded_is_an_error_or_goes_on(digits, resident_digits,
         raise RuntimeError("operation not permitted\nand more")
 
     monkeypatch.setattr(TapeRecorder, "_record", refused)
-    monkeypatch.setattr(Execution, "chosen", lambda *_: Means(graphs=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *_: ExecutionPlan(graphs=True))
     trial, directory = trial_of(digits), StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], resident_digits, directory, execution=Execution()))
+    events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert not record.graphs
     notes = [event.text for event in events if isinstance(event, TrialNote)]
     assert notes == ["trained without CUDA graphs, which failed: RuntimeError: operation not permitted"]
     strict = StudyDirectory(tmp_path / "strict")
-    list(run_local([trial], resident_digits, strict, execution=Execution(graphs="on")))
+    list(run_local([trial], resident_digits, strict, execution=ExecutionOptions(graphs="on")))
     assert strict.failure(trial.id).error == "RuntimeError: operation not permitted"
 
 
@@ -233,6 +233,6 @@ def test_an_optimiser_that_counts_on_the_host_is_not_recorded(digits, digits_spl
     trial = trial_of(digits, **{"recipe.opt": "lion"})
     training = start(trial, digits_splits)
     with pytest.raises(engines.TrainingError, match="--graphs on: the optimiser lion cannot be recorded"):
-        prepare(trial, digits_splits, training, Execution(graphs="on"), steps=2)
-    prepare(trial, digits_splits, training, Execution(), steps=2)
+        prepare(trial, digits_splits, training, ExecutionOptions(graphs="on"), steps=2)
+    prepare(trial, digits_splits, training, ExecutionOptions(), steps=2)
     assert training.recorder is None
