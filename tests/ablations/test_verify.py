@@ -135,7 +135,7 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: (s.trial(t) / "epochs.jsonl").write_text("{}\n"), "epochs.jsonl"),
         (
             lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"),
-            "predictions.npz: not a file of predictions; the file is damaged: delete",
+            "predictions.npz: not a file of predictions; ",
         ),
         (with_other_predictions, "trials of one hold-out have different labels: "),
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),

@@ -52,7 +52,7 @@ class EpochIsOver(Exception):
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    return ImageData.random(train=100, height=32, width=32)
+    return ImageData.random(train=40, height=32, width=32, classes=4)
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_what_is_validated_and_saved_is_the_average(digits, digits_splits, resid
     assert torch.equal(weights(load(directory.checkpoint(trial.id)).network()), weights(training.result))
 
 
-def test_a_frozen_stem_stays_as_it_was_fitted():
+def test_a_whitening_stem_stays_as_it_was_fitted():
     fields = {"recipe.epochs": 2, "recipe.batch_size": 16, "recipe.amp": "off", "recipe.ema_decay": 0.9, "width": 0.125}
     few = ImageData.random(train=100, height=32, width=32)
     study = Study(name="test", question="?", seeds=1, base={"model": "speed"}, set=fields)
