@@ -35,8 +35,8 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        counts = {"done": done_before, "trials": done_before + len(trials)}
-        self.task = self.bar.add_task("", total=sum(self.left.values()), **counts)
+        trials_in_all = done_before + len(trials)
+        self.task = self.bar.add_task("", total=sum(self.left.values()), done=done_before, trials=trials_in_all)
         self.now = Text(no_wrap=True, overflow="ellipsis")
 
     def live(self) -> AbstractContextManager:

@@ -45,7 +45,9 @@ def table(
         judged = [evidence.judge(found, study.study.margin, study.plan.race) for study, found in zip(studies, by_study)]
         shown = tables.columns(rows, [judgement for judgements in judged for judgement in judgements])
         three = zip(studies, by_study, judged)
-        notes = _of_each(studies, [tables.notes(study, study.plan, *found) for study, *found in three])
+        notes = _of_each(
+            studies, [tables.notes(study, study.plan, found, verdicts) for study, found, verdicts in three]
+        )
     print(tables.render(shown, format, notes))
     return 0
 
@@ -97,7 +99,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
         if as_html:
             files = {out: report.html(found).encode()}
         else:
-            figures = report.figures(found, format.removesuffix("-figures"))
+            figures = report.figures(found, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
         write_out("--out", file, content)
