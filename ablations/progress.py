@@ -1,7 +1,6 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -36,8 +35,8 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        counts: dict[str, Any] = {"done": done_before, "trials": done_before + len(trials)}
-        self.task = self.bar.add_task("", total=sum(self.left.values()), **counts)
+        trials_in_all = done_before + len(trials)
+        self.task = self.bar.add_task("", total=sum(self.left.values()), done=done_before, trials=trials_in_all)
         self.now = Text(no_wrap=True, overflow="ellipsis")
 
     def live(self) -> AbstractContextManager:

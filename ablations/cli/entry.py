@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 130 stopped by the user.
 """
 
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,8 @@ def main() -> None:
     """Runs the command line. Wrong input is one line on stderr and exit status 2."""
     if sys.stdout is None:  # it was closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     try:
@@ -54,10 +56,10 @@ def _run(arguments: list[str]) -> int:
     except InputError as error:
         return _complain(str(error), 2)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        message = getattr(error, "format_message", None)
+        if message is None:
             raise
-        message = error.format_message()
-        return _complain(message.replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
+        return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
@@ -16,8 +17,8 @@ from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from export.card import card
-from export.certificate import BOUNDS
 from export.graph import describe, read_onnx
+from export.metadata import Input, Precision
 from export.picture import draw
 from export.precision import PrecisionError
 from export.predict import predict as predict_images
@@ -31,8 +32,8 @@ from model.files import write_whole
 
 def export(
     source: Path,
-    input: str = "uint8",
-    precision: str = "fp32",
+    input: Input = "uint8",
+    precision: Precision | Literal["all"] = "fp32",
     outputs: Sequence[str] = ("logits",),
     fuse: bool = True,
     prune_gates: float | None = None,
@@ -66,7 +67,8 @@ def export(
         print(dropped)
     reference = Reference(checkpoint, arrays, input, prune_gates)
     passed = True
-    for kind in BOUNDS if precision == "all" else [precision]:
+    kinds: list[Precision] = [*get_args(Precision)] if precision == "all" else [precision]
+    for kind in kinds:
         if ledger:
             ledger.enter_test_read(checkpoint.trained.trial, "export", len(images.test))
         try:
@@ -133,7 +135,7 @@ def _write(
 def predict(file: Path, images: Sequence[Path], top: int, provider: str, format: Format) -> int:
     """Prints the most probable classes of each image."""
     predictions = predict_images(read_onnx(file), str(file), images, provider)
-    rows = [
+    rows: list[dict[str, object]] = [
         {"image": str(prediction.path), "class": name, "probability": probability}
         for prediction in predictions
         for name, probability in prediction.classes[:top]

@@ -16,12 +16,12 @@ def _models(modules: Sequence[str]) -> list[dict[str, object]]:
     from model.cost import cost
     from model.presets import PRESETS
 
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, config in PRESETS.items():
         parameters, macs = cost(config, 32, 32)
         counts = sorted({len(block.kernels) for block in config.blocks()})
         gates = sorted({block.gate.kind for block in config.blocks() if block.gate})
-        row = {
+        row: dict[str, object] = {
             "model": name,
             "blocks": len(list(config.blocks())),
             "K": ", ".join(map(str, counts)),
@@ -41,12 +41,12 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
     from model.errors import InputError
     from model.presets import network
 
-    rows = []
+    rows: list[dict[str, object]] = []
     for name in list_models():
         home = model_entrypoint(name).__module__
         if any(home == module or home.startswith(f"{module}.") for module in modules):
             config = network(name)
-            row = {"model": name, "blocks": None, "K": "", "gate": ""}
+            row: dict[str, object] = {"model": name, "blocks": None, "K": "", "gate": ""}
             try:
                 check_fit(name, config, config.in_chans, (32, 32), "32x32 pixels")
                 parameters, macs = cost(config, 32, 32)

@@ -84,13 +84,18 @@ def plan_table(plan: Plan) -> str:
     from ablations.results.tables import plan_lines
     from model.cost import cost
 
-    rows = []
+    rows: list[dict[str, object]] = []
     for cell in plan.cells:
         parameters, macs = cost(cell.trials[0].model, *plan.data.image_size)
         done = sum(plan.directory.record(trial.id) is not None for trial in cell.trials)
         recipe = cell.trials[0].recipe
         levels = {name: level_name(level) for name, level in cell.levels.items()}
-        row = {"model": cell.model_name, **levels, "first trial": cell.trials[0].id, "seeds": len(cell.trials)}
+        row: dict[str, object] = {
+            "model": cell.model_name,
+            **levels,
+            "first trial": cell.trials[0].id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
     different = {trial.id for cell in plan.cells for trial in cell.trials}
     notes = [

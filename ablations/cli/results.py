@@ -67,7 +67,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
         if as_html:
             files = {out: report.html(found).encode()}
         else:
-            figures = report.figures(found, format.removesuffix("-figures"))
+            figures = report.figures(found, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
         write_out("--out", file, content)

@@ -156,7 +156,8 @@ def test_a_race_after_results_were_seen_says_so(expertgrid, engine):
 
 def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     outcome = expertgrid("run", "s.toml", *RACE, "--dry-run")
-    assert "A race: 12 of them at least, for the first look at 3 seeds, and at most all 32" in outcome.out
+    assert "A race: the first look is at 3 seeds, and needs 12 trials." in outcome.out
+    assert "goes on to seed 8, all 32 trials are trained. 0 are done." in outcome.out
     assert (engine.trained, (tmp_path / "runs").exists()) == ([], False)
 
 
@@ -165,7 +166,7 @@ def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     [
         (["--until", "decided"], "--until decided: --max-seeds N is needed"),
         (["--max-seeds", 5], "--max-seeds 5: goes with --until decided"),
-        (["--until", "done", "--max-seeds", 5], "--until 'done': unknown. Accepted: decided"),
+        (["--until", "done", "--max-seeds", 5], "'--until': 'done' is not one of 'decided'"),
         (["--until", "decided", "--max-seeds", 3], "--max-seeds 3: from 4 (the first look is at 3) to 100"),
         (["--until", "decided", "--max-seeds", 101], "--max-seeds 101: from 4"),
         (["--until", "decided", "--max-seeds", 9, "--seeds", 1], "--seeds 2 or more are needed for the first look"),

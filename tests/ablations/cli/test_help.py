@@ -117,3 +117,15 @@ entry.main()
 
     done = subprocess.run(line, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: stopped; finished work is kept\n")
+
+
+def test_what_needs_no_network_imports_no_torch(trained_study):
+    """Lists, tables and the plan of a study, and what is wrong with a study's name."""
+    lines = [
+        *(["list", what] for what in ("models", "recipes", "studies", "data")),
+        ["table", str(trained_study)],
+        ["table", str(trained_study), "--by", "experts"],
+        ["run", "quickstart", "--dry-run"],
+        ["bench", "--help"],
+    ]
+    assert imported_by(lines, trained_study.parent.parent) & {"torch", "torchvision", "timm", "onnx"} == set()
