@@ -1,4 +1,4 @@
-"""Engines: they take trials, train them, and leave records. Each yields what happens as it happens."""
+"""Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
 
 import io
 import statistics
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
-from ablations.training.data import ImageData, Split
+from ablations.training.augment import augment
 from ablations.training.loop import (
     Diverged,
     Training,
@@ -25,13 +26,14 @@ from ablations.training.loop import (
     train,
     uses_bfloat16,
 )
+from ablations.training.splits import ResidentData, Split, Splits
 from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, Trained
 from model.cost import cost
 from model.errors import reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import PLAIN, WORDS, Execution, Means
+from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
@@ -58,7 +60,7 @@ class TrialFailed:
 
 @dataclass(frozen=True)
 class TrialNote:
-    """Something about a trial that its reader should know, and that does not stop it."""
+    """A notice about a trial, which goes on."""
 
     trial: Trial
     text: str
@@ -68,7 +70,7 @@ Event = EpochDone | TrialDone | TrialFailed | TrialNote
 
 
 def by_architecture(trials: list[Trial]) -> list[Trial]:
-    """The trials, once each, those of one network next to each other, otherwise in the order in which they came."""
+    """The trials without repetitions. Those of the same network follow each other; the order is kept otherwise."""
     groups: dict[str, dict[str, Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.model.model_dump_json(), {})[trial.id] = trial
@@ -77,39 +79,40 @@ def by_architecture(trials: list[Trial]) -> list[Trial]:
 
 def run_local(
     trials: list[Trial],
-    data: ImageData,
+    data: ResidentData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
-    execution: Execution = PLAIN,
+    execution: ExecutionOptions = EAGER,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
-    A trial that fails leaves its reason in failure.json and the others go on. What `execution` leaves to us and does
-    not work is left out, and a note says so.
+    Where a trial fails, its reason is written to failure.json and the other trials go on. Where `execution` leaves a
+    choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so.
     """
     for trial in by_architecture(trials):
         try:
             yield from _run(trial, data, directory, resume_every_s, execution)
-        except Exception as error:  # whatever one trial dies of, the others are worth having
+        except Exception as error:  # the other trials go on, whatever this one failed of
             failure = _failure(trial, error)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure))
 
 
 def _run(
-    trial: Trial, data: ImageData, directory: StudyDirectory, resume_every_s: float, execution: Execution
+    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: ExecutionOptions
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
-    training = start(trial, data)
+    splits = data.splits(trial.hold_out, trial.seed)
+    training = start(trial, splits)
     resume = place / "resume.pt"
     if resume.exists():
         training.load_state_dict(_resumed(resume))
     directory.keep_epochs(trial.id, training.epoch)
-    prepared = prepare(trial, data, training, execution, planned_steps(trial, data))
+    prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
     yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
     saved = time.monotonic()
-    for epoch in train(trial, data, training):
+    for epoch in train(trial, splits, training):
         directory.append_epoch(trial.id, epoch)
         if time.monotonic() - saved >= resume_every_s:
             buffer = io.BytesIO()
@@ -119,15 +122,15 @@ def _run(
         yield EpochDone(trial, epoch)
     if training.recorder and training.recorder.refused:
         yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
-    record = _finish(trial, data, directory, training, prepared)
+    record = _finish(trial, splits, directory, training, prepared)
     resume.unlink(missing_ok=True)
     (place / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
 
 
 def _failure(trial: Trial, error: Exception) -> Failure:
-    """What is kept of a trial that failed. It is not tried again with other values."""
-    found = {"traceback": traceback.format_exc(), "time": now()}
+    """The record of a trial that failed. The trial is not tried again with other values."""
+    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
         return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
     cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
@@ -138,37 +141,38 @@ def _failure(trial: Trial, error: Exception) -> Failure:
     return Failure(error=reason_of(error), **found)
 
 
-def planned_steps(trial: Trial, data: ImageData) -> int:
-    """The steps of a whole training."""
-    _, steps = batches(trial.recipe, data)
+def planned_steps(trial: Trial, images: int) -> int:
+    """The steps of a whole training on so many images."""
+    _, steps = batches(trial.recipe, images)
     return steps * trial.recipe.epochs
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training uses, the seconds that getting it ready took, and what did not work, with its reason."""
+    """How a training runs."""
 
-    means: Means
-    seconds: float
-    without: list[str]
+    means: ExecutionPlan  # what it uses
+    seconds: float  # that the compilers took
+    without: list[str]  # what failed and is not used, each with its reason
 
 
-def prepare(trial: Trial, data: ImageData, training: Training, execution: Execution, steps: int) -> Prepared:
-    """Has a training of `steps` steps use what `execution` chooses for it, on batches of each size that the trial has.
+def prepare(trial: Trial, splits: Splits, training: Training, execution: ExecutionOptions, steps: int) -> Prepared:
+    """Prepares a training of `steps` steps to run as `execution` chooses: kernels, compiled blocks, CUDA graphs.
 
-    Raises TrainingError where something that was asked for does not work.
+    Kernels and blocks are compiled for the image sizes of the trial. Raises TrainingError where something fails that
+    was asked for.
     """
-    device = data.train.labels_B.device
-    means = execution.chosen(trial.model, steps, device, training.optimizer)
+    device = splits.device
+    means = execution.plan(trial.model, steps, device, training.optimizer)
     took, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(means, name):
             try:
-                seconds = _quickened(name, trial, data, training)
+                seconds = _compile(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
-                    raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
-                without.append(f"{WORDS[name]}, which failed: {reason_of(error)}")
+                    raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
+                without.append(f"{LABELS[name]}, which failed: {reason_of(error)}")
                 seconds = 0.0
             took += seconds
             means = replace(means, **{name: seconds > 0})
@@ -179,26 +183,26 @@ def prepare(trial: Trial, data: ImageData, training: Training, execution: Execut
     return Prepared(means, took, without)
 
 
-def _quickened(name: str, trial: Trial, data: ImageData, training: Training) -> float:
-    """Has a network use kernels, or compiled blocks, on batches like the trial's.
+def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> float:
+    """Compiles a network's kernels, or its blocks, on batches like the trial's, and has the network use them.
 
-    Returns the seconds that it took, 0 where it has no part for them.
+    `name` is "kernels" or "compile". Returns the seconds that it took; 0 where the network has no part for them.
     """
-    recipe, device = trial.recipe, data.train.labels_B.device
+    recipe, device = trial.recipe, splits.device
     if name == "kernels":
         from model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:
         use = compile_blocks
-    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(data))
-    batch, _ = batches(recipe, data)
-    pixels_BHWC, generator = data.train.pixels_BHWC[:batch], torch.Generator(device)
-    sizes = {recipe.image_size(epoch, data.image_size) for epoch in (0, recipe.epochs - 1)}
-    augmented = [recipe.augment(pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
+    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
+    batch, _ = batches(recipe, len(splits.train))
+    pixels_BHWC, generator = splits.train.pixels_BHWC[:batch], torch.Generator(device)
+    sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
+    augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, uses_bfloat16(recipe, device))
 
 
 def _resumed(file: Path) -> dict:
-    """A training's state, on the CPU: loading it puts each part where the training has it."""
+    """A training's state, on the CPU. `Training.load_state_dict` copies it to the training's device."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -206,9 +210,9 @@ def _resumed(file: Path) -> dict:
         raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
 
 
-def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
-    """Measures the trained network in fp32, on the test split once, and writes checkpoint, predictions and record."""
-    device = data.train.labels_B.device
+def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
+    """Measures the trained network in fp32 and writes checkpoint, predictions and record. Reads the test split once."""
+    data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     flip = trial.recipe.tta == "flip"
@@ -226,13 +230,14 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         kept[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
         return loss, accuracy, score(both_BN, split.labels_B)[1]
 
-    validation = measure(data.validation, "validation")
-    directory.enter_test_read(trial.id, "training", len(data.test), tta="flip" if flip else None)
-    test = measure(data.test, "test")
+    validation = measure(splits.validation, "validation")
+    directory.enter_test_read(trial.id, "training", len(splits.test), tta="flip" if flip else None)
+    test = measure(splits.test, "test")
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
-        data=data.source,
+        data=data.name,
+        fingerprint=data.fingerprint,
         classes=data.classes,
         image_size=data.image_size,
         mean=mean,
@@ -249,11 +254,11 @@ def _finish(trial: Trial, data: ImageData, directory: StudyDirectory, training: 
         validation_loss=validation[0],
         validation_accuracy=validation[1],
         validation_accuracy_flip=validation[2],
-        validation_images=len(data.validation),
+        validation_images=len(splits.validation),
         test_loss=test[0],
         test_accuracy=test[1],
         test_accuracy_flip=test[2],
-        test_images=len(data.test),
+        test_images=len(splits.test),
         parameters=parameters,
         macs=macs,
         epochs=len(epochs),

@@ -8,27 +8,28 @@ import itertools
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ablations.training.data import ImageData
-from ablations.training.recipe import Recipe, recipe
+from ablations.cells import CellName, find_cell, groups
+from ablations.training.data import LARGEST_SIDE, ImageData
+from ablations.training.holdout import HoldOut, Kind
+from ablations.training.recipe import RECIPES, Recipe, recipe
 from ablations.training.trial import Trial
 from model.config import ModelConfig, Network
 from model.errors import InputError, invalid, unknown
 from model.presets import network
-from model.registry import build
 from model.variants import VARIANTS, vary
 
 SHIPPED = Path(__file__).parent / "studies"
 CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
 BASE = None  # the level of a factor that a cell leaves as it is in the base
+CONTROL_SEEDS = 1_000_000  # by so many the seeds of the control cell are higher than those of the others
 
 Level = bool | int | float | str | list | dict | None
 
@@ -46,13 +47,19 @@ def _listed(levels: object) -> object:
 
 
 class Base(BaseModel):
-    """What the factors vary: a preset or timm model, a recipe, and a data source."""
+    """What the factors vary: a preset or timm model, a recipe, and a data source.
+
+    `image_size` brings all images to so many pixels in height and width. `hold_out` says whether each seed holds out
+    its own part of the train images, or all the same.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "two_block"
     recipe: str = "fast"
     data: str = "digits"
+    image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
+    hold_out: Kind = "rotating"
 
 
 class Study(BaseModel):
@@ -62,7 +69,10 @@ class Study(BaseModel):
     (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
     `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
     the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
-    surely nearer are equivalent. `reported` is what the source of a level claims, shown beside its cell.
+    surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
+    on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -77,14 +87,22 @@ class Study(BaseModel):
     factors: dict[str, Annotated[list[Level], BeforeValidator(_listed), Field(min_length=1)]] = {}
     baselines: list[str] = []
     reported: dict[str, str] = {}
+    first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
+    control: bool = Field(False, strict=True)
+    contrasts: list[tuple[str, str]] = []
 
     def change(
-        self, seeds: int | None = None, data: str | None = None, settings: Mapping[str, Level] = MappingProxyType({})
+        self,
+        seeds: int | None = None,
+        data: str | None = None,
+        settings: Mapping[str, Level] = MappingProxyType({}),
+        first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
         settings = {_dotted(path) or path: value for path, value in settings.items()}
         fields = {**dict(self), "set": {**self.set, **settings}}
         fields |= {} if seeds is None else {"seeds": seeds}
+        fields |= {} if first_seed is None else {"first_seed": first_seed}
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
         try:
             study = Study(**fields)
@@ -99,17 +117,23 @@ class Study(BaseModel):
         Names the first such field, and what it is there and here.
         """
         fields = [
-            {"design": one.design, "margin": one.margin}
+            {
+                "design": one.design,
+                "margin": one.margin,
+                "first_seed": one.first_seed,
+                "control": one.control,
+                "contrasts": one.contrasts,
+            }
             | {f"base.{name}": value for name, value in one.base}
             | {f"set.{name}": value for name, value in one.set.items()}
             for one in (older, self)
         ]
         for name in {**fields[0], **fields[1]}:
-            there, here = (json.dumps(one[name]) if name in one else "not given" for one in fields)
+            there, here = (json.dumps(given[name]) if name in given else "not given" for given in fields)
             if there != here:
                 return f"{name} is {there} there, and {here} here"
         if self.factors.keys() != older.factors.keys():
-            there, here = (", ".join(one.factors) or "none" for one in (older, self))
+            there, here = (", ".join(study.factors) or "none" for study in (older, self))
             return f"its factors are {there}, and here {here}"
         for name, levels in older.factors.items():
             if lacking := [level for level in levels if level not in self.factors[name]]:
@@ -126,21 +150,67 @@ class Study(BaseModel):
         return [base, *({**base, name: level} for name, levels in self.factors.items() for level in levels)]
 
     def cells(self, data: ImageData) -> list["Cell"]:
-        """All cells, the baselines last. Raises InputError for what does not exist, is out of range or does not fit."""
-        cells = []
+        """All cells; those without levels, baselines and the control, come last.
+
+        Raises InputError for what does not exist, is out of range or does not fit.
+        """
+        hold_out, cells = data.hold_out(self.base.hold_out), []
         for levels in self.settings():
             reference = levels.get("reference")
             model, recipe_name = (
                 next(level for level in (levels.get(kind), reference, base) if level is not BASE)
                 for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
             )
-            cells.append(self._cell(data, levels, model, recipe_name, self.set))
+            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, {}, name, self.base.recipe, training) for name in self.baselines]
+        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training) for name in self.baselines]
+        if self.control:
+            cells.append(_control(cells[0]))
+        self._check_contrasts(cells)
         return cells
 
+    def names(self, cells: Sequence["Cell"]) -> list[CellName]:
+        return [
+            CellName(
+                cell.model_name,
+                {name: level_name(level) for name, level in cell.levels.items()},
+                cell.trials[0].id,
+                cell.control,
+            )
+            for cell in cells
+        ]
+
+    @property
+    def combined_levels(self) -> dict[str, int]:
+        """The number of levels of each factor, where the design combines all of them; else nothing."""
+        return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
+
+    def _check_contrasts(self, cells: Sequence["Cell"]) -> None:
+        names, seen = self.names(cells), {}
+        named = groups(names, self.combined_levels)
+        for pair in self.contrasts:
+            try:
+                places = frozenset(find_cell(names, named, text) for text in pair)
+            except InputError as error:
+                raise InputError(f"study {self.name}: contrasts: {error}") from None
+            if len(places) == 1:
+                raise InputError(f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are the same cell")
+            if places in seen:
+                first, second = seen[places]
+                raise InputError(
+                    f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are declared twice, first as "
+                    f"{first!r} and {second!r}"
+                )
+            seen[places] = pair
+
     def _cell(
-        self, data: ImageData, levels: dict[str, Level], model: str, recipe_name: str, settings: dict[str, Level]
+        self,
+        data: ImageData,
+        hold_out: HoldOut,
+        levels: dict[str, Level],
+        model: str,
+        recipe_name: str,
+        settings: dict[str, Level],
     ) -> "Cell":
         for kind, name in (("model", model), ("recipe", recipe_name)):
             if not isinstance(name, str):
@@ -150,8 +220,8 @@ class Study(BaseModel):
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
         parts = _changed(*_changed(config, recipe(recipe_name), settings), factors)
-        _check_optimiser(parts[1])
-        parts[1].check_fits(data)
+        _check_optimizer(parts[1])
+        parts[1].check_fits(data, data.trained_on(hold_out))
         for size in dict.fromkeys((data.image_size, parts[1].image_size(0, data.image_size))):
             check_fit(model, parts[0], data.channels, size, data.name)
         trials = tuple(
@@ -161,20 +231,32 @@ class Study(BaseModel):
                 recipe=parts[1],
                 source=data.source,
                 fingerprint=data.fingerprint,
+                hold_out=hold_out,
                 seed=seed,
             )
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
         )
         return Cell(model, levels, trials)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of levels, and its trials: one for each seed. A baseline has no levels."""
+    """One combination of levels, and its trials: one for each seed. Baselines and the control have no levels."""
 
     model_name: str
     levels: dict[str, Level]
     trials: tuple[Trial, ...]
+    control: bool = False
+
+
+def _control(base: Cell) -> Cell:
+    """The base once more: trained from other seeds, on the same hold-outs."""
+    hold_out = base.trials[0].hold_out.model_copy(update={"offset": CONTROL_SEEDS})
+    trials = []
+    for trial in base.trials:
+        fields = {name: getattr(trial, name) for name in Trial.model_fields}
+        trials.append(Trial(**fields | {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}))
+    return Cell(base.model_name, {}, tuple(trials), control=True)
 
 
 def shipped_studies() -> list[str]:
@@ -315,7 +397,7 @@ def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
     changed = _with_paths(
         recipe(name), "recipe", {path.removeprefix("recipe."): value for path, value in dotted.items()}
     )
-    _check_optimiser(changed)
+    _check_optimizer(changed)
     return changed
 
 
@@ -329,16 +411,22 @@ def _key(place: object, at: str, part: str) -> str | int:
     return keys[part]
 
 
-def _check_optimiser(recipe: Recipe) -> None:
-    """Raises InputError where the optimiser cannot be made from the recipe's values."""
-    try:
-        optimizer = recipe.optimizer(torch.nn.Linear(1, 1))
-    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"recipe.opt: {recipe.opt!r} cannot be made here with this recipe: {reason}") from None
-    for field, name in (("opt_betas", "betas"), ("momentum", "momentum")):
-        if getattr(recipe, field) is not None and name not in optimizer.defaults:
-            raise InputError(f"recipe.{field}: optimiser {recipe.opt!r} has none")
+def _check_optimizer(recipe: Recipe) -> None:
+    """Raises InputError where the optimiser cannot be made from the recipe's values.
+
+    An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
+    is tried, and that imports torch.
+    """
+    if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
+        return
+    from ablations.training.optimise import check_optimizer
+
+    check_optimizer(recipe)
+
+
+def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:
+    """What an optimiser can refuse: its name, betas and momentum. No optimiser refuses another value of a recipe."""
+    return recipe.opt, recipe.opt_betas, recipe.momentum
 
 
 def check_fit(name: str, config: Network, channels: int, size: tuple[int, int], data: str) -> None:
@@ -348,6 +436,10 @@ def check_fit(name: str, config: Network, channels: int, size: tuple[int, int], 
         if isinstance(config, ModelConfig):
             config.output_size(height, width)
         else:
+            import torch
+
+            from model.registry import build
+
             with torch.device("meta"):
                 build(config).eval()(torch.empty(1, channels, height, width))
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:

@@ -1,10 +1,10 @@
-"""Whether the numbers of a study follow from what is kept beside them."""
+"""Checks that the numbers of a study follow from the files beside them."""
 
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,9 @@ import numpy as np
 
 from ablations.records import Predictions, Record, StudyDirectory
 from ablations.results import evidence, tables
+from ablations.results.rendering import render_tables
+from ablations.results.rows import measured
+from ablations.study import CONTROL_SEEDS
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.cost import cost
@@ -22,21 +25,21 @@ NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</scrip
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked, what does not fit, and what could not be checked."""
+    """The result of a check."""
 
     checked: int  # numbers and files
-    problems: list[str]
-    skipped: list[str]
+    problems: list[str]  # numbers and files that do not fit the others
+    skipped: list[str]  # what could not be checked, and why
 
 
 def check_study(directory: StudyDirectory) -> Verified:
-    """Recomputes a study's numbers. Raises InputError for a directory that is none."""
+    """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
     plan = directory.plan
-    labels: dict[bytes, str] = {}
+    labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = 0
-    seeds = {trial: seed for cell in plan.cells for seed, trial in enumerate(cell.trials)}
+    seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
         with check.of(f"trial {trial_id}"):
             record, trial = directory.record(trial_id), directory.config(trial_id)
@@ -55,9 +58,13 @@ def check_study(directory: StudyDirectory) -> Verified:
             without += kept is None
             if kept is not None:
                 check.predictions(record, kept)
-                labels.setdefault(kept.validation_labels.tobytes() + kept.test_labels.tobytes(), trial_id)
-    for what, found in (("labels", labels), ("data", fingerprints)):
-        check.true(f"trials have different {what}: {', '.join(found.values())}", len(found) < 2)
+                block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
+                labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
+    for block in {block for block, _ in labels}:
+        trials = [trial for (other, _), trial in labels.items() if other == block]
+        check.true(f"trials of one hold-out have different labels: {', '.join(trials)}", len(trials) < 2)
+    trials = list(fingerprints.values())
+    check.true(f"trials have different data: {', '.join(trials)}", len(trials) < 2)
     with check.of("ledger.jsonl"):
         check.ledger(directory, list(seeds))
     with check.of("report.html"):
@@ -68,7 +75,7 @@ def check_study(directory: StudyDirectory) -> Verified:
 
 
 class _Check:
-    """Counts what was checked and collects what does not fit, with the place it is at."""
+    """Counts the checks and collects the problems, each with its place."""
 
     def __init__(self) -> None:
         self.count, self.place = 0, ""
@@ -76,8 +83,8 @@ class _Check:
         self.skipped: list[str] = []
 
     @contextmanager
-    def of(self, place: str) -> Iterator[None]:
-        """Problems found within are of this place. A damaged file is one, and the others are looked at all the same."""
+    def of(self, place: str) -> Generator[None]:
+        """Problems that are found within get this place. A damaged file is such a problem; the check goes on."""
         self.place = place
         try:
             yield
@@ -99,11 +106,11 @@ class _Check:
         self.equal("epochs", record.epochs, len(epochs))
         if trial is not None:
             self.equal("epochs", record.epochs, trial.recipe.epochs)
-        self.equal("numbers in epochs.jsonl", [one.epoch for one in epochs], list(range(1, len(epochs) + 1)))
+        self.equal("numbers in epochs.jsonl", [epoch.epoch for epoch in epochs], list(range(1, len(epochs) + 1)))
         if epochs:
-            rates = [one.images_per_s for one in (epochs[1:] or epochs)]
+            rates = [epoch.images_per_s for epoch in (epochs[1:] or epochs)]
             self.equal("images_per_s", record.images_per_s, statistics.median(rates))
-            self.equal("train_seconds", record.train_seconds, float(sum(one.train_seconds for one in epochs)))
+            self.equal("train_seconds", record.train_seconds, float(sum(epoch.train_seconds for epoch in epochs)))
 
     def checkpoint(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
         checkpoint = load(directory.checkpoint(record.trial))
@@ -146,19 +153,20 @@ class _Check:
             return
         try:
             kept = json.loads(found[1])
-            of, kept = kept["measured"], kept["table"]
+            of, kept = kept["measured"], kept["tables"]
         except (ValueError, TypeError, KeyError):
-            raise InputError("the numbers embedded in it have no table") from None
-        rows = evidence.study_rows(directory)
-        if of != evidence.measured(rows):
+            raise InputError("the numbers embedded in it have no tables") from None
+        found = evidence.read_evidence(directory)
+        if of != measured(found.results.rows):
             self.true("the study has changed since it was written; expertgrid report writes it again", False)
             return
-        shown = tables.columns(rows, evidence.judge(rows, directory.study.margin, directory.plan.race))
-        fresh = json.loads(tables.render(shown, "json"))
-        self.equal("number of rows", len(kept), len(fresh))
-        for row, one, other in zip(rows, kept, fresh):
-            for title, value in _leaves(other):
-                self.equal(f"{title} of {evidence.row_name(row)}", dict(_leaves(one)).get(title), value)
+        fresh = json.loads(render_tables(tables.study_tables(directory, found), "json"))
+        self.equal("tables", sorted(kept), sorted(fresh))
+        for key in sorted(kept.keys() & fresh.keys()):
+            self.equal(f"number of rows of {key}", len(kept[key]), len(fresh[key]))
+            for place, (row, again) in enumerate(zip(kept[key], fresh[key]), 1):
+                for title, value in _leaves(again):
+                    self.equal(f"{title} in row {place} of {key}", dict(_leaves(row)).get(title), value)
 
 
 def _leaves(row: dict[str, object], path: str = "") -> Iterator[tuple[str, object]]:

@@ -35,7 +35,7 @@ from model.config import ModelConfig
 from model.errors import InputError, unknown
 from model.fast.compiled import blocks, compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.fast.memory import keep_freed_memory
 from model.machine import torch_device
 from model.net import ExpertBlock
@@ -113,7 +113,9 @@ class Agreement(BaseModel):
     largest: float  # difference, as a share of the eager loss
 
 
-def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> Agreement:
+def agreement(
+    config: ModelConfig, batch: int, size: int, device: torch.device, means: ExecutionPlan, steps: int
+) -> Agreement:
     """Trains eagerly and with `means`, from the same weights on the same batches, in full float32.
 
     Raises ValueError where the losses differ by more than `TOLERANCE`.
@@ -121,7 +123,7 @@ def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, 
     allowed = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     try:
-        eager, found = (_losses(config, batch, size, device, used, steps) for used in (Means(), means))
+        eager, found = (_losses(config, batch, size, device, used, steps) for used in (ExecutionPlan(), means))
     finally:
         torch.backends.cudnn.conv.fp32_precision = allowed
     largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(eager, found)]).max().item()
@@ -130,7 +132,9 @@ def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, 
     return Agreement(means=str(means), eager=eager, found=found, largest=largest)
 
 
-def _losses(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> list[float]:
+def _losses(
+    config: ModelConfig, batch: int, size: int, device: torch.device, means: ExecutionPlan, steps: int
+) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     net = build(config).to(device, memory_format=torch.channels_last).train()
@@ -144,7 +148,7 @@ def _losses(config: ModelConfig, batch: int, size: int, device: torch.device, me
 
 
 def _prepared(
-    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: Means, bfloat16: bool, smoothing: float = 0.0
+    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: ExecutionPlan, bfloat16: bool, smoothing: float = 0.0
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """The training step with `means`. Raises what kernels or compiler raise where they do not work."""
     if means.kernels:
@@ -162,7 +166,7 @@ def profile_step(
     batch: int,
     size: int,
     device: torch.device,
-    means: Means,
+    means: ExecutionPlan,
     steps: int,
     rounds: int,
     smoothing: float = 0.0,
@@ -223,7 +227,7 @@ class MeasuredStep(StepProfile):
 def measure_step(
     preset: str,
     device: torch.device,
-    means: Means,
+    means: ExecutionPlan,
     batch: int = 128,
     size: int = 32,
     width: float = 1.0,
@@ -236,7 +240,7 @@ def measure_step(
     It is timed in `rounds` rounds of `steps` steps, and the losses of `agreeing` steps are compared with eager ones.
     Raises InputError where the step cannot be taken so, or its losses are wrong.
     """
-    Execution.of(means).check(device)
+    ExecutionOptions.requiring(means).check(device)
     config = network(preset)
     if not isinstance(config, ModelConfig):
         raise unknown("preset", preset, PRESETS)
@@ -266,7 +270,7 @@ def step_command(
     format: Annotated[Literal["text", "json"], typer.Option(help="text or json.")] = "text",
 ) -> int:
     """Measure one training step of a network, by kernel."""
-    means = Means(kernels=kernels, compile=compile, graphs=graphs)
+    means = ExecutionPlan(kernels=kernels, compile=compile, graphs=graphs)
     found = measure_step(preset, torch_device(device), means, batch, size, width, steps, rounds, agreeing)
     if format == "json":
         print(found.model_dump_json(indent=1))

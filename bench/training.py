@@ -17,16 +17,19 @@ from pydantic import BaseModel
 
 from ablations.engines import prepare
 from ablations.study import check_fit
+from ablations.training.augment import augment
 from ablations.training.data import ImageData
 from ablations.training.loop import Training, TrainingError, start, train, uses_bfloat16
+from ablations.training.optimise import make_optimizer
 from ablations.training.recipe import RECIPES, Recipe
+from ablations.training.splits import Splits
 from ablations.training.step import training_step
 from ablations.training.trial import Trial
 from bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
 from bench.peaks import Peaks, measure_peaks, synchronise
 from model.cost import cost
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.machine import device_name, usable_cores
 from model.presets import network
 
@@ -94,7 +97,7 @@ def measure_training(
     steps: int | None,
     rounds: int,
     device: torch.device,
-    execution: Execution,
+    execution: ExecutionOptions,
     notice: Callable[[str], object] = lambda text: None,
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
@@ -108,23 +111,24 @@ def measure_training(
     config = network(preset)
     named = recipe_of(preset)
     whole = named.epochs * (CIFAR_TRAIN // batch)
-    execution, without = execution.usable([execution.chosen(config, whole, device)], device)
+    execution, without = execution.usable([execution.plan(config, whole, device)], device)
     at_full_size = {"small_size": 0, "small_share": None}
     recipe = Recipe(**{**dict(named), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
-    images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE).to(device)
+    images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
+    splits = Splits.undivided(images, device)
     check_fit(preset, config, images.channels, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
-    training, bare = start(trial, images), start(trial, images)
+    training, bare = start(trial, splits), start(trial, splits)
     try:
-        prepared, _ = (prepare(trial, images, made, execution, whole) for made in (training, bare))
+        prepared, _ = (prepare(trial, splits, made, execution, whole) for made in (training, bare))
     except TrainingError as error:
         raise InputError(str(error)) from error
     for text in (*without, *prepared.without):
         notice(f"measured without {text}")
-    epochs = train(trial, images, training)
+    epochs = train(trial, splits, training)
     memory, memory_is = peak_memory(device, lambda: next(epochs))
-    with baseline_of(trial, images, steps) as baseline_round:
-        bare_step = bare_step_of(trial, images, bare)
+    with baseline_of(trial, splits, steps) as baseline_round:
+        bare_step = bare_step_of(trial, splits, bare)
         ways = {
             "loop": lambda: next(epochs).train_seconds,
             "bare": lambda: bare_round(bare_step, steps, device),
@@ -147,24 +151,26 @@ def recipe_of(preset: str) -> Recipe:
     return RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
 
 
-def bare_step_of(trial: Trial, images: ImageData, training: Training) -> Callable[[], object]:
+def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
     """The training step of a trial on its first batch, augmented once; a CUDA graph where the training has those."""
-    recipe, device, batch = trial.recipe, images.train.labels_B.device, trial.recipe.batch_size
-    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(images))
-    x_BCHW = recipe.augment(images.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
-    y_B = images.train.labels_B[:batch]
+    recipe, device, batch = trial.recipe, splits.device, trial.recipe.batch_size
+    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
+    x_BCHW = augment(recipe, splits.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
+    y_B = splits.train.labels_B[:batch]
     step = training_step(training.net.train(), training.optimizer, uses_bfloat16(recipe, device), recipe.smoothing)
     return partial(step if training.recorder is None else partial(training.recorder, step), x_BCHW, y_B, y_B)
 
 
-def baseline_of(trial: Trial, images: ImageData, steps: int) -> AbstractContextManager[Callable[[], float]]:
+def baseline_of(trial: Trial, splits: Splits, steps: int) -> AbstractContextManager[Callable[[], float]]:
     """`baseline_rounds` of a trial's network, from its initial weights, on its images."""
-    recipe, device = trial.recipe, images.train.labels_B.device
-    net = textbook(start(trial, images).net.to("cpu", memory_format=torch.contiguous_format))
+    recipe, device = trial.recipe, splits.device
+    net = textbook(start(trial, splits).net.to("cpu", memory_format=torch.contiguous_format))
     augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
-    transform = baseline_transform(*recipe.mean_std(images), images.image_size, *augmentation)
-    pil_images = BaselineImages(images.train.pixels_BHWC, images.train.labels_B, transform)
-    return baseline_rounds(net, recipe.optimizer, pil_images, recipe.batch_size, steps, recipe.smoothing, device)
+    transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
+    pil_images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
+    return baseline_rounds(
+        net, partial(make_optimizer, recipe), pil_images, recipe.batch_size, steps, recipe.smoothing, device
+    )
 
 
 def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -225,7 +231,7 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
 def notes(speed: TrainingSpeed) -> list[str]:
     """What a reader of the table must know, in sentences."""
     peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
-    how = str(Means(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
+    how = str(ExecutionPlan(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
     how += f" (compiled in {speed.compile_seconds:.1f} s before the clock started)" * bool(speed.compile_seconds)
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from model.checkpoint import Trained, parse_config
 from model.config import Network
 from model.errors import InputError, invalid
-from model.pixels import RESIZE
 
 Input = Literal["uint8", "float"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -42,7 +41,7 @@ class Metadata(BaseModel):
         trained = {NAMES.get(name, name): _text(value) for name, value in fields.items()}
         about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
         pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
-        return trained | {"resize": RESIZE} | about | pruned
+        return trained | about | pruned
 
 
 def is_expertgrid_file(entries: Mapping[str, str]) -> bool:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom, binomtest
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ def mcnemar(first_B: ArrayLike, second_B: ArrayLike) -> McNemar:
     and mid-p, which counts half of the outcome itself (Fagerland, Lydersen & Laake, 2013). Raises ValueError for shapes
     that differ.
     """
+    from scipy.stats import binom, binomtest  # slow to import
+
     a_B, b_B = np.asarray(first_B, dtype=bool), np.asarray(second_B, dtype=bool)
     if a_B.shape != b_B.shape or a_B.ndim != 1:
         raise ValueError(f"both need one value for each image, found {a_B.shape} and {b_B.shape}")

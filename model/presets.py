@@ -2,7 +2,7 @@
 
 Each reference comes from a written report on CIFAR-10. `unstated:` marks a choice that its report leaves open and that
 is ours. Unstated in all five, and chosen alike: convolutions before a batch norm have no bias, normalisation is batch
-norm with PyTorch's defaults, and weights start as `net._init_weights` says.
+norm with PyTorch's defaults, and weights start as `ModelConfig.init` says.
 """
 
 from model.config import (
@@ -109,11 +109,11 @@ PRESETS: dict[str, ModelConfig] = {
     # high momentum without scale, scaled head) are those of cifar10-airbench, 2404.00498; the experts are ours: a 1x1
     # expert beside the 3x3 costs a ninth of a second 3x3, and was as good in short trainings.
     "speed": _speed((64, 256, 256), (3, 1)),
-    "speed_plain_params": _speed((66, 265, 265), (3,)),  # its plain twins: of equal parameters,
-    "speed_plain_macs": _speed((65, 262, 262), (3,)),  # and of equal multiply-accumulates
+    "speed_matched_params": _speed((72, 264, 264), (3,)),  # its matched baselines: of equal parameters,
+    "speed_matched_macs": _speed((64, 264, 264), (3,)),  # and of equal multiply-accumulates
     "accuracy": _accuracy((128, 384, 512), (3, 1)),
-    "accuracy_plain_params": _accuracy((133, 400, 534), (3,)),
-    "accuracy_plain_macs": _accuracy((132, 395, 526), (3,)),
+    "accuracy_matched_params": _accuracy((128, 400, 536), (3,)),
+    "accuracy_matched_macs": _accuracy((136, 392, 520), (3,)),
 }
 
 
@@ -129,4 +129,4 @@ def network(name: str) -> Network:
 
     if timm.is_model(name):
         return TimmModel(timm=name)
-    raise unknown("model", name, PRESETS, ", or the name of a timm model")
+    raise unknown("model", name, PRESETS, ", or the name of a timm model; --import MODULE registers networks")

@@ -1,519 +1,536 @@
-"""From records to numbers that statistics take: what a study says of its cells, before anything is rendered.
+"""The verdicts of a study: contrasts of its cells, in families that are declared before anything is trained.
 
-Accuracies here are in percent. Every choice and every verdict is made on the validation split: which cell is best,
-what is better, worse or equivalent, whether a race trains another seed. The test split is read once for each trial, and
-is only reported.
+1. The main effects of the factors, each over the matched cells that differ in nothing else.
+2. Each cell against the base, the design's first cell.
+3. The contrasts that the study declares.
+
+Everything else, interactions too, is exploratory. `stats.contrasts` judges all of them, on validation accuracy in
+percent.
+
+Shapes: Q contrasts, U networks, S seeds.
 """
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
-from ablations.records import Failure, LatencySummary, PlannedCell, Predictions, Race, Record, StudyDirectory
-from ablations.results import stats
-from ablations.results.stats import Contrast, Interval, Peek, Winner, mean_interval
-from ablations.study import BASE, Study, level_name
+from ablations.cells import CellName
+from ablations.records import Benched, LatencySummary, Record, StudyDirectory, cell_names
+from ablations.results.rows import Results, Row, on_test, on_validation, read_results, right_on_test
+from ablations.results.stats import contrasts, factors, planning
+from ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
+from ablations.results.stats.planning import Plan
+from ablations.results.stats.race import Race, race
+from ablations.results.stats.selection import Interval, accuracy_interval
+from ablations.study import Study, level_name
 from model.errors import InputError, unknown
 from model.mcnemar import McNemar, mcnemar
 
-ALPHA = 0.05  # the chance that any verdict of a family is wrong
-EACH_LEVEL = "-"  # of a factor that changes nothing: the network is the same at each level
-
-Score = Callable[[Record], float]
+DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
+EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
 
 
-def on_validation(record: Record) -> float:
-    """What every choice and verdict is made on."""
-    return _percent(record.validation_accuracy, record.validation_images)
-
-
-def on_test(record: Record) -> float:
-    """What is reported."""
-    return _percent(record.test_accuracy, record.test_images)
-
-
-def _percent(share: float, images: int) -> float:
-    """A share of the images exactly: rounding, as older records have it, would look like a spread over seeds."""
-    return 100 * round(share * images) / images
-
-
-# --- Rows: cells, those that are one network together ---
+# --- What a study asks ---
 
 
 @dataclass(frozen=True)
-class Row:
-    """A cell, or several that are the same network, with what its finished trials gave."""
+class Questions:
+    """The contrasts of a study's networks, from its cells alone."""
 
-    study: str
-    model: str
-    levels: dict[str, str]
-    trials: list[str]  # planned, by seed
-    records: list[Record]  # by seed, of those that are finished
-    failures: dict[str, Failure]  # by trial, of those that have not finished since
-    latency: LatencySummary | None  # of one of its trials
-    reported: str
+    networks: list[str]  # ids of first trials; the base is the first
+    network_of: list[int]  # of each cell
+    effects: list[factors.Effect]
+    interactions: list[factors.Effect]
+    matched: Mapping[str, Sequence[str]]  # levels by factor, the reference first
 
     @property
-    def seeds(self) -> int:
-        """Planned."""
-        return len(self.trials)
+    def effect_weights_QU(self) -> np.ndarray:
+        return self._weights(self.effects)
 
     @property
-    def missing(self) -> list[str]:
-        """The trials that were not trained yet, or not to their end."""
-        done = {record.trial for record in self.records}
-        return [trial for trial in self.trials if trial not in done and trial not in self.failures]
+    def interaction_weights_QU(self) -> np.ndarray:
+        return self._weights(self.interactions)
 
-    def interval(self, value: Score) -> Interval | None:
-        """Mean and 95% interval over the finished seeds, None where none is."""
-        return mean_interval([value(record) for record in self.records]) if self.records else None
+    def _weights(self, effects: Sequence[factors.Effect]) -> np.ndarray:
+        return np.array([effect.weights_C for effect in effects]).reshape(-1, len(self.networks))
 
-    def by_seed(self, value: Score) -> dict[int, float]:
-        return {record.seed: value(record) for record in self.records}
+    @property
+    def first_family_QU(self) -> np.ndarray:
+        """The main effects; of a study without any, the cells against the base."""
+        if self.effects or len(self.networks) < 2:
+            return self.effect_weights_QU
+        return factors.against(0, len(self.networks))
+
+    @property
+    def in_no_effect(self) -> list[int]:
+        """The networks that are in no main effect, without the base."""
+        weights_QU = self.effect_weights_QU
+        return [network for network in range(1, len(self.networks)) if not weights_QU[:, network].any()]
+
+    @property
+    def race_QU(self) -> np.ndarray:
+        """What a race decides: the main effects, and the cells that are in none of them against the base."""
+        differences = [factors.difference(network, 0, len(self.networks)) for network in self.in_no_effect]
+        return np.vstack([self.effect_weights_QU, *differences])
 
 
-def study_rows(directory: StudyDirectory) -> list[Row]:
-    """The rows of a study, in the order of its design. Raises InputError for a directory that is none or is damaged."""
-    study, plan, latencies = directory.study, directory.plan, directory.latencies()
-    same: dict[tuple[str, ...], list[PlannedCell]] = {}
-    for cell in plan.cells:
-        same.setdefault((*cell.trials, "" if cell.levels else "baseline"), []).append(cell)
-    rows = []
-    for cells in same.values():
-        trials = cells[0].trials
-        found = [directory.record(trial) for trial in trials]
-        failed = [directory.failure(trial) for trial in trials]
-        rows.append(
-            Row(
-                study=study_name(directory),
-                model=cells[0].model_name,
-                levels={name: _shared_level(name, cells, study) for name in cells[0].levels},
-                trials=trials,
-                records=[record for record in found if record is not None],
-                failures={
-                    trial: failure for trial, failure, record in zip(trials, failed, found) if failure and not record
-                },
-                latency=next((latencies[trial] for trial in trials if trial in latencies), None),
-                reported=next(
-                    (study.reported[str(level)] for level in cells[0].levels.values() if str(level) in study.reported),
-                    "",
-                ),
-            )
+def questions(study: Study, cells: Sequence[CellName]) -> Questions:
+    """What a study asks of its cells."""
+    networks = list(dict.fromkeys(cell.network for cell in cells))
+    network_of = [networks.index(cell.network) for cell in cells]
+    base = ["base"] if study.design == "one_at_a_time" else []
+    levels = {name: [*base, *map(level_name, of)] for name, of in study.factors.items()}
+    points = [cell.levels for cell in cells if cell.levels]
+    places = [network_of[place] for place, cell in enumerate(cells) if cell.levels]
+    return Questions(
+        networks=networks,
+        network_of=network_of,
+        effects=factors.main_effects(levels, points, places, len(networks)),
+        interactions=factors.interactions(levels, points, places, len(networks)),
+        matched=levels,
+    )
+
+
+# --- What is said of it ---
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A main effect (one change) or an interaction (two changes), in words, with its verdict and its price."""
+
+    changes: tuple[tuple[str, str, str], ...]  # factor, before, after
+    judgement: Judgement
+    cost: dict[str, float]  # after over before, mean over the matched cells: parameters, MACs, training time, latency
+    seeds_to_decide: int | None = None  # about how many in all; None for what is decided
+
+    @property
+    def factor(self) -> str:
+        return " and ".join(factor for factor, _, _ in self.changes)
+
+    @property
+    def change(self) -> str:
+        return ", ".join(f"{before} -> {after}" for _, before, after in self.changes)
+
+    @property
+    def name(self) -> str:
+        return ", with ".join(f"{factor} {before} -> {after}" for factor, before, after in self.changes)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The first row less the second, on validation, and on test for the record."""
+
+    first: Row
+    second: Row
+    judgement: Judgement
+    test: Judgement
+    declared: bool
+    seeds_to_decide: int | None = None
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a study can see."""
+
+    spread: float  # points, of a cell's accuracy from seed to seed beyond its block
+    measured: bool  # from records; else the binomial floor
+    seeds: int
+    smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
+    needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All verdicts of a study."""
+
+    results: Results
+    asked: Questions
+    effects: list[Effect]
+    against_base: list[Judgement | None]  # by row; None for the base, and for all rows after a race
+    interactions: list[Effect]
+    declared: list[Comparison]
+    spread: float | None
+    sight: Sight | None
+    race: Race | None
+
+    @property
+    def margin(self) -> float:
+        return self.results.study.margin
+
+    @property
+    def fixed_split(self) -> bool:
+        """Whether the verdicts are about one split of the images."""
+        return self.results.plan.hold_out.kind == "fixed"
+
+    @property
+    def judgements(self) -> list[Judgement]:
+        """Of the declared families."""
+        declared = [*(effect.judgement for effect in self.effects), *(found.judgement for found in self.declared)]
+        return declared + [judgement for judgement in self.against_base if judgement]
+
+    @property
+    def decided(self) -> bool:
+        return any(judgement.verdict not in (OPEN, NONE) for judgement in self.judgements)
+
+    @property
+    def added_seeds(self) -> bool:
+        """Whether seeds were added after results of others were there to be seen."""
+        plan = self.results.plan
+        planned = {seed for row in self.results.rows for seed in row.trials}
+        return bool(plan.seen) and bool(planned - set(plan.seen))
+
+    @property
+    def seen(self) -> bool:
+        """Whether results of this study's seeds were there to be seen when it was made."""
+        return bool(self.results.plan.seen)
+
+    @property
+    def holds(self) -> bool:
+        """Whether at most 1 such table in 20 holds a wrong verdict."""
+        return not self.seen and not self.results.unfinished
+
+    @property
+    def race_names(self) -> list[str]:
+        """Of the contrasts of a race."""
+        rows = {cell: self.results.rows[row].name for cell, row in enumerate(self.results.row_of)}
+        names = {network: rows[cell] for cell, network in reversed(list(enumerate(self.asked.network_of)))}
+        against = [f"{names[network]} against {names[0]}" for network in self.asked.in_no_effect]
+        return [*(effect.name for effect in self.effects), *against]
+
+    @cached_property
+    def decided_interactions(self) -> list[Effect]:
+        return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
+
+
+def weigh(results: Results) -> Evidence:
+    """The verdicts of a study, as it is."""
+    study, plan = results.study, results.plan
+    asked = questions(study, cell_names(plan))
+    model = _Model(results, asked)
+    race_found, names = None, asked.effects
+    if plan.race is not None and len(asked.networks) > 1:
+        race_found = model.race()
+        effects = Family(race_found.judgements[: len(names)], model.spread, 0.0)
+    else:
+        effects = model.judge(asked.effect_weights_QU)
+    to_decide: Sequence[int | None] = [None] * len(names)
+    if plan.race is None:
+        to_decide = planning.seeds_to_decide(asked.effect_weights_QU, effects, study.margin)
+    found = [
+        Effect(_changes(effect), model.explained(judgement, effect.weights_C), model.cost(effect.pairs), seeds)
+        for effect, judgement, seeds in zip(names, effects.judgements, to_decide)
+    ]
+    exploratory = model.judge(asked.interaction_weights_QU) if plan.race is None else Family([], None, 0.0)
+    return Evidence(
+        results=results,
+        asked=asked,
+        effects=found,
+        against_base=model.against_base(race_found),
+        interactions=[
+            Effect(_changes(effect), model.explained(judgement, effect.weights_C), {})
+            for effect, judgement in zip(asked.interactions, exploratory.judgements)
+        ],
+        declared=model.declared(),
+        spread=model.spread,
+        sight=_sight(asked, model.spread, study.seeds) if model.spread and plan.race is None else None,
+        race=race_found,
+    )
+
+
+def read_evidence(directory: StudyDirectory) -> Evidence:
+    """Reads a study directory and judges it. Raises InputError for one that is none or is damaged."""
+    return weigh(read_results(directory))
+
+
+def _changes(effect: factors.Effect) -> tuple[tuple[str, str, str], ...]:
+    return tuple((change.factor, str(change.before), str(change.after)) for change in effect.changes)
+
+
+class _Model:
+    """The networks of a study with their scores, and what `stats` says of their contrasts."""
+
+    def __init__(self, results: Results, asked: Questions) -> None:
+        self.results, self.asked, self.margin = results, asked, results.study.margin
+        self.network_of_row = {row: asked.network_of[cell] for cell, row in reversed(list(enumerate(results.row_of)))}
+        self.rows = [
+            results.rows[next(row for row, network in self.network_of_row.items() if network == unit)]
+            for unit in range(len(asked.networks))
+        ]
+        places = [results.rows.index(row) for row in self.rows]
+        self.scores_US = results.scores(on_validation)[places] if places else np.zeros((0, 0))
+        self.test_US = results.scores(on_test)[places] if places else np.zeros((0, 0))
+        self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(self.rows) if row.no_verdict}
+
+    def judge(self, weights_QU: np.ndarray, scores_US: np.ndarray | None = None) -> Family:
+        if not len(weights_QU):
+            return Family([], None, 0.0)
+        scores_US = self.scores_US if scores_US is None else scores_US
+        return contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+
+    def race(self) -> Race:
+        plan = self.results.plan.race
+        return race(self.asked.race_QU, self.scores_US, plan.margin, plan.last, plan.first, self.no_verdict)
+
+    @cached_property
+    def spread(self) -> float | None:
+        """The pooled residual standard deviation, None where it is not known or nothing."""
+        whole_US = self.scores_US.copy()
+        whole_US[list(self.no_verdict)] = np.nan
+        if len(whole_US) < 2 or np.isnan(whole_US).all():
+            return None
+        found = contrasts.residual_variances(np.nan_to_num(whole_US), ~np.isnan(whole_US))
+        spread = float(np.sqrt(found.pooled_X)) if found.df > 0 else 0.0
+        return spread if spread > 1e-6 * float(np.nanmax(whole_US)) else None
+
+    def explained(self, judgement: Judgement, weights_U: np.ndarray) -> Judgement:
+        """A judgement without a verdict with the reason of all its cells together."""
+        if judgement.verdict != NONE:
+            return judgement
+        used = [self.rows[unit] for unit in np.flatnonzero(weights_U)]
+        if sum(bool(row.no_verdict) for row in used) == 1 and len(used) == 2:
+            return judgement
+        kinds = Counter(failure.kind for row in used for failure in row.failures.values())
+        words = {"diverged": "diverged", "out_of_memory": "out of memory", "error": "failed"}
+        total = sum(row.seeds for row in used)
+        return replace(
+            judgement,
+            reason=", ".join(f"{words[kind]} in {count} of {total} trainings" for kind, count in kinds.items()),
         )
-    return rows
+
+    def against_base(self, race_found: Race | None) -> list[Judgement | None]:
+        """Each row against the base, in a race those that it judges so."""
+        count = len(self.asked.networks)
+        found: dict[int, Judgement] = {}
+        if count > 1 and self.results.plan.race is None:
+            found = dict(enumerate(self.judge(factors.against(0, count)).judgements, 1))
+        elif race_found is not None:
+            judged_alone = race_found.judgements[len(self.asked.effects) :]
+            found = dict(zip(self.asked.in_no_effect, judged_alone))
+        judged: list[Judgement | None] = []
+        for place, row in enumerate(self.results.rows):
+            unit = self.network_of_row[place]
+            if place and unit == 0:
+                judged.append(Judgement(SAME, len(row.by_seed), 0.0, reason="it is the same network"))
+            else:
+                judged.append(found.get(unit))
+        return judged
+
+    def declared(self) -> list[Comparison]:
+        pairs = [tuple(map(self.results.row, pair)) for pair in self.results.study.contrasts]
+        if not pairs or self.results.plan.race is not None:
+            return []
+        return self.compare(pairs, declared=True)
+
+    def compare(self, pairs: Sequence[tuple[int, int]], declared: bool) -> list[Comparison]:
+        """Pairs of rows as one family."""
+        count = len(self.asked.networks)
+        units = [tuple(self.network_of_row[row] for row in pair) for pair in pairs]
+        weights_QU = np.array([factors.difference(*pair, count) for pair in units])
+        validation, test = (self.judge(weights_QU, scores_US) for scores_US in (self.scores_US, self.test_US))
+        seeds = planning.seeds_to_decide(weights_QU, validation, self.margin)
+        rows = self.results.rows
+        return [
+            Comparison(rows[first], rows[second], ours, theirs, declared, needed)
+            for (first, second), ours, theirs, needed in zip(pairs, validation.judgements, test.judgements, seeds)
+        ]
+
+    # --- The price of a change ---
+
+    def cost(self, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """Costs after over before, geometric means over the matched cells; what cannot be compared is left out."""
+        rows = [(self.rows[before], self.rows[after]) for before, after in pairs]
+        flat = [row for pair in rows for row in pair]
+        if not rows or not all(row.by_seed for row in flat):
+            return {}
+        found = {
+            "parameters": _ratio(rows, lambda row: row.records[0].parameters),
+            "MACs": _ratio(rows, lambda row: row.records[0].macs),
+        }
+        if _timed_alike(flat):
+            found["training time"] = _ratio(rows, lambda row: row.mean(lambda record: record.train_seconds))
+        if _latency_alike(flat):
+            found["latency"] = _ratio(rows, lambda row: smallest(row.latency).p50_ms)
+        return found
 
 
-def measured(rows: Sequence[Row]) -> list[str]:
-    """What the rows are of, each with when it was measured: other rows have another list."""
-    trials = {f"{record.trial} {record.finished}" for row in rows for record in row.records}
-    latencies = {f"{row.latency.file} {row.latency.finished}" for row in rows if row.latency}
-    return sorted(trials) + sorted(latencies)
+def _ratio(pairs: Sequence[tuple[Row, Row]], value: Callable[[Row], float]) -> float:
+    return float(np.exp(np.mean([np.log(value(after) / value(before)) for before, after in pairs])))
 
 
-def study_name(directory: StudyDirectory) -> str:
-    return directory.path.resolve().name
+def _timed_alike(rows: Sequence[Row]) -> bool:
+    """Whether trainings were timed here, on one machine and with the same options."""
+    if any(row.adopted for row in rows):
+        return False
+    return len({_machine(record) for row in rows for record in row.records}) == 1
 
 
-def _shared_level(factor: str, cells: list[PlannedCell], study: Study) -> str:
-    """The level of cells that are one network: "-" where they have every level of the factor, else all they have."""
-    names = list(dict.fromkeys(level_name(cell.levels[factor]) for cell in cells))
-    every = len(names) > 1 and study.design == "factorial" and len(names) == len(study.factors[factor])
-    return EACH_LEVEL if every else " / ".join(names)
+def _machine(record: Record) -> tuple:
+    here = record.environment
+    means = record.bfloat16, record.kernels, record.compiled, record.graphs
+    return here.device, here.cpu, here.threads, here.cores, here.versions.get("torch"), *means
 
 
-def row_name(row: Row) -> str:
-    """A row in a few words: its levels, those of factors that change nothing left out; a baseline's network."""
-    levels = [f"{name} {level}" for name, level in row.levels.items() if level != EACH_LEVEL]
-    return ", ".join(levels) or row.model
-
-
-def find_row(rows: Sequence[Row], text: str) -> Row:
-    """The one row with this name, or with these levels: `experts 2, gate mlp`, `experts=2,gate=mlp`, `experts=4`.
-
-    Raises InputError, with the names there are, where it is none or several.
-    """
-
-    def plain(name: str) -> str:
-        return re.sub(r"[\s=,]+", " ", name).strip()
-
-    for row in rows:
-        if plain(row_name(row)) == plain(text):
-            return row
-    factors = sorted({name for row in rows for name in row.levels}, key=len, reverse=True)
-    parts = re.split(rf"(?:^|[,\s]+)({'|'.join(map(re.escape, factors))})[=\s]", text) if factors else [text]
-    wanted = dict(zip(parts[1::2], (level.strip(" ,") for level in parts[2::2])))
-    matching = [
-        row
+def _latency_alike(rows: Sequence[Row]) -> bool:
+    if not all(row.latency for row in rows):
+        return False
+    kinds = {
+        (row.latency.provider, row.latency.threads, smallest(row.latency).engine, smallest(row.latency).batch)
         for row in rows
-        if wanted and not parts[0].strip() and row.levels and all(
-            row.levels[name] in (level, EACH_LEVEL) or level in row.levels[name].split(" / ")
-            for name, level in wanted.items()
-        )
-    ]  # fmt: skip
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise InputError(f"cell {text!r} is {len(matching)} cells: {'; '.join(map(row_name, matching))}")
-    raise unknown("cell", text, [row_name(row) for row in rows])
+    }
+    return len(kinds) == 1
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
-    """The row with the best mean validation accuracy, the lower validation loss between equals.
-
-    Rows that are `complete` go before those that are not; None where no trial is finished.
-    """
-    done = complete(rows)
-    most = max((len(row.records) for row in rows), default=0)
-    done = done or [row for row in rows if row.records and len(row.records) == most]
-
-    def merit(row: Row) -> tuple[float, float]:
-        accuracy = round(row.interval(on_validation).mean, 9)  # equal ones differ by rounding
-        return accuracy, -row.interval(lambda record: record.validation_loss).mean
-
-    return max(done, key=merit, default=None)
+def smallest(latency: LatencySummary) -> Benched:
+    """ONNX Runtime at the smallest batch size that was measured."""
+    return min(latency.latencies, key=lambda found: (not found.engine.startswith("onnxruntime"), found.batch))
 
 
-def best_record(row: Row) -> Record:
-    """The trial of a row that is best on the validation split."""
-    return max(row.records, key=lambda record: (record.validation_accuracy, -record.validation_loss))
+# --- What it can see ---
 
 
-def complete(rows: Sequence[Row]) -> list[Row]:
-    """The rows with as many seeds as every row should have: in a race, that of the row that needs fewest."""
-    every = min((row.seeds for row in rows), default=0)
-    return [row for row in rows if len(row.records) >= every]
-
-
-# --- Verdicts ---
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What may be said of a difference in points of accuracy; the reference itself has none.
-
-    The interval is Student's for this difference alone; in a race it is as wide as all looks together demand. p-values
-    are adjusted for the family, and a race has none.
-    """
-
-    verdict: stats.Verdict | Literal["reference"]
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_equivalence: float | None = None
-    seeds: int = 0
-    paired: bool = True
-    left_out: tuple[int, ...] = ()  # seeds that only one of the two has
-    further_seeds: float | None = None  # about how many would decide it
-    reason: str = ""
-
-
-REFERENCE = Judgement("reference")
-
-
-def judge(rows: Sequence[Row], margin: float, race: Race | None = None) -> list[Judgement]:
-    """A verdict on each row of one study against the first, which the design puts there before anything is trained.
-
-    All verdicts together are wrong with probability `ALPHA` at most: by `stats.decide` for seeds that were fixed
-    beforehand, by `stats.race` in a race.
-    """
-    if not rows:
-        return []
-    reference, others = rows[0], rows[1:]
-    if race is not None:
-        return [REFERENCE, *(judge_race(row, reference, race) for row in others)]
-    pairs = [(row, reference) for row in others]
-    return [REFERENCE, *judge_pairs(pairs, margin)]
-
-
-def judge_pairs(pairs: Sequence[tuple[Row, Row]], margin: float) -> list[Judgement]:
-    """Verdicts on the first of each pair against the second: one family, of seeds that were fixed beforehand."""
-    contrasts = [contrast_of(first, second, on_validation) for first, second in pairs]
-    judgements = judge_contrasts(contrasts, margin)
-    for place, (first, second) in enumerate(pairs):
-        if first.trials == second.trials:
-            judgements[place] = _same_network(len(first.records))
-    return judgements
-
-
-def contrast_of(first: Row, second: Row, value: Score) -> Contrast:
-    """The first row less the second, on their finished seeds."""
-    if not (first.records and second.records):
-        which = " and ".join(row_name(row) for row in (first, second) if not row.records)
-        return Contrast(0.0, 0, reason=f"{which} has no finished trial")
-    return stats.contrast(first.by_seed(value), second.by_seed(value))
-
-
-def judge_contrasts(contrasts: Sequence[Contrast], margin: float) -> list[Judgement]:
-    """Verdicts on a family of contrasts."""
-    found = []
-    for one, decision in zip(contrasts, stats.decide(contrasts, margin, ALPHA)):
-        further, reason = None, decision.reason or one.reason
-        if decision.verdict == "undecided":
-            further = stats.further_seeds(one, ALPHA / len(contrasts), margin)
-            if further == math.inf:
-                further, reason = None, f"more than {stats.MOST_SEEDS:,} seeds would be needed"
-        found.append(
-            Judgement(
-                verdict=decision.verdict,
-                mean=one.mean if one.n else None,
-                low=one.low,
-                high=one.high,
-                p=decision.p_difference,
-                p_equivalence=decision.p_equivalence,
-                seeds=one.n,
-                paired=one.paired,
-                left_out=one.left_out,
-                further_seeds=further,
-                reason=reason,
-            )
-        )
-    return found
-
-
-def _same_network(seeds: int) -> Judgement:
-    return Judgement("equivalent", 0.0, seeds=seeds, reason="it is the same network")
-
-
-def judge_race(row: Row, reference: Row, race: Race) -> Judgement:
-    """Where the race of a row against the reference stands, from the seeds that both have, in their order."""
-    if row.trials == reference.trials:
-        return _same_network(len(row.records))
-    one = race_of(row, reference, race)
-    if one is None:
-        reason = f"less than {race.first} seeds, from the first on, are finished" + _failed_of(row, reference)
-        return Judgement("undecided", reason=reason)
-    reason = f"decided at {one.seeds} seeds"
-    if one.verdict == "undecided":
-        reason = "the race may go on" if one.go_on else f"the race ended at its last seed, {race.last}"
-        reason += _failed_of(row, reference)
-    return Judgement(one.verdict, one.mean, one.low, one.high, seeds=one.seeds, reason=reason)
-
-
-def race_of(row: Row, reference: Row, race: Race) -> stats.Race | None:
-    """`stats.race` on the seeds that both have, from the first on without a gap; None before the first look."""
-    ours, theirs = row.by_seed(on_validation), reference.by_seed(on_validation)
-    differences = []
-    for seed in range(race.last):
-        if seed not in ours or seed not in theirs:
-            break
-        differences.append(ours[seed] - theirs[seed])
-    if len(differences) < race.first:
+def _sight(asked: Questions, spread: float, seeds: int, measured: bool = True) -> Sight | None:
+    weights_QU = asked.first_family_QU
+    if not len(weights_QU) or seeds < 2:
         return None
-    return stats.race(differences, race.last, race.margin, race.contrasts, race.alpha, race.first)
+    plan = Plan(weights_QU, spread)
+    hardest = int((weights_QU**2).sum(1).argmax())
+    smallest_seen = float(plan.detectable(seeds)[hardest])
+    needed = {difference: plan.seeds_for(hardest, difference) for difference in DIFFERENCES}
+    if smallest_seen < DIFFERENCES[0]:
+        half = float(f"{smallest_seen / 2:.1g}")
+        needed |= {half: plan.seeds_for(hardest, half)}
+    return Sight(spread, measured, seeds, smallest_seen, needed)
 
 
-def _failed_of(*rows: Row) -> str:
-    failed = [f"{trial} ({failure.kind})" for row in rows for trial, failure in row.failures.items()]
-    return f"; failed: {', '.join(failed)}" if failed else ""
+def foresee(study: Study, cells: Sequence[CellName], images: int, directory: StudyDirectory) -> Sight | None:
+    """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
-
-# --- The best cell, and its curves ---
-
-
-def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The seeds that all these rows have, and validation and test accuracies (C, S)."""
-    seeds = sorted(set.intersection(*({record.seed for record in row.records} for row in rows))) if rows else []
-    scores = ([[row.by_seed(value)[seed] for seed in seeds] for row in rows] for value in (on_validation, on_test))
-    return seeds, *(np.array(values).reshape(len(rows), len(seeds)) for values in scores)
-
-
-def winner(rows: Sequence[Row]) -> Winner | None:
-    """`stats.winner` among the rows that are `complete`, on the seeds that all of them have.
-
-    None where there are none, or where they make another row the best than `best_row`, as after a race.
+    Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
+    None for a study with one network or one seed.
     """
-    whole = complete(rows)
-    seeds, validation_CS, test_CS = common_scores(whole)
-    if not seeds:
-        return None
-    best = best_row(rows)
-    order = sorted(range(len(whole)), key=lambda place: whole[place] is not best)  # the first of equals wins
-    found = stats.winner(validation_CS[order], test_CS[order])
-    return found if found.cell == 0 else None
-
-
-def curves(directory: StudyDirectory, row: Row) -> np.ndarray:
-    """Validation accuracy after each epoch (S, E), in percent, as it was measured while training.
-
-    Raises InputError where an epoch of a finished trial is missing.
-    """
-    found = []
-    for record in row.records:
-        epochs = directory.epochs(record.trial)
-        if len(epochs) != record.epochs:
-            file = directory.trial(record.trial) / "epochs.jsonl"
-            raise InputError(f"{file}: has {len(epochs)} epochs, the trial has {record.epochs}")
-        found.append([100 * epoch.validation_accuracy for epoch in epochs])
-    return np.array(found)
-
-
-def peek(directory: StudyDirectory, row: Row) -> Peek | None:
-    """What picking the best epoch and seed would have claimed for a row; None where no trial is finished."""
-    return stats.peek(curves(directory, row)) if row.records else None
+    asked = questions(study, cells)
+    spread = None
+    if (directory.path / "plan.json").exists():
+        spread = read_evidence(directory).spread
+    floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
+    return _sight(asked, spread or floor, study.seeds, measured=spread is not None)
 
 
 # --- Two rows, in full ---
 
 
 @dataclass(frozen=True)
-class SplitContrast:
-    contrast: Contrast
-    bootstrap: tuple[float, float] | None  # 95% interval; None where there is none
+class TwoCells:
+    """One row against another, with every seed."""
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row against another: the first less the second."""
-
-    first: Row
-    second: Row
-    judgement: Judgement
-    validation: SplitContrast
-    test: SplitContrast
+    comparison: Comparison
     mcnemar: dict[int, McNemar]  # by seed, on the test images, of the seeds whose predictions were kept
 
-    @cached_property
+    @property
     def seeds(self) -> list[int]:
         """That either has."""
-        return sorted({record.seed for row in (self.first, self.second) for record in row.records})
+        return sorted(self.comparison.first.by_seed.keys() | self.comparison.second.by_seed.keys())
 
 
-def compare(directory: StudyDirectory, rows: Sequence[Row], first: Row, second: Row) -> Comparison:
-    """The comparison of two rows as the only question asked; in a race, a verdict needs the reference.
+def compare(directory: StudyDirectory, evidence: Evidence, first: int, second: int) -> TwoCells:
+    """The comparison of two rows: as it was declared, else as a question of its own that was chosen afterwards.
 
-    The seeds of a race depend on what was seen, so that tests for a fixed number of them would err too often.
+    After a race it has no verdict, as the seeds depend on what was seen. Raises InputError for a row and itself.
     """
-    race = directory.plan.race
-    (judgement,) = judge_pairs([(first, second)], directory.study.margin)
-    if race is not None and first.trials != second.trials:
-        if rows[0] in (first, second):
-            judgement = judge_race(first, second, race)
-        else:
-            reason = "seeds were added by a race, whose verdicts are against its reference"
-            judgement = Judgement("undecided", judgement.mean, seeds=judgement.seeds, reason=reason)
-    splits = []
-    for value in (on_validation, on_test):
-        one = contrast_of(first, second, value)
-        ours, theirs = first.by_seed(value), second.by_seed(value)
-        differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-        interval = stats.bootstrap_interval(differences) if one.paired and differences else None
-        splits.append(SplitContrast(one, interval))
-    return Comparison(first, second, judgement, *splits, mcnemar=_mcnemar(directory, first, second))
+    results = evidence.results
+    model = _Model(results, evidence.asked)
+    if model.network_of_row[first] == model.network_of_row[second]:
+        raise InputError(f"--contrast: {results.rows[first].name!r} and {results.rows[second].name!r} are one cell")
+    places = {(results.row(a), results.row(b)): at for at, (a, b) in enumerate(results.study.contrasts)}
+    if (at := places.get((first, second))) is not None and evidence.declared:
+        found = evidence.declared[at]
+    elif (at := places.get((second, first))) is not None and evidence.declared:
+        found = _turned(evidence.declared[at])
+    else:
+        (found,) = model.compare([(first, second)], declared=False)
+        if results.plan.race is not None:
+            reason = "seeds were added by a race, which decides other contrasts"
+            found = replace(found, judgement=replace(found.judgement, verdict=NONE, low=None, high=None, reason=reason))
+    return TwoCells(found, _mcnemar(directory, found.first, found.second))
+
+
+def _turned(found: Comparison) -> Comparison:
+    def turn(judgement: Judgement) -> Judgement:
+        verdict = {"better": "worse", "worse": "better"}.get(judgement.verdict, judgement.verdict)
+        mean, low, high = (value and -value for value in (judgement.mean, judgement.high, judgement.low))
+        return replace(judgement, verdict=verdict, mean=mean, low=low, high=high)
+
+    turned = turn(found.judgement), turn(found.test)
+    return Comparison(found.second, found.first, *turned, found.declared, found.seeds_to_decide)
 
 
 def _mcnemar(directory: StudyDirectory, first: Row, second: Row) -> dict[int, McNemar]:
-    trials = [{record.seed: record.trial for record in row.records} for row in (first, second)]
     found = {}
-    for seed in sorted(trials[0].keys() & trials[1].keys()):
-        kept = [directory.predictions(one[seed]) for one in trials]
+    for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
+        kept = [directory.predictions(row.by_seed[seed].trial) for row in (first, second)]
         if all(kept):
-            found[seed] = mcnemar(*(right(one) for one in kept))
+            found[seed] = mcnemar(*map(right_on_test, kept))
     return found
 
 
-def right(predictions: Predictions) -> np.ndarray:
-    """Whether each test image was recognised (B,)."""
-    return predictions.test == predictions.test_labels
-
-
-# --- Factors ---
+# --- The levels of a factor ---
 
 
 @dataclass(frozen=True)
 class Marginal:
-    """Levels of one or two factors, over all levels of the others."""
+    """A level of one factor, or levels of two, over all levels of the others."""
 
     levels: dict[str, str]
-    cells: int  # that count
+    cells: int  # networks that count
     seeds: int
     validation: Interval | None
     test: Interval | None
-    effect: Judgement | None  # of one level against the factor's first; of two, their interaction
+    effect: Effect | None  # of one level, its main effect; of two, their interaction
 
 
-def marginals(directory: StudyDirectory, factors: Sequence[str]) -> list[Marginal]:
-    """The means over the cells of each level, and its effect, on the seeds that all these cells have.
+def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
+    """The means over the networks of each level on the seeds that all of them have, and its effect where it has one.
 
-    In a full factorial effects are `stats.factorial_effects`, and those of the factors given are one family. One at a
-    time, a level has the cell in which only this factor is changed, and its effect is the contrast with the base.
-    Baselines have no levels. Cells without any finished trial are left out, and there are no effects then. In a race
-    only the seeds of the first look count, as those were fixed beforehand. Raises InputError for factors that the study
-    does not have, and for two of them where the design has no combinations.
+    One factor at a time, only the cells in which no other factor is changed count. Baselines and the control have no
+    levels. Raises InputError for factors that the study does not have, and for two of them where the design has no
+    combinations.
     """
-    study, plan = directory.study, directory.plan
+    results = evidence.results
+    study, path = results.study, results.path
     if not study.factors:
-        raise InputError(f"{directory.path}: the study has no factors")
-    for factor in factors:
-        if factor not in study.factors:
-            raise unknown(f"factor of {directory.path}:", factor, study.factors)
-    if len(factors) > 2 or len(set(factors)) < len(factors):
-        raise InputError(f"one factor, or two different ones, have effects; found {', '.join(factors)}")
-    if len(factors) == 2 and study.design != "factorial":
-        raise InputError(f"{directory.path}: one factor at a time was changed; {' and '.join(factors)} never together")
-    cells = [cell for cell in plan.cells if cell.levels and _counts(cell, factors, study)]
-    records = [{one.seed: one for trial in cell.trials if (one := directory.record(trial))} for cell in cells]
-    whole = all(records)
-    there = [found.keys() for found in records if found]
-    seeds = sorted(set.intersection(*map(set, there))) if there else []
-    seeds = [seed for seed in seeds if plan.race is None or seed < plan.race.first]
-    effects = _effects(study, cells, records, factors, seeds) if whole and seeds else {}
-    groups: dict[tuple[str, ...], list[dict[int, Record]]] = {}
-    for cell, found in zip(cells, records):
-        groups.setdefault(tuple(level_name(cell.levels[factor]) for factor in factors), []).append(found)
-    rows = []
-    for levels, group in groups.items():
-        group = [found for found in group if found]
+        raise InputError(f"{path}: the study has no factors")
+    for name in names:
+        if name not in study.factors:
+            raise unknown(f"factor of {path}:", name, study.factors)
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise InputError(f"one factor, or two different ones, have effects; found {', '.join(names)}")
+    if len(names) == 2 and study.design != "factorial":
+        raise InputError(f"{path}: one factor at a time was changed; {' and '.join(names)} never together")
+    grouped: dict[tuple[str, ...], dict[int, Row]] = {}
+    for cell, row in zip(cell_names(results.plan), results.row_of):
+        others = [level for name, level in cell.levels.items() if name not in names]
+        if cell.levels and (study.design == "factorial" or all(level == "base" for level in others)):
+            grouped.setdefault(tuple(cell.levels[name] for name in names), {})[row] = results.rows[row]
+    done = [row for group in grouped.values() for row in group.values() if row.by_seed]
+    seeds = sorted(set.intersection(*(set(row.by_seed) for row in done))) if done else []
+    judged = evidence.effects if len(names) == 1 else evidence.interactions
+    effects = {
+        tuple(levels[name] for name in names): effect
+        for effect in judged
+        if (levels := {factor: after for factor, _, after in effect.changes}).keys() == set(names)
+    }
+    found = []
+    for levels, group in grouped.items():
+        rows = [row for row in group.values() if row.by_seed]
         means = [
-            mean_interval([float(np.mean([value(found[seed]) for found in group])) for seed in seeds])
-            if group and seeds
+            accuracy_interval([float(np.mean([value(row.by_seed[seed]) for row in rows])) for seed in seeds])
+            if rows and seeds
             else None
             for value in (on_validation, on_test)
         ]
-        rows.append(
-            Marginal(dict(zip(factors, levels)), len(group), len(seeds) if group else 0, *means, effects.get(levels))
-        )
-    return rows
-
-
-def _counts(cell: PlannedCell, factors: Sequence[str], study: Study) -> bool:
-    others = [level for name, level in cell.levels.items() if name not in factors]
-    return study.design == "factorial" or all(level is BASE for level in others)
-
-
-def _effects(
-    study: Study,
-    cells: list[PlannedCell],
-    records: list[dict[int, Record]],
-    factors: Sequence[str],
-    seeds: list[int],
-) -> dict[tuple[str, ...], Judgement]:
-    """Verdicts by the names of levels, on validation."""
-    scores_CS = np.array([[on_validation(found[seed]) for seed in seeds] for found in records])
-    if study.design == "one_at_a_time":
-        names = [level_name(cell.levels[factors[0]]) for cell in cells]
-        scale = float(np.abs(scores_CS).max())
-        contrasts = [stats.paired_contrast(scores_S - scores_CS[0], scale=scale) for scores_S in scores_CS[1:]]
-        found = judge_contrasts(contrasts, study.margin)
-        same = [cell.trials == cells[0].trials for cell in cells[1:]]
-        found = [_same_network(len(seeds)) if is_same else one for is_same, one in zip(same, found)]
-        return dict(zip([(name,) for name in names], [REFERENCE, *found]))
-    levels = {name: [level_name(level) for level in values] for name, values in study.factors.items()}
-    scores_LS = scores_CS.reshape(*map(len, levels.values()), len(seeds))
-    effects = [
-        effect
-        for effect in stats.factorial_effects(scores_LS, levels)
-        if {name for name, _, _ in effect.changes} == set(factors)
-    ]
-    found = {}
-    for effect, judgement in zip(effects, judge_contrasts([effect.contrast for effect in effects], study.margin)):
-        to = {name: level for name, _, level in effect.changes}
-        found[tuple(to[factor] for factor in factors)] = judgement
-    if len(factors) == 1:
-        found[(levels[factors[0]][0],)] = REFERENCE
+        count = len(seeds) if rows else 0
+        found.append(Marginal(dict(zip(names, levels)), len(rows), count, *means, effects.get(levels)))
     return found

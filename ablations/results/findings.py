@@ -11,38 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from scipy.special import log_softmax
 
 from ablations.records import Plan, StudyDirectory, TestRead, read_record
-from ablations.results import evidence, stats
-from ablations.results.evidence import ALPHA, Judgement, Marginal, Row, on_validation
+from ablations.results.evidence import Evidence, read_evidence
 from ablations.results.gates import BlockGate, block_gate, predict_watched
-from ablations.results.stats import Contrast, Share
+from ablations.results.rows import Row, best_record, ranking
+from ablations.results.stats.images import Share, class_accuracies, confusion_matrix, consistent_images
 from ablations.study import Study
-from ablations.training.data import CACHE, ImageData, load_data
+from ablations.training.data import CACHE, load_data, split_share
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
 
 MOST_CURVES = 6  # cells whose curves are drawn
-MOST_PAIRS = 10  # pairs of factors whose interactions are shown
 MOST_MISTAKES = 24
-MOST_CELLS = 200  # among which the probability to be the best is drawn
-MOST_DRAWN = 1_000_000  # means, for it; of 200 cells 5,000 each, and exact to about 0.02
-TRIED_FOR_GATES = 10  # cells, best first
-
-
-@dataclass(frozen=True)
-class Lead:
-    """The best row less another, on validation. `p` is adjusted, None where there is no interval."""
-
-    row: Row
-    contrast: Contrast
-    p: float | None
-
-    @property
-    def better(self) -> bool:
-        """Whether that the best row is better than it is decided."""
-        return self.p is not None and self.p <= ALPHA and self.contrast.mean > 0
+MOST_IMAGES = 40  # on which two cells differ at every seed
+SEARCHED_FOR_GATES = 10  # cells, best first
 
 
 @dataclass(frozen=True)
@@ -76,78 +63,79 @@ class Examined:
 
 
 @dataclass(frozen=True)
+class DifferentImage:
+    """An image that one cell recognises at every seed and another cell at none."""
+
+    number: int  # in the split, from 0
+    truth: str
+    first: str  # what the networks of the first cell take it for, most frequent first
+    second: str
+
+
+@dataclass(frozen=True)
+class ImageDifferences:
+    """On which images two cells differ at every seed, from predictions that were kept."""
+
+    first: Row
+    second: Row
+    seeds: int
+    split: str  # "test", or "validation" where all seeds hold out the same images
+    only_first: list[DifferentImage]
+    only_second: list[DifferentImage]
+    counts: tuple[int, int]  # of all, also those that are not listed
+    by_chance: float  # images of both kinds together, of two cells that are equal
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that a report says of a study. Accuracies are in percent."""
 
-    name: str
-    path: Path
-    study: Study
-    plan: Plan
-    rows: list[Row]
-    judgements: list[Judgement]  # against the first row
+    evidence: Evidence
     best: Row | None
-    leads: list[Lead]  # over the others, best on validation first
-    probability: float | None  # that the best row has the highest true mean
-    effects: dict[tuple[str, ...], list[Marginal]]  # by factor, and by pair of factors
-    effects_missing: str
+    others: list[Row]  # with a finished trial, best on validation first
+    images: ImageDifferences | None
+    images_missing: str
     curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
     reads: list[TestRead]
     examined: Examined
 
+    @property
+    def name(self) -> str:
+        return self.evidence.results.name
 
-def find(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
+    @property
+    def path(self) -> Path:
+        return self.evidence.results.path
+
+    @property
+    def study(self) -> Study:
+        return self.evidence.results.study
+
+    @property
+    def plan(self) -> Plan:
+        return self.evidence.results.plan
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.evidence.results.rows
+
+
+def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
     """Reads a study directory. Raises InputError for one that is none or is damaged."""
-    study, plan, rows = directory.study, directory.plan, evidence.study_rows(directory)
-    best, ranked = evidence.best_row(rows), ranking(rows)
-    effects, effects_missing = _effects(directory)
+    evidence = read_evidence(directory)
+    ranked = ranking(evidence.results.rows)
+    examined = examine(directory, evidence.results.plan, ranked, data_dir)
+    images, images_missing = _different_images(directory, evidence, ranked, examined.classes)
     return Findings(
-        name=evidence.study_name(directory),
-        path=directory.path,
-        study=study,
-        plan=plan,
-        rows=rows,
-        judgements=evidence.judge(rows, study.margin, plan.race),
-        best=best,
-        leads=leads(best, ranked, sequential=plan.race is not None) if best else [],
-        probability=_probability(best, ranked) if best and plan.race is None else None,
-        effects=effects,
-        effects_missing=effects_missing,
-        curves=[(row, [_epochs(directory, record.trial) for record in row.records]) for row in ranked[:MOST_CURVES]],
+        evidence=evidence,
+        best=ranked[0] if ranked else None,
+        others=ranked[1:],
+        images=images,
+        images_missing=images_missing,
+        curves=[(row, [directory.epochs(record.trial) for record in row.records]) for row in ranked[:MOST_CURVES]],
         reads=directory.test_reads(),
-        examined=examine(directory, ranked, data_dir),
+        examined=examined,
     )
-
-
-def ranking(rows: Sequence[Row]) -> list[Row]:
-    """The rows with a finished trial, best on validation first; that of `best_row` leads."""
-    best = evidence.best_row(rows)
-    merit = {id(row): row.interval(on_validation).mean for row in rows if row.records}
-    return sorted((row for row in rows if row.records), key=lambda row: (row is not best, -merit[id(row)]))
-
-
-def leads(best: Row, ranked: Sequence[Row], sequential: bool = False) -> list[Lead]:
-    """The best row against each other, with p-values that allow for its having been chosen by the same scores.
-
-    Holm's correction makes the C - 1 differences from one row a family, and a factor of C / 2 pays for the choice of
-    that row among C: as if all pairs had been asked for. With it, any difference that is none is found with probability
-    0.05 at most, whichever row is chosen. (For equal rows are equal to each other: among m of them each is one of m - 1
-    true hypotheses of its family, at C levels that sum to at most 0.05.) `sequential`: seeds were added by a race, for
-    which these tests do not hold; there are no p-values then.
-    """
-    others = [row for row in ranked if row is not best]
-    contrasts = [evidence.contrast_of(best, row, on_validation) for row in others]
-    decisions = stats.decide(contrasts)
-    price = (len(others) + 1) / 2
-    p = [None if sequential or one.p_difference is None else min(1.0, price * one.p_difference) for one in decisions]
-    return [Lead(*one) for one in zip(others, contrasts, p)]
-
-
-def _probability(best: Row, ranked: Sequence[Row]) -> float | None:
-    seeds, validation_CS, _ = evidence.common_scores(ranked)
-    if len(seeds) < 2 or not 1 < len(ranked) <= MOST_CELLS:
-        return None
-    draws = min(20_000, MOST_DRAWN // len(ranked))
-    return float(stats.probability_best(validation_CS, draws)[list(map(id, ranked)).index(id(best))])
 
 
 def pareto(costs_C: Sequence[float], scores_C: Sequence[float]) -> list[int]:
@@ -160,38 +148,59 @@ def pareto(costs_C: Sequence[float], scores_C: Sequence[float]) -> list[int]:
     return front
 
 
-def _effects(directory: StudyDirectory) -> tuple[dict[tuple[str, ...], list[Marginal]], str]:
-    """The marginals of each factor and pair of factors that have effects, and why some have none."""
-    study = directory.study
-    factors = [name for name, levels in study.factors.items() if len(levels) > (study.design == "factorial")]
-    if not factors:
-        return {}, "The study varies no factor."
-    pairs = [(one, other) for i, one in enumerate(factors) for other in factors[i + 1 :]]
-    asked = [(name,) for name in factors]
-    asked += pairs if study.design == "factorial" and len(pairs) <= MOST_PAIRS else []
-    found = {names: evidence.marginals(directory, names) for names in asked}
-    with_effects = {names: rows for names, rows in found.items() if any(_judged(row) for row in rows)}
-    if not with_effects:
-        return {}, "A cell has no finished trial, so that the levels are not alike in all else; or no seed is common."
-    skipped = f"Interactions are left out: there are {len(pairs)} pairs of factors." if len(pairs) > MOST_PAIRS else ""
-    return with_effects, skipped
+# --- Two cells, image by image ---
 
 
-def _judged(row: Marginal) -> bool:
-    return row.effect is not None and row.effect.verdict != "reference"
+def _different_images(
+    directory: StudyDirectory, evidence: Evidence, ranked: Sequence[Row], classes: Sequence[str]
+) -> tuple[ImageDifferences | None, str]:
+    """The best cell against the base (against the next best where the base is the best), or why there is nothing."""
+    base = evidence.results.base
+    if len(ranked) < 2:
+        return None, "There are no two cells with finished trials."
+    first = ranked[0]
+    second = base if base is not first and base in ranked else ranked[1]
+    split = "validation" if evidence.fixed_split else "test"
+    seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
+    if len(seeds) < 2:
+        return None, "Two seeds of both cells are needed to tell what a cell does from what a seed does."
+    kept = [[directory.predictions(row.by_seed[seed].trial) for seed in seeds] for row in (first, second)]
+    if not all(all(row) for row in kept):
+        return None, "The predictions of these trials were not kept."
+    taken = [[getattr(predictions, split) for predictions in row] for row in kept]
+    labels_B = getattr(kept[0][0], f"{split}_labels")
+    right = [np.array([predicted_B == labels_B for predicted_B in row]) for row in taken]
+    found = consistent_images(*right)
+
+    def listed(places_B: np.ndarray) -> list[DifferentImage]:
+        return [
+            DifferentImage(
+                int(place),
+                _class_name(classes, labels_B[place]),
+                *(_taken_for([predicted_B[place] for predicted_B in row], classes) for row in taken),
+            )
+            for place in places_B[:MOST_IMAGES]
+        ]
+
+    counts = len(found.only_first), len(found.only_second)
+    lists = listed(found.only_first), listed(found.only_second)
+    return ImageDifferences(first, second, len(seeds), split, *lists, counts, found.by_chance), ""
 
 
-def _epochs(directory: StudyDirectory, trial: str) -> list[Epoch]:
-    try:
-        return directory.epochs(trial)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{directory.trial(trial) / 'epochs.jsonl'}: not UTF-8: {error}") from None
+def _class_name(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else str(label)
+
+
+def _taken_for(labels: Sequence[int], classes: Sequence[str]) -> str:
+    values, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return ", ".join(_class_name(classes, values[place]) for place in order)
 
 
 # --- The best network, image by image ---
 
 
-def examine(directory: StudyDirectory, ranked: Sequence[Row], data_dir: Path | None = None) -> Examined:
+def examine(directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], data_dir: Path | None = None) -> Examined:
     """The best trial of the best row on the validation images, and its kept predictions of the test images.
 
     Where that network has no gate, the gates are those of the best row that has some. Raises InputError for damaged
@@ -201,7 +210,7 @@ def examine(directory: StudyDirectory, ranked: Sequence[Row], data_dir: Path | N
     if not ranked:
         found.missing = dict.fromkeys(("confusion", "mistakes", "gates"), "No trial is finished.")
         return found
-    found.row, found.trial = ranked[0], evidence.best_record(ranked[0]).trial
+    found.row, found.trial = ranked[0], best_record(ranked[0]).trial
     checkpoint = _checkpoint(directory, found.trial)
     kept = directory.predictions(found.trial)
     if checkpoint:
@@ -214,27 +223,32 @@ def examine(directory: StudyDirectory, ranked: Sequence[Row], data_dir: Path | N
         reason = f"The checkpoint of trial {found.trial} is not in the study directory."
         found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
         return found
-    data, reason = _validation(directory, found.trial, data_dir)
-    if data is None:
+    resident, reason = _images(directory, plan, found.trial, data_dir)
+    if resident is None:
         found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
         return found
-    labels_B, pixels_BHWC = data.validation.labels_B.numpy(), data.validation.pixels_BHWC.numpy()
-    logits_BN, weights = predict_watched(checkpoint, data.validation)
+    validation = resident.splits(plan.hold_out, best_record(ranked[0]).seed).validation
+    labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels_BHWC.numpy()
+    logits_BN, weights = predict_watched(checkpoint, validation)
     found.images, found.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
     found.mistakes = worst(logits_BN, labels_B, pixels_BHWC, found.classes)
     if not kept:
         _count(found, labels_B, logits_BN.argmax(1), "validation")
     found.gates_row, found.gates_trial = ranked[0], found.trial
-    for row in ranked[1:TRIED_FOR_GATES]:
+    for row in ranked[1:SEARCHED_FOR_GATES]:
         if weights:
             break
-        found.gates_row, found.gates_trial = row, evidence.best_record(row).trial
+        record = best_record(row)
+        found.gates_row, found.gates_trial = row, record.trial
         other = _checkpoint(directory, found.gates_trial)
-        weights = predict_watched(other, data.validation)[1] if other and _has_gates(other) else {}
-    found.gates = [block_gate(name, one_BK, labels_B, len(found.classes)) for name, one_BK in weights.items()]
+        if other and _has_gates(other):
+            validation = resident.splits(plan.hold_out, record.seed).validation
+            weights = predict_watched(other, validation)[1]
+    labels_B = validation.labels_B.numpy()
+    found.gates = [block_gate(name, weights_BK, labels_B, len(found.classes)) for name, weights_BK in weights.items()]
     if not found.gates:
         found.missing["gates"] = "No network has a gate" + (
-            "." if len(ranked) <= TRIED_FOR_GATES else f" among the {TRIED_FOR_GATES} best."
+            "." if len(ranked) <= SEARCHED_FOR_GATES else f" among the {SEARCHED_FOR_GATES} best."
         )
     return found
 
@@ -243,8 +257,7 @@ def worst(
     logits_BN: np.ndarray, labels_B: np.ndarray, pixels_BHWC: np.ndarray, classes: Sequence[str]
 ) -> list[Mistake]:
     """The images that were taken for another class, those with the highest cross entropy first."""
-    shifted_BN = logits_BN.astype(float) - logits_BN.max(1, keepdims=True)
-    log_BN = shifted_BN - np.log(np.exp(shifted_BN).sum(1, keepdims=True))
+    log_BN = log_softmax(logits_BN.astype(float), axis=1)
     loss_B, taken_B = -log_BN[np.arange(len(labels_B)), labels_B], logits_BN.argmax(1)
     places = [place for place in np.argsort(-loss_B, kind="stable") if taken_B[place] != labels_B[place]]
     return [
@@ -260,8 +273,8 @@ def worst(
 
 
 def _count(found: Examined, labels_B: np.ndarray, predicted_B: np.ndarray, split: str) -> None:
-    found.confusion_NN = stats.confusion_matrix(labels_B, predicted_B, len(found.classes))
-    found.confusion_split, found.shares = split, stats.class_accuracies(found.confusion_NN)
+    found.confusion_NN = confusion_matrix(labels_B, predicted_B, len(found.classes))
+    found.confusion_split, found.shares = split, class_accuracies(found.confusion_NN)
 
 
 def _checkpoint(directory: StudyDirectory, trial: str) -> Checkpoint | None:
@@ -273,12 +286,14 @@ def _has_gates(checkpoint: Checkpoint) -> bool:
     return any(".gate." in name for name in checkpoint.weights)
 
 
-def _validation(directory: StudyDirectory, trial: str, data_dir: Path | None) -> tuple[ImageData | None, str]:
-    """The data that a trial was trained on, or why it cannot be had here. Nothing is downloaded."""
-    source = directory.plan.source
-    cifar = source in ("cifar10", "cifar100")
+def _images(
+    directory: StudyDirectory, plan: Plan, trial: str, data_dir: Path | None
+) -> tuple[ResidentData | None, str]:
+    """The images that a trial was trained on, or why they cannot be had here. Nothing is downloaded."""
+    source, image_size = plan.source, plan.image_size
+    cifar = split_share(source)[0] in ("cifar10", "cifar100")
     try:
-        data = load_data(source, (data_dir or CACHE) if cifar else data_dir)
+        data = load_data(source, (data_dir or CACHE) if cifar else data_dir, image_size)
     except InputError as error:
         if data_dir is not None:
             raise
@@ -286,4 +301,4 @@ def _validation(directory: StudyDirectory, trial: str, data_dir: Path | None) ->
     config = read_record(Trial, directory.trial(trial) / "config.json")
     if config is not None and config.fingerprint != data.fingerprint:
         return None, f"The data source {source!r} no longer has the images that this study was trained on."
-    return data, ""
+    return ResidentData(data, torch.device("cpu")), ""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import entropy
 
-from ablations.training.data import Split
 from ablations.training.loop import predict
+from ablations.training.splits import Split
 from model.checkpoint import Checkpoint
 from model.gates import recorded_gates
 
@@ -48,12 +49,6 @@ def mean_by_class(values_BX: np.ndarray, labels_B: np.ndarray, classes: int) -> 
     return sums_NX / counts_N.reshape(-1, *[1] * (values_BX.ndim - 1))
 
 
-def entropy(weights_BK: np.ndarray) -> np.ndarray:
-    """The entropy (B,) of each row: 0 where one expert has all the weight, log2(K) for equal weights."""
-    logs_BK = np.log2(weights_BK, out=np.zeros_like(weights_BK, dtype=float), where=weights_BK > 0)
-    return -(weights_BK * logs_BK).sum(-1)
-
-
 def collapsed(mean_K: np.ndarray) -> tuple[int, ...]:
     """The experts whose mean weight is below a tenth of an equal share, 0.1 / K: of 4 experts, below 0.025."""
     return tuple(np.flatnonzero(mean_K < COLLAPSED / len(mean_K)).tolist())
@@ -68,15 +63,17 @@ def mutual_information(weights_BK: np.ndarray, labels_B: np.ndarray, classes: in
     """
     joint_NK = np.zeros((classes, weights_BK.shape[1]))
     np.add.at(joint_NK, labels_B, weights_BK / len(weights_BK))
-    whole = entropy(joint_NK.reshape(1, -1))[0]
-    return max(0.0, float(entropy(joint_NK.sum(0)[None])[0] + entropy(joint_NK.sum(1)[None])[0] - whole))
+    of_both, of_expert, of_class = (
+        entropy(shares, base=2) for shares in (joint_NK.ravel(), joint_NK.sum(0), joint_NK.sum(1))
+    )
+    return max(0.0, float(of_expert + of_class - of_both))
 
 
 def block_gate(block: str, weights_BK: np.ndarray, labels_B: np.ndarray, classes: int) -> BlockGate:
     """The diagnosis of one gate from its weights. Raises ValueError for rows that are no distributions."""
     if len(weights_BK) == 0 or (weights_BK < 0).any() or np.abs(weights_BK.sum(1) - 1).max() > 1e-3:
         raise ValueError(f"{block}: gate weights must be shares that sum to 1 for each image")
-    entropy_B, mean_K = entropy(weights_BK), weights_BK.mean(0)
+    entropy_B, mean_K = entropy(weights_BK, base=2, axis=1), weights_BK.mean(0)
     return BlockGate(
         block=block,
         mean_K=mean_K,

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ablations.results.evidence import Judgement, Row, on_test, on_validation, row_name
-from ablations.results.gates import BlockGate
+from ablations.results.rows import Row, on_test, on_validation
+from ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from ablations.results.stats.selection import Interval
 from ablations.training.trial import Epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ablations.results.gates import BlockGate
 
 TEST, VALIDATION, TRAIN = "#0b6e8a", "#9aa1a7", "#c2703d"
 DECIDED, UNDECIDED = "#0b6e8a", "#8b9196"
@@ -76,8 +79,8 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
 
     Rows without a finished trial are left out.
     """
-    done = [row for row in rows if row.records]
-    done.sort(key=lambda row: -row.interval(on_validation).mean)
+    done = [row for row in rows if row.by_seed]
+    done.sort(key=lambda row: -row.mean(on_validation))
     figure = _figure(1.2 + 0.46 * len(done))
     axes = figure.add_subplot()
     series = {
@@ -85,14 +88,14 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
         "test": (TEST, 0.22, on_test),
     }
     for label, (colour, shift, value) in series.items():
-        intervals = [row.interval(value) for row in done]
+        intervals = [row.accuracy(value) for row in done]
         axes.errorbar(
             [interval.mean for interval in intervals],
             [y + shift for y in range(len(done))],
-            xerr=[interval.half_width or 0 for interval in intervals],
+            xerr=_reach(intervals),
             fmt="o", markersize=4.5, capsize=2, linewidth=1.4, color=colour, label=label,
         )  # fmt: skip
-    _listed(axes, [row_name(row) for row in done])
+    _listed(axes, [row.name for row in done])
     axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
@@ -101,23 +104,30 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     return figure
 
 
+def _reach(intervals: Sequence[Interval]) -> np.ndarray:
+    """How far intervals reach below and above their means (2, X); 0 where there is none."""
+    ends = [(0.0, 0.0) if low is None else (mean - low, high - mean) for mean, low, high in intervals]
+    return np.array(ends).reshape(-1, 2).T
+
+
 def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
     """`accuracy_figure` as an SVG."""
     return save(accuracy_figure(title, rows))
 
 
 def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "Figure":
-    """Differences in points with their intervals; filled where there is a verdict, the margin of equivalence shaded."""
+    """Differences in points with their intervals; filled where there is a verdict, the margin shaded."""
     figure = _figure(1.0 + 0.44 * len(effects))
     axes = figure.add_subplot()
     axes.axvspan(-margin, margin, color="#e9edf0", linewidth=0, zorder=0)
     axes.axvline(0, color="#555555", linewidth=0.8)
-    for place, (_, one) in enumerate(effects):
-        decided = one.verdict not in ("undecided", "reference")
+    for place, (_, judgement) in enumerate(effects):
+        decided = judgement.verdict not in (OPEN, NONE)
         colour = DECIDED if decided else UNDECIDED
-        reach = None if one.low is None else [[one.mean - one.low], [one.high - one.mean]]
+        mean, low, high = judgement.mean, judgement.low, judgement.high
+        reach = None if low is None else [[mean - low], [high - mean]]
         axes.errorbar(
-            [one.mean], [place], xerr=reach, fmt="o", markersize=5, capsize=2, linewidth=1.4, color=colour,
+            [mean], [place], xerr=reach, fmt="o", markersize=5, capsize=2, linewidth=1.4, color=colour,
             markerfacecolor=colour if decided else "white",
         )  # fmt: skip
     _listed(axes, [label for label, _ in effects])
@@ -131,10 +141,10 @@ def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
     figure = _figure(1.0 + 0.44 * len(others))
     axes = figure.add_subplot()
     axes.axvline(0, color="#555555", linewidth=0.8)
-    ours = best.by_seed(on_validation)
+    ours = best.by_seed
     for place, row in enumerate(others):
-        theirs = row.by_seed(on_validation)
-        differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        common = sorted(ours.keys() & row.by_seed.keys())
+        differences = [on_validation(ours[seed]) - on_validation(row.by_seed[seed]) for seed in common]
         label = place == 0
         axes.plot(
             differences, [place] * len(differences), "o", color=TEST, markersize=5, alpha=0.45, markeredgewidth=0,
@@ -146,7 +156,7 @@ def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
                 [mean], [place], "|", color="black", markersize=11, markeredgewidth=1.6,
                 label="mean over seeds" if label else None,
             )  # fmt: skip
-    _listed(axes, [row_name(row) for row in others])
+    _listed(axes, [row.name for row in others])
     axes.set_xlabel("best less this cell, validation accuracy in points", fontsize=8.5)
     _bare(axes)
     _under(figure, axes)
@@ -187,9 +197,9 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     """Test accuracy against a cost; those on the front are joined and numbered in their order."""
     figure = _figure(3.4)
     axes = figure.add_subplot()
-    intervals = [row.interval(on_test) for row in rows]
+    intervals = [row.accuracy(on_test) for row in rows]
     axes.errorbar(
-        costs, [one.mean for one in intervals], yerr=[one.half_width or 0 for one in intervals], fmt="o",
+        costs, [interval.mean for interval in intervals], yerr=_reach(intervals), fmt="o",
         markersize=4.5, capsize=2, linewidth=0.9, color=UNDECIDED, label="cell, with its 95% interval",
     )  # fmt: skip
     axes.plot(
@@ -236,7 +246,7 @@ def _decimals(values: np.ndarray) -> np.ndarray:
     return np.array([["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values])
 
 
-def gate_figure(gate: BlockGate, classes: Sequence[str]) -> "Figure":
+def gate_figure(gate: "BlockGate", classes: Sequence[str]) -> "Figure":
     """Mean weight of each expert on the images of each class."""
     figure = _figure(1.0 + 0.24 * min(len(classes), LARGEST_MATRIX), 3.7)
     axes = figure.add_subplot()
@@ -250,7 +260,7 @@ def gate_figure(gate: BlockGate, classes: Sequence[str]) -> "Figure":
     return figure
 
 
-def entropy_figure(gates: Sequence[BlockGate], classes: Sequence[str]) -> "Figure":
+def entropy_figure(gates: Sequence["BlockGate"], classes: Sequence[str]) -> "Figure":
     """Entropy of the gate by block and class, as a share of that of equal weights."""
     values = np.array([gate.entropy_N / (gate.most_entropy or 1) for gate in gates])
     figure = _figure(0.9 + 0.3 * len(gates))

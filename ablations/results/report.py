@@ -16,20 +16,13 @@ from PIL import Image
 
 from ablations.records import StudyDirectory
 from ablations.results import plots, tables
-from ablations.results.evidence import (
-    Judgement,
-    Marginal,
-    Row,
-    complete,
-    measured,
-    on_test,
-    on_validation,
-    row_name,
-    winner,
-)
-from ablations.results.findings import MOST_CURVES, Findings, Mistake, pareto
-from ablations.results.stats import Interval
-from ablations.results.tables import shown
+from ablations.results.answer import answer
+from ablations.results.evidence import smallest
+from ablations.results.findings import MOST_CURVES, DifferentImage, Findings, Mistake, pareto
+from ablations.results.rendering import Points, Verdict, render_tables, shown
+from ablations.results.rows import Row, measured, on_test, on_validation
+from ablations.results.stats.selection import Interval
+from ablations.results.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,68 +58,22 @@ def _uri(content: bytes, kind: str) -> str:
 # --- What it says ---
 
 
-def answer(found: Findings) -> list[str]:
-    """The answer to the study's question in sentences, of which the first is the answer. No more than was found."""
-    best, margin = found.best, found.study.margin
-    if best is None:
-        return ["No trial is finished, so there is no answer yet."]
-    seeds = len(best.records)
-    over = f"over {seeds} seeds" if seeds > 1 else "with one seed"
-    ranked = f"{row_name(best)}: {shown(best.interval(on_validation))}% {over}"
-    if not found.leads:
-        return [f"There is one network to speak of, {ranked}, and nothing to compare it with."]
-    first = f"Best on validation is {ranked}; {_lead(found)}."
-    lines = [first]
-    if found.probability is not None:
+def said(found: Findings) -> list[str]:
+    """The answer to the study's question, and which cell is the best on validation."""
+    lines = [answer(found.evidence)]
+    if found.best is not None:
+        over = f"over {len(found.best.by_seed)} seeds" if len(found.best.by_seed) > 1 else "with one seed"
         lines.append(
-            f"By these scores alone, the probability that its true mean is the highest of all cells is "
-            f"{found.probability:.2f}: too high where cells hardly differ."
+            f"Best on validation: {found.best.name}, {shown(found.best.accuracy(on_validation))}% {over}; "
+            f"{shown(found.best.accuracy(on_test))}% on test."
         )
-    corrected = winner(found.rows)
-    test = f"Its test accuracy is {shown(best.interval(on_test))}%"
-    if corrected is not None and corrected.corrected is not None:
-        test += f"; corrected for its luck as the best of {len(complete(found.rows))}, {shown(corrected.corrected)}%"
-    lines.append(f"{test}.")
-    verdicts = Counter(one.verdict for one in found.judgements if one.verdict != "reference")
-    said = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    lines.append(
-        f"Against the design's first cell, {row_name(found.rows[0])}, the others are on validation: {said} "
-        f"(equivalent: within {margin:g} points)."
-    )
     return lines
-
-
-def _lead(found: Findings) -> str:
-    """Whether the best is better than the others, in half a sentence."""
-    second = found.leads[0]
-    name, gap = row_name(second.row), f"{second.contrast.mean:+.2f} points"
-    if found.plan.race is not None:
-        return f"the runner-up is {name} ({gap}), and the race's verdicts are against its first cell only"
-    if min(len(found.best.records), len(second.row.records)) == 1:
-        return (
-            f"whether it is better than the runner-up, {name} ({gap}), cannot be said: one seed has no interval, and "
-            "another seed may turn the order round"
-        )
-    beaten = sum(lead.better for lead in found.leads)
-    than = f"beyond chance it is better than {beaten or 'none'} of the {len(found.leads)} others"
-    than = than if len(found.leads) > 1 else ""
-    whether = "it is better than" if second.better else "whether it is better is undecided against"
-    said = f"{whether} the runner-up, {name} ({gap}"
-    if second.p is None:
-        said += f"; {second.contrast.reason})"
-    else:
-        said += f", 95% interval {second.contrast.low:+.2f} to {second.contrast.high:+.2f}, p {_p(second.p)})"
-    return "; ".join(filter(None, (said, than)))
-
-
-def _p(p: float) -> str:
-    return "below 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def unfinished(rows: Sequence[Row]) -> list[str]:
     """A line for each trial that failed or is not there, with its cell."""
-    lines = [f"{row_name(row)}, trial {trial}: {failure}" for row in rows for trial, failure in row.failures.items()]
-    return lines + [f"{row_name(row)}, trial {trial}: not finished" for row in rows for trial in row.missing]
+    lines = [f"{row.name}, trial {trial}: {failure}" for row in rows for trial, failure in row.failures.items()]
+    return lines + [f"{row.name}, trial {trial}: not finished" for row in rows for trial in row.missing]
 
 
 def counted(rows: Sequence[Row]) -> str:
@@ -136,7 +83,8 @@ def counted(rows: Sequence[Row]) -> str:
     missing = len({trial for row in rows for trial in row.missing})
     parts = [f"{done:,} finished", *(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())]
     parts += [f"{missing:,} not finished"] if missing else []
-    return f"{len({trial for row in rows for trial in row.trials}):,} trials were planned: {', '.join(parts)}."
+    planned = len({trial for row in rows for trial in row.trials.values()})
+    return f"{planned:,} trials were planned: {', '.join(parts)}."
 
 
 def commands(found: Findings) -> list[dict[str, object]]:
@@ -148,11 +96,11 @@ def commands(found: Findings) -> list[dict[str, object]]:
     study = shlex.quote(str(found.path / "study.toml"))
     return [
         {
-            "cell": row_name(row),
+            "cell": row.name,
             "command": f"expertgrid rerun {directory} {row.records[0].trial}"
-            if row.records
+            if row.by_seed
             else f"expertgrid run {study} --out {directory}",
-            "trials": row.trials,
+            "trials": list(row.trials.values()),
         }
         for row in found.rows
     ]
@@ -178,7 +126,7 @@ def _cell(value: object, heading: bool) -> Cell:
     match value:
         case Interval():
             return Cell(shown(value), value.mean, heading)
-        case bool() | None | str() | Judgement():
+        case bool() | None | str() | Verdict() | tuple():
             return Cell(shown(value), None, heading)
         case int() | float():
             return Cell(shown(value), float(value), heading)
@@ -191,8 +139,8 @@ def _gate_rows(found: Findings) -> list[dict[str, object]]:
             "block": gate.block,
             "experts": gate.experts,
             "mean weights": "  ".join(f"{weight:.2f}" for weight in gate.mean_K),
-            "entropy, bits": tables.Points(gate.entropy),
-            "at most": tables.Points(gate.most_entropy),
+            "entropy, bits": Points(gate.entropy),
+            "at most": Points(gate.most_entropy),
             "information, bits": f"{gate.information:.3f}",
             "collapsed": f"{len(gate.collapsed)} of {gate.experts}"
             + (f" (expert {', '.join(map(str, gate.collapsed))})" if gate.collapsed else ""),
@@ -215,12 +163,19 @@ def _class_rows(found: Findings) -> list[dict[str, object]]:
     return [
         {
             "class": name,
-            "images": one.images,
-            "recognised %": None if one.share is None else tables.Points(100 * one.share),
-            "95% from": None if one.share is None else tables.Points(100 * one.low),
-            "to": None if one.share is None else tables.Points(100 * one.high),
+            "images": share.images,
+            "recognised %": None if share.share is None else Points(100 * share.share),
+            "95% from": None if share.share is None else Points(100 * share.low),
+            "to": None if share.share is None else Points(100 * share.high),
         }
-        for name, one in zip(found.examined.classes, found.examined.shares)
+        for name, share in zip(found.examined.classes, found.examined.shares)
+    ]
+
+
+def _image_rows(images: Sequence[DifferentImage]) -> list[dict[str, object]]:
+    return [
+        {"image": str(image.number), "is": image.truth, "A takes it for": image.first, "B takes it for": image.second}
+        for image in images
     ]
 
 
@@ -242,7 +197,7 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
 def _environment_rows(found: Findings) -> list[dict[str, object]]:
     records = {record.trial: record for row in found.rows for record in row.records}
     kinds = Counter(
-        (r.environment.device, r.environment.threads, r.bfloat16, str(r.means), r.environment.python)
+        (r.environment.device, r.environment.threads, r.bfloat16, r.execution, r.environment.python)
         + tuple(sorted(r.environment.versions.items()))
         for r in records.values()
     )
@@ -265,7 +220,7 @@ def _environment_rows(found: Findings) -> list[dict[str, object]]:
 
 def pictures(found: Findings) -> dict[str, list[Picture]]:
     """The figures of each section that has some."""
-    ranked = [*([found.best] if found.best else []), *(lead.row for lead in found.leads)]
+    ranked = [*([found.best] if found.best else []), *found.others]
     if not ranked:
         return {}
     drawn, most = (
@@ -278,9 +233,9 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
             Picture(
                 "differences",
                 lambda: plots.differences_figure(found.best, others),
-                f"Dots for each seed: validation accuracy of {row_name(found.best)} less that of each other cell.",
-                most + "Right of the line the best cell is better with that seed. Dots on both sides: the order of the "
-                "two depends on the seed.",
+                f"Dots for each seed: validation accuracy of {found.best.name} less that of each other cell.",
+                most + "Right of the line the best cell is better at that seed. Dots on both sides: the order of the "
+                "two depends on the seed. The best cell was chosen by these same scores.",
             )
         ]
     sections |= {"cost": _cost(found, ranked), "gates": _gates(found), "confusion": _confusion(found)}
@@ -292,52 +247,46 @@ def _accuracy(rows: list[Row], most: str) -> Picture:
     return Picture(
         "accuracy",
         lambda: plots.accuracy_figure("", rows),
-        f"Validation and test accuracy of {len(rows)} cells; best on validation is {row_name(best)}.",
+        f"Validation and test accuracy of {len(rows)} cells; best on validation is {best.name}.",
         most
         + "Lines are 95% intervals of the mean over seeds; a dot without one has a single seed, or seeds that agree.",
     )
 
 
-def effect_name(one: Marginal, reference: dict[str, str]) -> str:
-    """A change in words: `experts 1 to 2`; of two, `experts 1 to 2, with gate linear to mlp`."""
-    return ", with ".join(f"{name} {reference[name]} to {level}" for name, level in one.levels.items())
-
-
 def _effects(found: Findings) -> list[Picture]:
-    groups: dict[str, list[tuple[str, Judgement]]] = {"main effects": [], "interactions": []}
-    for names, rows in found.effects.items():
-        group = groups["main effects" if len(names) == 1 else "interactions"]
-        first = rows[0].levels
-        group += [
-            (effect_name(row, first), row.effect)
-            for row in rows
-            if row.effect and row.effect.verdict != "reference" and row.effect.mean is not None
-        ]
     explained = {
-        "main effects": "What a change of level adds to validation accuracy, the mean over all levels of the others.",
-        "interactions": "What one change adds to the other: 0 where each does the same with and without the other.",
+        "main effects": (found.evidence.effects, "The mean over the cells that differ in this factor alone."),
+        "interactions": (
+            found.evidence.interactions,
+            "What one change adds to the other: 0 where each does the same with and without the other. Exploratory.",
+        ),
     }
     drawn = []
-    for title, effects in groups.items():
-        if effects:
-            largest = sorted(effects, key=lambda effect: -abs(effect[1].mean))[:MOST_EFFECTS]
-            left_out = f" The {MOST_EFFECTS} largest of {len(effects)}." if len(effects) > MOST_EFFECTS else ""
-            drawn.append(
-                Picture(
-                    title.replace(" ", "-"),
-                    lambda largest=largest: plots.effects_figure(largest, found.study.margin),
-                    f"{title.capitalize()}: " + "; ".join(f"{name}: {one.mean:+.2f}" for name, one in largest[:8]),
-                    f"{title.capitalize()}. {explained[title]} Lines are 95% intervals, the shade is the margin within "
-                    f"which levels count as equivalent; a filled dot has a verdict.{left_out}",
-                )
+    for title, (effects, meaning) in explained.items():
+        effects = [effect for effect in effects if effect.judgement.mean is not None]
+        if not effects:
+            continue
+        largest = sorted(effects, key=lambda effect: -abs(effect.judgement.mean))[:MOST_EFFECTS]
+        left_out = f" The {MOST_EFFECTS} largest of {len(effects)}." if len(effects) > MOST_EFFECTS else ""
+        drawn.append(
+            Picture(
+                title.replace(" ", "-"),
+                lambda largest=largest: plots.effects_figure(
+                    [(effect.name, effect.judgement) for effect in largest], found.study.margin
+                ),
+                f"{title.capitalize()}: "
+                + "; ".join(f"{effect.name}: {effect.judgement.mean:+.2f}" for effect in largest[:8]),
+                f"{title.capitalize()}. {meaning} Lines are the simultaneous 95% intervals that decide, the shade is "
+                f"the margin; a filled dot has a verdict.{left_out}",
             )
+        )
     return drawn
 
 
 def _curves(found: Findings) -> list[Picture]:
     drawn = []
     for number, (row, by_seed) in enumerate(found.curves, 1):
-        name, by_seed = row_name(row), [epochs for epochs in by_seed if epochs]
+        name, by_seed = row.name, [epochs for epochs in by_seed if epochs]
         if by_seed:
             last = sum(epochs[-1].validation_accuracy for epochs in by_seed) / len(by_seed)
             drawn.append(
@@ -356,16 +305,16 @@ def _cost(found: Findings, ranked: list[Row]) -> list[Picture]:
     """Accuracy against latency where two rows have one, else against MACs."""
     timed = [row for row in ranked if row.latency]
     if len(timed) > 1:
-        rows, costs = timed, [tables.smallest(row.latency).p50_ms for row in timed]
-        batches = sorted({tables.smallest(row.latency).batch for row in timed})
+        rows, costs = timed, [smallest(row.latency).p50_ms for row in timed]
+        batches = sorted({smallest(row.latency).batch for row in timed})
         what = f"measured latency, ms (median, batch {', '.join(map(str, batches))})"
         said = f"Measured latency of the {len(timed)} cells that were exported and timed."
     else:
         rows, costs = ranked, [row.records[0].macs / 1e6 for row in ranked]
         what = "multiply-accumulates of one image, millions"
         said = "Against multiply-accumulates, which are no time, as fewer than two cells have a measured latency."
-    front = pareto(costs, [row.interval(on_test).mean for row in rows])
-    names = "; ".join(f"{number}: {row_name(rows[place])}" for number, place in enumerate(front, 1))
+    front = pareto(costs, [row.mean(on_test) for row in rows])
+    names = "; ".join(f"{number}: {rows[place].name}" for number, place in enumerate(front, 1))
     return [
         Picture(
             "cost",
@@ -404,17 +353,17 @@ def _gates(found: Findings) -> list[Picture]:
 
 
 def _confusion(found: Findings) -> list[Picture]:
-    one = found.examined
-    if one.confusion_NN is None:
+    examined = found.examined
+    if examined.confusion_NN is None:
         return []
-    right, images = int(np.trace(one.confusion_NN)), int(one.confusion_NN.sum())
+    right, images = int(np.trace(examined.confusion_NN)), int(examined.confusion_NN.sum())
     return [
         Picture(
             "confusion",
-            lambda: plots.confusion_figure(one.confusion_NN, one.classes),
-            f"Confusion matrix: {right:,} of {images:,} {one.confusion_split} images are recognised.",
-            f"{right:,} of {images:,} {one.confusion_split} images are on the diagonal. Rows are what an image is, "
-            "columns what it was taken for; the colour is the share of its row.",
+            lambda: plots.confusion_figure(examined.confusion_NN, examined.classes),
+            f"Confusion matrix: {right:,} of {images:,} {examined.confusion_split} images are recognised.",
+            f"{right:,} of {images:,} {examined.confusion_split} images are on the diagonal. Rows are what an image "
+            "is, columns what it was taken for; the colour is the share of its row.",
         )
     ]
 
@@ -441,18 +390,21 @@ def html(found: Findings) -> str:
         undefined=jinja2.StrictUndefined,
     )
     script = environment.loader.get_source(environment, "report.js")[0]
-    examined = found.examined
-    tables_of = {
-        "cells": tables.columns(found.rows, found.judgements) if found.rows else [],
+    examined, directory = found.examined, StudyDirectory(found.path)
+    shown_tables = tables.study_tables(directory, found.evidence) if found.rows else []
+    by_key = {table.key: table for table in shown_tables}
+    tables_of = {table.key: table.rows for table in shown_tables} | {
         "gates": _gate_rows(found),
         "classes": _class_rows(found),
+        "only-a": _image_rows(found.images.only_first) if found.images else [],
+        "only-b": _image_rows(found.images.only_second) if found.images else [],
         "ledger": _ledger_rows(found),
         "environment": _environment_rows(found),
     }
     return environment.get_template("report.html.j2").render(
         found=found,
-        answer=answer(found),
-        notes=tables.notes(StudyDirectory(found.path), found.plan, found.rows, found.judgements) if found.rows else [],
+        answer=said(found),
+        by_key=by_key,
         counted=counted(found.rows),
         unfinished=unfinished(found.rows),
         tables={name: table_cells(rows) for name, rows in tables_of.items() if rows},
@@ -460,26 +412,26 @@ def html(found: Findings) -> str:
         curves_said=_curves_said(found),
         differences_missing=_differences_missing(found),
         confusions=_confusion_rows(found) if examined.confusion_NN is not None else [],
-        mistakes=[(one, mistake_uri(one)) for one in examined.mistakes or []],
-        examined_name=row_name(examined.row) if examined.row else "",
-        gates_name=row_name(examined.gates_row) if examined.gates_row else "",
+        mistakes=[(mistake, mistake_uri(mistake)) for mistake in examined.mistakes or []],
+        examined_name=examined.row.name if examined.row else "",
+        gates_name=examined.gates_row.name if examined.gates_row else "",
         gates_drawn=MOST_GATES,
         commands=commands(found),
-        one_seed=bool(found.best) and max(len(row.records) for row in found.rows) == 1,
-        numbers=_numbers(found.rows, tables_of["cells"]),
+        one_seed=bool(found.best) and max(len(row.by_seed) for row in found.rows) == 1,
+        numbers=_numbers(found.rows, shown_tables),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _numbers(rows: list[Row], cells: list[dict[str, object]]) -> str:
-    """What the table is of, and the table, for `expertgrid verify`: JSON, with nothing that could end its element."""
-    numbers = f'{{"measured": {json.dumps(measured(rows))}, "table": {tables.render(cells, "json")}}}'
+def _numbers(rows: Sequence[Row], shown_tables: Sequence[Table]) -> str:
+    """The tables, and what they are of, for `expertgrid verify`: JSON with nothing that could end its element."""
+    numbers = f'{{"measured": {json.dumps(measured(rows))}, "tables": {render_tables(shown_tables, "json")}}}'
     return numbers.replace("<", "\\u003c")
 
 
 def _curves_said(found: Findings) -> str:
-    trained = sum(bool(row.records) for row in found.rows)
+    trained = sum(bool(row.by_seed) for row in found.rows)
     if trained > MOST_CURVES:
         return f"The {MOST_CURVES} cells that are best on validation, of {trained}."
     return "All cells, best on validation first." if trained else ""
@@ -488,7 +440,7 @@ def _curves_said(found: Findings) -> str:
 def _differences_missing(found: Findings) -> str:
     if not found.best:
         return "No trial is finished."
-    return "" if found.leads else "There is one cell, and nothing to compare it with."
+    return "" if found.others else "There is one cell, and nothing to compare it with."
 
 
 def mistake_uri(mistake: Mistake) -> str:

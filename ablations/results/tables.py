@@ -1,22 +1,36 @@
-"""Tables of a study: what `evidence` says, as titled values; and their rendering."""
+"""The tables of a study: what `evidence` found, as titled values with notes. `rendering` makes text of them."""
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Literal, get_args
+from dataclasses import dataclass, field
 
-from tabulate import tabulate
-
-from ablations.records import Benched, LatencySummary, Plan, Record, StudyDirectory
+from ablations.cells import EACH_LEVEL
+from ablations.records import Record, StudyDirectory
+from ablations.results.answer import answer
 from ablations.results.evidence import (
-    ALPHA,
-    EACH_LEVEL,
-    Comparison,
-    Judgement,
+    EXPECTED_ACCURACY,
+    Effect,
+    Evidence,
     Marginal,
+    Sight,
+    TwoCells,
+    smallest,
+)
+from ablations.results.rendering import (
+    FORMATS,
+    Format,
+    Points,
+    Signed,
+    Span,
+    Times,
+    Verdict,
+    check_format,
+    render,
+    render_tables,
+    shown,
+)
+from ablations.results.rows import (
+    Results,
     Row,
     best_record,
     best_row,
@@ -24,26 +38,15 @@ from ablations.results.evidence import (
     complete,
     on_test,
     on_validation,
-    row_name,
+    peek,
     winner,
 )
-from ablations.results.stats import Interval, Peek, mean_interval
-from model.errors import InputError, unknown
+from ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from ablations.results.stats.selection import accuracy_interval
 
-Format = Literal["text", "github", "latex", "csv", "json"]
-FORMATS = get_args(Format)
+__all__ = ["FORMATS", "Format", "check_format", "render", "render_tables", "shown"]
 
-
-FURTHER = (
-    "(+N): about N further seeds would decide it, were the truth what it looks like now: in a fresh study of that "
-    "many, or with some more in a race, which adds them one at a time (run --until decided)."
-)
-
-
-class Points(float):
-    """Percent, or points of accuracy: shown with two decimals."""
-
-
+PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
 _ACCURACIES: dict[str, Callable[[Record], float]] = {"val acc %": on_validation, "test acc %": on_test}
 
 _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
@@ -52,83 +55,288 @@ _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the 
 }
 
 
-def columns(rows: Sequence[Row], judgements: Sequence[Judgement] = ()) -> list[dict[str, object]]:
-    """The rows as titled values; intervals are still numbers. Columns that would be empty or alike are left out.
+@dataclass(frozen=True)
+class Table:
+    """Rows of titled values, under a title, with notes of a line each."""
 
-    `judgements` are those on the rows, as `evidence.judge` gives them for the rows of one study.
+    key: str  # in JSON and CSV
+    title: str
+    rows: list[dict[str, object]]
+    notes: list[str] = field(default_factory=list)
+
+    def named(self, study: str) -> "Table":
+        """The table as one of several studies."""
+        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
+
+
+def study_tables(directory: StudyDirectory, evidence: Evidence) -> list[Table]:
+    """All tables of a study: what each factor does, cells, interactions that are decided, declared contrasts."""
+    found = [factor_table(evidence)] if evidence.effects else []
+    found.append(cell_table(directory, evidence))
+    if evidence.decided_interactions:
+        found.insert(1, interaction_table(evidence))
+    if evidence.declared:
+        found.insert(len(found) - 1, contrast_table(evidence))
+    return found
+
+
+def study_text(directory: StudyDirectory, evidence: Evidence) -> str:
+    """A study for a terminal: its question, its tables, and the answer last."""
+    tables = render_tables(study_tables(directory, evidence), "text")
+    return f"{evidence.results.study.question}\n\n{tables}\n\n{answer(evidence)}"
+
+
+# --- What each factor does ---
+
+
+def factor_table(evidence: Evidence) -> Table:
+    """The main effects: the first family."""
+    rows = [_effect_row(evidence, effect) for effect in evidence.effects]
+    return Table(
+        "factors", f"What each factor does ({_about(evidence)})", _without_empty(rows), _factor_notes(evidence)
+    )
+
+
+def _effect_row(evidence: Evidence, effect: Effect) -> dict[str, object]:
+    values: dict[str, object] = {"factor": effect.factor, "change": effect.change}
+    values |= _judged(evidence, effect.judgement)
+    costs = ("parameters", "MACs", "training time", "latency")
+    return values | {name: Times(effect.cost[name]) if name in effect.cost else None for name in costs}
+
+
+def _judged(evidence: Evidence, judgement: Judgement | None) -> dict[str, object]:
+    """Effect, interval and verdict. The interval that is shown is the one that decides."""
+    if judgement is None:
+        return {"effect": None, "95% interval": None, "verdict": None}
+    return {
+        "effect": None if judgement.mean is None else Signed(judgement.mean),
+        "95% interval": None if judgement.low is None else Span(judgement.low, judgement.high),
+        "verdict": Verdict(judgement, evidence.fixed_split),
+    }
+
+
+def _without_empty(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows without costs that no row has."""
+    titles = [title for title in rows[0] if any(row[title] is not None for row in rows)] if rows else []
+    kept = ["factor", "change", "effect", "95% interval", "verdict"]
+    return [{title: value for title, value in row.items() if title in titles or title in kept} for row in rows]
+
+
+def _about(evidence: Evidence) -> str:
+    plan = evidence.results.plan
+    if plan.race:
+        return f"validation accuracy, points; a race from {plan.race.first} to {plan.race.last} seeds"
+    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+    counts = counts or [evidence.results.study.seeds]
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else _count(counts[0], "seed")
+    part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
+    where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
+    return f"validation accuracy, points; {seeds}, {where} of the images"
+
+
+def _factor_notes(evidence: Evidence) -> list[str]:
+    lines = _verdict_notes(evidence)
+    if any(effect.cost for effect in evidence.effects):
+        lines.append("Costs: after the change over before, the geometric mean over the cells that differ in it alone.")
+    families = ["the main effects (this table)", "the cells against the base"]
+    families += ["the declared contrasts"] if evidence.declared else []
+    lines.append(f"Families, declared before training: {', '.join(families)}. Everything else is exploratory.")
+    needed = {
+        f"{effect.name}: about {effect.seeds_to_decide} seeds"
+        for effect in evidence.effects
+        if effect.seeds_to_decide is not None
+    }
+    if needed:
+        lines.append(f"To decide what is open: {'; '.join(sorted(needed))}.")
+    if evidence.sight:
+        lines.append(sight_line(evidence.sight))
+    lines += _reasons((effect.name, effect.judgement) for effect in evidence.effects)
+    return lines
+
+
+def _verdict_notes(evidence: Evidence) -> list[str]:
+    """What the words mean, and how often such a table is wrong."""
+    lines = [
+        "better, worse: the whole interval is on one side of 0. same: the interval lies within "
+        f'{evidence.margin:g} points. open: not decided; this is not "no difference".'
+    ]
+    if evidence.fixed_split:
+        lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
+    lines += _error_notes(evidence)
+    bases = {judgement.basis for judgement in evidence.judgements if judgement.basis}
+    if "t over seeds" in bases:
+        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
+    return lines
+
+
+def _error_notes(evidence: Evidence) -> list[str]:
+    plan, results = evidence.results.plan, evidence.results
+    lines = []
+    if evidence.added_seeds:
+        lines.append('Seeds were added after results were seen: the "1 in 20" does not hold.')
+    elif evidence.seen:
+        lines.append('Results of these seeds were seen before the study was made: the "1 in 20" does not hold.')
+    elif results.unfinished and evidence.decided:
+        lines.append(
+            f"{_count(len(results.unfinished), 'trial')} not finished: the verdicts are not final, and the "
+            '"1 in 20" does not hold yet.'
+        )
+    elif evidence.decided:
+        repeated = "new seeds on this split of the images" if evidence.fixed_split else "new seeds and new images"
+        lines.append(
+            f"If this study were repeated with {repeated}, at most 1 such table in 20 would hold a wrong verdict."
+        )
+    if plan.race:
+        lines.append(
+            f"A race: seeds are added until each contrast is decided; its intervals pay for a look after each seed "
+            f"from {plan.race.first} to {plan.race.last}."
+        )
+    return lines
+
+
+def _reasons(judged: "Sequence[tuple[str, Judgement]] | object") -> list[str]:
+    """A line for each reason, with what it is of."""
+    found: dict[str, list[str]] = {}
+    for name, judgement in judged:
+        if judgement and judgement.reason:
+            word = "No verdict" if judgement.verdict == NONE else judgement.verdict.capitalize()
+            found.setdefault(f"{word}: {{}}: {judgement.reason}.", []).append(name)
+    return [line.replace("{}", "; ".join(names), 1) for line, names in found.items()]
+
+
+def sight_line(sight: Sight) -> str:
+    """What a study can see, and how many seeds other differences would need."""
+    smaller = [difference for difference in sight.needed if difference < sight.smallest]
+    needed = [f"for {difference:g} points: {_about_seeds(sight.needed[difference])}" for difference in sorted(smaller)]
+    return f"This study can see effects from about {sight.smallest:.2g} points; {'; '.join(needed)}."
+
+
+def plan_lines(sight: Sight | None) -> list[str]:
+    """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
+    if sight is None:
+        return ["One seed or one network has no verdicts."]
+    how = (
+        f"the seeds of the records that are there spread by {sight.spread:.2g} points"
+        if sight.measured
+        else f"a spread of {sight.spread:.2g} points, which finite images alone give networks of "
+        f"{EXPECTED_ACCURACY:g}% accuracy"
+    )
+    needed = [f"{difference:g} points: {_about_seeds(count)}" for difference, count in sorted(sight.needed.items())]
+    return [
+        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g} points (probability 80%, "
+        f"{how}).",
+        f"Seeds that a difference needs: {'; '.join(needed)}.",
+    ]
+
+
+def _about_seeds(count: int | None) -> str:
+    return "more than 1,000 seeds" if count is None else f"about {_count(count, 'seed')}"
+
+
+def interaction_table(evidence: Evidence) -> Table:
+    """The interactions that are decided: an exploratory family."""
+    rows = [
+        {"factors": effect.factor, "changes": effect.change, **_judged(evidence, effect.judgement)}
+        for effect in evidence.decided_interactions
+    ]
+    notes = [
+        f"{len(rows)} of {_count(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
+        "other. Exploratory: not declared before training.",
+    ]
+    return Table("interactions", "Interactions that are decided (points)", rows, notes)
+
+
+def contrast_table(evidence: Evidence) -> Table:
+    """The contrasts that the study declared."""
+    rows = [
+        {"cell": found.first.name, "against": found.second.name, **_judged(evidence, found.judgement)}
+        for found in evidence.declared
+    ]
+    judged = [(f"{found.first.name} against {found.second.name}", found.judgement) for found in evidence.declared]
+    return Table("contrasts", "Contrasts that the study declares (points)", rows, _reasons(judged))
+
+
+# --- Cells ---
+
+
+def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
+    """The cells with their scores and costs, each against the base: the second family."""
+    results = evidence.results
+    base = results.base.name if results.base else ""
+    title = f"Cells, against {base}" if any(evidence.against_base) else "Cells"
+    lines = []
+    if any(evidence.against_base):
+        lines += [] if evidence.effects else _verdict_notes(evidence)
+        if not evidence.effects and evidence.sight:
+            lines.append(sight_line(evidence.sight))
+        named = [(row.name, judgement) for row, judgement in zip(results.rows, evidence.against_base)]
+        lines += _reasons([(name, judgement) for name, judgement in named if judgement])
+    return Table("cells", title, columns(results.rows, evidence), lines + notes(directory, results))
+
+
+def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[str, object]]:
+    """The rows as titled values. Columns that would be empty or alike are left out.
+
+    With `evidence`, of which these are the rows, each row has its difference from the base and the verdict.
     """
     factors = list(dict.fromkeys(name for row in rows for name in row.levels))
     names = {row.model for row in rows}
     named = "model" in factors or (len(names) > 1 and any(row.model not in row.levels.values() for row in rows))
-    judged = any(one.verdict not in ("reference", "undecided") or one.low is not None for one in judgements)
+    against = evidence.against_base if evidence else []
+    judged = any(judgement and judgement.low is not None for judgement in against) or any(
+        judgement and judgement.verdict == NONE for judgement in against
+    )
     table = []
     for place, row in enumerate(rows):
-        first = row.records[0] if row.records else None
+        first = row.records[0] if row.by_seed else None
         values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
         values |= {"model": row.model} if named else {}
         values |= {name: row.levels.get(name, "") for name in factors if name != "model" or row.levels}
-        values["n"] = len(row.records) if len(row.records) == row.seeds else f"{len(row.records)}/{row.seeds}"
-        values |= {title: row.interval(value) for title, value in _ACCURACIES.items()}
+        values["n"] = len(row.by_seed) if len(row.by_seed) == row.seeds else f"{len(row.by_seed)}/{row.seeds}"
+        values |= {title: row.accuracy(value) for title, value in _ACCURACIES.items()}
         for title, value in _FLIP_ACCURACIES.items():
-            if any(value(record) is not None for one in rows for record in one.records):
+            if any(value(record) is not None for other in rows for record in other.records):
                 there = [found for record in row.records if (found := value(record)) is not None]
-                values[title] = mean_interval([100 * share for share in there]) if there else None
+                values[title] = accuracy_interval([100 * share for share in there]) if there else None
         if judged:
-            values["verdict"] = judgements[place]
+            values |= _judged(evidence, against[place])
         if any(row.reported for row in rows):
             values["reported %"] = row.reported
         values["params"] = first.parameters if first else None
         values["MACs"] = first.macs if first else None
-        rate = row.interval(lambda record: record.images_per_s)
-        values["train images/s"] = rate.mean if rate else None
+        values["train images/s"] = row.mean(lambda record: record.images_per_s) if row.by_seed else None
         if any(row.latency for row in rows):
             values["latency ms"] = smallest(row.latency).p50_ms if row.latency else None
         table.append(values)
     return table
 
 
-def smallest(latency: LatencySummary) -> Benched:
-    """ONNX Runtime at the smallest batch size that was measured."""
-    return min(latency.latencies, key=lambda one: (not one.engine.startswith("onnxruntime"), one.batch))
-
-
-def notes(
-    directory: StudyDirectory, plan: Plan, rows: Sequence[Row], judgements: Sequence[Judgement] = ()
-) -> list[str]:
-    """What a reader needs to know under the table, a line each."""
+def notes(directory: StudyDirectory, results: Results) -> list[str]:
+    """What a reader needs to know of the cells, a line each."""
+    plan, rows = results.plan, results.rows
     lines = [f"Data: {plan.data}."]
-    intervals = "± is half of the 95% interval of the mean over seeds (Student's t)"
-    if any(len(row.records) == 1 for row in rows):
+    intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
+    if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
-    if any(
-        len(row.records) > 1 and row.interval(value).half_width is None
-        for row in rows
-        for value in _ACCURACIES.values()
-    ):
+    if any(len(row.by_seed) > 1 and row.accuracy(value).low is None for row in rows for value in _ACCURACIES.values()):
         intervals += "; seeds that all agree have none, as their spread is unknown"
     lines.append(f"n: seeds; {intervals}.")
     if any("base" in row.levels.values() for row in rows):
-        base = directory.study.base
-        lines.append(f"base: as in {base.model} with the recipe {base.recipe} and the study's settings.")
+        base = results.study.base
+        lines.append(f"base: {base.model} with the recipe {base.recipe} and the study's settings.")
     if any(EACH_LEVEL in row.levels.values() for row in rows):
         lines.append(f"{EACH_LEVEL}: the network is the same at each level of this factor, and was trained once.")
-    lines += _verdict_notes(plan, rows, judgements, directory.study.margin)
-    if best := best_row(rows):
-        lines.append(f"Best on validation: {row_name(best)}, trial {best_record(best).trial}.")
-        lines += _winner_notes(rows, best)
+    if any(row.control for row in rows):
+        lines.append(
+            "base again: the base trained from other seeds on the same hold-outs. It should come out the same."
+        )
+    lines += _best_notes(rows)
     environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
     lines += [f"Trained on {where}." for where in environments]
-    reads = directory.test_reads()
-    readers = Counter(read.reader for read in reads)
-    again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
-    lines.append(
-        f"Reads of the test split: {readers.total()} ({readers['training']} at the end of a training, "
-        f"{readers['export']} to certify an export{again})."
-    )
-    if flips := sum(read.tta == "flip" for read in reads):
-        lines.append(
-            f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
-        )
+    adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
+    if adopted:
+        lines.append(f"Taken over from {', '.join(sorted(set(adopted.values())))}: {_count(len(adopted), 'trial')}.")
+    lines += _test_read_notes(directory)
     how: dict[str, list[str]] = {}
     for latency in (row.latency for row in rows if row.latency):
         where = f"batch {smallest(latency).batch}, {latency.provider}, {latency.threads} threads, of {latency.file}"
@@ -136,7 +344,7 @@ def notes(
     for where, trials in how.items():
         of = f" (trial {', '.join(trials)})" if len(how) > 1 else ""
         lines.append(f"Latency: median of ONNX Runtime at {where}{of}.")
-    if missing := list(dict.fromkeys(trial for row in rows for trial in row.missing)):
+    if missing := results.unfinished:
         lines.append(f"Not finished: {len(missing)} of the trials: {', '.join(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
         counts = Counter(failure.kind for failure in failures.values())
@@ -145,193 +353,150 @@ def notes(
     return lines
 
 
-def _verdict_notes(plan: Plan, rows: Sequence[Row], judgements: Sequence[Judgement], margin: float) -> list[str]:
-    if len(judgements) < 2:
+def _best_notes(rows: Sequence[Row]) -> list[str]:
+    """Which row is the best on validation, and what its test score is worth."""
+    best = best_row(rows)
+    if best is None:
         return []
-    lines, others = [], list(zip(rows, judgements))[1:]
-    if any(one.verdict != "undecided" or one.low is not None for _, one in others):
-        race = plan.race
-        how = (
-            f"by a race of {race.first} to {race.last} seeds with a look after each"
-            if race
-            else f"paired by seed, with Holm's correction for {len(others)}"
-        )
-        lines.append(
-            f"Verdict: on validation, against {row_name(rows[0])}, the design's first cell; equivalent: within "
-            f"{race.margin if race else margin:g} points; {how}."
-        )
-        if plan.grown:
-            had = " and then ".join(map(str, plan.grown))
-            lines.append(
-                f"Seeds were added after the results of {had} were there to be seen: these verdicts are wrong more "
-                f"often than {ALPHA:g}. A race (run --until decided) pays for its looks."
-            )
-        else:
-            lines.append(f"All verdicts are right with probability {1 - (race.alpha if race else ALPHA):g} or more.")
-        if race and race.seen:
-            lines.append(f"The race was begun when the results of {race.seen} trials were there to be seen.")
-    if any(one.further_seeds for _, one in others):
-        lines.append(FURTHER)
-    reasons: dict[str, list[str]] = {}
-    for row, one in others:
-        if one.verdict == "undecided" and one.reason:
-            reasons.setdefault(f"No verdict on {{}}: {one.reason}.", []).append(row_name(row))
-        elif one.reason and not plan.race:
-            reasons.setdefault(f"Verdict on {{}}: {one.reason}.", []).append(row_name(row))
-        if not one.paired:
-            reasons.setdefault("Verdict on {}: unpaired, fewer than two seeds are common.", []).append(row_name(row))
-        if one.left_out:
-            seeds = f"seed{'s' if len(one.left_out) > 1 else ''} {', '.join(map(str, one.left_out))}"
-            reasons.setdefault(f"Verdict on {{}}: without {seeds}, which only one of the two has.", []).append(
-                row_name(row)
-            )
-    return lines + [line.replace("{}", "; ".join(names), 1) for line, names in reasons.items()]
-
-
-def _winner_notes(rows: Sequence[Row], best: Row) -> list[str]:
-    """What the test score of the best row is worth."""
-    found = winner(rows)
-    among = complete(rows)
+    lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
+    found, among = winner(rows), [row for row in complete(rows) if not row.control]
     if found is None or found.corrected is None or len(among) < 2:
-        return []
+        return lines
     seeds = len(common_scores(among)[0])
-    on = f" on the {seeds} seeds that all cells have" if seeds < len(best.records) else ""
-    return [
-        f"Its test accuracy{on}: {shown(found.reported)}; corrected for its luck as the best of {len(among)}: "
-        f"{shown(found.corrected)}, read on each seed for the cell that is best on the others, which was this one for "
-        f"{round(found.agreement * seeds)} of {seeds}."
-    ]
-
-
-def marginal_columns(marginals: Sequence[Marginal]) -> list[dict[str, object]]:
-    """Levels with their means and effects."""
-    table = []
-    for one in marginals:
-        values = {**one.levels, "cells": one.cells, "n": one.seeds, "val acc %": one.validation, "test acc %": one.test}
-        if any(other.effect for other in marginals):
-            title = "effect" if len(one.levels) == 1 else "interaction"
-            values |= {title: _difference(one.effect), "verdict": one.effect}
-        table.append(values)
-    return table
-
-
-def _difference(one: Judgement | None) -> Interval | None:
-    if one is None or one.mean is None:
-        return None
-    return Interval(one.mean, None if one.low is None else one.high - one.mean)
-
-
-def marginal_notes(directory: StudyDirectory, marginals: Sequence[Marginal]) -> list[str]:
-    lines = ["Means over the cells of each level, for each seed; ± is half of the 95% interval over seeds."]
-    effects = [one.effect for one in marginals if one.effect and one.effect.verdict != "reference"]
-    if not effects:
-        return [*lines, "No effects: some cell has no finished trial, so that the levels are not alike in the others."]
-    first = next(iter(marginals[0].levels.values()))
-    what = (
-        f"effect: what the level changes in validation accuracy, against {first}"
-        if len(marginals[0].levels) == 1
-        else "interaction: what one change of level adds to the other, in validation accuracy"
-    )
+    on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
     lines.append(
-        f"{what}; paired by seed, verdicts with Holm's correction for {len(effects)}, equivalent within "
-        f"{directory.study.margin:g} points."
+        f"Its test accuracy{on}: {shown(found.reported)}. Corrected for selection as the best of {len(among)}: "
+        f"{shown(found.corrected)}. (Each seed is read for the cell that is best on the other seeds: this cell for "
+        f"{round(found.agreement * seeds)} of {seeds} seeds.)"
     )
-    if any(one.further_seeds for one in effects):
-        lines.append(FURTHER)
-    reasons = dict.fromkeys(
-        ("No verdict" if one.verdict == "undecided" else one.verdict, one.reason) for one in effects
-    )
-    lines += [f"{verdict.capitalize()}: {reason}." for verdict, reason in reasons if reason]
-    if race := directory.plan.race:
-        lines.append(f"Of the race only the first {race.first} seeds count, as these were fixed beforehand.")
     return lines
 
 
-def peek_columns(rows: Sequence[Row], peeks: Sequence[Peek | None]) -> list[dict[str, object]]:
-    """What the habit of picking the best epoch and seed would have claimed for each row."""
-    several = len({row.study for row in rows}) > 1
-    return [
-        ({"study": row.study} if several else {})
-        | {
-            "cell": row_name(row),
-            "n": len(row.records) if len(row.records) == row.seeds else f"{len(row.records)}/{row.seeds}",
-            "last epoch": found and Points(found.last),
-            "best epoch": found and Points(found.best_epoch),
-            "best seed and epoch": found and Points(found.best),
-            "flatters by": found and Points(found.gain),
-        }
-        for row, found in zip(rows, peeks)
+def _test_read_notes(directory: StudyDirectory) -> list[str]:
+    reads = directory.test_reads()
+    readers = Counter(read.reader for read in reads)
+    again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
+    lines = [
+        f"Reads of the test split: {readers.total()} ({readers['training']} at the end of a training, "
+        f"{readers['export']} to certify an export{again})."
     ]
+    if flips := sum(read.tta == "flip" for read in reads):
+        lines.append(
+            f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
+        )
+    return lines
+
+
+# --- By factor, by epoch, and two cells ---
+
+
+def factor_levels(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
+    """The levels of a factor, or of two, with their means and effects."""
+    two = len(marginals[0].levels) > 1
+    judged = any(marginal.effect for marginal in marginals)
+    rows = []
+    for marginal in marginals:
+        values: dict[str, object] = {**marginal.levels, "cells": marginal.cells, "n": marginal.seeds}
+        values |= {"val acc %": marginal.validation, "test acc %": marginal.test}
+        if judged:
+            judgement = marginal.effect.judgement if marginal.effect else None
+            verdict = _judged(evidence, judgement)
+            rows.append(values | ({"interaction": verdict.pop("effect")} if two else {}) | verdict)
+        else:
+            rows.append(values)
+    lines = ["Means over the networks of each level, for each seed; in brackets the 95% interval over seeds."]
+    if not judged:
+        lines.append("No effects: no two networks differ in this alone.")
+    elif two:
+        lines.append("interaction: what one change of level adds to the other. Exploratory: not declared.")
+    else:
+        lines.append("effect: over the cells that differ in this factor alone, one of the study's main effects.")
+    if judged:
+        lines += [*_verdict_notes(evidence)] if not two else []
+        effects = [marginal.effect for marginal in marginals if marginal.effect]
+        lines += _reasons([(effect.name, effect.judgement) for effect in effects])
+    return Table("levels", f"By {' and '.join(marginals[0].levels)}", rows, lines)
+
+
+def peek_table(directory: StudyDirectory, results: Results) -> Table:
+    """What the habit of picking the best epoch and seed would have claimed for each row."""
+    rows = []
+    for row in results.rows:
+        found = peek(directory, row)
+        rows.append(
+            {
+                "cell": row.name,
+                "n": len(row.by_seed) if len(row.by_seed) == row.seeds else f"{len(row.by_seed)}/{row.seeds}",
+                "last epoch": found and Points(found.last),
+                "best epoch": found and Points(found.best_epoch),
+                "best seed and epoch": found and Points(found.best),
+                "flatters by": found and Points(found.gain),
+            }
+        )
+    return Table("peek", "What picking the best epoch and seed would claim", rows, PEEK_NOTES)
 
 
 PEEK_NOTES = [
-    "Validation accuracy in percent, as measured after each epoch, in the arithmetic of training: mean over seeds "
-    "after the last one, mean over seeds at the best one of each, and the best seed at its best epoch.",
-    "The test split is read once, after the last step, so these are curves of the validation split: they show by how "
-    "much the habit of reading the test split after each epoch and reporting its best would flatter, without doing it.",
+    "Validation accuracy in percent, as measured after each epoch in the arithmetic of training: mean over seeds after "
+    "the last epoch, mean over seeds at the best epoch of each, and the best seed at its best epoch.",
+    "The test split is read once, after the last step. So these are curves of the validation split: they show by how "
+    "much reading the test split after each epoch and reporting its best would flatter, without doing it.",
 ]
 
 
-def comparison_columns(one: Comparison) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """A comparison as two tables: by split, and by seed. A is the first row, B the second."""
+def comparison_tables(evidence: Evidence, found: TwoCells) -> list[Table]:
+    """Two cells in full, by split and by seed. A is the first, B the second."""
+    comparison = found.comparison
+    first, second = comparison.first, comparison.second
     splits = []
-    for title, split in (("validation (decides)", one.validation), ("test", one.test)):
-        contrast = split.contrast
-        low, high = split.bootstrap or (None, None)
-        splits.append(
-            {
-                "accuracy in points": title,
-                "A - B": Points(contrast.mean) if contrast.n else None,
-                "t low": None if contrast.low is None else Points(contrast.low),
-                "t high": None if contrast.high is None else Points(contrast.high),
-                "bootstrap low": None if low is None else Points(low),
-                "bootstrap high": None if high is None else Points(high),
-                "p": contrast.p,
-            }
-        )
+    for split, judgement in (("validation (decides)", comparison.judgement), ("test", comparison.test)):
+        values = {"accuracy in points": split, **_judged(evidence, judgement)}
+        values["A - B"] = values.pop("effect")
+        verdict = values.pop("verdict")
+        splits.append({**values, "verdict": verdict if judgement is comparison.judgement else None})
     seeds = []
-    for seed in one.seeds:
+    for seed in found.seeds:
         values: dict[str, object] = {"seed": seed}
         for name, value in (("val", on_validation), ("test", on_test)):
-            a, b = (row.by_seed(value).get(seed) for row in (one.first, one.second))
+            a, b = (value(row.by_seed[seed]) if seed in row.by_seed else None for row in (first, second))
             values |= {f"{name} A": None if a is None else Points(a), f"{name} B": None if b is None else Points(b)}
-            values[f"{name} A - B"] = None if a is None or b is None else Points(a - b)
-        if one.mcnemar:
-            found = one.mcnemar.get(seed)
+            values[f"{name} A - B"] = None if a is None or b is None else Signed(a - b)
+        if found.mcnemar:
+            test = found.mcnemar.get(seed)
             values |= {
-                "only A right": found and found.only_first,
-                "only B right": found and found.only_second,
-                "McNemar p": found and found.exact_p,
+                "only A right": test and test.only_first,
+                "only B right": test and test.only_second,
+                "McNemar p": test and test.exact_p,
             }
         seeds.append(values)
-    return splits, seeds
+    title = f"A: {first.name}\nB: {second.name}"
+    return [Table("splits", title, splits), Table("seeds", "By seed", seeds, comparison_notes(evidence, found))]
 
 
-def comparison_notes(one: Comparison, margin: float) -> list[str]:
-    judgement = one.judgement
-    verdict = {
-        "better": "A is better than B",
-        "worse": "A is worse than B",
-        "equivalent": "A and B are equivalent",
-        "undecided": "undecided",
-    }[judgement.verdict]
-    lines = [f"Verdict, on validation: {verdict}{f' ({judgement.reason})' if judgement.reason else ''}."]
-    if judgement.further_seeds:
-        lines.append(f"About {judgement.further_seeds:,.0f} further seeds would decide it.")
-    pairing = "paired by seed" if one.validation.contrast.paired else "unpaired, as fewer than two seeds are common"
-    lines.append(f"{pairing[0].upper()}{pairing[1:]}; margin of equivalence {margin:g} points; 95% intervals.")
-    if one.validation.contrast.left_out:
+def comparison_notes(evidence: Evidence, found: TwoCells) -> list[str]:
+    comparison = found.comparison
+    lines = []
+    if not comparison.declared:
         lines.append(
-            f"Without the seeds {', '.join(map(str, one.validation.contrast.left_out))}: one of both lacks them."
+            "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
+            f"{evidence.results.next_seed})."
         )
-    if one.validation.contrast.low is not None and one.validation.bootstrap is None:
-        lines.append("No bootstrap interval: it needs four seeds in common.")
-    if one.mcnemar:
-        lines.append("McNemar's exact p, of the test images: it speaks of these two networks, not of the cells.")
-    elif one.first.records and one.second.records:
+    lines += _verdict_notes(evidence)[:1]
+    if evidence.fixed_split:
+        lines.append("All seeds hold out the same images: the verdict is about this split of the images.")
+    if comparison.judgement.verdict == OPEN and comparison.seeds_to_decide is not None:
+        lines.append(f"About {comparison.seeds_to_decide} seeds would decide it.")
+    lines += _reasons([("A against B", comparison.judgement)])
+    if found.mcnemar:
+        lines.append("McNemar's exact p, of the test images: it is about these two networks, not about the cells.")
+    elif comparison.first.by_seed and comparison.second.by_seed:
         lines.append("No McNemar test: the predictions of these trials were not kept.")
-    lines += [f"Failed: {trial}: {why}" for row in (one.first, one.second) for trial, why in row.failures.items()]
-    return lines
+    rows = (comparison.first, comparison.second)
+    return lines + [f"Failed: {trial}: {why}" for row in rows for trial, why in row.failures.items()]
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _counted(counts: Counter[str]) -> str:
@@ -344,78 +509,3 @@ def _where(record: Record) -> str:
     return (
         f"{here.device}, {here.threads} threads, {number}, torch {here.versions.get('torch', 'of an unknown version')}"
     )
-
-
-def check_format(format: str) -> None:
-    """Raises InputError for a format that tables do not have."""
-    if format not in FORMATS:
-        raise unknown("format", format, FORMATS)
-
-
-def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = ()) -> str:
-    """A table as text; notes go under it in the formats that people read. Raises InputError for an empty table.
-
-    In `csv` and `json` numbers are unrounded, an interval is two of them, its mean and half its width, and a verdict
-    has its difference and p-values with it.
-    """
-    if not table:
-        raise InputError("there is nothing to show: the study has no cells")
-    if format == "json":
-        return json.dumps([{title: _plain(value) for title, value in row.items()} for row in table], indent=1)
-    if format == "csv":
-        file = io.StringIO()
-        flat = [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in table]
-        writer = csv.DictWriter(file, list(dict.fromkeys(title for row in flat for title in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-        return file.getvalue().rstrip("\n")
-    plus_minus = "+-" if format == "latex" else "±"
-    cells = [[shown(value, plus_minus) for value in row.values()] for row in table]
-    styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
-    numeric = [all(isinstance(row[title], int | float | Interval | None) for row in table) for title in table[0]]
-    align = ["right" if is_number else "left" for is_number in numeric]
-    text = tabulate(cells, headers=list(table[0]), tablefmt=styles[format], colalign=align, disable_numparse=True)
-    if format == "latex":
-        text = text.replace(" +- ", r" $\pm$ ")
-        return "\n".join([text, *(f"% {note}" for note in notes)])
-    return "\n".join(
-        [text, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
-    )
-
-
-def _plain(value: object) -> object:
-    match value:
-        case Interval():
-            return value._asdict()
-        case Judgement():
-            return asdict(value)
-    return value
-
-
-def _flat(title: str, value: object) -> list[tuple[str, object]]:
-    if isinstance(value, Interval):
-        return [(title, value.mean), (f"{title} ±", value.half_width)]
-    if isinstance(value, Judgement):
-        fields = ("mean", "low", "high", "p", "p_equivalence", "seeds", "paired", "further_seeds", "reason")
-        return [(title, value.verdict), *((f"{title} {field}", getattr(value, field)) for field in fields)]
-    return [(title, value)]
-
-
-def shown(value: object, plus_minus: str = "±") -> str:
-    """A value as a table shows it."""
-    match value:
-        case None:
-            return ""
-        case Interval(mean, None):
-            return f"{mean:.2f}"
-        case Interval(mean, half_width):
-            return f"{mean:.2f} {plus_minus} {half_width:.2f}"
-        case Judgement():
-            return value.verdict + (f" (+{value.further_seeds:,.0f})" if value.further_seeds else "")
-        case Points():
-            return f"{value:.2f}"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
-    return str(value)

@@ -1,16 +1,18 @@
-"""A picture of what a recipe's augmentation makes of images: a row for each, its original first, then an epoch each."""
+"""A picture of a recipe's augmentation: a row for each image, first as it is, then as each epoch shows it."""
 
 import io
-from dataclasses import replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ablations.training.data import ImageData, Split
+from ablations.training.data import ImageData
 from ablations.training.loader import Batch, Loader
 from ablations.training.recipe import Recipe
+from ablations.training.splits import Split, Splits
 from model.errors import InputError
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 MOST_IMAGES = 64
 DRAWS = 8  # epochs shown
@@ -20,16 +22,17 @@ CAPTIONS = 2  # lines under a tile
 
 
 def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> bytes:
-    """A PNG of random train images as the first epochs of the recipe show them to the network.
+    """A PNG of `images` random train images as the network sees them in the first epochs of the recipe.
 
-    They are batches of the training's own `Loader`, over these images alone; pixels are normalised back and clipped.
-    Under each image are its class, or the classes that it is mixed of and their shares. Raises InputError where there
-    are fewer images.
+    The batches are of the `Loader` that trains, over these images only. The normalisation is undone, and pixels are
+    clipped. Under each image is its class, or the classes that are mixed in it with their shares. Raises InputError
+    where the data have fewer train images.
     """
     if images > len(data.train):
         raise InputError(f"--images {images}: {data.name} has {len(data.train)} images to train on")
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:images]
-    few = replace(data, train=Split(data.train.pixels_BHWC[chosen], data.train.labels_B[chosen]))
+    train, test = (Split.of(images, torch.device("cpu")) for images in (data.train, data.test))
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+    few = Splits(data, Split(train.pixels_BHWC[chosen], train.labels_B[chosen]), test, test)
     loader = Loader(recipe.model_copy(update={"batch_size": images}), few, seed, workers=0)
     columns = [[(pixels, [data.classes[label]]) for pixels, label in zip(few.train.pixels_BHWC, few.train.labels_B)]]
     columns += [_column(batch, loader, data) for epoch in range(DRAWS) for batch in loader.epoch(epoch)]
@@ -74,7 +77,7 @@ def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor,
     return [(pixels_BHWC[i], captions[i]) for i in order]
 
 
-def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: Font) -> str:
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"{text}…", font) > width:

@@ -1,8 +1,8 @@
-"""Images to train on: four sources, one form.
+"""Images to train on: sources of several kinds, one form.
 
-A source is decoded once into uint8 tensors that can live on the training device. Shapes: B images, H x W pixels, C
-channels. The validation split is taken from the train images, stratified and always the same; the test split is left
-as the source has it.
+A source is decoded once into uint8 arrays. `training.splits` brings them to the training device, and
+`training.holdout` says which train images a seed holds out. The test split is left as the source has it. This file
+imports no torch unless a source needs torchvision. Shapes: B images, H x W pixels, C channels.
 """
 
 import hashlib
@@ -11,136 +11,144 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from ablations.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
 from model.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SOURCES = {
     "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
     "cifar10": "60,000 photographs of 32x32 pixels in 10 classes: downloaded once, or found in --data-dir",
     "cifar100": "60,000 photographs of 32x32 pixels in 100 classes: downloaded once, or found in --data-dir",
     "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet in the Hugging Face image layout",
-    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files of one size",
-    "SOURCE@SHARE": "one of these with another share of its train images to validate on than a tenth: cifar10@0.02",
+    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files",
+    "SOURCE@SHARE": "one of these, of which each seed holds out another share than a tenth: cifar10@0.02",
 }
-VALIDATION_SHARE = 0.1  # where a source does not say another
-SMALLEST_SHARE, LARGEST_SHARE = 0.01, 0.5
 DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
-SPLIT_SEED = 0
+DIGITS_SPLIT_SEED = 0
+LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
+Reader = tuple[str, Callable[[], bytes]]  # the name of an image, and what reads its file
+
 CACHE = Path.home() / ".cache" / "expertgrid"
 
 
 @dataclass(frozen=True)
-class Split:
-    """Images and their class numbers."""
+class Images:
+    """Decoded images and their class numbers."""
 
-    pixels_BHWC: Tensor  # uint8
-    labels_B: Tensor  # int64
+    pixels_BHWC: np.ndarray  # uint8
+    labels_B: np.ndarray  # int64
 
     def __len__(self) -> int:
         return len(self.labels_B)
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.pixels_BHWC.to(device), self.labels_B.to(device))
-
 
 @dataclass(frozen=True)
 class ImageData:
-    """A source, decoded and split."""
+    """A source, decoded. Its share says how much of the train images a seed holds out."""
 
     source: str  # as the user gave it
     name: str  # as a table calls it
     classes: tuple[str, ...]
-    train: Split
-    validation: Split
-    test: Split
+    train: Images  # with the images that a seed holds out
+    test: Images
     mean: tuple[float, ...]  # of the train images' pixels from 0 to 1, one for each channel
     std: tuple[float, ...]
-    fingerprint: str  # of the pixels, the labels and the splits
+    fingerprint: str  # of the pixels and the labels
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return tuple(self.train.pixels_BHWC.shape[1:3])
+        height, width = self.train.pixels_BHWC.shape[1:3]
+        return height, width
 
     @property
     def channels(self) -> int:
         return self.train.pixels_BHWC.shape[3]
 
+    @property
+    def size_in_words(self) -> str:
+        """Height x width, as errors name it."""
+        return "x".join(map(str, self.image_size))
+
+    def hold_out(self, kind: Kind = "rotating") -> HoldOut:
+        """The hold-out of this kind and of the source's share. Raises InputError where a class is too small for it."""
+        hold_out = HoldOut(kind=kind, share=split_share(self.source)[1])
+        hold_out.check_fits(self.train.labels_B, self.classes, self.name)
+        return hold_out
+
+    def trained_on(self, hold_out: HoldOut) -> int:
+        """The number of images that a seed trains on, of the first seed."""
+        return len(self.train) - hold_out.size(self.train.labels_B, self.fingerprint)
+
+    def in_words(self, hold_out: HoldOut) -> str:
+        """The source in a line, with the numbers of images."""
+        height, width = self.image_size
+        train = self.trained_on(hold_out)
+        counts = f"{train:,} train, {len(self.train) - train:,} validation, {len(self.test):,} test images"
+        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+
     @classmethod
     def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
-        """Random RGB images, of which `train` to train on and one a class in the other splits: to measure speed."""
+        """Random RGB images to measure speed with: `train` train images, and one test image of each class."""
         rng = np.random.default_rng(0)
 
-        def split(count: int) -> Split:
+        def images(count: int) -> Images:
             pixels_BHWC = rng.integers(256, size=(count, height, width, 3), dtype=np.uint8)
-            return Split(torch.from_numpy(pixels_BHWC), torch.arange(count) % classes)
+            return Images(pixels_BHWC, np.arange(count) % classes)
 
         names = tuple(str(label) for label in range(classes))
         half = (0.5,) * 3
-        splits = split(train), split(classes), split(classes)
-        return cls("random", "random", names, *splits, mean=half, std=half, fingerprint="random")
-
-    def to(self, device: torch.device) -> "ImageData":
-        """The same data with all splits on `device`."""
-        return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
-        )
-
-    def __str__(self) -> str:
-        height, width = self.image_size
-        counts = f"{len(self.train):,} train, {len(self.validation):,} validation, {len(self.test):,} test images"
-        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+        return cls("random", "random", names, images(train), images(classes), half, half, "random")
 
 
-def load_data(source: str, data_dir: Path | None = None) -> ImageData:
-    """Reads a source of `SOURCES` into memory, on the CPU.
+def load_data(source: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageData:
+    """Reads a source of `SOURCES` into memory.
 
-    Of a source that ends in @SHARE, this share of the train images (0.01 to 0.5) validates: a small one for networks
-    whose recipe was chosen before.
+    Of a source that ends in @SHARE, a seed holds out this share of the train images (0.01 to 0.5): a small one for
+    networks whose recipe was chosen before. With `image_size` each image is brought to so many pixels in height and
+    width: its shorter side is resized (bicubic, antialiased), and the centre is cropped, as in timm's evaluation.
 
     `data_dir` is where torchvision's copy of CIFAR is; without it, one is downloaded to the user's cache and its
     checksum verified. Raises InputError for an unknown source and for data that is missing, damaged or of mixed sizes.
     """
-    without_share, _ = _share(source)
+    without_share, _ = split_share(source)
     kind, _, place = without_share.partition(":")
     if data_dir is not None and kind not in ("cifar10", "cifar100"):
         raise InputError(f"--data-dir is for cifar10 and cifar100; the data source is {source!r}")
     if without_share == "digits":
-        return _digits(source)
+        return _digits(source, image_size)
     if without_share in ("cifar10", "cifar100"):
-        return _cifar(source, without_share, data_dir)
+        return _cifar(source, without_share, data_dir, image_size)
     if kind in ("parquet", "folder") and place:
         directory = Path(place).expanduser()
         if not directory.is_dir():
             raise InputError(f"data source {source!r}: there is no directory {directory}")
-        return (_parquet if kind == "parquet" else _folder)(source, directory)
+        return (_parquet if kind == "parquet" else _folder)(source, directory, image_size)
     if "@" in source and without_share == source:
         raise InputError(f"data source {source!r}: what follows @ is a share of its train images, as in cifar10@0.02")
     raise unknown("data source", source, SOURCES)
 
 
-def _share(source: str) -> tuple[str, float]:
+def split_share(source: str) -> tuple[str, float]:
     """The source without its @SHARE, and the share."""
     found = re.fullmatch(r"(.+)@(\d*\.\d+)", source)
     if found is None:
-        return source, VALIDATION_SHARE
+        return source, SHARE
     share = float(found[2])
     if not SMALLEST_SHARE <= share <= LARGEST_SHARE:
         raise InputError(
-            f"data source {source!r}: {found[2]} of the train images cannot validate; "
+            f"data source {source!r}: {found[2]} of the train images cannot be held out; "
             f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
         )
     return found[1], share
@@ -156,28 +164,20 @@ def _assemble(
     pixels_BHWC, labels_B = train
     if pixels_BHWC.shape[1:] != test[0].shape[1:]:
         sizes = ["x".join(map(str, pixels.shape[1:3])) for pixels in (pixels_BHWC, test[0])]
-        raise InputError(f"data source {source!r}: train images have {sizes[0]} pixels, test images {sizes[1]}")
+        raise InputError(
+            f"data source {source!r}: train images have {sizes[0]} pixels, test images {sizes[1]}; "
+            "image_size = N in [base] brings all to N x N pixels"
+        )
     if len(classes) < 2:
         raise InputError(f"data source {source!r}: has {len(classes)} class; at least 2 are needed")
-    counts = np.bincount(labels_B, minlength=len(classes))
-    if counts.min() < 2:
-        rare = classes[int(counts.argmin())]
-        raise InputError(
-            f"data source {source!r}: class {rare!r} has {counts.min()} train images; at least 2 are needed"
-        )
-    kept, held_out = _stratified(labels_B, max(len(classes), round(_share(source)[1] * len(labels_B))))
-    kept, held_out = np.sort(kept), np.sort(held_out)
-    splits = [(pixels_BHWC[kept], labels_B[kept]), (pixels_BHWC[held_out], labels_B[held_out]), test]
     digest = hashlib.sha256()
-    for pixels, labels in splits:
+    for pixels, labels in (train, test):
         digest.update(f"{pixels.shape}{len(classes)}".encode())
-        digest.update(np.ascontiguousarray(pixels))
-        digest.update(labels.astype("<i8"))
-    mean, std = _pixel_statistics(splits[0][0])
-    tensors = (
-        Split(torch.from_numpy(np.ascontiguousarray(p)), torch.from_numpy(y.astype(np.int64))) for p, y in splits
-    )
-    return ImageData(source, name, tuple(classes), *tensors, mean, std, digest.hexdigest()[:16])
+        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(labels.astype("<i8").data)
+    mean, std = _pixel_statistics(pixels_BHWC)
+    parts = (Images(np.ascontiguousarray(pixels), labels.astype(np.int64)) for pixels, labels in (train, test))
+    return ImageData(source, name, tuple(classes), *parts, mean, std, digest.hexdigest()[:16])
 
 
 def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -192,27 +192,26 @@ def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple
     return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
 
 
-def _stratified(labels_B: np.ndarray, share: float | int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the images that stay, and of a share, or a number, of them that is held out: always the same."""
-    from sklearn.model_selection import train_test_split  # loading it takes longer than most commands
-
-    return train_test_split(np.arange(len(labels_B)), test_size=share, stratify=labels_B, random_state=SPLIT_SEED)
-
-
-def _digits(source: str) -> ImageData:
+def _digits(source: str, image_size: int | None) -> ImageData:
+    # Loading them takes longer than most commands.
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    pixels_BHWC = (bunch.images * (255 / 16)).round().astype(np.uint8)[..., None]
-    train, test = _stratified(bunch.target, DIGITS_TEST_SHARE)
+    pixels_BHWC = _all_resized((bunch.images * (255 / 16)).round().astype(np.uint8)[..., None], image_size)
     labels_B = bunch.target
+    train, test = train_test_split(
+        np.arange(len(labels_B)), test_size=DIGITS_TEST_SHARE, stratify=labels_B, random_state=DIGITS_SPLIT_SEED
+    )
     classes = [str(name) for name in bunch.target_names]
     return _assemble(
         source, "digits", classes, (pixels_BHWC[train], labels_B[train]), (pixels_BHWC[test], labels_B[test])
     )
 
 
-def _cifar(source: str, name: str, data_dir: Path | None) -> ImageData:
+def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None) -> ImageData:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
     dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = data_dir or CACHE
     try:
@@ -222,11 +221,13 @@ def _cifar(source: str, name: str, data_dir: Path | None) -> ImageData:
         if data_dir is None:
             raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
         raise InputError(f"{name}: no complete copy in {root}: files are missing or have another checksum") from None
-    arrays = [(part.data, np.array(part.targets)) for part in (train, test)]
+    arrays = [(_all_resized(part.data, image_size), np.array(part.targets)) for part in (train, test)]
     return _assemble(source, name, train.classes, *arrays)
 
 
-def _folder(source: str, directory: Path) -> ImageData:
+def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
     parts = []
     for split in ("train", "test"):
         try:
@@ -240,13 +241,17 @@ def _folder(source: str, directory: Path) -> ImageData:
         raise InputError(f"data source {source!r}: train/ and test/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
-        readers = [(path, Path(path).read_bytes) for path, _ in part.samples]
-        arrays.append((_decode(source, readers), np.array(part.targets)))
+        readers: list[Reader] = [(path, Path(path).read_bytes) for path, _ in part.samples]
+        arrays.append((_decode(source, readers, image_size), np.array(part.targets)))
     return _assemble(source, directory.resolve().name, train.classes, *arrays)
 
 
-def _parquet(source: str, directory: Path) -> ImageData:
-    arrays, classes = [], None
+def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
+    import pyarrow
+    import pyarrow.compute
+
+    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    classes: tuple[str, ...] = ()
     for split in ("train", "test"):
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
@@ -267,13 +272,16 @@ def _parquet(source: str, directory: Path) -> ImageData:
             needs = f"needs labels 0 to {len(classes) - 1} in each row"
             raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
         images = table[image_column].combine_chunks()
-        blobs = pyarrow.compute.struct_field(images, "bytes")
-        readers = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
-        arrays.append((_decode(source, readers), labels_B))
+        blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
+        readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
+        arrays.append((_decode(source, readers, image_size), labels_B))
     return _assemble(source, directory.resolve().name, classes, *arrays)
 
 
-def _read_table(source: str, file: Path) -> pyarrow.Table:
+def _read_table(source: str, file: Path) -> "pyarrow.Table":
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
@@ -281,8 +289,10 @@ def _read_table(source: str, file: Path) -> pyarrow.Table:
         raise InputError(f"data source {source!r}: {file} is not Parquet, or is truncated: {reason}") from None
 
 
-def _columns(source: str, file: Path, schema: pyarrow.Schema) -> tuple[str, str]:
+def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, str]:
     """The names of the image column (a struct with `bytes`) and of the label column (integers)."""
+    import pyarrow.types
+
     structs = [f.name for f in schema if pyarrow.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     integers = [f.name for f in schema if pyarrow.types.is_integer(f.type)]
     structs = [name for name in ("image", "img") if name in structs] or structs
@@ -294,7 +304,7 @@ def _columns(source: str, file: Path, schema: pyarrow.Schema) -> tuple[str, str]
     return structs[0], integers[0]
 
 
-def _class_names(schema: pyarrow.Schema, label_column: str, labels_B: np.ndarray) -> tuple[str, ...]:
+def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarray) -> tuple[str, ...]:
     """The names that the `huggingface` metadata gives, else the label numbers."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -303,16 +313,17 @@ def _class_names(schema: pyarrow.Schema, label_column: str, labels_B: np.ndarray
         return tuple(str(label) for label in range(int(labels_B.max(initial=-1)) + 1))
 
 
-def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]]) -> np.ndarray:
+def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]], image_size: int | None = None) -> np.ndarray:
     """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
 
-    def decode(reader: tuple[str, Callable[[], bytes]]) -> np.ndarray:
+    def decode(reader: Reader) -> np.ndarray:
         name, read = reader
         try:
             with Image.open(io.BytesIO(read())) as image:
                 if image.mode not in MODES:
                     raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
-                return np.asarray(image.convert("RGB"))
+                image = image.convert("RGB")
+                return np.asarray(image if image_size is None else resized(image, image_size))
         except Exception as error:  # each format's decoder has errors of its own
             reason = "no image format that is known" if isinstance(error, UnidentifiedImageError) else error
             raise InputError(f"data source {source!r}: {name} does not decode as an image: {reason}") from None
@@ -324,6 +335,30 @@ def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]]) -> np.n
             sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (arrays[0], array)]
             first = readers[0][0]
             raise InputError(
-                f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}"
+                f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; "
+                "image_size = N in [base] brings all to N x N pixels"
             )
     return np.stack(arrays)
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """An image at side x side pixels: its shorter side resized (bicubic, antialiased), then the centre cropped.
+
+    What timm's evaluation transform does with `crop_pct` 1 and torchvision's Resize and CenterCrop.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if short != side:
+        longer = int(side * long / short)
+        image = image.resize((side, longer) if width <= height else (longer, side), Image.Resampling.BICUBIC)
+    width, height = image.size
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:
+    if side is None or pixels_BHWC.shape[1:3] == (side, side):
+        return pixels_BHWC
+    grey = pixels_BHWC.shape[3] == 1
+    images = (Image.fromarray(pixels_HWC[..., 0] if grey else pixels_HWC) for pixels_HWC in pixels_BHWC)
+    return np.stack([np.asarray(resized(image, side)).reshape(side, side, -1) for image in images])

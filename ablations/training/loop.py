@@ -1,15 +1,15 @@
 """Training: one visible loop.
 
-`train` is a generator: each `next` trains one epoch and yields what came of it. Whoever drives it writes records,
-draws progress or takes the time; the loop itself knows of none of these.
+`train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
+or takes the time; the loop does none of these.
 
-Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with convolutions in TF32 on CUDA devices that
-have it; what is kept of a trained network is measured in full fp32.
+Precision: networks train in bfloat16 (`recipe.amp`). Where that is off, convolutions are in TF32 on CUDA devices that
+have it. Accuracies and losses of the trained network are measured in full fp32.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +21,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ablations.training.data import ImageData, Split
 from ablations.training.loader import Loader, batches
+from ablations.training.optimise import make_average, make_optimizer, make_scheduler
 from ablations.training.recipe import Recipe
+from ablations.training.splits import Split, Splits
 from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
@@ -37,11 +38,11 @@ STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
 
 
 class TrainingError(RuntimeError):
-    """A trial that cannot go on; the other trials can."""
+    """A trial cannot go on. The other trials can."""
 
 
 class Diverged(TrainingError):
-    """A loss that is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+    """A loss is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
 
     def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
         super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
@@ -50,7 +51,7 @@ class Diverged(TrainingError):
 
 @dataclass
 class Training:
-    """All that changes while a trial trains."""
+    """The state of a trial that trains."""
 
     net: nn.Module
     optimizer: Optimizer
@@ -83,35 +84,39 @@ class Training:
         self.epoch = state["epoch"]
 
 
-def start(trial: Trial, data: ImageData) -> Training:
-    """A network with the initial weights of the trial's seed on the data's device, and its optimiser and schedule."""
-    device = data.train.labels_B.device
+def start(trial: Trial, splits: Splits) -> Training:
+    """A trial before its first step: network, optimiser and schedule, on the splits' device.
+
+    The initial weights follow from the trial's seed.
+    """
+    device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
     _set_precision("tf32")
     torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device, memory_format=torch.channels_last)
+    net = build(trial.model).to(device)
+    net = net.to(memory_format=torch.channels_last)
     if isinstance(net, ExpertNet):
-        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(data))
-        net.fit_stem(normalise(data.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
-    optimizer = trial.recipe.optimizer(net)
-    _, steps = batches(trial.recipe, data)
-    return Training(net, optimizer, trial.recipe.scheduler(optimizer, steps), trial.recipe.average(net))
+        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
+        net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+    optimizer = make_optimizer(trial.recipe, net)
+    _, steps = batches(trial.recipe, len(splits.train))
+    return Training(net, optimizer, make_scheduler(trial.recipe, optimizer, steps), make_average(trial.recipe, net))
 
 
-def train(trial: Trial, data: ImageData, training: Training, workers: int | None = None) -> Iterator[Epoch]:
-    """Trains from where `training` stands to the recipe's last epoch, yielding after each.
+def train(trial: Trial, splits: Splits, training: Training, workers: int | None = None) -> Iterator[Epoch]:
+    """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
 
-    Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
+    Nothing waits for a CUDA device within an epoch. The random numbers of an epoch follow from the trial's seed and
     the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
     Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
     recipe, net, optimizer = trial.recipe, training.net, training.optimizer
-    device = data.train.labels_B.device
-    loader = Loader(recipe, data, trial.seed, workers)
-    batch, steps = batches(recipe, data)
+    device = splits.device
+    loader = Loader(recipe, splits, trial.seed, workers)
+    batch, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)
     step = training_step(net, optimizer, amp, recipe.smoothing)
@@ -135,8 +140,8 @@ def train(trial: Trial, data: ImageData, training: Training, workers: int | None
                 training.scheduler.step_update(done)
         trained = seconds(device)
         _check_finite(losses_S, epoch * steps, epoch, rates)
-        logits_BN = predict(training.result, data.validation, loader.mean_C, loader.std_C, amp)
-        validation_loss, validation_accuracy = score(logits_BN, data.validation.labels_B)
+        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
+        validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
         if not math.isfinite(validation_loss):
             raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
         training.epoch = epoch + 1
@@ -161,19 +166,20 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[f
 
 
 def _set_precision(precision: str) -> None:
-    """ "tf32" or "ieee" for fp32 convolutions on CUDA; fp32 matrix products are always exact.
+    """Sets the precision of fp32 convolutions on CUDA, "tf32" or "ieee". Matrix products are always in full fp32.
 
-    These networks spend their time in convolutions. With TF32 matrix products torch.compile, which still asks by
-    PyTorch's older names, would be refused an answer.
+    These networks spend their time in convolutions. With TF32 matrix products torch.compile would fail, because it
+    still reads the settings by PyTorch's older names.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
+    # PyTorch declares no types for these two.
+    torch.backends.cudnn.conv.fp32_precision = precision  # ty: ignore[missing-attribute]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # ty: ignore[missing-attribute]  # PyTorch's older name for both needs equal values
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
-    """Convolutions are exact within, and in TF32 again afterwards."""
+def full_fp32() -> Generator[None]:
+    """Within, convolutions are in full fp32; afterwards in TF32 again."""
     _set_precision("ieee")
     try:
         yield
@@ -182,8 +188,8 @@ def full_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
-    """Within, cuDNN chooses kernels by rule: trying them out takes seconds, which evaluation does not earn back."""
+def untuned() -> Generator[None]:
+    """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -197,7 +203,10 @@ def untuned() -> Iterator[None]:
 @full_fp32()
 @torch.inference_mode()
 def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
-    """Logits (B, N) of all images of a split, in order, without augmentation, with the network in evaluation mode."""
+    """Logits (B, N) of all images of a split, in their order and without augmentation.
+
+    Sets the network to evaluation mode.
+    """
     net.eval()
     parts = []
     for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):

@@ -1,53 +1,24 @@
-"""How a network is trained: optimiser, schedule, loss and augmentation as data, built with timm's factories.
+"""How a network is trained, as data: optimiser, schedule, loss and augmentation. Imports no torch.
 
-`RECIPES` has the recipes of the five reports, under the names of their networks, and our own.
+`RECIPES` has the recipes of the five reports, under the names of their networks, and our own. `training.optimise` makes
+the optimiser and the schedule, `training.augment` and `training.policies` augment the images.
 """
 
-import inspect
-import math
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal, Self
 
-import numpy as np
-import timm.optim
-import timm.scheduler
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
 
-from ablations.training.augment import (
-    Mix,
-    cutout,
-    hflip,
-    mirror,
-    padded_crop,
-    random_erasing,
-    scaled_down,
-    translate,
-)
 from ablations.training.data import ImageData
-from ablations.training.policies import (
-    WITH_JITTER,
-    Transform,
-    check_policy,
-    pil_transform,
-    random_state_kept,
-    transformed,
-)
 from model.errors import InputError, unknown
-from model.pixels import normalise
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
 
-FUSED_ON = ("cpu", "cuda")
-ONE_CYCLE_RISE = 0.3  # share of the steps, as in PyTorch
-ONE_CYCLE_START = 1 / 25  # of the peak rate, as in PyTorch
-TRIED = 20  # draws of a PIL transform before training, to see that it takes the images
+WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
+
+KNOWN_OPTIMISERS = ("adam", "adamw", "muon")  # of timm: to know that it has them takes no import of it
 
 # Fields that change something only beside others: what they need in words, and whether a recipe's fields have it.
 NEEDS: dict[str, tuple[str, Callable[[dict], bool]]] = {
@@ -111,7 +82,11 @@ class Recipe(BaseModel):
     @field_validator("opt")
     @classmethod
     def _timm_has_it(cls, opt: str) -> str:
-        names = timm.optim.list_optimizers()
+        if opt in KNOWN_OPTIMISERS:
+            return opt
+        import timm.optim  # which imports torch
+
+        names = [str(name) for name in timm.optim.list_optimizers()]
         if opt not in names:
             raise ValueError(str(unknown("optimiser", opt, names)))
         if timm.optim.get_optimizer_info(opt).second_order:
@@ -122,6 +97,8 @@ class Recipe(BaseModel):
     @classmethod
     def _timm_builds_it(cls, policy: str) -> str:
         if policy:
+            from ablations.training.policies import check_policy  # which imports torch and timm
+
             check_policy(policy)
         return policy
 
@@ -166,41 +143,25 @@ class Recipe(BaseModel):
         idle = [name for name, (_, has) in NEEDS.items() if name not in given and not has(fields)]
         return fields | {name: Recipe.model_fields[name].default for name in idle}
 
-    def check_fits(self, data: ImageData) -> None:
-        """Raises InputError where the data are too few, too small, or not of the kind that the recipe needs."""
-        side, images = min(data.image_size), len(data.train)
+    def check_fits(self, data: ImageData, images: int) -> None:
+        """Raises InputError where the data are too few, too small, or not of the kind that the recipe needs.
+
+        `images` is the number of images that a seed trains on.
+        """
+        side = min(data.image_size)
         if self.batch_size > images:
             raise InputError(f"recipe.batch_size: {self.batch_size}, and {data.name} has {images} images to train on")
         limits = {"crop_padding": side - 1, "translate": side - 1, "cutout": side, "small_size": side - 1}
         for field, most in limits.items():
             if getattr(self, field) > most:
-                size = "x".join(map(str, data.image_size))
                 raise InputError(
-                    f"recipe.{field}: {getattr(self, field)} is too large for the {size} images of {data.name}; "
-                    f"at most {most}"
+                    f"recipe.{field}: {getattr(self, field)} is too large for the {data.size_in_words} images of "
+                    f"{data.name}; at most {most}"
                 )
         if self.auto_augment or self.color_jitter:
-            self._check_pil(data)
+            from ablations.training.policies import check_images
 
-    def _check_pil(self, data: ImageData) -> None:
-        field = "auto_augment" if self.auto_augment else "color_jitter"
-        pixels_BHWC = data.train.pixels_BHWC
-        if pixels_BHWC.dtype != torch.uint8 or data.channels not in (1, 3):
-            found = f"{data.channels} channels of {str(pixels_BHWC.dtype).removeprefix('torch.')}"
-            raise InputError(
-                f"recipe.{field}: needs uint8 images of 1 or 3 channels; those of {data.name} have {found}"
-            )
-        if data.channels == 1 and len(self.color_jitter) == 4 and self.color_jitter[3]:
-            raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
-        image = pixels_BHWC[0].cpu().numpy()
-        try:
-            transform = self.pil_transform(data)
-            with random_state_kept():
-                for draw in range(TRIED):
-                    transformed(transform, image, (draw,))
-        except Exception as error:  # PIL, NumPy and torchvision each raise their own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"recipe.{field}: does not work on the images of {data.name}: {reason}") from None
+            check_images(self, data)
 
     @property
     def mixes(self) -> bool:
@@ -212,128 +173,13 @@ class Recipe(BaseModel):
         share = 0.5 if self.small_share is None else self.small_share
         if not self.small_size or epoch >= round(share * self.epochs):
             return full
-        return tuple(round(side * self.small_size / min(full)) for side in full)
+        height, width = (round(side * self.small_size / min(full)) for side in full)
+        return height, width
 
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
         half = (0.5,) * data.channels
         return (half, half) if self.normalise == "half" else (data.mean, data.std)
-
-    def optimizer(self, net: nn.Module) -> Optimizer:
-        """timm's optimiser of the parameters that need gradients.
-
-        PyTorch's fused implementation is used where the optimiser is one of PyTorch's that has it and the parameters
-        are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
-        recorded in a graph counts its steps on the device, whether it is recorded or not.
-        """
-        chosen = {} if self.opt_betas is None else {"betas": self.opt_betas}
-        kind = timm.optim.get_optimizer_class(self.opt, bind_defaults=False)
-        knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
-        if "fused" in knows and device in FUSED_ON:
-            chosen["fused"] = True
-        if "capturable" in knows and device == "cuda":
-            chosen["capturable"] = True
-        return timm.optim.create_optimizer_v2(
-            net,
-            opt=self.opt,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            momentum=0.9 if self.momentum is None else self.momentum,
-            filter_bias_and_bn=self.filter_bias_and_bn,
-            **chosen,
-        )
-
-    def scheduler(self, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler | None:
-        """timm's scheduler, to be stepped with `step_update(steps done)`; None for a constant rate."""
-        if self.sched == "none":
-            return None
-        if self.sched == "onecycle":
-            rise = ONE_CYCLE_RISE if self.warmup is None else self.warmup
-            return OneCycle(optimizer, self.epochs * steps_per_epoch, rise)
-        rate = 0.1 if self.decay_rate is None else self.decay_rate
-        scheduler, _ = timm.scheduler.create_scheduler_v2(
-            optimizer,
-            sched=self.sched,
-            num_epochs=self.epochs,
-            decay_epochs=30 if self.decay_epochs is None else self.decay_epochs,
-            decay_rate=1.0 if self.sched == "poly" else rate,
-            warmup_epochs=(self.warmup or 0.0) * self.epochs,
-            warmup_lr=0.0,
-            min_lr=0.0,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
-        return scheduler
-
-    def average(self, net: nn.Module) -> ModelEmaV3 | None:
-        """The moving average of a network's weights and statistics, None without `ema_decay`.
-
-        Its decay rises to `ema_decay` by timm's warm-up: 1 - (steps done)^(-2/3).
-        """
-        return ModelEmaV3(net, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
-
-    def pil_transform(self, data: ImageData) -> Transform | None:
-        """What is done to each image with PIL, None where that is nothing."""
-        return pil_transform(self.color_jitter, self.auto_augment, self.mean_std(data)[0], data.image_size)
-
-    def augment(
-        self,
-        pixels_BHWC: Tensor,
-        mean_C: Tensor,
-        std_C: Tensor,
-        generator: Generator,
-        mirrored_B: Tensor | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """A batch of uint8 pixels to what the network trains on: normalised floats (B, C, H, W), channels last.
-
-        `mirrored_B` says which images are mirrored where `alternating_flip` has decided that. `size` is the height and
-        width of what comes out, those of the pixels where not given.
-        """
-        x_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
-        if mirrored_B is not None:
-            x_BCHW = mirror(x_BCHW, mirrored_B)
-        elif self.hflip:
-            x_BCHW = hflip(x_BCHW, self.hflip, generator)
-        if self.crop_padding:
-            x_BCHW = padded_crop(x_BCHW, self.crop_padding, generator)
-        if self.translate:
-            x_BCHW = translate(x_BCHW, self.translate, generator)
-        x_BCHW = normalise(x_BCHW, mean_C, std_C)
-        if self.cutout:
-            x_BCHW = cutout(x_BCHW, self.cutout, generator)
-        if self.reprob:
-            x_BCHW = random_erasing(x_BCHW, self.reprob, self.remode or "pixel", self.recount or 1, generator)
-        if size is not None and size != x_BCHW.shape[2:]:
-            x_BCHW = scaled_down(x_BCHW, size)
-        return x_BCHW.contiguous(memory_format=torch.channels_last)
-
-    def draw_mix(self, random: np.random.RandomState, height: int, width: int) -> Mix:
-        """How a batch is mixed by mixup or CutMix."""
-        prob = 1.0 if self.mixup_prob is None else self.mixup_prob
-        switch_prob = 0.5 if self.mixup_switch_prob is None else self.mixup_switch_prob
-        return Mix.draw(random, height, width, self.mixup, self.cutmix, prob, switch_prob)
-
-
-class OneCycle(Scheduler):
-    """The rate of PyTorch's OneCycleLR (1708.07120), ending at zero, as a function of the steps done.
-
-    In `rise` of the steps it goes along a cosine from a 25th of the peak to the peak, then down to zero in the last
-    step. Momentum stays as it is.
-    """
-
-    def __init__(self, optimizer: Optimizer, steps: int, rise: float):
-        self.last, self.peak = steps - 1, rise * steps - 1
-        super().__init__(optimizer, "lr", t_in_epochs=False)
-        self.step_update(0)
-
-    def _get_lr(self, t: int) -> list[float]:
-        if t <= self.peak:
-            low, done = ONE_CYCLE_START, t / self.peak if self.peak else 1.0
-        else:
-            low, done = 0.0, 1 - (min(t, self.last) - self.peak) / max(self.last - self.peak, 1e-9)
-        share = low + (1 - low) * (1 - math.cos(math.pi * done)) / 2
-        return [share * value for value in self.base_values]
 
 
 RECIPES: dict[str, Recipe] = {

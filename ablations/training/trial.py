@@ -1,4 +1,4 @@
-"""A trial: one training run as data, and what each of its epochs gave. Imports no torch."""
+"""A trial: one training run as data, and the numbers of each of its epochs. Imports no torch."""
 
 import hashlib
 import json
@@ -6,14 +6,16 @@ from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 
+from ablations.training.holdout import HoldOut
 from ablations.training.recipe import Recipe
 from model.config import Network
 
 
 class Trial(BaseModel):
-    """One training run. `model_name` and `source` say where model and data come from and are not part of its id.
+    """One training run.
 
-    Nor are fields that are as they are where not given: the next one that a recipe gets changes no id.
+    `model_name` and `source` say where the model and the data come from; they are not part of the id. Neither are
+    fields that have their default values, so that a new field of a recipe changes no id.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -23,26 +25,28 @@ class Trial(BaseModel):
     recipe: Recipe
     source: str
     fingerprint: str
+    hold_out: HoldOut = HoldOut()
     seed: int
 
     @cached_property
     def id(self) -> str:
-        """12 hexadecimal digits: the same for the same network, recipe, data and seed."""
+        """12 hexadecimal digits: the same for the same network, recipe, data, hold-out and seed."""
         identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
         identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
+        identity |= {"hold_out": hold_out} if (hold_out := _essence(self.hold_out)) else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _essence(value: object) -> object:
-    """What a config says, as JSON: its kind, and the fields that differ from their defaults."""
+    """A config as JSON: its kind, and the fields that differ from their defaults."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
-        return {name: _essence(one) for name, one in value if name == "kind" or one != fields[name].default}
-    return [_essence(one) for one in value] if isinstance(value, tuple) else value
+        return {name: _essence(inner) for name, inner in value if name == "kind" or inner != fields[name].default}
+    return [_essence(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 class Epoch(BaseModel):
-    """What one epoch gave. Accuracies are shares, losses are means in nats, times are in seconds."""
+    """The numbers of one epoch. Accuracies are shares from 0 to 1, losses means in nats, times in seconds."""
 
     epoch: int  # from 1
     lr: float  # after the last step

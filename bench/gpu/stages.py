@@ -15,10 +15,13 @@ import torch
 
 from ablations.engines import TrialFailed, TrialNote, by_architecture, planned_steps, run_local
 from ablations.records import StudyDirectory
-from ablations.results import evidence
-from ablations.results.tables import marginal_columns, peek_columns, render
+from ablations.results.evidence import marginals, read_evidence
+from ablations.results.rendering import render
+from ablations.results.rows import best_record, best_row, read_results
+from ablations.results.tables import Table, factor_levels, peek_table
 from ablations.study import Base, Level, Study, load_study
 from ablations.training.data import ImageData, load_data
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from bench import latency, resident
 from bench.latency import Latency
@@ -30,17 +33,17 @@ from export.precision import PrecisionError
 from export.publish import Images, Published, Reference, publish
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.presets import PRESETS
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 STEP_PRESET = "eight_block"
 NETWORKS = ("speed", "accuracy")  # expertgrid's own
 WAYS = {  # to take a training step; the last can do the most harm
-    "eager": Means(),
-    "graphs": Means(graphs=True),
-    "compiled": Means(compile=True, graphs=True),
-    "kernels": Means(kernels=True, graphs=True),
+    "eager": ExecutionPlan(),
+    "graphs": ExecutionPlan(graphs=True),
+    "compiled": ExecutionPlan(compile=True, graphs=True),
+    "kernels": ExecutionPlan(kernels=True, graphs=True),
 }
 
 
@@ -67,7 +70,7 @@ class Size:
     training: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is measured: norms in the experts, after the mix
     step: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128})
-    execution: Execution = Execution()  # of trainings
+    execution: ExecutionOptions = ExecutionOptions()  # of trainings
     rounds: int = 5  # of the peaks
     peak_s: float = 1.0
     settings: Mapping[str, Level] = field(default_factory=dict)  # of each study
@@ -93,7 +96,7 @@ SMOKE = Size(
     training={"batch": 2, "steps": 1, "rounds": 1},
     stepped=(STEP_PRESET,),
     step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
-    execution=Execution(compile="off"),
+    execution=ExecutionOptions(compile="off"),
     rounds=1,
     peak_s=0.01,
     settings={"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16},
@@ -173,10 +176,10 @@ def train_speed(bench: Bench) -> dict[str, Step]:
         speed = measure_training(preset, device=device, execution=size.execution, notice=notice, **size.training)
         return Measurement(speed.model_dump(mode="json"))
 
-    def step(preset: str, means: Means) -> Measurement:
+    def step(preset: str, means: ExecutionPlan) -> Measurement:
         return Measurement(measure_step(preset, device, means, **size.step).model_dump(mode="json"))
 
-    ways = WAYS if device.type == "cuda" else {"eager": Means()}
+    ways = WAYS if device.type == "cuda" else {"eager": ExecutionPlan()}
     steps: dict[str, Step] = {
         f"step-{preset}-{name}": partial(step, preset, means) for preset in size.stepped for name, means in ways.items()
     }
@@ -325,8 +328,7 @@ def train(
     if ended and by and not value["failures"]:
         value["effects"] = {factor: effects(directory, factor) for factor in by}
     if ended and peek:
-        rows = evidence.study_rows(directory)
-        value["peek"] = as_json(peek_columns(rows, [evidence.peek(directory, row) for row in rows]))
+        value["peek"] = as_json(peek_table(directory, read_results(directory)))
     return Measurement(value, ended)
 
 
@@ -334,11 +336,15 @@ def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, tr
     """Trains the trials that have no record, until the time is up."""
     trials = by_architecture(trials)
     pending = [trial for trial in trials if directory.record(trial.id) is None and not directory.adopt(trial.id)]
-    chosen = [bench.size.execution.chosen(trial.model, planned_steps(trial, images), bench.device) for trial in pending]
+    chosen = [
+        bench.size.execution.plan(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
+        for trial in pending
+    ]
     execution, without = bench.size.execution.usable(chosen, bench.device)
     for text in without:
         notice(f"trained without {text}")
-    for event in run_local(pending, images.to(bench.device), directory, execution=execution):
+    resident = ResidentData(images, bench.device)
+    for event in run_local(pending, resident, directory, execution=execution):
         if isinstance(event, TrialNote):
             notice(event.text)
         elif isinstance(event, TrialFailed):
@@ -374,12 +380,13 @@ def trained(directory: StudyDirectory) -> dict[str, Any]:
 
 def effects(directory: StudyDirectory, factor: str) -> list[dict[str, Any]]:
     """The table of a factor's levels."""
-    return as_json(marginal_columns(evidence.marginals(directory, [factor])))
+    evidence = read_evidence(directory)
+    return as_json(factor_levels(evidence, marginals(evidence, [factor])))
 
 
-def as_json(table: list[dict[str, object]]) -> list[dict[str, Any]]:
+def as_json(table: Table) -> list[dict[str, Any]]:
     """A table of the results as its JSON has it."""
-    return json.loads(render(table, "json"))
+    return json.loads(render(table.rows, "json"))
 
 
 def exported(bench: Bench, name: str, precision: Precision) -> Path:
@@ -398,12 +405,15 @@ def export(bench: Bench, name: str, precision: Precision) -> Measurement:
     A file that CUDA does not run, or that does not pass there, is certified on the CPU, and `not_on_cuda` says why.
     """
     directory, file = StudyDirectory(bench.work / name), exported(bench, name, precision)
-    row = evidence.best_row(evidence.study_rows(directory))
+    row = best_row(read_results(directory).rows)
     if row is None:
         raise InputError(f"{name}: no trial of this study is finished")
-    trial = evidence.best_record(row).trial
-    data = load_data(bench.data)
-    reference = Reference(load(directory.checkpoint(trial)), images_of(data), "uint8")
+    trial = best_record(row).trial
+    data, config = load_data(bench.data), directory.config(trial)
+    if config is None:
+        raise InputError(f"{directory.trial(trial)}: there is no config.json")
+    splits = ResidentData(data, torch.device("cpu")).splits(config.hold_out, config.seed)
+    reference = Reference(load(directory.checkpoint(trial)), Images(**splits.arrays()), "uint8")
 
     def certified_on(*providers: str) -> dict[str, Any]:
         for kept in (file, file.with_suffix(".rejected.onnx")):
@@ -427,14 +437,3 @@ def export(bench: Bench, name: str, precision: Precision) -> Measurement:
         rejected = {"not_on_cuda": "did not pass", "rejected": found["certificate"]}
         return Measurement(certified_on("cpu") | rejected)
     return Measurement(found)
-
-
-def images_of(data: ImageData) -> Images:
-    """A data set as the export takes it."""
-    return Images(
-        train=data.train.pixels_BHWC.numpy(),
-        validation=data.validation.pixels_BHWC.numpy(),
-        validation_labels=data.validation.labels_B.numpy(),
-        test=data.test.pixels_BHWC.numpy(),
-        test_labels=data.test.labels_B.numpy(),
-    )

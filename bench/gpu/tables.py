@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from bench.gpu.pieces import read_piece
 from model.errors import InputError
-from model.fast.execution import Means
+from model.fast.execution import ExecutionPlan
 from model.files import write_whole
 
 MARKERS = "<!-- bench.gpu -->", "<!-- /bench.gpu -->"
@@ -178,7 +178,7 @@ def cell_rows(cells: list[dict[str, Any]], reported: dict[str, str] | None = Non
 def how_lines(cells: list[dict[str, Any]]) -> list[str]:
     """With what the steps of all trials were taken, and how many were taken so."""
     used = Counter(
-        str(Means(record.get("kernels", False), record.get("compiled", False), record.get("graphs", False)))
+        str(ExecutionPlan(record.get("kernels", False), record.get("compiled", False), record.get("graphs", False)))
         for cell in cells
         for record in cell["records"]
     )

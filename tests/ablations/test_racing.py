@@ -59,7 +59,7 @@ def engine(monkeypatch, tmp_path) -> Engine:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.toml").write_text(STUDY)
     engine = Engine()
-    monkeypatch.setattr("ablations.cli.app.run_local", engine)
+    monkeypatch.setattr("ablations.cli.run.run_local", engine)
     return engine
 
 

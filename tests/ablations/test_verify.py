@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ablations.records import Predictions, StudyDirectory
-from ablations.results.evidence import measured, study_rows
+from ablations.results.rows import measured, read_results
 from ablations.verify import check_study
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_trained_again_is_one_line(expertgrid, study, digits, mon
     if kind == "unfinished":
         (study.trial(trial) / "record.json").unlink()
     if kind == "data":
-        monkeypatch.setattr("ablations.cli.app.load_data", lambda *_: replace(digits, fingerprint="other"))
+        monkeypatch.setattr("ablations.training.data.load_data", lambda *_: replace(digits, fingerprint="other"))
     if kind == "config":
         change(study.trial(trial) / "config.json", fingerprint="other")
     outcome = expertgrid("rerun", study.path, asked)
@@ -133,12 +133,15 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
         (lambda s, t: shutil.copy(s.checkpoint(s.plan.cells[-1].trials[0]), s.checkpoint(t)), "trial in model.safe"),
         (lambda s, t: (s.trial(t) / "epochs.jsonl").write_text("{}\n"), "epochs.jsonl"),
-        (lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"), "predictions.npz: damaged"),
-        (with_other_predictions, "trials have different labels: "),
+        (
+            lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"),
+            "predictions.npz: not a file of predictions; the file is damaged: delete",
+        ),
+        (with_other_predictions, "trials of one hold-out have different labels: "),
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
         (
             lambda s, t: (s.path / "report.html").write_text(
-                '<script type="application/json" id="numbers">{"measured": [], "table": []}</script>'
+                '<script type="application/json" id="numbers">{"measured": [], "tables": {}}</script>'
             ),
             "report.html: the study has changed since it was written",
         ),
@@ -154,13 +157,13 @@ def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, fou
 def test_a_report_with_other_numbers_is_found(expertgrid, study):
     rows = json.loads(expertgrid("table", study.path, "--format", "json").out)
     numbers = '<script type="application/json" id="numbers">{}</script>'
-    kept = {"measured": measured(study_rows(study)), "table": rows}
+    kept = {"measured": measured(read_results(study).rows), "tables": rows}
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     assert check_study(study).problems == []
-    rows[1]["test acc %"]["mean"] += 0.01
+    rows["cells"][1]["test acc %"]["mean"] += 0.01
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
     (problem,) = check_study(study).problems
-    assert problem.startswith("report.html: test acc % mean of experts 2, gate linear is ")
+    assert problem.startswith("report.html: test acc % mean in row 2 of cells is ")
 
 
 def test_records_of_before_predictions_were_kept_say_so(expertgrid, study):

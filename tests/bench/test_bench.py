@@ -30,14 +30,15 @@ from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.fast.execution import Means
+from model.fast.execution import ExecutionPlan
 from model.pixels import normalise
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
+    trial="abc", model="two_block", data="digits",
+    fingerprint="0123abcd", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
     std=(0.25,) * 3,
 )  # fmt: skip
 
@@ -261,14 +262,14 @@ def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
 
 def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
     config, cpu = vary(PRESETS["two_block"], "width", 0.0625), torch.device("cpu")
-    found = step.agreement(config, 2, 8, cpu, Means(), steps=3)
+    found = step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=3)
     assert (found.largest, len(found.eager)) == (0, 3)
     assert found.eager[2] < found.eager[0], "it trains"
     for wrong in (1.01, float("nan")):
         losses = iter([[1.0, 1.0], [1.0, wrong]])
         monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
         with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
-            step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
+            step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
 def test_a_step_is_measured_from_the_command_line(capsys):

@@ -21,7 +21,8 @@ def small_checkpoint(channels: int) -> Checkpoint:
     torch.manual_seed(0)
     config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
     trained = Trained(
-        trial="abc", model="two_block", data="my_data", classes=CLASSES, image_size=(HEIGHT, WIDTH),
+        trial="abc", model="two_block", data="my_data", fingerprint="0123abcd", classes=CLASSES,
+        image_size=(HEIGHT, WIDTH),
         mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
     )  # fmt: skip
     return Checkpoint(config, trained, build(config).state_dict())

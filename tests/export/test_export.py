@@ -21,7 +21,8 @@ from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
+    trial="abc", model="small", data="digits",
+    fingerprint="0123abcd", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.3, 0.4),
 )  # fmt: skip
 EVERYTHING = ModelConfig(

@@ -312,7 +312,14 @@ def test_a_pruned_network_is_exported():
     net = random_net(config).eval()
     pruned, dropped = prune_gates(net, {"layers.1": torch.tensor([0.1, 0.9, 0.9])}, 0.5)
     trained = Trained(
-        trial="a", model="b", data="c", classes=("x", "y"), image_size=(8, 8), mean=(0.5,) * 3, std=(0.2,) * 3
+        trial="a",
+        model="b",
+        data="c",
+        fingerprint="0123abcd",
+        classes=("x", "y"),
+        image_size=(8, 8),
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
     )
     model = onnx.load_from_string(to_onnx(Checkpoint(pruned.config, trained, pruned.state_dict()), "float"))
     assert dropped == ["layers.1.experts.0"]

@@ -41,7 +41,8 @@ def exported():
         if name not in made:
             config = MIXED if name == "mixed" else network(name)
             trained = Trained(
-                trial="abc", model=name, data="digits", classes=tuple("0123456789"), image_size=SIZE,
+                trial="abc", model=name, data="digits",
+                fingerprint="0123abcd", classes=tuple("0123456789"), image_size=SIZE,
                 mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
             )  # fmt: skip
             made[name] = to_onnx(Checkpoint(config, trained, build(config).state_dict()), "float")

@@ -18,7 +18,14 @@ from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="digits", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,)
+    trial="abc",
+    model="digits",
+    data="digits",
+    fingerprint="0123abcd",
+    classes=tuple("0123456789"),
+    image_size=(8, 8),
+    mean=(0.3,),
+    std=(0.4,),
 )
 WIDE = ModelConfig(
     in_chans=1,

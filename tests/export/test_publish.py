@@ -12,7 +12,7 @@ import torch
 from ablations.engines import run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
-from ablations.training.data import ImageData
+from ablations.training.splits import Splits
 from export.certificate import BOUNDS, certificate_problem
 from export.compare import PYTORCH_BATCH
 from export.metadata import entries_of, with_entries
@@ -29,18 +29,18 @@ RECIPE = {"epochs": 4, "batch_size": 32, "lr": 0.005, "hflip": 0.0, "crop_paddin
 
 
 @pytest.fixture(scope="module")
-def checkpoint(digits, tmp_path_factory) -> Checkpoint:
+def checkpoint(digits, resident_digits, tmp_path_factory) -> Checkpoint:
     """A network of three experts that has learned the digits."""
     settings = {"experts": 3, "width": 0.5, **{f"recipe.{field}": value for field, value in RECIPE.items()}}
     (cell,) = Study(name="one", question="?", seeds=1, set=settings).cells(digits)
     directory = StudyDirectory(tmp_path_factory.mktemp("one"))
-    list(run_local([cell.trials[0]], digits, directory))
+    list(run_local([cell.trials[0]], resident_digits, directory))
     return load(directory.checkpoint(cell.trials[0].id))
 
 
 @pytest.fixture(scope="module")
-def images(digits: ImageData) -> Images:
-    train, validation, test = digits.train, digits.validation, digits.test
+def images(digits_splits: Splits) -> Images:
+    train, validation, test = digits_splits.train, digits_splits.validation, digits_splits.test
     return Images(
         train.pixels_BHWC.numpy(),
         validation.pixels_BHWC.numpy(),

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from ablations.records import StudyDirectory
 from export.certificate import BOUNDS, Bound
 
-EXPERTGRID = [sys.executable, "-c", "from ablations.cli.app import main; main()"]
+EXPERTGRID = [sys.executable, "-c", "from ablations.cli.entry import main; main()"]
 
 
 def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
@@ -58,9 +58,14 @@ def test_a_question_is_text_and_no_markup(expertgrid, tiny_study, trained_study,
 def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_study, tmp_path):
     shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
     tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
-    outcome = expertgrid("run", tiny_study, "--device", "cpu")
+    refused = expertgrid("run", tiny_study, "--device", "cpu")
+    assert refused.status == 2
+    assert "the study now has more levels of experts: 3; what is compared is declared" in refused.complaint
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--out", "runs/more")
     assert outcome.status == 0
     assert "10 trials, 6 of them done before" in outcome.err
+    assert "Results of these seeds were seen before the study was made" in outcome.out
+    assert "Taken over from tiny: 6 trials." in outcome.out
 
 
 def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, tmp_path):
@@ -84,11 +89,12 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     assert "fp32 agrees with PyTorch on 360 test images at batch sizes 1, 2, 7, 64" in outcome.out
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
     assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
-    rows = json.loads(expertgrid("table", study, "--format", "json").out)
+    rows = json.loads(expertgrid("table", study, "--format", "json").out)["cells"]
     assert len(rows) == 10
     assert len([row for row in rows if row["latency ms"]]) == 1
     assert f", trial {trial}." in outcome.out
-    assert outcome.out.splitlines()[-1] == "runs/quickstart/report.html"
+    assert "\nruns/quickstart/report.html\n" in outcome.out
+    assert outcome.out.splitlines()[-1].endswith(" are open.")
     verified = expertgrid("verify", study)
     assert (verified.status, verified.err) == (0, ""), verified.out
 
@@ -107,7 +113,7 @@ def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypa
     from ablations.training.data import ImageData
 
     made_up = ImageData.random(train=128, height=32, width=32)
-    monkeypatch.setattr("ablations.cli.app.load_data", lambda source, data_dir: made_up)
+    monkeypatch.setattr("ablations.training.data.load_data", lambda source, data_dir: made_up)
     monkeypatch.chdir(tmp_path)
     small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--set", "width=0.05", "--seeds", 1]
     assert expertgrid("run", study, *small, "--dry-run").status == 0
@@ -155,7 +161,7 @@ def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("error: stopped; what was finished is kept")
+    assert err.splitlines()[-1].startswith("error: stopped; finished work is kept, and the same command continues it")
     done = len(list(trials.glob("*/record.json")))
     assert 1 <= done < 6
     outcome = expertgrid("run", tiny_study, "--device", "cpu")
@@ -163,27 +169,10 @@ def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     assert f"6 trials, {done} of them done before" in outcome.err
 
 
-def test_an_interrupt_while_it_starts_is_one_line():
-    interrupted_import = """
-import sys
-from ablations.__main__ import main
-
-class Interrupted:
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Interrupted())
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", interrupted_import], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "error: stopped\n")
-
-
 def test_an_interrupt_that_python_drops_stops_the_study(tiny_study, tmp_path):
     interrupted_in_a_finaliser = """
 import signal
-from ablations.cli import app as cli
+from ablations.cli import entry as cli
 from ablations import engines
 
 class Finalised:
@@ -207,20 +196,23 @@ cli.main()
 
 
 def test_table_formats(expertgrid, trained_study):
-    rows = json.loads(expertgrid("table", trained_study, "--format", "json").out)
-    assert [row["n"] for row in rows] == [2, 2, 2]
-    for row, flat in zip(rows, csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out))):
+    tables = json.loads(expertgrid("table", trained_study, "--format", "json").out)
+    assert [row["change"] for row in tables["factors"]] == ["1 -> 2", "linear -> mlp"]
+    assert [row["n"] for row in tables["cells"]] == [2, 2, 2]
+    lines = list(csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out)))
+    assert [line["table"] for line in lines] == ["factors"] * 2 + ["cells"] * 3
+    for row, flat in zip(tables["cells"], lines[2:]):
         assert float(flat["test acc %"]) == row["test acc %"]["mean"]
-    assert expertgrid("table", trained_study, "--format", "github").out.startswith("| experts ")
+    assert expertgrid("table", trained_study, "--format", "github").out.startswith("### What each factor does (")
     assert r"\toprule" in expertgrid("table", trained_study, "--format", "latex").out
-    assert expertgrid("table", trained_study).out.startswith("experts ")
+    assert expertgrid("table", trained_study).out.startswith("What each factor does (")
 
 
 def test_table_by_factor_and_of_several_studies(expertgrid, trained_study, tmp_path):
-    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)
-    assert [(row["experts"], row["cells"]) for row in by] == [("1", 2), ("2", 2)]
+    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)["levels"]
+    assert [(row["experts"], row["cells"]) for row in by] == [("1", 1), ("2", 2)]
     shutil.copytree(trained_study, tmp_path / "other")
-    rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)
+    rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)["cells"]
     assert [row["study"] for row in rows] == ["tiny"] * 3 + ["other"] * 3
 
 
@@ -340,34 +332,40 @@ def test_lists(expertgrid):
         (["run", "--out", "full"], "--out full: is not empty, and holds no study"),
         (["run", "--out", "tiny"], "--out tiny: holds another study"),
         (["table", "full"], "full: not a study directory"),
-        (["table", "tiny", "--format", "md"], "unknown format 'md'"),
+        (
+            ["table", "tiny", "--format", "md"],
+            "'--format': 'md' is not one of 'text', 'github', 'latex', 'csv', 'json'.",
+        ),
         (["table", "tiny", "--by", "expert"], "unknown factor of tiny: 'expert'; did you mean 'experts'?"),
         (["table"], "Missing argument 'DIR...'"),
         (["export", "full"], "full: not a study directory"),
         (["export", "none.safetensors"], "none.safetensors: there is no such checkpoint"),
         (["export", "broken.safetensors"], "broken.safetensors: not a safetensors file, or a damaged one"),
         (["export", "other.safetensors"], "other.safetensors: weights of another config"),
-        (["export", "tiny", "--input", "uint"], "unknown input 'uint'; did you mean 'uint8'?"),
+        (["export", "tiny", "--input", "uint"], "Invalid value for '--input': 'uint' is not one of 'uint8', 'float'."),
         (["export", "tiny", "--out", "full"], "--out full: the name of an .onnx file is needed"),
-        (["export", "tiny", "--precision", "fp8"], "unknown precision 'fp8'. Accepted: fp32, fp16, int8, all"),
+        (
+            ["export", "tiny", "--precision", "fp8"],
+            "'--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8', 'all'.",
+        ),
         (["export", "tiny", "--outputs", "logits,gate"], "unknown output 'gate'; did you mean 'gates'?"),
         (["export", "tiny", "--provider", "cpu,gpu"], "unknown provider 'gpu'"),
         (["export", "tiny", "--prune-gates", "2"], "Invalid value for '--prune-gates'"),
         (["predict", "none.onnx", "x.png"], "none.onnx: cannot be read"),
-        (["predict", "full/notes.txt", "x.png"], "full/notes.txt: not an ONNX file"),
+        (["predict", "full/notes.txt", "full/notes.txt"], "full/notes.txt: not an ONNX file"),
         (["show-model", "none.onnx"], "none.onnx: cannot be read"),
-        (["show-model", "none.onnx", "--picture", "x.png"], "--picture x.png: the name of an .svg file"),
+        (["show-model", "broken.safetensors", "--picture", "x.png"], "--picture x.png: the name of an .svg file"),
         (["bench", "none.onnx"], "none.onnx: cannot be read"),
         (["bench", "full/notes.txt"], "full/notes.txt: not an ONNX file"),
-        (["bench", "none.onnx", "--provider", "cudaa"], "unknown provider 'cudaa'; did you mean 'cuda'?"),
-        (["bench", "none.onnx", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
-        (["bench", "none.onnx", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
-        (["bench", "none.onnx", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
+        (["bench", "x.onnx", "--provider", "cudaa"], "'--provider': 'cudaa' is not one of 'cpu', 'cuda'"),
+        (["bench", "broken.safetensors", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
+        (["bench", "broken.safetensors", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
+        (["bench", "broken.safetensors", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
         (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
-        (["run", "--compile", "of"], "unknown choice of --compile 'of'; did you mean 'off'?"),
+        (["run", "--compile", "of"], "Invalid value for '--compile': 'of' is not one of 'auto', 'on', 'off'."),
         (["bench-train", "--rounds", "0"], "Invalid value for '--rounds'"),
         (["bench-train", "eight_blok"], "unknown model 'eight_blok'; did you mean 'eight_block'?"),
-        (["list", "model"], "unknown list 'model'; did you mean 'models'?"),
+        (["list", "model"], "'model' is not one of 'models', 'recipes', 'studies', 'data'."),
         (["runn"], "No such command 'runn'"),
     ],
 )
@@ -412,7 +410,7 @@ def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, dig
 
     study = load_study(str(tiny_study))
     with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):
-        code = "from ablations.cli.app import main; main()"
+        code = "from ablations.cli.entry import main; main()"
         done = subprocess.run([sys.executable, "-c", code, "run", tiny_study], capture_output=True, text=True)
     assert done.returncode == 2
     assert "another process is writing this study" in done.stderr

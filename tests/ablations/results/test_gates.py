@@ -9,7 +9,6 @@ from ablations.records import StudyDirectory
 from ablations.results.gates import (
     block_gate,
     collapsed,
-    entropy,
     mean_by_class,
     mutual_information,
     predict_watched,
@@ -20,11 +19,6 @@ from model.net import Gate
 from model.pixels import normalise
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
-
-
-def test_entropy_of_rows():
-    weights_BK = np.array([[1, 0, 0, 0], [0.25] * 4, [0.5, 0.5, 0, 0], [0.5, 0.25, 0.125, 0.125]])
-    assert entropy(weights_BK).tolist() == [0, 2, 1, 1.75]
 
 
 def test_means_by_class():

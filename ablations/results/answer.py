@@ -1,0 +1,130 @@
+"""The answer to a study's question in one or two sentences, from its verdicts alone."""
+
+from collections.abc import Sequence
+
+from ablations.results.evidence import Effect, Evidence
+from ablations.results.rows import best_row
+from ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
+
+MOST_NAMED = 6  # changes in one list; the others are counted
+ALIKE = 0.05  # costs that differ by less are the same
+
+
+def answer(evidence: Evidence) -> str:
+    """What the study decided, what it cost, and what is open. Nothing that has no verdict is called a difference."""
+    rows = evidence.results.rows
+    if not any(row.by_seed for row in rows):
+        return "No trial is finished, so there is no answer yet."
+    if evidence.effects:
+        said = _of_effects(evidence)
+    elif any(evidence.against_base):
+        said = _of_cells(evidence)
+    else:
+        return f"There is one network, {best_row(rows).name}, and nothing to compare it with."
+    return ("On this split of the images: " + _lower(said)) if evidence.fixed_split else said
+
+
+def _of_effects(evidence: Evidence) -> str:
+    by_verdict: dict[str, list[Effect]] = {}
+    for effect in sorted(evidence.effects, key=lambda effect: -abs(effect.judgement.mean or 0)):
+        by_verdict.setdefault(effect.judgement.verdict, []).append(effect)
+    parts = [
+        f"{_named(effect)} {_points(effect.judgement)}{_cost(effect.cost)}"
+        for verdict in (BETTER, WORSE)
+        for effect in by_verdict.get(verdict, [])[:MOST_NAMED]
+    ]
+    if left_out := sum(max(0, len(by_verdict.get(verdict, [])) - MOST_NAMED) for verdict in (BETTER, WORSE)):
+        parts.append(f"{left_out} more changes are decided")
+    if same := by_verdict.get(SAME):
+        parts.append(
+            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than "
+            f"{evidence.margin:g} points"
+        )
+    if undecided := by_verdict.get(OPEN):
+        parts.append(
+            f"{_listed([_named(effect) for effect in undecided])} {'are' if len(undecided) > 1 else 'is'} open"
+            f"{_seeds([effect.seeds_to_decide for effect in undecided])}"
+        )
+    if without := by_verdict.get(NONE):
+        parts.append(
+            f"{_listed([_named(effect) for effect in without])} {_plural('have', without)} no verdict, as trainings "
+            "failed"
+        )
+    return _sentence(parts)
+
+
+def _of_cells(evidence: Evidence) -> str:
+    rows, base = evidence.results.rows, evidence.results.base
+    by_verdict: dict[str, list[tuple[str, Judgement]]] = {}
+    for row, judgement in zip(rows, evidence.against_base):
+        if judgement:
+            by_verdict.setdefault(judgement.verdict, []).append((row.name, judgement))
+    parts = [
+        f"{name} {_points(judgement)} against {base.name}"
+        for verdict in (BETTER, WORSE)
+        for name, judgement in by_verdict.get(verdict, [])[:MOST_NAMED]
+    ]
+    words = {
+        SAME: ("differs", "differ", f" from {base.name} by less than {evidence.margin:g} points"),
+        OPEN: ("is", "are", f" open against {base.name}"),
+        NONE: ("has", "have", " no verdict, as trainings failed"),
+    }
+    for verdict, (single, several, rest) in words.items():
+        if found := by_verdict.get(verdict):
+            parts.append(f"{_listed([name for name, _ in found])} {several if len(found) > 1 else single}{rest}")
+    return _sentence(parts)
+
+
+def _named(effect: Effect) -> str:
+    (factor, before, after), *_ = effect.changes
+    if factor == "experts" and (before, after) == ("1", "2"):
+        return "a second expert"
+    if factor == "experts" and before.isdigit() and after.isdigit():
+        return f"going from {before} to {after} experts"
+    if {before, after} == {"true", "false"}:
+        return f"{factor} {'on' if after == 'true' else 'off'}"
+    return f"{factor} {after} instead of {before}"
+
+
+def _points(judgement: Judgement) -> str:
+    size = f"{abs(judgement.mean):.1f}" if abs(judgement.mean) >= 0.095 else f"{abs(judgement.mean):.2f}"
+    return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
+
+
+def _cost(cost: dict[str, float]) -> str:
+    """The price in multiply-accumulates, or in parameters where only these differ, and in measured latency."""
+    computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
+    differs = [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
+    if differs == [computed] and abs(cost[computed] - 2) < ALIKE:
+        return f" and doubles the {computed}"
+    if differs:
+        return f" for {' and '.join(f'{cost[name]:.1f} times the {name}' for name in differs)}"
+    return " at the same cost" if cost else ""
+
+
+def _seeds(needed: Sequence[int | None]) -> str:
+    known = [count for count in needed if count is not None]
+    if len(known) < len(needed) or not known:
+        return ""
+    least, most = min(known), max(known)
+    return f": about {least if least == most else f'{least} to {most}'} seeds would show"
+
+
+def _plural(verb: str, found: Sequence[object]) -> str:
+    single = {"change": "changes", "have": "has"}[verb]
+    return verb if len(found) > 1 else single
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMED:
+        names = [*names[: MOST_NAMED - 1], f"{len(names) - MOST_NAMED + 1} more changes"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _sentence(parts: Sequence[str]) -> str:
+    said = "; ".join(parts)
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _lower(said: str) -> str:
+    return said[0].lower() + said[1:]

@@ -1,0 +1,287 @@
+"""What a study's records say of its cells. Each record is read once.
+
+Accuracies here are in percent. Every choice and every verdict is made on the validation split. The test split is read
+once for each trial, and is only reported.
+
+Shapes: C rows, S seeds, E epochs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ablations.cells import Group, find_cell, groups
+from ablations.records import (
+    Adopted,
+    Failure,
+    LatencySummary,
+    Plan,
+    PlannedCell,
+    Predictions,
+    Record,
+    StudyDirectory,
+    cell_names,
+)
+from ablations.results.stats import selection
+from ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
+from ablations.study import Study
+from model.errors import InputError
+
+Score = Callable[[Record], float]
+
+
+def on_validation(record: Record) -> float:
+    """What every choice and verdict is made on."""
+    return _percent(record.validation_accuracy, record.validation_images)
+
+
+def on_test(record: Record) -> float:
+    """What is reported."""
+    return _percent(record.test_accuracy, record.test_images)
+
+
+def _percent(share: float, images: int) -> float:
+    """A share of the images exactly: rounding, as older records have it, would look like a spread over seeds."""
+    return 100 * round(share * images) / images
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network of a study, which may be several of its cells, with what its finished trials gave."""
+
+    study: str
+    model: str
+    levels: dict[str, str]
+    name: str
+    trials: dict[int, str]  # planned, by seed; those of the control by the seed whose hold-out they share
+    by_seed: dict[int, Record]  # that are finished
+    failures: dict[str, Failure]  # by trial, of those that have not finished since
+    adopted: dict[str, Adopted]  # by trial, of those that another study trained
+    latency: LatencySummary | None  # of one of its trials
+    reported: str = ""
+    control: bool = False
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self.by_seed.values())
+
+    @property
+    def seeds(self) -> int:
+        """Planned."""
+        return len(self.trials)
+
+    @property
+    def missing(self) -> list[str]:
+        """The trials that were not trained yet, or not to their end."""
+        done = {record.trial for record in self.by_seed.values()}
+        return [trial for trial in self.trials.values() if trial not in done and trial not in self.failures]
+
+    def accuracy(self, value: Score) -> Interval | None:
+        """An accuracy in percent with its 95% interval over the finished seeds, None where no seed is."""
+        return accuracy_interval([value(record) for record in self.records]) if self.by_seed else None
+
+    def mean(self, value: Score) -> float:
+        """Over the finished seeds; NaN without any."""
+        return float(np.mean([value(record) for record in self.records])) if self.by_seed else float("nan")
+
+    @cached_property
+    def no_verdict(self) -> str:
+        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may."""
+        kinds = Counter(failure.kind for failure in self.failures.values())
+        words = {"diverged": "diverged", "out_of_memory": "out of memory", "error": "failed"}
+        return ", ".join(f"{words[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study directory as it was read, once."""
+
+    name: str
+    path: Path
+    study: Study
+    plan: Plan
+    cells: list[PlannedCell]  # of the plan
+    rows: list[Row]  # the design's first cell, the base, comes first
+    row_of: list[int]  # of each cell
+    groups: list[Group]  # the rows' cells
+
+    @property
+    def base(self) -> Row | None:
+        return self.rows[0] if self.rows else None
+
+    @property
+    def next_seed(self) -> int:
+        """The first seed that a fresh study of the same question would take."""
+        return max([self.study.first_seed + self.study.seeds, *(seed + 1 for row in self.rows for seed in row.trials)])
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The trials that are planned, did not fail and are not finished."""
+        return list(dict.fromkeys(trial for row in self.rows for trial in row.missing))
+
+    def scores(self, value: Score = on_validation) -> np.ndarray:
+        """The scores (C, S) of the rows by planned seed; NaN for a trial that is not finished."""
+        seeds = sorted({seed for row in self.rows for seed in row.trials})
+        place = {seed: at for at, seed in enumerate(seeds)}
+        scores_CS = np.full((len(self.rows), len(seeds)), np.nan)
+        for at, row in enumerate(self.rows):
+            for seed, record in row.by_seed.items():
+                scores_CS[at, place[seed]] = value(record)
+        return scores_CS
+
+    def row(self, text: str) -> int:
+        """The place of the row that a text names. Raises InputError, with the names there are."""
+        return find_cell(cell_names(self.plan), self.groups, text)
+
+
+def read_results(directory: StudyDirectory) -> Results:
+    """Reads a study directory. Raises InputError where it is none, is damaged, or mixes records of hold-outs."""
+    study, plan, latencies = directory.study, directory.plan, directory.latencies()
+    cells = [cell for cell in plan.cells if cell.trials]
+    named = groups(cell_names(plan), study.combined_levels)
+    rows, row_of = [], [0] * len(cells)
+    for group in named:
+        first = cells[group.places[0]]
+        for place in group.places:
+            row_of[place] = len(rows)
+        trials = {plan.first_seed + place: trial for place, trial in enumerate(first.trials)}
+        found = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
+        failed = {
+            trial: failure
+            for seed, trial in trials.items()
+            if seed not in found and (failure := directory.failure(trial))
+        }
+        for seed in found:
+            _check_hold_out(directory, plan, trials[seed])
+        rows.append(
+            Row(
+                study=study_name(directory),
+                model=group.model,
+                levels=group.levels,
+                name=group.name,
+                trials=trials,
+                by_seed=found,
+                failures=failed,
+                adopted={trials[seed]: taken for seed in found if (taken := directory.adopted(trials[seed]))},
+                latency=next((latencies[trial] for trial in trials.values() if trial in latencies), None),
+                reported=next(
+                    (study.reported[str(level)] for level in first.levels.values() if str(level) in study.reported),
+                    "",
+                ),
+                control=first.control,
+            )
+        )
+    return Results(study_name(directory), directory.path, study, plan, cells, rows, row_of, named)
+
+
+def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
+    found = directory.hold_out(trial)
+    if found is not None and (found.kind, found.share) != (plan.hold_out.kind, plan.hold_out.share):
+        raise InputError(
+            f"{directory.trial(trial) / 'config.json'}: its hold-out is {found}, and plan.json has {plan.hold_out}; "
+            "the records of one directory need the same hold-out"
+        )
+
+
+def study_name(directory: StudyDirectory) -> str:
+    return directory.path.resolve().name
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """What the rows are of, each with when it was measured: other rows have another list."""
+    trials = {f"{record.trial} {record.finished}" for row in rows for record in row.records}
+    latencies = {f"{row.latency.file} {row.latency.finished}" for row in rows if row.latency}
+    return sorted(trials) + sorted(latencies)
+
+
+# --- The best cell ---
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """The row with the best mean validation accuracy, the lower validation loss between equals.
+
+    Rows that are `complete` go before those that are not; None where no trial is finished. The control is left out: it
+    is the base again.
+    """
+    rows = [row for row in rows if not row.control]
+    done = complete(rows)
+    most = max((len(row.by_seed) for row in rows), default=0)
+    done = done or [row for row in rows if row.by_seed and len(row.by_seed) == most]
+    return max(done, key=_merit, default=None)
+
+
+def _merit(row: Row) -> tuple[float, float]:
+    accuracy = round(row.mean(on_validation), 9)  # equal ones differ by rounding
+    return accuracy, -row.mean(lambda record: record.validation_loss)
+
+
+def best_record(row: Row) -> Record:
+    """The trial of a row that is best on the validation split."""
+    return max(row.records, key=lambda record: (record.validation_accuracy, -record.validation_loss))
+
+
+def complete(rows: Sequence[Row]) -> list[Row]:
+    """The rows with as many seeds as every row should have: in a race, that of the row that needs fewest."""
+    every = min((row.seeds for row in rows), default=0)
+    return [row for row in rows if row.by_seed and len(row.by_seed) >= every]
+
+
+def ranking(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a finished trial, best on validation first; that of `best_row` leads. Without the control."""
+    best = best_row(rows)
+    done = [row for row in rows if row.by_seed and not row.control]
+    return sorted(done, key=lambda row: (row is not best, -row.mean(on_validation)))
+
+
+def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The seeds that all these rows have, and validation and test accuracies (C, S)."""
+    seeds = sorted(set.intersection(*(set(row.by_seed) for row in rows))) if rows else []
+    scores = ([[value(row.by_seed[seed]) for seed in seeds] for row in rows] for value in (on_validation, on_test))
+    return seeds, *(np.array(values).reshape(len(rows), len(seeds)) for values in scores)
+
+
+def winner(rows: Sequence[Row]) -> Winner | None:
+    """`selection.winner` among the rows that are `complete`, on the seeds that all of them have.
+
+    None where there are none, or where they make another row the best than `best_row`, as after a race.
+    """
+    whole = [row for row in complete(rows) if not row.control]
+    seeds, validation_CS, test_CS = common_scores(whole)
+    if not seeds:
+        return None
+    best = best_row(rows)
+    order = sorted(range(len(whole)), key=lambda place: whole[place] is not best)  # the first of equals wins
+    found = selection.winner(validation_CS[order], test_CS[order])
+    return found if found.cell == 0 else None
+
+
+# --- Curves and predictions, which are read when they are asked for ---
+
+
+def curves(directory: StudyDirectory, row: Row) -> np.ndarray:
+    """Validation accuracy after each epoch (S, E), in percent, as it was measured while training.
+
+    Raises InputError where an epoch of a finished trial is missing.
+    """
+    found = []
+    for record in row.records:
+        epochs = directory.epochs(record.trial)
+        if len(epochs) != record.epochs:
+            file = directory.trial(record.trial) / "epochs.jsonl"
+            raise InputError(f"{file}: has {len(epochs)} epochs, the trial has {record.epochs}")
+        found.append([100 * epoch.validation_accuracy for epoch in epochs])
+    return np.array(found)
+
+
+def peek(directory: StudyDirectory, row: Row) -> Peek | None:
+    """What picking the best epoch and seed would have claimed for a row; None where no trial is finished."""
+    return selection.peek(curves(directory, row)) if row.by_seed else None
+
+
+def right_on_test(predictions: Predictions) -> np.ndarray:
+    """Whether each test image was recognised (B,)."""
+    return predictions.test == predictions.test_labels

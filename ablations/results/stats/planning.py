@@ -1,0 +1,146 @@
+"""What a study could see, before anything is trained, and how many seeds a difference needs.
+
+All of it is for the verdicts of `contrasts`: its critical values, and its errors as they come out where all cells
+spread alike. A verdict better, worse or same is a decision; power is its probability.
+
+Shapes: Q contrasts, C cells, D differences, X draws.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import ndtr
+
+from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
+from ablations.results.stats.critical import LEVEL, correlation, joint_t
+
+POWER = 0.8
+MOST_SEEDS = 1000
+DRAWS = 2048
+
+
+def binomial_spread(accuracy: float, images: int) -> float:
+    """The standard deviation of an accuracy in percent that `images` random images alone give: a floor for the spread.
+
+    Jordan 2023 (arXiv 2304.01910) finds most of the spread of seeds on CIFAR-10 to be this. Raises ValueError for an
+    accuracy that is not between 0 and 100 percent.
+    """
+    if not 0 < accuracy < 100 or images < 1:
+        raise ValueError(f"an accuracy between 0 and 100 and 1 image or more are needed, found {accuracy} and {images}")
+    return math.sqrt(accuracy * (100 - accuracy) / images)
+
+
+class Plan:
+    """A family of contrasts (Q, C) whose scores spread by `spread` after cell and seed, in the unit of the scores."""
+
+    def __init__(self, weights_QC: np.ndarray, spread: float, level: float = LEVEL) -> None:
+        self.weights_QC = np.asarray(weights_QC, dtype=float)
+        if not spread > 0:
+            raise ValueError(f"the spread must be above 0, found {spread}")
+        self.spread, self.level = spread, level
+        self._joint = joint_t(correlation(self.weights_QC))
+
+    def power(self, contrast: int, difference: float, seeds: int, margin: float | None = None) -> float:
+        """The probability that a true `difference` is found: better if it is above 0, worse below.
+
+        With a margin, the probability of any verdict but open, `same` included. 0 for one seed. Within 5 points of
+        what simulated studies give (tests/results), with 4 cells or more and 3 seeds or more within 3.
+        """
+        if seeds < 2:
+            return 0.0
+        weights_C = self.weights_QC[contrast]
+        unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
+        half_X = self._constant(contrast, seeds) * _widths(tuple(np.sort(np.round(np.abs(weights_C), 12))), seeds)
+        effect = abs(difference) / unit
+        found_X = ndtr(effect - half_X)
+        if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
+            inside_X = np.maximum(margin / unit - half_X, 0)
+            same_X = ndtr(inside_X - effect) - ndtr(-inside_X - effect)
+            above_X = ndtr(effect - np.maximum(half_X, inside_X))
+            found_X = above_X + same_X
+        return float(found_X.mean())
+
+    def detectable(self, seeds: int, power: float = POWER) -> np.ndarray:
+        """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
+        if seeds < 2:
+            return np.full(len(self.weights_QC), np.inf)
+        return np.array([self._detectable(contrast, seeds, power) for contrast in range(len(self.weights_QC))])
+
+    def _detectable(self, contrast: int, seeds: int, power: float) -> float:
+        weights_C = self.weights_QC[contrast]
+        unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
+        most = unit * (50 + 50 * self._constant(contrast, seeds))
+        return float(brentq(lambda difference: self.power(contrast, difference, seeds) - power, 0, most, rtol=1e-4))
+
+    def seeds_for(
+        self, contrast: int, difference: float, margin: float | None = None, power: float = POWER
+    ) -> int | None:
+        """The fewest seeds that find a true difference with this power; with a margin, that decide it either way.
+
+        None for more than 1,000.
+        """
+        return _fewest(lambda seeds: self.power(contrast, difference, seeds, margin) >= power)
+
+    def _constant(self, contrast: int, seeds: int) -> float:
+        weights_C = self.weights_QC[contrast]
+        if _own_df(weights_C, seeds) < TOO_FEW:
+            return by_seeds_constant(seeds, len(self.weights_QC), self.level)
+        return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
+
+
+def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:
+    """About how many seeds in all would decide each open contrast of a family, were the truth what it looks like now.
+
+    By the spread that the contrast's own interval shows. A rough answer: the estimate is uncertain by half an interval.
+    None for what is decided, or has no interval, and for more than 1,000.
+    """
+    found: list[int | None] = []
+    for place, judgement in enumerate(family.judgements):
+        if judgement.verdict != OPEN or judgement.error is None:
+            found.append(None)
+            continue
+        spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
+        found.append(Plan(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
+    return found
+
+
+def _own_df(weights_C: np.ndarray, seeds: int) -> float:
+    return (seeds - 1) * (weights_C**2).sum() ** 2 / (weights_C**4).sum()
+
+
+@lru_cache(maxsize=4096)
+def _widths(weights: tuple[float, ...], seeds: int) -> np.ndarray:
+    """Errors (X,) that `estimate` gives a contrast, over the true one, where all cells spread alike: drawn, fixed seed.
+
+    `weights` without their signs, sorted, so that contrasts of one form have one answer. Drawn from chi-squared
+    distributions, the variance over seeds as if it were independent of those of cells.
+    """
+    count, used_C = len(weights), np.array([weight for weight in weights if weight])
+    share_C, own_df, rng = used_C**2 / (used_C**2).sum(), _own_df(used_C, seeds), np.random.default_rng(0)
+    over_seeds_X = rng.chisquare(seeds - 1, DRAWS) / (seeds - 1)
+    if count == 2 or own_df < TOO_FEW:
+        return np.sqrt(over_seeds_X)
+    own_XC = rng.chisquare(seeds - 1, (DRAWS, len(used_C))) / (seeds - 1)
+    others = count - len(used_C)
+    others_X = rng.chisquare(others * (seeds - 1), DRAWS) / (seeds - 1) if others else 0.0
+    pooled_X = (own_XC.sum(1) + others_X) / count
+    excess_XC = own_XC - pooled_X[:, None]
+    apart = own_df < FEW
+    excess_X = np.maximum(excess_XC, 0) @ share_C if apart else np.maximum(excess_XC @ share_C, 0)
+    return np.sqrt(np.maximum(pooled_X + surcharge(seeds) * excess_X, over_seeds_X))
+
+
+def _fewest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest number of seeds that is enough, 2 to 1,000, where more seeds are never worse."""
+    low, high = 1, 2
+    while not enough(high):
+        if high == MOST_SEEDS:
+            return None
+        low, high = high, min(2 * high, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

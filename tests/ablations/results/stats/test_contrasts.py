@@ -1,0 +1,210 @@
+"""The linear model by hand, against statsmodels, and on simulated studies whose truth is known.
+
+Shapes: X simulated studies, Q contrasts, C cells, S seeds.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from statsmodels.formula.api import ols
+
+from ablations.results.stats.contrasts import Judgement, estimate, judge, residual_variances, surcharge, verdicts
+from ablations.results.stats.factors import against, difference
+
+BOTH = np.array([[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, -0.5, 0.5]])  # the main effects of a 2 x 2
+SCORES = np.array([[90, 91, 92], [91, 92, 94], [90, 92, 92], [93, 93, 96.0]])
+
+
+def fitted(scores_CS):
+    """Statsmodels' fit of cells and seeds, where a NaN is a trial that is not there."""
+    cell, seed = np.indices(scores_CS.shape)
+    rows = pd.DataFrame({"y": scores_CS.ravel(), "cell": cell.ravel(), "seed": seed.ravel()}).dropna()
+    return ols("y ~ C(cell) + C(seed)", rows).fit(), rows
+
+
+# --- One study, by hand ---
+
+
+def test_main_effects_of_a_2x2_by_hand():
+    # cells 91, 92 1/3, 91 1/3, 94; seeds 91, 92, 93.5; squares of residuals 8 / 3, 6 degrees of freedom: 0.4444
+    # the first effect is 1 at every seed: pooled, sqrt(0.4444 / 3) = 0.3849
+    # the second is 2, 1, 3: a variance of 1 over seeds, above 0.4444: sqrt(1 / 3) = 0.5774
+    family = judge(BOTH, SCORES, margin=0.5)
+    first, second = family.judgements
+    assert (first.mean, second.mean, first.seeds, family.df) == (1, 2, 3, 6)
+    assert family.spread**2 == pytest.approx(4 / 9)
+    assert (first.error, second.error) == (pytest.approx((4 / 27) ** 0.5), pytest.approx((1 / 3) ** 0.5))
+    assert (first.basis, second.basis, first.verdict, second.verdict) == ("pooled", "over seeds", "open", "better")
+    assert 2.4469 < first.constant < 2.9687  # Student's t of 6 degrees of freedom for one contrast, Bonferroni's for 2
+    assert (second.low, second.high) == pytest.approx((2 - second.constant / 3**0.5, 2 + second.constant / 3**0.5))
+    assert second.half_width == pytest.approx(second.constant / 3**0.5)
+
+
+def test_two_cells_are_the_paired_t_test():
+    scores_CS = np.random.default_rng(0).normal(90, 1, size=(2, 6))
+    (found,) = judge([[-1, 1]], scores_CS, margin=0.5).judgements
+    oracle = scipy.stats.ttest_rel(scores_CS[1], scores_CS[0]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), rel=1e-6)
+    one_seed_pair = judge([[-1, 1]], scores_CS[:, :2], margin=0.5).judgements[0]
+    oracle = scipy.stats.ttest_rel(scores_CS[1, :2], scores_CS[0, :2]).confidence_interval(0.95)
+    assert (one_seed_pair.low, one_seed_pair.basis) == (pytest.approx(oracle.low, rel=1e-6), "t over seeds")
+
+
+def test_a_noisy_cell_by_hand():
+    # additive scores but for cell 3, which is off by a, -a, 0, ...: own variances (0, 0, 0, v) are told apart exactly
+    away_S = np.array([1.0, -1, 0, 0, 2, -2, 0])
+    scores_CS = np.add.outer(np.arange(6.0), np.arange(7.0))
+    scores_CS[3] += away_S
+    variance = (away_S**2).sum() / 6
+    spread = residual_variances(scores_CS, np.ones((6, 7), bool))
+    assert spread.pooled_X == pytest.approx(variance / 6)
+    assert spread.own_XC == pytest.approx(np.array([0, 0, 0, variance, 0, 0]), abs=1e-12)
+    # a pair with it: over pooled, its cells spread by (6 + 0) / 2 = 3 times; the excess of 2 counts 1.5587 times
+    found = estimate(np.array([difference(3, 0, 6), difference(1, 0, 6)]), scores_CS)
+    assert surcharge(7) == pytest.approx((scipy.stats.t.ppf(0.975, 6) / scipy.stats.norm.ppf(0.975)) ** 2)
+    assert found.error_XQ[0] == pytest.approx((variance / 6 * (1 + 2 * 1.5587) * 2 / 7) ** 0.5, rel=1e-4)
+    assert found.error_XQ[1] == pytest.approx((variance / 6 * 2 / 7) ** 0.5)
+    assert list(found.basis_XQ) == [1, 0]
+
+
+def test_few_seeds_count_a_noisy_cell_apart():
+    # 3 seeds of a pair: 4 degrees of freedom; the quiet cell (own 0) does not make up for the noisy one (own 6 pooled)
+    scores_CS = np.zeros((6, 3))
+    scores_CS[3] = 1, -1, 0
+    found = estimate(np.array([difference(3, 0, 6)]), scores_CS)
+    assert found.error_XQ[0] ** 2 == pytest.approx(1 / 6 * (1 + surcharge(3) * (5 + 0) / 2) * 2 / 3)
+
+
+def test_two_seeds_of_pairs_are_t_tests_of_their_own():
+    scores_CS = np.random.default_rng(0).normal(90, 1, size=(4, 2))
+    family = judge(against(0, 4), scores_CS, margin=0.5)
+    for cell, found in enumerate(family.judgements, start=1):
+        oracle = scipy.stats.ttest_rel(scores_CS[cell], scores_CS[0]).confidence_interval(1 - 0.05 / 3)
+        assert (found.low, found.high, found.basis) == (
+            pytest.approx(oracle.low, rel=1e-6),
+            pytest.approx(oracle.high, rel=1e-6),
+            "t over seeds",
+        )
+
+
+def test_surcharge():
+    assert surcharge(np.array([3, 5, 10])) == pytest.approx([4.82, 2.01, 1.33], abs=0.01)
+    assert surcharge(10_000) == pytest.approx(1, abs=1e-3)
+
+
+def test_verdicts_of_intervals():
+    low = np.array([0.1, -0.9, -0.4, -0.4, 0.1, -0.4, np.nan, 0.0])
+    high = np.array([0.9, -0.1, 0.4, 0.6, 0.4, -0.1, np.nan, 0.9])
+    expected = ["better", "worse", "same", "open", "same", "same", "open", "open"]
+    assert list(verdicts(low, high, 0.5)) == expected
+    small = judge(BOTH, SCORES, margin=10).judgements[1]
+    assert (small.verdict, small.reason) == ("same", "there is a difference, within the margin")
+
+
+# --- What has no interval, or no verdict ---
+
+
+@pytest.mark.parametrize(
+    ("scores_CS", "mean", "reason"),
+    [
+        ([[90.0], [91.0]], 1, "one seed has no spread"),
+        ([[90.0, np.nan], [91.0, 92.0]], 1, "one seed has no spread"),
+        ([[90.0, np.nan], [np.nan, 92.0]], None, "no seed in common"),
+        ([[0.9, 0.7, 0.5], [0.8, 0.6, 0.4]], -0.1, "same amount at every seed"),  # but for rounding
+        ([[90.0, 90.0], [90.0, 90.0]], 0, "same amount at every seed"),
+    ],
+)
+def test_no_interval_has_a_reason(scores_CS, mean, reason):
+    (found,) = judge([[-1, 1]], scores_CS, margin=0.5).judgements
+    assert (found.verdict, found.error, found.low, found.high, found.basis) == ("open", None, None, None, None)
+    assert found.half_width is None
+    assert found.mean == (None if mean is None else pytest.approx(mean))
+    assert reason in found.reason
+
+
+def test_equal_differences_still_have_the_spread_of_the_others():
+    scores_CS = np.array([[90, 91, 92], [90, 91, 92], [90, 92, 91.0]])
+    found = judge([[-1, 1, 0], [-1, 0, 1]], scores_CS, margin=0.5).judgements[0]
+    assert found.low < 0 < found.high
+
+
+def test_a_diverged_cell_has_no_verdict_and_the_others_keep_theirs():
+    weights_QC = against(0, 5)
+    scores_CS = np.random.default_rng(0).normal(size=(5, 4))
+    scores_CS[2, [1, 3]] = -80
+    family = judge(weights_QC, scores_CS, margin=0.5, no_verdict={2: "diverged in 2 of 4 seeds"})
+    assert family.judgements[1] == Judgement("none", 0, reason="diverged in 2 of 4 seeds")
+    # the others as without that cell, but with the constant of four contrasts
+    alone = judge(np.delete(against(0, 4), [], axis=0), np.delete(scores_CS, 2, axis=0), margin=0.5)
+    for found, expected in zip([family.judgements[place] for place in (0, 2, 3)], alone.judgements):
+        assert (found.mean, found.error, found.basis) == (expected.mean, pytest.approx(expected.error), expected.basis)
+        assert found.constant > expected.constant
+    assert (family.spread, family.df) == (pytest.approx(alone.spread), 9)
+    base = judge(weights_QC, scores_CS, margin=0.5, no_verdict={0: "diverged in 1 of 4 seeds", 2: "diverged in 2 of 4"})
+    assert {judgement.verdict for judgement in base.judgements} == {"none"}
+    assert base.judgements[1].reason == "diverged in 1 of 4 seeds; diverged in 2 of 4"
+    assert not base.decided
+
+
+def test_what_does_not_fit():
+    for weights_QC, scores_CS, said in (
+        ([[1, 0]], [[1, 2], [2, 3]], "sum to 0"),
+        ([[0, 0]], [[1, 2], [2, 3]], "not all be 0"),
+        ([[1, -1, 0]], [[1, 2], [2, 3]], "do not fit"),
+        ([[1, -1]], [[1, np.inf], [2, 3]], "finite"),
+        ([[1, -1]], [[], []], "at least one seed"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            judge(weights_QC, scores_CS, margin=0.5)
+    with pytest.raises(ValueError, match="margin must be above 0"):
+        judge([[1, -1]], [[1, 2], [2, 3]], margin=0)
+    with pytest.raises(ValueError, match="same cells and seeds"):
+        estimate([[1, -1]], [[[1, 2], [2, 3]], [[1, 2], [2, np.nan]]])
+    assert judge(np.zeros((0, 2)), [[1, 2], [2, 3]], margin=0.5).judgements == []
+
+
+# --- Against statsmodels ---
+
+
+def test_estimates_and_pooled_variance_are_statsmodels():
+    scores_CS = np.random.default_rng(1).normal(90, 1, size=(6, 5)) + np.arange(5)
+    fit, _ = fitted(scores_CS)
+    found = estimate(against(0, 6), scores_CS)
+    assert found.mean_XQ == pytest.approx(fit.params.filter(like="cell").to_numpy())
+    assert (found.spread_X**2, found.df) == (pytest.approx(fit.mse_resid), fit.df_resid)
+    assert found.error_XQ.min() >= fit.bse.filter(like="cell").min() * (1 - 1e-9)
+
+
+def test_missing_trials():
+    rng = np.random.default_rng(2)
+    scores_CS = rng.normal(90, 1, size=(6, 7)) + 3 * np.arange(7)
+    scores_CS[2, 5:] = scores_CS[4, 0] = scores_CS[5, 3] = np.nan
+    fit, rows = fitted(scores_CS)
+    spread = residual_variances(np.nan_to_num(scores_CS), ~np.isnan(scores_CS))
+    assert (spread.pooled_X, spread.df) == (pytest.approx(fit.mse_resid), fit.df_resid)
+    squares_C = (fit.resid**2).groupby(rows.cell).sum().to_numpy()
+    assert squares_C.sum() / fit.df_resid == pytest.approx(spread.pooled_X)
+    found = estimate(np.array([difference(2, 0, 6), difference(4, 5, 6), difference(1, 0, 6)]), scores_CS)
+    assert list(found.seeds_Q) == [5, 5, 7]  # those that both have
+    assert found.mean_XQ[0] == pytest.approx((scores_CS[2, :5] - scores_CS[0, :5]).mean())
+    assert found.mean_XQ[1] == pytest.approx((scores_CS[4] - scores_CS[5])[[1, 2, 4, 5, 6]].mean())
+
+
+def test_own_variances_are_unbiased_where_trials_are_missing():
+    rng = np.random.default_rng(3)
+    mask_CS = np.array([[1, 0, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 0, 1, 0]], bool)
+    sd_C = np.array([1, 2, 3, 1, 0.5])
+    scores_XCS = rng.normal(size=(100_000, 5, 5)) * sd_C[:, None] + 10 * rng.normal(size=5) + rng.normal(size=(5, 1))
+    spread = residual_variances(np.where(mask_CS, scores_XCS, 0), mask_CS)
+    assert spread.own_XC.mean(0) == pytest.approx(sd_C**2, abs=0.1)
+
+
+def test_many_studies_are_one_at_a_time():
+    scores_XCS = np.random.default_rng(4).normal(size=(3, 4, 5))
+    scores_XCS[:, 2, 4] = np.nan
+    together = estimate(BOTH, scores_XCS)
+    for place, scores_CS in enumerate(scores_XCS):
+        alone = estimate(BOTH, scores_CS)
+        assert together.low_XQ[place] == pytest.approx(alone.low_XQ)
+        assert together.spread_X[place] == pytest.approx(alone.spread_X)

@@ -1,0 +1,82 @@
+"""Networks on their images, by hand and against statsmodels and scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix as sklearns_confusion_matrix
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from ablations.results.stats.images import (
+    class_accuracies,
+    confusion_matrix,
+    consistent_images,
+    mcnemar,
+    wilson,
+)
+
+
+def test_mcnemar_by_hand_and_against_statsmodels():
+    first, second = np.zeros(20, dtype=bool), np.zeros(20, dtype=bool)
+    first[:8], second[7:10] = True, True  # 7 only the first, 2 only the second, 1 both
+    found = mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (7, 2)
+    # 2 P(2 or fewer of 9) = 2 (1 + 9 + 36) / 512, and half of the 36 less on each side
+    assert (found.exact_p, found.mid_p) == pytest.approx((92 / 512, (92 - 36) / 512))
+    assert found.exact_p == pytest.approx(statsmodels_mcnemar([[1, 7], [2, 10]], exact=True).pvalue)
+    assert mcnemar(first, first).exact_p == 1
+    even = mcnemar([True, False], [False, True])
+    assert (even.exact_p, even.mid_p) == pytest.approx((1, 0.5))
+    with pytest.raises(ValueError, match="one value for each image"):
+        mcnemar([True], [True, False])
+
+
+def test_images_that_tell_cells_apart_by_hand():
+    first_SB = [[1, 1, 0, 0, 1], [1, 1, 0, 1, 1]]
+    second_SB = [[0, 1, 1, 0, 0], [0, 1, 1, 0, 1]]
+    found = consistent_images(np.array(first_SB, bool), np.array(second_SB, bool))
+    assert (found.only_first.tolist(), found.only_second.tolist()) == ([0], [2])
+    # images 0 and 2 have two of four right: of the 6 ways to choose 2 of 4, one is all in the first, one in the second
+    assert found.by_chance == pytest.approx(2 * (1 / 6 + 1 / 6))
+
+
+def test_equal_cells_show_as_many_as_chance_gives():
+    rng = np.random.default_rng(0)
+    hardness_B = rng.beta(2, 1, size=20_000)
+    right_SB = rng.random((7, 20_000)) < hardness_B
+    found = consistent_images(right_SB[:4], right_SB[4:])
+    counts = len(found.only_first) + len(found.only_second)
+    assert found.by_chance > 100
+    assert counts == pytest.approx(found.by_chance, abs=4 * np.sqrt(found.by_chance))
+
+
+def test_cells_of_other_images_cannot_be_compared():
+    with pytest.raises(ValueError, match="same images"):
+        consistent_images(np.ones((2, 3)), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="one seed"):
+        consistent_images(np.ones((0, 3)), np.ones((2, 3)))
+
+
+def test_confusion_and_class_accuracies():
+    labels, predicted = np.random.default_rng(19).integers(4, size=(2, 50))
+    found = confusion_matrix(labels, predicted, 5)  # the last class has no images
+    assert found.tolist() == sklearns_confusion_matrix(labels, predicted, labels=range(5)).tolist()
+    shares = class_accuracies(found)
+    assert [share.images for share in shares] == [*np.bincount(labels), 0]
+    assert shares[0].right == ((labels == 0) & (predicted == 0)).sum()
+    assert (shares[4].share, shares[4].low, shares[4].high) == (None, 0, 1)
+    with pytest.raises(ValueError, match="classes go from 0 to 2"):
+        confusion_matrix(labels, predicted, 3)
+    with pytest.raises(ValueError, match="labels and"):
+        confusion_matrix(labels, predicted[:49], 4)
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 10), (3, 10), (10, 10), (991, 1000)])
+def test_wilson_is_statsmodels(right, images):
+    found = wilson(right, images)
+    assert (found.low, found.high) == pytest.approx(proportion_confint(right, images, method="wilson"), abs=1e-12)
+    assert found.share == right / images
+
+
+def test_wilson_of_no_share():
+    with pytest.raises(ValueError, match="no share"):
+        wilson(3, 2)
