@@ -12,13 +12,11 @@ from small_networks import weights, with_weights
 
 from export.certificate import BOUNDS, Agreement, Certificate
 from export.compare import BATCHES, certify
-from export.graph import describe
 from export.metadata import Metadata, entries_of, read_metadata
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
-from model.cost import cost
 from model.errors import InputError
 from model.registry import build
 
@@ -208,12 +206,6 @@ def test_flips_are_counted_by_image(checkpoint, models):
     certificate = certify(model, net, images.numpy(), labels(9), batches=(4,))
     assert certificate.agreements[0].argmax_flips == expected
     assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
-
-
-def test_macs_are_those_of_the_records(models):
-    """Of mixed kernels, residual macro blocks, strides and pooling."""
-    for model in models.values():
-        assert describe(model, "small").macs == cost(EVERYTHING, *TRAINED.image_size)[1]
 
 
 def test_providers_that_are_not_there(model):

@@ -14,12 +14,21 @@ from export.graph import describe, shape_text
 from export.picture import draw
 from export.to_onnx import INPUT, to_onnx
 from model.checkpoint import Checkpoint, Trained
+from model.config import Block, Conv, ModelConfig, Pool, Residual
 from model.cost import cost
 from model.errors import InputError
 from model.presets import network
 from model.registry import build
 
 SIZE = (24, 32)
+MIXED = ModelConfig(
+    layers=(
+        Conv(channels=8, stride=2),
+        Block(channels=8, kernels=(5, 3, 1)),
+        Pool(),
+        Residual(layers=(Block(channels=12, stride=2, norm_act="mix"), Block(channels=12, kernels=(3,)))),
+    )
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -30,7 +39,7 @@ def exported():
 
     def export(name: str) -> bytes:
         if name not in made:
-            config = network(name)
+            config = MIXED if name == "mixed" else network(name)
             trained = Trained(
                 trial="abc", model=name, data="digits",
                 fingerprint="0123abcd", classes=tuple("0123456789"), image_size=SIZE,
@@ -72,9 +81,9 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-@pytest.mark.parametrize("name", ["two_block", "eight_block", "resnet10t"])
+@pytest.mark.parametrize("name", ["two_block", "eight_block", "mixed", "resnet10t"])
 def test_macs_are_those_of_the_records(exported, name):
-    assert describe(exported(name), name).macs == cost(network(name), *SIZE)[1]
+    assert describe(exported(name), name).macs == cost(MIXED if name == "mixed" else network(name), *SIZE)[1]
 
 
 def test_description_of_a_preset(exported):
