@@ -254,12 +254,10 @@ class _Model:
 
     def __init__(self, results: Results, asked: Questions) -> None:
         self.results, self.asked, self.margin = results, asked, results.study.margin
-        self.network_of_row = {row: asked.network_of[cell] for cell, row in reversed(list(enumerate(results.row_of)))}
-        self.rows = [
-            results.rows[next(row for row, network in self.network_of_row.items() if network == unit)]
-            for unit in range(len(asked.networks))
-        ]
-        places = [results.rows.index(row) for row in self.rows]
+        self.network_of_row = dict(zip(results.row_of, asked.network_of))
+        row_of_network = dict(zip(reversed(asked.network_of), reversed(results.row_of)))  # the first row of each
+        places = [row_of_network[network] for network in range(len(asked.networks))]
+        self.rows = [results.rows[place] for place in places]
         self.scores_US = results.scores(on_validation)[places] if places else np.zeros((0, 0))
         self.test_US = results.scores(on_test)[places] if places else np.zeros((0, 0))
         self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(self.rows) if row.no_verdict}

@@ -49,7 +49,7 @@ def _percent(share: float, images: int) -> float:
     return 100 * round(share * images) / images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A network of a study, which may be several of its cells, with what its finished trials gave."""
 

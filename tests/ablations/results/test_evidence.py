@@ -1,11 +1,10 @@
-"""What a table claims, against scipy and by hand, on records that were written for it."""
+"""What a study's verdicts are made of, on records that were written for it: by hand, and against scipy."""
 
 import csv
 import io
 import json
 import re
-import shutil
-import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -14,22 +13,15 @@ from conftest import write_study, written_epochs
 
 from ablations.records import Plan, Predictions, Race, StudyDirectory
 from ablations.results import stats
-from ablations.results.evidence import (
-    best_row,
-    common_scores,
-    compare,
-    contrast_of,
-    find_row,
-    judge,
-    marginals,
-    on_test,
-    on_validation,
-    peek,
-    row_name,
-    study_rows,
-    winner,
-)
-from ablations.results.tables import columns, comparison_columns, comparison_notes, notes, render
+from ablations.results.answer import answer
+from ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
+from ablations.results.rendering import render_tables
+from ablations.results.rows import best_row, common_scores, on_test, on_validation, peek, read_results, winner
+from ablations.results.stats.contrasts import judge
+from ablations.results.stats.factors import against
+from ablations.results.stats.race import race
+from ablations.results.tables import comparison_tables, plan_lines, study_tables, study_text
+from ablations.study import parse_study
 from model.errors import InputError
 from model.files import write_whole
 
@@ -44,7 +36,7 @@ epochs = 2
 experts = [2, 4]
 kernel = [3, 5, 7]
 """
-ONE = """
+ONE_AT_A_TIME = """
 question = "?"
 design = "one_at_a_time"
 seeds = 4
@@ -61,158 +53,412 @@ EFFECTS = {"3": 0.0, "5": 4.0, "7": 0.1}  # of the kernel, in points
 
 def drawn(levels: dict, seed: int) -> tuple[float, float]:
     """Validation and test accuracy: an effect, what the seed does to all cells, and noise."""
-    rng = np.random.default_rng([seed, levels["experts"], levels["kernel"]])
-    shared = np.random.default_rng(seed).normal(0, 2)
-    both = 80 + EFFECTS[str(levels["kernel"])] + shared
+    rng = np.random.default_rng([seed, levels.get("experts", 2), levels.get("kernel", 3), not levels])
+    shared = np.random.default_rng(seed % 1_000_000).normal(0, 2)
+    both = 80 + EFFECTS[str(levels.get("kernel", 3))] + shared
     return both + rng.normal(0, 0.3), both - 1 + rng.normal(0, 0.3)
+
+
+def grid_of(digits, place, text: str = GRID, scores=drawn) -> StudyDirectory:
+    return write_study(place / "grid", text, digits, scores)
 
 
 @pytest.fixture
 def grid(digits, tmp_path) -> StudyDirectory:
-    return write_study(tmp_path / "grid", GRID, digits, drawn)
+    return grid_of(digits, tmp_path)
 
 
-def by_hand(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, p_values[i] * (len(p_values) - rank)))
-        adjusted[i] = largest
-    return adjusted
+def text_of(directory: StudyDirectory) -> str:
+    return study_text(directory, read_evidence(directory))
 
 
-def test_verdicts_are_paired_t_tests(grid):
-    rows = study_rows(grid)
-    judgements = judge(rows, 1.0)
-    assert judgements[0].verdict == "reference"
-    _, scores_CS, _ = common_scores(rows)
-    for row_S, one in zip(scores_CS[1:], judgements[1:]):
-        oracle = scipy.stats.ttest_rel(row_S, scores_CS[0])
-        assert one.mean == pytest.approx(np.mean(row_S - scores_CS[0]))
-        assert (one.low, one.high) == pytest.approx(tuple(oracle.confidence_interval()))
-        assert (one.seeds, one.paired, one.left_out) == (6, True, ())
-    assert [one.verdict for one in judgements[1:]] == ["better", "equivalent", "equivalent", "better", "equivalent"]
-    shown = columns(rows, judgements)
-    assert [row["verdict"].verdict for row in shown] == [one.verdict for one in judgements]
+def verdicts(evidence) -> dict[str, str]:
+    return {effect.name: effect.judgement.verdict for effect in evidence.effects}
 
 
-def test_p_values_are_holms(grid):
-    rows = study_rows(grid)
-    _, scores_CS, _ = common_scores(rows)
-    contrasts = [stats.paired_contrast(row_S - scores_CS[0]) for row_S in scores_CS[1:]]
-    p = [scipy.stats.ttest_rel(row_S, scores_CS[0]).pvalue for row_S in scores_CS[1:]]
-    assert [one.p_difference for one in stats.decide(contrasts)] == pytest.approx(by_hand(p))
+# --- Families ---
 
 
-def test_the_scores_decide_and_are_those_of_validation(digits, tmp_path):
+def test_main_effects_are_means_over_matched_cells(grid):
+    evidence = read_evidence(grid)
+    _, scores_CS, _ = common_scores(evidence.results.rows)
+    scores_LMS = scores_CS.reshape(2, 3, 6)
+    by_hand = {
+        "experts 2 -> 4": scores_LMS[1].mean() - scores_LMS[0].mean(),
+        "kernel 3 -> 5": scores_LMS[:, 1].mean() - scores_LMS[:, 0].mean(),
+        "kernel 3 -> 7": scores_LMS[:, 2].mean() - scores_LMS[:, 0].mean(),
+    }
+    assert {effect.name: effect.judgement.mean for effect in evidence.effects} == pytest.approx(by_hand)
+    assert verdicts(evidence) == {"experts 2 -> 4": "same", "kernel 3 -> 5": "better", "kernel 3 -> 7": "same"}
+    for effect in evidence.effects:
+        assert effect.judgement.low < by_hand[effect.name] < effect.judgement.high
+
+
+def test_cells_against_the_base_have_dunnetts_constant(grid):
+    evidence = read_evidence(grid)
+    judgements = evidence.against_base
+    assert judgements[0] is None
+    constant = judgements[1].constant
+    rng = np.random.default_rng(0)
+    z, chi = rng.normal(size=(400_000, 6)), rng.chisquare(25, 400_000)
+    largest = np.abs((z[:, 1:] - z[:, :1]) / 2**0.5).max(1) / np.sqrt(chi / 25)
+    assert (largest > constant).mean() == pytest.approx(0.05, abs=0.002)
+    assert [judgement.verdict for judgement in judgements[1:]].count("better") == 2
+
+
+def test_interactions_are_of_four_cells_and_exploratory(digits, tmp_path):
+    def extra(levels, seed):
+        validation, test = drawn(levels, seed)
+        return validation + 3 * (levels["experts"] == 4 and levels["kernel"] == 5), test
+
+    directory = grid_of(digits, tmp_path, scores=extra)
+    evidence = read_evidence(directory)
+    scores_LMS = common_scores(evidence.results.rows)[1].reshape(2, 3, 6).mean(-1)
+    (found,) = evidence.decided_interactions
+    assert found.name == "experts 2 -> 4, with kernel 3 -> 5"
+    adds = scores_LMS[1, 1] - scores_LMS[0, 1] - (scores_LMS[1, 0] - scores_LMS[0, 0])
+    assert found.judgement.mean == pytest.approx(adds)
+    assert "Exploratory: not declared before training." in text_of(directory)
+
+
+def test_the_scores_that_decide_are_those_of_validation(digits, tmp_path):
     """A cell that is better on test alone is not better, and is not the best."""
-    directory = write_study(
-        tmp_path / "s", GRID, digits, lambda levels, seed: (80 + 0.1 * seed, 99.0 if levels["kernel"] == 7 else 70.0)
+    directory = grid_of(
+        digits, tmp_path, scores=lambda levels, seed: (80 + 0.1 * seed, 99.0 if levels["kernel"] == 7 else 70.0)
     )
-    rows = study_rows(directory)
-    judgements = judge(rows, 1.0)
-    assert {one.verdict for one in judgements[1:]} == {"undecided"}
-    assert all("the same for all 6 seeds" in one.reason for one in judgements[1:])
-    assert best_row(rows) is rows[0]
-
-
-def test_one_seed_has_no_interval_and_the_table_says_why(digits, tmp_path):
-    directory = write_study(tmp_path / "s", GRID.replace("seeds = 6", "seeds = 1"), digits, drawn)
-    rows = study_rows(directory)
-    judgements = judge(rows, 1.0)
-    table = render(columns(rows, judgements), "text", notes(directory, directory.plan, rows, judgements))
-    assert "verdict" not in table.splitlines()[0]
-    assert "one seed has no interval." in table
-    assert re.search(r"No verdict on experts 2, kernel 5;.*: one seed has no interval\.", table)
-    assert "±" not in table.split("\n\n")[0]
-
-
-def test_what_is_missing_or_failed_is_counted_and_named(digits, tmp_path):
-    def some(levels, seed):
-        if levels == {"experts": 2, "kernel": 5} and seed == 1:
-            return "diverged"
-        if levels == {"experts": 4, "kernel": 7}:
-            return "out_of_memory" if seed == 0 else None
-        return drawn(levels, seed)
-
-    directory = write_study(tmp_path / "s", GRID, digits, some)
-    rows = study_rows(directory)
-    judgements = judge(rows, 1.0)
-    assert (judgements[1].seeds, judgements[1].left_out) == (5, (1,))
-    assert judgements[-1].verdict == "undecided"
-    table = render(columns(rows, judgements), "text", notes(directory, directory.plan, rows, judgements))
-    diverged = rows[1].trials[1]
-    assert "5/6" in table
-    assert "0/6" in table
-    assert "Failed: 2 of the trials (1 diverged, 1 out_of_memory)." in table
-    assert f"Failed: {diverged}: diverged: the loss is nan" in table
-    assert f"Not finished: 5 of the trials: {', '.join(rows[-1].trials[1:])}." in table
-    assert "Verdict on experts 2, kernel 5: without seed 1, which only one of the two has." in table
-    assert "No verdict on experts 4, kernel 7: experts 4, kernel 7 has no finished trial." in table
-
-
-def test_cells_without_common_seeds_are_unpaired_and_say_so(digits, tmp_path):
-    def halves(levels, seed):
-        early = levels["experts"] == 2
-        return drawn(levels, seed) if early == (seed < 3) else None
-
-    directory = write_study(tmp_path / "s", GRID, digits, halves)
-    rows = study_rows(directory)
-    one = judge(rows, 1.0)[-1]
-    groups = [list(row.by_seed(on_validation).values()) for row in (rows[-1], rows[0])]
-    low, high = scipy.stats.ttest_ind(*groups, equal_var=False).confidence_interval()
-    assert (one.paired, one.low, one.high) == (False, pytest.approx(low), pytest.approx(high))
-    text = "\n".join(notes(directory, directory.plan, rows, judge(rows, 1.0)))
-    assert "unpaired, fewer than two seeds are common" in text
+    evidence = read_evidence(directory)
+    assert set(verdicts(evidence).values()) == {"open"}
+    assert best_row(evidence.results.rows) is evidence.results.rows[0]
+    assert "the same amount at every seed" in text_of(directory)
 
 
 def test_one_at_a_time_is_against_the_base_and_has_baselines(digits, tmp_path):
     def scores(levels, seed):
-        value = 70 + seed if not levels else 80 + seed + 0.01 * seed * seed
-        return (value, value) if levels.get("experts") != 2 else (value + 5 + 0.2 * seed, value)
+        noise = np.random.default_rng([seed, len(levels), levels.get("experts") == 2]).normal(0, 0.2)
+        value = (70 if not levels else 85 if levels.get("experts") == 2 else 80) + seed + noise
+        return value, value
 
-    directory = write_study(tmp_path / "s", ONE, digits, scores)
-    rows = study_rows(directory)
-    judgements = dict(zip(map(row_name, rows), judge(rows, 0.5)))
-    assert [one.verdict for one in judgements.values()] == ["reference", "better", "worse"]
-    levels = {one.levels["experts"]: one.effect for one in marginals(directory, ["experts"])}
-    assert (levels["base"].verdict, levels["2"].verdict) == ("reference", "better")
-    assert (levels["4"].verdict, levels["4"].reason) == ("equivalent", "it is the same network")
+    evidence = read_evidence(write_study(tmp_path / "s", ONE_AT_A_TIME, digits, scores))
+    assert verdicts(evidence) == {"experts base -> 2": "better"}  # 4 experts and the MLP gate are the base's network
+    named = [row.name for row in evidence.results.rows]
+    assert named == ["experts base / 4, gate base / mlp", "experts 2, gate base", "segmented"]
+    assert [judgement and judgement.verdict for judgement in evidence.against_base] == [None, "better", "worse"]
     with pytest.raises(InputError, match="experts and gate never together"):
-        marginals(directory, ["experts", "gate"])
+        marginals(evidence, ["experts", "gate"])
 
 
-def test_main_effects_and_interactions_by_hand(grid):
-    rows = study_rows(grid)
-    _, scores_CS, test_CS = common_scores(rows)
-    scores_LMS = scores_CS.reshape(2, 3, 6)
-    three, five, seven = marginals(grid, ["kernel"])
-    assert three.effect.verdict == "reference"
-    for one, level in ((five, 1), (seven, 2)):
-        differences_S = (scores_LMS[:, level] - scores_LMS[:, 0]).mean(0)
-        low, high = scipy.stats.ttest_1samp(differences_S, 0).confidence_interval()
-        assert (one.effect.mean, one.effect.low, one.effect.high) == pytest.approx((differences_S.mean(), low, high))
-        assert one.validation == pytest.approx(stats.mean_interval(scores_LMS[:, level].mean(0)))
-        assert one.test.mean == pytest.approx(test_CS.reshape(2, 3, 6)[:, level].mean())
-    assert (five.effect.verdict, seven.effect.verdict) == ("better", "equivalent")
-    both = {tuple(one.levels.values()): one.effect for one in marginals(grid, ["kernel", "experts"])}
+def test_cells_that_are_one_network_count_once(digits, tmp_path):
+    text = GRID.replace("[2, 4]", "[1, 2]").replace("kernel = [3, 5, 7]", 'gate = ["linear", "mlp"]')
+    evidence = read_evidence(write_study(tmp_path / "s", text, digits, drawn))
+    assert [row.name for row in evidence.results.rows] == [
+        "experts 1", "experts 2, gate linear", "experts 2, gate mlp",
+    ]  # fmt: skip
+    _, scores_CS, _ = common_scores(evidence.results.rows)
+    one, linear, mlp = scores_CS.mean(1)
+    assert {effect.name: effect.judgement.mean for effect in evidence.effects} == pytest.approx(
+        {"experts 1 -> 2": (linear + mlp) / 2 - one, "gate linear -> mlp": mlp - linear}
+    )
+
+
+# --- What is missing, failed, added ---
+
+
+def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path):
+    def some(levels, seed):
+        if levels == {"experts": 2, "kernel": 5} and seed in (1, 3):
+            return "diverged"
+        return drawn(levels, seed)
+
+    directory = grid_of(digits, tmp_path, scores=some)
+    evidence = read_evidence(directory)
+    assert evidence.against_base[1].verdict == "none"
+    assert evidence.against_base[1].reason == "diverged in 2 of 6 seeds"
+    assert verdicts(evidence) == {"experts 2 -> 4": "none", "kernel 3 -> 5": "none", "kernel 3 -> 7": "same"}
+    text = text_of(directory)
+    assert "no verdict: diverged in 2 of 6 seeds" in text
+    assert "no verdict: diverged in 2 of 36 trainings" in text
+    assert "Failed: 2 of the trials (2 diverged)." in text
+    assert f"Failed: {evidence.results.rows[1].trials[1]}: diverged: the loss is nan" in text
+    assert "have no verdict, as trainings failed" in answer(evidence)
+
+
+def test_an_unfinished_study_says_so(digits, tmp_path):
+    def half(levels, seed):
+        return None if levels == {"experts": 4, "kernel": 7} and seed > 3 else drawn(levels, seed)
+
+    directory = grid_of(digits, tmp_path, scores=half)
+    text = text_of(directory)
+    assert {effect.judgement.seeds for effect in read_evidence(directory).effects} == {4, 6}
+    assert 'the "1 in 20" does not hold yet' in text
+    assert "4/6" in text
+    assert "at most 1 such table" not in text
+
+
+def test_of_one_seed_nothing_is_decided(digits, tmp_path):
+    directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 1"))
+    text = text_of(directory)
+    assert set(verdicts(read_evidence(directory)).values()) == {"open"}
+    assert "one seed has no spread" in text
+    assert "at most 1 such table" not in text
+
+
+def test_the_1_in_20_stands_where_it_holds(digits, tmp_path):
+    line = "If this study were repeated with new seeds and new images, at most 1 such table in 20"
+    directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 3"))
+    assert line in text_of(directory)
+    grid_of(digits, tmp_path)  # the same directory with six seeds
+    text = text_of(directory)
+    assert line not in text
+    assert 'Seeds were added after results were seen: the "1 in 20" does not hold.' in text
+
+
+def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path):
+    write_study(tmp_path / "first", GRID.replace("seeds = 6", "seeds = 3"), digits, drawn)
+    more = write_study(tmp_path / "more", GRID, digits, drawn)
+    assert more.plan.seen == [0, 1, 2]
+    assert "Seeds were added after results were seen" in text_of(more)
+    other = write_study(tmp_path / "other", GRID.replace("5, 7]", "5]"), digits, drawn)
+    assert other.plan.seen == [0, 1, 2, 3, 4, 5]
+    assert "Results of these seeds were seen before the study was made" in text_of(other)
+    fresh = write_study(tmp_path / "fresh", f"first_seed = 6\n{GRID}", digits, drawn)
+    assert fresh.plan.seen == []
+    assert "at most 1 such table in 20" in text_of(fresh)
+    again = write_study(tmp_path / "copy", f"first_seed = 6\n{GRID}", digits, drawn)  # the very same study
+    assert again.plan.seen == []
+
+
+def test_a_fixed_split_is_said_with_every_verdict(digits, tmp_path):
+    directory = grid_of(digits, tmp_path, GRID + '[base]\nhold_out = "fixed"\n')
+    text = text_of(directory)
+    assert "6 seeds, all on the same tenth of the images" in text
+    assert "better (this split)" in text
+    assert "new seeds on this split of the images, at most 1 such table" in text
+    assert text.splitlines()[-1].startswith("On this split of the images: ")
+
+
+def test_a_control_should_come_out_the_same(digits, tmp_path):
+    directory = grid_of(digits, tmp_path, f"control = true\n{GRID}")
+    evidence = read_evidence(directory)
+    row = evidence.results.rows[-1]
+    assert (row.name, list(row.trials), evidence.against_base[-1].verdict) == ("base again", [*range(6)], "same")
+    trial = directory.config(row.trials[2])
+    assert trial.seed == 1_000_002
+    labels = np.arange(500) % 10
+    held_out = [
+        hold_out.held_out(labels, "f", seed)
+        for hold_out, seed in ((trial.hold_out, trial.seed), (directory.plan.hold_out, 2))
+    ]
+    assert held_out[0].tolist() == held_out[1].tolist()
+    assert best_row([row, *evidence.results.rows[1:]]) is not row
+
+
+# --- The words ---
+
+
+def test_the_first_table_is_what_each_factor_does(grid):
+    lines = text_of(grid).splitlines()
+    assert (
+        lines[2] == "What each factor does (validation accuracy, points; 6 seeds, each on its own tenth of the images)"
+    )
+    assert re.split(r"\s{2,}", lines[4]) == [
+        "factor", "change", "effect", "95% interval", "verdict", "parameters", "MACs", "training time",
+    ]  # fmt: skip
+    effects = {effect.name: effect.judgement for effect in read_evidence(grid).effects}
+    five = effects["kernel 3 -> 5"]
+    assert re.match(
+        rf"kernel +3 -> 5 +\{five.mean:+.2f} +\{five.low:+.2f} to \{five.high:+.2f} +better +x1.0", lines[7]
+    )
+    assert any(line.startswith("This study can see effects from about 0.") for line in lines)
+    assert lines[-1] == answer(read_evidence(grid))
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ({2: 84.0, 4: 84.0}, ["A second expert adds 4.0 points", "going from 1 to 4 experts adds 4.0 points"]),
+        ({2: 80.0, 4: 76.0}, ["Going from 1 to 4 experts loses 4.0 points", "a second expert changes less than 1 p"]),
+    ],
+)
+def test_the_answer_is_of_verdicts_and_costs(digits, tmp_path, scores, said):
+    def of_experts(levels, seed):
+        rng = np.random.default_rng([seed, levels["experts"]])
+        value = scores.get(levels["experts"], 80.0) + rng.normal(0, 0.1)
+        return value, value
+
+    text = GRID.replace("experts = [2, 4]", "experts = [1, 2, 4]").replace("kernel = [3, 5, 7]", "")
+    directory = write_study(tmp_path / "s", text, digits, of_experts)
+    for file in directory.path.glob("trials/*/record.json"):  # costs of so many experts
+        experts = {1: 1, 2: 2, 4: 4}[len_experts(directory, file.parent.name)]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"macs": 100 * experts}))
+    found = answer(read_evidence(directory))
+    assert all(part in found for part in said)
+    assert len(found.split(". ")) == 1
+    if scores[2] == 84.0:
+        assert "and doubles the MACs" in found
+        assert "for 4.0 times the MACs" in found
+
+
+def len_experts(directory: StudyDirectory, trial: str) -> int:
+    return next(iter(directory.config(trial).model.blocks())).experts
+
+
+def test_open_effects_say_how_many_seeds_would_show(digits, tmp_path):
+    evidence = read_evidence(grid_of(digits, tmp_path, GRID.replace("margin = 1.0", "margin = 0.05")))
+    undecided = [effect for effect in evidence.effects if effect.judgement.verdict == "open"]
+    assert undecided
+    assert all(effect.seeds_to_decide is None or effect.seeds_to_decide > 6 for effect in undecided)
+    assert "open" in answer(evidence)
+
+
+def test_costs_are_ratios_over_matched_cells_measured_alike(digits, tmp_path):
+    directory = grid_of(digits, tmp_path)
+    for file in directory.path.glob("trials/*/record.json"):
+        record = json.loads(file.read_text())
+        kernel = next(iter(directory.config(file.parent.name).model.blocks())).kernels[0]
+        change = {"macs": kernel**2, "train_seconds": float(kernel)}
+        file.write_text(json.dumps(record | change))
+    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
+    assert effects["kernel 3 -> 5"] == pytest.approx({"parameters": 1, "MACs": 25 / 9, "training time": 5 / 3})
+    file = directory.trial(read_results(directory).rows[0].trials[0]) / "record.json"
+    record = json.loads(file.read_text())
+    record["environment"]["device"] = "another"
+    file.write_text(json.dumps(record))
+    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
+    assert "training time" not in effects["kernel 3 -> 5"]
+    other = write_study(tmp_path / "other", GRID, digits, lambda levels, seed: None)
+    trial = read_results(other).rows[0].trials[0]
+    write_whole(other.trial(trial) / "adopted.json", b'{"directory": "grid", "time": ""}')
+    write_whole(other.trial(trial) / "record.json", json.dumps(record).encode())
+    assert read_results(other).rows[0].adopted[trial].directory == "grid"
+
+
+# --- Planning ---
+
+
+def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path):
+    study = parse_study(GRID, tmp_path / "grid.toml")
+    names = study.names(study.cells(digits))
+    before = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
+    assert (before.spread, before.measured) == (pytest.approx(100 * (0.9 * 0.1 / 5000) ** 0.5), False)
+    after = foresee(study, names, 5000, grid)
+    assert after.measured
+    assert after.spread == pytest.approx(0.3, rel=0.35)
+    assert after.needed[1.0] < after.needed[0.5] < after.needed[0.3]
+    assert after.smallest == pytest.approx(before.smallest * after.spread / before.spread, rel=1e-3)
+    first, second = plan_lines(before)
+    assert first.startswith("With 6 seeds this study can see effects from about ")
+    assert re.fullmatch(
+        r"Seeds that a difference needs: 0.3 points: about \d+ seeds; 0.5 points: .*; 1 points: .*", second
+    )
+
+
+def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
+    """Of studies whose largest effect is as large as the plan can see, four of five find it."""
+    study = parse_study(GRID, tmp_path / "grid.toml")
+    names = study.names(study.cells(digits))
+    sight = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
+    weights_QU = questions(study, names).effect_weights_QU
+    hardest = int((weights_QU**2).sum(1).argmax())
+    direction_U = weights_QU[hardest] / (weights_QU[hardest] ** 2).sum()
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(300):
+        scores_US = 80 + sight.smallest * direction_U[:, None] + rng.normal(0, sight.spread, (6, 6))
+        found += judge(weights_QU, scores_US, 0.01).judgements[hardest].verdict == "better"
+    assert found / 300 == pytest.approx(0.8, abs=0.08)
+
+
+# --- Two cells ---
+
+FIRST, SECOND = "experts=2,kernel=5", "experts=2,kernel=3"
+
+
+def test_a_contrast_in_full(grid, expertgrid):
+    rows = read_results(grid).rows
+    rng = np.random.default_rng(0)
+    labels = rng.integers(10, size=360)
+    for row in rows[:2]:
+        for record in row.records:
+            predicted = np.where(rng.random(360) < 0.8, labels, (labels + 1) % 10)
+            kept = Predictions(labels[:144], labels[:144], predicted, labels)
+            write_whole(grid.trial(record.trial) / "predictions.npz", kept.to_bytes())
+    evidence = read_evidence(grid)
+    found = compare(grid, evidence, 1, 0)
+    _, validation_CS, test_CS = common_scores(evidence.results.rows)
+    weights_1U = np.array([[-1.0, 1, 0, 0, 0, 0]])
+    alone = judge(weights_1U, validation_CS, 1.0).judgements[0]
+    assert found.comparison.judgement == alone
+    assert alone.constant == pytest.approx(scipy.stats.t.ppf(0.975, 25), rel=1e-4)
+    assert found.comparison.test.mean == pytest.approx((test_CS[1] - test_CS[0]).mean())
+    splits, seeds = comparison_tables(evidence, found)
+    for seed, row in enumerate(seeds.rows):
+        kept = [grid.predictions(rows[place].trials[seed]) for place in (1, 0)]
+        right = [predictions.test == labels for predictions in kept]
+        only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
+        assert [row["only A right"], row["only B right"]] == only
+        assert row["McNemar p"] == pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue)
+        assert row["val A - B"] == pytest.approx(validation_CS[1, seed] - validation_CS[0, seed])
+    outcome = expertgrid("table", grid.path, "--contrast", FIRST, SECOND)
+    assert (
+        "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed 6)."
+        in outcome.out
+    )
+    again = json.loads(expertgrid("table", grid.path, "--contrast", FIRST, SECOND, "--format", "json").out)
+    assert again["splits"][0]["verdict"]["mean"] == pytest.approx(alone.mean)
+    assert "No McNemar test" in expertgrid("table", grid.path, "--contrast", "experts=4,kernel=5", SECOND).out
+
+
+def test_a_declared_contrast_is_of_its_family_either_way_round(digits, tmp_path, expertgrid):
+    pairs = [[FIRST, SECOND], ["experts 4, kernel 7", "experts 4, kernel 3"]]
+    directory = grid_of(digits, tmp_path, f"contrasts = {json.dumps(pairs)}\n{GRID}")
+    evidence = read_evidence(directory)
+    _, scores_CS, _ = common_scores(evidence.results.rows)
+    family = judge(np.array([[-1.0, 1, 0, 0, 0, 0], [0, 0, 0, -1, 0, 1]]), scores_CS, 1.0).judgements
+    assert [found.judgement for found in evidence.declared] == family
+    assert "Contrasts that the study declares" in text_of(directory)
+    there = compare(directory, evidence, 1, 0).comparison
+    back = compare(directory, evidence, 0, 1).comparison
+    assert (there.judgement, there.declared, back.declared) == (family[0], True, True)
+    assert (back.judgement.mean, back.judgement.low) == (-there.judgement.mean, -there.judgement.high)
+    assert (there.judgement.verdict, back.judgement.verdict) == ("better", "worse")
+    assert "Chosen after seeing" not in expertgrid("table", directory.path, "--contrast", FIRST, SECOND).out
+
+
+# --- By factor, by epoch ---
+
+
+def test_levels_have_their_means_and_their_main_effect(grid, expertgrid):
+    evidence = read_evidence(grid)
+    _, scores_CS, test_CS = common_scores(evidence.results.rows)
+    three, five, seven = marginals(evidence, ["kernel"])
+    assert three.effect is None
+    assert (five.effect, seven.effect) == tuple(evidence.effects[1:])
+    by_seed = scores_CS.reshape(2, 3, 6)[:, 2].mean(0)
+    assert seven.validation.mean == pytest.approx(by_seed.mean())
+    assert seven.test.mean == pytest.approx(test_CS.reshape(2, 3, 6)[:, 2].mean())
+    both = {tuple(found.levels.values()): found.effect for found in marginals(evidence, ["kernel", "experts"])}
     assert both["3", "2"] is both["5", "2"] is both["3", "4"] is None
-    adds_S = (scores_LMS[1, 1] - scores_LMS[1, 0]) - (scores_LMS[0, 1] - scores_LMS[0, 0])
-    assert both["5", "4"].mean == pytest.approx(adds_S.mean())
+    assert both["5", "4"] in evidence.interactions
+    assert "one of the study's main effects" in expertgrid("table", grid.path, "--by", "kernel").out
+    assert "Exploratory: not declared." in expertgrid("table", grid.path, "--by", "kernel,experts").out
 
 
-def test_a_hole_in_the_design_leaves_means_and_no_effects(expertgrid, digits, tmp_path):
-    def holed(levels, seed):
-        return None if levels == {"experts": 4, "kernel": 7} else drawn(levels, seed)
+def test_peeking_is_of_the_validation_curves(expertgrid, digits, tmp_path):
+    directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 2"))
+    curves = {0: [70.0, 60.0], 1: [50.0, 75.0]}
+    for row in read_results(directory).rows:
+        for record in row.records:
+            written_epochs(directory, record.trial, curves[record.seed])
+    found = peek(directory, read_results(directory).rows[0])
+    assert (found.last, found.best_epoch, found.best, found.gain) == pytest.approx((67.5, 72.5, 75.0, 7.5))
+    outcome = expertgrid("table", directory.path, "--peek")
+    assert re.search(r"experts 2, kernel 3 +2 +67.50 +72.50 +75.00 +7.50", outcome.out)
+    assert "So these are curves of the validation split" in outcome.out
+    file = next(directory.path.glob("trials/*/epochs.jsonl"))
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert "epochs.jsonl: has 1 epochs, the trial has 2" in expertgrid("table", directory.path, "--peek").complaint
 
-    directory = write_study(tmp_path / "s", GRID, digits, holed)
-    rows = marginals(directory, ["experts"])
-    assert [(one.cells, one.effect) for one in rows] == [(3, None), (2, None)]
-    assert "No effects: some cell has no finished trial" in expertgrid("table", directory.path, "--by", "experts").out
 
-
-def test_the_winner_is_corrected_for_having_been_the_best(digits, tmp_path):
+def test_the_winner_is_corrected_for_selection(digits, tmp_path):
     """Equal cells: the best on validation looks good on test by its seeds, and on the seed left out it does not."""
     rng = np.random.default_rng(0)
     luck = {}
@@ -221,119 +467,40 @@ def test_the_winner_is_corrected_for_having_been_the_best(digits, tmp_path):
         both = luck.setdefault((str(levels), seed), rng.normal(80, 2))
         return both + rng.normal(0, 0.1), both + rng.normal(0, 0.1)
 
-    directory = write_study(tmp_path / "s", GRID, digits, equal)
-    rows = study_rows(directory)
+    directory = grid_of(digits, tmp_path, scores=equal)
+    rows = read_results(directory).rows
     found = winner(rows)
     _, validation_CS, test_CS = common_scores(rows)
     chosen = [np.delete(validation_CS, seed, 1).mean(1).argmax() for seed in range(6)]
     corrected = np.mean([test_CS[cell, seed] for seed, cell in enumerate(chosen)])
     assert found.corrected.mean == pytest.approx(corrected)
-    assert found.reported.mean == pytest.approx(test_CS[validation_CS.mean(1).argmax()].mean())
-    assert found.reported.mean == pytest.approx(best_row(rows).interval(on_test).mean)
-    text = "\n".join(notes(directory, directory.plan, rows))
-    assert f"corrected for its luck as the best of 6: {corrected:.2f} ±" in text
+    assert found.reported.mean == pytest.approx(best_row(rows).accuracy(on_test).mean)
+    assert f"Corrected for selection as the best of 6: {corrected:.2f} (" in text_of(directory)
 
 
-def test_seeds_that_would_decide_pay_for_the_whole_family(digits, tmp_path):
-    rows = study_rows(write_study(tmp_path / "s", GRID, digits, drawn))
-    judgements = judge(rows, 0.5)
-    undecided = [(row, one) for row, one in zip(rows[1:], judgements[1:]) if one.further_seeds]
-    assert undecided
-    for row, one in undecided:
-        contrast = contrast_of(row, rows[0], on_validation)
-        assert one.further_seeds == stats.further_seeds(contrast, 0.05 / (len(rows) - 1), 0.5)
-
-
-def test_seeds_that_were_added_after_a_look_take_the_guarantee_away(digits, tmp_path):
-    directory = write_study(tmp_path / "s", GRID.replace("seeds = 6", "seeds = 3"), digits, drawn)
-    assert "right with probability 0.95" in "\n".join(notes_of(directory))
-    write_study(tmp_path / "s", GRID, digits, drawn)
-    text = "\n".join(notes_of(directory))
-    assert "right with probability" not in text
-    assert "Seeds were added after the results of 3 were there to be seen" in text
-
-
-def notes_of(directory):
-    rows = study_rows(directory)
-    return notes(directory, directory.plan, rows, judge(rows, 1.0))
-
-
-def test_peeking_is_of_the_validation_curves(expertgrid, digits, tmp_path):
-    directory = write_study(tmp_path / "s", GRID.replace("seeds = 6", "seeds = 2"), digits, drawn)
-    curves = {0: [70.0, 60.0], 1: [50.0, 75.0]}
-    for row in study_rows(directory):
-        for record in row.records:
-            written_epochs(directory, record.trial, curves[record.seed])
-    one = peek(directory, study_rows(directory)[0])
-    assert (one.last, one.best_epoch, one.best, one.gain) == pytest.approx((67.5, 72.5, 75.0, 7.5))
-    outcome = expertgrid("table", directory.path, "--peek")
-    assert re.search(r"experts 2, kernel 3 +2 +67.50 +72.50 +75.00 +7.50", outcome.out)
-    assert (
-        "The test split is read once, after the last step, so these are curves of the validation split" in outcome.out
-    )
-    file = next(directory.path.glob("trials/*/epochs.jsonl"))
-    file.write_text(file.read_text().splitlines()[0] + "\n")
-    assert "epochs.jsonl: has 1 epochs, the trial has 2" in expertgrid("table", directory.path, "--peek").complaint
+# --- Names, formats, wrong input ---
 
 
 def test_cells_are_found_by_name_and_by_levels(grid, digits, tmp_path):
-    rows = study_rows(grid)
+    results = read_results(grid)
     for text in ("experts 4, kernel 5", "experts=4,kernel=5", "kernel=5 experts=4", "kernel 5, experts 4"):
-        assert find_row(rows, text) is rows[4]
+        assert results.row(text) == 4
     with pytest.raises(InputError, match=r"cell 'experts=4' is 3 cells: experts 4, kernel 3; "):
-        find_row(rows, "experts=4")
+        results.row("experts=4")
     for text in ("experts=8,kernel=3", "mlp", "", "experts"):
         with pytest.raises(InputError, match=r"unknown cell .* Accepted: experts 2, kernel 3, experts 2, kernel 5"):
-            find_row(rows, text)
-    text = GRID.replace("experts = [2, 4]", "experts = [1, 2]").replace(
-        "kernel = [3, 5, 7]", 'gate = ["linear", "mlp"]'
-    )
-    shared = study_rows(write_study(tmp_path / "s", text, digits, lambda levels, seed: (80.0, 80.0)))
-    assert find_row(shared, "experts=1,gate=mlp") is find_row(shared, "experts=1") is shared[0]
-
-
-def test_a_contrast_in_full(grid, expertgrid):
-    rows = study_rows(grid)
-    rng = np.random.default_rng(0)
-    labels = rng.integers(10, size=360)
-    for row in rows[:2]:
-        for record in row.records:
-            predicted = np.where(rng.random(360) < 0.8, labels, (labels + 1) % 10)
-            kept = Predictions(labels[:144], labels[:144], predicted, labels)
-            write_whole(grid.trial(record.trial) / "predictions.npz", kept.to_bytes())
-    one = compare(grid, rows, rows[1], rows[0])
-    splits, seeds = comparison_columns(one)
-    _, validation_CS, test_CS = common_scores(rows)
-    for split, scores_CS in zip(splits, (validation_CS, test_CS)):
-        oracle = scipy.stats.ttest_rel(scores_CS[1], scores_CS[0])
-        assert (split["p"], split["t low"], split["t high"]) == pytest.approx(
-            (oracle.pvalue, *oracle.confidence_interval())
-        )
-        assert split["bootstrap low"] < split["A - B"] < split["bootstrap high"]
-    for seed, row in enumerate(seeds):
-        kept = [grid.predictions(one.trials[seed]) for one in (rows[1], rows[0])]
-        right = [predictions.test == labels for predictions in kept]
-        only = [int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())]
-        assert [row["only A right"], row["only B right"]] == only
-        assert row["McNemar p"] == pytest.approx(scipy.stats.binomtest(only[0], sum(only)).pvalue)
-        assert row["val A - B"] == pytest.approx(validation_CS[1, seed] - validation_CS[0, seed])
-    assert "Verdict, on validation: A is better than B." in comparison_notes(one, 1.0)
-    again = json.loads(
-        expertgrid("table", grid.path, "--contrast", "experts=2,kernel=5", "experts=2,kernel=3", "--format", "json").out
-    )
-    assert again["verdict"]["mean"] == pytest.approx(one.judgement.mean)
-    assert again["seeds"] == json.loads(render(seeds, "json"))
-    assert (
-        "No McNemar test" in expertgrid("table", grid.path, "--contrast", "experts=4,kernel=5", row_name(rows[0])).out
-    )
+            results.row(text)
+    text = GRID.replace("[2, 4]", "[1, 2]").replace("kernel = [3, 5, 7]", 'gate = ["linear", "mlp"]')
+    shared = read_results(write_study(tmp_path / "s", text, digits, lambda levels, seed: (80.0, 80.0)))
+    assert shared.row("experts=1,gate=mlp") == shared.row("experts=1") == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--contrast", "experts=2,kernel=3", "kernel=9"], "unknown cell 'kernel=9'"),
+        (["--contrast", SECOND, "kernel=9"], "unknown cell 'kernel=9'"),
         (["--contrast", "experts=2", "experts=4"], "cell 'experts=2' is 3 cells"),
-        (["--contrast", "experts=2,kernel=3", "experts 2, kernel 3"], "are one cell"),
+        (["--contrast", SECOND, "experts 2, kernel 3"], "are one cell"),
         (["--contrast", "experts=2"], "Option '--contrast' requires 2 arguments"),
         (["--by", "experts", "--peek"], "--by, --contrast and --peek are different tables"),
         (["--by", "experts,kernels"], "unknown factor of .*: 'kernels'; did you mean 'kernel'?"),
@@ -347,67 +514,96 @@ def test_wrong_questions_are_one_line(expertgrid, grid, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("contrasts", "message"),
     [
-        ("record.json", '{"trial": 1'),
-        ("record.json", None),
-        ("failure.json", "{}"),
+        ([["kernel=9", SECOND]], "contrasts: unknown cell 'kernel=9'"),
+        ([["experts=2", SECOND]], "contrasts: cell 'experts=2' is 3 cells"),
+        ([[SECOND, "experts 2, kernel 3"]], "are the same cell"),
+        ([[FIRST, SECOND], [SECOND, "kernel 5, experts 2"]], "are declared twice, first as 'experts=2,kernel=5'"),
     ],
 )
+def test_contrasts_that_cannot_be_declared(digits, tmp_path, contrasts, message):
+    with pytest.raises(InputError, match=message):
+        grid_of(digits, tmp_path, f"contrasts = {json.dumps(contrasts)}\n{GRID}")
+    assert not (tmp_path / "grid").exists()
+
+
+def test_what_is_declared_cannot_be_changed_after_results(expertgrid, grid, digits):
+    toml = (grid.path / "study.toml").read_text()
+    (grid.path / "study.toml").write_text(toml.replace("margin = 1.0", "margin = 3.0"))
+    assert "margin was 1.0 when the study was begun, study.toml has 3.0" in expertgrid("table", grid.path).complaint
+    (grid.path / "study.toml").write_text(toml)
+    grid.enter_test_read("abc", "training", 1)
+    with pytest.raises(InputError, match="the study now has more levels of kernel: 9; what is compared is declared"):
+        grid.check_holds(parse_study(GRID.replace("7]", "7, 9]"), grid.path.with_suffix(".toml")))
+
+
+def test_records_of_another_hold_out_are_named(expertgrid, grid):
+    file = grid.trial(read_results(grid).rows[1].trials[3]) / "config.json"
+    config = json.loads(file.read_text())
+    for kind, share in (("fixed", 0.1), ("rotating", 0.2)):
+        file.write_text(json.dumps(config | {"hold_out": {"kind": kind, "share": share}}))
+        outcome = expertgrid("table", grid.path)
+        assert outcome.status == 2
+        assert f"{file}: its hold-out is " in outcome.complaint
+        assert "the records of one directory need the same hold-out" in outcome.complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("record.json", '{"trial": 1'), ("record.json", None), ("failure.json", "{}")]
+)
 def test_a_damaged_record_is_named(expertgrid, grid, name, content):
-    file = grid.trial(study_rows(grid)[0].trials[0]) / name
+    file = grid.trial(read_results(grid).rows[0].trials[0]) / name
     fields = json.loads((file.parent / "record.json").read_text())
+    if name == "failure.json":
+        (file.parent / "record.json").unlink()
     file.write_text(content or json.dumps({**fields, "test_accuracy": 1.5}))
     outcome = expertgrid("table", grid.path)
     assert outcome.status == 2
     assert str(file) in outcome.complaint
 
 
-def test_a_verdict_in_csv_and_json_has_its_numbers(expertgrid, grid):
-    judgements = judge(study_rows(grid), 1.0)
-    rows = json.loads(expertgrid("table", grid.path, "--format", "json").out)
-    flat = list(csv.DictReader(io.StringIO(expertgrid("table", grid.path, "--format", "csv").out)))
-    for one, row, line in zip(judgements[1:], rows[1:], flat[1:]):
-        assert row["verdict"]["mean"] == one.mean == float(line["verdict mean"])
-        assert row["verdict"]["p"] == one.p == float(line["verdict p"])
-    assert rows[0]["verdict"]["verdict"] == flat[0]["verdict"] == "reference"
+def test_a_verdict_in_csv_and_json_has_its_numbers(grid):
+    evidence = read_evidence(grid)
+    shown = study_tables(grid, evidence)
+    rows = json.loads(render_tables(shown, "json"))
+    assert list(rows) == ["factors", "cells"]
+    flat = list(csv.DictReader(io.StringIO(render_tables(shown, "csv"))))
+    for effect, row, line in zip(evidence.effects, rows["factors"], flat):
+        assert row["effect"] == row["verdict"]["mean"] == effect.judgement.mean == float(line["effect"])
+        assert row["95% interval"] == {"low": effect.judgement.low, "high": effect.judgement.high}
+        assert float(line["95% interval low"]) == effect.judgement.low
+        assert row["verdict"]["verdict"] == line["verdict"] == effect.judgement.verdict
 
 
-def test_a_race_gives_the_verdicts_of_a_race(grid):
-    rows = study_rows(grid)
-    race = Race(alpha=0.05, margin=1.0, first=3, last=6, contrasts=5)
-    judgements = judge(rows, 9.0, race)
-    for row, one in zip(rows[1:], judgements[1:]):
-        differences = [row.by_seed(on_validation)[seed] - rows[0].by_seed(on_validation)[seed] for seed in range(6)]
-        oracle = stats.race(differences, 6, 1.0, 5, 0.05, 3)
-        assert (one.verdict, one.seeds, one.low) == (oracle.verdict, oracle.seeds, oracle.low)
-    fixed = judge(rows, 1.0)[1]
-    assert judgements[1].seeds < 6
-    assert judgements[1].high - judgements[1].low > fixed.high - fixed.low
-    plan = Plan(**{**dict(grid.plan), "race": race})
-    write_whole(grid.path / "plan.json", plan.model_dump_json().encode())
-    assert "by a race of 3 to 6 seeds" in "\n".join(notes(grid, grid.plan, rows, judgements))
-    assert compare(grid, rows, rows[1], rows[0]).judgement == judgements[1]
-    other = compare(grid, rows, rows[1], rows[2]).judgement
-    assert (other.verdict, other.reason[:26]) == ("undecided", "seeds were added by a race")
-    assert {one.seeds for one in marginals(grid, ["kernel"])} == {3}
+# --- Races ---
 
 
-def test_latex_is_whole(grid, tmp_path):
-    """Every special character is escaped and every line has as many cells; it compiles where LaTeX is installed."""
-    rows = study_rows(grid)
-    table = columns(rows, judge(rows, 1.0))
-    table[0] = {**table[0], "experts": r"100 % & #1 $x_{2}$ ~ ^ \frac"}
-    text = render(table, "latex", ["100 % of it"])
-    body = [line for line in text.splitlines() if "&" in line]
-    plain = [re.sub(r"\$\\pm\$|\\[&%$#_{}]|\\text[a-z]+\{\}|\\[\^~]\{\}", "", line) for line in body]
-    assert {line.count("&") for line in plain} == {len(table[0]) - 1}
-    assert all(line.rstrip().endswith(r"\\") for line in plain)
-    assert not [line for line in plain if re.search(r"[%$#_{}^~\\]", line.rstrip().removesuffix(r"\\"))]
-    assert text.count(r"\begin{") == text.count(r"\end{") == 1
-    if not shutil.which("pdflatex"):
-        return
-    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{text}" + "\n\\end{document}"
-    (tmp_path / "t.tex").write_text(document)
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, timeout=60)
-    assert done.returncode == 0
+def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path):
+    evidence = read_evidence(grid)
+    _, scores_CS, _ = common_scores(evidence.results.rows)
+    plan = Race(alpha=0.05, margin=1.0, first=4, last=6, contrasts=3)
+    write_whole(grid.path / "plan.json", Plan(**{**dict(grid.plan), "race": plan}).model_dump_json().encode())
+    raced = read_evidence(grid)
+    oracle = race(evidence.asked.effect_weights_QU, scores_CS, 1.0, 6, 4)
+    assert [effect.judgement for effect in raced.effects] == oracle.judgements
+    assert all(effect.seeds_to_decide is None for effect in raced.effects)
+    assert raced.against_base == [None] * 6
+    assert "a race from 4 to 6 seeds" in text_of(grid)
+    found = compare(grid, raced, 1, 2).comparison.judgement
+    assert (found.verdict, found.reason[:26]) == ("none", "seeds were added by a race")
+
+
+# --- Many trials ---
+
+
+def test_a_thousand_trials_take_three_seconds(tmp_path):
+    from test_report import write_study as write_large
+
+    rng = np.random.default_rng(0)
+    factors = {"experts": [1, 2, 3, 4, 6], "kernel": [1, 3, 5, 7], "cutout": list(range(10))}
+    scores_LS = 0.9 + rng.normal(0, 0.01, (5, 4, 10, 1)) + rng.normal(0, 0.005, (5, 4, 10, 5))
+    directory = StudyDirectory(write_large(tmp_path / "large", factors, scores_LS))
+    started = time.process_time()
+    text_of(directory)
+    assert time.process_time() - started < 3
