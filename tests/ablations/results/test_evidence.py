@@ -12,13 +12,11 @@ import scipy.stats
 from conftest import write_study, written_epochs
 
 from ablations.records import Plan, Predictions, Race, StudyDirectory
-from ablations.results import stats
 from ablations.results.answer import answer
 from ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
 from ablations.results.rendering import render_tables
-from ablations.results.rows import best_row, common_scores, on_test, on_validation, peek, read_results, winner
+from ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
 from ablations.results.stats.contrasts import judge
-from ablations.results.stats.factors import against
 from ablations.results.stats.race import race
 from ablations.results.tables import comparison_tables, plan_lines, study_tables, study_text
 from ablations.study import parse_study
