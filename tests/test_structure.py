@@ -21,7 +21,7 @@ STEPS = {
     "model": ("model",),
     "export": ("export",),
     "training": ("ablations.training",),
-    "study": ("ablations.study", "ablations.records"),
+    "study": ("ablations.cells", "ablations.study", "ablations.records"),
     "results": ("ablations.results",),
     "engines": tuple(f"ablations.{name}" for name in ("engines", "racing", "rerun", "verify", "progress")),
     "bench": ("bench",),
