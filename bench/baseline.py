@@ -19,9 +19,10 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from PIL import Image
@@ -113,7 +114,7 @@ def baseline_rounds(
     steps: int,
     smoothing: float,
     device: torch.device,
-) -> Iterator[Callable[[], float]]:
+) -> Generator[Callable[[], float]]:
     """A function that trains `net` (on the CPU) as the baseline does for `steps` steps, and returns their seconds.
 
     It trains in a process of its own, as the loop changes how its process allocates memory. That process and its
@@ -144,7 +145,7 @@ def baseline_rounds(
         process.join()
 
 
-def _train_baseline(asked: Connection, *work: object) -> None:
+def _train_baseline(asked: Connection, *work: Any) -> None:
     """Trains a round each time that something arrives, and answers with its seconds or its error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
     with asked, suppress(EOFError):

@@ -31,9 +31,10 @@ def run(command: Callable[..., int], arguments: Sequence[str] | None = None) -> 
     except InputError as error:
         return complain(str(error), INPUT_IS_WRONG)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # Typer's own errors have it; their class differs by its version
+        message = getattr(error, "format_message", None)  # of Typer's own errors, whose class differs by its version
+        if message is None:
             raise
-        return complain(error.format_message(), INPUT_IS_WRONG)
+        return complain(message(), INPUT_IS_WRONG)
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     return status

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from model.config import Block, GateConfig, ModelConfig
 from model.fast.memory import keep_freed_memory
 from model.fast.wide import WideBlock
 from model.machine import torch_device
-from model.net import ExpertBlock, ExpertNet
+from model.net import ConvNormAct, ExpertBlock, ExpertNet
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
 COMPILERS = ("eager", "compiled")
@@ -50,10 +50,11 @@ class ReshapedBlock(nn.Module):
 
     def __init__(self, block: ExpertBlock, form: str):
         super().__init__()
+        assert block.gate is not None  # a block of several experts has one
         self.gate, self.count, self.form = block.gate, len(block.experts), form
-        self.eps = block.experts[0].norm.eps
+        self.eps = block.typed_experts()[0].norm.eps
         self.weight, self.scale_F, self.shift_F = (
-            nn.Parameter(torch.cat([part(expert).detach() for expert in block.experts]))
+            nn.Parameter(torch.cat([part(expert).detach() for expert in block.typed_experts()]))
             for part in (lambda e: e.conv.weight, lambda e: e.norm.weight, lambda e: e.norm.bias)
         )
 
@@ -79,17 +80,19 @@ class ReshapedBlock(nn.Module):
 
     def like_the_loop(self) -> list[Tensor]:
         """The gradients of all experts, then those of the gate."""
-        return [self.weight.grad, self.scale_F.grad, self.shift_F.grad, *(p.grad for p in self.gate.parameters())]
+        return [gradient(p) for p in (self.weight, self.scale_F, self.shift_F, *self.gate.parameters())]
 
 
+Form = ExpertBlock | TextbookBlock | ReshapedBlock
 FORMS = ("loop", "stack", "chunk", "sum", "einsum", "fused")
 
 
-def build_form(form: str, experts: int, channels: int) -> nn.Module:
+def build_form(form: str, experts: int, channels: int) -> Form:
     """A block in one of `FORMS`; all have the same weights."""
     config = Block(channels=channels, kernels=(3,) * experts, gate=GateConfig(kind="mlp", reduction=8))
     torch.manual_seed(0)
     block = ExpertNet(ModelConfig(in_chans=channels, layers=(config,))).layers[0]
+    assert isinstance(block, ExpertBlock)  # as the config says
     if form == "chunk":
         block.__class__ = WideBlock
     if form in ("loop", "chunk"):
@@ -97,15 +100,23 @@ def build_form(form: str, experts: int, channels: int) -> nn.Module:
     return TextbookBlock(block) if form == "stack" else ReshapedBlock(block, form)
 
 
-def gradients(block: nn.Module) -> list[Tensor]:
+def gradient(leaf: Tensor) -> Tensor:
+    """The gradient of a tensor that a backward pass has reached."""
+    assert leaf.grad is not None, "a weight or an input has no part in the output"
+    return leaf.grad
+
+
+def gradients(block: Form) -> list[Tensor]:
     """The gradients of a block in any form, the experts' joined: weights, scales, shifts; then the gate's."""
     if isinstance(block, ReshapedBlock):
         return block.like_the_loop()
-    parts = [[e.conv.weight.grad, e.norm.weight.grad, e.norm.bias.grad] for e in block.experts]
-    return [*map(torch.cat, zip(*parts)), *(parameter.grad for parameter in block.gate.parameters())]
+    assert block.gate is not None  # a block of several experts has one
+    experts = [cast(ConvNormAct, expert) for expert in block.experts]  # nn.ModuleList does not keep their type
+    parts = [[gradient(p) for p in (e.conv.weight, e.norm.weight, e.norm.bias)] for e in experts]
+    return [*map(torch.cat, zip(*parts)), *map(gradient, block.gate.parameters())]
 
 
-def difference(found: nn.Module, loop: nn.Module, x_BCHW: Tensor) -> float:
+def difference(found: Form, loop: Form, x_BCHW: Tensor) -> float:
     """The largest difference from the loop of output, input's gradient and weights' gradients, in float32.
 
     Each is a share of the largest value of the tensor that it is in.
@@ -116,7 +127,7 @@ def difference(found: nn.Module, loop: nn.Module, x_BCHW: Tensor) -> float:
         input_BCHW = x_BCHW.detach().clone().requires_grad_()
         output_BCHW = block(input_BCHW)
         output_BCHW.square().mean().backward()
-        results.append([output_BCHW.detach(), input_BCHW.grad, *gradients(block)])
+        results.append([output_BCHW.detach(), gradient(input_BCHW), *gradients(block)])
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
@@ -146,11 +157,12 @@ def measure(
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
     few_BCHW = x_BCHW[:4].cpu()
     x_BCHW = x_BCHW.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    ways, differences, firsts = {}, {}, {}
+    ways: dict[tuple[str, str], Callable[[], float]] = {}
+    differences, firsts = {}, {}
     for form in FORMS:
         block = build_form(form, experts, channels)
         differences[form] = difference(block, build_form("loop", experts, channels), few_BCHW)  # where fp32 is fp32
-        block.to(device, memory_format=torch.channels_last)
+        block.to(device).to(memory_format=torch.channels_last)
         if differences[form] > TOLERANCE:
             raise ValueError(f"the form {form!r} differs from the loop by {differences[form]:.2g}")
         for how in hows:

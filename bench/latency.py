@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -74,9 +74,7 @@ class LatencyRecord(BaseModel):
     latencies: list[Latency]
 
 
-def engines(
-    model: bytes, name: str, provider: str
-) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray]], Metadata | None]:
+def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[[np.ndarray], Any]], Metadata | None]:
     """What can run the model: ONNX Runtime on `provider`; PyTorch eager on the same device too for an expertgrid file.
 
     Returns functions from a batch of inputs to logits, by name, and the metadata of an expertgrid file. PyTorch's
@@ -94,7 +92,9 @@ def engines(
         raise InputError(f"{name}: has no output")
     entries = session.get_modelmeta().custom_metadata_map
     metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
-    runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
+    runs: dict[str, Callable[[np.ndarray], Any]] = {
+        f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]
+    }
     if metadata is not None:
         device = torch.device("cpu" if provider == "cpu" else "cuda")
         runs[f"pytorch eager {device.type}"] = _eager(metadata, device)
@@ -186,7 +186,7 @@ def measure(
     opened = [engines(model, str(path), provider) for path, model in zip(paths, models)]
     latencies: list[list[Latency]] = [[] for _ in paths]
     for batch in batches:
-        runs = {}
+        runs: dict[tuple[int, str], Callable[[], object]] = {}
         for i, (path, model, (engine_runs, _)) in enumerate(zip(paths, models, opened)):
             images = random_images(model, batch)
             for engine, run in engine_runs.items():
@@ -225,11 +225,11 @@ def rows(records: Sequence[LatencyRecord]) -> list[dict[str, object]]:
     files, to ONNX Runtime on the first of them.
     """
     first = {found.batch: found.p50_ms for found in records[0].latencies if found.engine.startswith("onnxruntime")}
-    shown = []
+    shown: list[dict[str, object]] = []
     for record in records:
         eager = {found.batch: found.p50_ms for found in record.latencies if found.engine.startswith("pytorch")}
         for found in record.latencies:
-            row = {
+            row: dict[str, object] = {
                 "file": record.file,
                 "batch": found.batch,
                 "engine": found.engine,

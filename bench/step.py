@@ -120,12 +120,13 @@ def agreement(
 
     Raises ValueError where the losses differ by more than `TOLERANCE`.
     """
-    allowed = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    conv = torch.backends.cudnn.conv  # ty: ignore[missing-attribute]  # PyTorch sets it when it loads the module
+    allowed = conv.fp32_precision
+    conv.fp32_precision = "ieee"
     try:
         eager, found = (_losses(config, batch, size, device, used, steps) for used in (ExecutionPlan(), means))
     finally:
-        torch.backends.cudnn.conv.fp32_precision = allowed
+        conv.fp32_precision = allowed
     largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(eager, found)]).max().item()
     if not largest <= TOLERANCE:  # also for NaN
         raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
@@ -137,7 +138,7 @@ def _losses(
 ) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    net = build(config).to(device, memory_format=torch.channels_last).train()
+    net = build(config).to(device).to(memory_format=torch.channels_last).train()
     shape = steps, batch, config.in_chans, size, size
     x_SBCHW = torch.randn(shape, generator=generator).to(device)
     y_B = torch.arange(batch, device=device) % config.num_classes
@@ -178,7 +179,7 @@ def profile_step(
     """
     keep_freed_memory()  # as training does
     torch.manual_seed(0)
-    net = build(config).to(device, memory_format=torch.channels_last).train()
+    net = build(config).to(device).to(memory_format=torch.channels_last).train()
     x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(
         memory_format=torch.channels_last
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -32,6 +33,8 @@ from model.errors import InputError
 from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.machine import device_name, usable_cores
 from model.presets import network
+
+Key = TypeVar("Key")
 
 CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on; the others validate
 SIZE = 32  # height and width of the images, in pixels
@@ -69,7 +72,7 @@ class TrainingSpeed(BaseModel):
     baseline_s: list[float]
 
     @classmethod
-    def of(cls, loop_s: list[float], bare_s: list[float], baseline_s: list[float], **known: object) -> "TrainingSpeed":
+    def of(cls, loop_s: list[float], bare_s: list[float], baseline_s: list[float], **known: Any) -> "TrainingSpeed":
         """The speeds that follow from the seconds of each round; `known` are the other fields."""
         images = known["batch"] * known["steps"]
         rate, bare_rate, baseline_rate = (images / statistics.median(times) for times in (loop_s, bare_s, baseline_s))
@@ -112,8 +115,9 @@ def measure_training(
     named = recipe_of(preset)
     whole = named.epochs * (CIFAR_TRAIN // batch)
     execution, without = execution.usable([execution.plan(config, whole, device)], device)
-    at_full_size = {"small_size": 0, "small_share": None}
-    recipe = Recipe(**{**dict(named), **at_full_size, "batch_size": batch, "epochs": rounds + 2})
+    fields: dict[str, Any] = dict(named)
+    fields |= {"batch_size": batch, "epochs": rounds + 2, "small_size": 0, "small_share": None}  # all at full size
+    recipe = Recipe(**fields)
     images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
     splits = Splits.undivided(images, device)
     check_fit(preset, config, images.channels, images.image_size, images.name)
@@ -164,7 +168,7 @@ def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[
 def baseline_of(trial: Trial, splits: Splits, steps: int) -> AbstractContextManager[Callable[[], float]]:
     """`baseline_rounds` of a trial's network, from its initial weights, on its images."""
     recipe, device = trial.recipe, splits.device
-    net = textbook(start(trial, splits).net.to("cpu", memory_format=torch.contiguous_format))
+    net = textbook(start(trial, splits).net.to("cpu").to(memory_format=torch.contiguous_format))
     augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
     transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
     pil_images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
@@ -173,9 +177,9 @@ def baseline_of(trial: Trial, splits: Splits, steps: int) -> AbstractContextMana
     )
 
 
-def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turns(ways: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """The seconds that each way returns, `rounds` times, in turns whose order is reversed each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[Key, list[float]] = {name: [] for name in ways}
     for i in range(rounds):
         for name in list(ways)[:: 1 if i % 2 else -1]:
             seconds[name].append(ways[name]())

@@ -162,7 +162,7 @@ def usage(file: Description, metadata: Metadata) -> str:
     height, width = metadata.trained.image_size
     given, made = file.inputs[0], file.outputs[0]
     is_uint8 = metadata.input == "uint8"
-    channels = given.shape[3 if is_uint8 else 1]
+    channels = "?" if given.shape is None else given.shape[3 if is_uint8 else 1]
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise InputError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from export.certificate import BOUNDS, Agreement, Certificate
 from export.metadata import Precision
-from export.session import FULL_FP32, open_session
+from export.session import FULL_FP32, open_session, run
 from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 from model.mcnemar import mcnemar
 
@@ -73,7 +73,7 @@ def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
 
 def onnx_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch: int) -> np.ndarray:
     """ONNX Runtime's logits (B, N) of all images, `batch` at a time."""
-    return np.concatenate([session.run([LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
+    return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
 
 
 def _session(model: bytes, provider: str) -> onnxruntime.InferenceSession:
@@ -123,7 +123,7 @@ def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, bound: fl
         return "an unknown layer"
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
     session = _session(proto.SerializeToString(), provider)
-    onnx_outputs = dict(zip(tensors, session.run(list(tensors.values()), {INPUT: images})))
+    onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
     pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}
     hooks = [

@@ -6,8 +6,9 @@ Shapes: B images, K experts, C channels in, O channels out, H x W pixels, k x k 
 """
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
 # Speed of a block with merged kernels, relative to the unfused block, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
 LEAST_SAVING = 3.0
+
+Scaled = TypeVar("Scaled", nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,17 @@ class Parts:
 def take_apart(block: ExpertBlock) -> Parts:
     """The parts of a block in eval mode, copied."""
     block = copy.deepcopy(block).eval()
-    norms = tuple(expert.norm for expert in block.experts if hasattr(expert, "norm"))
-    after = isinstance(block.norm_act, nn.Sequential)
+    experts = block.typed_experts()
+    norms = tuple(expert.norm for expert in experts if hasattr(expert, "norm"))
+    after = block.norm_act[0] if isinstance(block.norm_act, nn.Sequential) else None
+    assert after is None or isinstance(after, nn.BatchNorm2d)  # so ExpertBlock builds it
     return Parts(
-        convs=tuple(expert.conv for expert in block.experts),
+        convs=tuple(expert.conv for expert in experts),
         norms=norms,
         inner_act=bool(norms),
         gate=block.gate,
-        norm=block.norm_act[0] if after else None,
-        act=after,
+        norm=after,
+        act=after is not None,
     )
 
 
@@ -80,8 +85,14 @@ def constant_weights(gate: Gate) -> Tensor | None:
         return torch.softmax(gate.logits_K.detach() / gate.temperature, dim=0)
     if gate.mlp is None:
         return torch.full((gate.experts,), 1 / gate.experts)
-    last = gate.mlp[-1]
+    last = _last_layer(gate.mlp)
     return None if last.weight.any() else torch.softmax(last.bias.detach() / gate.temperature, dim=0)
+
+
+def _last_layer(mlp: nn.Sequential) -> nn.Linear:
+    last = mlp[-1]
+    assert isinstance(last, nn.Linear)  # so Gate builds it
+    return last
 
 
 def fold_constant_gate(parts: Parts) -> Parts:
@@ -105,10 +116,10 @@ def fold_constant_gate(parts: Parts) -> Parts:
 
 def fold_temperature(parts: Parts) -> Parts:
     """The gate's temperature folded into its last linear layer. Always exact: (W x + b) / t = (W / t) x + b / t."""
-    if parts.gate is None or parts.gate.mlp is None:
-        return parts
     gate = copy.deepcopy(parts.gate)
-    gate.mlp[-1] = scaled(gate.mlp[-1], 1 / gate.temperature)
+    if gate is None or gate.mlp is None:
+        return parts
+    gate.mlp[-1] = scaled(_last_layer(gate.mlp), 1 / gate.temperature)
     gate.temperature = 1.0
     return replace(parts, gate=gate)
 
@@ -163,7 +174,7 @@ def padded(weight_OCkk: Tensor, kernel: int) -> Tensor:
     return F.pad(weight_OCkk.detach(), [(kernel - weight_OCkk.shape[-1]) // 2] * 4)
 
 
-def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, int]) -> nn.Conv2d:
+def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, ...]) -> nn.Conv2d:
     """The convolution with these weights that keeps the image size but for its stride."""
     out_chs, in_chs, kernel, _ = weight_OCkk.shape
     conv = nn.utils.skip_init(nn.Conv2d, in_chs, out_chs, kernel, stride, kernel // 2)
@@ -171,7 +182,7 @@ def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, int]) -> nn.
     return conv
 
 
-def scaled(layer: nn.Module, factor: Tensor | float) -> nn.Module:
+def scaled(layer: Scaled, factor: Tensor | float) -> Scaled:
     """A copy of a convolution, linear layer or batch norm whose output is `factor` times as large."""
     layer = copy.deepcopy(layer)
     with torch.no_grad():
@@ -209,7 +220,9 @@ def mix_of(parts: Parts) -> nn.Module:
     experts = [nn.Sequential(conv, norm, act) for conv, norm in zip(convs, norms)]
     if parts.gate is None:
         return PlainSum(experts)
-    return (MatmulSum if parts.matmul else LoopSum)(experts, len(parts.convs))
+    if parts.matmul:
+        return MatmulSum(experts, len(parts.convs))
+    return LoopSum(experts, parts.convs[0].out_channels)
 
 
 def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
@@ -221,7 +234,7 @@ def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
 class PlainSum(nn.Module):
     """The sum of experts: (B, C, H, W) to (B, O, H, W)."""
 
-    def __init__(self, experts: list[nn.Module]):
+    def __init__(self, experts: Sequence[nn.Module]):
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
@@ -233,12 +246,12 @@ class PlainSum(nn.Module):
 
 
 class LoopSum(nn.Module):
-    """The weighted sum of experts, one after the other. A module may hold several experts, as blocks of channels."""
+    """The weighted sum of experts, one after the other. A module may hold several, as blocks of `channels` channels."""
 
-    def __init__(self, experts: list[nn.Module], count: int):
+    def __init__(self, experts: Sequence[nn.Module], channels: int):
         super().__init__()
         self.experts = nn.ModuleList(experts)
-        self.channels = sum(expert[0].out_channels for expert in experts) // count
+        self.channels = channels
 
     def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
         outputs = [out for expert in self.experts for out in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
@@ -252,7 +265,7 @@ class LoopSum(nn.Module):
 class MatmulSum(nn.Module):
     """The weighted sum of experts as a matrix product. A module may hold several experts, as blocks of channels."""
 
-    def __init__(self, experts: list[nn.Module], count: int):
+    def __init__(self, experts: Sequence[nn.Module], count: int):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.count = count

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -13,7 +14,8 @@ from pydantic import BaseModel
 from export.metadata import entries_of
 from model.errors import InputError
 
-Shape = tuple[int | str, ...] | None  # a str is an open dimension, "?" where it has no name; None: not even the rank
+Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
+Shape = Sizes | None  # None: not even the rank is known
 
 # What a quantized or fused operator is when scales, zero points and biases are left out: its name, the inputs it keeps.
 PLAIN = {
@@ -214,7 +216,7 @@ def with_plain_operators(model: ModelProto) -> ModelProto:
     return plain
 
 
-def shapes_of(plain: ModelProto) -> dict[str, Shape]:
+def shapes_of(plain: ModelProto) -> dict[str, Sizes]:
     """Each tensor's shape, as inferred, else as the file states it; of those that have one."""
     bare = ModelProto()
     bare.CopyFrom(plain)
@@ -224,7 +226,7 @@ def shapes_of(plain: ModelProto) -> dict[str, Shape]:
     except onnx.shape_inference.InferenceError:
         bare = plain
     values = [*plain.graph.value_info, *bare.graph.value_info, *bare.graph.input, *bare.graph.output]
-    found = {value.name: _shape(value) for value in values if _shape(value) is not None}
+    found = {value.name: shape for value in values if (shape := _shape(value)) is not None}
     return found | {tensor.name: tuple(tensor.dims) for tensor in bare.graph.initializer}
 
 
@@ -265,36 +267,38 @@ def _macs(model: ModelProto) -> tuple[int | None, str]:
     return round(total / batch), ""
 
 
-def attribute(node: NodeProto, name: str, default: object = None) -> object:
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, of the type that the operator gives it, or `default` where it has none."""
     found = [onnx.helper.get_attribute_value(given) for given in node.attribute if given.name == name]
     return found[0] if found else default
 
 
-def _size(shape: Shape) -> int:
+def _size(shape: Sizes) -> int:
     """The product of a shape's numbers. Raises TypeError where one is open."""
-    if not all(isinstance(size, int) for size in shape):
+    known = [size for size in shape if isinstance(size, int)]
+    if len(known) < len(shape):
         raise TypeError(f"open shape {shape}")
-    return math.prod(shape)
+    return math.prod(known)
 
 
-def _conv(node: NodeProto, shapes: dict[str, Shape]) -> int:
+def _conv(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     return _size(shapes[node.output[0]]) * _size(shapes[node.input[1]][1:])  # weight: out, in / groups, kernel
 
 
-def _conv_transpose(node: NodeProto, shapes: dict[str, Shape]) -> int:
+def _conv_transpose(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     return _size(shapes[node.input[0]]) * _size(shapes[node.input[1]][1:])  # weight: in, out / groups, kernel
 
 
-def _gemm(node: NodeProto, shapes: dict[str, Shape]) -> int:
+def _gemm(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     inner = shapes[node.input[0]][0 if attribute(node, "transA") else 1]
     return _size((*shapes[node.output[0]], inner))
 
 
-def _matmul(node: NodeProto, shapes: dict[str, Shape]) -> int:
+def _matmul(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     return _size((*shapes[node.output[0]], shapes[node.input[0]][-1]))
 
 
-def _einsum(node: NodeProto, shapes: dict[str, Shape]) -> int:
+def _einsum(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     """The products of two operands; one operand needs no product. Raises ValueError for more, and for an ellipsis."""
     terms = attribute(node, "equation").decode().replace(" ", "").split("->")[0].split(",")
     if len(terms) == 1:

@@ -13,7 +13,7 @@ from onnx import GraphProto, NodeProto
 
 from export.graph import (
     PLAIN,
-    Shape,
+    Sizes,
     attribute,
     bodies,
     graphs,
@@ -132,11 +132,12 @@ def draw(model: bytes, name: str = "the model") -> bytes:
     units = _units(parsed.graph, shapes_of(with_plain_operators(parsed)))
     boxes, edges = _boxes(units)
     vertices = [Vertex(box) for box in boxes]
+    # ty: `view` is how grandalf is given a size and gives a place, and its classes do not declare it
     for vertex, box in zip(vertices, boxes):
-        vertex.view = box
+        vertex.view = box  # ty: ignore[missing-attribute]
     links = [Edge(vertices[i], vertices[j]) for i, j in edges]
     for link in links:
-        link.view = _Line()
+        link.view = _Line()  # ty: ignore[missing-attribute]
     drawing, right, bottom = ElementTree.Element("g"), MARGIN, 0.0
     for part in Graph(vertices, links).C:
         layout = SugiyamaLayout(part)
@@ -149,7 +150,7 @@ def draw(model: bytes, name: str = "the model") -> bytes:
     return _svg(drawing, {row.kind for box in boxes for row in box.rows}, right, bottom)
 
 
-def _units(graph: GraphProto, shapes: dict[str, Shape]) -> list[_Unit]:
+def _units(graph: GraphProto, shapes: dict[str, Sizes]) -> list[_Unit]:
     """What is drawn, producers before consumers: the inputs, the nodes that depend on one, and the outputs."""
     constant = {tensor.name for tensor in graph.initializer} | {
         tensor.values.name for tensor in graph.sparse_initializer
@@ -181,7 +182,7 @@ def _captured(node: NodeProto) -> list[str]:
     return taken + [value.name for graph in inner_graphs for value in graph.output]
 
 
-def _operator_row(node: NodeProto, shapes: dict[str, Shape]) -> _Row:
+def _operator_row(node: NodeProto, shapes: dict[str, Sizes]) -> _Row:
     text = operator_name(node)
     kernel = attribute(node, "kernel_shape")
     if kernel is None and PLAIN.get(node.op_type, (node.op_type, ()))[0] == "Conv":
@@ -238,7 +239,8 @@ def _add_part(drawing: ElementTree.Element, layout: SugiyamaLayout, left: float)
 def _way(edge: Edge, height_at: dict[float, float]) -> str:
     """The path of an edge: straight down through the layers, curved between them, so that it crosses no box."""
     upper, lower = (vertex.view for vertex in edge.v)
-    spans = [(x, y - height_at[y] / 2, y + height_at[y] / 2) for x, y in edge.view.points]
+    points = edge.view.points  # ty: ignore[missing-attribute]
+    spans = [(x, y - height_at[y] / 2, y + height_at[y] / 2) for x, y in points]
     x, _, y = spans[0]
     path = f"M{x:.1f} {upper.xy[1] + upper.h / 2:.1f} V{y:.1f}"
     for span in spans[1:]:

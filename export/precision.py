@@ -160,7 +160,8 @@ class _Batches(CalibrationDataReader):
     def __init__(self, images: np.ndarray):
         self.parts = iter(images[i : i + BATCH] for i in range(0, len(images), BATCH))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    # ty: ONNX Runtime declares a dict, and stops at None
+    def get_next(self) -> dict[str, np.ndarray] | None:  # ty: ignore[incompatible-method-override]
         part = next(self.parts, None)
         return None if part is None else {INPUT: part}
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from scipy.special import softmax
 
 from export.metadata import Metadata, read_metadata
-from export.session import open_session
+from export.session import open_session, run
 from export.to_onnx import INPUT, LOGITS, normalised
 from model.errors import InputError
 from model.pixels import fitted
@@ -43,7 +43,7 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str = "cp
         paths = images[i : i + BATCH]
         pixels_BHWC = np.stack([read_pixels(path, *trained.image_size, channels) for path in paths])
         given = pixels_BHWC if metadata.input == "uint8" else normalised(pixels_BHWC, trained)
-        (logits_BN,) = session.run([LOGITS], {INPUT: given})
+        (logits_BN,) = run(session, [LOGITS], {INPUT: given})
         if logits_BN.shape != (len(paths), len(trained.classes)):
             raise InputError(
                 f"{name}: its output is {logits_BN.shape[1:]}, its metadata has {len(trained.classes)} classes"
@@ -79,6 +79,7 @@ def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarra
     except Image.UnidentifiedImageError:
         raise InputError(f"{path}: not an image, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError:
+        assert Image.MAX_IMAGE_PIXELS is not None  # without a limit Pillow does not raise this
         raise InputError(
             f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow does not read"
         ) from None

@@ -12,7 +12,7 @@ from export.certificate import BOUNDS, Certificate
 from export.compare import PYTORCH_BATCH, certify, onnx_logits, pytorch_logits
 from export.fuse import REWRITES
 from export.metadata import CERTIFICATE, Input, Metadata, Precision, with_entries
-from export.precision import lowered
+from export.precision import Reduced, lowered
 from export.session import open_session
 from export.to_onnx import LOGITS, as_input, served, to_onnx
 from model.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def publish(
     return Published(with_entries(model, {CERTIFICATE: digest}), certificate, kept)
 
 
-def _lowered(model: bytes, reference: Reference, precision: Precision) -> tuple[bytes, list[str]]:
+def _lowered(model: bytes, reference: Reference, precision: Reduced) -> tuple[bytes, list[str]]:
     validation, pytorch_BN = reference.validation
     labels_B = reference.images.validation_labels
     wanted = (pytorch_BN.argmax(1) == labels_B).mean()

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
+import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
 from model.errors import InputError, unknown
 
@@ -67,3 +69,10 @@ def open_session(
         reason = reason if torch.cuda.is_available() else "there is no CUDA device"
         raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session
+
+
+def run(
+    session: onnxruntime.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """The outputs of a network, which are all tensors. ONNX has sparse ones, lists and maps too: hence the cast."""
+    return cast(list[np.ndarray], session.run(outputs, inputs))

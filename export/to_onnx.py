@@ -26,6 +26,9 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # in a node's metadata: the modules 
 class PixelNet(nn.Module):
     """A network behind its normalisation of raw pixels: (B, H, W, C) uint8 to logits (B, N)."""
 
+    mean_C: Tensor
+    std_C: Tensor
+
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.net = net
@@ -120,6 +123,7 @@ def to_onnx(
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{checkpoint.trained.model}: PyTorch cannot export it: {reason}") from error
+    assert program is not None  # it is None only for the old exporter, without dynamo
     model = program.model_proto
     metadata = Metadata(input=kind, config=checkpoint.config, trained=checkpoint.trained)
     onnx.helper.set_model_props(model, metadata.entries())

@@ -3,7 +3,7 @@
 Shapes: B images, K experts of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def gates(net: nn.Module) -> dict[str, Gate]:
 
 
 @contextmanager
-def recorded_gates(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def recorded_gates(net: nn.Module) -> Generator[dict[str, list[Tensor]]]:
     """Records, within the context, the weights (B, K) that each gate gives to each batch, by the name of its block.
 
     The tensors are those of the forward pass: on its device, in its type, and with its gradients where it has them.

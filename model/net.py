@@ -3,6 +3,8 @@
 Shapes: B images, K experts, C channels, H x W pixels, F features after pooling, N classes.
 """
 
+from typing import cast
+
 import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint, checkpoint_seq
@@ -63,6 +65,7 @@ class WhiteningStem(nn.Sequential):
         filters_FF = (eigenvectors_FF / (eigenvalues_F + SMALLEST_VARIANCE).sqrt()).T.flip(0)  # largest first
         filters_FCkk = filters_FF.unflatten(1, patches_PCkk.shape[1:])
         self.conv.weight.copy_(torch.cat([filters_FCkk, -filters_FCkk]))
+        assert self.conv.bias is not None  # nn.Conv2d makes one, unless it is told not to
         self.conv.bias.zero_()
 
 
@@ -87,7 +90,8 @@ class ConvNormAct(nn.Sequential):
             self.norm = _batch_norm(out_chs, norm)
             self.act = nn.ReLU(inplace=True)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    # ty: it has another name than in nn.Sequential; modules are called with their input by its position
+    def forward(self, x_BCHW: Tensor) -> Tensor:  # ty: ignore[lost-keyword-for-regular-parameter]
         # Not left to nn.Sequential: torch 2.11 does not compile a module whose forward is PyTorch's own.
         for part in self:
             x_BCHW = part(x_BCHW)
@@ -116,14 +120,15 @@ class Gate(nn.Module):
                 _fix(part, *[name for name, _ in part.named_parameters(recurse=False)])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.mlp is None and self.logits_K is None:
-            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
-        if self.mlp is None:
+        if self.logits_K is not None:
             return torch.softmax(self.logits_K / self.temperature, dim=0).expand(x_BCHW.shape[0], -1)  # (B, K)
+        if self.mlp is None:
+            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
         return self.routed(x_BCHW.mean((2, 3)))
 
     def routed(self, features_BC: Tensor) -> Tensor:
         """The mixing weights (B, K) for the features (B, C) of a linear or mlp gate."""
+        assert self.mlp is not None, "a uniform or constant gate does not look at the features"
         if self.shuffled:
             features_BC = features_BC.roll(1, dims=0)
         logits_BK = self.mlp(features_BC)
@@ -137,15 +142,16 @@ class ExpertBlock(nn.Module):
         super().__init__()
         self.config = config
         in_expert = norm if config.norm_act == "expert" else None
-        self.experts = nn.ModuleList(
+        experts = [
             ConvNormAct(in_chs, config.channels, kernel, config.stride, kernel // 2, in_expert)
             for kernel in config.kernels
-        )
+        ]
+        self.experts = nn.ModuleList(experts)
         self.gate = Gate(config.gate, in_chs, len(config.kernels)) if config.gate is not None else None
         self.norm_act = nn.Identity()
         if config.norm_act == "mix":
             self.norm_act = nn.Sequential(_batch_norm(config.channels, norm), nn.ReLU(inplace=True))
-            for expert in self.experts:
+            for expert in experts:
                 expert.conv.bias = None  # the norm after the mix would take it away again
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -157,6 +163,10 @@ class ExpertBlock(nn.Module):
         for k, expert in enumerate(self.experts):  # a loop that torch.fx and torch.jit can unroll
             mix_BCHW = gate_KB111[k] * mix_BCHW if k == 0 else mix_BCHW + gate_KB111[k] * expert(x_BCHW)
         return self.norm_act(mix_BCHW)
+
+    def typed_experts(self) -> list[ConvNormAct]:
+        """The experts with their type, which nn.ModuleList does not keep."""
+        return [cast(ConvNormAct, expert) for expert in self.experts]
 
 
 class MacroBlock(nn.Module):
@@ -178,6 +188,7 @@ def _module(layer: Layer, in_chs: int, norm: NormConfig) -> nn.Module:
         case Whiten():
             return WhiteningStem(layer, in_chs)
         case Conv(channels=channels, kernel=kernel, stride=stride, padding=padding, pool=pool):
+            assert padding is not None  # Conv's validator fills it in
             return ConvNormAct(in_chs, channels, kernel, stride, padding, norm if layer.norm_act else None, pool)
         case Block():
             return ExpertBlock(layer, in_chs, norm)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from model.config import Conv, ModelConfig, Network, Whiten
+from model.config import Block, Conv, ModelConfig, Network, Whiten
 from model.errors import InputError
 from model.presets import PRESETS
 
@@ -36,9 +36,12 @@ def build(config: Network) -> "nn.Module":
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:
     first = config.layers[0]
-    if isinstance(first, Conv | Whiten):
-        return "layers.0.conv"
-    return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
+    match first:
+        case Conv() | Whiten():
+            return "layers.0.conv"
+        case Block():
+            return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
+    raise ValueError(f"a preset starts with a convolution or an expert block, not with a {first.kind} layer")
 
 
 def _default_cfg(config: ModelConfig) -> dict[str, Any]:

@@ -140,10 +140,12 @@ def residual(config: ModelConfig, wanted: bool) -> ModelConfig:
     if any(isinstance(layer, Residual) for layer in config.layers):
         return config
     layers: list[Layer] = []
-    for is_block, run in groupby(config.layers, lambda layer: isinstance(layer, Block)):
-        run = list(run)
-        whole = len(run) // 2 * 2 if is_block else 0
-        layers += [Residual(layers=tuple(run[i : i + 2])) for i in range(0, whole, 2)] + run[whole:]
+    for _, run in groupby(config.layers, lambda layer: isinstance(layer, Block)):
+        same = list(run)
+        blocks = [layer for layer in same if isinstance(layer, Block)]  # all of the run, or none
+        whole = len(blocks) // 2 * 2
+        layers += [Residual(layers=tuple(blocks[i : i + 2])) for i in range(0, whole, 2)]
+        layers += same[whole:]
     return config.change(layers=tuple(layers))
 
 

@@ -172,7 +172,7 @@ def _end(process: BaseProcess) -> None:
     for name, end in (("SIGTERM", process.terminate), ("SIGKILL", process.kill)):
         if process.exitcode is not None:
             return
-        if hasattr(os, "killpg"):
+        if hasattr(os, "killpg") and process.pid is not None:
             with suppress(ProcessLookupError, PermissionError):  # before its setsid there is no such group
                 os.killpg(process.pid, getattr(signal, name))
         end()

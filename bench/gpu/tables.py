@@ -255,7 +255,7 @@ def exported(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def export_rows(results: Results) -> Rows:
-    rows = []
+    rows: Rows = []
     for what, file in exported(results).items():
         certificate = file["certificate"]
         agreements = certificate["agreements"]
@@ -346,7 +346,7 @@ def data_names(results: Results) -> str:
 def markdown(results: Results, picture: str) -> str:
     """All tables, with the picture at that path."""
     top = peak(results)
-    peaks = [{"rate": name, "measured": f"{rate:,.4g}"} for name, rate in top.items()]
+    peaks: Rows = [{"rate": name, "measured": f"{rate:,.4g}"} for name, rate in top.items()]
     card, references = latest_study(results, "card"), latest_study(results, "references")
     parts: list[tuple[str, Rows, list[str]]] = [
         ("What the device can do (operations and bytes a second)", peaks, []),
@@ -415,7 +415,7 @@ def draw(results: Results) -> bytes:
 def show(directory: Path | None, target: Path | None, out: Path) -> int:
     """Prints the summary of a directory, or puts it between the markers of a file. Raises InputError."""
     results = read(directory) if directory is not None else {}
-    if not results:
+    if directory is None or not results:
         print(f"no results in {directory or out}: python -m bench.gpu measures them, on a machine with a GPU")
         return 0
     picture = directory / PICTURE

@@ -93,9 +93,9 @@ def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, ba
     if not parts:
         return 0.0
     # PyTorch limits how often one function is compiled, and runs it eagerly after that, without a warning. Here each
-    # different block is one more compilation of the same function.
-    torch._dynamo.config.recompile_limit = 1024
-    torch._dynamo.config.accumulated_recompile_limit = 8192
+    # different block is one more compilation of the same function. (ty: the config has no types, only first values.)
+    torch._dynamo.config.recompile_limit = 1024  # ty: ignore[invalid-assignment]
+    torch._dynamo.config.accumulated_recompile_limit = 8192  # ty: ignore[invalid-assignment]
 
     def compile_all(net: nn.Module) -> None:
         for part in blocks(net):

@@ -78,9 +78,10 @@ class ExecutionOptions:
 
         It depends on the trial and the kind of device alone, so that a repeated trial is trained in the same way.
         """
-        ours, on_cuda = isinstance(config, ModelConfig), device.type == "cuda"
-        kernels = ours and (self.kernels == "on" or (self.kernels == "auto" and on_cuda))
-        left = [block for block in config.blocks() if not (kernels and has_kernels(block))] if ours else []
+        on_cuda, kernels, left = device.type == "cuda", False, []
+        if isinstance(config, ModelConfig):
+            kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
+            left = [block for block in config.blocks() if not (kernels and has_kernels(block))]
         pays_off = self.compile == "auto" and compiled.pays_off(left, steps, compiled.device_kind(device))
         graphs = optimizer is not None and recordable(optimizer)
         return ExecutionPlan(

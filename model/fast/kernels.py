@@ -21,8 +21,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from model.fast.compiled import apply_tested
 from model.fast.execution import has_kernels
-from model.fast.wide import experts_by_kernel, wide_conv
-from model.net import ConvNormAct, ExpertBlock
+from model.fast.wide import experts_by_kernel, tracked, wide_conv
+from model.net import ConvNormAct, ExpertBlock, Gate
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
@@ -279,7 +279,9 @@ class NormActMix(torch.autograd.Function):
         _gradient[triton.cdiv(pixels, rows), across](
             *known, sums_2F, dy_BFHW, pixels, image, channels, **forms, ROWS=rows, COLS=columns
         )
-        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1) if gated else None
+        if gate_sums_TGK is None:
+            return dy_BFHW, None, sums_2F, None
+        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1)
         return dy_BFHW, dgate_BK, sums_2F, None
 
 
@@ -328,11 +330,13 @@ def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tens
     """Norm, ReLU and mix of maps that are side by side in one tensor. Updates the norms' running statistics."""
     affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
     out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, affine_2F, norms[0].eps)
+    momentum = norms[0].momentum
+    assert momentum is not None  # NormConfig has a number
     with torch.no_grad():
-        kept = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        means, variances, batches = map(list, zip(*map(tracked, norms)))
         found = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
-        torch._foreach_lerp_(kept, found, norms[0].momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        torch._foreach_lerp_([*means, *variances], found, momentum)
+        torch._foreach_add_(batches, 1)
     return out_BCHW
 
 
@@ -342,18 +346,21 @@ class FusedBlock(ExpertBlock):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
-        gate_BK = None if self.gate is None else self._gate(x_BCHW)
+        gate_BK = None if self.gate is None else _gate_weights(self.gate, x_BCHW)
         if self.config.norm_act == "expert":
-            return _norm_act_mix(wide_conv(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
+            parts = self.typed_experts()
+            return _norm_act_mix(wide_conv(x_BCHW, parts), [part.norm for part in parts], gate_BK)
+        assert isinstance(self.norm_act, nn.Sequential)  # the norm and activation after the mix
         maps = [wide_conv(x_BCHW, parts) for parts in experts_by_kernel(self)]
         return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
 
-    def _gate(self, x_BCHW: Tensor) -> Tensor:
-        """The mixing weights (B, K) in float32: the gate's matrices are small, and casting them would take longer."""
-        if self.gate.mlp is None:
-            return self.gate(x_BCHW).float()
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.gate.routed(x_BCHW.mean((2, 3)).float())
+
+def _gate_weights(gate: Gate, x_BCHW: Tensor) -> Tensor:
+    """The mixing weights (B, K) in float32: the gate's matrices are small, and casting them would take longer."""
+    if gate.mlp is None:
+        return gate(x_BCHW).float()
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        return gate.routed(x_BCHW.mean((2, 3)).float())
 
 
 class FusedConv(ConvNormAct):

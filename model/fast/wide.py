@@ -16,8 +16,8 @@ from model.net import ConvNormAct, ExpertBlock
 
 def experts_by_kernel(block: ExpertBlock) -> list[list[ConvNormAct]]:
     """The experts of a block in groups of one kernel size, the largest first."""
-    kernels = block.config.kernels
-    return [[part for part, kernel in zip(block.experts, kernels) if kernel == size] for size in dict.fromkeys(kernels)]
+    kernels, parts = block.config.kernels, block.typed_experts()
+    return [[part for part, kernel in zip(parts, kernels) if kernel == size] for size in dict.fromkeys(kernels)]
 
 
 def wide_conv(x_BCHW: Tensor, parts: Sequence[ConvNormAct]) -> Tensor:
@@ -38,6 +38,7 @@ class WideBlock(ExpertBlock):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
+        assert self.gate is not None  # a block of several experts has one
         maps_KBCHW: list[Tensor] = []
         for parts in experts_by_kernel(self):
             y_BFHW = wide_conv(x_BCHW, parts)
@@ -53,10 +54,19 @@ def _norm_act(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
     names = "running_mean", "running_var", "weight", "bias"
     mean_F, variance_F, scale_F, shift_F = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
     first = norms[0]
+    assert first.momentum is not None  # NormConfig has a number
     y_BFHW = F.batch_norm(y_BFHW, mean_F, variance_F, scale_F, shift_F, True, first.momentum, first.eps)
     with torch.no_grad():
         for norm, mean_C, variance_C in zip(norms, mean_F.chunk(len(norms)), variance_F.chunk(len(norms))):
-            norm.running_mean.copy_(mean_C)
-            norm.running_var.copy_(variance_C)
-            norm.num_batches_tracked.add_(1)
+            running_mean_C, running_variance_C, batches = tracked(norm)
+            running_mean_C.copy_(mean_C)
+            running_variance_C.copy_(variance_C)
+            batches.add_(1)
     return torch.relu_(y_BFHW)
+
+
+def tracked(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """The running mean (C) and variance (C) of a norm, and the number of batches that it has seen."""
+    mean_C, variance_C, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean_C is not None and variance_C is not None and batches is not None  # PyTorch's default is to track
+    return mean_C, variance_C, batches
