@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -129,7 +130,7 @@ def _run(
 
 def _failure(trial: Trial, error: Exception) -> Failure:
     """The record of a trial that failed. The trial is not tried again with other values."""
-    found = {"traceback": traceback.format_exc(), "time": now()}
+    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
         return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
     cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)

@@ -32,7 +32,7 @@ from ablations.training.data import ImageData
 from ablations.training.holdout import HoldOut
 from ablations.training.trial import Epoch, Trial
 from model import machine
-from model.errors import InputError, invalid, reason_of
+from model.errors import InputError, invalid
 from model.files import now, write_whole
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ class Predictions:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
-        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error) as error:
-            raise _damaged(file, InputError(f"{file}: not a file of predictions: {reason_of(error)}")) from None
+        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error):
+            raise _damaged(file, InputError(f"{file}: not a file of predictions")) from None
         for split in ("validation", "test"):
             arrays = (array for name, array in vars(found).items() if name.startswith(split))
             shapes = {array.shape for array in arrays if array is not None}

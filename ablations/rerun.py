@@ -1,7 +1,7 @@
 """Trains a trial again and compares the result with its record."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,8 @@ class Rerun:
             return False
         if not self.elsewhere:
             return all(number.same for number in self.compared)
-        accuracies = [number for number in self.compared if number.what.endswith("accuracy")]
-        return all(100 * accuracy.difference <= self.margin for accuracy in accuracies)
+        differences = [number.difference or 0.0 for number in self.compared if number.what.endswith("accuracy")]
+        return all(100 * difference <= self.margin for difference in differences)
 
     @property
     def verdict(self) -> str:
@@ -94,7 +94,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

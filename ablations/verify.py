@@ -4,7 +4,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def check_study(directory: StudyDirectory) -> Verified:
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
     plan = directory.plan
-    labels: dict[bytes, str] = {}
+    labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = 0
     seeds = {trial: seed for cell in plan.cells for seed, trial in enumerate(cell.trials)}
@@ -55,9 +55,13 @@ def check_study(directory: StudyDirectory) -> Verified:
             without += kept is None
             if kept is not None:
                 check.predictions(record, kept)
-                labels.setdefault(kept.validation_labels.tobytes() + kept.test_labels.tobytes(), trial_id)
-    for what, found in (("labels", labels), ("data", fingerprints)):
-        check.true(f"trials have different {what}: {', '.join(found.values())}", len(found) < 2)
+                block = seed if plan.hold_out.kind == "rotating" else 0
+                labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
+    for block in {block for block, _ in labels}:
+        trials = [trial for (other, _), trial in labels.items() if other == block]
+        check.true(f"trials of one hold-out have different labels: {', '.join(trials)}", len(trials) < 2)
+    trials = list(fingerprints.values())
+    check.true(f"trials have different data: {', '.join(trials)}", len(trials) < 2)
     with check.of("ledger.jsonl"):
         check.ledger(directory, list(seeds))
     with check.of("report.html"):
@@ -76,7 +80,7 @@ class _Check:
         self.skipped: list[str] = []
 
     @contextmanager
-    def of(self, place: str) -> Iterator[None]:
+    def of(self, place: str) -> Generator[None]:
         """Problems that are found within get this place. A damaged file is such a problem; the check goes on."""
         self.place = place
         try:

@@ -25,15 +25,18 @@ def run(command: Callable[..., int], arguments: Sequence[str] | None = None) -> 
     app.command()(command)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return app(arguments, standalone_mode=False, obj=arguments)
-    except typer.Abort:
-        raise KeyboardInterrupt from None
+        status = app(arguments, standalone_mode=False, obj=arguments)
+    except typer.Abort:  # what older versions of Typer make of Ctrl-C; newer ones return 130
+        status = INTERRUPTED
     except InputError as error:
         return complain(str(error), INPUT_IS_WRONG)
     except Exception as error:
         if not hasattr(error, "format_message"):  # Typer's own errors have it; their class differs by its version
             raise
         return complain(error.format_message(), INPUT_IS_WRONG)
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    return status
 
 
 def complain(message: str, status: int) -> int:

@@ -5,7 +5,7 @@ import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def module_names(names: Sequence[str] | None) -> Sequence[str] | None:
 
 
 @contextmanager
-def working_directory_first() -> Iterator[None]:
+def working_directory_first() -> Generator[None]:
     """Python looks for modules in the working directory first, as it does for a script that lies there."""
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))

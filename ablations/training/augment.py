@@ -156,7 +156,8 @@ class Mix(NamedTuple):
         if random.rand() >= prob:
             return cls(1.0)
         use_cutmix = random.rand() < switch_prob if mixup and cutmix else cutmix > 0
-        share = float(random.beta(*(cutmix if use_cutmix else mixup,) * 2))
+        alpha = cutmix if use_cutmix else mixup
+        share = float(random.beta(alpha, alpha))
         if not use_cutmix or share == 1:
             return cls(share)
         cut_h, cut_w = (int(side * np.sqrt(1 - share)) for side in (height, width))

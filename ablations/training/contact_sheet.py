@@ -12,6 +12,8 @@ from ablations.training.recipe import Recipe
 from ablations.training.splits import Split, Splits
 from model.errors import InputError
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 MOST_IMAGES = 64
 DRAWS = 8  # epochs shown
 TILE = 112  # pixels of the longer side at least
@@ -75,7 +77,7 @@ def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor,
     return [(pixels_BHWC[i], captions[i]) for i in order]
 
 
-def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: Font) -> str:
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"{text}…", font) > width:

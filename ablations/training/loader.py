@@ -7,6 +7,7 @@ random numbers follow from the trial's seed, the epoch and the image's index; th
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,11 +51,12 @@ class Loader:
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator = torch.Generator(self.device)
-        self.pil = None
+        self.pil, self.keys = None, _Keys()
         if (transform := pil_transform(recipe, splits.data)) is not None:
             workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
             pixels_BHWC = splits.train.pixels_BHWC.cpu()
-            self.pil = _pil_loader(_PilImages(pixels_BHWC, transform, seed), workers, self.device.type == "cuda")
+            images = _PilImages(pixels_BHWC, transform, seed)
+            self.pil = _pil_loader(images, self.keys, workers, self.device.type == "cuda")
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, which counts from 0."""
@@ -84,7 +86,7 @@ class Loader:
         """The pixels (B, H, W, C) of each batch, on the device, once the PIL part is done."""
         if self.pil is None:
             return (self.splits.train.pixels_BHWC[indices_B] for indices_B in chosen)
-        self.pil.sampler.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
+        self.keys.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
         return (pixels_BHWC.to(self.device, non_blocking=True) for pixels_BHWC in self.pil)
 
 
@@ -106,21 +108,21 @@ class _PilImages(Dataset):
     def __init__(self, pixels_BHWC: Tensor, transform: Transform, seed: int):
         self.pixels_BHWC, self.transform, self.seed = pixels_BHWC, transform, seed
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Tensor:
-        epoch, indices = key
+    def __getitem__(self, index: tuple[int, list[int]]) -> Tensor:
+        epoch, indices = index
         pixels_BHWC = self.pixels_BHWC.numpy()
         with random_state_kept():
             done = [transformed(self.transform, pixels_BHWC[i], (self.seed, epoch, i)) for i in indices]
         return torch.from_numpy(np.stack(done))
 
 
-def _pil_loader(images: _PilImages, workers: int, pin_memory: bool) -> DataLoader:
+def _pil_loader(images: _PilImages, keys: _Keys, workers: int, pin_memory: bool) -> DataLoader:
     # Without a generator of its own it would draw from the global one, which dropout uses.
-    prefetching = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+    prefetching: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         images,
         batch_size=None,
-        sampler=_Keys(),
+        sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),

@@ -9,7 +9,7 @@ have it. Accuracies and losses of the trained network are measured in full fp32.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +96,8 @@ def start(trial: Trial, splits: Splits) -> Training:
     torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device, memory_format=torch.channels_last)
+    net = build(trial.model).to(device)
+    net = net.to(memory_format=torch.channels_last)
     if isinstance(net, ExpertNet):
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
@@ -171,12 +172,13 @@ def _set_precision(precision: str) -> None:
     still reads the settings by PyTorch's older names.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision  # PyTorch's older name for both needs equal values
+    # PyTorch declares no types for these two.
+    torch.backends.cudnn.conv.fp32_precision = precision  # ty: ignore[missing-attribute]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # ty: ignore[missing-attribute]  # PyTorch's older name for both needs equal values
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
+def full_fp32() -> Generator[None]:
     """Within, convolutions are in full fp32; afterwards in TF32 again."""
     _set_precision("ieee")
     try:
@@ -186,7 +188,7 @@ def full_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
+def untuned() -> Generator[None]:
     """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False

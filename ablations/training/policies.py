@@ -5,7 +5,7 @@ They draw from the global random state of Python, NumPy and torch, which is seed
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -44,8 +44,8 @@ def check_policy(policy: str) -> None:
         raise ValueError(f"no policy of timm starts with {name!r}; accepted: {', '.join(SECTIONS)}")
     keys = []
     for section in sections:
-        found = ("t",) if section in RAND_SETS else re.fullmatch(r"([a-z]+)\d+(?:\.\d+)?", section)
-        keys.append(found[0] if section in RAND_SETS else found[1] if found else section)
+        number = re.fullmatch(r"([a-z]+)\d+(?:\.\d+)?", section)
+        keys.append("t" if section in RAND_SETS else number[1] if number else section)
         if keys[-1] not in SECTIONS[name] or (keys[-1] == "t" and section not in RAND_SETS):
             parts = ", ".join(f"{key}NUMBER" for key in SECTIONS[name] if key != "t")
             sets = ", " + ", ".join(RAND_SETS) if name == "rand" else ""
@@ -80,6 +80,7 @@ def check_images(recipe: Recipe, data: ImageData) -> None:
         raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
     try:
         transform = pil_transform(recipe, data)
+        assert transform is not None  # the recipe has one of the two fields
         with random_state_kept():
             for draw in range(DRAWS_TRIED):
                 transformed(transform, data.train.pixels_BHWC[0], (draw,))
@@ -120,7 +121,7 @@ def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ..
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Generator[None]:
     """Afterwards the global random state of Python, NumPy and torch is what it was before."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:

@@ -133,8 +133,11 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
         (lambda s, t: shutil.copy(s.checkpoint(s.plan.cells[-1].trials[0]), s.checkpoint(t)), "trial in model.safe"),
         (lambda s, t: (s.trial(t) / "epochs.jsonl").write_text("{}\n"), "epochs.jsonl"),
-        (lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"), "predictions.npz: damaged"),
-        (with_other_predictions, "trials have different labels: "),
+        (
+            lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"),
+            "predictions.npz: not a file of predictions; the file is damaged: delete",
+        ),
+        (with_other_predictions, "trials of one hold-out have different labels: "),
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
         (
             lambda s, t: (s.path / "report.html").write_text(

@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,6 +9,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from adam import adam
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
@@ -209,16 +207,12 @@ def _baseline_work(labels_B: torch.Tensor) -> tuple:
     return net, images, 4, 2, 0.1, torch.device("cpu")
 
 
-def _adam(net: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(net.parameters(), fused=True)
-
-
 def test_baseline_rounds_train():
     net, *work = _baseline_work(torch.arange(8))
     optimizers = []
 
     def optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizers.append(_adam(trained))
+        optimizers.append(adam(trained))
         return optimizers[0]
 
     assert next(_baseline_rounds(net, optimizer, *work, torch.get_num_threads())) > 0
@@ -227,18 +221,11 @@ def test_baseline_rounds_train():
     assert not torch.equal(group["params"][0], net[1].weight)
 
 
-def test_baseline_rounds_are_of_a_process_of_their_own_which_ends():
-    net, *work = _baseline_work(torch.arange(8))
-    with baseline_rounds(net, _adam, *work) as run:
-        assert run() > 0
-        assert run() > 0
-        assert len(multiprocessing.active_children()) == 1
-    assert multiprocessing.active_children() == []
-
-
-def test_an_error_of_the_baseline_is_raised_here():
+def test_baseline_rounds_are_of_a_process_of_their_own_whose_errors_are_raised_here():
+    """That it trains there is seen in `measure_training`."""
     net, *work = _baseline_work(torch.arange(8) + 5)
-    with baseline_rounds(net, _adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+    with baseline_rounds(net, adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+        assert len(multiprocessing.active_children()) == 1
         run()
     assert multiprocessing.active_children() == []
 
@@ -255,17 +242,18 @@ def test_peaks_are_of_the_device(monkeypatch):
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
 
 
-def test_pytest_benchmark_suite(file, tmp_path):
-    """As a user calls it, twice, with the second run compared to the first, and a histogram."""
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
-    command += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
-    # beside other tests, as pytest-xdist runs them, it would measure nothing
-    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
+    """Twice, with the second run compared to the first, and a histogram."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    suite = ["bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
+    suite += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
     for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-json", f"{tmp_path}/result.json"]):
-        done = subprocess.run([*command, *more], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 passed" in done.stdout
-    assert "(0001_" in done.stdout
+        status = pytest.main([*suite, *more])
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert "4 passed" in printed
+    assert "(0001_" in printed
     found = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
     assert {benchmark["extra_info"]["engine"] for benchmark in found} == {"onnxruntime cpu", "pytorch eager cpu"}
     assert all(benchmark["extra_info"]["images_per_s"] > 0 for benchmark in found)

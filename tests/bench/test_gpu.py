@@ -69,6 +69,8 @@ def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
 
     speed = results["train-speed"]["steps"]["two_block"]["value"]
     assert [speed["model"], "2", f"{round(speed['images_per_s'])}"] in [row[:3] for row in rows]
+    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["baseline_s"]) == speed["rounds"] == 1
+    assert min(speed["loop_s"] + speed["bare_s"] + speed["baseline_s"]) > 0
     cell = results["fast"]["steps"]["speed"]["value"]["cells"][0]
     mean = statistics.mean(100 * record["test_accuracy_flip"] for record in cell["records"])
     row = next(row for row in rows if row[:2] == ["speed", "2"])

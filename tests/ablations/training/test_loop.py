@@ -233,7 +233,7 @@ def test_cost_is_counted_by_hand():
     ],
 )
 def test_no_memory_ends_the_trial_and_no_other(error, digits, resident_digits, tmp_path, monkeypatch):
-    bad, good, *_ = trials(digits)
+    bad, good, *_ = trials(digits, **{"recipe.epochs": 1})
     real, asked = engines.start, []
 
     def start(trial, data):
@@ -314,7 +314,7 @@ def test_the_number_of_workers_changes_nothing(digits, digits_splits):
 
 
 def test_nothing_accumulates_over_epochs(digits, digits_splits):
-    settings = {"recipe.ema_decay": 0.9, "recipe.mixup": 0.2, "recipe.epochs": 5, "recipe.sched": "onecycle"}
+    settings = {"recipe.ema_decay": 0.9, "recipe.mixup": 0.2, "recipe.epochs": 4, "recipe.sched": "onecycle"}
     trial = trials(digits, **settings)[0]
     counts = []
     for _ in train(trial, digits_splits, start(trial, digits_splits)):
