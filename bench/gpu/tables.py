@@ -231,21 +231,25 @@ def spread_of(cell: dict[str, Any]) -> float | None:
 
 
 def effect_rows(results: Results) -> Rows:
+    """The levels of each factor of the card, and the difference of each to the factor's first level."""
     effects = (latest_study(results, "card") or {}).get("effects", {})
-    return [
-        {
-            "factor": factor,
-            "level": str(row.get(factor, "")),
-            "test acc %": interval((row["test acc %"]["mean"], row["test acc %"]["half_width"])),
-            "effect on validation": interval((row["effect"]["mean"], row["effect"]["half_width"]))
-            if isinstance(row.get("effect"), dict)
-            else "",
-            "verdict": row["verdict"]["verdict"] if isinstance(row.get("verdict"), dict) else "",
-        }
-        for factor, rows in effects.items()
-        for row in rows
-        if isinstance(row.get("test acc %"), dict)
-    ]
+    rows: Rows = []
+    for factor, levels in effects.items():
+        for level in levels:
+            verdict = level["verdict"]
+            row: dict[str, object] = {"factor": factor, "level": str(level[factor])}
+            row["test acc %"] = from_to(level["test acc %"])
+            row["effect on validation"] = from_to(verdict, "+") if verdict else ""
+            rows.append(row | {"verdict": verdict["verdict"] if verdict else ""})
+    return rows
+
+
+def from_to(found: dict[str, Any] | None, sign: str = "") -> str:
+    """A mean as text, with the two ends of its interval where it has one; "" for no mean."""
+    if found is None or found["mean"] is None:
+        return ""
+    mean = f"{found['mean']:{sign}.2f}"
+    return mean if found["low"] is None else f"{mean} ({found['low']:{sign}.2f} to {found['high']:{sign}.2f})"
 
 
 def exported(results: Results) -> dict[str, dict[str, Any]]:

@@ -221,6 +221,23 @@ def test_floor_of_eight_block_by_hand():
     assert least.flops == 4 * 6 * macs - 2 * 4 * 1024 * 9 * 3 * 64  # no gradient of the images
 
 
+def test_effects_are_shown_with_their_intervals():
+    """As the table of a factor's levels gives them."""
+
+    def level(name, accuracy, low, high, verdict):
+        return {"experts": name, "test acc %": {"mean": accuracy, "low": low, "high": high}, "verdict": verdict}
+
+    better = {"verdict": "better", "mean": 0.5, "low": 0.1, "high": 0.9}
+    unknown = {"verdict": "open", "mean": -1.0, "low": None, "high": None}
+    levels = [level("1", 90.0, 89.5, 90.5, None), level("2", 90.5, None, None, better), level("4", 89, 88, 90, unknown)]
+    results = {"card": {"steps": {"3-seeds": {"value": {"effects": {"experts": levels}}}}}}
+    assert [tuple(row.values()) for row in summary.effect_rows(results)] == [
+        ("experts", "1", "90.00 (89.50 to 90.50)", "", ""),
+        ("experts", "2", "90.50", "+0.50 (+0.10 to +0.90)", "better"),
+        ("experts", "4", "89.00 (88.00 to 90.00)", "-1.00", "open"),
+    ]
+
+
 def test_spread_is_differences_by_seed_and_what_habits_add():
     def cell(accuracies, **levels):
         records = [{"seed": seed, "validation_accuracy": share} for seed, share in enumerate(accuracies)]
