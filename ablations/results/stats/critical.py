@@ -8,10 +8,10 @@ probability `level`, makes their intervals simultaneous. Dunnett's constant (cel
 Shapes: Q contrasts, R their rank, X directions.
 """
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import chdtrc, fdtrc, ndtri, stdtrit
 
 DIRECTIONS = 8192
@@ -92,7 +92,18 @@ class JointT:
         if self._largest[1] == 1:
             return single
         bonferroni = float(-stdtrit(df, alpha / 2 / count)) if np.isfinite(df) else float(-ndtri(alpha / 2 / count))
-        return float(brentq(lambda c: self.tail(c, df) - alpha, 0.99 * single, 1.01 * bonferroni, xtol=1e-5))
+        return crossing(lambda c: self.tail(c, df) < alpha, 0.99 * single, 1.01 * bonferroni)
+
+
+def crossing(is_above: Callable[[float], bool], low: float, high: float) -> float:
+    """The value between `low` and `high` from which on `is_above` holds, to 1e-6 of it, by bisection.
+
+    Not by scipy.optimize, whose import takes longer than all critical values of a table.
+    """
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return (low + high) / 2
 
 
 def joint_t(correlation_QQ: np.ndarray) -> JointT:

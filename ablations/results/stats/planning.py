@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
-from ablations.results.stats.critical import LEVEL, correlation, joint_t
+from ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
 POWER = 0.8
 MOST_SEEDS = 1000
@@ -53,7 +52,7 @@ class Plan:
             return 0.0
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
-        half_X = self._constant(contrast, seeds) * _widths(tuple(np.sort(np.round(np.abs(weights_C), 12))), seeds)
+        half_X = self._constant(contrast, seeds) * _widths(_form(weights_C), seeds)
         effect = abs(difference) / unit
         found_X = ndtr(effect - half_X)
         if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
@@ -67,13 +66,15 @@ class Plan:
         """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
         if seeds < 2:
             return np.full(len(self.weights_QC), np.inf)
-        return np.array([self._detectable(contrast, seeds, power) for contrast in range(len(self.weights_QC))])
+        forms = [_form(weights_C) for weights_C in self.weights_QC]  # those of one form see the same
+        by_form = {form: self._detectable(forms.index(form), seeds, power) for form in dict.fromkeys(forms)}
+        return np.array([by_form[form] for form in forms])
 
     def _detectable(self, contrast: int, seeds: int, power: float) -> float:
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         most = unit * (50 + 50 * self._constant(contrast, seeds))
-        return float(brentq(lambda difference: self.power(contrast, difference, seeds) - power, 0, most, rtol=1e-4))
+        return crossing(lambda difference: self.power(contrast, difference, seeds) > power, 0.0, most)
 
     def seeds_for(
         self, contrast: int, difference: float, margin: float | None = None, power: float = POWER
@@ -107,6 +108,11 @@ def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power
     return found
 
 
+def _form(weights_C: np.ndarray) -> tuple[float, ...]:
+    """The weights without signs and order: what the distribution of a contrast's error depends on."""
+    return tuple(np.sort(np.round(np.abs(weights_C), 12)).tolist())
+
+
 def _own_df(weights_C: np.ndarray, seeds: int) -> float:
     return (seeds - 1) * (weights_C**2).sum() ** 2 / (weights_C**4).sum()
 
@@ -115,8 +121,8 @@ def _own_df(weights_C: np.ndarray, seeds: int) -> float:
 def _widths(weights: tuple[float, ...], seeds: int) -> np.ndarray:
     """Errors (X,) that `estimate` gives a contrast, over the true one, where all cells spread alike: drawn, fixed seed.
 
-    `weights` without their signs, sorted, so that contrasts of one form have one answer. Drawn from chi-squared
-    distributions, the variance over seeds as if it were independent of those of cells.
+    `weights` is a `_form`, so that contrasts of one form have one answer. Drawn from chi-squared distributions, the
+    variance over seeds as if it were independent of those of cells.
     """
     count, used_C = len(weights), np.array([weight for weight in weights if weight])
     share_C, own_df, rng = used_C**2 / (used_C**2).sum(), _own_df(used_C, seeds), np.random.default_rng(0)
