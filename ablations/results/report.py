@@ -19,10 +19,9 @@ from ablations.results import plots, tables
 from ablations.results.answer import answer
 from ablations.results.evidence import smallest
 from ablations.results.findings import MOST_CURVES, DifferentImage, Findings, Mistake, pareto
-from ablations.results.rendering import Points, Verdict, render_tables, shown
+from ablations.results.rendering import Points, Table, Verdict, render_tables, shown
 from ablations.results.rows import Row, measured, on_test, on_validation
 from ablations.results.stats.selection import Interval
-from ablations.results.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

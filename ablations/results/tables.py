@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from ablations.cells import EACH_LEVEL
 from ablations.records import Record, StudyDirectory
@@ -22,6 +21,7 @@ from ablations.results.rendering import (
     Points,
     Signed,
     Span,
+    Table,
     Times,
     Verdict,
     check_format,
@@ -53,20 +53,6 @@ _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the 
     "val acc % with flip TTA": lambda record: record.validation_accuracy_flip,
     "test acc % with flip TTA": lambda record: record.test_accuracy_flip,
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of titled values, under a title, with notes of a line each."""
-
-    key: str  # in JSON and CSV
-    title: str
-    rows: list[dict[str, object]]
-    notes: list[str] = field(default_factory=list)
-
-    def named(self, study: str) -> "Table":
-        """The table as one of several studies."""
-        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
 def study_tables(directory: StudyDirectory, evidence: Evidence) -> list[Table]:
