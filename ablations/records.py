@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -355,7 +355,7 @@ class StudyDirectory:
     def race(self) -> Race | None:
         """The race that was begun here, None where there is none, also where plan and study do not fit each other."""
         plan = read_record(Plan, self.path / "plan.json")
-        return plan and plan.race
+        return None if plan is None else plan.race
 
     def check_holds(self, study: Study) -> None:
         """Raises InputError where `study` cannot be written here: the directory has something else in it."""
@@ -388,7 +388,7 @@ class StudyDirectory:
                 )
 
     @contextmanager
-    def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Iterator[None]:
+    def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Generator[None]:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
         self.check_holds(study)
         try:
@@ -583,6 +583,6 @@ class StudyDirectory:
 
     def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported as it is, in fp32, and benched."""
-        records = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
-        records = [record for record in records if record.precision == "fp32" and not record.pruned]
+        found = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
+        records = [record for record in found if record and record.precision == "fp32" and not record.pruned]
         return {record.trial: record for record in sorted(records, key=lambda record: record.finished)}

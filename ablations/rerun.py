@@ -85,6 +85,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         if failures:
             return Rerun([], [], margin, failures[0])
         again = beside.record(trial.id)
+        assert again is not None  # a trial that did not fail has its record
         compared = [_weights(directory, beside, trial.id), *_epochs(directory, beside, trial.id)]
         for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
             kept, found = getattr(record, name), getattr(again, name)

@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ablations.cli import options
 from model.errors import InputError
 
 
-class Grouped(typer.core.TyperGroup):
-    """Help that lists the commands under the titles that `rich_help_panel` gives them."""
+class Grouped(TyperGroup):
+    """Help that lists the commands under the titles that `rich_help_panel` gives them.
 
-    def get_help_option(self, ctx: typer.Context) -> Any:
+    Contexts are of click's class, which some versions of Typer keep for themselves.
+    """
+
+    def get_help_option(self, ctx: Any) -> Any:
         """With a default that is a bool already: for any other, Typer imports pydantic to make it one."""
         option = super().get_help_option(ctx)
-        option.default = False
+        if option is not None:
+            option.default = False
         return option
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {}
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str | None, list[tuple[str, str]]] = {}
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
+            assert isinstance(command, TyperCommand)  # this app has no groups of commands
             panels.setdefault(command.rich_help_panel, []).append((name, command.get_short_help_str()))
         for title, rows in panels.items():
             with formatter.section(title):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from ablations.results.evidence import Effect, Evidence
-from ablations.results.rows import best_row
 from ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 
 MOST_NAMED = 6  # changes in one list; the others are counted
@@ -20,7 +19,7 @@ def answer(evidence: Evidence) -> str:
     elif any(evidence.against_base):
         said = _of_cells(evidence)
     else:
-        return f"There is one network, {best_row(rows).name}, and nothing to compare it with."
+        return f"There is one network, {rows[0].name}, and nothing to compare it with."
     return ("On this split of the images: " + _lower(said)) if evidence.fixed_split else said
 
 
@@ -54,7 +53,8 @@ def _of_effects(evidence: Evidence) -> str:
 
 
 def _of_cells(evidence: Evidence) -> str:
-    rows, base = evidence.results.rows, evidence.results.base
+    rows = evidence.results.rows
+    base = rows[0]
     by_verdict: dict[str, list[tuple[str, Judgement]]] = {}
     for row, judgement in zip(rows, evidence.against_base):
         if judgement:
@@ -87,6 +87,7 @@ def _named(effect: Effect) -> str:
 
 
 def _points(judgement: Judgement) -> str:
+    assert judgement.mean is not None  # a verdict better or worse has one
     size = f"{abs(judgement.mean):.1f}" if abs(judgement.mean) >= 0.095 else f"{abs(judgement.mean):.2f}"
     return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
 
@@ -95,7 +96,7 @@ def _cost(cost: dict[str, float]) -> str:
     """The price in multiply-accumulates, or in parameters where only these differ, and in measured latency."""
     computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
     differs = [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
-    if differs == [computed] and abs(cost[computed] - 2) < ALIKE:
+    if computed is not None and differs == [computed] and abs(cost[computed] - 2) < ALIKE:
         return f" and doubles the {computed}"
     if differs:
         return f" for {' and '.join(f'{cost[name]:.1f} times the {name}' for name in differs)}"

@@ -159,7 +159,7 @@ def _different_images(
     if len(ranked) < 2:
         return None, "There are no two cells with finished trials."
     first = ranked[0]
-    second = base if base is not first and base in ranked else ranked[1]
+    second = base if base is not None and base is not first and base in ranked else ranked[1]
     split = "validation" if evidence.fixed_split else "test"
     seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
     if len(seeds) < 2:

@@ -1,8 +1,7 @@
 """The tables of a study: what `evidence` found, as titled values with notes. `rendering` makes text of them."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 from ablations.cells import EACH_LEVEL
 from ablations.records import Record, StudyDirectory
@@ -22,6 +21,7 @@ from ablations.results.rendering import (
     Points,
     Signed,
     Span,
+    Table,
     Times,
     Verdict,
     check_format,
@@ -53,20 +53,6 @@ _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the 
     "val acc % with flip TTA": lambda record: record.validation_accuracy_flip,
     "test acc % with flip TTA": lambda record: record.test_accuracy_flip,
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of titled values, under a title, with notes of a line each."""
-
-    key: str  # in JSON and CSV
-    title: str
-    rows: list[dict[str, object]]
-    notes: list[str] = field(default_factory=list)
-
-    def named(self, study: str) -> "Table":
-        """The table as one of several studies."""
-        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
 def study_tables(directory: StudyDirectory, evidence: Evidence) -> list[Table]:
@@ -110,7 +96,9 @@ def _judged(evidence: Evidence, judgement: Judgement | None) -> dict[str, object
         return {"effect": None, "95% interval": None, "verdict": None}
     return {
         "effect": None if judgement.mean is None else Signed(judgement.mean),
-        "95% interval": None if judgement.low is None else Span(judgement.low, judgement.high),
+        "95% interval": None
+        if judgement.low is None or judgement.high is None
+        else Span(judgement.low, judgement.high),
         "verdict": Verdict(judgement, evidence.fixed_split),
     }
 
@@ -194,11 +182,11 @@ def _error_notes(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _reasons(judged: "Sequence[tuple[str, Judgement]] | object") -> list[str]:
+def _reasons(judged: Iterable[tuple[str, Judgement]]) -> list[str]:
     """A line for each reason, with what it is of."""
     found: dict[str, list[str]] = {}
     for name, judgement in judged:
-        if judgement and judgement.reason:
+        if judgement.reason:
             word = "No verdict" if judgement.verdict == NONE else judgement.verdict.capitalize()
             found.setdefault(f"{word}: {{}}: {judgement.reason}.", []).append(name)
     return [line.replace("{}", "; ".join(names), 1) for line, names in found.items()]
@@ -298,7 +286,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
             if any(value(record) is not None for other in rows for record in other.records):
                 there = [found for record in row.records if (found := value(record)) is not None]
                 values[title] = accuracy_interval([100 * share for share in there]) if there else None
-        if judged:
+        if evidence and judged:
             values |= _judged(evidence, against[place])
         if any(row.reported for row in rows):
             values["reported %"] = row.reported
@@ -318,7 +306,8 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
     if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
-    if any(len(row.by_seed) > 1 and row.accuracy(value).low is None for row in rows for value in _ACCURACIES.values()):
+    several = [row.accuracy(value) for row in rows if len(row.by_seed) > 1 for value in _ACCURACIES.values()]
+    if any(found and found.low is None for found in several):
         intervals += "; seeds that all agree have none, as their spread is unknown"
     lines.append(f"n: seeds; {intervals}.")
     if any("base" in row.levels.values() for row in rows):
@@ -347,7 +336,7 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     if missing := results.unfinished:
         lines.append(f"Not finished: {len(missing)} of the trials: {', '.join(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
-        counts = Counter(failure.kind for failure in failures.values())
+        counts: Counter[str] = Counter(failure.kind for failure in failures.values())
         lines.append(f"Failed: {len(failures)} of the trials ({_counted(counts)}).")
         lines += [f"Failed: {trial}: {failure}" for trial, failure in failures.items()]
     return lines
@@ -360,7 +349,7 @@ def _best_notes(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
     found, among = winner(rows), [row for row in complete(rows) if not row.control]
-    if found is None or found.corrected is None or len(among) < 2:
+    if found is None or found.corrected is None or found.agreement is None or len(among) < 2:
         return lines
     seeds = len(common_scores(among)[0])
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
@@ -420,7 +409,7 @@ def factor_levels(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
 
 def peek_table(directory: StudyDirectory, results: Results) -> Table:
     """What the habit of picking the best epoch and seed would have claimed for each row."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for row in results.rows:
         found = peek(directory, row)
         rows.append(

@@ -16,9 +16,9 @@ import torch
 from ablations.engines import TrialFailed, TrialNote, by_architecture, planned_steps, run_local
 from ablations.records import StudyDirectory
 from ablations.results.evidence import marginals, read_evidence
-from ablations.results.rendering import render
+from ablations.results.rendering import Table, render
 from ablations.results.rows import best_record, best_row, read_results
-from ablations.results.tables import Table, factor_levels, peek_table
+from ablations.results.tables import factor_levels, peek_table
 from ablations.study import Base, Level, Study, load_study
 from ablations.training.data import ImageData, load_data
 from ablations.training.splits import ResidentData

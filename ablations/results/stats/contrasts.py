@@ -86,7 +86,7 @@ class Judgement:
 
     @property
     def half_width(self) -> float | None:
-        return None if self.high is None else (self.high - self.low) / 2
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def judged(found: "Estimates | Errors", place: int, constant: float, margin: flo
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
     low, high = mean - constant * error, mean + constant * error
-    verdict = str(verdicts(low, high, margin))
+    verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""
     return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[found.basis_XQ[place]], reason)

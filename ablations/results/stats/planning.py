@@ -100,7 +100,7 @@ def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power
     """
     found: list[int | None] = []
     for place, judgement in enumerate(family.judgements):
-        if judgement.verdict != OPEN or judgement.error is None:
+        if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
             found.append(None)
             continue
         spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
