@@ -15,10 +15,9 @@ from conftest import REPOSITORY
 
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.results import plots, report
-from ablations.results.evidence import Row
-from ablations.results.findings import Examined, Mistake, find, leads, pareto, ranking, worst
+from ablations.results.findings import Examined, Mistake, pareto, read_findings, worst
 from ablations.results.gates import block_gate
-from ablations.results.stats import class_accuracies
+from ablations.results.stats.images import class_accuracies
 from model.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
@@ -106,7 +105,7 @@ class Page(HTMLParser):
 
 
 def page_of(path: Path) -> Page:
-    return Page(report.html(find(StudyDirectory(path))))
+    return Page(report.html(read_findings(StudyDirectory(path))))
 
 
 def check_accessible_and_whole(page: Page) -> None:
@@ -122,42 +121,6 @@ def check_accessible_and_whole(page: Page) -> None:
 
 
 # --- Statistics of its own ---
-
-
-def rows_of(scores_CS) -> list[Row]:
-    return [
-        Row("s", f"m{c}", {}, [f"{c}{s}" for s in range(len(scores_S))],
-            [record_of(f"{c}{s}", s, score) for s, score in enumerate(scores_S)], {}, None, "")
-        for c, scores_S in enumerate(scores_CS)
-    ]  # fmt: skip
-
-
-def test_of_two_cells_the_lead_has_the_p_of_their_t_test():
-    rows = ranking(rows_of([[0.80, 0.81, 0.82], [0.84, 0.86, 0.88]]))
-    (one,) = leads(rows[0], rows)
-    assert (rows[0].model, one.row.model) == ("m1", "m0")
-    assert one.contrast.mean == pytest.approx(5)
-    assert one.p == pytest.approx(1 - np.sqrt(75 / 77))  # differences 4, 5, 6: t is sqrt(75), with 2 degrees of freedom
-    assert one.better
-
-
-def test_leads_pay_for_the_choice_and_a_race_has_none():
-    rows = ranking(rows_of([[0.80, 0.84, 0.82], [0.84, 0.86, 0.88], [0.10, 0.11, 0.13], [0.11, 0.10, 0.12]]))
-    found = leads(rows[0], rows)
-    assert found[0].p == pytest.approx(
-        4 / 2 * (1 - np.sqrt(12 / 14))
-    )  # the largest p of its family: Holm's factor is 1
-    assert [one.better for one in found] == [False, True, True]
-    assert [one.p for one in leads(rows[0], rows, sequential=True)] == [None] * 3
-
-
-def test_the_best_of_equal_cells_is_rarely_found_better():
-    rng = np.random.default_rng(0)
-    studies, found = 300, 0
-    for _ in range(studies):
-        rows = ranking(rows_of(0.8 + 0.01 * rng.normal(size=(6, 4))))
-        found += any(one.better for one in leads(rows[0], rows))
-    assert found / studies < 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
 
 
 def test_pareto_front():
@@ -182,25 +145,33 @@ def test_worst_mistakes_come_first():
 def test_it_answers_with_what_is_decided(two_by_two):
     page = page_of(two_by_two)
     check_accessible_and_whole(page)
-    assert "Best on validation is experts 4, gate mlp: 90.33" in page.text
-    assert "undecided against the runner-up, experts 4, gate linear" in page.text
+    first = page.text.index(
+        "Going from 1 to 4 experts adds 10.1 points for 3.0 times the MACs; gate mlp instead of linear "
+    )
+    assert (
+        first
+        < page.text.index("What each factor does (validation accuracy, points; 3 seeds")
+        < page.text.index("Cells,")
+    )
+    assert "at most 1 such table in 20 would hold a wrong verdict" in page.text
+    assert "Best on validation: experts 4, gate mlp, 90.33 (" in page.text
     assert "12 trials were planned: 12 finished." in page.text
     assert "The study directory" not in page.text
     assert "The checkpoint of trial 000000030001 is not in the study directory." in page.text
     assert "fewer than two cells have a measured latency" in page.text
     assert f"expertgrid rerun {two_by_two} 000000000000" in page.text
     alts = [image["alt"] for image in page.all("img")]
-    assert any(alt.startswith("Main effects: experts 1 to 4: +10.09") for alt in alts)
-    assert any(alt.startswith("Interactions: experts 1 to 4, with gate linear to mlp") for alt in alts)
+    assert any(alt.startswith("Main effects: experts 1 -> 4: +10.09") for alt in alts)
+    assert any(alt.startswith("Interactions: experts 1 -> 4, with gate linear -> mlp") for alt in alts)
 
 
 def test_of_one_seed_it_says_that_nothing_is_decided(tmp_path):
     path = write_study(tmp_path / "one", {"experts": [1, 2]}, np.array([[0.8], [0.9]]))
     page = page_of(path)
     check_accessible_and_whole(page)
-    assert "cannot be said: one seed has no interval" in page.text
-    assert "Each cell has one seed: there are no intervals and no verdicts" in page.text
-    assert "undecided (equivalent" in page.text
+    assert "A second expert is open." in page.text
+    assert "Each cell has one seed: one number has no spread, so there are no intervals and no verdicts." in page.text
+    assert "at most 1 such table" not in page.text
 
 
 def test_one_at_a_time(tmp_path):
@@ -213,7 +184,31 @@ def test_one_at_a_time(tmp_path):
         "question = 'Which?'\ndesign = 'one_at_a_time'\nseeds = 3\n[factors]\nexperts = [2, 4]"
     )
     alts = [image["alt"] for image in page_of(path).all("img")]
-    assert any(alt.startswith("Main effects: experts base to 2: +10.83") for alt in alts)
+    assert any(alt.startswith("Main effects: experts base -> 2: +10.83") for alt in alts)
+
+
+def test_images_on_which_two_cells_differ_at_every_seed(two_by_two):
+    """The best cell against the base: image 1 is recognised by all networks of the best and by none of the base."""
+    labels = np.array([0, 1, 2, 0])
+    for cell, test in ((0, [0, 2, 2, 0]), (3, [0, 1, 0, 0])):
+        for seed in range(3):
+            kept = Predictions(labels, labels, np.array(test if seed else [*test[:3], 1]), labels)
+            (two_by_two / "trials" / f"{cell:08x}{seed:04x}" / "predictions.npz").write_bytes(kept.to_bytes())
+    before = (two_by_two / "ledger.jsonl").read_bytes()
+    found = read_findings(StudyDirectory(two_by_two)).images
+    assert (found.first.name, found.second.name) == ("experts 4, gate mlp", "experts 1, gate linear")
+    assert [(image.number, image.truth, image.first, image.second) for image in found.only_first] == [
+        (1, "1", "1", "2")
+    ]
+    assert [(image.number, image.truth, image.first, image.second) for image in found.only_second] == [
+        (2, "2", "0", "2")
+    ]
+    assert found.by_chance == pytest.approx(2 * 2 / 20)  # of 20 ways to choose 3 of 6 networks, two keep a cell whole
+    page = page_of(two_by_two)
+    check_accessible_and_whole(page)
+    assert "All networks of A recognise 1 images that no network of B does; for B it is 1." in page.text
+    assert "Two equal cells would show about 0.2 of both kinds." in page.text
+    assert (two_by_two / "ledger.jsonl").read_bytes() == before
 
 
 def test_missing_diverged_and_failed_trials_are_counted_and_named(tmp_path):
@@ -261,7 +256,7 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
     scores = np.array([[0.8, 0.81], [0.9, 0.92]])
     fields = {"question": HOSTILE, "source": f"folder:{HOSTILE}", "data": HOSTILE}
     path = write_study(tmp_path / "<script>name", {"model": ["two_block", HOSTILE.replace("/", "")]}, scores, **fields)
-    found = find(StudyDirectory(path))
+    found = read_findings(StudyDirectory(path))
     classes = (HOSTILE, "<b>", "a & b")
     confusion_NN = np.array([[3, 1, 0], [0, 2, 0], [1, 0, 4]])
     gate = block_gate("layers.1", np.full((6, 2), 0.5), np.arange(6) % 3, 3)
@@ -344,7 +339,7 @@ def test_a_thousand_trials_of_a_hundred_epochs(tmp_path):
     scores_LS = 0.9 + rng.normal(0, 0.01, (5, 4, 10, 1)) + rng.normal(0, 0.005, (5, 4, 10, 5))
     path = write_study(tmp_path / "large", factors, scores_LS, epochs=100)
     started = time.process_time()
-    html = report.html(find(StudyDirectory(path)))
+    html = report.html(read_findings(StudyDirectory(path)))
     assert time.process_time() - started < 10
     assert len(html.encode()) < 5_000_000
     page = Page(html)
@@ -359,7 +354,7 @@ def test_a_thousand_trials_of_a_hundred_epochs(tmp_path):
 def test_of_a_trained_study_it_shows_gates_and_mistakes_and_reads_no_test_image(trained_study, tmp_path, monkeypatch):
     directory = StudyDirectory(trained_study)
     before = directory.test_reads()
-    found = find(directory)
+    found = read_findings(directory)
     one = found.examined
     record = directory.record(one.trial)
     assert one.missing == {}
@@ -384,7 +379,7 @@ def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp
         page = page_of(path)
         assert page.text.count(words) == 2  # gates and mistakes; the confusion matrix is of kept predictions
     with pytest.raises(InputError, match="--data-dir is for cifar"):
-        find(StudyDirectory(path), tmp_path)
+        read_findings(StudyDirectory(path), tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -404,7 +399,7 @@ def browser():
 @pytest.mark.parametrize("width", [1400, 390])
 def test_in_a_browser(browser, trained_study, tmp_path, width):
     file = tmp_path / "report.html"
-    file.write_text(report.html(find(StudyDirectory(trained_study))))
+    file.write_text(report.html(read_findings(StudyDirectory(trained_study))))
     said, requests = [], []
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.on("console", lambda message: said.append(message.text))
