@@ -17,8 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ablations.cells import CellName
 from ablations import records
+from ablations.cells import CellName
 from ablations.records import Benched, LatencySummary, Record, StudyDirectory, cell_names
 from ablations.results.rows import Results, Row, on_test, on_validation, read_results, right_on_test
 from ablations.results.stats import contrasts, factors, planning
