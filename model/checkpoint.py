@@ -86,7 +86,7 @@ def parse_config(text: str, where: str) -> Network:
     except ValidationError as error:
         raise invalid(f"{where}: config", error) from None
     if isinstance(config, TimmModel) and not timm.is_model(config.timm):
-        raise InputError(f"{where}: config.timm: timm has no model of this name, found {config.timm!r}")
+        raise InputError(f"{where}: model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     return config
 
 

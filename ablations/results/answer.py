@@ -25,19 +25,18 @@ def answer(evidence: Evidence) -> str:
 
 def _of_effects(evidence: Evidence) -> str:
     by_verdict: dict[str, list[Effect]] = {}
-    for effect in sorted(evidence.effects, key=lambda effect: -abs(effect.judgement.mean or 0)):
+    for effect in evidence.effects:
         by_verdict.setdefault(effect.judgement.verdict, []).append(effect)
     parts = [
         f"{_named(effect)} {_points(effect.judgement)}{_cost(effect.cost)}"
         for verdict in (BETTER, WORSE)
-        for effect in by_verdict.get(verdict, [])[:MOST_NAMED]
+        for effect in _largest(by_verdict.get(verdict, []))
     ]
     if left_out := sum(max(0, len(by_verdict.get(verdict, [])) - MOST_NAMED) for verdict in (BETTER, WORSE)):
         parts.append(f"{left_out} more changes are decided")
     if same := by_verdict.get(SAME):
         parts.append(
-            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than "
-            f"{evidence.margin:g} points"
+            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than {_margin(evidence)}"
         )
     if undecided := by_verdict.get(OPEN):
         parts.append(
@@ -50,6 +49,12 @@ def _of_effects(evidence: Evidence) -> str:
             "failed"
         )
     return _sentence(parts)
+
+
+def _largest(effects: Sequence[Effect]) -> list[Effect]:
+    """At most `MOST_NAMED` effects, those of the largest size, in the order of the study."""
+    by_size = sorted(effects, key=lambda effect: -abs(effect.judgement.mean or 0))[:MOST_NAMED]
+    return [effect for effect in effects if effect in by_size]
 
 
 def _of_cells(evidence: Evidence) -> str:
@@ -65,7 +70,7 @@ def _of_cells(evidence: Evidence) -> str:
         for name, judgement in by_verdict.get(verdict, [])[:MOST_NAMED]
     ]
     words = {
-        SAME: ("differs", "differ", f" from {base.name} by less than {evidence.margin:g} points"),
+        SAME: ("differs", "differ", f" from {base.name} by less than {_margin(evidence)}"),
         OPEN: ("is", "are", f" open against {base.name}"),
         NONE: ("has", "have", " no verdict, as trainings failed"),
     }
@@ -84,6 +89,10 @@ def _named(effect: Effect) -> str:
     if {before, after} == {"true", "false"}:
         return f"{factor} {'on' if after == 'true' else 'off'}"
     return f"{factor} {after} instead of {before}"
+
+
+def _margin(evidence: Evidence) -> str:
+    return f"{evidence.margin:g} point{'' if evidence.margin == 1 else 's'}"
 
 
 def _points(judgement: Judgement) -> str:

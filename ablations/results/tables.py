@@ -179,6 +179,8 @@ def _error_notes(evidence: Evidence) -> list[str]:
             f"A race: seeds are added until each contrast is decided; its intervals pay for a look after each seed "
             f"from {plan.race.first} to {plan.race.last}."
         )
+        if plan.race.seen:
+            lines.append(f"The race was begun after results of {plan.race.seen} trials were seen.")
     return lines
 
 

@@ -216,7 +216,7 @@ def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
     (tmp_path / "runs" / "tiny").symlink_to(trained_study)
     trial = next((trained_study / "trials").iterdir()).name
     assert beside.adopt(trial) == "tiny"
-    assert beside.adopted(trial) == "tiny"
+    assert beside.adopted(trial).directory == "tiny"
     assert StudyDirectory(trained_study).adopted(trial) is None
     assert beside.record(trial) == StudyDirectory(trained_study).record(trial)
     assert beside.checkpoint(trial).read_bytes() == StudyDirectory(trained_study).checkpoint(trial).read_bytes()

@@ -110,7 +110,7 @@ def test_checkpoint_of_another_config(checkpoint, tmp_path):
         ("config", "{", "config is not JSON"),
         ("config", "[]", "config"),
         ("config", json.dumps({"layers": []}), "config.layers"),
-        ("config", json.dumps({"timm": "nope"}), "config.timm: timm has no model of this name, found 'nope'"),
+        ("config", json.dumps({"timm": "nope"}), "model 'nope': unknown to timm; --import MODULE registers networks"),
         ("trained", "{}", "trained.trial: field required"),
     ],
 )

@@ -76,7 +76,7 @@ def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, 
     assert "taken over from runs/tiny: 4 trials" in outcome.err
     assert "4 trials, 4 of them done before" in outcome.err
     assert "Reads of the test split: 4 (4 at the end of a training" in outcome.out
-    assert "Taken over from ../tiny: 4 trials (" in outcome.out
+    assert "Taken over from tiny: 4 trials" in outcome.out
     assert "train images/s" in outcome.out
 
     alone = expertgrid("run", other, "--device", "cpu", "--no-adopt", "--out", "runs/alone", "--seeds", 1)
@@ -84,26 +84,25 @@ def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, 
     assert "aken over" not in alone.out + alone.err
 
 
-def test_the_speed_of_a_trial_from_another_machine_is_not_shown(expertgrid, tiny_study, trained_study, tmp_path):
+def test_the_speed_of_a_trial_from_another_machine_is_not_compared(expertgrid, tiny_study, trained_study, tmp_path):
     study = shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
-    one_expert = tmp_path / "first.toml"
-    one_expert.write_text(TINY_STUDY.replace("[1, 2]", "[1]"))
-    assert expertgrid("run", one_expert, "--device", "cpu", "--no-adopt").status == 0
     for file in study.glob("trials/*/record.json"):
         record = json.loads(file.read_text())
         record["environment"]["threads"] += 1
         file.write_text(json.dumps(record))
-    one_expert.write_text(TINY_STUDY)
-    outcome = expertgrid("run", one_expert, "--device", "cpu")
-    assert "taken over from runs/tiny: 4 trials" in outcome.err
-    assert "; the images/s of 4 are not shown: another machine or other options." in outcome.out
-    rows = json.loads(expertgrid("table", "runs/first", "--format", "json").out)
-    assert [row["train images/s"] is None for row in rows] == [row["experts"] == "2" for row in rows]
+    more = tmp_path / "more.toml"
+    more.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
+    outcome = expertgrid("run", more, "--device", "cpu")
+    assert outcome.status == 0, outcome.err
+    assert "taken over from runs/tiny: 6 trials" in outcome.err
+    assert "training time" not in outcome.out
+    effects = json.loads(expertgrid("table", "runs/more", "--format", "json").out)["factors"]
+    assert all("training time" not in effect for effect in effects)
 
 
 def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--set", "width=0.125", "--set", "recipe.epochs=1", "--seeds", 1, "--device", "cpu"]
+    small = ["--set", "recipe.epochs=1", "--seeds", 1, "--device", "cpu"]
     outcome = expertgrid("run", *small)
     assert outcome.status == 0, outcome.err
     study = tmp_path / "runs" / "quickstart"
@@ -114,7 +113,7 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
     assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
     rows = json.loads(expertgrid("table", study, "--format", "json").out)["cells"]
-    assert len(rows) == 10
+    assert len(rows) == 6
     assert len([row for row in rows if row["latency ms"]]) == 1
     assert f", trial {trial}." in outcome.out
     assert "\nruns/quickstart/report.html\n" in outcome.out
@@ -137,9 +136,10 @@ def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypa
     from ablations.training.data import ImageData
 
     made_up = ImageData.random(train=128, height=32, width=32)
-    monkeypatch.setattr("ablations.training.data.load_data", lambda source, data_dir: made_up)
+    monkeypatch.setattr("ablations.training.data.load_data", lambda source, data_dir, image_size: made_up)
     monkeypatch.chdir(tmp_path)
-    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--set", "width=0.05", "--seeds", 1]
+    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--seeds", 1]
+    small += [] if study == "quickstart" else ["--set", "width=0.05"]  # there the width is a factor
     assert expertgrid("run", study, *small, "--dry-run").status == 0
     outcome = expertgrid("run", study, *small, "--device", "cpu", "--out", "out")
     assert outcome.status == 0, outcome.err
@@ -278,7 +278,7 @@ def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
     assert json.loads((tmp_path / "latency.json").read_text())["pruned"]
     assert "latency ms" not in expertgrid("table", study).out
     image = tmp_path / "digit.png"
-    Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0].numpy()).save(image)
+    Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0]).save(image)
     rows = json.loads(expertgrid("predict", file, image, "--top", 10, "--format", "json").out)
     assert [row["image"] for row in rows] == [str(image)] * 10
     assert sum(row["probability"] for row in rows) == pytest.approx(1)
@@ -426,7 +426,7 @@ def test_export_checks_the_data(expertgrid, trained_study, tmp_path):
     if CIFAR10_JPEG.is_dir():
         outcome = expertgrid("export", trial, "--data", f"parquet:{CIFAR10_JPEG}", "--out", tmp_path / "x.onnx")
         assert outcome.status == 2
-        assert "are not what" in outcome.complaint
+        assert "has other classes or image sizes than" in outcome.complaint
 
 
 def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, digits, tmp_path):
