@@ -47,6 +47,8 @@ from ablations.results.stats.selection import accuracy_interval
 __all__ = ["FORMATS", "Format", "check_format", "render", "render_tables", "shown"]
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
+MOST_NAMED = 5  # cells or trials in a note
+FIRST_NAMED = 3  # of more than these; the others are counted
 _ACCURACIES: dict[str, Callable[[Record], float]] = {"val acc %": on_validation, "test acc %": on_test}
 
 _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
@@ -135,7 +137,7 @@ def _factor_notes(evidence: Evidence) -> list[str]:
         if effect.seeds_to_decide is not None
     }
     if needed:
-        lines.append(f"To decide what is open: {'; '.join(sorted(needed))}.")
+        lines.append(f"To decide what is open: {_some(sorted(needed), '; ')}.")
     if evidence.sight:
         lines.append(sight_line(evidence.sight))
     lines += _reasons((effect.name, effect.judgement) for effect in evidence.effects)
@@ -191,7 +193,7 @@ def _reasons(judged: Iterable[tuple[str, Judgement]]) -> list[str]:
         if judgement.reason:
             word = "No verdict" if judgement.verdict == NONE else judgement.verdict.capitalize()
             found.setdefault(f"{word}: {{}}: {judgement.reason}.", []).append(name)
-    return [line.replace("{}", "; ".join(names), 1) for line, names in found.items()]
+    return [line.replace("{}", _some(names, "; "), 1) for line, names in found.items()]
 
 
 def sight_line(sight: Sight) -> str:
@@ -326,17 +328,18 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     lines += [f"Trained on {where}." for where in environments]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
     if adopted:
-        lines.append(f"Taken over from {', '.join(sorted(set(adopted.values())))}: {_count(len(adopted), 'trial')}.")
+        lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {_count(len(adopted), 'trial')}.")
     lines += _test_read_notes(directory)
     how: dict[str, list[str]] = {}
     for latency in (row.latency for row in rows if row.latency):
-        where = f"batch {smallest(latency).batch}, {latency.provider}, {latency.threads} threads, of {latency.file}"
+        threads = _count(latency.threads, "thread")
+        where = f"batch {smallest(latency).batch}, {latency.provider}, {threads}, of {latency.file}"
         how.setdefault(where, []).append(latency.trial)
     for where, trials in how.items():
-        of = f" (trial {', '.join(trials)})" if len(how) > 1 else ""
+        of = f" (trial {_some(trials)})" if len(how) > 1 else ""
         lines.append(f"Latency: median of ONNX Runtime at {where}{of}.")
     if missing := results.unfinished:
-        lines.append(f"Not finished: {len(missing)} of the trials: {', '.join(missing)}.")
+        lines.append(f"Not finished: {len(missing)} of the trials: {_some(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
         counts: Counter[str] = Counter(failure.kind for failure in failures.values())
         lines.append(f"Failed: {len(failures)} of the trials ({_counted(counts)}).")
@@ -490,6 +493,13 @@ def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    """Names in a note: of more than `MOST_NAMED` the first `FIRST_NAMED`, and how many more there are."""
+    if len(names) <= MOST_NAMED:
+        return separator.join(names)
+    return f"{separator.join(names[:FIRST_NAMED])} and {len(names) - FIRST_NAMED:,} more"
+
+
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
@@ -497,6 +507,5 @@ def _counted(counts: Counter[str]) -> str:
 def _where(record: Record) -> str:
     here = record.environment
     number = "bf16" if record.bfloat16 else "fp32"
-    return (
-        f"{here.device}, {here.threads} threads, {number}, torch {here.versions.get('torch', 'of an unknown version')}"
-    )
+    torch = f"torch {here.versions.get('torch', 'of an unknown version')}"
+    return f"{here.device}, {_count(here.threads, 'thread')}, {number}, {torch}"

@@ -15,9 +15,11 @@ from conftest import REPOSITORY
 
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.results import plots, report
+from ablations.results.evidence import read_evidence
 from ablations.results.findings import Examined, Mistake, pareto, read_findings, worst
 from ablations.results.gates import block_gate
 from ablations.results.stats.images import class_accuracies
+from ablations.results.tables import cell_table
 from model.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
@@ -223,6 +225,21 @@ def test_missing_diverged_and_failed_trials_are_counted_and_named(tmp_path):
     assert "experts 4, trial 000000020001: not finished" in page.text
     assert "3 trials are missing or failed" in page.text
     assert f"expertgrid run {path}/study.toml --out {path}" in page.text
+
+
+def test_notes_name_at_most_five_cells_or_trials(tmp_path):
+    for count, cells, trials in (
+        (6, "; ".join(f"experts {k}" for k in range(2, 7)), ", ".join(f"{k:08x}0000" for k in range(1, 6))),
+        (7, "experts 2; experts 3; experts 4 and 3 more", "000000010000, 000000020000, 000000030000 and 3 more"),
+    ):
+        scores = np.full((count, 1), np.nan)
+        scores[0] = 0.9
+        directory = StudyDirectory(write_study(tmp_path / str(count), {"experts": list(range(1, count + 1))}, scores))
+        notes = cell_table(directory, read_evidence(directory)).notes
+        assert [note for note in notes if note.startswith(("Open", "Not finished"))] == [
+            f"Open: {cells}: the cells have no seed in common.",
+            f"Not finished: {count - 1} of the trials: {trials}.",
+        ]
 
 
 def test_a_study_without_a_finished_trial(tmp_path):
