@@ -242,7 +242,7 @@ def weigh(results: Results) -> Evidence:
 
 
 def read_evidence(directory: StudyDirectory) -> Evidence:
-    """Reads a study directory and judges it. Raises InputError for one that is none or is damaged."""
+    """Reads a study directory and judges it. Raises InputError where there is no study, and for damaged files."""
     return weigh(read_results(directory))
 
 

@@ -121,7 +121,7 @@ class Findings:
 
 
 def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
-    """Reads a study directory. Raises InputError for one that is none or is damaged."""
+    """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
     evidence = read_evidence(directory)
     ranked = ranking(evidence.results.rows)
     examined = examine(directory, evidence.results.plan, ranked, data_dir)
