@@ -1,4 +1,4 @@
-"""Engines: they take trials, train them, and leave records. Each yields what happens as it happens."""
+"""Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
 
 import io
 import statistics
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from model.cost import cost
 from model.errors import reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import PLAIN, WORDS, Execution, Means
+from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
@@ -59,7 +60,7 @@ class TrialFailed:
 
 @dataclass(frozen=True)
 class TrialNote:
-    """Something about a trial that its reader should know, and that does not stop it."""
+    """A notice about a trial, which goes on."""
 
     trial: Trial
     text: str
@@ -69,7 +70,7 @@ Event = EpochDone | TrialDone | TrialFailed | TrialNote
 
 
 def by_architecture(trials: list[Trial]) -> list[Trial]:
-    """The trials, once each, those of one network next to each other, otherwise in the order in which they came."""
+    """The trials without repetitions. Those of the same network follow each other; the order is kept otherwise."""
     groups: dict[str, dict[str, Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.model.model_dump_json(), {})[trial.id] = trial
@@ -81,24 +82,24 @@ def run_local(
     data: ResidentData,
     directory: StudyDirectory,
     resume_every_s: float = RESUME_EVERY_S,
-    execution: Execution = PLAIN,
+    execution: ExecutionOptions = EAGER,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
-    A trial that fails leaves its reason in failure.json and the others go on. What `execution` leaves to us and does
-    not work is left out, and a note says so.
+    Where a trial fails, its reason is written to failure.json and the other trials go on. Where `execution` leaves a
+    choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so.
     """
     for trial in by_architecture(trials):
         try:
             yield from _run(trial, data, directory, resume_every_s, execution)
-        except Exception as error:  # whatever one trial dies of, the others are worth having
+        except Exception as error:  # the other trials go on, whatever this one failed of
             failure = _failure(trial, error)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure))
 
 
 def _run(
-    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: Execution
+    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: ExecutionOptions
 ) -> Iterator[Event]:
     place = directory.trial(trial.id)
     directory.write_config(trial)
@@ -128,8 +129,8 @@ def _run(
 
 
 def _failure(trial: Trial, error: Exception) -> Failure:
-    """What is kept of a trial that failed. It is not tried again with other values."""
-    found = {"traceback": traceback.format_exc(), "time": now()}
+    """The record of a trial that failed. The trial is not tried again with other values."""
+    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
         return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
     cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
@@ -148,29 +149,30 @@ def planned_steps(trial: Trial, images: int) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training uses, the seconds that getting it ready took, and what did not work, with its reason."""
+    """How a training runs."""
 
-    means: Means
-    seconds: float
-    without: list[str]
+    means: ExecutionPlan  # what it uses
+    seconds: float  # that the compilers took
+    without: list[str]  # what failed and is not used, each with its reason
 
 
-def prepare(trial: Trial, splits: Splits, training: Training, execution: Execution, steps: int) -> Prepared:
-    """Has a training of `steps` steps use what `execution` chooses for it, on batches of each size that the trial has.
+def prepare(trial: Trial, splits: Splits, training: Training, execution: ExecutionOptions, steps: int) -> Prepared:
+    """Prepares a training of `steps` steps to run as `execution` chooses: kernels, compiled blocks, CUDA graphs.
 
-    Raises TrainingError where something that was asked for does not work.
+    Kernels and blocks are compiled for the image sizes of the trial. Raises TrainingError where something fails that
+    was asked for.
     """
     device = splits.device
-    means = execution.chosen(trial.model, steps, device, training.optimizer)
+    means = execution.plan(trial.model, steps, device, training.optimizer)
     took, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(means, name):
             try:
-                seconds = _quickened(name, trial, splits, training)
+                seconds = _compile(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
-                    raise TrainingError(f"--{name} on: {WORDS[name]} failed: {reason_of(error)}") from error
-                without.append(f"{WORDS[name]}, which failed: {reason_of(error)}")
+                    raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
+                without.append(f"{LABELS[name]}, which failed: {reason_of(error)}")
                 seconds = 0.0
             took += seconds
             means = replace(means, **{name: seconds > 0})
@@ -181,10 +183,10 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     return Prepared(means, took, without)
 
 
-def _quickened(name: str, trial: Trial, splits: Splits, training: Training) -> float:
-    """Has a network use kernels, or compiled blocks, on batches like the trial's.
+def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> float:
+    """Compiles a network's kernels, or its blocks, on batches like the trial's, and has the network use them.
 
-    Returns the seconds that it took, 0 where it has no part for them.
+    `name` is "kernels" or "compile". Returns the seconds that it took; 0 where the network has no part for them.
     """
     recipe, device = trial.recipe, splits.device
     if name == "kernels":
@@ -200,7 +202,7 @@ def _quickened(name: str, trial: Trial, splits: Splits, training: Training) -> f
 
 
 def _resumed(file: Path) -> dict:
-    """A training's state, on the CPU: loading it puts each part where the training has it."""
+    """A training's state, on the CPU. `Training.load_state_dict` copies it to the training's device."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
@@ -209,7 +211,7 @@ def _resumed(file: Path) -> dict:
 
 
 def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
-    """Measures the trained network in fp32, on the test split once, and writes checkpoint, predictions and record."""
+    """Measures the trained network in fp32 and writes checkpoint, predictions and record. Reads the test split once."""
     data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -234,7 +236,8 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
-        data=data.source,
+        data=data.name,
+        fingerprint=data.fingerprint,
         classes=data.classes,
         image_size=data.image_size,
         mean=mean,

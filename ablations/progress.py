@@ -12,18 +12,19 @@ from ablations.study import Cell, level_name
 from ablations.training.trial import Trial
 from model.cost import cost
 
-console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def status(text: str) -> AbstractContextManager:
-    """A spinner with a text while something runs that cannot say how far it is."""
-    return console.status(Text(text))
-
 
 class StudyProgress:
     """Draws the events of an engine. The bar and the time left go by work: epochs times MACs."""
 
-    def __init__(self, cells: list[Cell], trials: list[Trial], image_size: tuple[int, int], done_before: int):
+    def __init__(
+        self,
+        cells: list[Cell],
+        trials: list[Trial],
+        image_size: tuple[int, int],
+        done_before: int,
+        console: Console,
+    ):
+        self.console = console
         self.names = {trial.id: _trial_name(cell, trial) for cell in reversed(cells) for trial in cell.trials}
         macs = {trial.model: cost(trial.model, *image_size)[1] for trial in trials}
         self.epoch_work = {trial.id: macs[trial.model] for trial in trials}
@@ -34,13 +35,13 @@ class StudyProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        counts = {"done": done_before, "trials": done_before + len(trials)}
-        self.task = self.bar.add_task("", total=sum(self.left.values()), **counts)
+        trials_in_all = done_before + len(trials)
+        self.task = self.bar.add_task("", total=sum(self.left.values()), done=done_before, trials=trials_in_all)
         self.now = Text(no_wrap=True, overflow="ellipsis")
 
     def live(self) -> AbstractContextManager:
         """Shows the display while it is entered; nothing where stderr is not a terminal."""
-        return Live(Group(self.bar, self.now), console=console) if console.is_terminal else nullcontext()
+        return Live(Group(self.bar, self.now), console=self.console) if self.console.is_terminal else nullcontext()
 
     def show(self, event: Event) -> None:
         name = self.names[event.trial.id]
@@ -53,18 +54,18 @@ class StudyProgress:
                 self._advance(trial, (trial.recipe.epochs - epoch.epoch) * self.epoch_work[trial.id])
             case TrialDone(trial, record):
                 self._advance(trial, 0, done=1)
-                if not console.is_terminal:
+                if not self.console.is_terminal:
                     done, trials = (self.bar.tasks[0].fields[field] for field in ("done", "trials"))
-                    console.print(
+                    self.console.print(
                         f"trial {done}/{trials} {name}: val {100 * record.validation_accuracy:.2f}%, "
                         f"{record.images_per_s:,.0f} images/s, {record.train_seconds:.1f} s",
                         soft_wrap=True,
                     )
             case TrialNote(trial, text):
-                console.print(f"{name} (trial {trial.id}): {text}", soft_wrap=True)
+                self.console.print(f"{name} (trial {trial.id}): {text}", soft_wrap=True)
             case TrialFailed(trial, reason):
                 self._advance(trial, 0)
-                console.print(f"failed: {name} (trial {trial.id}): {reason}", style="red", soft_wrap=True)
+                self.console.print(f"failed: {name} (trial {trial.id}): {reason}", style="red", soft_wrap=True)
 
     def _advance(self, trial: Trial, left: int, done: int = 0) -> None:
         done += self.bar.tasks[0].fields["done"]

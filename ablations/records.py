@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -42,20 +42,26 @@ if TYPE_CHECKING:
 
 
 class Environment(BaseModel):
-    """Where a number was measured."""
+    """The machine, the software and the settings that a number was measured with.
 
-    device: str  # the GPU's name, or cpu (its model)
-    threads: int
+    Records of older versions have no processor, cores, memory, driver and commit.
+    """
+
+    device: str  # that trained: the GPU's name, or cpu (the processor's model)
+    threads: int  # of PyTorch on the CPU
     python: str
     versions: dict[str, str]
     cpu: str = ""  # the processor's model
-    cores: int | None = None  # that the process could use
-    memory_bytes: int | None = None  # of the machine
-    driver: str | None = None  # of the GPU
-    commit: str | None = None  # of the checkout that expertgrid ran from
+    cores: int | None = None  # logical cores that the process could use
+    memory_bytes: int | None = None  # physical memory of the machine; None where the system does not say
+    driver: str | None = None  # version of the NVIDIA driver, for numbers of a CUDA device
+    commit: str | None = (
+        None  # of the git checkout that expertgrid ran from, with "+changes" where files differ from it
+    )
 
     @classmethod
     def here(cls, device: "torch.device") -> "Environment":
+        """This machine, for numbers that are measured on `device`."""
         import torch
 
         versions = {}
@@ -79,7 +85,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(BaseModel):
-    """What came of a trial. Accuracies are shares of the split's images; losses are means in nats."""
+    """The result of a trial: accuracies, losses, cost and speed.
+
+    An accuracy is a share of the split's images, from 0 to 1. A loss is a mean cross entropy in nats. Both are of the
+    network after the last epoch, in fp32. Validation images are those that the trial's seed holds out.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -91,24 +101,30 @@ class Record(BaseModel):
     test_accuracy: Share
     test_loss: float
     test_images: int
-    validation_accuracy_flip: Share | None = None  # of logits averaged over each image and its mirror image,
-    test_accuracy_flip: Share | None = None  # where the recipe's tta is "flip"
+    validation_accuracy_flip: Share | None = None  # with logits averaged over each image and its mirror image;
+    test_accuracy_flip: Share | None = None  # only where the recipe's tta is "flip"
     parameters: int
     macs: int  # multiply-accumulates of one image's forward pass
     epochs: int
-    images_per_s: float  # of training, median over the epochs but the first
-    train_seconds: float
-    bfloat16: bool
-    kernels: bool = False
-    compiled: bool = False
-    graphs: bool = False
-    compile_seconds: float = 0.0  # of blocks or kernels, before the first epoch, and not in train_seconds
+    images_per_s: float  # while training: the median of the epochs after the first
+    train_seconds: float  # of all epochs, without validation
+    bfloat16: bool  # whether the forward pass of the training ran in bfloat16
+    kernels: bool = False  # whether it used the fused Triton kernels,
+    compiled: bool = False  # blocks compiled by torch.compile,
+    graphs: bool = False  # and steps recorded as CUDA graphs
+    compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
 
+    @property
+    def execution(self) -> str:
+        """How the steps ran, in words."""
+        used = {"Triton kernels": self.kernels, "torch.compile": self.compiled, "CUDA graphs": self.graphs}
+        return ", ".join(name for name, is_used in used.items() if is_used) or "eager"
+
 
 class PlannedCell(BaseModel):
-    """A cell as it is kept on disk. Baselines and the control have no levels."""
+    """A cell in plan.json. Baselines and the control have no levels."""
 
     model_name: str
     levels: dict[str, Level]
@@ -128,7 +144,7 @@ class Race(BaseModel):
 
 
 class Plan(BaseModel):
-    """The cells of a study, resolved for its data. In a race they differ in their number of seeds."""
+    """The file plan.json: the cells of a study for its data. In a race cells have different numbers of seeds."""
 
     data: str  # in words, with the number of images
     source: str
@@ -147,19 +163,12 @@ class Plan(BaseModel):
         return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
-class Adopted(BaseModel):
-    """A trial that was taken over, and the directory that it came from."""
-
-    directory: str
-    time: str
-
-
 @dataclass(frozen=True)
 class Predictions:
-    """What a trained network took each image for, and the images' classes: integers (B,), in the order of the split.
+    """The class that a trained network predicted for each image, and the image's own: integers (B,), in split order.
 
-    So that nothing that a table or a report says of images needs another read of the test split. Those averaged with
-    the mirror images are there where the recipe's tta is "flip".
+    Tables and reports about single images read these, so that they need not read the test split again. Predictions
+    from logits averaged with the mirror image are there where the recipe's tta is "flip".
     """
 
     validation: np.ndarray
@@ -183,18 +192,23 @@ class Predictions:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
-        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error) as error:
-            raise InputError(f"{file}: damaged: {error}") from None
+        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error):
+            raise _damaged(file, InputError(f"{file}: not a file of predictions")) from None
         for split in ("validation", "test"):
             arrays = (array for name, array in vars(found).items() if name.startswith(split))
             shapes = {array.shape for array in arrays if array is not None}
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-                raise InputError(f"{file}: damaged: {split} has arrays of the shapes {sorted(shapes)}")
+                found = InputError(f"{file}: the arrays of {split} have the shapes {sorted(shapes)}")
+                raise _damaged(file, found)
         return found
 
 
 class Failure(BaseModel):
-    """Why a trial failed: diverged, with the step (of all, from 1), or out of memory, with the batch size."""
+    """Why a trial failed.
+
+    A diverged trial has the step, counted from 1 over all epochs, the epoch and the learning rate. A trial that ran out
+    of memory has the batch size.
+    """
 
     kind: Literal["diverged", "out_of_memory", "error"] = "error"
     error: str
@@ -210,19 +224,26 @@ class Failure(BaseModel):
 
 
 class TestRead(BaseModel):
-    """A line of the ledger."""
+    """A line of ledger.jsonl: one read of the test split."""
 
-    __test__ = False  # pytest: this is none
+    __test__ = False  # pytest would take it for a class of tests
 
     time: str
     trial: str
     reader: str  # "training", "export" or "rerun"
     images: int
-    tta: Literal["flip"] | None = None  # in this read the mirror images were predicted as well
+    tta: Literal["flip"] | None = None  # "flip": the mirror images were predicted in the same read
+
+
+class Adopted(BaseModel):
+    """Beside the record of a trial that was not trained here."""
+
+    directory: str  # the name of the neighbouring study directory that it was taken over from
+    time: str
 
 
 class Benched(BaseModel):
-    """One engine at one batch size, as far as tables need it."""
+    """The latency of one engine at one batch size: the part that tables need."""
 
     engine: str
     batch: int
@@ -230,7 +251,7 @@ class Benched(BaseModel):
 
 
 class LatencySummary(BaseModel):
-    """What tables need of the latency record of an exported trial."""
+    """The latency record of an exported trial: the part that tables need."""
 
     file: str
     trial: str
@@ -265,8 +286,24 @@ Kept = TypeVar("Kept", bound=BaseModel)
 LOCK = ".lock"
 
 
+def _damaged(file: Path, error: InputError) -> InputError:
+    """The error for a damaged file of a study directory: what is wrong, and what to do."""
+    if file.parent.parent.name == "trials":
+        remedy = f"delete {file.parent} and run the study again: this trial is then trained again"
+    elif file.parent.name == "bench":
+        remedy = "delete it and run expertgrid bench again"
+    elif file.name == "ledger.jsonl":
+        remedy = "delete the damaged line"
+    else:
+        remedy = "delete it and run the study again"
+    return InputError(f"{error}; the file is damaged: {remedy}")
+
+
 def read_record(kind: type[Kept], file: Path) -> Kept | None:
-    """What a JSON file keeps, None where there is no such file. Raises InputError for a damaged one."""
+    """The record in a JSON file of a study directory, None where there is no file.
+
+    Raises InputError for a damaged file: which file, what is wrong, and what to do.
+    """
     try:
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -274,7 +311,7 @@ def read_record(kind: type[Kept], file: Path) -> Kept | None:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise invalid(str(file), error, kind.model_fields) from None
+        raise _damaged(file, invalid(str(file), error, kind.model_fields)) from None
 
 
 class StudyDirectory:
@@ -318,7 +355,7 @@ class StudyDirectory:
     def race(self) -> Race | None:
         """The race that was begun here, None where there is none, also where plan and study do not fit each other."""
         plan = read_record(Plan, self.path / "plan.json")
-        return plan and plan.race
+        return None if plan is None else plan.race
 
     def check_holds(self, study: Study) -> None:
         """Raises InputError where `study` cannot be written here: the directory has something else in it."""
@@ -351,7 +388,7 @@ class StudyDirectory:
                 )
 
     @contextmanager
-    def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Iterator[None]:
+    def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Generator[None]:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
         self.check_holds(study)
         try:
@@ -363,9 +400,8 @@ class StudyDirectory:
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
         with lock:
-            write_whole(
-                self.path / "study.toml", tomli_w.dumps(study.model_dump(mode="json", exclude_none=True)).encode()
-            )
+            fields = study.model_dump(mode="json", exclude_none=True)
+            write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
             self.write_plan(study, data, cells, race)
             yield
 
@@ -439,7 +475,7 @@ class StudyDirectory:
         return read_record(Record, self.trial(trial_id) / "record.json")
 
     def adopted(self, trial_id: str) -> Adopted | None:
-        """Where a trial was taken over from, None for one that was trained here."""
+        """Where a trial was taken over from, None for one that was trained here. Raises InputError."""
         return read_record(Adopted, self.trial(trial_id) / "adopted.json")
 
     def hold_out(self, trial_id: str) -> HoldOut | None:
@@ -465,10 +501,10 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> bool:
+    def adopt(self, trial_id: str) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns whether there was one that is whole.
+        Returns the name of that study's directory, None where no study has the trial undamaged.
         """
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
             beside_this = StudyDirectory(record.parent.parent.parent)
@@ -491,10 +527,12 @@ class StudyDirectory:
                 copy.rename(self.trial(trial_id))
             for read in reads:
                 self._enter(read)
-            return True
-        return False
+            return beside_this.path.name
+        return None
 
     def write_config(self, trial: Trial) -> None:
+        """Begins a training of the trial here."""
+        (self.trial(trial.id) / "adopted.json").unlink(missing_ok=True)
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
@@ -507,9 +545,9 @@ class StudyDirectory:
         try:
             return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
         except ValidationError as error:
-            raise invalid(str(file), error, Epoch.model_fields) from None
+            raise _damaged(file, invalid(str(file), error, Epoch.model_fields)) from None
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: damaged: {error}") from None
+            raise _damaged(file, InputError(f"{file}: not text: {error.reason}")) from None
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
@@ -541,10 +579,10 @@ class StudyDirectory:
         except FileNotFoundError:
             return []
         except ValidationError as error:
-            raise invalid(str(ledger), error, TestRead.model_fields) from None
+            raise _damaged(ledger, invalid(str(ledger), error, TestRead.model_fields)) from None
 
     def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported as it is, in fp32, and benched."""
-        records = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
-        records = [record for record in records if record.precision == "fp32" and not record.pruned]
+        found = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
+        records = [record for record in found if record and record.precision == "fp32" and not record.pruned]
         return {record.trial: record for record in sorted(records, key=lambda record: record.finished)}

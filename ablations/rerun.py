@@ -1,10 +1,9 @@
-"""Training a trial again, beside its record, to see whether the record is what the code gives."""
+"""Trains a trial again and compares the result with its record."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,17 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.errors import InputError
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One thing of a trial, as it was kept and as it came again."""
+    """One number of a trial, as it was kept and as it came out again."""
 
     what: str
     kept: float | None
     again: float | None
-    difference: float | None  # the largest, where it is of many; None of nothing to compare
+    difference: float | None  # the largest, of many numbers; None where there is nothing to compare
     same: bool  # to the last bit
 
 
@@ -46,8 +45,9 @@ class Rerun:
         if self.failure:
             return False
         if not self.elsewhere:
-            return all(one.same for one in self.compared)
-        return all(100 * one.difference <= self.margin for one in self.compared if one.what.endswith("accuracy"))
+            return all(number.same for number in self.compared)
+        differences = [number.difference or 0.0 for number in self.compared if number.what.endswith("accuracy")]
+        return all(100 * difference <= self.margin for difference in differences)
 
     @property
     def verdict(self) -> str:
@@ -56,34 +56,12 @@ class Rerun:
         if not self.elsewhere:
             if self.same:
                 return "The same: weights, losses, accuracies and predictions are equal to the last bit."
-            changed = ", ".join(one.what for one in self.compared if not one.same)
-            return (
-                f"Different: {changed}. In the environment of the record equality to the last bit is expected "
-                "(it does not name the processor; on another one, numbers may differ in their last digits)."
-            )
+            changed = ", ".join(number.what for number in self.compared if not number.same)
+            return f"Different: {changed}. In the environment of the record, equality to the last bit is expected."
         return (
             f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
             f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.elsewhere)})."
         )
-
-
-def finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
-    """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
-    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
-    if trial_id not in trials:
-        near = get_close_matches(trial_id, trials, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."
-        raise InputError(f"unknown trial of {directory.path}: {trial_id!r}{hint}")
-    record, trial = directory.record(trial_id), directory.config(trial_id)
-    if record is None or trial is None:
-        failure = directory.failure(trial_id)
-        why = f"it failed ({failure.kind})" if failure else "it is not finished"
-        raise InputError(f"trial {trial_id} of {directory.path} has no record to compare with: {why}")
-    if trial.id != trial_id:
-        raise InputError(
-            f"{directory.trial(trial_id) / 'config.json'}: not of trial {trial_id}, its hash is {trial.id}"
-        )
-    return trial, record
 
 
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
@@ -94,11 +72,11 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
     """
     if data.data.fingerprint != trial.fingerprint:
         raise InputError(f"--data {data.data.source}: not the images that trial {trial.id} was trained on")
-    used = Means(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
+    used = ExecutionPlan(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
     with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
         beside = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, execution=Execution.of(used)))
+            events = list(run_local([trial], data, beside, execution=ExecutionOptions.requiring(used)))
         finally:
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
@@ -107,6 +85,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         if failures:
             return Rerun([], [], margin, failures[0])
         again = beside.record(trial.id)
+        assert again is not None  # a trial that did not fail has its record
         compared = [_weights(directory, beside, trial.id), *_epochs(directory, beside, trial.id)]
         for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
             kept, found = getattr(record, name), getattr(again, name)
@@ -116,7 +95,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -126,7 +105,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _elsewhere(record: Record, again: Record) -> list[str]:
-    """What there is against equality to the last bit."""
+    """The reasons not to expect equality to the last bit."""
     kept, here = record.environment, again.environment
     found = [
         f"{name} was {before}, is {now}"
@@ -142,7 +121,7 @@ def _elsewhere(record: Record, again: Record) -> list[str]:
 
 
 def _weights(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> Compared:
-    kept, again = (load(one.checkpoint(trial)).weights for one in (directory, beside))
+    kept, again = (load(study.checkpoint(trial)).weights for study in (directory, beside))
     same = kept.keys() == again.keys() and all(_equal(kept[name], again[name]) for name in kept)
     largest = max((_distance(kept[name], again[name]) for name in kept.keys() & again.keys()), default=0.0)
     return Compared("weights", None, None, largest, same)
@@ -160,9 +139,9 @@ def _epochs(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> li
     kept, again = directory.epochs(trial), beside.epochs(trial)
     found = []
     for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
-        pairs = [(getattr(one, name), getattr(other, name)) for one, other in zip(kept, again)]
-        largest = max((abs(other - one) for one, other in pairs), default=0.0)
-        same = len(kept) == len(again) and all(one == other for one, other in pairs)
+        pairs = [(getattr(before, name), getattr(after, name)) for before, after in zip(kept, again)]
+        largest = max((abs(after - before) for before, after in pairs), default=0.0)
+        same = len(kept) == len(again) and all(before == after for before, after in pairs)
         found.append(Compared(f"{name.replace('_', ' ')} by epoch", None, None, largest, same))
     return found
 
@@ -173,7 +152,7 @@ def _predictions(directory: StudyDirectory, beside: StudyDirectory, trial: str) 
         return []
     found = []
     for split in ("validation", "test"):
-        one, other = getattr(kept, split), getattr(again, split)
-        changed = int((one != other).sum()) if one.shape == other.shape else max(len(one), len(other))
-        found.append(Compared(f"predictions of {split} images", None, None, changed, np.array_equal(one, other)))
+        before, after = getattr(kept, split), getattr(again, split)
+        changed = int((before != after).sum()) if before.shape == after.shape else max(len(before), len(after))
+        found.append(Compared(f"predictions of {split} images", None, None, changed, np.array_equal(before, after)))
     return found

@@ -100,7 +100,7 @@ class Study(BaseModel):
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
         settings = {_dotted(path) or path: value for path, value in settings.items()}
-        fields = {**dict(self), "set": {**self.set, **settings}}
+        fields: dict[str, Any] = {**dict(self), "set": {**self.set, **settings}}
         fields |= {} if seeds is None else {"seeds": seeds}
         fields |= {} if first_seed is None else {"first_seed": first_seed}
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
@@ -129,11 +129,11 @@ class Study(BaseModel):
             for one in (older, self)
         ]
         for name in {**fields[0], **fields[1]}:
-            there, here = (json.dumps(one[name]) if name in one else "not given" for one in fields)
+            there, here = (json.dumps(given[name]) if name in given else "not given" for given in fields)
             if there != here:
                 return f"{name} is {there} there, and {here} here"
         if self.factors.keys() != older.factors.keys():
-            there, here = (", ".join(one.factors) or "none" for one in (older, self))
+            there, here = (", ".join(study.factors) or "none" for study in (older, self))
             return f"its factors are {there}, and here {here}"
         for name, levels in older.factors.items():
             if lacking := [level for level in levels if level not in self.factors[name]]:
@@ -158,7 +158,7 @@ class Study(BaseModel):
         for levels in self.settings():
             reference = levels.get("reference")
             model, recipe_name = (
-                next(level for level in (levels.get(kind), reference, base) if level is not BASE)
+                _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
                 for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
             )
             cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
@@ -212,9 +212,6 @@ class Study(BaseModel):
         recipe_name: str,
         settings: dict[str, Level],
     ) -> "Cell":
-        for kind, name in (("model", model), ("recipe", recipe_name)):
-            if not isinstance(name, str):
-                raise InputError(f"factor {kind}: level {name!r} is not a name")
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
@@ -249,13 +246,20 @@ class Cell:
     control: bool = False
 
 
+def _name(kind: str, level: Level) -> str:
+    if not isinstance(level, str):
+        raise InputError(f"factor {kind}: level {level!r} is not a name")
+    return level
+
+
 def _control(base: Cell) -> Cell:
     """The base once more: trained from other seeds, on the same hold-outs."""
     hold_out = base.trials[0].hold_out.model_copy(update={"offset": CONTROL_SEEDS})
     trials = []
     for trial in base.trials:
-        fields = {name: getattr(trial, name) for name in Trial.model_fields}
-        trials.append(Trial(**fields | {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}))
+        fields: dict[str, Any] = {name: getattr(trial, name) for name in Trial.model_fields}
+        fields |= {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}
+        trials.append(Trial(**fields))
     return Cell(base.model_name, {}, tuple(trials), control=True)
 
 
@@ -349,7 +353,7 @@ def _dotted(name: str) -> str:
     return f"recipe.{name}" if name in Recipe.model_fields else ""
 
 
-def _changed(config: Network, recipe: Recipe, changes: dict[str, Level]) -> tuple[Network, Recipe]:
+def _changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tuple[Network, Recipe]:
     """Network and recipe with variants applied, in the order of `VARIANTS`, and then dotted paths set together."""
     for name in VARIANTS:
         if name in changes:
@@ -375,7 +379,8 @@ def _with_paths(spec: BaseModel, root: str, changes: dict[str, Level]) -> Any:
         return spec
     fields = spec.model_dump(mode="json")
     for path, value in changes.items():
-        place, at = fields, root
+        place: Any = fields  # an object or a list of the JSON
+        at = root
         *parents, last = path.split(".")
         for part in parents:
             place, at = place[_key(place, at, part)], f"{at}.{part}"
@@ -412,17 +417,21 @@ def _key(place: object, at: str, part: str) -> str | int:
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Raises InputError where the optimiser cannot be made from the recipe's values."""
-    if _optimizer_fields(recipe) in map(_optimizer_fields, RECIPES.values()):
-        return  # as in a recipe that is known to work, so that no torch has to be imported to try it
+    """Raises InputError where the optimiser cannot be made from the recipe's values.
+
+    An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
+    is tried, and that imports torch.
+    """
+    if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
+        return
     from ablations.training.optimise import check_optimizer
 
     check_optimizer(recipe)
 
 
-def _optimizer_fields(recipe: Recipe) -> tuple[str, bool, bool]:
-    """What decides whether an optimiser can be made: its name, and which of its own fields are given."""
-    return recipe.opt, recipe.opt_betas is None, recipe.momentum is None
+def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:
+    """What an optimiser can refuse: its name, betas and momentum. No optimiser refuses another value of a recipe."""
+    return recipe.opt, recipe.opt_betas, recipe.momentum
 
 
 def check_fit(name: str, config: Network, channels: int, size: tuple[int, int], data: str) -> None:

@@ -1,10 +1,10 @@
-"""Whether the numbers of a study follow from what is kept beside them."""
+"""Checks that the numbers of a study follow from the files beside them."""
 
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,15 +25,15 @@ NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</scrip
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked, what does not fit, and what could not be checked."""
+    """The result of a check."""
 
     checked: int  # numbers and files
-    problems: list[str]
-    skipped: list[str]
+    problems: list[str]  # numbers and files that do not fit the others
+    skipped: list[str]  # what could not be checked, and why
 
 
 def check_study(directory: StudyDirectory) -> Verified:
-    """Recomputes a study's numbers. Raises InputError for a directory that is none."""
+    """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
     plan = directory.plan
     labels: dict[tuple[int, bytes], str] = {}
@@ -75,7 +75,7 @@ def check_study(directory: StudyDirectory) -> Verified:
 
 
 class _Check:
-    """Counts what was checked and collects what does not fit, with the place it is at."""
+    """Counts the checks and collects the problems, each with its place."""
 
     def __init__(self) -> None:
         self.count, self.place = 0, ""
@@ -83,8 +83,8 @@ class _Check:
         self.skipped: list[str] = []
 
     @contextmanager
-    def of(self, place: str) -> Iterator[None]:
-        """Problems found within are of this place. A damaged file is one, and the others are looked at all the same."""
+    def of(self, place: str) -> Generator[None]:
+        """Problems that are found within get this place. A damaged file is such a problem; the check goes on."""
         self.place = place
         try:
             yield
@@ -106,11 +106,11 @@ class _Check:
         self.equal("epochs", record.epochs, len(epochs))
         if trial is not None:
             self.equal("epochs", record.epochs, trial.recipe.epochs)
-        self.equal("numbers in epochs.jsonl", [one.epoch for one in epochs], list(range(1, len(epochs) + 1)))
+        self.equal("numbers in epochs.jsonl", [epoch.epoch for epoch in epochs], list(range(1, len(epochs) + 1)))
         if epochs:
-            rates = [one.images_per_s for one in (epochs[1:] or epochs)]
+            rates = [epoch.images_per_s for epoch in (epochs[1:] or epochs)]
             self.equal("images_per_s", record.images_per_s, statistics.median(rates))
-            self.equal("train_seconds", record.train_seconds, float(sum(one.train_seconds for one in epochs)))
+            self.equal("train_seconds", record.train_seconds, float(sum(epoch.train_seconds for epoch in epochs)))
 
     def checkpoint(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
         checkpoint = load(directory.checkpoint(record.trial))

@@ -38,7 +38,14 @@ def onnx_model(pytestconfig: pytest.Config) -> bytes:
     classes = tuple(str(i) for i in range(config.num_classes))
     half = (0.5,) * config.in_chans
     trained = Trained(
-        trial="untrained", model=name, data="none", classes=classes, image_size=(32, 32), mean=half, std=half
+        trial="untrained",
+        model=name,
+        data="none",
+        fingerprint="0123abcd",
+        classes=classes,
+        image_size=(32, 32),
+        mean=half,
+        std=half,
     )
     return to_onnx(Checkpoint(config, trained, build(config).state_dict()), "uint8")
 

@@ -15,23 +15,28 @@ the fastest, 1.4 times as fast as the eager loop: the form in which blocks are c
 On GPUs, not measured yet, the fused form is the one with the fewest passes over memory once it is compiled.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
+import typer
 from pydantic import BaseModel
+from tabulate import tabulate
 from torch import Tensor, nn
 
+from bench import command
+from bench.baseline import TextbookBlock
 from bench.peaks import synchronise
-from bench.training import TextbookBlock, in_turns
+from bench.training import in_turns
 from model.config import Block, GateConfig, ModelConfig
 from model.fast.memory import keep_freed_memory
 from model.fast.wide import WideBlock
-from model.net import ExpertBlock, ExpertNet
+from model.machine import torch_device
+from model.net import ConvNormAct, ExpertBlock, ExpertNet
 
 TOLERANCE = 1e-3  # of the largest value: float32 in another order of summing
 COMPILERS = ("eager", "compiled")
@@ -45,10 +50,11 @@ class ReshapedBlock(nn.Module):
 
     def __init__(self, block: ExpertBlock, form: str):
         super().__init__()
+        assert block.gate is not None  # a block of several experts has one
         self.gate, self.count, self.form = block.gate, len(block.experts), form
-        self.eps = block.experts[0].norm.eps
+        self.eps = block.typed_experts()[0].norm.eps
         self.weight, self.scale_F, self.shift_F = (
-            nn.Parameter(torch.cat([part(expert).detach() for expert in block.experts]))
+            nn.Parameter(torch.cat([part(expert).detach() for expert in block.typed_experts()]))
             for part in (lambda e: e.conv.weight, lambda e: e.norm.weight, lambda e: e.norm.bias)
         )
 
@@ -74,17 +80,19 @@ class ReshapedBlock(nn.Module):
 
     def like_the_loop(self) -> list[Tensor]:
         """The gradients of all experts, then those of the gate."""
-        return [self.weight.grad, self.scale_F.grad, self.shift_F.grad, *(p.grad for p in self.gate.parameters())]
+        return [gradient(p) for p in (self.weight, self.scale_F, self.shift_F, *self.gate.parameters())]
 
 
+Form = ExpertBlock | TextbookBlock | ReshapedBlock
 FORMS = ("loop", "stack", "chunk", "sum", "einsum", "fused")
 
 
-def build_form(form: str, experts: int, channels: int) -> nn.Module:
+def build_form(form: str, experts: int, channels: int) -> Form:
     """A block in one of `FORMS`; all have the same weights."""
     config = Block(channels=channels, kernels=(3,) * experts, gate=GateConfig(kind="mlp", reduction=8))
     torch.manual_seed(0)
     block = ExpertNet(ModelConfig(in_chans=channels, layers=(config,))).layers[0]
+    assert isinstance(block, ExpertBlock)  # as the config says
     if form == "chunk":
         block.__class__ = WideBlock
     if form in ("loop", "chunk"):
@@ -92,15 +100,23 @@ def build_form(form: str, experts: int, channels: int) -> nn.Module:
     return TextbookBlock(block) if form == "stack" else ReshapedBlock(block, form)
 
 
-def gradients(block: nn.Module) -> list[Tensor]:
+def gradient(leaf: Tensor) -> Tensor:
+    """The gradient of a tensor that a backward pass has reached."""
+    assert leaf.grad is not None, "a weight or an input has no part in the output"
+    return leaf.grad
+
+
+def gradients(block: Form) -> list[Tensor]:
     """The gradients of a block in any form, the experts' joined: weights, scales, shifts; then the gate's."""
     if isinstance(block, ReshapedBlock):
         return block.like_the_loop()
-    parts = [[e.conv.weight.grad, e.norm.weight.grad, e.norm.bias.grad] for e in block.experts]
-    return [*map(torch.cat, zip(*parts)), *(parameter.grad for parameter in block.gate.parameters())]
+    assert block.gate is not None  # a block of several experts has one
+    experts = [cast(ConvNormAct, expert) for expert in block.experts]  # nn.ModuleList does not keep their type
+    parts = [[gradient(p) for p in (e.conv.weight, e.norm.weight, e.norm.bias)] for e in experts]
+    return [*map(torch.cat, zip(*parts)), *map(gradient, block.gate.parameters())]
 
 
-def difference(found: nn.Module, loop: nn.Module, x_BCHW: Tensor) -> float:
+def difference(found: Form, loop: Form, x_BCHW: Tensor) -> float:
     """The largest difference from the loop of output, input's gradient and weights' gradients, in float32.
 
     Each is a share of the largest value of the tensor that it is in.
@@ -111,7 +127,7 @@ def difference(found: nn.Module, loop: nn.Module, x_BCHW: Tensor) -> float:
         input_BCHW = x_BCHW.detach().clone().requires_grad_()
         output_BCHW = block(input_BCHW)
         output_BCHW.square().mean().backward()
-        results.append([output_BCHW.detach(), input_BCHW.grad, *gradients(block)])
+        results.append([output_BCHW.detach(), gradient(input_BCHW), *gradients(block)])
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
@@ -123,7 +139,7 @@ class FormSpeed(BaseModel):
     difference: float  # of the eager form from the loop, in float32
     first_s: float  # of the first call, which compiles
     median_ms: float
-    x_loop: float  # median over the rounds of the eager loop's time over this one's
+    x_loop: float  # median over the rounds of the eager loop's time over this form's
     rounds_ms: list[float]
 
 
@@ -132,7 +148,7 @@ def measure(
 ) -> list[FormSpeed]:
     """Times all forms on one random batch, channels last, under autocast to bfloat16.
 
-    The batch is in bfloat16 too, as what a block gives the next one is.
+    The batch is in bfloat16 too, as is what a block gives to the next block.
 
     Raises ValueError where a form does not compute what the loop does.
     """
@@ -141,11 +157,12 @@ def measure(
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
     few_BCHW = x_BCHW[:4].cpu()
     x_BCHW = x_BCHW.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    ways, differences, firsts = {}, {}, {}
+    ways: dict[tuple[str, str], Callable[[], float]] = {}
+    differences, firsts = {}, {}
     for form in FORMS:
         block = build_form(form, experts, channels)
         differences[form] = difference(block, build_form("loop", experts, channels), few_BCHW)  # where fp32 is fp32
-        block.to(device, memory_format=torch.channels_last)
+        block.to(device).to(memory_format=torch.channels_last)
         if differences[form] > TOLERANCE:
             raise ValueError(f"the form {form!r} differs from the loop by {differences[form]:.2g}")
         for how in hows:
@@ -185,30 +202,36 @@ def _step(run: Callable[[Tensor], Tensor], block: nn.Module, x_BCHW: Tensor) -> 
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.experts", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=3)
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="without the compiled forms")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
-    args = parser.parse_args()
-    if min(args.batch, args.channels, args.size, args.rounds) < 1 or args.experts < 2:
-        parser.error("sizes are from 1, and experts from 2")
-    hows = COMPILERS[:1] if args.eager else COMPILERS
-    device = torch.device(args.device)
-    speeds = measure(device, args.batch, args.channels, args.experts, args.size, args.rounds, hows)
-    if args.format == "json":
+def experts_command(
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the block.")] = 64,
+    experts: Annotated[int, typer.Option(min=2, help="Experts of the block.")] = 3,
+    size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    eager: Annotated[bool, typer.Option("--eager", help="Without the compiled forms.")] = False,
+    format: Annotated[Literal["text", "json"], typer.Option(help="text or json.")] = "text",
+) -> int:
+    """Time the forms of an expert block."""
+    hows = COMPILERS[:1] if eager else COMPILERS
+    speeds = measure(torch_device(device), batch, channels, experts, size, rounds, hows)
+    if format == "json":
         print("[" + ",\n".join(speed.model_dump_json() for speed in speeds) + "]")
-        return
-    print(f"{args.experts} experts of {args.channels} channels, batch {args.batch} of {args.size}x{args.size}, bf16")
-    print(f"{'form':8} {'how':10} {'ms':>9} {'x loop':>8} {'first s':>8} {'difference':>11}")
-    for one in speeds:
-        times = f"{one.median_ms:9.2f} {one.x_loop:8.2f} {one.first_s:8.1f}"
-        print(f"{one.form:8} {one.how:10} {times} {one.difference:11.1e}")
+        return 0
+    print(f"{experts} experts of {channels} channels, batch {batch} of {size}x{size}, bf16\n")
+    rows = [
+        (speed.form, speed.how, f"{speed.median_ms:.2f}", f"{speed.x_loop:.2f}", f"{speed.first_s:.1f}",
+         f"{speed.difference:.1e}")
+        for speed in speeds
+    ]  # fmt: skip
+    titles = ("form", "how", "ms", "x loop", "first s", "difference")
+    print(tabulate(rows, headers=titles, disable_numparse=True))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the input is wrong."""
+    return command.run(experts_command, arguments)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,26 @@ wall-clock milliseconds of one call with inputs and outputs in the host's memory
 """
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from torch import Tensor, nn
 
+from export.graph import read_onnx
+from export.metadata import Metadata, is_expertgrid_file, read_metadata
 from export.session import ORT_ERRORS, check_provider, open_session
 from export.to_onnx import PixelNet
-from model.checkpoint import Trained, parse_config
-from model.errors import InputError, invalid
+from model.errors import InputError
 from model.files import now
+from model.machine import device_name
 from model.registry import build
 
 Key = TypeVar("Key")
@@ -60,7 +62,7 @@ class LatencyRecord(BaseModel):
 
     file: str
     sha256: str
-    trial: str  # "" for a file that is not ours
+    trial: str  # "" for a file that expertgrid did not export
     model: str
     precision: str  # "" likewise
     pruned: bool
@@ -72,41 +74,59 @@ class LatencyRecord(BaseModel):
     latencies: list[Latency]
 
 
-def engines(
-    model: bytes, name: str, provider: str
-) -> tuple[dict[str, Callable[[np.ndarray], np.ndarray]], dict[str, str]]:
-    """What can run the model: ONNX Runtime on `provider` and, for a file of ours, PyTorch eager on the same device.
+def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[[np.ndarray], Any]], Metadata | None]:
+    """What can run the model: ONNX Runtime on `provider`; PyTorch eager on the same device too for an expertgrid file.
 
-    Returns functions from a batch of inputs to logits, by name, and the file's metadata. PyTorch's network is built
-    from the config in the metadata, with fresh weights: its speed does not depend on them. Raises InputError where the
-    file does not load or the provider is not there.
+    Returns functions from a batch of inputs to logits, by name, and the metadata of an expertgrid file. PyTorch's
+    network is built from the config in the metadata, with fresh weights: its speed does not depend on them. Raises
+    InputError where the file does not load or the provider is not there.
     """
     session = open_session(model, provider, name)
     given, made = session.get_inputs(), session.get_outputs()
     if len(given) != 1 or given[0].type not in DTYPES or any(not isinstance(size, int) for size in given[0].shape[1:]):
-        found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in given)
+        found = ", ".join(f"{value.name}: {value.type} {value.shape}" for value in given)
         raise InputError(
             f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}"
         )
     if not made:
         raise InputError(f"{name}: has no output")
-    metadata = session.get_modelmeta().custom_metadata_map
-    runs = {f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]}
-    if {"expertgrid.config", "expertgrid.input", "expertgrid.trained"} <= metadata.keys():
+    entries = session.get_modelmeta().custom_metadata_map
+    metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
+    runs: dict[str, Callable[[np.ndarray], Any]] = {
+        f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]
+    }
+    if metadata is not None:
         device = torch.device("cpu" if provider == "cpu" else "cuda")
-        runs[f"pytorch eager {device.type}"] = _eager(metadata, name, device)
+        runs[f"pytorch eager {device.type}"] = _eager(metadata, device)
     return runs, metadata
 
 
-def _eager(metadata: dict[str, str], name: str, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-    net = build(parse_config(metadata["expertgrid.config"], name)).eval()
-    if metadata["expertgrid.input"] == "uint8":
-        try:
-            trained = Trained.model_validate_json(metadata["expertgrid.trained"])
-        except ValidationError as error:
-            raise invalid(f"{name}: expertgrid.trained", error, Trained.model_fields) from None
-        net = PixelNet(net, trained.mean, trained.std).eval()
-    net = net.to(device)
+def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network of an expertgrid file with fresh weights, from the file's input to logits, in evaluation mode.
+
+    It computes in `dtype`. Its speed does not depend on its weights.
+    """
+    net = build(metadata.config)
+    if dtype != torch.float32:
+        net = nn.Sequential(Cast(dtype), net.to(dtype))
+    if metadata.input == "uint8":
+        net = PixelNet(net, metadata.trained.mean, metadata.trained.std)
+    return net.eval()
+
+
+class Cast(nn.Module):
+    """Images in another type."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW.to(self.dtype)
+
+
+def _eager(metadata: Metadata, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    net = untrained(metadata).to(device)
 
     @torch.inference_mode()
     def run(images: np.ndarray) -> np.ndarray:
@@ -154,20 +174,6 @@ def _warm_up(run: Callable[[], object]) -> int:
     return max(2, round(ROUND_S * done / (time.perf_counter() - started)))
 
 
-def read_onnx(path: Path) -> bytes:
-    """The content of an ONNX file. Raises InputError where there is none or it is not ONNX."""
-    try:
-        model = path.read_bytes()
-        graph = onnx.load_from_string(model).graph
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # protobuf's errors have no public type of their own
-        raise InputError(f"{path}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
-    if not graph.node:
-        raise InputError(f"{path}: not an ONNX file: there is no graph in it")
-    return model
-
-
 def measure(
     paths: Sequence[Path], provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0
 ) -> list[LatencyRecord]:
@@ -180,7 +186,7 @@ def measure(
     opened = [engines(model, str(path), provider) for path, model in zip(paths, models)]
     latencies: list[list[Latency]] = [[] for _ in paths]
     for batch in batches:
-        runs = {}
+        runs: dict[tuple[int, str], Callable[[], object]] = {}
         for i, (path, model, (engine_runs, _)) in enumerate(zip(paths, models, opened)):
             images = random_images(model, batch)
             for engine, run in engine_runs.items():
@@ -197,12 +203,12 @@ def measure(
         LatencyRecord(
             file=path.name,
             sha256=hashlib.sha256(model).hexdigest(),
-            trial=metadata.get("trial", ""),
-            model=metadata.get("preset", ""),
-            precision=metadata.get("expertgrid.precision", ""),
-            pruned="expertgrid.pruned" in metadata,
+            trial=metadata.trained.trial if metadata else "",
+            model=metadata.trained.model if metadata else "",
+            precision=metadata.precision if metadata else "",
+            pruned=metadata is not None and metadata.pruned is not None,
             provider=provider,
-            device=f"cpu ({platform.machine()})" if provider == "cpu" else torch.cuda.get_device_name(),
+            device=device_name(torch.device("cpu" if provider == "cpu" else "cuda")),
             threads=torch.get_num_threads(),
             versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
             finished=finished,
@@ -218,21 +224,21 @@ def rows(records: Sequence[LatencyRecord]) -> list[dict[str, object]]:
     Each engine's speed is given relative to PyTorch eager on the same file and batch size and, where there are several
     files, to ONNX Runtime on the first of them.
     """
-    first = {one.batch: one.p50_ms for one in records[0].latencies if one.engine.startswith("onnxruntime")}
-    shown = []
+    first = {found.batch: found.p50_ms for found in records[0].latencies if found.engine.startswith("onnxruntime")}
+    shown: list[dict[str, object]] = []
     for record in records:
-        eager = {one.batch: one.p50_ms for one in record.latencies if one.engine.startswith("pytorch")}
-        for one in record.latencies:
-            row = {
+        eager = {found.batch: found.p50_ms for found in record.latencies if found.engine.startswith("pytorch")}
+        for found in record.latencies:
+            row: dict[str, object] = {
                 "file": record.file,
-                "batch": one.batch,
-                "engine": one.engine,
-                "calls": one.calls,
-                "p50 ms": round(one.p50_ms, 3),
-                "p90 ms": round(one.p90_ms, 3),
-                "p99 ms": round(one.p99_ms, 3),
-                "images/s": round(one.images_per_s, 1),
-                "x eager": round(eager[one.batch] / one.p50_ms, 2) if one.batch in eager else None,
+                "batch": found.batch,
+                "engine": found.engine,
+                "calls": found.calls,
+                "p50 ms": round(found.p50_ms, 3),
+                "p90 ms": round(found.p90_ms, 3),
+                "p99 ms": round(found.p99_ms, 3),
+                "images/s": round(found.images_per_s, 1),
+                "x eager": round(eager[found.batch] / found.p50_ms, 2) if found.batch in eager else None,
             }
-            shown.append(row | ({"x first": round(first[one.batch] / one.p50_ms, 2)} if len(records) > 1 else {}))
+            shown.append(row | ({"x first": round(first[found.batch] / found.p50_ms, 2)} if len(records) > 1 else {}))
     return shown

@@ -14,7 +14,7 @@ SOME_BYTES = 2**27
 
 
 class Peaks(BaseModel):
-    """Rates of one device, each of the fastest of some calls: what stands in the way makes calls slower, never faster.
+    """Rates of one device, each of the fastest of some calls: a disturbance makes calls slower, never faster.
 
     A multiply-accumulate counts as two operations, a copied byte as two: one read, one written.
     """

@@ -12,16 +12,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel
+from torch import Tensor
 
-from bench.latency import Latency, random_images, read_onnx, take_turns
+from bench.latency import Latency, random_images, take_turns, untrained
 from bench.peaks import synchronise
+from export.graph import read_onnx
+from export.metadata import entries_of, read_metadata
 from export.session import ORT_ERRORS, open_session
-from export.to_onnx import PixelNet
-from model.checkpoint import Trained, parse_config
-from model.errors import InputError, invalid
-from model.registry import build
+from model.errors import InputError
 
 Call = Callable[[], object]
 
@@ -39,17 +38,6 @@ class NotMeasured(BaseModel):
     engine: str
     batch: int
     reason: str
-
-
-class Cast(nn.Module):
-    """Images in another type."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW.to(self.dtype)
 
 
 def bound(model: bytes, name: str, provider: str, images: np.ndarray, chosen: Mapping[str, str]) -> Call:
@@ -77,16 +65,11 @@ def bound(model: bytes, name: str, provider: str, images: np.ndarray, chosen: Ma
 @torch.inference_mode()
 def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.device) -> Call:
     """A call of PyTorch on the network that the file describes, in the file's precision; a CUDA graph on CUDA."""
-    metadata = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
-    if metadata.get("expertgrid.input") != "uint8":
-        raise InputError(f"{name}: is no file of ours that takes uint8 images")
-    try:
-        trained = Trained.model_validate_json(metadata["expertgrid.trained"])
-    except ValidationError as error:
-        raise invalid(f"{name}: expertgrid.trained", error, Trained.model_fields) from None
-    dtype = torch.float16 if metadata.get("expertgrid.precision") == "fp16" else torch.float32
-    inner = build(parse_config(metadata["expertgrid.config"], name)).to(dtype, memory_format=torch.channels_last)
-    net = PixelNet(nn.Sequential(Cast(dtype), inner), trained.mean, trained.std).eval().to(device)
+    metadata = read_metadata(entries_of(onnx.load_from_string(model)), name)
+    if metadata.input != "uint8":
+        raise InputError(f"{name}: takes normalised floats; a file with uint8 input is needed")
+    dtype = torch.float16 if metadata.precision == "fp16" else torch.float32
+    net = untrained(metadata, dtype).to(device).to(memory_format=torch.channels_last)
     pixels_BHWC = torch.from_numpy(images).to(device)
     if device.type != "cuda":
         return torch.inference_mode()(lambda: net(pixels_BHWC))
@@ -100,12 +83,11 @@ def pytorch_resident(model: bytes, name: str, images: np.ndarray, device: torch.
     with torch.cuda.graph(graph):
         logits_BN = net(pixels_BHWC)
 
-    def call() -> Tensor:
+    def call(replayed_from: object = (net, pixels_BHWC)) -> Tensor:  # kept: the graph has their addresses alone
         graph.replay()
         synchronise(device)
         return logits_BN
 
-    call.replayed_from = net, pixels_BHWC  # the graph has their addresses alone
     return call
 
 

@@ -4,7 +4,7 @@
 
 The floor is the fewest operations and bytes that a step of a network needs, whoever writes the kernels. Operations are
 those of the convolutions and matrix products, forwards and backwards, without the gradient of the images. Bytes are
-counted in bfloat16, as if each block were four passes over memory, because batch statistics part what could be one:
+counted in bfloat16, as if each block were four passes over memory, because batch statistics separate them:
 forwards the convolutions (reads the input, writes the experts' outputs, gathers statistics), then norm, activation and
 mix (reads these, writes the block's output); backwards the sums of the norm's gradient (reads the experts' outputs and
 the output's gradient), then all gradients (reads both again and the input, writes that of the input). A norm after the
@@ -12,13 +12,14 @@ mix needs one mixed map in place of the K outputs, and a block without norm none
 moments of AdamW are read and written once each in float32. Pooling, head and loss count as fused into their neighbours.
 """
 
-import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+import typer
 from pydantic import BaseModel
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -27,13 +28,16 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.training import bare_round, bare_step
+from ablations.training.step import training_step
+from bench import command
+from bench.training import bare_round, recipe_of
 from model.config import ModelConfig
 from model.errors import InputError, unknown
 from model.fast.compiled import blocks, compile_blocks
 from model.fast.cuda_graphs import Recorder
-from model.fast.execution import WORDS, Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.fast.memory import keep_freed_memory
+from model.machine import torch_device
 from model.net import ExpertBlock
 from model.presets import PRESETS, network
 from model.registry import build
@@ -52,7 +56,7 @@ class Floor(BaseModel):
 
 
 class Kernel(BaseModel):
-    """What one kernel takes of a step."""
+    """The time that a kernel takes in a step."""
 
     name: str
     launches: float  # a step
@@ -61,7 +65,7 @@ class Kernel(BaseModel):
 
 
 class StepProfile(BaseModel):
-    """A step of the bare loop, by kernel. On a CPU its operators stand for the kernels."""
+    """A training step on a batch that is ready, by kernel. On a CPU its operators stand for the kernels."""
 
     batch: int
     steps: int  # in a round, and profiled
@@ -101,78 +105,91 @@ def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
 
 
 class Agreement(BaseModel):
-    """The losses of the same steps in float32, taken in two ways."""
+    """The losses of the same steps in float32: eager, and with kernels, compiler or graphs."""
 
     means: str
-    plain: list[float]
+    eager: list[float]
     found: list[float]
-    largest: float  # difference, as a share of the plain loss
+    largest: float  # difference, as a share of the eager loss
 
 
-def agreement(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> Agreement:
-    """Trains plainly and with `means`, from the same weights on the same batches, in full float32.
+def agreement(
+    config: ModelConfig, batch: int, size: int, device: torch.device, means: ExecutionPlan, steps: int
+) -> Agreement:
+    """Trains eagerly and with `means`, from the same weights on the same batches, in full float32.
 
     Raises ValueError where the losses differ by more than `TOLERANCE`.
     """
-    allowed = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    conv = torch.backends.cudnn.conv  # ty: ignore[missing-attribute]  # PyTorch sets it when it loads the module
+    allowed = conv.fp32_precision
+    conv.fp32_precision = "ieee"
     try:
-        plain, found = (_losses(config, batch, size, device, one, steps) for one in (Means(), means))
+        eager, found = (_losses(config, batch, size, device, used, steps) for used in (ExecutionPlan(), means))
     finally:
-        torch.backends.cudnn.conv.fp32_precision = allowed
-    largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(plain, found)]).max().item()
-    if not largest <= TOLERANCE:  # which a NaN is not either
+        conv.fp32_precision = allowed
+    largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(eager, found)]).max().item()
+    if not largest <= TOLERANCE:  # also for NaN
         raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
-    return Agreement(means=str(means), plain=plain, found=found, largest=largest)
+    return Agreement(means=str(means), eager=eager, found=found, largest=largest)
 
 
-def _losses(config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int) -> list[float]:
+def _losses(
+    config: ModelConfig, batch: int, size: int, device: torch.device, means: ExecutionPlan, steps: int
+) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    net = build(config).to(device, memory_format=torch.channels_last).train()
+    net = build(config).to(device).to(memory_format=torch.channels_last).train()
     shape = steps, batch, config.in_chans, size, size
     x_SBCHW = torch.randn(shape, generator=generator).to(device)
     y_B = torch.arange(batch, device=device) % config.num_classes
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
     batches = [x_BCHW.contiguous(memory_format=torch.channels_last) for x_BCHW in x_SBCHW]
-    step = _prepared(net, optimizer, batches[0], means, False)
-    return [step(x_BCHW, y_B)[0].item() for x_BCHW in batches]
+    step = _prepared(net, optimizer, batches[0], means, bfloat16=False)
+    return [step(x_BCHW, y_B, y_B)[0].item() for x_BCHW in batches]
 
 
 def _prepared(
-    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: Means, bfloat16: bool
-) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """A bare step that uses `means`. Raises what kernels or compiler raise where they do not work."""
+    net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: ExecutionPlan, bfloat16: bool, smoothing: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """The training step with `means`. Raises what kernels or compiler raise where they do not work."""
     if means.kernels:
         from model.fast.kernels import use_kernels  # Triton is not everywhere
 
         use_kernels(net, [x_BCHW], bfloat16)
     if means.compile:
         compile_blocks(net, [x_BCHW], bfloat16)
-    step = bare_step(net, optimizer, bfloat16)
+    step = training_step(net, optimizer, bfloat16, smoothing)
     return partial(Recorder(optimizer, x_BCHW.device, strict=True), step) if means.graphs else step
 
 
 def profile_step(
-    config: ModelConfig, batch: int, size: int, device: torch.device, means: Means, steps: int, rounds: int
+    config: ModelConfig,
+    batch: int,
+    size: int,
+    device: torch.device,
+    means: ExecutionPlan,
+    steps: int,
+    rounds: int,
+    smoothing: float = 0.0,
 ) -> StepProfile:
-    """Times and profiles bare steps (AdamW, bfloat16, channels last) on one random batch of `size` x `size` images.
+    """Times and profiles training steps on one random batch of `size` x `size` images.
 
-    Raises what kernels, compiler or graphs raise where they do not work.
+    They are in AdamW, bfloat16 and channels last, with label `smoothing`. Raises what kernels, compiler or graphs raise
+    where they do not work.
     """
     keep_freed_memory()  # as training does
     torch.manual_seed(0)
-    net = build(config).to(device, memory_format=torch.channels_last).train()
+    net = build(config).to(device).to(memory_format=torch.channels_last).train()
     x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(
         memory_format=torch.channels_last
     )
     y_B = torch.arange(batch, device=device) % config.num_classes
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True, capturable=on_cuda)
-    step = _prepared(net, optimizer, x_BCHW, means, True)
+    step = _prepared(net, optimizer, x_BCHW, means, True, smoothing)
 
     def a_round() -> float:
-        return 1000 * bare_round(lambda: step(x_BCHW, y_B), steps, device) / steps
+        return 1000 * bare_round(lambda: step(x_BCHW, y_B, y_B), steps, device) / steps
 
     a_round()
     step_ms = [a_round() for _ in range(rounds)]
@@ -185,7 +202,7 @@ def profile_step(
         if event.device_type == kind and not event.is_user_annotation
     ]
     total = sum(us for _, _, us in found) or 1.0
-    longest = sorted(found, key=lambda one: -one[2])[:KERNELS]
+    longest = sorted(found, key=lambda kernel: -kernel[2])[:KERNELS]
     return StepProfile(
         batch=batch,
         steps=steps,
@@ -208,59 +225,71 @@ class MeasuredStep(StepProfile):
     agreement: Agreement
 
 
-def measure_step(asked: argparse.Namespace, device: torch.device, means: Means) -> MeasuredStep:
-    """What the command line asks. Raises InputError where the step cannot be taken so, or its losses are wrong."""
-    config = network(asked.preset)
+def measure_step(
+    preset: str,
+    device: torch.device,
+    means: ExecutionPlan,
+    batch: int = 128,
+    size: int = 32,
+    width: float = 1.0,
+    steps: int = 20,
+    rounds: int = 5,
+    agreeing: int = 10,
+) -> MeasuredStep:
+    """Measures the step of a preset, with all channels times `width`, on `batch` images of `size` x `size` pixels.
+
+    It is timed in `rounds` rounds of `steps` steps, and the losses of `agreeing` steps are compared with eager ones.
+    Raises InputError where the step cannot be taken so, or its losses are wrong.
+    """
+    ExecutionOptions.requiring(means).check(device)
+    config = network(preset)
     if not isinstance(config, ModelConfig):
-        raise unknown("preset", asked.preset, PRESETS)
-    config = vary(config, "width", asked.width)
+        raise unknown("preset", preset, PRESETS)
+    config, smoothing = vary(config, "width", width), recipe_of(preset).smoothing
     try:
-        config.output_size(asked.size, asked.size)
-        agreed = agreement(config, asked.batch, asked.size, device, means, asked.agreeing)
-        profiled = profile_step(config, asked.batch, asked.size, device, means, asked.steps, asked.rounds)
+        config.output_size(size, size)
+        agreed = agreement(config, batch, size, device, means, agreeing)
+        profiled = profile_step(config, batch, size, device, means, steps, rounds, smoothing)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{asked.preset}, {means}: {str(error).splitlines()[0]}") from error
-    least = floor(config, asked.batch, asked.size, asked.size)
-    return MeasuredStep(**dict(profiled), model=asked.preset, floor=least, agreement=agreed)
+        raise InputError(f"{preset}, {means}: {str(error).splitlines()[0]}") from error
+    least = floor(config, batch, size, size)
+    return MeasuredStep(**dict(profiled), model=preset, floor=least, agreement=agreed)
 
 
-def main() -> int:
-    """Exit status: 0 done, 2 the input is wrong or the step is."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
-    parser.add_argument("preset")
-    for name in WORDS:
-        parser.add_argument(f"--{name}", action="store_true", help=f"with {WORDS[name]}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
-    parser.add_argument("--width", type=float, default=1.0, help="all channels times this")
-    parser.add_argument("--steps", type=int, default=20, help="in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--agreeing", type=int, default=10, help="steps whose losses are compared with plain ones")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
-    asked = parser.parse_args()
-    if min(asked.batch, asked.size, asked.steps, asked.rounds, asked.agreeing) < 1:
-        parser.error("sizes and counts are from 1")
-    execution = Execution(**{name: "on" if getattr(asked, name) else "off" for name in WORDS})
-    try:
-        device = torch.device(asked.device)
-        execution.check(device)
-        found = measure_step(asked, device, Means(**{name: getattr(asked, name) for name in WORDS}))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if asked.format == "json":
+def step_command(
+    preset: Annotated[str, typer.Argument(help="A network.")],
+    kernels: Annotated[bool, typer.Option("--kernels", help="With fused Triton kernels.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="As CUDA graphs.")] = False,
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
+    size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 32,
+    width: Annotated[float, typer.Option(min=0.001, help="All channels times this.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    agreeing: Annotated[int, typer.Option(min=1, help="Steps compared with eager ones.")] = 10,
+    format: Annotated[Literal["text", "json"], typer.Option(help="text or json.")] = "text",
+) -> int:
+    """Measure one training step of a network, by kernel."""
+    means = ExecutionPlan(kernels=kernels, compile=compile, graphs=graphs)
+    found = measure_step(preset, torch_device(device), means, batch, size, width, steps, rounds, agreeing)
+    if format == "json":
         print(found.model_dump_json(indent=1))
         return 0
     print(
         f"{found.model}, batch {found.batch}, bf16, {found.means}: {statistics.median(found.step_ms):.3f} ms a step, "
         f"kernels for {found.busy_ms:.3f} ms of it, {found.launches:.0f} launches.\n"
         f"At the least {found.floor.flops / 1e9:,.1f} GFLOP and {found.floor.bytes / 1e9:,.3f} GB. Losses differ from "
-        f"those of plain steps, both in float32, by {found.agreement.largest:.1e} at most.\n"
+        f"those of eager steps, both in float32, by {found.agreement.largest:.1e} at most.\n"
     )
-    rows = [(one.name[:60], round(one.launches, 1), round(one.us, 1), f"{one.share:.1%}") for one in found.kernels]
+    rows = [(k.name[:60], round(k.launches, 1), round(k.us, 1), f"{k.share:.1%}") for k in found.kernels]
     print(tabulate(rows, headers=("kernel", "launches a step", "us a step", "share"), disable_numparse=True))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the input is wrong or the step is."""
+    return command.run(step_command, arguments)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,43 @@
-"""Training throughput: our loop beside the plain way to train the same network, and beside bare steps.
+"""Training throughput: expertgrid's loop beside a PyTorch baseline of the same network, and beside bare steps.
 
-The plain way is what a good tutorial has: an eager network in float32 and PyTorch's default memory layout, whose blocks
-stack their experts' outputs and sum them with their weights; PIL images through torchvision's transforms in a
-`DataLoader` with as many worker processes as there are cores, kept between epochs, with pinned memory on CUDA; the
-recipe's optimiser as PyTorch has it by default, and its label smoothing, without a schedule. Of the recipe's
-augmentation it has the crop, the flip and Cutout; what else there is, only our loop has to do. Nothing is done to slow
-it down: TF32 stays as PyTorch has it, batches are copied without waiting, the loss is not read, and before the clock
-of a round starts its workers run and its first batch was there. What they prepared beyond that while others had their
-turn is dropped, or short rounds would get their images for nothing.
-
-All take turns in short rounds, so that a change of the machine's speed hits all of them; the plain way in a process of
-its own, as our training has its process keep the memory that it frees (`model.fast.memory`).
+The baseline is that of `bench.baseline`. Bare steps are the loop's own training step (`ablations.training.step`) on one
+batch that is ready on the device: the loop's overhead is its time over theirs. All are measured in short rounds, in
+turns, so that a change of the machine's speed hits all of them.
 """
 
-import copy
-import itertools
-import multiprocessing
 import os
-import random
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from pydantic import BaseModel
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision import transforms
 
-from bench.peaks import Peaks, synchronise
-from model.fast.execution import Means
-from model.net import ExpertBlock
+from ablations.engines import prepare
+from ablations.study import check_fit
+from ablations.training.augment import augment
+from ablations.training.data import ImageData
+from ablations.training.loop import Training, TrainingError, start, train, uses_bfloat16
+from ablations.training.optimise import make_optimizer
+from ablations.training.recipe import RECIPES, Recipe
+from ablations.training.splits import Splits
+from ablations.training.step import training_step
+from ablations.training.trial import Trial
+from bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
+from bench.peaks import Peaks, measure_peaks, synchronise
+from model.cost import cost
+from model.errors import InputError
+from model.fast.execution import ExecutionOptions, ExecutionPlan
+from model.machine import device_name, usable_cores
+from model.presets import network
 
-PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
+Key = TypeVar("Key")
+
+CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on; the others validate
+SIZE = 32  # height and width of the images, in pixels
 
 
 class TrainingSpeed(BaseModel):
@@ -51,71 +50,140 @@ class TrainingSpeed(BaseModel):
     batch: int
     steps: int  # in a round
     rounds: int
-    bfloat16: bool  # of our loop and of the bare steps
+    bfloat16: bool  # of the loop and of the bare steps
     kernels: bool  # likewise
     compiled: bool
     graphs: bool
     compile_seconds: float  # of kernels or blocks, before the first round
     images_per_s: float
     bare_images_per_s: float
-    plain_images_per_s: float
-    ratio: float  # median over the rounds of our images/s over the plain way's
+    baseline_images_per_s: float
+    ratio: float  # median over the rounds of the loop's images/s over the baseline's
     overhead_percent: float  # median over the rounds of loop / bare - 1
-    peak_memory_bytes: int | None  # of our loop, in its first round
+    peak_memory_bytes: int | None  # of the loop, in its first round
     peak_memory_is: str
     macs: int  # multiply-accumulates of one image's forward pass
     peaks: Peaks
-    device_peak_flops: float  # of the peaks, that of the type which our loop computes in
-    peak_share: float  # of it that our loop uses, where a step takes the work of three forward passes
-    plain_workers: int
+    device_peak_flops: float  # of the peaks, that of the type that the loop computes in
+    peak_share: float  # the share of it that the loop uses; a step is the work of three forward passes
+    baseline_workers: int
     loop_s: list[float]
     bare_s: list[float]
-    plain_s: list[float]
+    baseline_s: list[float]
 
     @classmethod
-    def of(cls, loop_s: list[float], bare_s: list[float], plain_s: list[float], **known: object) -> "TrainingSpeed":
+    def of(cls, loop_s: list[float], bare_s: list[float], baseline_s: list[float], **known: Any) -> "TrainingSpeed":
         """The speeds that follow from the seconds of each round; `known` are the other fields."""
         images = known["batch"] * known["steps"]
-        rate, bare_rate, plain_rate = (images / statistics.median(times) for times in (loop_s, bare_s, plain_s))
+        rate, bare_rate, baseline_rate = (images / statistics.median(times) for times in (loop_s, bare_s, baseline_s))
         peaks = known["peaks"]
         peak = peaks.bf16_flops if known["bfloat16"] else peaks.fp32_flops
         return cls(
             **known,
             images_per_s=rate,
             bare_images_per_s=bare_rate,
-            plain_images_per_s=plain_rate,
-            ratio=statistics.median(plain / loop for plain, loop in zip(plain_s, loop_s)),
+            baseline_images_per_s=baseline_rate,
+            ratio=statistics.median(baseline / loop for baseline, loop in zip(baseline_s, loop_s)),
             overhead_percent=100 * (statistics.median(loop / bare for loop, bare in zip(loop_s, bare_s)) - 1),
             device_peak_flops=peak,
             peak_share=3 * 2 * known["macs"] * rate / peak,
             rounds=len(loop_s),
             loop_s=loop_s,
             bare_s=bare_s,
-            plain_s=plain_s,
+            baseline_s=baseline_s,
         )
 
 
-def in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def measure_training(
+    preset: str,
+    batch: int,
+    steps: int | None,
+    rounds: int,
+    device: torch.device,
+    execution: ExecutionOptions,
+    notice: Callable[[str], object] = lambda text: None,
+) -> TrainingSpeed:
+    """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
+
+    `steps` is 2, or 100 on CUDA, where it is None. What `execution` leaves to expertgrid is chosen as for a whole
+    training on 45,000 images; what does not work is left out, and `notice` is told. Raises InputError for a preset that
+    does not exist or does not take the images, and for what was asked for and does not work.
+    """
+    execution.check(device)
+    steps = steps or (100 if device.type == "cuda" else 2)
+    config = network(preset)
+    named = recipe_of(preset)
+    whole = named.epochs * (CIFAR_TRAIN // batch)
+    execution, without = execution.usable([execution.plan(config, whole, device)], device)
+    fields: dict[str, Any] = dict(named)
+    fields |= {"batch_size": batch, "epochs": rounds + 2, "small_size": 0, "small_share": None}  # all at full size
+    recipe = Recipe(**fields)
+    images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
+    splits = Splits.undivided(images, device)
+    check_fit(preset, config, images.channels, images.image_size, images.name)
+    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
+    training, bare = start(trial, splits), start(trial, splits)
+    try:
+        prepared, _ = (prepare(trial, splits, made, execution, whole) for made in (training, bare))
+    except TrainingError as error:
+        raise InputError(str(error)) from error
+    for text in (*without, *prepared.without):
+        notice(f"measured without {text}")
+    epochs = train(trial, splits, training)
+    memory, memory_is = peak_memory(device, lambda: next(epochs))
+    with baseline_of(trial, splits, steps) as baseline_round:
+        bare_step = bare_step_of(trial, splits, bare)
+        ways = {
+            "loop": lambda: next(epochs).train_seconds,
+            "bare": lambda: bare_round(bare_step, steps, device),
+            "baseline": baseline_round,
+        }
+        in_turns(ways, 1)
+        seconds = in_turns(ways, rounds)
+    return TrainingSpeed.of(
+        seconds["loop"], seconds["bare"], seconds["baseline"],
+        model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
+        batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.means.kernels,
+        compiled=prepared.means.compile, graphs=training.recorded, compile_seconds=prepared.seconds,
+        peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1],
+        peaks=measure_peaks(device), baseline_workers=usable_cores(),
+    )  # fmt: skip
+
+
+def recipe_of(preset: str) -> Recipe:
+    """The recipe of a preset's report, or `fast` for a network without one."""
+    return RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
+
+
+def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
+    """The training step of a trial on its first batch, augmented once; a CUDA graph where the training has those."""
+    recipe, device, batch = trial.recipe, splits.device, trial.recipe.batch_size
+    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
+    x_BCHW = augment(recipe, splits.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
+    y_B = splits.train.labels_B[:batch]
+    step = training_step(training.net.train(), training.optimizer, uses_bfloat16(recipe, device), recipe.smoothing)
+    return partial(step if training.recorder is None else partial(training.recorder, step), x_BCHW, y_B, y_B)
+
+
+def baseline_of(trial: Trial, splits: Splits, steps: int) -> AbstractContextManager[Callable[[], float]]:
+    """`baseline_rounds` of a trial's network, from its initial weights, on its images."""
+    recipe, device = trial.recipe, splits.device
+    net = textbook(start(trial, splits).net.to("cpu").to(memory_format=torch.contiguous_format))
+    augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
+    transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
+    pil_images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
+    return baseline_rounds(
+        net, partial(make_optimizer, recipe), pil_images, recipe.batch_size, steps, recipe.smoothing, device
+    )
+
+
+def in_turns(ways: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """The seconds that each way returns, `rounds` times, in turns whose order is reversed each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[Key, list[float]] = {name: [] for name in ways}
     for i in range(rounds):
         for name in list(ways)[:: 1 if i % 2 else -1]:
             seconds[name].append(ways[name]())
     return seconds
-
-
-def bare_step(net: nn.Module, optimizer: Optimizer, bfloat16: bool) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
-    """A function that goes forwards and backwards on a batch and its classes, steps, and returns the loss."""
-
-    def step(x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor]:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = F.cross_entropy(net(x_BCHW), y_B)
-        loss.backward()
-        optimizer.step()
-        return (loss.detach(),)
-
-    return step
 
 
 def bare_round(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -148,198 +216,18 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | 
     return (getrusage(RUSAGE_SELF).ru_maxrss - before) * unit, "growth of the process's largest resident set"
 
 
-class TextbookBlock(nn.Module):
-    """An expert block as one writes it down: all experts' outputs stacked, weighted, and summed."""
-
-    def __init__(self, block: ExpertBlock):
-        super().__init__()
-        self.experts, self.gate, self.norm_act = block.experts, block.gate, block.norm_act
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        outputs_BKCHW = torch.stack([expert(x_BCHW) for expert in self.experts], dim=1)
-        if self.gate is None:
-            return self.norm_act(outputs_BKCHW[:, 0])
-        return self.norm_act((self.gate(x_BCHW)[:, :, None, None, None] * outputs_BKCHW).sum(1))
-
-
-def textbook(net: nn.Module) -> nn.Module:
-    """`net` itself, with a `TextbookBlock` of the same weights in place of each expert block."""
-    for name, child in net.named_children():
-        setattr(net, name, TextbookBlock(child) if isinstance(child, ExpertBlock) else textbook(child))
-    return net
-
-
-class Cutout:
-    """A square of `size` pixels of an image (C, H, W) set to zero, its centre anywhere in the image."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, x_CHW: Tensor) -> Tensor:
-        top, left = (random.randrange(pixels) - self.size // 2 for pixels in x_CHW.shape[1:])
-        x_CHW[:, max(0, top) : max(0, top + self.size), max(0, left) : max(0, left + self.size)] = 0
-        return x_CHW
-
-
-def plain_transform(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    image_size: tuple[int, int],
-    crop_padding: int = 0,
-    hflip: float = 0.0,
-    cutout: int = 0,
-) -> Callable[[Image.Image], Tensor]:
-    """torchvision's transforms of a PIL image, in their usual order; those which are 0 are left out."""
-    return transforms.Compose(
-        [
-            *[transforms.RandomCrop(image_size, padding=crop_padding)] * bool(crop_padding),
-            *[transforms.RandomHorizontalFlip(hflip)] * bool(hflip),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-            *[Cutout(cutout)] * bool(cutout),
-        ]
-    )
-
-
-class PlainImages(Dataset):
-    """Images (B, H, W, C) of uint8 as PIL images through a transform, with their labels: torchvision's CIFAR10."""
-
-    def __init__(self, pixels_BHWC: Tensor, labels_B: Tensor, transform: Callable[[Image.Image], Tensor]):
-        pixels_BHWC = pixels_BHWC.squeeze(3) if pixels_BHWC.shape[3] == 1 else pixels_BHWC
-        self.pixels, self.labels, self.transform = pixels_BHWC.cpu().numpy(), labels_B.tolist(), transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
-
-
-def plain_workers() -> int:
-    """As many worker processes as there are cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def plain_rounds(
-    net: nn.Module,
-    optimizer: Callable[[nn.Module], Optimizer],
-    images: PlainImages,
-    batch: int,
-    steps: int,
-    smoothing: float,
-    device: torch.device,
-) -> Iterator[Callable[[], float]]:
-    """A function that trains `net` (on the CPU) the plain way for `steps` steps and returns their seconds.
-
-    It trains in a process of its own, as our training changes how its process allocates memory. That process and its
-    workers run until the context is left. Errors of the training are raised here.
-    """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    work = (net, optimizer, images, batch, steps, smoothing, device, torch.get_num_threads())
-    process = context.Process(target=_train_plainly, args=(there, *work))
-    process.start()
-    there.close()
-
-    def run() -> float:
-        try:
-            here.send(None)
-            answer = here.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise RuntimeError(f"the process that trains the plain way ended with status {process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    try:
-        yield run
-    finally:
-        here.close()
-        process.join()
-
-
-def _train_plainly(asked: Connection, *work: object) -> None:
-    """Trains a round each time that something arrives, and answers with its seconds or its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    with asked, suppress(EOFError):
-        rounds = _plain_rounds(*work)
-        while True:
-            asked.recv()
-            try:
-                answer = next(rounds)
-            except Exception as error:
-                answer = error
-            asked.send(answer)
-
-
-def _plain_rounds(
-    net: nn.Module,
-    optimizer: Callable[[nn.Module], Optimizer],
-    images: PlainImages,
-    batch: int,
-    steps: int,
-    smoothing: float,
-    device: torch.device,
-    threads: int,
-) -> Iterator[float]:
-    """Trains a round for each `next`, and yields its seconds.
-
-    One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
-    PyTorch takes by itself.
-    """
-    torch.set_num_threads(threads)
-    net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
-    stepper = optimizer(net)
-    for group in stepper.param_groups:
-        group |= {name: plain for name, plain in (("fused", None), ("capturable", False)) if name in group}
-    workers = plain_workers()
-    loader = DataLoader(
-        images,
-        batch,
-        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
-        num_workers=workers,
-        multiprocessing_context=multiprocessing.get_all_start_methods()[0],  # the system's default; here it is spawn
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=PREFETCHED,
-    )
-    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    batches = iter(loader)
-    while True:
-        for _ in range(workers * PREFETCHED + 1):
-            next(batches)
-        synchronise(device)
-        started = time.perf_counter()
-        for x_BCHW, y_B in itertools.islice(batches, steps):
-            x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
-            plain_step(net, stepper, criterion, x_BCHW, y_B)
-        synchronise(device)
-        yield time.perf_counter() - started
-
-
-def plain_step(net: nn.Module, optimizer: Optimizer, criterion: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """One step of the textbook; returns its loss."""
-    optimizer.zero_grad()
-    loss = criterion(net(x_BCHW), y_B)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
 def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
-    """The three ways as the rows of a table, with their speeds relative to the plain way."""
+    """The three ways to train as the rows of a table, with their speeds relative to the PyTorch baseline."""
     rates = {
         "expertgrid": (speed.images_per_s, speed.ratio),
         "bare steps on one batch": (
             speed.bare_images_per_s,
-            statistics.median(plain / bare for plain, bare in zip(speed.plain_s, speed.bare_s)),
+            statistics.median(baseline / bare for baseline, bare in zip(speed.baseline_s, speed.bare_s)),
         ),
-        "the plain way": (speed.plain_images_per_s, 1.0),
+        "PyTorch baseline": (speed.baseline_images_per_s, 1.0),
     }
     return [
-        {"training": name, "images/s": round(rate, 1), "x plain": round(ratio, 2)}
+        {"training": name, "images/s": round(rate, 1), "x baseline": round(ratio, 2)}
         for name, (rate, ratio) in rates.items()
     ]
 
@@ -347,7 +235,7 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
 def notes(speed: TrainingSpeed) -> list[str]:
     """What a reader of the table must know, in sentences."""
     peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
-    how = str(Means(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
+    how = str(ExecutionPlan(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
     how += f" (compiled in {speed.compile_seconds:.1f} s before the clock started)" * bool(speed.compile_seconds)
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [
@@ -355,7 +243,7 @@ def notes(speed: TrainingSpeed) -> list[str]:
         f"of {speed.rounds} rounds of {speed.steps} steps, in turns.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
-        f"the plain way: fp32, eager, experts stacked, torchvision transforms in {speed.plain_workers} worker "
+        f"PyTorch baseline: fp32, eager, experts stacked, torchvision transforms in {speed.baseline_workers} worker "
         "processes.",
         f"Memory at most: {memory}{speed.peak_memory_is}.",
         f"{speed.macs:,} MACs an image; the device multiplies matrices at {peaks.bf16_flops / 1e12:,.2f} TFLOP/s in "

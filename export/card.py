@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from export.certificate import Certificate
 from export.graph import Description
+from export.metadata import Metadata, read_metadata
 from model.errors import InputError
 
 JPEG_COPIES = "cifar10-jpeg"
@@ -37,20 +38,16 @@ def card(
     `table_row` is the titles and texts of the network's row in its study's table, with intervals. `latency` is the rows
     of `expertgrid bench`, empty where nothing was measured. Raises InputError for a file without expertgrid's metadata.
     """
-    about = file.metadata
-    missing = [key for key in ("expertgrid.input", "preset", "trial", "classes", "image_size") if key not in about]
-    if missing:
-        raise InputError(
-            f"{file.name}: its metadata has no {missing[0]!r}; cards are of models that expertgrid exported"
-        )
-    classes, (height, width) = json.loads(about["classes"]), json.loads(about["image_size"])
+    metadata = read_metadata(file.metadata, file.name)
+    trained = metadata.trained
+    classes, (height, width) = trained.classes, trained.image_size
     name = PurePath(file.name).name
     sections = [
-        f"# {escaped(about['preset'])} on {escaped(data_name)}",
+        f"# {escaped(trained.model)} on {escaped(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
-        f"{escaped(name)}. Its weights are those of the trial {escaped(about['trial'])}.",
+        f"{escaped(name)}. Its weights are those of the trial {escaped(trained.trial)}.",
         "## The network",
-        _facts({"Preset or timm model": about["preset"]} | dict(network)),
+        _facts({"Preset or timm model": trained.model} | dict(network)),
         "## What it was trained on",
         _facts({"Data": data_name} | dict(data)),
         "## How it was trained",
@@ -60,12 +57,12 @@ def card(
         "## Latency",
         _latency(latency, name),
         "## The file",
-        _file(file),
+        _file(file, metadata),
         f"Classes, in the order of the logits: {_listed(classes)}.",
         "## Agreement with PyTorch",
         _agreement(certificate),
         "## How to use it",
-        usage(file),
+        usage(file, metadata),
         "## Limits",
         _limits(height, width, len(classes), data_name),
     ]
@@ -125,7 +122,7 @@ def _fenced(code: str, language: str) -> str:
     return f"{fence}{language}\n{code}\n{fence}"
 
 
-def _file(file: Description) -> str:
+def _file(file: Description, metadata: Metadata) -> str:
     wants = {
         "uint8": "raw pixels from 0 to 255, in the order batch, height, width, channels; the file normalises them",
         "float": "pixels from 0 to 1, less the mean and divided by the standard deviation of each channel (both in the "
@@ -133,7 +130,7 @@ def _file(file: Description) -> str:
     }
     facts = {
         "Input": ", ".join(map(str, file.inputs)),
-        "Input holds": wants[file.metadata["expertgrid.input"]],
+        "Input holds": wants[metadata.input],
         "Output": ", ".join(map(str, file.outputs)),
         "Output holds": "logits, one for each class, before any softmax",
         "Size": f"{file.file_bytes:,} bytes, {file.parameters:,} numbers in its tensors",
@@ -160,12 +157,12 @@ def _agreement(certificate: Certificate) -> str:
     return f"{verdict} with the network that was trained, on the test split.\n\n{_facts(facts)}"
 
 
-def usage(file: Description) -> str:
+def usage(file: Description, metadata: Metadata) -> str:
     """A block of Python code that classifies `image.png` with the file, both in the working directory."""
-    height, width = json.loads(file.metadata["image_size"])
+    height, width = metadata.trained.image_size
     given, made = file.inputs[0], file.outputs[0]
-    is_uint8 = file.metadata["expertgrid.input"] == "uint8"
-    channels = given.shape[3 if is_uint8 else 1]
+    is_uint8 = metadata.input == "uint8"
+    channels = "?" if given.shape is None else given.shape[3 if is_uint8 else 1]
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise InputError(
@@ -176,14 +173,14 @@ def usage(file: Description) -> str:
         "",
         "import numpy as np",
         "import onnxruntime",
-        "from PIL import Image, ImageOps",
+        "from PIL import Image",
         "",
         f"session = onnxruntime.InferenceSession({PurePath(file.name).name!r}, providers=['CPUExecutionProvider'])",
         "about = session.get_modelmeta().custom_metadata_map",
         "classes = json.loads(about['classes'])",
         "",
         f"image = Image.open('image.png').convert({mode!r})",
-        f"image = ImageOps.fit(image, ({width}, {height}))  # scaled, and cut to this width and height",
+        *_resizing(height, width),
         f"images = np.asarray(image).reshape(1, {height}, {width}, {channels})  # batch, height, width, channels",
     ]
     if not is_uint8:
@@ -199,11 +196,24 @@ def usage(file: Description) -> str:
     return _fenced("\n".join(lines), "python")
 
 
+def _resizing(height: int, width: int) -> list[str]:
+    """Code that does to `image` what `model.pixels.fitted` does: its shorter side is resized, its centre is cropped."""
+    if height == width:
+        resized = f"[side * {width} // min(image.size) for side in image.size]"
+    else:
+        resized = f"[round(side / min(image.width / {width}, image.height / {height})) for side in image.size]"
+    return [
+        f"image = image.resize({resized}, Image.Resampling.BICUBIC)",
+        f"left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)",
+        f"image = image.crop((left, top, left + {width}, top + {height}))",
+    ]
+
+
 def _limits(height: int, width: int, classes: int, data_name: str) -> str:
     name = escaped(data_name)
     limits = [
-        f"It was trained on images of {height}x{width} pixels. Others have to be brought to that size first, and what "
-        "it makes of those was not measured.",
+        f"It was trained on images of {height}x{width} pixels. The code above brings others to that size, as the "
+        "evaluation of training data of another size does.",
         f"It knows {classes:,} classes, and gives one of them to any image, also to one that shows something else.",
         "The softmax of its logits adds up to 1, but was not calibrated: 0.9 does not mean right in nine of ten cases.",
         f"Accuracies are of the test split of {name}. Nothing is claimed for other data.",

@@ -1,27 +1,28 @@
 """Networks rewritten for inference: the same logits from fewer and faster operators.
 
 Each rewrite is a pure function from the parts of a block to the parts of an equal block, and says when it is exact.
-`prune_gates` is apart from them: it changes the function.
 
 Shapes: B images, K experts, C channels in, O channels out, H x W pixels, k x k the largest kernel.
 """
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.config import Block, Layer, Residual
 from model.errors import unknown
 from model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
 
 # Speed of a block with merged kernels, relative to the unfused block, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
 LEAST_SAVING = 3.0
+
+Scaled = TypeVar("Scaled", nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Parts:
     Without a gate the experts are summed as they are.
     """
 
-    name: str
     convs: tuple[nn.Conv2d, ...]
     norms: tuple[nn.BatchNorm2d, ...]  # one for each expert, or none
     inner_act: bool
@@ -48,19 +48,20 @@ class Parts:
         return not self.inner_act and not self.norms
 
 
-def take_apart(name: str, block: ExpertBlock) -> Parts:
+def take_apart(block: ExpertBlock) -> Parts:
     """The parts of a block in eval mode, copied."""
     block = copy.deepcopy(block).eval()
-    norms = tuple(expert.norm for expert in block.experts if hasattr(expert, "norm"))
-    after = isinstance(block.norm_act, nn.Sequential)
+    experts = block.typed_experts()
+    norms = tuple(expert.norm for expert in experts if hasattr(expert, "norm"))
+    after = block.norm_act[0] if isinstance(block.norm_act, nn.Sequential) else None
+    assert after is None or isinstance(after, nn.BatchNorm2d)  # so ExpertBlock builds it
     return Parts(
-        name=name,
-        convs=tuple(expert.conv for expert in block.experts),
+        convs=tuple(expert.conv for expert in experts),
         norms=norms,
         inner_act=bool(norms),
         gate=block.gate,
-        norm=block.norm_act[0] if after else None,
-        act=after,
+        norm=after,
+        act=after is not None,
     )
 
 
@@ -84,8 +85,14 @@ def constant_weights(gate: Gate) -> Tensor | None:
         return torch.softmax(gate.logits_K.detach() / gate.temperature, dim=0)
     if gate.mlp is None:
         return torch.full((gate.experts,), 1 / gate.experts)
-    last = gate.mlp[-1]
+    last = _last_layer(gate.mlp)
     return None if last.weight.any() else torch.softmax(last.bias.detach() / gate.temperature, dim=0)
+
+
+def _last_layer(mlp: nn.Sequential) -> nn.Linear:
+    last = mlp[-1]
+    assert isinstance(last, nn.Linear)  # so Gate builds it
+    return last
 
 
 def fold_constant_gate(parts: Parts) -> Parts:
@@ -109,43 +116,34 @@ def fold_constant_gate(parts: Parts) -> Parts:
 
 def fold_temperature(parts: Parts) -> Parts:
     """The gate's temperature folded into its last linear layer. Always exact: (W x + b) / t = (W / t) x + b / t."""
-    if parts.gate is None or parts.gate.mlp is None:
-        return parts
     gate = copy.deepcopy(parts.gate)
-    gate.mlp[-1] = scaled(gate.mlp[-1], 1 / gate.temperature)
+    if gate is None or gate.mlp is None:
+        return parts
+    gate.mlp[-1] = scaled(_last_layer(gate.mlp), 1 / gate.temperature)
     gate.temperature = 1.0
     return replace(parts, gate=gate)
 
 
 def merge_kernels(parts: Parts) -> Parts:
-    """The experts' kernels mixed before the convolution: one kernel per image.
+    """The experts' kernels mixed before the convolution: one kernel for each image.
 
-    Exact where the experts are linear, as conv(x, W) is linear in W. Raises ValueError for a block where they are not.
-    """
-    if parts.gate is None:
-        return parts
-    if not parts.linear:
-        raise ValueError(f"{parts.name}: its experts are not linear before the mix, so their kernels cannot be merged")
-    return replace(parts, one_kernel=True)
-
-
-def merge_kernels_where_faster(parts: Parts) -> Parts:
-    """`merge_kernels` where it is exact and the merged convolution is at most 1 / `LEAST_SAVING` of the experts' work.
-
-    The merged one is a matrix product of patches, which does less of the peak than a convolution with fixed weights,
-    and it computes the rows that a stride then drops.
+    Exact where the experts are linear, as conv(x, W) is linear in W. Applied where it is exact and faster: where the
+    merged convolution is at most 1 / `LEAST_SAVING` of the experts' work. It is a matrix product of patches, which
+    reaches less of the device's peak than a convolution with fixed weights, and it computes the rows that a stride then
+    drops.
     """
     kernels = [conv.kernel_size[0] for conv in parts.convs]
     merged = max(kernels) ** 2 * parts.convs[0].stride[0]
     if parts.gate is None or not parts.linear or sum(kernel**2 for kernel in kernels) < LEAST_SAVING * merged:
         return parts
-    return merge_kernels(parts)
+    return replace(parts, one_kernel=True)
 
 
 def one_conv_per_size(parts: Parts) -> Parts:
     """The experts of one kernel size as one convolution with the channels of all of them.
 
-    Always exact. Left as it is: a block without gate, whose plain sum is faster apart, and one that still has norms.
+    Always exact. A block without gate is left as it is, as separate convolutions are faster there, and so is a block
+    that still has norms.
     """
     return replace(parts, one_conv=parts.gate is not None and not parts.norms)
 
@@ -155,18 +153,15 @@ def sum_by_matmul(parts: Parts) -> Parts:
     return replace(parts, matmul=parts.gate is not None)
 
 
-ALL: dict[str, Callable[[Parts], Parts]] = {
+REWRITES: dict[str, Callable[[Parts], Parts]] = {
     "batch_norm": fold_norms,
     "constant_gate": fold_constant_gate,
     "temperature": fold_temperature,
-    "one_kernel": merge_kernels_where_faster,
-    "one_kernel_everywhere": merge_kernels,
+    "one_kernel": merge_kernels,
     "one_conv": one_conv_per_size,
     "matmul": sum_by_matmul,
 }
 """The rewrites by name, in the order in which they are applied."""
-
-REWRITES = tuple(name for name in ALL if name != "one_kernel_everywhere")
 
 
 def bias_of(conv: nn.Conv2d) -> Tensor:
@@ -179,7 +174,7 @@ def padded(weight_OCkk: Tensor, kernel: int) -> Tensor:
     return F.pad(weight_OCkk.detach(), [(kernel - weight_OCkk.shape[-1]) // 2] * 4)
 
 
-def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, int]) -> nn.Conv2d:
+def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, ...]) -> nn.Conv2d:
     """The convolution with these weights that keeps the image size but for its stride."""
     out_chs, in_chs, kernel, _ = weight_OCkk.shape
     conv = nn.utils.skip_init(nn.Conv2d, in_chs, out_chs, kernel, stride, kernel // 2)
@@ -187,7 +182,7 @@ def conv_of(weight_OCkk: Tensor, bias_O: Tensor, stride: tuple[int, int]) -> nn.
     return conv
 
 
-def scaled(layer: nn.Module, factor: Tensor | float) -> nn.Module:
+def scaled(layer: Scaled, factor: Tensor | float) -> Scaled:
     """A copy of a convolution, linear layer or batch norm whose output is `factor` times as large."""
     layer = copy.deepcopy(layer)
     with torch.no_grad():
@@ -225,7 +220,9 @@ def mix_of(parts: Parts) -> nn.Module:
     experts = [nn.Sequential(conv, norm, act) for conv, norm in zip(convs, norms)]
     if parts.gate is None:
         return PlainSum(experts)
-    return (MatmulSum if parts.matmul else LoopSum)(experts, len(parts.convs))
+    if parts.matmul:
+        return MatmulSum(experts, len(parts.convs))
+    return LoopSum(experts, parts.convs[0].out_channels)
 
 
 def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
@@ -237,7 +234,7 @@ def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
 class PlainSum(nn.Module):
     """The sum of experts: (B, C, H, W) to (B, O, H, W)."""
 
-    def __init__(self, experts: list[nn.Module]):
+    def __init__(self, experts: Sequence[nn.Module]):
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
@@ -249,15 +246,15 @@ class PlainSum(nn.Module):
 
 
 class LoopSum(nn.Module):
-    """The weighted sum of experts, one after the other. A module may hold several experts, as blocks of channels."""
+    """The weighted sum of experts, one after the other. A module may hold several, as blocks of `channels` channels."""
 
-    def __init__(self, experts: list[nn.Module], count: int):
+    def __init__(self, experts: Sequence[nn.Module], channels: int):
         super().__init__()
         self.experts = nn.ModuleList(experts)
-        self.channels = sum(expert[0].out_channels for expert in experts) // count
+        self.channels = channels
 
     def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
-        outputs = [one for expert in self.experts for one in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
+        outputs = [out for expert in self.experts for out in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
         gate_KB111 = gate_BK.T[:, :, None, None, None]
         mix_BOHW = gate_KB111[0] * outputs[0]
         for gate_B111, output_BOHW in zip(gate_KB111[1:], outputs[1:]):
@@ -268,7 +265,7 @@ class LoopSum(nn.Module):
 class MatmulSum(nn.Module):
     """The weighted sum of experts as a matrix product. A module may hold several experts, as blocks of channels."""
 
-    def __init__(self, experts: list[nn.Module], count: int):
+    def __init__(self, experts: Sequence[nn.Module], count: int):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.count = count
@@ -308,40 +305,39 @@ class MergedConv(nn.Module):
         return mix_BOHW
 
 
-def fuse(net: nn.Module, rewrites: Collection[str] = REWRITES) -> nn.Module:
+def fuse(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.Module:
     """A network in eval mode with the same logits (B, N) from fewer and faster operators; `net` is left as it is.
 
-    `rewrites` names those of `ALL` that are applied. Its weights have other names and shapes than those of `net`: it
-    is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
+    `rewrites` names those of `REWRITES` that are applied. Its weights have other names and shapes than those of `net`:
+    it is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
     any network is a batch norm directly after a convolution, which ONNX Runtime folds itself when it loads the file.
-    Raises InputError for an unknown rewrite, and ValueError, with the block's name, where "one_kernel_everywhere" is
-    asked for and a block's experts are not linear.
+    Raises InputError for an unknown rewrite.
     """
     for name in rewrites:
-        if name not in ALL:
-            raise unknown("rewrite", name, ALL)
+        if name not in REWRITES:
+            raise unknown("rewrite", name, REWRITES)
     fused = copy.deepcopy(net).eval()
-    return _fuse_layers(fused, rewrites, "").eval() if isinstance(fused, ExpertNet) else fused
+    return _fuse_layers(fused, rewrites).eval() if isinstance(fused, ExpertNet) else fused
 
 
-def _fuse_layers(module: nn.Module, rewrites: Collection[str], prefix: str) -> nn.Module:
+def _fuse_layers(module: nn.Module, rewrites: Collection[str]) -> nn.Module:
     """The module with the blocks and convolutions below it replaced."""
     for name, layer in module.named_children():
         if isinstance(layer, ExpertBlock):
-            parts = take_apart(prefix + name, layer)
-            for rewrite in (ALL[one] for one in ALL if one in rewrites):
+            parts = take_apart(layer)
+            for rewrite in (REWRITES[name] for name in REWRITES if name in rewrites):
                 parts = rewrite(parts)
             setattr(module, name, FusedBlock(parts))
         elif isinstance(layer, ConvNormAct):
             if "batch_norm" in rewrites:
                 setattr(module, name, fold_norm(layer))
         else:
-            _fuse_layers(layer, rewrites, f"{prefix}{name}.")
+            _fuse_layers(layer, rewrites)
     return module
 
 
 def fold_norm(layer: ConvNormAct) -> nn.Sequential:
-    """A plain convolution in eval mode with its batch norm, where it has one, folded into it.
+    """A convolution layer in eval mode with its batch norm, where it has one, folded into the convolution.
 
     Always exact where norm follows convolution. Where max pooling is between them it is exact for scales that are not
     negative, as the maximum of a growing function is at the same place; a layer with a negative scale is left as it is.
@@ -353,81 +349,3 @@ def fold_norm(layer: ConvNormAct) -> nn.Sequential:
     if (layer.norm.weight < 0).any():
         return layer
     return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.pool, layer.act)
-
-
-@torch.no_grad()
-def gate_weights(net: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The weights (B, K) of each block's gate for inputs (B, C, H, W), by the block's name; `net` in its own mode."""
-    weights: dict[str, Tensor] = {}
-
-    def keep(block: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        return lambda gate, inputs, gate_BK: weights.update({block: gate_BK})
-
-    gates = [(name.removesuffix(".gate"), module) for name, module in net.named_modules() if isinstance(module, Gate)]
-    handles = [gate.register_forward_hook(keep(block)) for block, gate in gates]
-    try:
-        net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return weights
-
-
-def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) -> tuple[ExpertNet, list[str]]:
-    """A network without the experts whose gate weight stays under `threshold`: this CHANGES the function.
-
-    `gates_max` has the largest weights (K,) that were seen, by the block's name, for the blocks that are pruned: the
-    maximum of `gate_weights` over the validation images. The softmax over the experts that are left renormalises
-    their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
-    Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
-    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
-    """
-    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    blocks = {name.removesuffix(".gate"): gate for name, gate in net.named_modules() if isinstance(gate, Gate)}
-    dropped: list[str] = []
-    kept: dict[str, list[int]] = {}
-    for name, max_K in gates_max.items():
-        if name not in blocks or max_K.shape != (blocks[name].experts,):
-            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
-        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
-        kept[name] = stay_K.nonzero().flatten().tolist()
-        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in kept[name]]
-        weights = _without_experts(weights, f"{name}.", kept[name], blocks[name])
-    config = net.config.change(layers=_kept_layers(net.config.layers, kept, "layers."))
-    with torch.device("meta"):  # no memory, and no numbers drawn
-        pruned = ExpertNet(config)
-    pruned.load_state_dict(weights, assign=True)
-    return pruned.train(net.training), dropped
-
-
-def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
-    """A state dict in which the block with the prefix `block` has the experts `kept` only."""
-    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
-    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
-    left = {}
-    for name, tensor in weights.items():
-        if name.startswith(f"{block}experts."):
-            expert = ".".join(name.removeprefix(block).split(".")[:2])
-            if f"{block}{expert}." not in place:
-                continue
-            name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
-        elif name.startswith(f"{block}gate."):
-            if len(kept) == 1:
-                continue
-            tensor = tensor[kept] if name.startswith(last) else tensor
-        elif name.startswith(f"{block}norm_act.0.") and len(kept) == 1:  # the norm after one expert is its own
-            name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
-        left[name] = tensor
-    return left
-
-
-def _kept_layers(layers: tuple[Layer, ...], kept: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
-    """The configs of layers in which the blocks named in `kept` have those experts only."""
-    changed = []
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Residual):
-            layer = Residual(layers=_kept_layers(layer.layers, kept, f"{prefix}{i}.layers."))
-        elif isinstance(layer, Block) and f"{prefix}{i}" in kept:
-            layer = Block(**{**dict(layer), "kernels": tuple(layer.kernels[k] for k in kept[f"{prefix}{i}"])})
-        changed.append(layer)
-    return tuple(changed)

@@ -7,6 +7,7 @@ metadata are kept.
 
 import tempfile
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from onnxruntime.quantization import (
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from export.certificate import onnx_logits
+from export.compare import onnx_logits
 from export.session import open_session
 from export.to_onnx import INPUT, NAME_SCOPES
 from model.errors import InputError, unknown
@@ -41,82 +42,73 @@ class PrecisionError(RuntimeError):
     """A model that fails its check even with all of it in float32."""
 
 
-def to_fp16(model: bytes, keep: Collection[str] = ()) -> bytes:
-    """The model with weights and computation in float16; its input and output keep their types.
+class Reduction:
+    """A model that is to be reduced to float16 or int8, and the ranges of its values on some images.
 
-    The nodes named in `keep` stay in float32, and values between two of them do not pass through float16. Raises
-    InputError for a name that is not in the model.
+    `images`, in the form of the model's input, give the smallest and largest value of each tensor. Raises InputError
+    where there is no image.
     """
-    original = _parse(model, keep)
-    return _finish(_fp16(original, keep), original)
 
+    def __init__(self, model: bytes, precision: Reduced, images: np.ndarray):
+        if len(images) == 0:
+            raise InputError("calibration: at least one image is needed, found none")
+        self.original, self.precision = _parse(model), precision
+        operators = {node.op_type for node in self.original.graph.node} if precision == "fp16" else QUANTIZED
+        self.ranges = _ranges(self.original, images, operators)
 
-def to_int8(model: bytes, calibration: np.ndarray, keep: Collection[str] = ()) -> bytes:
-    """The model with int8 weights, one scale for each output channel, and uint8 activations.
+    def model(self, keep: Collection[str] = ()) -> bytes:
+        """The reduced model; the nodes named in `keep` stay in float32.
 
-    The activations' ranges are the smallest and largest values that `calibration`, images in the form of the model's
-    input, gives. The nodes named in `keep` stay in float32. Raises InputError where there are no images, and for a
-    name that is not in the model.
-    """
-    original = _parse(model, keep)
-    return _finish(_int8(original, _ranges(original, _some(calibration), QUANTIZED), keep), original)
+        Float16: weights and computation in float16; input and output keep their types, and values between two nodes in
+        float32 do not pass through float16. int8: int8 weights, with a scale for each output channel, and uint8
+        activations. Raises InputError for a name that is not in the model.
+        """
+        names = [node.name for node in self.original.graph.node]
+        for name in keep:
+            if name not in names:
+                raise unknown("node", name, names)
+        reduce = _fp16 if self.precision == "fp16" else partial(_int8, ranges=self.ranges)
+        return _finish(reduce(self.original, keep=keep), self.original)
 
 
 def lowered(
-    model: bytes,
-    precision: Reduced,
-    calibration: np.ndarray | None,
-    check: Callable[[bytes], bool],
+    model: bytes, precision: Reduced, calibration: np.ndarray, check: Callable[[bytes], bool]
 ) -> tuple[bytes, list[str]]:
     """The model in lower precision with as much in float32 as `check` demands, and the names of the nodes that are.
 
     For fp16, all that `calibration` takes beyond float16's range stays in float32 from the start: ONNX Runtime on a CPU
     computes in float32 between float16 weights, so that a check there would not see it. Where `check` is false, groups
     of nodes are added, those first that change the logits most when they alone are reduced, in growing steps until
-    `check` is true. `calibration` is as in `to_int8`, and its first images also serve to rank the groups; for fp16 it
-    may be None, and random images serve. Raises PrecisionError where `check` is false with all in float32 too, and
-    InputError as `to_int8` does.
+    `check` is true. `calibration` is the images of `Reduction`, and its first images also serve to rank the groups.
+    Raises PrecisionError where `check` is false with all in float32 too, and InputError as `Reduction` does.
     """
-    original = _parse(model)
-    if precision == "fp16":
-        images = _random_images(original) if calibration is None else _some(calibration)
-        ranges = _ranges(original, images, {node.op_type for node in original.graph.node})
-    else:
-        images = _some(calibration)
-        ranges = _ranges(original, images, QUANTIZED)
-
-    def reduce(keep: Collection[str]) -> bytes:
-        return _finish(_fp16(original, keep) if precision == "fp16" else _int8(original, ranges, keep), original)
-
+    reduction = Reduction(model, precision, calibration)
+    original = reduction.original
     groups = _groups(original, precision)
-    beyond = [precision == "fp16" and _beyond_fp16(original, ranges, group) for group in groups]
+    beyond = [precision == "fp16" and _beyond_fp16(original, reduction.ranges, group) for group in groups]
     ranked, count = sorted(range(len(groups)), key=lambda i: not beyond[i]), sum(beyond)
     measured = False
     while True:
         keep = [name for i in sorted(ranked[:count]) for name in groups[i]]
-        reduced = reduce(keep)
+        reduced = reduction.model(keep)
         if check(reduced):
             return reduced, keep
         if count >= len(groups):
             raise PrecisionError(f"{precision}: the check fails even with all {len(keep)} nodes in float32")
         count = max(1, 2 * count)
         if not measured:
-            errors = np.where(beyond, np.inf, _errors(model, images[:BATCH], groups, reduce))
+            errors = np.where(beyond, np.inf, _errors(model, calibration[:BATCH], groups, reduction.model))
             ranked = sorted(range(len(groups)), key=lambda i: -errors[i])
             count, measured = max(count, int(np.isinf(errors).sum())), True
 
 
-def _parse(model: bytes, keep: Collection[str] = ()) -> onnx.ModelProto:
+def _parse(model: bytes) -> onnx.ModelProto:
     """The model with the types and shapes of all tensors."""
     parsed = onnx.shape_inference.infer_shapes(onnx.load_from_string(model), check_type=True, strict_mode=True)
     weights = {weight.name for weight in parsed.graph.initializer}
     others = [value for value in parsed.graph.value_info if value.name not in weights]  # float16.py takes all for casts
     del parsed.graph.value_info[:]
     parsed.graph.value_info.extend(others)
-    names = [node.name for node in parsed.graph.node]
-    for name in keep:
-        if name not in names:
-            raise unknown("node", name, names)
     return parsed
 
 
@@ -159,7 +151,7 @@ def _fp16(original: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
 
 
 def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
-    return node.op_type == "Cast" and next(one.i for one in node.attribute if one.name == "to") == kind
+    return node.op_type == "Cast" and next(given.i for given in node.attribute if given.name == "to") == kind
 
 
 class _Batches(CalibrationDataReader):
@@ -168,28 +160,23 @@ class _Batches(CalibrationDataReader):
     def __init__(self, images: np.ndarray):
         self.parts = iter(images[i : i + BATCH] for i in range(0, len(images), BATCH))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    # ty: ONNX Runtime declares a dict, and stops at None
+    def get_next(self) -> dict[str, np.ndarray] | None:  # ty: ignore[incompatible-method-override]
         part = next(self.parts, None)
         return None if part is None else {INPUT: part}
-
-
-def _some(calibration: np.ndarray | None) -> np.ndarray:
-    if calibration is None or len(calibration) == 0:
-        raise InputError("calibration: at least one image is needed, found none")
-    return calibration
 
 
 def _ranges(original: onnx.ModelProto, images: np.ndarray, operators: Collection[str]) -> TensorsData:
     """The smallest and the largest value over all images of each float tensor that these operators read or write."""
     with tempfile.TemporaryDirectory(prefix="expertgrid-") as directory:
-        path, watched = Path(directory, "model.onnx"), Path(directory, "watched.onnx")
+        path, augmented = Path(directory, "model.onnx"), Path(directory, "augmented.onnx")
         onnx.save(original, path)
-        calibrator = create_calibrator(path, list(operators), str(watched), CalibrationMethod.MinMax)
+        calibrator = create_calibrator(path, list(operators), str(augmented), CalibrationMethod.MinMax)
         calibrator.collect_data(_Batches(images))
         return calibrator.compute_data()
 
 
-def _int8(original: onnx.ModelProto, ranges: TensorsData, keep: Collection[str]) -> onnx.ModelProto:
+def _int8(original: onnx.ModelProto, keep: Collection[str], ranges: TensorsData) -> onnx.ModelProto:
     """uint8 activations and int8 weights: the only pair that ONNX Runtime has fast convolutions for on x86."""
     quantizer = QDQQuantizer(
         _copy(original),
@@ -235,9 +222,9 @@ def _beyond_fp16(original: onnx.ModelProto, ranges: TensorsData, group: Collecti
     nodes = [node for node in original.graph.node if node.name in group]
     names = {name for node in nodes for name in (*node.input, *node.output)}
     values = [ranges[name].range_value for name in names & set(ranges.keys())]
-    floats = (one for one in original.graph.initializer if one.data_type == onnx.TensorProto.FLOAT)
-    weights = [onnx.numpy_helper.to_array(one) for one in floats if one.name in names]
-    return not all(np.abs(one).max(initial=0) < LARGEST for one in (*values, *weights) if one is not None)
+    floats = (held for held in original.graph.initializer if held.data_type == onnx.TensorProto.FLOAT)
+    weights = [onnx.numpy_helper.to_array(held) for held in floats if held.name in names]
+    return not all(np.abs(array).max(initial=0) < LARGEST for array in (*values, *weights) if array is not None)
 
 
 def _errors(
@@ -255,13 +242,3 @@ def _errors(
 
 def _logits(model: bytes, images: np.ndarray) -> np.ndarray:
     return onnx_logits(open_session(model, "cpu", "the model in lower precision"), images, BATCH).astype(np.float64)
-
-
-def _random_images(original: onnx.ModelProto) -> np.ndarray:
-    """A batch in the form of the model's input: uint8, or floats of mean 0 and variance 1."""
-    tensor = original.graph.input[0].type.tensor_type
-    shape = (BATCH, *(dim.dim_value for dim in tensor.shape.dim[1:]))
-    rng = np.random.default_rng(0)
-    if tensor.elem_type == onnx.TensorProto.UINT8:
-        return rng.integers(256, size=shape, dtype=np.uint8)
-    return rng.standard_normal(shape, dtype=np.float32)

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
+import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
 from model.errors import InputError, unknown
 
@@ -53,7 +55,7 @@ def open_session(
             onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
-    options.log_severity_level = 4  # what it has to say is in the errors below
+    options.log_severity_level = 4  # the errors below say it
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(
@@ -67,3 +69,10 @@ def open_session(
         reason = reason if torch.cuda.is_available() else "there is no CUDA device"
         raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session
+
+
+def run(
+    session: onnxruntime.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """The outputs of a network, which are all tensors. ONNX has sparse ones, lists and maps too: hence the cast."""
+    return cast(list[np.ndarray], session.run(outputs, inputs))

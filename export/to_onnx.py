@@ -2,11 +2,9 @@
 
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections.abc import Collection
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -14,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from export.fuse import fuse
-from model.checkpoint import Checkpoint
+from export.metadata import Input, Metadata
+from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.net import Gate
-
-Input = Literal["uint8", "float"]
+from model.gates import gates, recorded_gates
+from model.pixels import normalise
 
 INPUT, LOGITS, PROBABILITIES, GATES = "images", "logits", "probabilities", "gates"
 OUTPUTS = (LOGITS, PROBABILITIES, GATES)
@@ -26,17 +24,19 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # in a node's metadata: the modules 
 
 
 class PixelNet(nn.Module):
-    """A network with the way from raw pixels to its input in front: (B, H, W, C) uint8 to logits (B, N)."""
+    """A network behind its normalisation of raw pixels: (B, H, W, C) uint8 to logits (B, N)."""
+
+    mean_C: Tensor
+    std_C: Tensor
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.net = net
-        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std_C11", torch.tensor(std)[:, None, None])
+        self.register_buffer("mean_C", torch.tensor(mean))
+        self.register_buffer("std_C", torch.tensor(std))
 
     def forward(self, pixels_BHWC: Tensor) -> Tensor:
-        x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255
-        return self.net((x_BCHW - self.mean_C11) / self.std_C11)
+        return self.net(normalise(pixels_BHWC.permute(0, 3, 1, 2), self.mean_C, self.std_C))
 
 
 class WithOutputs(nn.Module):
@@ -46,16 +46,13 @@ class WithOutputs(nn.Module):
         super().__init__()
         self.net = net
         self.outputs = outputs
-        self.gates: list[Tensor] = []
-        for module in net.modules():
-            if isinstance(module, Gate):
-                module.register_forward_hook(lambda _, __, gate_BK: self.gates.append(gate_BK))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        self.gates.clear()
-        logits_BN = self.net(images)
+        with recorded_gates(self.net) as weights:
+            logits_BN = self.net(images)
         probabilities = (logits_BN.softmax(1),) if PROBABILITIES in self.outputs else ()
-        return logits_BN, *probabilities, *(self.gates if GATES in self.outputs else ())
+        weights_BK = [gate_BK for (gate_BK,) in weights.values()] if GATES in self.outputs else []
+        return logits_BN, *probabilities, *weights_BK
 
 
 def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) -> nn.Module:
@@ -64,7 +61,7 @@ def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) 
     `rewrites` are those of `export.fuse`. Raises InputError for a network whose logits depend on the whole batch.
     """
     net = checkpoint.network()
-    if any(isinstance(module, Gate) and module.shuffled for module in net.modules()):
+    if any(gate.shuffled for gate in gates(net).values()):
         raise InputError(
             f"{checkpoint.trained.model}: its gates are shuffled, so that an image's logits depend on others"
         )
@@ -76,8 +73,13 @@ def as_input(pixels_BHWC: np.ndarray, checkpoint: Checkpoint, kind: Input) -> np
     """uint8 images in the form that `served` takes."""
     if kind == "uint8":
         return pixels_BHWC
-    mean, std = (np.array(values, dtype=np.float32) for values in (checkpoint.trained.mean, checkpoint.trained.std))
-    return np.ascontiguousarray(((pixels_BHWC.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
+    return normalised(pixels_BHWC, checkpoint.trained)
+
+
+def normalised(pixels_BHWC: np.ndarray, trained: Trained) -> np.ndarray:
+    """uint8 images (B, H, W, C) as the floats (B, C, H, W) that a network trained so takes."""
+    pixels_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
+    return normalise(pixels_BCHW, torch.tensor(trained.mean), torch.tensor(trained.std)).contiguous().numpy()
 
 
 def example(checkpoint: Checkpoint, kind: Input, batch: int) -> Tensor:
@@ -100,9 +102,8 @@ def to_onnx(
     exporter of PyTorch cannot translate the network.
     """
     module = served(checkpoint, kind, rewrites)
-    blocks = [name.removeprefix("net.") for name, part in module.named_modules() if isinstance(part, Gate)]
-    gates = [f"{GATES}.{name.removesuffix('.gate')}" for name in blocks]
-    names = [LOGITS, *([PROBABILITIES] if PROBABILITIES in outputs else []), *(gates if GATES in outputs else [])]
+    weights = [f"{GATES}.{block.removeprefix('net.')}" for block in gates(module)] if GATES in outputs else []
+    names = [LOGITS, *([PROBABILITIES] if PROBABILITIES in outputs else []), *weights]
     if len(names) > 1:
         module = WithOutputs(module, outputs).eval()
     notices = io.StringIO()
@@ -122,27 +123,13 @@ def to_onnx(
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{checkpoint.trained.model}: PyTorch cannot export it: {reason}") from error
+    assert program is not None  # it is None only for the old exporter, without dynamo
     model = program.model_proto
-    onnx.helper.set_model_props(model, _metadata(checkpoint, kind))
+    metadata = Metadata(input=kind, config=checkpoint.config, trained=checkpoint.trained)
+    onnx.helper.set_model_props(model, metadata.entries())
     for node in model.graph.node:  # the exporter notes stack traces too, with the paths of this machine
         scopes = [prop for prop in node.metadata_props if prop.key == NAME_SCOPES]
         del node.metadata_props[:]
         node.metadata_props.extend(scopes)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
-
-
-def _metadata(checkpoint: Checkpoint, kind: Input) -> dict[str, str]:
-    trained = checkpoint.trained
-    return {
-        "expertgrid.input": kind,
-        "expertgrid.config": checkpoint.config.model_dump_json(),
-        "expertgrid.trained": trained.model_dump_json(),
-        "preset": trained.model,
-        "trial": trained.trial,
-        "data": trained.data,
-        "classes": json.dumps(trained.classes),
-        "mean": json.dumps(trained.mean),
-        "std": json.dumps(trained.std),
-        "image_size": json.dumps(trained.image_size),
-    }

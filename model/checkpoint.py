@@ -1,39 +1,51 @@
-"""Checkpoints: safetensors weights with the network's config in the file's metadata. Nothing is ever unpickled."""
+"""Checkpoints: safetensors files of the weights, with the network's config in the metadata. Nothing is unpickled."""
 
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from model.config import ModelConfig, Network, TimmModel
 from model.errors import InputError, invalid
+from model.pixels import RESIZE
 from model.registry import build
 
-FORMAT = "expertgrid-1"
+FORMAT = "expertgrid-2"
 
 
 class Trained(BaseModel):
-    """What a network was trained on and by: all that its pixels need before they enter it, and where it comes from."""
+    """What a network was trained on, and how an image becomes its input. It holds no path of the machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trial: str  # the trial's id
     model: str  # the preset or timm model that the config comes from
-    data: str  # the source as it was given
+    data: str  # the name of the data set
+    fingerprint: str  # of its pixels, labels and splits
     classes: tuple[str, ...]
     image_size: tuple[int, int]  # height, width
+    resize: str = RESIZE  # how an image of another size is brought to `image_size`
     mean: tuple[float, ...]  # of pixels from 0 to 1, one for each channel
     std: tuple[float, ...]
+
+    @field_validator("resize")
+    @classmethod
+    def _as_in_evaluation(cls, resize: str) -> str:
+        if resize != RESIZE:
+            raise ValueError(f"accepted: {RESIZE!r}")
+        return resize
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network at rest."""
+    """A trained network: its config, its weights by name, and what it was trained on."""
 
     config: Network
     trained: Trained
@@ -46,25 +58,43 @@ class Checkpoint:
         return net.eval()
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """The content of the file. Equal networks give equal bytes."""
         about = {"format": FORMAT, "config": self.config.model_dump_json(), "trained": self.trained.model_dump_json()}
-        return save({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, about)
+        return _sorted(save({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, about))
+
+
+def _sorted(file: bytes) -> bytes:
+    """A safetensors file with its header's keys in order: safetensors itself writes metadata in a random order.
+
+    A file is the length of its header (8 bytes, little-endian), the header (JSON), and the tensors, which begin at a
+    multiple of 8 bytes.
+    """
+    (length,) = struct.unpack_from("<Q", file)
+    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + file[8 + length :]
 
 
 def parse_config(text: str, where: str) -> Network:
-    """A network's config from JSON. Raises InputError, naming `where`, for one that describes no network."""
+    """A network's config from JSON. Raises InputError, naming `where`, for text that describes no network."""
     try:
         fields = json.loads(text)
         kind = TimmModel if isinstance(fields, dict) and "timm" in fields else ModelConfig
-        return kind.model_validate(fields)
+        config = kind.model_validate(fields)
     except json.JSONDecodeError:
         raise InputError(f"{where}: the network's config is not JSON") from None
     except ValidationError as error:
         raise invalid(f"{where}: config", error) from None
+    if isinstance(config, TimmModel) and not timm.is_model(config.timm):
+        raise InputError(f"{where}: model {config.timm!r}: unknown to timm; --import MODULE registers networks")
+    return config
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint. Raises InputError for a file that is none or damaged, or whose weights fit another config."""
+    """Reads a checkpoint.
+
+    Raises InputError for a file that is missing, damaged or no checkpoint, and for weights that do not fit the config.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}

@@ -7,7 +7,7 @@ A block runs K convolution experts on the same input and mixes their outputs wit
 `model.net` builds the modules. This file imports no torch, so a plan or a table is read without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -19,7 +19,9 @@ def _odd(kernel: int) -> int:
     return kernel
 
 
-Count = Annotated[int, Field(ge=1, le=4096, strict=True)]
+WIDEST = 4096  # channels or hidden units of a layer
+
+Count = Annotated[int, Field(ge=1, le=WIDEST, strict=True)]
 Kernel = Annotated[int, Field(ge=1, le=15, strict=True), AfterValidator(_odd)]
 Stride = Annotated[int, Field(ge=1, le=4, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -59,6 +61,10 @@ class LayerSpec(Spec):
     def blocks(self) -> Iterator["Block"]:
         """The expert blocks in this layer, in order."""
         return iter(())
+
+    def map_blocks(self, change: Callable[["Block"], "Block"]) -> Self:
+        """This layer with `change` applied to each of its expert blocks."""
+        return self
 
     def resolved(self, channels: int) -> Self:
         """This layer after `channels` channels: each gate's `reduction` is written as `hidden`."""
@@ -206,6 +212,9 @@ class Block(LayerSpec):
     def blocks(self) -> Iterator["Block"]:
         yield self
 
+    def map_blocks(self, change: Callable[["Block"], "Block"]) -> "Block":
+        return change(self)
+
     def resolved(self, channels: int) -> "Block":
         if self.gate is None or self.gate.reduction is None:
             return self
@@ -246,9 +255,16 @@ class Residual(LayerSpec):
             reduction *= layer.reduction
         return reduction
 
+    def has_projection(self, channels: int) -> bool:
+        """Whether the input, of `channels` channels, needs a 1x1 convolution to have the shape of the output."""
+        return self.out_channels(channels) != channels or self.reduction > 1
+
     def blocks(self) -> Iterator[Block]:
         for layer in self.layers:
             yield from layer.blocks()
+
+    def map_blocks(self, change: Callable[[Block], Block]) -> "Residual":
+        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
 
     def resolved(self, channels: int) -> "Residual":
         return self.change(layers=_resolved(self.layers, channels))
@@ -340,6 +356,14 @@ class ModelConfig(Spec):
         """Every expert block, macro blocks opened, in order."""
         for layer in self.layers:
             yield from layer.blocks()
+
+    def map_blocks(self, change: Callable[[Block], Block]) -> "ModelConfig":
+        """This network with `change` applied to each expert block."""
+        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
+
+    def feature_layers(self) -> list[int]:
+        """The positions of the layers that have weights: their outputs are the features that timm's interface gives."""
+        return [i for i, layer in enumerate(self.layers) if layer.has_weights]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the feature map before the head. Raises ValueError where a layer is left no pixel."""

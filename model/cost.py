@@ -1,16 +1,117 @@
-"""What a network costs."""
+"""What a network costs: its parameters, and the multiply-accumulates of one image.
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+Parameters are the values that training changes. Fixed values are buffers and do not count: the filters of a whitening
+stem, the weights of norms without scale, frozen gates.
 
-from model.config import Network
-from model.registry import build
+Multiply-accumulates are those of convolutions and linear layers, as PyTorch's `FlopCounterMode` counts them (two
+operations each). The cost of a `ModelConfig` is worked out from the config alone, without torch.
+"""
+
+from collections.abc import Iterable
+
+from model.config import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Network, NormConfig, Residual, Whiten
+
+Size = tuple[int, int]  # height and width
+Cost = tuple[int, int]  # parameters and multiply-accumulates
 
 
-def cost(config: Network, height: int, width: int) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one image's forward pass (of convolutions and matrix products)."""
+def cost(config: Network, height: int, width: int) -> Cost:
+    """Parameters, and multiply-accumulates of the forward pass of one image of `height` x `width` pixels.
+
+    Raises ValueError where a layer is left no pixel. A model of timm is built on torch's "meta" device and counted.
+    """
+    if not isinstance(config, ModelConfig):
+        return _counted(config, height, width)
+    config.output_size(height, width)  # raises ValueError for images that are too small
+    channels, size, costs = config.in_chans, (height, width), []
+    for layer in config.layers:
+        costs.append(_layer(layer, channels, size, config.norm))
+        channels, size = layer.out_channels(channels), _after(layer, size)
+    return _sum([*costs, _head(config.head, channels, config.num_classes)])
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    parameters, macs = zip(*costs)
+    return sum(parameters), sum(macs)
+
+
+def _after(layer: Layer, size: Size) -> Size:
+    return layer.out_pixels(size[0]), layer.out_pixels(size[1])
+
+
+def _conv(in_chs: int, out_chs: int, kernel: int, out: Size, bias: bool) -> Cost:
+    weights = in_chs * out_chs * kernel**2
+    return weights + bias * out_chs, weights * out[0] * out[1]
+
+
+def _linear(sizes: tuple[int, ...]) -> Cost:
+    """Linear layers with bias, from the first of `sizes` to the last."""
+    weights = sum(a * b for a, b in zip(sizes, sizes[1:]))
+    return weights + sum(sizes[1:]), weights
+
+
+def _norm(channels: int, norm: NormConfig) -> Cost:
+    return channels * (1 + norm.scale), 0
+
+
+def _layer(layer: Layer, in_chs: int, size: Size, norm: NormConfig) -> Cost:
+    match layer:
+        case Whiten():
+            out_chs = layer.out_channels(in_chs)
+            _, macs = _conv(in_chs, out_chs, layer.kernel, _after(layer, size), bias=True)
+            return out_chs, macs  # of the stem only the bias is trained
+        case Conv():
+            out = layer.conv_pixels(size[0]), layer.conv_pixels(size[1])
+            conv = _conv(in_chs, layer.channels, layer.kernel, out, bias=not layer.norm_act)
+            return _sum([conv, _norm(layer.channels, norm)]) if layer.norm_act else conv
+        case Block():
+            return _block(layer, in_chs, size, norm)
+        case Residual():
+            return _macro_block(layer, in_chs, size, norm)
+        case _:
+            return 0, 0  # pooling, dropout
+
+
+def _block(block: Block, in_chs: int, size: Size, norm: NormConfig) -> Cost:
+    out, bias = _after(block, size), block.norm_act == "none"
+    norms = {"expert": len(block.kernels), "mix": 1, "none": 0}[block.norm_act]
+    experts = [_conv(in_chs, block.channels, kernel, out, bias) for kernel in block.kernels]
+    return _sum([*experts, *[_norm(block.channels, norm)] * norms, _gate(block.gate, in_chs, len(block.kernels))])
+
+
+def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:
+    if gate is None or gate.kind == "uniform":
+        return 0, 0
+    if gate.kind == "constant":
+        return experts, 0
+    parameters, macs = _linear((in_chs, *gate.hidden, experts))
+    return (0 if gate.frozen else parameters), macs
+
+
+def _macro_block(macro: Residual, in_chs: int, size: Size, norm: NormConfig) -> Cost:
+    channels, inner, costs = in_chs, size, []
+    for layer in macro.layers:
+        costs.append(_layer(layer, channels, inner, norm))
+        channels, inner = layer.out_channels(channels), _after(layer, inner)
+    if macro.has_projection(in_chs):
+        costs.append(_conv(in_chs, channels, 1, inner, bias=True))
+    return _sum(costs)
+
+
+def _head(head: HeadConfig, channels: int, num_classes: int) -> Cost:
+    hidden = head.hidden if head.pool else ()
+    return _linear((channels, *hidden, *([num_classes] if num_classes else [])))
+
+
+def _counted(config: Network, height: int, width: int) -> Cost:
+    import torch  # here, so that the cost of our own networks is known without it
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from model.registry import build
+
     with torch.device("meta"), torch.no_grad():
         net = build(config).eval()
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, config.in_chans, height, width))
-    return sum(parameter.numel() for parameter in net.parameters()), counter.get_total_flops() // 2
+    parameters = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    return parameters, counter.get_total_flops() // 2

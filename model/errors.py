@@ -1,22 +1,26 @@
-"""What a user did wrong, said in one line.
+"""Errors of input, each in one line.
 
-Every part of expertgrid raises `InputError` for input that a person can mend; the CLI prints it and exits with 2.
+Every part of expertgrid raises `InputError` for input that a user can correct. The CLI prints it and exits with 2.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # imported only where it is raised, so that `--help` opens at once
+
+LONGEST_VALUE = 80  # characters of a wrong value that an error shows
 
 
 class InputError(ValueError):
-    """Wrong input: the message names the field or file, what was found and what is accepted."""
+    """Wrong input. The message names the field or file, what was found, and what is accepted."""
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:
-    """The error for a name that does not exist, with the nearest one that does.
+    """The error for a name that does not exist. It suggests the most similar name that does.
 
-    `what` is the kind of name ("preset"), `accepted` the names there are, `more` what else would be accepted.
+    `what` is the kind of name ("preset"), `accepted` the names that exist, `more` what else would be accepted.
     """
     accepted = list(accepted)
     near = get_close_matches(str(found), accepted, n=1)
@@ -24,14 +28,20 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
     return InputError(f"unknown {what} {found!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
-def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> InputError:
-    """One line for the first thing that pydantic found wrong: `where` is the file or object it was found in."""
+def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
+    """The error for the first thing that pydantic found wrong in a file or object.
+
+    `where` names that file or object, `fields` the fields that it can have. The value that was found is shown in at
+    most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
+    """
+    from pydantic import BaseModel
+
     found = error.errors()
     first = found[0]
     at = first["loc"]
-    if sum(one["input"] is first["input"] and one["loc"][:-1] == at[:-1] for one in found) > 1:
-        at = at[:-1]  # of several types that are accepted, each of which says what keeps the value from being one
-        types = {str(one["loc"][-1]) for one in found if one["loc"][:-1] == at}
+    if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in found) > 1:
+        at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
+        types = {str(other["loc"][-1]) for other in found if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
             first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
     *parents, last = map(str, (where, *at))
@@ -39,12 +49,16 @@ def invalid(where: str, error: ValidationError, fields: Iterable[str] = ()) -> I
         return unknown(f"field of {'.'.join(parents)}:", last, fields)
     place = ".".join([*parents, last])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return InputError(f"{place}: not JSON: {message.removeprefix('Invalid JSON: ')}")
     value = first["input"]
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
-    shown = "" if said else f", found {value!r}"
+    text = repr(value)
+    text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+    shown = "" if said else f", found {text}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """An error of any kind in one line."""
     return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the time as records have it."""
+"""Atomic writes, and the time as it is written in records."""
 
 import os
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whatever interrupts it. Makes its folder where there is none."""
+    """Writes a file atomically: after an interruption the old file, or none, is there. Makes the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -23,5 +23,5 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def now() -> str:
-    """The time as records have it: UTC, ISO 8601, whole seconds."""
+    """The time as it is written in records: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,6 +1,6 @@
 """The machine that a number was measured on: processor, cores, memory, GPU, driver, and the commit of this checkout.
 
-Nothing here imports torch, but for the name of a CUDA device, where its caller has imported torch already.
+Only what is about a torch device imports torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from model.errors import unknown
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,22 @@ def device_name(device: torch.device) -> str:
 
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that a user calls `name`; "auto" is CUDA where there is a CUDA device, else the CPU.
+
+    Raises InputError for a name that is not a device of this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
+    if name not in there:
+        raise unknown("device", name, ["auto", *there])
+    return torch.device(name)
 
 
 @cache

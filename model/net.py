@@ -3,10 +3,12 @@
 Shapes: B images, K experts, C channels, H x W pixels, F features after pooling, N classes.
 """
 
+from typing import cast
+
 import torch
 from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from model.config import (
@@ -26,21 +28,31 @@ from model.config import (
 SMALLEST_VARIANCE = 5e-4  # added to the variances that whitening divides by: patches hardly vary in some directions
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """PyTorch's batch norm, as a `NormConfig` describes it."""
+def _fix(module: nn.Module, *names: str) -> None:
+    """Makes buffers of parameters, under their names: they are saved and moved with the network, and never trained."""
+    for name in names:
+        value = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, value)
 
-    def __init__(self, channels: int, config: NormConfig):
-        super().__init__(channels, momentum=config.momentum)
-        self.weight.requires_grad_(config.scale)
+
+def _batch_norm(channels: int, config: NormConfig) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=config.momentum)
+    if not config.scale:
+        _fix(norm, "weight")
+    return norm
 
 
 class WhiteningStem(nn.Sequential):
-    """Patches whitened by fixed filters, with a learned bias, and ReLU: (B, C, H, W) to (B, 2Ckk, H - k + 1, ...)."""
+    """Patches whitened by fixed filters, with a learned bias, and ReLU: (B, C, H, W) to (B, 2Ckk, H - k + 1, ...).
+
+    The filters are a buffer: `fit` sets them, and training does not change them.
+    """
 
     def __init__(self, config: Whiten, in_chs: int):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, config.out_channels(in_chs), config.kernel)
-        self.conv.weight.requires_grad_(False)
+        _fix(self.conv, "weight")
         self.act = nn.ReLU(inplace=True)
 
     @torch.no_grad()
@@ -53,6 +65,7 @@ class WhiteningStem(nn.Sequential):
         filters_FF = (eigenvectors_FF / (eigenvalues_F + SMALLEST_VARIANCE).sqrt()).T.flip(0)  # largest first
         filters_FCkk = filters_FF.unflatten(1, patches_PCkk.shape[1:])
         self.conv.weight.copy_(torch.cat([filters_FCkk, -filters_FCkk]))
+        assert self.conv.bias is not None  # nn.Conv2d makes one, unless it is told not to
         self.conv.bias.zero_()
 
 
@@ -74,15 +87,22 @@ class ConvNormAct(nn.Sequential):
         if pool > 1:
             self.pool = nn.MaxPool2d(pool)
         if norm is not None:
-            self.norm = BatchNorm(out_chs, norm)
+            self.norm = _batch_norm(out_chs, norm)
             self.act = nn.ReLU(inplace=True)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return super().forward(x_BCHW)  # torch 2.11 compiles no method that is PyTorch's own
+    # ty: it has another name than in nn.Sequential; modules are called with their input by its position
+    def forward(self, x_BCHW: Tensor) -> Tensor:  # ty: ignore[lost-keyword-for-regular-parameter]
+        # Not left to nn.Sequential: torch 2.11 does not compile a module whose forward is PyTorch's own.
+        for part in self:
+            x_BCHW = part(x_BCHW)
+        return x_BCHW
 
 
 class Gate(nn.Module):
-    """The mixing weights of a block: one per expert and image, each row a distribution."""
+    """The mixing weights of a block: one for each expert and image, (B, C, H, W) to (B, K). Each row sums to 1.
+
+    The weights of a frozen gate are buffers.
+    """
 
     def __init__(self, config: GateConfig, in_chs: int, experts: int):
         super().__init__()
@@ -95,17 +115,20 @@ class Gate(nn.Module):
             sizes = (in_chs, *config.hidden)
             layers = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU(inplace=True))]
             self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-1], experts))
-        self.requires_grad_(not config.frozen)
+        if config.frozen:
+            for part in self.modules():
+                _fix(part, *[name for name, _ in part.named_parameters(recurse=False)])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.mlp is None and self.logits_K is None:
-            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
-        if self.mlp is None:
+        if self.logits_K is not None:
             return torch.softmax(self.logits_K / self.temperature, dim=0).expand(x_BCHW.shape[0], -1)  # (B, K)
+        if self.mlp is None:
+            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
         return self.routed(x_BCHW.mean((2, 3)))
 
     def routed(self, features_BC: Tensor) -> Tensor:
-        """The weights that a gate with layers gives for the means of its inputs."""
+        """The mixing weights (B, K) for the features (B, C) of a linear or mlp gate."""
+        assert self.mlp is not None, "a uniform or constant gate does not look at the features"
         if self.shuffled:
             features_BC = features_BC.roll(1, dims=0)
         logits_BK = self.mlp(features_BC)
@@ -119,27 +142,31 @@ class ExpertBlock(nn.Module):
         super().__init__()
         self.config = config
         in_expert = norm if config.norm_act == "expert" else None
-        self.experts = nn.ModuleList(
+        experts = [
             ConvNormAct(in_chs, config.channels, kernel, config.stride, kernel // 2, in_expert)
             for kernel in config.kernels
-        )
+        ]
+        self.experts = nn.ModuleList(experts)
         self.gate = Gate(config.gate, in_chs, len(config.kernels)) if config.gate is not None else None
         self.norm_act = nn.Identity()
         if config.norm_act == "mix":
-            self.norm_act = nn.Sequential(BatchNorm(config.channels, norm), nn.ReLU(inplace=True))
-            for expert in self.experts:
+            self.norm_act = nn.Sequential(_batch_norm(config.channels, norm), nn.ReLU(inplace=True))
+            for expert in experts:
                 expert.conv.bias = None  # the norm after the mix would take it away again
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.gate is None:
             return self.norm_act(self.experts[0](x_BCHW))
-        first_BCHW = self.experts[0](x_BCHW)
+        mix_BCHW = self.experts[0](x_BCHW)
         # In the experts' type: under autocast softmax gives float32, which would make float32 of all that follows.
-        gate_KB111 = self.gate(x_BCHW).T[:, :, None, None, None].to(first_BCHW.dtype)
-        mix_BCHW = gate_KB111[0] * first_BCHW
-        for gate_B111, expert in zip(gate_KB111[1:], self.experts[1:]):
-            mix_BCHW = mix_BCHW + gate_B111 * expert(x_BCHW)
+        gate_KB111 = self.gate(x_BCHW).T[:, :, None, None, None].to(mix_BCHW.dtype).unbind()
+        for k, expert in enumerate(self.experts):  # a loop that torch.fx and torch.jit can unroll
+            mix_BCHW = gate_KB111[k] * mix_BCHW if k == 0 else mix_BCHW + gate_KB111[k] * expert(x_BCHW)
         return self.norm_act(mix_BCHW)
+
+    def typed_experts(self) -> list[ConvNormAct]:
+        """The experts with their type, which nn.ModuleList does not keep."""
+        return [cast(ConvNormAct, expert) for expert in self.experts]
 
 
 class MacroBlock(nn.Module):
@@ -148,9 +175,9 @@ class MacroBlock(nn.Module):
     def __init__(self, config: Residual, in_chs: int, norm: NormConfig):
         super().__init__()
         self.layers = _sequence(config.layers, in_chs, norm)
-        out_chs, stride = config.out_channels(in_chs), config.reduction
-        same = in_chs == out_chs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_chs, out_chs, 1, stride)
+        self.shortcut: nn.Module = nn.Identity()
+        if config.has_projection(in_chs):
+            self.shortcut = nn.Conv2d(in_chs, config.out_channels(in_chs), 1, config.reduction)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.layers(x_BCHW) + self.shortcut(x_BCHW)
@@ -161,6 +188,7 @@ def _module(layer: Layer, in_chs: int, norm: NormConfig) -> nn.Module:
         case Whiten():
             return WhiteningStem(layer, in_chs)
         case Conv(channels=channels, kernel=kernel, stride=stride, padding=padding, pool=pool):
+            assert padding is not None  # Conv's validator fills it in
             return ConvNormAct(in_chs, channels, kernel, stride, padding, norm if layer.norm_act else None, pool)
         case Block():
             return ExpertBlock(layer, in_chs, norm)
@@ -230,6 +258,7 @@ class ExpertNet(nn.Module):
             head=cfg.head.change(**{name: v for name, v in head.items() if v is not None}),
         )
         self.num_classes = self.config.num_classes
+        self.global_pool = self.config.head.pool
         self.grad_checkpointing = False
         self.layers = _sequence(self.config.layers, self.config.in_chans, self.config.norm)
         self.feature_info, self.num_features = self._describe_features()
@@ -251,13 +280,16 @@ class ExpertNet(nn.Module):
                 info.append({"num_chs": channels, "reduction": reduction, "module": f"layers.{i}"})
         return info, channels
 
-    @property
-    def global_pool(self) -> str:
-        return self.config.head.pool
-
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's grouping of parameters by depth: the layers in order (`coarse` has no other meaning here)."""
-        return {"stem": r"^layers\.0\.", "blocks": r"^layers\.(\d+)\."}
+        """timm's grouping of parameters by depth: the layers in order; `coarse`: those of one resolution together."""
+        stem = r"^layers\.0\."
+        if not coarse:
+            return {"stem": stem, "blocks": r"^layers\.(\d+)\."}
+        stages: dict[int, list[str]] = {}
+        for info in self.feature_info[1:]:
+            stages.setdefault(info["reduction"], []).append(info["module"].removeprefix("layers."))
+        blocks = [(rf"^layers\.(?:{'|'.join(layers)})\.", (stage,)) for stage, layers in enumerate(stages.values())]
+        return {"stem": stem, "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -270,7 +302,7 @@ class ExpertNet(nn.Module):
         pool = self.global_pool if global_pool is None else global_pool
         head_config = self.config.head.change(pool=pool)
         self.config = self.config.change(num_classes=num_classes, head=head_config)
-        self.num_classes = num_classes
+        self.num_classes, self.global_pool = num_classes, pool
         weight = next(self.parameters())
         head = Head(head_config, self.num_features, num_classes).to(weight.device, weight.dtype)
         if len(head.hidden) == len(self.head.hidden):
@@ -279,7 +311,7 @@ class ExpertNet(nn.Module):
         self.head_hidden_size = head.out_size
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training:
+        if not torch.jit.is_scripting() and self.grad_checkpointing and self.training:
             return checkpoint_seq(self.layers, x_BCHW)
         return self.layers(x_BCHW)
 
@@ -311,7 +343,7 @@ class ExpertNet(nn.Module):
         stop = modules[last] + 1 if stop_early and intermediates_only else len(self.layers)
         intermediates = []
         for i, layer in enumerate(self.layers[:stop]):
-            x = layer(x)
+            x = checkpoint(layer, x) if self.grad_checkpointing and self.training else layer(x)
             if i in wanted:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -319,9 +351,15 @@ class ExpertNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the layers after the last that `indices` choose, and the head; returns the indices as a list."""
+        """Drops the layers after the last that `indices` choose, and the head; returns the indices as a list.
+
+        Without `prune_head` the head stays as it is. It then fits only features of as many channels.
+        """
         take, last = feature_take_indices(len(self.feature_info), indices)
-        self.layers = self.layers[: int(self.feature_info[last]["module"].removeprefix("layers.")) + 1]
+        layers = int(self.feature_info[last]["module"].removeprefix("layers.")) + 1
+        self.layers = self.layers[:layers]
+        self.config = self.config.change(layers=self.config.layers[:layers])
+        self.feature_info, self.num_features = self._describe_features()
         if prune_head:
             self.reset_classifier(0, "")
         return take

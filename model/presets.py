@@ -2,7 +2,7 @@
 
 Each reference comes from a written report on CIFAR-10. `unstated:` marks a choice that its report leaves open and that
 is ours. Unstated in all five, and chosen alike: convolutions before a batch norm have no bias, normalisation is batch
-norm with PyTorch's defaults, and weights start as `net._init_weights` says.
+norm with PyTorch's defaults, and weights start as `ModelConfig.init` says.
 """
 
 from model.config import (
@@ -22,13 +22,17 @@ from model.config import (
 )
 from model.errors import unknown
 
-_SPEED = {"norm": NormConfig(momentum=0.4, scale=False), "init": "dirac", "head": HeadConfig(pool="max", scale=1 / 9)}
+
+def _of_speed_runs(layers: tuple[Layer, ...]) -> ModelConfig:
+    """A network with the norms, the first weights and the head of the speed runs."""
+    norm, head = NormConfig(momentum=0.4, scale=False), HeadConfig(pool="max", scale=1 / 9)
+    return ModelConfig(layers=layers, norm=norm, init="dirac", head=head)
 
 
 def _speed(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
     """Whitening stem and three groups of a pooled conv and an expert block: the form of the speed runs."""
     groups = ((Conv(channels=w, pool=2), Block(channels=w, kernels=kernels, norm_act="mix")) for w in widths)
-    return ModelConfig(layers=(Whiten(), *(layer for group in groups for layer in group)), **_SPEED)
+    return _of_speed_runs((Whiten(), *(layer for group in groups for layer in group)))
 
 
 def _accuracy(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
@@ -37,12 +41,17 @@ def _accuracy(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelCo
     for w in widths:
         block = Block(channels=w, kernels=kernels, norm_act="mix")
         layers += [Conv(channels=w, pool=2), Residual(layers=(block, block))]
-    return ModelConfig(layers=tuple(layers), **_SPEED)
+    return _of_speed_runs(tuple(layers))
 
 
-_mixed_gate = GateConfig(kind="mlp", hidden=(512, 512))
-_mixed = {"kernels": (5, 5, 5, 3, 3, 3), "norm_act": "mix", "gate": _mixed_gate}
-_macro = {"kernels": (3, 3), "gate": GateConfig(kind="linear")}
+def _macro(channels: int, kernel: int = 3, stride: int = 1) -> Block:
+    return Block(channels=channels, kernels=(kernel, kernel), stride=stride, gate=GateConfig(kind="linear"))
+
+
+def _mixed(channels: int) -> Block:
+    gate = GateConfig(kind="mlp", hidden=(512, 512))
+    return Block(channels=channels, kernels=(5, 5, 5, 3, 3, 3), norm_act="mix", gate=gate)
+
 
 PRESETS: dict[str, ModelConfig] = {
     # Reported: 80.68% after the last epoch, "80 to 85%".
@@ -75,12 +84,12 @@ PRESETS: dict[str, ModelConfig] = {
     # Reported: 91.7% best, 91.5% when repeated.
     "macro_residual": ModelConfig(
         layers=(
-            Block(channels=64, **_macro),
-            Block(channels=128, stride=2, kernels=(5, 5), gate=_macro["gate"]),
-            Residual(layers=(Block(channels=256, **_macro), Block(channels=256, **_macro))),
+            _macro(64),
+            _macro(128, kernel=5, stride=2),
+            Residual(layers=(_macro(256), _macro(256))),
             Pool(),
-            Block(channels=384, **_macro),
-            Residual(layers=(Block(channels=384, **_macro), Block(channels=384, **_macro))),
+            _macro(384),
+            Residual(layers=(_macro(384), _macro(384))),
             Pool(),
             Conv(channels=256, padding=0),
         ),
@@ -92,15 +101,15 @@ PRESETS: dict[str, ModelConfig] = {
             # unstated: three 5x5 and three 3x3 experts; which blocks have 32, 64 and 128 channels; ReLU after the
             # norm of a block's output, none inside the experts; residuals skip one block, before the pool;
             # dropout of 0.2; global average pooling before the head's MLP, without dropout in it
-            Block(channels=32, **_mixed),
-            Block(channels=32, **_mixed),
+            _mixed(32),
+            _mixed(32),
             *(Pool(op="avg"), Dropout(p=0.2)),
-            Block(channels=64, **_mixed),
-            Residual(layers=(Block(channels=64, **_mixed),)),
+            _mixed(64),
+            Residual(layers=(_mixed(64),)),
             *(Pool(), Dropout(p=0.2)),
-            Block(channels=128, **_mixed),
-            Residual(layers=(Block(channels=128, **_mixed),)),
-            Residual(layers=(Block(channels=128, **_mixed),)),
+            _mixed(128),
+            Residual(layers=(_mixed(128),)),
+            Residual(layers=(_mixed(128),)),
             *(Pool(), Dropout(p=0.2)),
         ),
         head=HeadConfig(hidden=(1024, 512)),
@@ -109,11 +118,11 @@ PRESETS: dict[str, ModelConfig] = {
     # high momentum without scale, scaled head) are those of cifar10-airbench, 2404.00498; the experts are ours: a 1x1
     # expert beside the 3x3 costs a ninth of a second 3x3, and was as good in short trainings.
     "speed": _speed((64, 256, 256), (3, 1)),
-    "speed_plain_params": _speed((66, 265, 265), (3,)),  # its plain twins: of equal parameters,
-    "speed_plain_macs": _speed((65, 262, 262), (3,)),  # and of equal multiply-accumulates
+    "speed_matched_params": _speed((72, 264, 264), (3,)),  # its matched baselines: of equal parameters,
+    "speed_matched_macs": _speed((64, 264, 264), (3,)),  # and of equal multiply-accumulates
     "accuracy": _accuracy((128, 384, 512), (3, 1)),
-    "accuracy_plain_params": _accuracy((133, 400, 534), (3,)),
-    "accuracy_plain_macs": _accuracy((132, 395, 526), (3,)),
+    "accuracy_matched_params": _accuracy((128, 400, 536), (3,)),
+    "accuracy_matched_macs": _accuracy((136, 392, 520), (3,)),
 }
 
 
@@ -129,4 +138,4 @@ def network(name: str) -> Network:
 
     if timm.is_model(name):
         return TimmModel(timm=name)
-    raise unknown("model", name, PRESETS, ", or the name of a timm model")
+    raise unknown("model", name, PRESETS, ", or the name of a timm model; --import MODULE registers networks")

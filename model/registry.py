@@ -1,31 +1,50 @@
-"""Presets as networks of timm, and networks from their configs."""
+"""Presets as networks of timm, and networks from their configs.
+
+Importing this module registers the presets with timm. `import model` has it imported as soon as timm is there, possibly
+while `model.net` itself imports timm: so the modules are imported when a network is built.
+"""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
 
-from model.config import Conv, ModelConfig, Network, Whiten
-from model.net import ExpertNet
+from model.config import Block, Conv, ModelConfig, Network, Whiten
+from model.errors import InputError
 from model.presets import PRESETS
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def build(config: Network) -> nn.Module:
-    """The module that `config` describes, with fresh weights from torch's global generator, in training mode."""
+    from model.net import ExpertNet
+
+
+def build(config: Network) -> "nn.Module":
+    """The module that `config` describes, with fresh weights from torch's global generator, in training mode.
+
+    Raises InputError for a network that is not registered with timm.
+    """
     if isinstance(config, ModelConfig):
+        from model.net import ExpertNet
+
         return ExpertNet(config)
+    if not timm.is_model(config.timm):
+        raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
 
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:
     first = config.layers[0]
-    if isinstance(first, Conv | Whiten):
-        return "layers.0.conv"
-    return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
+    match first:
+        case Conv() | Whiten():
+            return "layers.0.conv"
+        case Block():
+            return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
+    raise ValueError(f"a preset starts with a convolution or an expert block, not with a {first.kind} layer")
 
 
-def _default_cfg(config: ModelConfig) -> dict:
+def _default_cfg(config: ModelConfig) -> dict[str, Any]:
     return {
         "url": "",
         "num_classes": config.num_classes,
@@ -44,15 +63,17 @@ default_cfgs = generate_default_cfgs({f"expertnet_{name}.untrained": _default_cf
 
 
 def _register(name: str, config: ModelConfig) -> None:
-    def build(pretrained: bool = False, **kwargs) -> ExpertNet:
-        features = {"out_indices": tuple(range(len(ExpertNet(config).feature_info))), "feature_cls": "getter"}
+    def create(pretrained: bool = False, **kwargs: Any) -> "ExpertNet":
+        from model.net import ExpertNet
+
+        features = {"out_indices": tuple(range(len(config.feature_layers()))), "feature_cls": "getter"}
         return build_model_with_cfg(
             ExpertNet, f"expertnet_{name}", pretrained, model_cfg=config, feature_cfg=features, **kwargs
         )
 
-    build.__name__ = build.__qualname__ = f"expertnet_{name}"
-    build.__doc__ = f"The reference network `{name}`; see `PRESETS`."
-    setattr(sys.modules[__name__], build.__name__, register_model(build))
+    create.__name__ = create.__qualname__ = f"expertnet_{name}"
+    create.__doc__ = f"The preset `{name}`; see `model.presets.PRESETS`."
+    setattr(sys.modules[__name__], create.__name__, register_model(create))
 
 
 for _name, _config in PRESETS.items():

@@ -8,12 +8,12 @@ the order in which a study applies several.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import cycle, groupby, islice
+from itertools import cycle, groupby, islice, product
 from typing import Any
 
 from pydantic import ValidationError
 
-from model.config import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Residual
+from model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Residual
 from model.cost import cost
 from model.errors import InputError
 
@@ -25,22 +25,10 @@ GATES = {
 }
 
 OWN_GATE = {"own": {}, "frozen": {"frozen": True}, "shuffled": {"shuffled": True}}
-IMAGE = 32, 32  # pixels at which plain networks are made equal in multiply-accumulates
-
-
-def _map_blocks(layers: tuple[Layer, ...], change: Callable[[Block], Block]) -> tuple[Layer, ...]:
-    changed = []
-    for layer in layers:
-        if isinstance(layer, Block):
-            layer = change(layer)
-        elif isinstance(layer, Residual):
-            layer = Residual(layers=_map_blocks(layer.layers, change))
-        changed.append(layer)
-    return tuple(changed)
-
-
-def _change_blocks(config: ModelConfig, change: Callable[[Block], dict[str, Any]]) -> ModelConfig:
-    return config.change(layers=_map_blocks(config.layers, lambda block: Block(**{**dict(block), **change(block)})))
+IMAGE = 32, 32  # pixels of the image on which matched baselines are equal in multiply-accumulates
+STEP = 8  # widths of matched baselines are multiples of it: other widths are slow on every device
+MATCHED = ("params", "macs")
+MOST_DIFFERENCE = 0.03  # of a matched baseline in which equal widths stay equal
 
 
 def experts(config: ModelConfig, count: int) -> ModelConfig:
@@ -48,25 +36,24 @@ def experts(config: ModelConfig, count: int) -> ModelConfig:
 
     A block that had one expert, and so no gate, gets a linear gate.
     """
-
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 64:
         raise ValueError("accepted: a whole number from 1 to 64")
 
-    def change(block: Block) -> dict[str, Any]:
+    def change(block: Block) -> Block:
         if len(block.kernels) == count:
-            return {}
+            return block
         sizes = sorted(set(block.kernels), reverse=True)
-        return {"kernels": tuple(islice(cycle(sizes), count)), "gate": block.gate or GATES["linear"]}
+        return block.change(kernels=tuple(islice(cycle(sizes), count)), gate=block.gate or GATES["linear"])
 
-    return _change_blocks(config, change)
+    return config.map_blocks(change)
 
 
 def kernel(config: ModelConfig, size: int | list[int]) -> ModelConfig:
     """Experts of one kernel size, or of several that the experts of a block take in turn."""
     sizes = [size] if isinstance(size, int) else size
-    if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(one, int) for one in sizes):
+    if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(size, int) for size in sizes):
         raise ValueError("accepted: an odd kernel size, or a list of some")
-    return _change_blocks(config, lambda block: {"kernels": tuple(islice(cycle(sizes), len(block.kernels)))})
+    return config.map_blocks(lambda block: block.change(kernels=tuple(islice(cycle(sizes), len(block.kernels)))))
 
 
 def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
@@ -79,49 +66,65 @@ def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
         fields = "kind, hidden or reduction, temperature, frozen, shuffled"
         raise ValueError(f"accepted: {', '.join([*GATES, *OWN_GATE])}, or a table with {fields}")
 
-    def change(block: Block) -> dict[str, Any]:
+    def change(block: Block) -> Block:
         if isinstance(kind, dict):
-            return {"gate": GateConfig(**kind)}
-        if kind in OWN_GATE:
-            return {"gate": block.gate and GateConfig(**{**dict(block.gate), **OWN_GATE[kind]})}
-        return {} if block.gate is None or block.gate.kind == kind else {"gate": GATES[kind]}
+            return block.change(gate=GateConfig(**kind))
+        if block.gate is None or block.gate.kind == kind:
+            return block
+        return block.change(gate=block.gate.change(**OWN_GATE[kind]) if kind in OWN_GATE else GATES[kind])
 
-    return _change_blocks(config, change)
+    return config.map_blocks(change)
 
 
-def plain(config: ModelConfig, equal: bool | str) -> ModelConfig:
-    """The plain twin: one expert in each block, and a width at which the `params` or `macs` are those of `config`.
+def matched(config: ModelConfig, equal: bool | str) -> ModelConfig:
+    """The matched baseline: one expert in each block, as wide as it takes to have the `params` or `macs` of `config`.
 
-    `false` is the network itself. Multiply-accumulates are those of an image of 32x32 pixels.
+    `false` is the network itself. Multiply-accumulates are those of an image of 32x32 pixels. All widths (channels, and
+    the head's hidden sizes) are multiples of 8, and widths that are equal in `config` stay equal. Where this leaves a
+    difference of over 3%, as in narrow networks, the last layers are 8 channels wider than the first ones. What remains
+    is the `matched_difference`.
     """
     if equal is False:
         return config
-    if equal not in ("params", "macs"):
-        raise ValueError("accepted: false, params, macs")
-    return _plain(config, equal)
+    if equal not in MATCHED:
+        raise ValueError(f"accepted: false, {', '.join(MATCHED)}")
+    return _matched(config, equal)
+
+
+def matched_difference(config: ModelConfig, equal: str) -> float:
+    """By which share the matched baseline has more `params` or `macs` than `config`: 0.02 is 2% more, -0.02 2% less."""
+    i = MATCHED.index(equal)
+    return cost(matched(config, equal), *IMAGE)[i] / cost(config, *IMAGE)[i] - 1
 
 
 @lru_cache
-def _plain(config: ModelConfig, equal: str) -> ModelConfig:
-    wanted, one = cost(config, *IMAGE)[equal == "macs"], experts(config, 1)
+def _matched(config: ModelConfig, equal: str) -> ModelConfig:
+    i = MATCHED.index(equal)
+    wanted, narrow = cost(config, *IMAGE)[i], experts(config, 1)
+    widths = sorted(_widths(narrow))
 
-    def off(factor: float) -> float:
-        """How much more than `wanted` the network of one expert costs at this width; infinite where it is too wide."""
-        try:
-            return cost(width(one, factor), *IMAGE)[equal == "macs"] - wanted
-        except ValidationError:
-            return math.inf
+    def difference(baseline: ModelConfig) -> float:
+        return cost(baseline, *IMAGE)[i] - wanted
 
-    low, high = 0.5, 8.0
+    low, high = 0.25, 16.0  # factors of the width: the first is too narrow, the other too wide
     while high - low > 0.001:
         middle = (low + high) / 2
-        low, high = (middle, high) if off(middle) <= 0 else (low, middle)
-    return width(one, min((low, high), key=lambda factor: abs(off(factor))))
+        too_wide = max(widths) * middle + STEP > WIDEST or difference(width(narrow, middle)) > 0
+        low, high = (low, middle) if too_wide else (middle, high)
+    below = {size: max(1, math.floor(size * low / STEP)) * STEP for size in widths}
+    choices = product(*((size, size + STEP) for size in below.values()))
+    baselines = [_with_widths(narrow, dict(zip(below, choice)).__getitem__) for choice in choices]
+    best = min(baselines, key=lambda baseline: abs(difference(baseline)))
+    if abs(difference(best)) > MOST_DIFFERENCE * wanted:
+        first, last = baselines[0], baselines[-1]  # all widths below, and all above
+        steps = (last.change(layers=first.layers[:n] + last.layers[n:]) for n in range(len(narrow.layers)))
+        best = min([best, *steps], key=lambda baseline: abs(difference(baseline)))
+    return best
 
 
 def norm_act(config: ModelConfig, place: str) -> ModelConfig:
     """Batch norm and ReLU in each `expert`, after the `mix`, or `none`."""
-    return _change_blocks(config, lambda block: {"norm_act": place})
+    return config.map_blocks(lambda block: block.change(norm_act=place))
 
 
 def residual(config: ModelConfig, wanted: bool) -> ModelConfig:
@@ -137,10 +140,12 @@ def residual(config: ModelConfig, wanted: bool) -> ModelConfig:
     if any(isinstance(layer, Residual) for layer in config.layers):
         return config
     layers: list[Layer] = []
-    for is_block, run in groupby(config.layers, lambda layer: isinstance(layer, Block)):
-        run = list(run)
-        whole = len(run) // 2 * 2 if is_block else 0
-        layers += [Residual(layers=tuple(run[i : i + 2])) for i in range(0, whole, 2)] + run[whole:]
+    for _, run in groupby(config.layers, lambda layer: isinstance(layer, Block)):
+        same = list(run)
+        blocks = [layer for layer in same if isinstance(layer, Block)]  # all of the run, or none
+        whole = len(blocks) // 2 * 2
+        layers += [Residual(layers=tuple(blocks[i : i + 2])) for i in range(0, whole, 2)]
+        layers += same[whole:]
     return config.change(layers=tuple(layers))
 
 
@@ -151,28 +156,43 @@ def _opened(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 def width(config: ModelConfig, factor: float) -> ModelConfig:
     """All channels, and the hidden sizes of gates and head, times `factor`, rounded."""
-
-    def scaled(size: int) -> int:
-        return max(1, round(size * factor))
-
-    def change(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        wide = []
-        for layer in layers:
-            if isinstance(layer, Residual):
-                layer = Residual(layers=change(layer.layers))
-            elif isinstance(layer, Conv | Block):
-                fields = {**dict(layer), "channels": scaled(layer.channels)}
-                if isinstance(layer, Block) and layer.gate is not None:
-                    fields["gate"] = GateConfig(
-                        **{**dict(layer.gate), "hidden": tuple(scaled(size) for size in layer.gate.hidden)}
-                    )
-                layer = type(layer)(**fields)
-            wide.append(layer)
-        return tuple(wide)
-
     _positive(factor)
-    head = HeadConfig(**{**dict(config.head), "hidden": tuple(scaled(size) for size in config.head.hidden)})
-    return config.change(layers=change(config.layers), head=head)
+    return _with_widths(config, _times(factor))
+
+
+def _times(factor: float) -> Callable[[int], int]:
+    return lambda size: max(1, round(size * factor))
+
+
+def _with_widths(config: ModelConfig, scaled: Callable[[int], int]) -> ModelConfig:
+    """`config` with each number of channels, and each hidden size of a gate or the head, replaced by `scaled` of it."""
+
+    def change(layer: Layer) -> Layer:
+        match layer:
+            case Residual():
+                return layer.change(layers=tuple(map(change, layer.layers)))
+            case Conv():
+                return layer.change(channels=scaled(layer.channels))
+            case Block():
+                gate = layer.gate and layer.gate.change(hidden=tuple(map(scaled, layer.gate.hidden)))
+                return layer.change(channels=scaled(layer.channels), gate=gate)
+            case _:
+                return layer
+
+    head = config.head.change(hidden=tuple(map(scaled, config.head.hidden)))
+    return config.change(layers=tuple(map(change, config.layers)), head=head)
+
+
+def _widths(config: ModelConfig) -> set[int]:
+    """The different widths in a network: what `_with_widths` asks for."""
+    found: set[int] = set()
+
+    def keep(size: int) -> int:
+        found.add(size)
+        return size
+
+    _with_widths(config, keep)
+    return found
 
 
 def depth(config: ModelConfig, factor: float) -> ModelConfig:
@@ -195,8 +215,8 @@ def depth(config: ModelConfig, factor: float) -> ModelConfig:
 def _repeatable(layer: Layer) -> Layer:
     """`layer` as it follows itself: with stride 1."""
     if isinstance(layer, Residual):
-        return Residual(layers=tuple(_repeatable(inner) for inner in layer.layers))
-    return type(layer)(**{**dict(layer), "stride": 1})
+        return layer.change(layers=tuple(map(_repeatable, layer.layers)))
+    return layer.change(stride=1)
 
 
 def _positive(factor: float) -> None:
@@ -208,11 +228,11 @@ VARIANTS: dict[str, Callable[[ModelConfig, Any], ModelConfig]] = {
     "depth": depth,  # first: it goes by which blocks are equal
     "experts": experts,
     "kernel": kernel,
-    "plain": plain,  # before the gate, so that all gates of a network have one twin
-    "gate": gate,
     "norm_act": norm_act,
     "residual": residual,
     "width": width,
+    "matched": matched,  # after what changes the cost; before the gate: all gates of a network have one baseline
+    "gate": gate,
 }
 
 

@@ -11,16 +11,19 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; to be set before Triton is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from ablations.cli import app as cli
+from ablations.cli import entry as cli
 from ablations.records import Environment, Failure, Record, StudyDirectory
 from ablations.study import parse_study
 from ablations.training.data import ImageData, load_data
+from ablations.training.holdout import HoldOut
+from ablations.training.splits import ResidentData, Splits
 from ablations.training.trial import Epoch
 from model.files import write_whole
 
@@ -79,6 +82,18 @@ def digits() -> ImageData:
     return load_data("digits")
 
 
+@pytest.fixture(scope="session")
+def resident_digits(digits) -> ResidentData:
+    """The digits on the CPU, as engines take them."""
+    return ResidentData(digits, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def digits_splits(resident_digits) -> Splits:
+    """What seed 0 trains on, holds out and is tested on."""
+    return resident_digits.splits(HoldOut(), seed=0)
+
+
 @pytest.fixture
 def tiny_study(tmp_path, monkeypatch) -> Path:
     """A study file in an empty working directory."""
@@ -89,9 +104,26 @@ def tiny_study(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_study(tmp_path_factory) -> Path:
-    """The directory of the tiny study, trained once by the command line. Tests must leave it as it is."""
-    place = tmp_path_factory.mktemp("trained")
+def trained_study(tmp_path_factory) -> Iterator[Path]:
+    """The directory of the tiny study, trained by the command line, once for all workers of pytest-xdist.
+
+    Tests must leave it as it is, because all of them read the same files. At the end of the session that is checked.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # then each worker has a folder of its own in the base folder
+        shared = shared.parent
+    study = shared / "trained" / "runs" / "tiny"
+    with FileLock(shared / "trained.lock"):
+        if not (shared / "trained" / "done").exists():
+            _train_tiny_study(shared / "trained")
+    before = snapshot(study)
+    yield study
+    assert snapshot(study) == before, "a test changed the trained study, which all tests share"
+
+
+def _train_tiny_study(place: Path) -> None:
+    """Trains the tiny study in the folder `place`, and leaves a file called `done` there once it is whole."""
+    place.mkdir(exist_ok=True)
     (place / "tiny.toml").write_text(TINY_STUDY)
     before, argv = Path.cwd(), sys.argv
     os.chdir(place)
@@ -103,7 +135,7 @@ def trained_study(tmp_path_factory) -> Path:
         os.chdir(before)
         sys.argv = argv
     assert not exit.value.code
-    return place / "runs" / "tiny"
+    (place / "done").touch()
 
 
 def write_study(
@@ -142,11 +174,11 @@ def written_record(trial, validation: float, test: float) -> str:
 def written_epochs(directory: StudyDirectory, trial: str, accuracies: list[float]) -> None:
     """Adds a trial's curve of validation accuracies in percent."""
     for number, accuracy in enumerate(accuracies, 1):
-        one = Epoch(
+        epoch = Epoch(
             epoch=number, lr=0.1, train_loss=1.0, train_accuracy=0.5, validation_loss=1.0,
             validation_accuracy=accuracy / 100, images_per_s=1.0, train_seconds=0.5, validation_seconds=0.1,
         )  # fmt: skip
-        directory.append_epoch(trial, one)
+        directory.append_epoch(trial, epoch)
 
 
 def snapshot(place: Path) -> dict[str, bytes]:

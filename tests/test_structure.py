@@ -2,54 +2,175 @@
 
 import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import REPOSITORY
 
-PACKAGES = ("model", "ablations", "export", "bench")
-ALLOWED = {"model": set(), "ablations": {"model"}, "export": {"model"}, "bench": {"model", "export"}}
+from ablations.cli.app import app
+
+PACKAGES = ("model", "export", "ablations", "bench")
 SOURCES = [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
 
+# Each step with the modules on it, from the lowest. A step imports itself and the steps that are named for it.
+STEPS = {
+    "model": ("model",),
+    "export": ("export",),
+    "training": ("ablations.training",),
+    "study": ("ablations.cells", "ablations.study", "ablations.records"),
+    "results": ("ablations.results",),
+    "engines": tuple(f"ablations.{name}" for name in ("engines", "racing", "rerun", "verify", "progress")),
+    "bench": ("bench",),
+    "cli": ("ablations.cli", "ablations.__main__"),
+}
+MAY_IMPORT = {
+    "model": {"model"},
+    "export": {"export", "model"},
+    "training": {"training", "model"},
+    "study": {"study", "training", "model"},
+    "results": {"results", "study", "training", "model"},
+    "engines": {"engines", "results", "study", "training", "export", "model"},
+    "bench": set(STEPS) - {"cli"},
+    "cli": set(STEPS),
+}
+COMMANDS = typer.main.get_command(app).commands
+AT_ONCE = ("app", "entry", "options", "terminal")  # files of the command line that are imported for help and errors
 
-def imports(nodes: list[ast.stmt]) -> set[str]:
-    """The packages of ours that are imported anywhere below the nodes."""
-    found = set()
-    for node in (inner for outer in nodes for inner in ast.walk(outer)):
+
+def step_of(module: str) -> str | None:
+    """The step that a module is on, None for a package that is none: `ablations` itself, whose file is empty."""
+    for step, places in STEPS.items():
+        if any(module == place or module.startswith(f"{place}.") for place in places):
+            return step
+    assert module == "ablations", f"{module}: on no step"
+    return None
+
+
+def is_module(name: str) -> bool:
+    place = REPOSITORY.joinpath(*name.split("."))
+    return place.with_suffix(".py").is_file() or (place.is_dir() and name.split(".")[0] in PACKAGES)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The modules of ours that the code below a node imports, calls by name, or has another interpreter import."""
+    prose = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PACKAGES)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found.add(node.module.split(".")[0])
-    return found & set(PACKAGES)
+            if node.module.split(".")[0] in PACKAGES:
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from (name if is_module(name) else node.module for name in full)
+        elif isinstance(node, ast.List | ast.Tuple):
+            yield from _called(node.elts)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (word for word in _texts(node.args) if word.split(".")[0] in PACKAGES)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield from _in_text(node.value)
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return isinstance(node, kinds) and ast.get_docstring(node) is not None
+
+
+def _texts(nodes: list[ast.expr]) -> list[str]:
+    return [node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "" for node in nodes]
+
+
+def _called(elements: list[ast.expr]) -> Iterator[str]:
+    """What a command, as a list of words, runs: `-m` and a module, or the command line itself."""
+    words = _texts(elements)
+    yield from (word for flag, word in zip(words, words[1:]) if flag == "-m" and word.split(".")[0] in PACKAGES)
+    if words[:1] == ["expertgrid"] and words[1:2] and words[1] in COMMANDS:
+        yield "ablations.cli"
+
+
+def _in_text(text: str) -> Iterator[str]:
+    """Modules in a string: a dotted name that is one, code that imports, a shell's command."""
+    if re.fullmatch(r"\w+(\.\w+)+", text) and text.split(".")[0] in PACKAGES and is_module(text):
+        yield text
+    found = re.findall(r"(?:^|[\n;])\s*(?:from|import)\s+([\w.]+)|(?:^|\s)-m\s+([\w.]+)", text)
+    yield from (name for pair in found for name in pair if name.split(".")[0] in PACKAGES)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_imports(path):
-    package = path.relative_to(REPOSITORY).parts[0]
-    body = ast.parse(path.read_text()).body
-    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
-    if path.parent.name == "cli":  # its commands may import what they need
-        assert imports(functions) <= {"model", "export", "bench"}
-        body = [node for node in body if node not in functions and "TYPE_CHECKING" not in ast.unparse(node)]
-    assert imports(body) - {package} <= ALLOWED[package]
+def test_no_step_imports_a_higher_one(path):
+    step = step_of(module_of(path))
+    found = {module: step_of(module) for module in imported(ast.parse(path.read_text()))}
+    if step is None:
+        assert not found
+        return
+    wrong = {module: other for module, other in found.items() if other and other not in MAY_IMPORT[step]}
+    assert not wrong, f"{path.relative_to(REPOSITORY)} is on the step {step}"
 
 
-def test_names_of_files_and_length_of_functions():
+@pytest.mark.parametrize(
+    ("code", "module"),
+    [
+        ("def f():\n    from bench.latency import measure", "bench.latency"),
+        ("from ablations import records, racing", "ablations.racing"),
+        ("import ablations.cli.app as app", "ablations.cli.app"),
+        ("subprocess.run([sys.executable, '-m', 'ablations', 'run'])", "ablations"),
+        ("CODE = 'import sys; from ablations.cli.entry import main'", "ablations.cli.entry"),
+        ("run(f'{python} -m bench.gpu --size {size}', shell=True)", "bench.gpu"),
+        ("subprocess.run(('expertgrid', 'run', study))", "ablations.cli"),
+        ("importlib.import_module('bench')", "bench"),
+        ("PIECES = {'step': 'bench.step'}", "bench.step"),
+    ],
+)
+def test_each_way_to_import_is_seen(code, module):
+    assert module in set(imported(ast.parse(code)))
+
+
+def test_prose_and_folders_are_no_imports():
+    lines = [
+        '"""See bench.step, or python -m bench.gpu."""',
+        'place = study / "bench"',
+        'note = "the model bench.step"',
+    ]
+    code = "\n".join([*lines, 'packages = ("expertgrid", "torch")'])
+    assert set(imported(ast.parse(code))) == set()
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_the_door_imports_nothing_that_takes_long(name):
+    """Outside of its functions."""
+    found = set()
+    for node in ast.parse((REPOSITORY / "ablations" / "cli" / f"{name}.py").read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {module for module in found if module.split(".")[0] in PACKAGES}
+    others = {module.split(".")[0] for module in found - ours}
+    assert ours <= {
+        "ablations.cli.options",
+        "model.errors.InputError",
+        "model.errors.unknown",
+        "model.files.write_whole",
+    }
+    assert others - set(sys.stdlib_module_names) <= {"app": {"typer"}, "terminal": {"rich"}}.get(name, set())
+
+
+def test_names_of_files():
     assert not {"utils.py", "helpers.py", "common.py", "misc.py"} & {path.name for path in SOURCES}
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 100, f"{path}: {node.name}"
 
 
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]}
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
-    import sys
-
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

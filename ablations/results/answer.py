@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from ablations.results.evidence import Effect, Evidence
-from ablations.results.rows import best_row
 from ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 
 MOST_NAMED = 6  # changes in one list; the others are counted
@@ -20,25 +19,24 @@ def answer(evidence: Evidence) -> str:
     elif any(evidence.against_base):
         said = _of_cells(evidence)
     else:
-        return f"There is one network, {best_row(rows).name}, and nothing to compare it with."
+        return f"There is one network, {rows[0].name}, and nothing to compare it with."
     return ("On this split of the images: " + _lower(said)) if evidence.fixed_split else said
 
 
 def _of_effects(evidence: Evidence) -> str:
     by_verdict: dict[str, list[Effect]] = {}
-    for effect in sorted(evidence.effects, key=lambda effect: -abs(effect.judgement.mean or 0)):
+    for effect in evidence.effects:
         by_verdict.setdefault(effect.judgement.verdict, []).append(effect)
     parts = [
         f"{_named(effect)} {_points(effect.judgement)}{_cost(effect.cost)}"
         for verdict in (BETTER, WORSE)
-        for effect in by_verdict.get(verdict, [])[:MOST_NAMED]
+        for effect in _largest(by_verdict.get(verdict, []))
     ]
     if left_out := sum(max(0, len(by_verdict.get(verdict, [])) - MOST_NAMED) for verdict in (BETTER, WORSE)):
         parts.append(f"{left_out} more changes are decided")
     if same := by_verdict.get(SAME):
         parts.append(
-            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than "
-            f"{evidence.margin:g} points"
+            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than {_margin(evidence)}"
         )
     if undecided := by_verdict.get(OPEN):
         parts.append(
@@ -53,8 +51,15 @@ def _of_effects(evidence: Evidence) -> str:
     return _sentence(parts)
 
 
+def _largest(effects: Sequence[Effect]) -> list[Effect]:
+    """At most `MOST_NAMED` effects, those of the largest size, in the order of the study."""
+    by_size = sorted(effects, key=lambda effect: -abs(effect.judgement.mean or 0))[:MOST_NAMED]
+    return [effect for effect in effects if effect in by_size]
+
+
 def _of_cells(evidence: Evidence) -> str:
-    rows, base = evidence.results.rows, evidence.results.base
+    rows = evidence.results.rows
+    base = rows[0]
     by_verdict: dict[str, list[tuple[str, Judgement]]] = {}
     for row, judgement in zip(rows, evidence.against_base):
         if judgement:
@@ -65,7 +70,7 @@ def _of_cells(evidence: Evidence) -> str:
         for name, judgement in by_verdict.get(verdict, [])[:MOST_NAMED]
     ]
     words = {
-        SAME: ("differs", "differ", f" from {base.name} by less than {evidence.margin:g} points"),
+        SAME: ("differs", "differ", f" from {base.name} by less than {_margin(evidence)}"),
         OPEN: ("is", "are", f" open against {base.name}"),
         NONE: ("has", "have", " no verdict, as trainings failed"),
     }
@@ -86,7 +91,12 @@ def _named(effect: Effect) -> str:
     return f"{factor} {after} instead of {before}"
 
 
+def _margin(evidence: Evidence) -> str:
+    return f"{evidence.margin:g} point{'' if evidence.margin == 1 else 's'}"
+
+
 def _points(judgement: Judgement) -> str:
+    assert judgement.mean is not None  # a verdict better or worse has one
     size = f"{abs(judgement.mean):.1f}" if abs(judgement.mean) >= 0.095 else f"{abs(judgement.mean):.2f}"
     return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
 
@@ -95,7 +105,7 @@ def _cost(cost: dict[str, float]) -> str:
     """The price in multiply-accumulates, or in parameters where only these differ, and in measured latency."""
     computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
     differs = [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
-    if differs == [computed] and abs(cost[computed] - 2) < ALIKE:
+    if computed is not None and differs == [computed] and abs(cost[computed] - 2) < ALIKE:
         return f" and doubles the {computed}"
     if differs:
         return f" for {' and '.join(f'{cost[name]:.1f} times the {name}' for name in differs)}"

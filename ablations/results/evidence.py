@@ -17,17 +17,18 @@ from functools import cached_property
 
 import numpy as np
 
+from ablations import records
 from ablations.cells import CellName
 from ablations.records import Benched, LatencySummary, Record, StudyDirectory, cell_names
 from ablations.results.rows import Results, Row, on_test, on_validation, read_results, right_on_test
 from ablations.results.stats import contrasts, factors, planning
 from ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
-from ablations.results.stats.images import McNemar, mcnemar
 from ablations.results.stats.planning import Plan
 from ablations.results.stats.race import Race, race
 from ablations.results.stats.selection import Interval, accuracy_interval
 from ablations.study import Study, level_name
 from model.errors import InputError, unknown
+from model.mcnemar import McNemar, mcnemar
 
 DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
@@ -212,7 +213,7 @@ def weigh(results: Results) -> Evidence:
     model = _Model(results, asked)
     race_found, names = None, asked.effects
     if plan.race is not None and len(asked.networks) > 1:
-        race_found = model.race()
+        race_found = model.race(plan.race)
         effects = Family(race_found.judgements[: len(names)], model.spread, 0.0)
     else:
         effects = model.judge(asked.effect_weights_QU)
@@ -241,7 +242,7 @@ def weigh(results: Results) -> Evidence:
 
 
 def read_evidence(directory: StudyDirectory) -> Evidence:
-    """Reads a study directory and judges it. Raises InputError for one that is none or is damaged."""
+    """Reads a study directory and judges it. Raises InputError where there is no study, and for damaged files."""
     return weigh(read_results(directory))
 
 
@@ -268,8 +269,7 @@ class _Model:
         scores_US = self.scores_US if scores_US is None else scores_US
         return contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
 
-    def race(self) -> Race:
-        plan = self.results.plan.race
+    def race(self, plan: records.Race) -> Race:
         return race(self.asked.race_QU, self.scores_US, plan.margin, plan.last, plan.first, self.no_verdict)
 
     @cached_property
@@ -317,7 +317,7 @@ class _Model:
         return judged
 
     def declared(self) -> list[Comparison]:
-        pairs = [tuple(map(self.results.row, pair)) for pair in self.results.study.contrasts]
+        pairs = [(self.results.row(first), self.results.row(second)) for first, second in self.results.study.contrasts]
         if not pairs or self.results.plan.race is not None:
             return []
         return self.compare(pairs, declared=True)
@@ -350,7 +350,7 @@ class _Model:
         if _timed_alike(flat):
             found["training time"] = _ratio(rows, lambda row: row.mean(lambda record: record.train_seconds))
         if _latency_alike(flat):
-            found["latency"] = _ratio(rows, lambda row: smallest(row.latency).p50_ms)
+            found["latency"] = _ratio(rows, _latency_ms)
         return found
 
 
@@ -372,13 +372,16 @@ def _machine(record: Record) -> tuple:
 
 
 def _latency_alike(rows: Sequence[Row]) -> bool:
-    if not all(row.latency for row in rows):
-        return False
+    found = [row.latency for row in rows if row.latency]
     kinds = {
-        (row.latency.provider, row.latency.threads, smallest(row.latency).engine, smallest(row.latency).batch)
-        for row in rows
+        (latency.provider, latency.threads, smallest(latency).engine, smallest(latency).batch) for latency in found
     }
-    return len(kinds) == 1
+    return len(found) == len(rows) and len(kinds) == 1
+
+
+def _latency_ms(row: Row) -> float:
+    assert row.latency is not None  # rows are compared by latency only where all have one
+    return smallest(row.latency).p50_ms
 
 
 def smallest(latency: LatencySummary) -> Benched:
@@ -468,9 +471,9 @@ def _turned(found: Comparison) -> Comparison:
 def _mcnemar(directory: StudyDirectory, first: Row, second: Row) -> dict[int, McNemar]:
     found = {}
     for seed in sorted(first.by_seed.keys() & second.by_seed.keys()):
-        kept = [directory.predictions(row.by_seed[seed].trial) for row in (first, second)]
-        if all(kept):
-            found[seed] = mcnemar(*map(right_on_test, kept))
+        kept, other = (directory.predictions(row.by_seed[seed].trial) for row in (first, second))
+        if kept is not None and other is not None:
+            found[seed] = mcnemar(right_on_test(kept), right_on_test(other))
     return found
 
 

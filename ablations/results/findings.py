@@ -121,7 +121,7 @@ class Findings:
 
 
 def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
-    """Reads a study directory. Raises InputError for one that is none or is damaged."""
+    """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
     evidence = read_evidence(directory)
     ranked = ranking(evidence.results.rows)
     examined = examine(directory, evidence.results.plan, ranked, data_dir)
@@ -159,7 +159,7 @@ def _different_images(
     if len(ranked) < 2:
         return None, "There are no two cells with finished trials."
     first = ranked[0]
-    second = base if base is not first and base in ranked else ranked[1]
+    second = base if base is not None and base is not first and base in ranked else ranked[1]
     split = "validation" if evidence.fixed_split else "test"
     seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
     if len(seeds) < 2:

@@ -4,19 +4,16 @@ Shapes: B images, K experts of a block, N classes. A gate's weight is a soft ass
 expert counts as 0.7 of an image there. Entropies and mutual information are in bits.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.stats import entropy
-from torch import Tensor, nn
 
 from ablations.training.loop import predict
 from ablations.training.splits import Split
 from model.checkpoint import Checkpoint
-from model.net import Gate
+from model.gates import recorded_gates
 
 COLLAPSED = 0.1  # of its equal share 1 / K
 
@@ -88,30 +85,12 @@ def block_gate(block: str, weights_BK: np.ndarray, labels_B: np.ndarray, classes
     )
 
 
-@contextmanager
-def watched(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects, while it is entered, the weights (B, K) of each batch that goes through a gate, by the block's name."""
-    parts: dict[str, list[Tensor]] = {}
-
-    def keep(gate: nn.Module, inputs: tuple, gate_BK: Tensor) -> None:
-        parts[names[gate]].append(gate_BK.detach().float().cpu())
-
-    names = {module: name.removesuffix(".gate") for name, module in net.named_modules() if isinstance(module, Gate)}
-    parts |= {name: [] for name in names.values()}
-    handles = [gate.register_forward_hook(keep) for gate in names]
-    try:
-        yield parts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def predict_watched(checkpoint: Checkpoint, split: Split) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits (B, N) of a split's images in fp32, and the weights (B, K) of each gate by its block's name.
 
     Give the validation split: each read of the test split belongs in the ledger.
     """
     net, trained = checkpoint.network(), checkpoint.trained
-    with watched(net) as parts:
+    with recorded_gates(net) as parts:
         logits_BN = predict(net, split, torch.tensor(trained.mean), torch.tensor(trained.std))
     return logits_BN.numpy(), {name: torch.cat(weights).double().numpy() for name, weights in parts.items()}

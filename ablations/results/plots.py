@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ablations.results.rows import Row, on_test, on_validation
+from ablations.results.rows import Row, Score, on_test, on_validation
 from ablations.results.stats.contrasts import NONE, OPEN, Judgement
-from ablations.results.stats.selection import Interval
+from ablations.results.stats.selection import Interval, accuracy_interval
 from ablations.training.trial import Epoch
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
         "test": (TEST, 0.22, on_test),
     }
     for label, (colour, shift, value) in series.items():
-        intervals = [row.accuracy(value) for row in done]
+        intervals = _accuracies(done, value)
         axes.errorbar(
             [interval.mean for interval in intervals],
             [y + shift for y in range(len(done))],
@@ -104,9 +104,14 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     return figure
 
 
+def _accuracies(rows: Sequence[Row], value: Score) -> list[Interval]:
+    """Of rows that each have a finished trial."""
+    return [accuracy_interval([value(record) for record in row.records]) for row in rows]
+
+
 def _reach(intervals: Sequence[Interval]) -> np.ndarray:
     """How far intervals reach below and above their means (2, X); 0 where there is none."""
-    ends = [(0.0, 0.0) if low is None else (mean - low, high - mean) for mean, low, high in intervals]
+    ends = [(0.0, 0.0) if low is None or high is None else (mean - low, high - mean) for mean, low, high in intervals]
     return np.array(ends).reshape(-1, 2).T
 
 
@@ -125,7 +130,7 @@ def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "
         decided = judgement.verdict not in (OPEN, NONE)
         colour = DECIDED if decided else UNDECIDED
         mean, low, high = judgement.mean, judgement.low, judgement.high
-        reach = None if low is None else [[mean - low], [high - mean]]
+        reach = None if mean is None or low is None or high is None else [[mean - low], [high - mean]]
         axes.errorbar(
             [mean], [place], xerr=reach, fmt="o", markersize=5, capsize=2, linewidth=1.4, color=colour,
             markerfacecolor=colour if decided else "white",
@@ -197,7 +202,7 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     """Test accuracy against a cost; those on the front are joined and numbered in their order."""
     figure = _figure(3.4)
     axes = figure.add_subplot()
-    intervals = [row.accuracy(on_test) for row in rows]
+    intervals = _accuracies(rows, on_test)
     axes.errorbar(
         costs, [interval.mean for interval in intervals], yerr=_reach(intervals), fmt="o",
         markersize=4.5, capsize=2, linewidth=0.9, color=UNDECIDED, label="cell, with its 95% interval",
@@ -215,7 +220,7 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     if min(costs) > 0 and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
     else:
-        axes.xaxis.get_major_locator().set_params(nbins=4)
+        axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(what, fontsize=8.5)
     axes.set_ylabel("test accuracy, %", fontsize=8.5)
     _bare(axes, "both")

@@ -4,8 +4,8 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple, get_args
 
 from tabulate import tabulate
 
@@ -50,13 +50,18 @@ class Verdict:
         return f"{verdict} (this split)" if self.fixed_split and verdict != "open" else verdict
 
 
-class Titled(Protocol):
-    """A table with its title and notes."""
+@dataclass(frozen=True)
+class Table:
+    """Rows of titled values, under a title, with notes of a line each."""
 
-    key: str
+    key: str  # in JSON and CSV
     title: str
     rows: list[dict[str, object]]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def named(self, study: str) -> "Table":
+        """The table as one of several studies."""
+        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
 def check_format(format: str) -> None:
@@ -90,7 +95,7 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     )
 
 
-def render_tables(tables: Sequence[Titled], format: Format) -> str:
+def render_tables(tables: Sequence[Table], format: Format) -> str:
     """Several tables with their titles.
 
     JSON is an object with the rows of each table by its key. CSV is one table whose first column is that key. Raises

@@ -14,15 +14,14 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ablations.records import Record, StudyDirectory
+from ablations.records import StudyDirectory
 from ablations.results import plots, tables
 from ablations.results.answer import answer
 from ablations.results.evidence import smallest
 from ablations.results.findings import MOST_CURVES, DifferentImage, Findings, Mistake, pareto
-from ablations.results.rendering import Points, Verdict, render_tables, shown
+from ablations.results.rendering import Points, Table, Verdict, render_tables, shown
 from ablations.results.rows import Row, measured, on_test, on_validation
 from ablations.results.stats.selection import Interval
-from ablations.results.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,13 +148,12 @@ def _gate_rows(found: Findings) -> list[dict[str, object]]:
     ]
 
 
-def _confusion_rows(found: Findings) -> list[str]:
+def _confusion_rows(confusion_NN: np.ndarray, classes: Sequence[str]) -> list[str]:
     """The most frequent confusions, in words."""
-    counts_NN = found.examined.confusion_NN.copy()
+    counts_NN = confusion_NN.copy()
     np.fill_diagonal(counts_NN, 0)
     places = np.argsort(-counts_NN, axis=None, kind="stable")[:MOST_CONFUSIONS]
     pairs = [np.unravel_index(place, counts_NN.shape) for place in places]
-    classes = found.examined.classes
     return [f"{classes[i]} taken for {classes[j]}: {counts_NN[i, j]:,}" for i, j in pairs if counts_NN[i, j]]
 
 
@@ -197,7 +195,7 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
 def _environment_rows(found: Findings) -> list[dict[str, object]]:
     records = {record.trial: record for row in found.rows for record in row.records}
     kinds = Counter(
-        (r.environment.device, r.environment.threads, r.bfloat16, _means(r), r.environment.python)
+        (r.environment.device, r.environment.threads, r.bfloat16, r.execution, r.environment.python)
         + tuple(sorted(r.environment.versions.items()))
         for r in records.values()
     )
@@ -215,12 +213,6 @@ def _environment_rows(found: Findings) -> list[dict[str, object]]:
     ]
 
 
-def _means(record: Record) -> str:
-    """How the steps were run."""
-    used = {"fused kernels": record.kernels, "torch.compile": record.compiled, "CUDA graphs": record.graphs}
-    return ", ".join(name for name, was in used.items() if was) or "eager PyTorch"
-
-
 # --- Its pictures ---
 
 
@@ -229,6 +221,7 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
     ranked = [*([found.best] if found.best else []), *found.others]
     if not ranked:
         return {}
+    best = ranked[0]
     drawn, most = (
         ranked[:MOST_ROWS],
         f"The {MOST_ROWS} best of {len(ranked)} cells. " if len(ranked) > MOST_ROWS else "",
@@ -238,8 +231,8 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
         sections["differences"] = [
             Picture(
                 "differences",
-                lambda: plots.differences_figure(found.best, others),
-                f"Dots for each seed: validation accuracy of {found.best.name} less that of each other cell.",
+                lambda: plots.differences_figure(best, others),
+                f"Dots for each seed: validation accuracy of {best.name} less that of each other cell.",
                 most + "Right of the line the best cell is better at that seed. Dots on both sides: the order of the "
                 "two depends on the seed. The best cell was chosen by these same scores.",
             )
@@ -272,7 +265,7 @@ def _effects(found: Findings) -> list[Picture]:
         effects = [effect for effect in effects if effect.judgement.mean is not None]
         if not effects:
             continue
-        largest = sorted(effects, key=lambda effect: -abs(effect.judgement.mean))[:MOST_EFFECTS]
+        largest = sorted(effects, key=lambda effect: -abs(effect.judgement.mean or 0))[:MOST_EFFECTS]
         left_out = f" The {MOST_EFFECTS} largest of {len(effects)}." if len(effects) > MOST_EFFECTS else ""
         drawn.append(
             Picture(
@@ -309,10 +302,10 @@ def _curves(found: Findings) -> list[Picture]:
 
 def _cost(found: Findings, ranked: list[Row]) -> list[Picture]:
     """Accuracy against latency where two rows have one, else against MACs."""
-    timed = [row for row in ranked if row.latency]
+    timed = [(row, smallest(row.latency)) for row in ranked if row.latency]
     if len(timed) > 1:
-        rows, costs = timed, [smallest(row.latency).p50_ms for row in timed]
-        batches = sorted({smallest(row.latency).batch for row in timed})
+        rows, costs = [row for row, _ in timed], [latency.p50_ms for _, latency in timed]
+        batches = sorted({latency.batch for _, latency in timed})
         what = f"measured latency, ms (median, batch {', '.join(map(str, batches))})"
         said = f"Measured latency of the {len(timed)} cells that were exported and timed."
     else:
@@ -360,13 +353,14 @@ def _gates(found: Findings) -> list[Picture]:
 
 def _confusion(found: Findings) -> list[Picture]:
     examined = found.examined
-    if examined.confusion_NN is None:
+    confusion_NN = examined.confusion_NN
+    if confusion_NN is None:
         return []
-    right, images = int(np.trace(examined.confusion_NN)), int(examined.confusion_NN.sum())
+    right, images = int(np.trace(confusion_NN)), int(confusion_NN.sum())
     return [
         Picture(
             "confusion",
-            lambda: plots.confusion_figure(examined.confusion_NN, examined.classes),
+            lambda: plots.confusion_figure(confusion_NN, examined.classes),
             f"Confusion matrix: {right:,} of {images:,} {examined.confusion_split} images are recognised.",
             f"{right:,} of {images:,} {examined.confusion_split} images are on the diagonal. Rows are what an image "
             "is, columns what it was taken for; the colour is the share of its row.",
@@ -388,14 +382,15 @@ def figures(found: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]:
 
 def html(found: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
+    loader = jinja2.PackageLoader("ablations.results", ".")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ablations.results", "."),
+        loader=loader,
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = environment.loader.get_source(environment, "report.js")[0]
+    script = loader.get_source(environment, "report.js")[0]
     examined, directory = found.examined, StudyDirectory(found.path)
     shown_tables = tables.study_tables(directory, found.evidence) if found.rows else []
     by_key = {table.key: table for table in shown_tables}
@@ -417,7 +412,9 @@ def html(found: Findings) -> str:
         pictures=pictures(found),
         curves_said=_curves_said(found),
         differences_missing=_differences_missing(found),
-        confusions=_confusion_rows(found) if examined.confusion_NN is not None else [],
+        confusions=_confusion_rows(examined.confusion_NN, examined.classes)
+        if examined.confusion_NN is not None
+        else [],
         mistakes=[(mistake, mistake_uri(mistake)) for mistake in examined.mistakes or []],
         examined_name=examined.row.name if examined.row else "",
         gates_name=examined.gates_row.name if examined.gates_row else "",

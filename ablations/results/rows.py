@@ -240,8 +240,11 @@ def ranking(rows: Sequence[Row]) -> list[Row]:
 def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The seeds that all these rows have, and validation and test accuracies (C, S)."""
     seeds = sorted(set.intersection(*(set(row.by_seed) for row in rows))) if rows else []
-    scores = ([[value(row.by_seed[seed]) for seed in seeds] for row in rows] for value in (on_validation, on_test))
-    return seeds, *(np.array(values).reshape(len(rows), len(seeds)) for values in scores)
+    validation_CS, test_CS = (
+        np.array([[value(row.by_seed[seed]) for seed in seeds] for row in rows]).reshape(len(rows), len(seeds))
+        for value in (on_validation, on_test)
+    )
+    return seeds, validation_CS, test_CS
 
 
 def winner(rows: Sequence[Row]) -> Winner | None:

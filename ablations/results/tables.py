@@ -1,8 +1,7 @@
 """The tables of a study: what `evidence` found, as titled values with notes. `rendering` makes text of them."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 from ablations.cells import EACH_LEVEL
 from ablations.records import Record, StudyDirectory
@@ -22,6 +21,7 @@ from ablations.results.rendering import (
     Points,
     Signed,
     Span,
+    Table,
     Times,
     Verdict,
     check_format,
@@ -47,26 +47,14 @@ from ablations.results.stats.selection import accuracy_interval
 __all__ = ["FORMATS", "Format", "check_format", "render", "render_tables", "shown"]
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
+MOST_NAMED = 5  # cells or trials in a note
+FIRST_NAMED = 3  # of more than these; the others are counted
 _ACCURACIES: dict[str, Callable[[Record], float]] = {"val acc %": on_validation, "test acc %": on_test}
 
 _FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
     "val acc % with flip TTA": lambda record: record.validation_accuracy_flip,
     "test acc % with flip TTA": lambda record: record.test_accuracy_flip,
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of titled values, under a title, with notes of a line each."""
-
-    key: str  # in JSON and CSV
-    title: str
-    rows: list[dict[str, object]]
-    notes: list[str] = field(default_factory=list)
-
-    def named(self, study: str) -> "Table":
-        """The table as one of several studies."""
-        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
 def study_tables(directory: StudyDirectory, evidence: Evidence) -> list[Table]:
@@ -110,7 +98,9 @@ def _judged(evidence: Evidence, judgement: Judgement | None) -> dict[str, object
         return {"effect": None, "95% interval": None, "verdict": None}
     return {
         "effect": None if judgement.mean is None else Signed(judgement.mean),
-        "95% interval": None if judgement.low is None else Span(judgement.low, judgement.high),
+        "95% interval": None
+        if judgement.low is None or judgement.high is None
+        else Span(judgement.low, judgement.high),
         "verdict": Verdict(judgement, evidence.fixed_split),
     }
 
@@ -147,7 +137,7 @@ def _factor_notes(evidence: Evidence) -> list[str]:
         if effect.seeds_to_decide is not None
     }
     if needed:
-        lines.append(f"To decide what is open: {'; '.join(sorted(needed))}.")
+        lines.append(f"To decide what is open: {_some(sorted(needed), '; ')}.")
     if evidence.sight:
         lines.append(sight_line(evidence.sight))
     lines += _reasons((effect.name, effect.judgement) for effect in evidence.effects)
@@ -191,17 +181,19 @@ def _error_notes(evidence: Evidence) -> list[str]:
             f"A race: seeds are added until each contrast is decided; its intervals pay for a look after each seed "
             f"from {plan.race.first} to {plan.race.last}."
         )
+        if plan.race.seen:
+            lines.append(f"The race was begun after results of {plan.race.seen} trials were seen.")
     return lines
 
 
-def _reasons(judged: "Sequence[tuple[str, Judgement]] | object") -> list[str]:
+def _reasons(judged: Iterable[tuple[str, Judgement]]) -> list[str]:
     """A line for each reason, with what it is of."""
     found: dict[str, list[str]] = {}
     for name, judgement in judged:
-        if judgement and judgement.reason:
+        if judgement.reason:
             word = "No verdict" if judgement.verdict == NONE else judgement.verdict.capitalize()
             found.setdefault(f"{word}: {{}}: {judgement.reason}.", []).append(name)
-    return [line.replace("{}", "; ".join(names), 1) for line, names in found.items()]
+    return [line.replace("{}", _some(names, "; "), 1) for line, names in found.items()]
 
 
 def sight_line(sight: Sight) -> str:
@@ -298,7 +290,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
             if any(value(record) is not None for other in rows for record in other.records):
                 there = [found for record in row.records if (found := value(record)) is not None]
                 values[title] = accuracy_interval([100 * share for share in there]) if there else None
-        if judged:
+        if evidence and judged:
             values |= _judged(evidence, against[place])
         if any(row.reported for row in rows):
             values["reported %"] = row.reported
@@ -318,7 +310,8 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
     if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
-    if any(len(row.by_seed) > 1 and row.accuracy(value).low is None for row in rows for value in _ACCURACIES.values()):
+    several = [row.accuracy(value) for row in rows if len(row.by_seed) > 1 for value in _ACCURACIES.values()]
+    if any(found and found.low is None for found in several):
         intervals += "; seeds that all agree have none, as their spread is unknown"
     lines.append(f"n: seeds; {intervals}.")
     if any("base" in row.levels.values() for row in rows):
@@ -335,19 +328,20 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     lines += [f"Trained on {where}." for where in environments]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
     if adopted:
-        lines.append(f"Taken over from {', '.join(sorted(set(adopted.values())))}: {_count(len(adopted), 'trial')}.")
+        lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {_count(len(adopted), 'trial')}.")
     lines += _test_read_notes(directory)
     how: dict[str, list[str]] = {}
     for latency in (row.latency for row in rows if row.latency):
-        where = f"batch {smallest(latency).batch}, {latency.provider}, {latency.threads} threads, of {latency.file}"
+        threads = _count(latency.threads, "thread")
+        where = f"batch {smallest(latency).batch}, {latency.provider}, {threads}, of {latency.file}"
         how.setdefault(where, []).append(latency.trial)
     for where, trials in how.items():
-        of = f" (trial {', '.join(trials)})" if len(how) > 1 else ""
+        of = f" (trial {_some(trials)})" if len(how) > 1 else ""
         lines.append(f"Latency: median of ONNX Runtime at {where}{of}.")
     if missing := results.unfinished:
-        lines.append(f"Not finished: {len(missing)} of the trials: {', '.join(missing)}.")
+        lines.append(f"Not finished: {len(missing)} of the trials: {_some(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
-        counts = Counter(failure.kind for failure in failures.values())
+        counts: Counter[str] = Counter(failure.kind for failure in failures.values())
         lines.append(f"Failed: {len(failures)} of the trials ({_counted(counts)}).")
         lines += [f"Failed: {trial}: {failure}" for trial, failure in failures.items()]
     return lines
@@ -360,7 +354,7 @@ def _best_notes(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
     found, among = winner(rows), [row for row in complete(rows) if not row.control]
-    if found is None or found.corrected is None or len(among) < 2:
+    if found is None or found.corrected is None or found.agreement is None or len(among) < 2:
         return lines
     seeds = len(common_scores(among)[0])
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
@@ -420,7 +414,7 @@ def factor_levels(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
 
 def peek_table(directory: StudyDirectory, results: Results) -> Table:
     """What the habit of picking the best epoch and seed would have claimed for each row."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for row in results.rows:
         found = peek(directory, row)
         rows.append(
@@ -499,6 +493,13 @@ def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    """Names in a note: of more than `MOST_NAMED` the first `FIRST_NAMED`, and how many more there are."""
+    if len(names) <= MOST_NAMED:
+        return separator.join(names)
+    return f"{separator.join(names[:FIRST_NAMED])} and {len(names) - FIRST_NAMED:,} more"
+
+
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
@@ -506,6 +507,5 @@ def _counted(counts: Counter[str]) -> str:
 def _where(record: Record) -> str:
     here = record.environment
     number = "bf16" if record.bfloat16 else "fp32"
-    return (
-        f"{here.device}, {here.threads} threads, {number}, torch {here.versions.get('torch', 'of an unknown version')}"
-    )
+    torch = f"torch {here.versions.get('torch', 'of an unknown version')}"
+    return f"{here.device}, {_count(here.threads, 'thread')}, {number}, {torch}"

@@ -1,7 +1,7 @@
 """Augmentation as batch arithmetic: pure functions of a batch and a `torch.Generator`, on the batch's device.
 
-Each draws from `generator`, which is on the same device, and leaves its input as it was. Nothing waits for the device:
-what decides the shape of a result (the box of a CutMix) is drawn on the CPU. Shapes: B images, C channels, H x W
+Each draws from `generator`, which is on the same device, and does not change its input. Nothing waits for the device:
+random numbers that decide a shape (the box of a CutMix) are drawn on the CPU. Shapes: B images, C channels, H x W
 pixels, N classes.
 """
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ablations.training.recipe import Recipe
+from model.pixels import normalise
 
 ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
 ERASED_ASPECT = 0.3  # height / width of what is erased: from this to its inverse
@@ -40,7 +41,7 @@ def alternately_mirrored(images: int, p: float, epoch: int, generator: Generator
 
 
 def translate(x_BCHW: Tensor, pixels: int, generator: Generator) -> Tensor:
-    """Each image shifted by up to `pixels` in both directions; what comes in is its reflection at the border.
+    """Each image shifted by up to `pixels` in both directions, filled with its reflection at the border.
 
     `pixels` is less than height and width.
     """
@@ -59,7 +60,7 @@ def _pixels_at(x_BCHW: Tensor, rows_BH1: Tensor, columns_B1W: Tensor) -> Tensor:
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:
-    """Places outside of 0 to `size` - 1 brought back as by mirrors on the first and the last pixel."""
+    """Indices outside of 0 to `size` - 1 reflected at the first and the last pixel."""
     return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
@@ -89,13 +90,8 @@ def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
 
 
 def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The images with `size` (height, width) pixels, each the mean of what it covers, weighted by a triangle."""
+    """The images resized to `size` (height, width): bilinear and antialiased."""
     return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
-
-
-def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
-    return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
 
 
 def random_erasing(
@@ -140,9 +136,9 @@ def random_erasing(
 
 
 class Mix(NamedTuple):
-    """How a batch is mixed with itself in reverse order."""
+    """How a batch is mixed with the same batch in reverse order."""
 
-    share: float  # of each image in its own place; 1 is without mixing
+    share: float  # weight of each image in its own place; 1: no mixing
     box: tuple[int, int, int, int] | None = None  # of CutMix: first row, row after the last, the same of columns
 
     @classmethod
@@ -160,7 +156,8 @@ class Mix(NamedTuple):
         if random.rand() >= prob:
             return cls(1.0)
         use_cutmix = random.rand() < switch_prob if mixup and cutmix else cutmix > 0
-        share = float(random.beta(*(cutmix if use_cutmix else mixup,) * 2))
+        alpha = cutmix if use_cutmix else mixup
+        share = float(random.beta(alpha, alpha))
         if not use_cutmix or share == 1:
             return cls(share)
         cut_h, cut_w = (int(side * np.sqrt(1 - share)) for side in (height, width))
@@ -195,10 +192,10 @@ def augment(
     mirrored_B: Tensor | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """A batch of uint8 pixels to what the network trains on: normalised floats (B, C, H, W), channels last.
+    """A batch of uint8 pixels, augmented as the recipe says: normalised floats (B, C, H, W), channels last.
 
-    `mirrored_B` says which images are mirrored where `alternating_flip` has decided that. `size` is the height and
-    width of what comes out, those of the pixels where not given.
+    `mirrored_B` says which images are mirrored, where `alternating_flip` has decided that. `size` is the height and
+    width of the result; without it they stay.
     """
     x_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
     if mirrored_B is not None:

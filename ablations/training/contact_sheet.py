@@ -1,4 +1,4 @@
-"""A picture of what a recipe's augmentation makes of images: a row for each, its original first, then an epoch each."""
+"""A picture of a recipe's augmentation: a row for each image, first as it is, then as each epoch shows it."""
 
 import io
 
@@ -12,6 +12,8 @@ from ablations.training.recipe import Recipe
 from ablations.training.splits import Split, Splits
 from model.errors import InputError
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 MOST_IMAGES = 64
 DRAWS = 8  # epochs shown
 TILE = 112  # pixels of the longer side at least
@@ -20,11 +22,11 @@ CAPTIONS = 2  # lines under a tile
 
 
 def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> bytes:
-    """A PNG of random train images as the first epochs of the recipe show them to the network.
+    """A PNG of `images` random train images as the network sees them in the first epochs of the recipe.
 
-    They are batches of the training's own `Loader`, over these images alone; pixels are normalised back and clipped.
-    Under each image are its class, or the classes that it is mixed of and their shares. Raises InputError where there
-    are fewer images.
+    The batches are of the `Loader` that trains, over these images only. The normalisation is undone, and pixels are
+    clipped. Under each image is its class, or the classes that are mixed in it with their shares. Raises InputError
+    where the data have fewer train images.
     """
     if images > len(data.train):
         raise InputError(f"--images {images}: {data.name} has {len(data.train)} images to train on")
@@ -75,7 +77,7 @@ def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor,
     return [(pixels_BHWC[i], captions[i]) for i in order]
 
 
-def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: int, draw: ImageDraw.ImageDraw, font: Font) -> str:
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"{text}…", font) > width:

@@ -37,6 +37,8 @@ DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 DIGITS_SPLIT_SEED = 0
 LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
+Reader = tuple[str, Callable[[], bytes]]  # the name of an image, and what reads its file
+
 CACHE = Path.home() / ".cache" / "expertgrid"
 
 
@@ -98,7 +100,7 @@ class ImageData:
 
     @classmethod
     def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
-        """Random RGB images to measure speed with: `train` of them to train on beside the held-out, a few to test."""
+        """Random RGB images to measure speed with: `train` train images, and one test image of each class."""
         rng = np.random.default_rng(0)
 
         def images(count: int) -> Images:
@@ -171,8 +173,8 @@ def _assemble(
     digest = hashlib.sha256()
     for pixels, labels in (train, test):
         digest.update(f"{pixels.shape}{len(classes)}".encode())
-        digest.update(np.ascontiguousarray(pixels))
-        digest.update(labels.astype("<i8"))
+        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(labels.astype("<i8").data)
     mean, std = _pixel_statistics(pixels_BHWC)
     parts = (Images(np.ascontiguousarray(pixels), labels.astype(np.int64)) for pixels, labels in (train, test))
     return ImageData(source, name, tuple(classes), *parts, mean, std, digest.hexdigest()[:16])
@@ -239,7 +241,7 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
         raise InputError(f"data source {source!r}: train/ and test/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
-        readers = [(path, Path(path).read_bytes) for path, _ in part.samples]
+        readers: list[Reader] = [(path, Path(path).read_bytes) for path, _ in part.samples]
         arrays.append((_decode(source, readers, image_size), np.array(part.targets)))
     return _assemble(source, directory.resolve().name, train.classes, *arrays)
 
@@ -248,7 +250,8 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
     import pyarrow
     import pyarrow.compute
 
-    arrays, classes = [], None
+    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    classes: tuple[str, ...] = ()
     for split in ("train", "test"):
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
@@ -269,8 +272,8 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
             needs = f"needs labels 0 to {len(classes) - 1} in each row"
             raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
         images = table[image_column].combine_chunks()
-        blobs = pyarrow.compute.struct_field(images, "bytes")
-        readers = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
+        blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
+        readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
         arrays.append((_decode(source, readers, image_size), labels_B))
     return _assemble(source, directory.resolve().name, classes, *arrays)
 
@@ -313,7 +316,7 @@ def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarr
 def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]], image_size: int | None = None) -> np.ndarray:
     """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
 
-    def decode(reader: tuple[str, Callable[[], bytes]]) -> np.ndarray:
+    def decode(reader: Reader) -> np.ndarray:
         name, read = reader
         try:
             with Image.open(io.BytesIO(read())) as image:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import InputError
 
-SHARE = 0.1  # where a study or source says no other
+SHARE = 0.1  # where the source gives no other share
 SMALLEST_SHARE, LARGEST_SHARE = 0.01, 0.5
 
 Kind = Literal["rotating", "fixed"]
@@ -56,7 +56,7 @@ class HoldOut(BaseModel):
         return np.flatnonzero(partition_of(labels_B, self.parts, fingerprint, partition) == part)
 
     def size(self, labels_B: np.ndarray, fingerprint: str) -> int:
-        """The number of images in the first part. The other parts have one more or fewer at most."""
+        """The number of images in the first part. No other part has more; a part has one image fewer at most."""
         return len(self.held_out(labels_B, fingerprint, seed=self.offset))
 
 

@@ -1,13 +1,13 @@
 """The batches that a network trains on, epoch by epoch.
 
 Images stay on their device, where each batch is gathered and augmented. Only where a recipe has `color_jitter` or
-`auto_augment`, which timm computes with PIL image by image, worker processes do that part and feed the device. All that
-is random follows from the trial's seed, the epoch and the image's index; the number of workers changes nothing.
+`auto_augment`, which timm computes with PIL image by image, worker processes do that part and feed the device. All
+random numbers follow from the trial's seed, the epoch and the image's index; the number of workers changes nothing.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ablations.training.augment import alternately_mirrored, augment, draw_mix, 
 from ablations.training.policies import Transform, pil_transform, random_state_kept, transformed
 from ablations.training.recipe import Recipe
 from ablations.training.splits import Splits
+from model.machine import usable_cores
 
 MOST_WORKERS = 16
 ALTERNATING, MIXING = 1, 2  # streams of random numbers beside that of the epoch's generator
@@ -25,7 +26,7 @@ ALTERNATING, MIXING = 1, 2  # streams of random numbers beside that of the epoch
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step takes. Under mixup or CutMix `labels_B` are the classes with the larger share."""
+    """The input of a training step. Under mixup or CutMix `labels_B` are the classes with the larger share."""
 
     x_BCHW: Tensor  # normalised floats, channels last
     labels_B: Tensor
@@ -34,23 +35,28 @@ class Batch:
 
 
 def batches(recipe: Recipe, images: int) -> tuple[int, int]:
-    """Images in a batch, and whole batches in an epoch of so many images: what is left over is left out."""
+    """The images in a batch, and the batches in an epoch of `images` images. An incomplete last batch is left out."""
     return recipe.batch_size, images // recipe.batch_size
 
 
 class Loader:
-    """The batches of a trial. `workers` is the number of processes for the PIL part; None is one for each other CPU."""
+    """The batches of a trial.
+
+    `workers` is the number of processes for the PIL part: 0 does it in this process, None takes all usable cores but
+    one, at most MOST_WORKERS.
+    """
 
     def __init__(self, recipe: Recipe, splits: Splits, seed: int, workers: int | None = None):
         self.recipe, self.splits, self.seed = recipe, splits, seed
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator = torch.Generator(self.device)
-        self.pil = None
+        self.pil, self.keys = None, _Keys()
         if (transform := pil_transform(recipe, splits.data)) is not None:
-            workers = min(MOST_WORKERS, max(1, _cpus() - 1)) if workers is None else workers
+            workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
             pixels_BHWC = splits.train.pixels_BHWC.cpu()
-            self.pil = _pil_loader(_PilImages(pixels_BHWC, transform, seed), workers, self.device.type == "cuda")
+            images = _PilImages(pixels_BHWC, transform, seed)
+            self.pil = _pil_loader(images, self.keys, workers, self.device.type == "cuda")
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, which counts from 0."""
@@ -80,12 +86,12 @@ class Loader:
         """The pixels (B, H, W, C) of each batch, on the device, once the PIL part is done."""
         if self.pil is None:
             return (self.splits.train.pixels_BHWC[indices_B] for indices_B in chosen)
-        self.pil.sampler.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
+        self.keys.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
         return (pixels_BHWC.to(self.device, non_blocking=True) for pixels_BHWC in self.pil)
 
 
 class _Keys(Sampler):
-    """The batches of the epoch that is to come: the epoch and the indices of the images."""
+    """The batches of the next epoch: for each, the epoch's number and the indices of its images."""
 
     keys: list[tuple[int, list[int]]] = []
 
@@ -102,27 +108,23 @@ class _PilImages(Dataset):
     def __init__(self, pixels_BHWC: Tensor, transform: Transform, seed: int):
         self.pixels_BHWC, self.transform, self.seed = pixels_BHWC, transform, seed
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Tensor:
-        epoch, indices = key
+    def __getitem__(self, index: tuple[int, list[int]]) -> Tensor:
+        epoch, indices = index
         pixels_BHWC = self.pixels_BHWC.numpy()
         with random_state_kept():
             done = [transformed(self.transform, pixels_BHWC[i], (self.seed, epoch, i)) for i in indices]
         return torch.from_numpy(np.stack(done))
 
 
-def _pil_loader(images: _PilImages, workers: int, pin_memory: bool) -> DataLoader:
-    # A generator of its own, or it would draw from the global one, which is dropout's.
-    prefetching = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+def _pil_loader(images: _PilImages, keys: _Keys, workers: int, pin_memory: bool) -> DataLoader:
+    # Without a generator of its own it would draw from the global one, which dropout uses.
+    prefetching: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         images,
         batch_size=None,
-        sampler=_Keys(),
+        sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
         **prefetching,
     )
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

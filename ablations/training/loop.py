@@ -1,15 +1,15 @@
 """Training: one visible loop.
 
-`train` is a generator: each `next` trains one epoch and yields what came of it. Whoever drives it writes records,
-draws progress or takes the time; the loop itself knows of none of these.
+`train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
+or takes the time; the loop does none of these.
 
-Numbers: networks train in bfloat16 (`recipe.amp`) or, where that is off, with convolutions in TF32 on CUDA devices that
-have it; what is kept of a trained network is measured in full fp32.
+Precision: networks train in bfloat16 (`recipe.amp`). Where that is off, convolutions are in TF32 on CUDA devices that
+have it. Accuracies and losses of the trained network are measured in full fp32.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +21,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ablations.training.augment import normalise
 from ablations.training.loader import Loader, batches
 from ablations.training.optimise import make_average, make_optimizer, make_scheduler
 from ablations.training.recipe import Recipe
 from ablations.training.splits import Split, Splits
+from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
 from model.fast.memory import keep_freed_memory
 from model.net import ExpertNet
+from model.pixels import normalise
 from model.registry import build
 
 EVALUATION_BATCH = 500
@@ -37,11 +38,11 @@ STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
 
 
 class TrainingError(RuntimeError):
-    """A trial that cannot go on; the other trials can."""
+    """A trial cannot go on. The other trials can."""
 
 
 class Diverged(TrainingError):
-    """A loss that is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+    """A loss is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
 
     def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
         super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
@@ -50,7 +51,7 @@ class Diverged(TrainingError):
 
 @dataclass
 class Training:
-    """All that changes while a trial trains."""
+    """The state of a trial that trains."""
 
     net: nn.Module
     optimizer: Optimizer
@@ -84,7 +85,10 @@ class Training:
 
 
 def start(trial: Trial, splits: Splits) -> Training:
-    """A network with the initial weights of the trial's seed on the splits' device, its optimiser and schedule."""
+    """A trial before its first step: network, optimiser and schedule, on the splits' device.
+
+    The initial weights follow from the trial's seed.
+    """
     device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
@@ -92,7 +96,8 @@ def start(trial: Trial, splits: Splits) -> Training:
     torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device, memory_format=torch.channels_last)
+    net = build(trial.model).to(device)
+    net = net.to(memory_format=torch.channels_last)
     if isinstance(net, ExpertNet):
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
@@ -102,9 +107,9 @@ def start(trial: Trial, splits: Splits) -> Training:
 
 
 def train(trial: Trial, splits: Splits, training: Training, workers: int | None = None) -> Iterator[Epoch]:
-    """Trains from where `training` stands to the recipe's last epoch, yielding after each.
+    """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
 
-    Nothing waits for a CUDA device within an epoch. All that is random in an epoch follows from the trial's seed and
+    Nothing waits for a CUDA device within an epoch. The random numbers of an epoch follow from the trial's seed and
     the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
     Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
@@ -114,17 +119,7 @@ def train(trial: Trial, splits: Splits, training: Training, workers: int | None 
     batch, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)
-
-    def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and how many images were right."""
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits_BN = net(x_BCHW)
-            loss = F.cross_entropy(logits_BN, targets, label_smoothing=recipe.smoothing)
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
-
+    step = training_step(net, optimizer, amp, recipe.smoothing)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
@@ -171,19 +166,20 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[f
 
 
 def _set_precision(precision: str) -> None:
-    """ "tf32" or "ieee" for fp32 convolutions on CUDA; fp32 matrix products are always exact.
+    """Sets the precision of fp32 convolutions on CUDA, "tf32" or "ieee". Matrix products are always in full fp32.
 
-    These networks spend their time in convolutions. With TF32 matrix products torch.compile, which still asks by
-    PyTorch's older names, would be refused an answer.
+    These networks spend their time in convolutions. With TF32 matrix products torch.compile would fail, because it
+    still reads the settings by PyTorch's older names.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cudnn.rnn.fp32_precision = precision  # else the older name for both has no answer
+    # PyTorch declares no types for these two.
+    torch.backends.cudnn.conv.fp32_precision = precision  # ty: ignore[missing-attribute]
+    torch.backends.cudnn.rnn.fp32_precision = precision  # ty: ignore[missing-attribute]  # PyTorch's older name for both needs equal values
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
-    """Convolutions are exact within, and in TF32 again afterwards."""
+def full_fp32() -> Generator[None]:
+    """Within, convolutions are in full fp32; afterwards in TF32 again."""
     _set_precision("ieee")
     try:
         yield
@@ -192,8 +188,8 @@ def full_fp32() -> Iterator[None]:
 
 
 @contextmanager
-def untuned() -> Iterator[None]:
-    """Within, cuDNN chooses kernels by rule: trying them out takes seconds, which evaluation does not earn back."""
+def untuned() -> Generator[None]:
+    """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -207,7 +203,10 @@ def untuned() -> Iterator[None]:
 @full_fp32()
 @torch.inference_mode()
 def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
-    """Logits (B, N) of all images of a split, in order, without augmentation, with the network in evaluation mode."""
+    """Logits (B, N) of all images of a split, in their order and without augmentation.
+
+    Sets the network to evaluation mode.
+    """
     net.eval()
     parts = []
     for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import timm.optim
 import timm.scheduler
@@ -26,7 +27,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
     are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
     recorded in a graph counts its steps on the device, whether it is recorded or not.
     """
-    chosen = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
+    chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
     kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
     knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
     if "fused" in knows and device in FUSED_ON:
@@ -56,9 +57,10 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -
         optimizer,
         sched=recipe.sched,
         num_epochs=recipe.epochs,
+        # timm computes with fractions of an epoch, although it declares whole ones.
         decay_epochs=30 if recipe.decay_epochs is None else recipe.decay_epochs,
         decay_rate=1.0 if recipe.sched == "poly" else rate,
-        warmup_epochs=(recipe.warmup or 0.0) * recipe.epochs,
+        warmup_epochs=(recipe.warmup or 0.0) * recipe.epochs,  # ty: ignore[invalid-argument-type]
         warmup_lr=0.0,
         min_lr=0.0,
         step_on_epochs=False,

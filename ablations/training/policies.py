@@ -5,7 +5,7 @@ They draw from the global random state of Python, NumPy and torch, which is seed
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,7 +27,7 @@ from model.errors import InputError
 
 Transform = Callable[[Image.Image], Image.Image]
 
-# What timm reads in a policy string: it passes over most of what it does not know without a word.
+# The parts of a policy string that timm reads. timm ignores most unknown parts silently.
 SECTIONS = {
     "rand": ("m", "n", "p", "mstd", "mmax", "inc", "t"),
     "augmix": ("m", "w", "d", "b", "a", "mstd"),
@@ -38,14 +38,14 @@ DRAWS_TRIED = 20  # draws of a transform before training, to see that it takes t
 
 
 def check_policy(policy: str) -> None:
-    """Raises ValueError where timm does not build the policy, or would pass over a part of it."""
+    """Raises ValueError where timm does not build the policy, or would ignore a part of it."""
     name, *sections = policy.split("-")
     if name not in SECTIONS:
         raise ValueError(f"no policy of timm starts with {name!r}; accepted: {', '.join(SECTIONS)}")
     keys = []
     for section in sections:
-        found = ("t",) if section in RAND_SETS else re.fullmatch(r"([a-z]+)\d+(?:\.\d+)?", section)
-        keys.append(found[0] if section in RAND_SETS else found[1] if found else section)
+        number = re.fullmatch(r"([a-z]+)\d+(?:\.\d+)?", section)
+        keys.append("t" if section in RAND_SETS else number[1] if number else section)
         if keys[-1] not in SECTIONS[name] or (keys[-1] == "t" and section not in RAND_SETS):
             parts = ", ".join(f"{key}NUMBER" for key in SECTIONS[name] if key != "t")
             sets = ", " + ", ".join(RAND_SETS) if name == "rand" else ""
@@ -59,9 +59,9 @@ def check_policy(policy: str) -> None:
 
 
 def pil_transform(recipe: Recipe, data: ImageData) -> Transform | None:
-    """What a recipe does to each image with PIL: the policy, then the jitter. None where it has neither.
+    """The PIL part of a recipe's augmentation: the policy, then the jitter. None where the recipe has neither.
 
-    With timm's parameters for images of this size.
+    The policy has timm's parameters for images of this size.
     """
     mean, _ = recipe.mean_std(data)
     steps = [_policy(recipe.auto_augment, mean, data.image_size)] if recipe.auto_augment else []
@@ -80,6 +80,7 @@ def check_images(recipe: Recipe, data: ImageData) -> None:
         raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
     try:
         transform = pil_transform(recipe, data)
+        assert transform is not None  # the recipe has one of the two fields
         with random_state_kept():
             for draw in range(DRAWS_TRIED):
                 transformed(transform, data.train.pixels_BHWC[0], (draw,))
@@ -105,12 +106,12 @@ def _policy(policy: str, mean: tuple[float, ...], image_size: tuple[int, int]) -
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
-    """timm's, with its strongest level, which keeps no bit, a black image: newer versions of Pillow refuse that."""
+    """timm's posterize. Its strongest level keeps no bit: a black image, which newer versions of Pillow refuse."""
     return posterize(image, bits_to_keep, **parameters) if bits_to_keep else image.point(lambda _: 0)
 
 
 def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """An image of one or three channels after the transform. What is drawn follows from `key`: whole numbers from 0."""
+    """An image of one or three channels after the transform. Its random numbers follow from `key`: integers from 0."""
     python, numpy, torchs = map(int, np.random.SeedSequence(key).generate_state(3))
     random.seed(python)
     np.random.seed(numpy)
@@ -120,8 +121,8 @@ def transformed(transform: Transform, pixels_HWC: np.ndarray, key: tuple[int, ..
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The global random state of Python, NumPy and torch is afterwards what it was."""
+def random_state_kept() -> Generator[None]:
+    """Afterwards the global random state of Python, NumPy and torch is what it was before."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -86,7 +86,7 @@ class Recipe(BaseModel):
             return opt
         import timm.optim  # which imports torch
 
-        names = timm.optim.list_optimizers()
+        names = [str(name) for name in timm.optim.list_optimizers()]
         if opt not in names:
             raise ValueError(str(unknown("optimiser", opt, names)))
         if timm.optim.get_optimizer_info(opt).second_order:
@@ -173,7 +173,8 @@ class Recipe(BaseModel):
         share = 0.5 if self.small_share is None else self.small_share
         if not self.small_size or epoch >= round(share * self.epochs):
             return full
-        return tuple(round(side * self.small_size / min(full)) for side in full)
+        height, width = (round(side * self.small_size / min(full)) for side in full)
+        return height, width
 
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""

@@ -41,6 +41,22 @@ class Splits:
     def device(self) -> torch.device:
         return self.train.labels_B.device
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Pixels and labels on the CPU, as the export takes them (`export.publish.Images`)."""
+        return {
+            "train": self.train.pixels_BHWC.cpu().numpy(),
+            "validation": self.validation.pixels_BHWC.cpu().numpy(),
+            "validation_labels": self.validation.labels_B.cpu().numpy(),
+            "test": self.test.pixels_BHWC.cpu().numpy(),
+            "test_labels": self.test.labels_B.cpu().numpy(),
+        }
+
+    @classmethod
+    def undivided(cls, data: ImageData, device: torch.device) -> "Splits":
+        """All train images to train on, to measure speed. The test images stand for the validation images."""
+        test = Split.of(data.test, device)
+        return cls(data, Split.of(data.train, device), test, test)
+
 
 class ResidentData:
     """A source whose images are on a device, from which each seed takes its splits."""

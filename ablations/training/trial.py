@@ -1,4 +1,4 @@
-"""A trial: one training run as data, and what each of its epochs gave. Imports no torch."""
+"""A trial: one training run as data, and the numbers of each of its epochs. Imports no torch."""
 
 import hashlib
 import json
@@ -12,9 +12,10 @@ from model.config import Network
 
 
 class Trial(BaseModel):
-    """One training run. `model_name` and `source` say where model and data come from and are not part of its id.
+    """One training run.
 
-    Nor are fields that are as they are where not given: the next one that a recipe gets changes no id.
+    `model_name` and `source` say where the model and the data come from; they are not part of the id. Neither are
+    fields that have their default values, so that a new field of a recipe changes no id.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,15 +38,15 @@ class Trial(BaseModel):
 
 
 def _essence(value: object) -> object:
-    """What a config says, as JSON: its kind, and the fields that differ from their defaults."""
+    """A config as JSON: its kind, and the fields that differ from their defaults."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
-        return {name: _essence(one) for name, one in value if name == "kind" or one != fields[name].default}
-    return [_essence(one) for one in value] if isinstance(value, tuple) else value
+        return {name: _essence(inner) for name, inner in value if name == "kind" or inner != fields[name].default}
+    return [_essence(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 class Epoch(BaseModel):
-    """What one epoch gave. Accuracies are shares, losses are means in nats, times are in seconds."""
+    """The numbers of one epoch. Accuracies are shares from 0 to 1, losses means in nats, times in seconds."""
 
     epoch: int  # from 1
     lr: float  # after the last step

@@ -1,8 +1,8 @@
-"""Compilation by block: each expert block and convolution of a network is compiled where it stands.
+"""Regional compilation: torch.compile of the expert blocks and convolutions of a network, each on its own.
 
-What is compiled is a part that repeats, not the whole network: equal blocks are compiled once, whichever network of a
-study they are in, and the names of the weights stay as they were. What is between the blocks (pooling, dropout, sums,
-the head) stays eager, and so does evaluation, whose batches have other sizes: see `ablations.training.loop.predict`.
+Equal blocks are compiled once, in whichever networks of a study they are. The names of the weights stay as they are.
+Everything between the blocks (pooling, dropout, sums, the head) runs eagerly. So does evaluation, whose batches have
+other sizes: see `ablations.training.loop.predict`.
 """
 
 import copy
@@ -15,42 +15,42 @@ import torch
 from torch import Tensor, nn
 
 from model.config import Block
-from model.fast.wide import WideBlock, joined
+from model.fast.wide import WideBlock, can_be_wide
 from model.net import ConvNormAct, ExpertBlock
 
-# Seconds: of compiling one block and what it needs, of starting the compiler, and saved at each step by each block.
-# On CPUs with matrix units: for 64 channels and batches of 128 images of 32x32 pixels.
+# Seconds: to compile one block, to start the compiler, and saved by each block in each step.
+# For CPUs with matrix units: at 64 channels and batches of 128 images of 32x32 pixels.
 COSTS = {"cuda": (12.0, 20.0, 0.0003), "amx": (2.0, 16.0, 0.01)}
 
 
 def device_kind(device: torch.device) -> str:
-    """The type of the device, or "amx" for a CPU with matrix units."""
+    """The type of the device; "amx" for a CPU with matrix units."""
     return "amx" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else device.type
 
 
-def earns(blocks: Sequence[Block], steps: int, kind: str) -> bool:
+def pays_off(blocks: Sequence[Block], steps: int, kind: str) -> bool:
     """Whether compiling the blocks of a network saves more time in `steps` training steps than it takes.
 
-    On CUDA and on CPUs with matrix units (AMX): where steps x blocks x seconds saved is more than the seconds of
-    compiling the blocks that differ, by the numbers in `COSTS`. On AMX these were measured: 18 s to compile
-    `eight_block` and 24 s for `segmented`, whose blocks differ; each block of theirs, `two_block` and `macro_residual`
-    saved 0.04, 0.01, 0.04 and 0.003 s at each step. Blocks with no experts to put side by side do not count there:
-    `speed`, which has only such, was slower compiled, at 0.77 of its eager speed.
+    It does where steps x blocks x seconds saved is more than the seconds to start the compiler and to compile each
+    different block, by `COSTS`. The numbers for CPUs with matrix units (AMX) were measured: it took 18 s to compile
+    `eight_block`, and 24 s for `segmented`, whose blocks differ. A block of theirs saved 0.04 and 0.01 s in each step,
+    a block of `two_block` and `macro_residual` 0.04 and 0.003 s. On AMX only blocks that can train in the form of
+    `model.fast.wide` count: `speed`, which has none, ran at 0.77 of its eager speed when it was compiled.
 
-    On CUDA they are estimates that are meant to err towards eager. On other CPUs never: with bfloat16 in AVX-512,
-    blocks compiled as they were before (their experts apart) took 0.88 to 0.94 of the time of eager ones, which
-    trainings of minutes did not earn back; blocks of today's form were not measured there.
+    The numbers for CUDA are estimates, chosen so that errors are towards eager. On other CPUs nothing is compiled:
+    with bfloat16 in AVX-512, compiled blocks took 0.88 to 0.94 of the time of eager ones, which does not pay off within
+    minutes. That was measured with each expert as a convolution of its own, not with the form of `model.fast.wide`.
     """
     if kind == "amx":
-        blocks = [block for block in blocks if joined(block)]
+        blocks = [block for block in blocks if can_be_wide(block)]
     if kind not in COSTS or not blocks:
         return False
     a_block, start, saved = COSTS[kind]
     return steps * len(blocks) * saved > start + a_block * len(set(blocks))
 
 
-def missing(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on the device, None where nothing that can be seen does."""
+def why_unavailable(device: torch.device) -> str | None:
+    """The reason why torch.compile cannot work on the device; None where no reason is found."""
     if device.type not in ("cpu", "cuda"):
         return f"blocks are compiled on cpu and cuda only, not on {device.type}"
     if device.type == "cuda":
@@ -71,9 +71,9 @@ def missing(device: torch.device) -> str | None:
 
 
 def blocks(net: nn.Module) -> Iterator[nn.Module]:
-    """The parts that are compiled: expert blocks, and convolutions outside of them, unless kernels have them.
+    """The modules that are compiled: expert blocks, and convolutions outside of them, unless fused kernels have them.
 
-    A network of timm has none.
+    A network of timm has none of these.
     """
     for child in net.children():
         if type(child) in (ExpertBlock, WideBlock, ConvNormAct):
@@ -83,36 +83,37 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
-    """Compiles the blocks of `net` for training on batches (B, C, H, W) like these; returns the seconds that it took.
+    """Compiles the blocks of `net` for training on batches (B, C, H, W) like these. Returns the seconds that it took.
 
-    They train in the form of `model.fast.wide`, of which the compiler makes more (`python -m bench.experts`: chunk).
-    If compiling fails the error is raised and `net` is as it was. Sizes are static: a training has one or two. On CUDA
-    this is the default mode, without CUDA graphs of each block's own: `model.fast.cuda_graphs` records the whole step.
+    Blocks train in the form of `model.fast.wide`, which is faster when it is compiled (`python -m bench.experts`:
+    chunk). If compilation fails, the error is raised and `net` is unchanged. Shapes are static: a training has one or
+    two. On CUDA the blocks have no CUDA graphs of their own: `model.fast.cuda_graphs` records the whole step.
     """
     parts = list(blocks(net))
     if not parts:
         return 0.0
-    # A limit is there to stop functions that are compiled without end. Here each different block is one, and past the
-    # limit they would run eagerly without a word.
-    torch._dynamo.config.recompile_limit = 1024
-    torch._dynamo.config.accumulated_recompile_limit = 8192
+    # PyTorch limits how often one function is compiled, and runs it eagerly after that, without a warning. Here each
+    # different block is one more compilation of the same function. (ty: the config has no types, only first values.)
+    torch._dynamo.config.recompile_limit = 1024  # ty: ignore[invalid-assignment]
+    torch._dynamo.config.accumulated_recompile_limit = 8192  # ty: ignore[invalid-assignment]
 
     def compile_all(net: nn.Module) -> None:
         for part in blocks(net):
-            if isinstance(part, ExpertBlock) and joined(part.config):
+            if isinstance(part, ExpertBlock) and can_be_wide(part.config):
                 part.__class__ = WideBlock
             part.compile(dynamic=False, backend=backend)
 
-    return tried(net, compile_all, batches, bfloat16)
+    return apply_tested(net, compile_all, batches, bfloat16)
 
 
-def tried(net: nn.Module, change: Callable[[nn.Module], object], batches: Sequence[Tensor], bfloat16: bool) -> float:
-    """Changes a copy of `net`, which then runs forwards and backwards on each batch, and then `net`.
+def apply_tested(
+    net: nn.Module, change: Callable[[nn.Module], object], batches: Sequence[Tensor], bfloat16: bool
+) -> float:
+    """Applies `change` to `net`, after a test on a copy: a forward and a backward pass on each batch (B, C, H, W).
 
-    Returns the seconds that it took.
-
-    Compilers work when code first runs. So weights, batch statistics and random state of `net` are not touched, the
-    first step of a training has nothing left to compile, and after an error `net` is as it was.
+    Compilers work when code first runs. With the test, the first step of a training has nothing left to compile. The
+    weights, batch statistics and random state of `net` do not change, and after an error `net` is as it was. Returns
+    the seconds that it took.
     """
     device = batches[0].device
     started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""A training step as a CUDA graph: recorded once for each size of a batch, and replayed.
+"""A training step as a CUDA graph: recorded once for each batch size, and replayed.
 
-A step of these networks is some thousand kernels of a few microseconds each, which Python starts more slowly than the
-device runs them; a graph starts all of them at once. Within a recorded step nothing may wait for the device, and what
-changes from step to step has to be read from a tensor whose place stays: the batch, and the rates of the optimiser.
+A step of these networks is some thousand kernels of a few microseconds each. Python launches them more slowly than the
+device runs them; a graph launches all of them at once. A recorded step must not wait for the device. It must read what
+changes from step to step from tensors at fixed addresses: the batch, and the learning rates.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from model.errors import reason_of
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
-Recording = tuple[Callable[[], object], Tensors]  # what replays a step, and the tensors that it then fills
+Recording = tuple[Callable[[], object], Tensors]  # a function that replays a step, and the tensors that it fills
 
-WARM_UP = 3  # steps before the one that is recorded, in which libraries choose kernels and optimisers make their state
+WARM_UP = 3  # steps before the recorded one: libraries choose kernels, and optimisers create their state
 
 
 def recordable(optimizer: Optimizer) -> bool:
-    """Whether the optimiser can step within a graph: it counts its steps on the device, and takes a tensor as rate."""
+    """Whether a graph can hold the optimiser's step: it counts steps on the device and reads its rate from a tensor."""
     return bool(optimizer.defaults.get("capturable") or optimizer.defaults.get("fused"))
 
 
@@ -37,9 +37,10 @@ class _Tape:
 
 
 class Recorder:
-    """Takes training steps, the first of each size of a batch as they are, later ones as replays of a graph.
+    """Runs training steps: for each batch size the first ones directly, and the later ones as replays of a graph.
 
-    Where recording fails and `strict` is not set, steps go on as they are, and `refused` says why.
+    Where recording fails, a strict recorder raises the error. Any other runs all steps directly from then on, and
+    `refused` is the reason.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device, strict: bool = False):
@@ -53,9 +54,9 @@ class Recorder:
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step, *given: Tensor) -> Tensors:
-        """What `step` returns for these tensors. It must be the same function for all batches of one size.
+        """The result of `step` for these tensors. `step` must be the same function for all batches of one size.
 
-        The results are overwritten by the next step.
+        The next step overwrites the result.
         """
         if self.refused is not None:
             return step(*given)
@@ -82,7 +83,7 @@ class Recorder:
         return tape.outputs
 
     def _recorded(self, step: Callable[[], Tensors]) -> Recording:
-        """Records a step that reads its rates from tensors."""
+        """Records a step that reads its learning rates from tensors."""
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group, rate in zip(groups, self.rates_G):
@@ -94,7 +95,7 @@ class Recorder:
                 group["lr"] = rate
 
     def _aside(self, step: Callable[[], Tensors]) -> Tensors:
-        """Takes a step on the stream that is recorded later, as what autograd keeps is bound to a stream."""
+        """Runs a step on the stream of the later recording: autograd's state belongs to a stream."""
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
@@ -104,7 +105,7 @@ class Recorder:
 
     def _record(self, step: Callable[[], Tensors]) -> Recording:
         graph = torch.cuda.CUDAGraph()
-        # Errors of this thread alone: others, which pin memory, may do what a recorded step may not.
+        # Only calls of this thread that a recording forbids are errors: other threads pin memory meanwhile.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             outputs = step()
         return graph.replay, outputs

@@ -1,9 +1,11 @@
-"""How the steps of a training run: with kernels of ours, compiled blocks, recorded graphs; and what is chosen when.
+"""How training steps are executed: what the user asks for, and what a training then uses.
 
-Kernels take the parts of a network that they compute, the compiler what is left of it, and a graph records the whole.
+There are three features. Fused Triton kernels compute the parts of a network that they support. torch.compile compiles
+the other blocks. CUDA graphs record the whole step.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.optim import Optimizer
@@ -14,46 +16,47 @@ from model.fast import compiled
 from model.fast.cuda_graphs import recordable
 
 CHOICES = ("auto", "on", "off")
-WORDS = {"kernels": "Triton kernels", "compile": "torch.compile", "graphs": "CUDA graphs"}
-MOST_EXPERTS = 8  # that the kernels take: each is written out in them
+LABELS = {"kernels": "Triton kernels", "compile": "torch.compile", "graphs": "CUDA graphs"}  # of the features
+MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
 
 
-def missing(what: str, device: torch.device) -> str | None:
-    """What keeps `what` (of `WORDS`) from working on the device, None where nothing that can be seen does."""
-    if what == "compile":
-        return compiled.missing(device)
+def why_unavailable(feature: str, device: torch.device) -> str | None:
+    """The reason why a feature (a key of `LABELS`) cannot work on the device; None where no reason is found."""
+    if feature == "compile":
+        return compiled.why_unavailable(device)
     if device.type != "cuda":
-        return f"{WORDS[what]} are for CUDA, not for {device.type}"
-    return compiled.missing(device) if what == "kernels" else None
+        return f"{LABELS[feature]} are for CUDA, not for {device.type}"
+    return compiled.why_unavailable(device) if feature == "kernels" else None
 
 
 def has_kernels(block: Block) -> bool:
-    """Whether the kernels compute a block.
+    """Whether the fused kernels support a block.
 
-    Of experts with norm and activation of their own they take one kernel size, of those with a norm after the mix two.
+    They support one kernel size where each expert has its norm and activation, and up to two where these are after the
+    mix.
     """
     most = {"expert": 1, "mix": 2, "none": 0}[block.norm_act]
     return len(set(block.kernels)) <= most and len(block.kernels) <= MOST_EXPERTS
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a training uses."""
+class ExecutionPlan:
+    """The features that a training uses."""
 
     kernels: bool = False
     compile: bool = False
     graphs: bool = False
 
     def __str__(self) -> str:
-        return ", ".join(WORDS[name] for name, used in asdict(self).items() if used) or "eager"
+        return ", ".join(LABELS[name] for name, used in asdict(self).items() if used) or "eager"
 
 
 @dataclass(frozen=True)
-class Execution:
-    """What the user asked for: one of `CHOICES` for each of `WORDS`.
+class ExecutionOptions:
+    """What the user asks for: one of `CHOICES` for each feature.
 
-    With "auto", CUDA devices use kernels and graphs wherever a network and an optimiser have them, as neither has to
-    compile a network; what the kernels leave is compiled where `compiled.earns` says so.
+    With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. The blocks
+    without kernels are compiled where `compiled.pays_off` says so.
     """
 
     kernels: str = "auto"
@@ -61,33 +64,48 @@ class Execution:
     graphs: str = "auto"
 
     def check(self, device: torch.device) -> None:
-        """Raises InputError for a choice that there is not, and for "on" where something is missing."""
+        """Raises InputError for an unknown choice, and for "on" where the feature cannot work on the device."""
         for name, choice in asdict(self).items():
             if choice not in CHOICES:
                 raise unknown(f"choice of --{name}", choice, CHOICES)
-            if choice == "on" and (reason := missing(name, device)):
+            if choice == "on" and (reason := why_unavailable(name, device)):
                 raise InputError(f"--{name} on: {reason}; with auto or off, networks are trained without")
 
-    def chosen(self, config: object, steps: int, device: torch.device, optimizer: Optimizer | None = None) -> Means:
-        """The means of a training of so many steps. Graphs are chosen where its optimiser is given.
+    def plan(
+        self, config: object, steps: int, device: torch.device, optimizer: Optimizer | None = None
+    ) -> ExecutionPlan:
+        """The plan for a training of so many steps. It has graphs only where the optimiser is given.
 
-        What follows from the trial and the kind of device alone, so that a trial trained again is trained alike.
+        It depends on the trial and the kind of device alone, so that a repeated trial is trained in the same way.
         """
-        ours, on_cuda = isinstance(config, ModelConfig), device.type == "cuda"
-        kernels = ours and (self.kernels == "on" or (self.kernels == "auto" and on_cuda))
-        left = [block for block in config.blocks() if not (kernels and has_kernels(block))] if ours else []
-        earned = self.compile == "auto" and compiled.earns(left, steps, compiled.device_kind(device))
+        on_cuda, kernels, left = device.type == "cuda", False, []
+        if isinstance(config, ModelConfig):
+            kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
+            left = [block for block in config.blocks() if not (kernels and has_kernels(block))]
+        pays_off = self.compile == "auto" and compiled.pays_off(left, steps, compiled.device_kind(device))
         graphs = optimizer is not None and recordable(optimizer)
-        return Means(
+        return ExecutionPlan(
             kernels=kernels,
-            compile=self.compile == "on" or earned,
+            compile=self.compile == "on" or pays_off,
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
 
+    def usable(self, plans: Iterable[ExecutionPlan], device: torch.device) -> tuple["ExecutionOptions", list[str]]:
+        """These options with each feature off that a plan has and that cannot work on the device.
+
+        Also returns one line for each such feature: its name and the reason.
+        """
+        options, plans, without = self, list(plans), []
+        for name, label in LABELS.items():
+            if any(getattr(plan, name) for plan in plans) and (reason := why_unavailable(name, device)):
+                without.append(f"{label}: {reason}")
+                options = replace(options, **{name: "off"})
+        return options, without
+
     @classmethod
-    def of(cls, means: Means) -> "Execution":
-        """What asks for just these means."""
-        return cls(**{name: "on" if used else "off" for name, used in asdict(means).items()})
+    def requiring(cls, plan: ExecutionPlan) -> "ExecutionOptions":
+        """The options that ask for exactly this plan."""
+        return cls(**{name: "on" if used else "off" for name, used in asdict(plan).items()})
 
 
-PLAIN = Execution.of(Means())
+EAGER = ExecutionOptions.requiring(ExecutionPlan())

@@ -1,11 +1,11 @@
-"""The training pass of convolutions, norm, activation and mix on CUDA, in Triton, in few passes over memory.
+"""Fused Triton kernels for the training pass of convolutions, norm, activation and mix on CUDA.
 
-Batch statistics part what could be one pass: the statistics of the experts' outputs; then norm, ReLU and mix at once;
-backwards the sums that the norm's gradient needs; then all gradients at once. These four are the floor that
-`bench.step` counts; PyTorch's own operators read and write the experts' outputs several times more, and torch.compile
-has to compile each network anew. Where the norm is after the mix, the weighted sum is a pass before these, and one
-after them. The experts of one kernel size are one convolution of K x C channels, whose input gradient is then summed
-within the convolution.
+Batch norm needs the statistics of a whole batch, so the work takes four passes over memory: the statistics of the
+experts' outputs; norm, ReLU and mix; backwards, the sums for the norm's gradient; then all gradients. `bench.step`
+counts these four as the lower bound. PyTorch's own operators read and write the experts' outputs several times more,
+and torch.compile compiles each network anew. Where the norm is after the mix, the weighted sum is one pass before these
+and one after them. The experts of one kernel size are one convolution of K x C channels, which sums their input
+gradients.
 
 Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels. Maps are
 channels-last, so that a map (B, F, H, W) is a matrix (P, F). All sums are in float32.
@@ -19,28 +19,28 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from model.fast.compiled import tried
+from model.fast.compiled import apply_tested
 from model.fast.execution import has_kernels
-from model.fast.wide import by_size, side_by_side
-from model.net import BatchNorm, ConvNormAct, ExpertBlock
+from model.fast.wide import experts_by_kernel, tracked, wide_conv
+from model.net import ConvNormAct, ExpertBlock, Gate
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
 MOST_PROGRAMS = 512  # along the pixels, in the pass that gathers statistics
-STATISTICS_COLUMNS = 8  # of all tiles' statistics that a program holds at once
+STATISTICS_COLUMNS = 8  # that a program holds at once of the statistics of all tiles
 
 
 @triton.jit
 def _tile_of_all(pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's rows and columns of a map of all images, which of them there are, and where the rows start."""
+    """This program's rows and columns of a map of all images, masks of those that exist, and the rows' offsets."""
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = cols < channels
     return rows, cols, known, (rows < pixels)[:, None] & known[None, :], rows[:, None].to(tl.int64)
 
 
 @triton.jit
-def _tile_of_one(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same of a tile within one image; first the numbers of the tile and of the image."""
+def _tile_of_image(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same for a tile within one image, after the indices of the tile and of the image."""
     tile, cols = tl.program_id(0), tl.program_id(1) * COLS + tl.arange(0, COLS)
     here, known = tile // tiles_an_image, cols < channels
     rows = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
@@ -83,7 +83,7 @@ def _statistics(
     count_T, mean_TF, square_TF, mean_F, rstd_F, variance_F, tiles, pixels, eps, channels,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, 1 / standard deviation and unbiased variance of each channel, from those of its tiles, at most ROWS."""
+    """Mean, 1 / standard deviation and unbiased variance of each channel, from the statistics of at most ROWS tiles."""
     rows, cols = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
     known = cols < channels
     inside = (rows < tiles)[:, None] & known[None, :]
@@ -123,8 +123,8 @@ def _gradient_sums(
     y_PF, mean_F, rstd_F, scale_F, shift_F, gate_BK, dout_PC, sums_2TF, gate_sums_TGK, image, tiles_an_image, tiles,
     channels, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """For tiles within one image each: the sums of the norm's gradient, and of the gate's in G groups of columns."""
-    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
+    """For each tile of an image: the sums for the norm's gradient, and for the gate's in G groups of columns."""
+    tile, here, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         f = k * channels + cols
@@ -191,8 +191,8 @@ def _weighted_sum_gradient(
     y_PF, z_PF, gate_BK, dout_PC, dy_PF, dz_PF, gate_sums_TGK, image, tiles_an_image, channels,
     Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """For tiles within one image each: the gradients of the maps, and the sums of the gate's in G groups of columns."""
-    tile, here, cols, known, inside, row_starts = _tile_of_one(image, tiles_an_image, channels, ROWS, COLS)
+    """For each tile of an image: the gradients of the maps, and the sums for the gate's in G groups of columns."""
+    tile, here, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     gates = gate_BK + here * (Y + Z)
     sums = gate_sums_TGK + (tile * tl.num_programs(1) + tl.program_id(1)) * (Y + Z)
@@ -209,7 +209,7 @@ def _weighted_sum_gradient(
 
 
 def _tile(channels: int, rows: int) -> tuple[int, int]:
-    """Rows and columns of a tile of maps of so many channels, powers of two; at most about `rows` rows."""
+    """Rows and columns (powers of two) of a tile, for maps of so many channels; at most about `rows` rows."""
     columns = min(MOST_COLUMNS, triton.next_power_of_2(channels))
     return min(max(1, TILE // columns), triton.next_power_of_2(rows)), columns
 
@@ -279,7 +279,9 @@ class NormActMix(torch.autograd.Function):
         _gradient[triton.cdiv(pixels, rows), across](
             *known, sums_2F, dy_BFHW, pixels, image, channels, **forms, ROWS=rows, COLS=columns
         )
-        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1) if gated else None
+        if gate_sums_TGK is None:
+            return dy_BFHW, None, sums_2F, None
+        dgate_BK = gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1)
         return dy_BFHW, dgate_BK, sums_2F, None
 
 
@@ -316,7 +318,7 @@ class WeightedSum(torch.autograd.Function):
         rows, columns = _tile(channels, height * width)
         across, tiles_an_image = triton.cdiv(channels, columns), triton.cdiv(height * width, rows)
         gate_sums_TGK = gate_BK.new_empty(batch * tiles_an_image, across, gate_BK.shape[1])
-        dy_BFHW, dz_BFHW = (None if one is None else torch.empty_like(one) for one in (y_BFHW, z_BFHW))
+        dy_BFHW, dz_BFHW = (None if part is None else torch.empty_like(part) for part in (y_BFHW, z_BFHW))
         _weighted_sum_gradient[batch * tiles_an_image, across](
             y_BFHW, z_BFHW, gate_BK, dout_BCHW, dy_BFHW, dz_BFHW, gate_sums_TGK, height * width, tiles_an_image,
             channels, **ctx.counts, ROWS=rows, COLS=columns,
@@ -324,40 +326,45 @@ class WeightedSum(torch.autograd.Function):
         return gate_sums_TGK.view(batch, tiles_an_image * across, -1).sum(1), dy_BFHW, dz_BFHW
 
 
-def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[BatchNorm], gate_BK: Tensor | None = None) -> Tensor:
-    """The maps that are side by side through their norms and ReLU, and mixed. Keeps the norms' statistics."""
+def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tensor | None = None) -> Tensor:
+    """Norm, ReLU and mix of maps that are side by side in one tensor. Updates the norms' running statistics."""
     affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
     out_BCHW, mean_F, variance_F = NormActMix.apply(y_BFHW, gate_BK, affine_2F, norms[0].eps)
+    momentum = norms[0].momentum
+    assert momentum is not None  # NormConfig has a number
     with torch.no_grad():
-        kept = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+        means, variances, batches = map(list, zip(*map(tracked, norms)))
         found = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
-        torch._foreach_lerp_(kept, found, norms[0].momentum)
-        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        torch._foreach_lerp_([*means, *variances], found, momentum)
+        torch._foreach_add_(batches, 1)
     return out_BCHW
 
 
 class FusedBlock(ExpertBlock):
-    """An expert block that trains with the kernels of this module; it is evaluated as any other."""
+    """An expert block that trains with the fused kernels. Its evaluation is ExpertBlock's."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
-        gate_BK = None if self.gate is None else self._gate(x_BCHW)
+        gate_BK = None if self.gate is None else _gate_weights(self.gate, x_BCHW)
         if self.config.norm_act == "expert":
-            return _norm_act_mix(side_by_side(x_BCHW, self.experts), [part.norm for part in self.experts], gate_BK)
-        maps = [side_by_side(x_BCHW, parts) for parts in by_size(self)]
+            parts = self.typed_experts()
+            return _norm_act_mix(wide_conv(x_BCHW, parts), [part.norm for part in parts], gate_BK)
+        assert isinstance(self.norm_act, nn.Sequential)  # the norm and activation after the mix
+        maps = [wide_conv(x_BCHW, parts) for parts in experts_by_kernel(self)]
         return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
 
-    def _gate(self, x_BCHW: Tensor) -> Tensor:
-        """The gate in float32: its matrices are small, and bringing each to another type would take longer."""
-        if self.gate.mlp is None:
-            return self.gate(x_BCHW).float()
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            return self.gate.routed(x_BCHW.mean((2, 3)).float())
+
+def _gate_weights(gate: Gate, x_BCHW: Tensor) -> Tensor:
+    """The mixing weights (B, K) in float32: the gate's matrices are small, and casting them would take longer."""
+    if gate.mlp is None:
+        return gate(x_BCHW).float()
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        return gate.routed(x_BCHW.mean((2, 3)).float())
 
 
 class FusedConv(ConvNormAct):
-    """A convolution with norm and activation that trains with the kernels of this module."""
+    """A convolution with norm and activation that trains with the fused kernels."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
@@ -367,7 +374,7 @@ class FusedConv(ConvNormAct):
 
 
 def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The parts of `net` that have kernels, with the classes that train with them."""
+    """The modules of `net` that fused kernels support, each with its class that uses them."""
     for child in net.children():
         if type(child) is ConvNormAct and hasattr(child, "norm"):
             yield child, FusedConv
@@ -378,14 +385,14 @@ def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]
 
 
 def fuse(net: nn.Module) -> None:
-    """Has the parts of `net` that can train with kernels do so. Weights and their names stay as they are."""
+    """Makes the modules of `net` train with fused kernels where there are some. Weights and names do not change."""
     for part, fused in list(_with_kernels(net)):
         part.__class__ = fused
 
 
 def use_kernels(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool) -> float:
-    """Has `net` train with kernels, on batches (B, C, H, W) like these; returns the seconds that compiling them took.
+    """Makes `net` train with fused kernels on batches (B, C, H, W) like these. Returns the seconds of compiling them.
 
-    They are 0 where no part of it has kernels. Where compiling fails the error is raised and `net` is as it was.
+    That is 0 where no module of `net` has kernels. If compilation fails, the error is raised and `net` is unchanged.
     """
-    return tried(net, fuse, batches, bfloat16) if any(_with_kernels(net)) else 0.0
+    return apply_tested(net, fuse, batches, bfloat16) if any(_with_kernels(net)) else 0.0

@@ -1,4 +1,4 @@
-"""What this process does with memory that it frees."""
+"""Memory of the C library: whether freed blocks go back to the system."""
 
 import ctypes
 import platform
@@ -7,10 +7,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep what this process frees, for its next allocation; returns whether it can (glibc only).
+    """Makes the C library keep freed memory for its next allocation. Returns whether it can: only glibc can.
 
-    By default glibc hands each large block back to the system. Every activation of every step is then new memory, which
-    the system clears and maps page by page: a tenth to a third of a training step on the CPUs measured.
+    By default glibc returns each large block to the system. Then the activations of every step are in new memory, which
+    the system clears and maps page by page. This took a tenth to a third of a training step on the CPUs measured.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -8,12 +8,13 @@ from conftest import written_record
 
 from ablations.engines import TrialDone, TrialFailed
 from ablations.records import Failure, Record, StudyDirectory
-from ablations.results import evidence, stats
+from ablations.results.evidence import read_evidence
+from ablations.results.rows import best_row, read_results
 from model.files import write_whole
 
 STUDY = """
 question = "Which kernel?"
-seeds = 3
+seeds = 4
 margin = 1.0
 [set]
 width = 0.0625
@@ -59,7 +60,7 @@ def engine(monkeypatch, tmp_path) -> Engine:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.toml").write_text(STUDY)
     engine = Engine()
-    monkeypatch.setattr("ablations.cli.app.run_local", engine)
+    monkeypatch.setattr("ablations.cli.run.run_local", engine)
     return engine
 
 
@@ -67,67 +68,59 @@ def seeds_of(directory: StudyDirectory) -> list[int]:
     return [len(cell.trials) for cell in directory.plan.cells]
 
 
-def expected() -> list[stats.Race]:
-    """Where each race ends, from the differences alone."""
-    found = []
-    for kernel in (5, 7, 9):
-        for count in range(3, 9):
-            one = stats.race([drawn(kernel, seed) - drawn(3, seed) for seed in range(count)], 8, 1.0, 3, 0.05, 3)
-            if not one.go_on:
-                break
-        found.append(one)
-    return found
-
-
 def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
     outcome = expertgrid("run", "s.toml", *RACE)
     assert outcome.status == 0, outcome.err
-    directory, races = StudyDirectory(tmp_path / "runs" / "s"), expected()
-    assert [one.verdict for one in races] == ["better", "equivalent", "undecided"]
-    assert seeds_of(directory) == [8, *(one.seeds for one in races)]
-    assert races[0].seeds == 3 < races[1].seeds < 8
+    directory = StudyDirectory(tmp_path / "runs" / "s")
+    assert seeds_of(directory) == [8, 4, 8, 8]  # the clear contrast ends at the first look
     assert len(engine.trained) == sum(seeds_of(directory)) == len(set(engine.trained))
-    rows = evidence.study_rows(directory)
-    judgements = evidence.judge(rows, 9.0, directory.plan.race)[1:]
-    assert [(one.verdict, one.seeds) for one in judgements] == [(one.verdict, one.seeds) for one in races]
-    assert [one.low for one in judgements] == pytest.approx([one.low for one in races], abs=1e-6)
-    assert directory.plan.race.model_dump() == {
-        "alpha": 0.05, "margin": 1.0, "first": 3, "last": 8, "contrasts": 3, "seen": 0,
+    judgements = {effect.name: effect.judgement for effect in read_evidence(directory).effects}
+    assert {name: (judgement.verdict, judgement.seeds) for name, judgement in judgements.items()} == {
+        "kernel 3 -> 5": ("better", 4), "kernel 3 -> 7": ("same", 8), "kernel 3 -> 9": ("open", 8),
     }  # fmt: skip
+    for kernel in (5, 7, 9):
+        found = judgements[f"kernel 3 -> {kernel}"]
+        mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(found.seeds)])
+        assert found.mean == pytest.approx(mean, abs=1e-6)
+        assert found.low < found.mean < found.high
+    assert directory.plan.race.model_dump() == {
+        "alpha": pytest.approx(0.05), "margin": 1.0, "first": 4, "last": 8, "contrasts": 3, "seen": 0,
+    }  # fmt: skip
+    first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"
+    assert first in outcome.err
     assert (
-        "look at 3 seeds, against kernel 3:\n  better, at 3 seeds: kernel 5\n  go on: kernel 7; kernel 9" in outcome.err
+        "A race: seeds are added until each contrast is decided; its intervals pay for a look after each" in outcome.out
     )
-    assert "by a race of 3 to 8 seeds with a look after each" in outcome.out
-    assert "No verdict on kernel 9: the race ended at its last seed, 8." in outcome.out
-    assert re.search(r"^5 +3 .* better +", outcome.out, re.MULTILINE)
+    assert re.search(r"^kernel +3 -> 5 .* better +", outcome.out, re.MULTILINE)
 
     again = expertgrid("run", "s.toml", *RACE)
     assert again.out == outcome.out
     assert len(engine.trained) == sum(seeds_of(directory))
 
 
-@pytest.mark.parametrize("trained", [0, 5, 13, 19])
+@pytest.mark.parametrize("trained", [0, 5, 17, 24])
 def test_an_interrupted_race_ends_as_if_it_had_not_been(expertgrid, engine, tmp_path, trained):
     engine.interrupt_after = trained
     assert expertgrid("run", "s.toml", *RACE).status == 130
     directory = StudyDirectory(tmp_path / "runs" / "s")
-    if trained >= 12:  # whichever row was being trained, the clear one is the best
-        assert evidence.row_name(evidence.best_row(evidence.study_rows(directory))) == "kernel 5"
+    if trained >= 16:  # whichever row was being trained, the clear one is the best
+        assert best_row(read_results(directory).rows).name == "kernel 5"
     engine.interrupt_after = None
     outcome = expertgrid("run", "s.toml", *RACE)
     assert outcome.status == 0
-    assert seeds_of(directory) == [8, *(one.seeds for one in expected())]
-    assert len(engine.trained) == len(set(engine.trained))
+    assert seeds_of(directory) == [8, 4, 8, 8]
+    assert len(engine.trained) == len(set(engine.trained)) == 28
 
 
 def test_a_failed_trial_ends_its_contrast_and_no_other(expertgrid, engine, tmp_path):
-    engine.fails = (9, 3)
+    engine.fails = (9, 4)
     outcome = expertgrid("run", "s.toml", *RACE)
     assert outcome.status == 1
-    directory, races = StudyDirectory(tmp_path / "runs" / "s"), expected()
-    assert seeds_of(directory) == [max(4, races[1].seeds), races[0].seeds, races[1].seeds, 4]
-    failed = directory.plan.cells[3].trials[3]
-    assert f"No verdict on kernel 9: the race may go on; failed: {failed} (diverged)." in outcome.out
+    directory = StudyDirectory(tmp_path / "runs" / "s")
+    judgements = {effect.name: effect.judgement for effect in read_evidence(directory).effects}
+    assert [judgement.verdict for judgement in judgements.values()] == ["better", "same", "none"]
+    assert "diverged in 1 of 5 seeds" in judgements["kernel 3 -> 9"].reason
+    assert seeds_of(directory) == [5, 4, 5, 5]
     assert "Failed: 1 of the trials (1 diverged)." in outcome.out
 
 
@@ -137,7 +130,7 @@ def test_a_race_can_be_no_other_than_it_was(expertgrid, engine, tmp_path):
     for arguments, message in [
         ([], "--out runs/s: holds a race; go on with --until decided --max-seeds 8"),
         (["--until", "decided", "--max-seeds", 9], "--max-seeds was 8 when this race was begun, and cannot be 9 now"),
-        ([*RACE, "--seeds", 4], "--seeds was 3 when this race was begun, and cannot be 4 now"),
+        ([*RACE, "--seeds", 5], "--seeds was 4 when this race was begun, and cannot be 5 now"),
     ]:
         assert message in expertgrid("run", "s.toml", *arguments).complaint
     (tmp_path / "s.toml").write_text(STUDY.replace("9]", "9, 11]"))
@@ -151,12 +144,13 @@ def test_a_race_can_be_no_other_than_it_was(expertgrid, engine, tmp_path):
 def test_a_race_after_results_were_seen_says_so(expertgrid, engine):
     expertgrid("run", "s.toml", "--device", "cpu")
     outcome = expertgrid("run", "s.toml", *RACE)
-    assert "The race was begun when the results of 12 trials were there to be seen." in outcome.out
+    assert "The race was begun after results of 16 trials were seen." in outcome.out
 
 
 def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     outcome = expertgrid("run", "s.toml", *RACE, "--dry-run")
-    assert "A race: 12 of them at least, for the first look at 3 seeds, and at most all 32" in outcome.out
+    assert "A race: the first look is at 4 seeds, and needs 16 trials." in outcome.out
+    assert "goes on to seed 8, all 32 trials are trained. 0 are done." in outcome.out
     assert (engine.trained, (tmp_path / "runs").exists()) == ([], False)
 
 
@@ -165,10 +159,13 @@ def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     [
         (["--until", "decided"], "--until decided: --max-seeds N is needed"),
         (["--max-seeds", 5], "--max-seeds 5: goes with --until decided"),
-        (["--until", "done", "--max-seeds", 5], "--until 'done': unknown. Accepted: decided"),
-        (["--until", "decided", "--max-seeds", 3], "--max-seeds 3: from 4 (the first look is at 3) to 100"),
-        (["--until", "decided", "--max-seeds", 101], "--max-seeds 101: from 4"),
-        (["--until", "decided", "--max-seeds", 9, "--seeds", 1], "--seeds 2 or more are needed for the first look"),
+        (["--until", "done", "--max-seeds", 5], "'--until': 'done' is not one of 'decided'"),
+        (["--until", "decided", "--max-seeds", 4], "--max-seeds 4: from 5 (the first look is at 4) to 100"),
+        (["--until", "decided", "--max-seeds", 101], "--max-seeds 101: from 5"),
+        (
+            ["--until", "decided", "--max-seeds", 9, "--seeds", 3],
+            "the first look needs 4 seeds or more, found 3",
+        ),
     ],
 )
 def test_options_that_make_no_race_are_one_line(expertgrid, engine, tmp_path, arguments, message):

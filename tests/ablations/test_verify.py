@@ -91,7 +91,7 @@ def test_what_cannot_be_trained_again_is_one_line(expertgrid, study, digits, mon
     if kind == "unfinished":
         (study.trial(trial) / "record.json").unlink()
     if kind == "data":
-        monkeypatch.setattr("ablations.cli.app.load_data", lambda *_: replace(digits, fingerprint="other"))
+        monkeypatch.setattr("ablations.training.data.load_data", lambda *_: replace(digits, fingerprint="other"))
     if kind == "config":
         change(study.trial(trial) / "config.json", fingerprint="other")
     outcome = expertgrid("rerun", study.path, asked)
@@ -133,7 +133,10 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
         (lambda s, t: shutil.copy(s.checkpoint(s.plan.cells[-1].trials[0]), s.checkpoint(t)), "trial in model.safe"),
         (lambda s, t: (s.trial(t) / "epochs.jsonl").write_text("{}\n"), "epochs.jsonl"),
-        (lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"), "predictions.npz: damaged"),
+        (
+            lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"),
+            "predictions.npz: not a file of predictions; ",
+        ),
         (with_other_predictions, "trials of one hold-out have different labels: "),
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
         (

@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,35 +9,36 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from adam import adam
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
 
-from ablations.training.augment import normalise
 from bench import step
+from bench.baseline import (
+    BaselineImages,
+    TextbookBlock,
+    _baseline_rounds,
+    baseline_rounds,
+    baseline_step,
+    baseline_transform,
+    textbook,
+)
 from bench.experts import FORMS, TOLERANCE, build_form, difference
 from bench.latency import Latency, engines, measure, random_images, rows, take_turns
 from bench.peaks import Peaks, measure_peaks
-from bench.training import (
-    PlainImages,
-    TextbookBlock,
-    TrainingSpeed,
-    _plain_rounds,
-    in_turns,
-    plain_rounds,
-    plain_step,
-    plain_transform,
-    textbook,
-)
+from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.fast.execution import Means
+from model.fast.execution import ExecutionPlan
+from model.pixels import normalise
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
+    trial="abc", model="two_block", data="digits",
+    fingerprint="0123abcd", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.5,) * 3,
     std=(0.25,) * 3,
 )  # fmt: skip
 
@@ -68,10 +66,10 @@ def identity(path, dtype, shape):
 
 
 def test_percentiles_and_rate():
-    one = Latency.of("engine", 8, [1.0, 2.0, 3.0, 4.0])
-    assert (one.p50_ms, one.calls, one.calls_ms) == (2.5, 4, [1.0, 2.0, 3.0, 4.0])
-    assert one.p90_ms == pytest.approx(np.percentile([1, 2, 3, 4], 90))
-    assert one.images_per_s == pytest.approx(8 * 4 / 0.010)
+    found = Latency.of("engine", 8, [1.0, 2.0, 3.0, 4.0])
+    assert (found.p50_ms, found.calls, found.calls_ms) == (2.5, 4, [1.0, 2.0, 3.0, 4.0])
+    assert found.p90_ms == pytest.approx(np.percentile([1, 2, 3, 4], 90))
+    assert found.images_per_s == pytest.approx(8 * 4 / 0.010)
 
 
 def test_clock_is_right_and_engines_take_turns():
@@ -97,14 +95,14 @@ def test_clock_is_right_and_engines_take_turns():
 def test_record_of_a_file(file):
     (record,) = measure([file], "cpu", batches=(1, 3), measure_s=0.01)
     assert (record.trial, record.model, record.provider) == ("abc", "two_block", "cpu")
-    assert [(one.engine, one.batch) for one in record.latencies] == [
+    assert [(found.engine, found.batch) for found in record.latencies] == [
         (engine, batch) for batch in (1, 3) for engine in ("onnxruntime cpu", "pytorch eager cpu")
     ]
-    for one, row in zip(record.latencies, rows([record]), strict=True):
-        assert 0 < one.p50_ms <= one.p90_ms <= one.p99_ms
-        assert len(one.calls_ms) == one.calls >= 30
-        eager = next(e for e in record.latencies if e.batch == one.batch and e.engine == "pytorch eager cpu")
-        assert row["x eager"] == pytest.approx(eager.p50_ms / one.p50_ms, abs=0.01)
+    for found, row in zip(record.latencies, rows([record]), strict=True):
+        assert 0 < found.p50_ms <= found.p90_ms <= found.p99_ms
+        assert len(found.calls_ms) == found.calls >= 30
+        eager = next(e for e in record.latencies if e.batch == found.batch and e.engine == "pytorch eager cpu")
+        assert row["x eager"] == pytest.approx(eager.p50_ms / found.p50_ms, abs=0.01)
 
 
 def test_several_files_are_measured_in_one_run_and_compared_with_the_first(file, tmp_path):
@@ -113,7 +111,7 @@ def test_several_files_are_measured_in_one_run_and_compared_with_the_first(file,
     assert [(record.file, record.trial) for record in records] == [(file.name, "abc"), ("other.onnx", "")]
     shown = rows(records)
     assert [row["x first"] for row in shown if row["engine"] == "onnxruntime cpu"][:2] == [1.0, 1.0]
-    (first,) = (one for one in records[0].latencies if (one.engine, one.batch) == ("onnxruntime cpu", 3))
+    (first,) = (found for found in records[0].latencies if (found.engine, found.batch) == ("onnxruntime cpu", 3))
     assert shown[-1]["x first"] == round(first.p50_ms / records[1].latencies[1].p50_ms, 2)
     assert "x first" not in rows(records[:1])[0]
 
@@ -124,13 +122,13 @@ def test_engines_run_the_same_network(model):
     images = random_images(model, 5)
     assert (images.shape, images.dtype) == ((5, 8, 8, 3), np.uint8)
     assert [run(images).shape for run in runs.values()] == [(5, 10)] * 2
-    assert metadata["trial"] == "abc"
+    assert metadata.trained == TRAINED
 
 
 def test_a_file_of_other_origin_is_measured_alone(tmp_path):
     path = identity(tmp_path / "other.onnx", TensorProto.FLOAT, ["n", 3, 4])
     (record,) = measure([path], batches=(2,), measure_s=0.01)
-    assert [one.engine for one in record.latencies] == ["onnxruntime cpu"]
+    assert [found.engine for found in record.latencies] == ["onnxruntime cpu"]
     assert rows([record])[0]["x eager"] is None
     assert record.trial == ""
 
@@ -161,15 +159,15 @@ def test_training_speeds_are_ratios_of_rounds_in_turns():
         left = iter(seconds)
         return lambda: order.append(name) or next(left)
 
-    times = {"loop": [1.1, 2.2, 4.4], "bare": [1.0, 2.0, 4.0], "plain": [2.2, 8.8, 13.2]}
+    times = {"loop": [1.1, 2.2, 4.4], "bare": [1.0, 2.0, 4.0], "baseline": [2.2, 8.8, 13.2]}
     seconds = in_turns({name: rounds(name, values) for name, values in times.items()}, 3)
     assert seconds == times
-    assert order == ["plain", "bare", "loop", "loop", "bare", "plain", "plain", "bare", "loop"]
+    assert order == ["baseline", "bare", "loop", "loop", "bare", "baseline", "baseline", "bare", "loop"]
     known = {"model": "net", "device": "cpu", "threads": 1, "torch": "", "peak_memory_bytes": 0, "peak_memory_is": ""}
     peaks = Peaks(bf16_flops=1e6, fp32_flops=1e3, copy_bytes_per_s=1.0)
     speed = TrainingSpeed.of(
         *seconds.values(), batch=8, steps=2, bfloat16=False, compiled=False, kernels=False, graphs=False,
-        compile_seconds=0, macs=10, plain_workers=2, peaks=peaks, **known,
+        compile_seconds=0, macs=10, baseline_workers=2, peaks=peaks, **known,
     )  # fmt: skip
     assert (speed.rounds, speed.device_peak_flops) == (3, 1e3)
     assert speed.overhead_percent == pytest.approx(10)
@@ -180,7 +178,7 @@ def test_training_speeds_are_ratios_of_rounds_in_turns():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_plain_way_trains_the_same_network(preset):
+def test_the_baseline_trains_the_same_network(preset):
     """On an un-augmented batch in float32: the loss of our forward pass, from images that went through PIL."""
     torch.manual_seed(0)
     net = build(vary(PRESETS[preset], "width", 0.125))
@@ -189,7 +187,7 @@ def test_the_plain_way_trains_the_same_network(preset):
             module.p = 0.0
     pixels_BHWC = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    images = PlainImages(pixels_BHWC, torch.arange(6), plain_transform(mean, std, (32, 32)))
+    images = BaselineImages(pixels_BHWC, torch.arange(6), baseline_transform(mean, std, (32, 32)))
     plain_BCHW = torch.stack([images[i][0] for i in range(6)])
     y_B = torch.tensor([images[i][1] for i in range(6)])
     ours_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), torch.tensor(mean), torch.tensor(std))
@@ -197,48 +195,37 @@ def test_the_plain_way_trains_the_same_network(preset):
     blocks = len(list(PRESETS[preset].blocks()))
     net = textbook(net)
     assert sum(isinstance(module, TextbookBlock) for module in net.modules()) == blocks
-    plain = plain_step(net, torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss(), plain_BCHW, y_B)
+    plain = baseline_step(net, torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss(), plain_BCHW, y_B)
     assert plain.item() == pytest.approx(ours.item(), rel=1e-4)
 
 
-def _plain_work(labels_B: torch.Tensor) -> tuple:
+def _baseline_work(labels_B: torch.Tensor) -> tuple:
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    transform = plain_transform((0.5,) * 3, (0.5,) * 3, (8, 8), crop_padding=2, hflip=0.5, cutout=4)
-    images = PlainImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), labels_B, transform)
+    transform = baseline_transform((0.5,) * 3, (0.5,) * 3, (8, 8), crop_padding=2, hflip=0.5, cutout=4)
+    images = BaselineImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), labels_B, transform)
     assert (images[0][0] == 0).any()  # of Cutout; all else is 1, or -1 where the crop has its border
     return net, images, 4, 2, 0.1, torch.device("cpu")
 
 
-def _adam(net: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(net.parameters(), fused=True)
-
-
-def test_plain_rounds_train():
-    net, *work = _plain_work(torch.arange(8))
+def test_baseline_rounds_train():
+    net, *work = _baseline_work(torch.arange(8))
     optimizers = []
 
     def optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
-        optimizers.append(_adam(trained))
+        optimizers.append(adam(trained))
         return optimizers[0]
 
-    assert next(_plain_rounds(net, optimizer, *work, torch.get_num_threads())) > 0
+    assert next(_baseline_rounds(net, optimizer, *work, torch.get_num_threads())) > 0
     (group,) = optimizers[0].param_groups
     assert group["fused"] is None
     assert not torch.equal(group["params"][0], net[1].weight)
 
 
-def test_plain_rounds_are_of_a_process_of_their_own_which_ends():
-    net, *work = _plain_work(torch.arange(8))
-    with plain_rounds(net, _adam, *work) as run:
-        assert run() > 0
-        assert run() > 0
+def test_baseline_rounds_are_of_a_process_of_their_own_whose_errors_are_raised_here():
+    """That it trains there is seen in `measure_training`."""
+    net, *work = _baseline_work(torch.arange(8) + 5)
+    with baseline_rounds(net, adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
         assert len(multiprocessing.active_children()) == 1
-    assert multiprocessing.active_children() == []
-
-
-def test_an_error_of_the_plain_way_is_raised_here():
-    net, *work = _plain_work(torch.arange(8) + 5)
-    with plain_rounds(net, _adam, *work) as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
         run()
     assert multiprocessing.active_children() == []
 
@@ -255,39 +242,39 @@ def test_peaks_are_of_the_device(monkeypatch):
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
 
 
-def test_pytest_benchmark_suite(file, tmp_path):
-    """As a user calls it, twice, with the second run compared to the first, and a histogram."""
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
-    command += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
-    # beside other tests, as pytest-xdist runs them, it would measure nothing
-    environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
+    """Twice, with the second run compared to the first, and a histogram."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    suite = ["bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
+    suite += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
     for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-json", f"{tmp_path}/result.json"]):
-        done = subprocess.run([*command, *more], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 passed" in done.stdout
-    assert "(0001_" in done.stdout
+        status = pytest.main([*suite, *more])
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert "4 passed" in printed
+    assert "(0001_" in printed
     found = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
-    assert {one["extra_info"]["engine"] for one in found} == {"onnxruntime cpu", "pytorch eager cpu"}
-    assert all(one["extra_info"]["images_per_s"] > 0 for one in found)
+    assert {benchmark["extra_info"]["engine"] for benchmark in found} == {"onnxruntime cpu", "pytorch eager cpu"}
+    assert all(benchmark["extra_info"]["images_per_s"] > 0 for benchmark in found)
     assert list(tmp_path.glob("histogram*.svg"))
 
 
 def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
     config, cpu = vary(PRESETS["two_block"], "width", 0.0625), torch.device("cpu")
-    found = step.agreement(config, 2, 8, cpu, Means(), steps=3)
-    assert (found.largest, len(found.plain)) == (0, 3)
-    assert found.plain[2] < found.plain[0], "it trains"
+    found = step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=3)
+    assert (found.largest, len(found.eager)) == (0, 3)
+    assert found.eager[2] < found.eager[0], "it trains"
     for wrong in (1.01, float("nan")):
         losses = iter([[1.0, 1.0], [1.0, wrong]])
         monkeypatch.setattr(step, "_losses", lambda *_, losses=losses: next(losses))
         with pytest.raises(ValueError, match="with Triton kernels the losses of the same steps differ by"):
-            step.agreement(config, 2, 8, cpu, Means(kernels=True), steps=2)
+            step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
-def test_a_step_is_measured_from_the_command_line(monkeypatch, capsys):
+def test_a_step_is_measured_from_the_command_line(capsys):
     def called(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["step", *arguments, "--device", "cpu"])
-        return step.main()
+        return step.main([*arguments, "--device", "cpu"])
 
     small = "--batch", "2", "--size", "8", "--width", "0.0625", "--steps", "1", "--rounds", "2"
     assert called("two_block", *small, "--format", "json") == 0
@@ -296,11 +283,13 @@ def test_a_step_is_measured_from_the_command_line(monkeypatch, capsys):
     assert found["floor"]["flops"] == step.floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
     assert 0.5 < sum(kernel["share"] for kernel in found["kernels"]) <= 1.001  # the longest of them
     assert called("two_block", *small) == 0
-    assert "Losses differ from those of plain steps, both in float32, by 0.0e+00" in capsys.readouterr().out
+    assert "Losses differ from those of eager steps, both in float32, by 0.0e+00" in capsys.readouterr().out
     for wrong, reason in (
         (("two_block", "--kernels"), "--kernels on: Triton kernels are for CUDA"),
         (("speed", "--size", "4"), "leaves none"),
         (("resnet18",), "unknown preset 'resnet18'"),
+        (("two_block", "--batch", "0"), "Invalid value for '--batch'"),
+        (("two_block", "--format", "xml"), "Invalid value for '--format'"),
     ):
         assert called(*wrong) == 2
         complaint = capsys.readouterr().err

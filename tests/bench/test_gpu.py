@@ -1,12 +1,19 @@
 """The measurement on a GPU: all pieces small on a CPU, what interrupts them, and the summary of what they wrote."""
 
+import multiprocessing
 import statistics
 import time
 
 import pytest
 import torch
 
-from bench import gpu, summary
+from bench import latency
+from bench.command import INTERRUPTED
+from bench.gpu import __main__ as gpu
+from bench.gpu import runner, stages
+from bench.gpu import tables as summary
+from bench.gpu.pieces import Piece
+from bench.gpu.stages import Measurement
 from bench.peaks import Peaks
 from bench.step import floor
 from model.cost import cost
@@ -19,14 +26,14 @@ def smoke(tmp_path_factory):
     """The directory of the results of a smoke run of all pieces."""
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # more have nothing to do, and get in each other's way
+        patch.setattr(latency, "WARM_UP_S", 0.0)
         assert gpu.main(["--smoke", "--device", "cpu", "--out", str(out), "--minutes", "30"]) == 0
     return next(out.glob("cpu-*"))
 
 
 def made_of(steps, monkeypatch):
     """Puts pieces of other steps in place of all."""
-    monkeypatch.setattr(gpu, "PIECES", {name: lambda bench, one=one: one for name, one in steps.items()})
+    monkeypatch.setattr(runner, "PIECES", {name: lambda bench, found=found: found for name, found in steps.items()})
 
 
 def started(out, *more):
@@ -35,7 +42,7 @@ def started(out, *more):
 
 def test_smoke_run_has_all_pieces(smoke, capsys):
     results = summary.read(smoke)
-    assert set(results) == set(gpu.PIECES)
+    assert set(results) == set(stages.PIECES)
     for name, piece in results.items():
         assert piece["done"]
         assert (piece["piece"], piece["smoke"], piece["data"]) == (name, True, "images")
@@ -43,7 +50,7 @@ def test_smoke_run_has_all_pieces(smoke, capsys):
         assert {"torch", "torchvision"} <= piece["environments"][0]["versions"].keys()
     assert summary.newest(smoke.parent) == smoke
     assert gpu.main(["--smoke", "--device", "cpu", "--out", str(smoke.parent)]) == 0
-    assert capsys.readouterr().err.count("done before") == len(gpu.PIECES)
+    assert capsys.readouterr().err.count("done before") == len(stages.PIECES)
 
 
 def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
@@ -62,6 +69,8 @@ def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
 
     speed = results["train-speed"]["steps"]["two_block"]["value"]
     assert [speed["model"], "2", f"{round(speed['images_per_s'])}"] in [row[:3] for row in rows]
+    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["baseline_s"]) == speed["rounds"] == 1
+    assert min(speed["loop_s"] + speed["bare_s"] + speed["baseline_s"]) > 0
     cell = results["fast"]["steps"]["speed"]["value"]["cells"][0]
     mean = statistics.mean(100 * record["test_accuracy_flip"] for record in cell["records"])
     row = next(row for row in rows if row[:2] == ["speed", "2"])
@@ -92,10 +101,12 @@ def test_interrupted_piece_goes_on_from_there(tmp_path, monkeypatch, capsys):
         called.append("second")
         if called.count("second") == 1:
             raise KeyboardInterrupt
-        return {"is": 2}, True
+        return Measurement({"is": 2})
 
-    made_of({"card": {"first": lambda: (called.append("first") or {"is": 1}, True), "second": second}}, monkeypatch)
-    assert started(tmp_path) == gpu.INTERRUPTED
+    made_of(
+        {"card": {"first": lambda: Measurement(called.append("first") or {"is": 1}), "second": second}}, monkeypatch
+    )
+    assert started(tmp_path) == INTERRUPTED
     assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; what was measured is kept")
     kept = summary.read(next(tmp_path.glob("cpu-*")))["card"]
     assert (kept["done"], list(kept["steps"])) == (False, ["first"])
@@ -107,8 +118,8 @@ def test_interrupted_piece_goes_on_from_there(tmp_path, monkeypatch, capsys):
 
 def test_time_limit_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     runs = []
-    steps = {"part": lambda: (runs.append(1) or time.sleep(0.3) or {"runs": len(runs)}, len(runs) > 1)}
-    steps["whole"] = lambda: ({}, True)
+    steps = {"part": lambda: Measurement(runs.append(1) or time.sleep(0.3) or {"runs": len(runs)}, len(runs) > 1)}
+    steps["whole"] = lambda: Measurement({})
     made_of({"card": steps}, monkeypatch)
     assert started(tmp_path, "--minutes", "0.003") == 1
     assert "card: stopped after 0.003 minutes; the same command goes on" in capsys.readouterr().err
@@ -121,20 +132,43 @@ def test_step_that_fails_is_one_line_and_the_others_go_on(tmp_path, monkeypatch,
     def fails():
         raise InputError("provider 'cuda': this ONNX Runtime was built without it")
 
-    made_of({"inference": {"a": fails, "b": lambda: ({"is": 1}, True)}}, monkeypatch)
+    made_of({"inference": {"a": fails, "b": lambda: Measurement({"is": 1})}}, monkeypatch)
     assert started(tmp_path) == 1
     err = capsys.readouterr().err
     assert err.count("error: inference: a: provider 'cuda': this ONNX Runtime was built without it\n") == 1
     assert list(summary.read(next(tmp_path.glob("cpu-*")))["inference"]["steps"]) == ["b"]
 
 
-def test_command_is_interrupted_when_the_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    bench = gpu.Bench(tmp_path, torch.device("cpu"), "digits", True, gpu.SMOKE, until=time.monotonic() + 0.5)
+def test_a_step_apart_is_what_it_is_here_and_ends_when_the_time_is_up(tmp_path):
+    """In a process of its own, as on CUDA."""
+    bench = stages.Bench(tmp_path, torch.device("cpu"), "digits", True, stages.SMOKE, until=time.monotonic() + 300)
+    (rates,) = runner.measured_apart(bench, "peaks", "peaks").value
+    assert rates.keys() == Peaks.model_fields.keys()
+    bench.until = time.monotonic() - runner.GRACE_S + 0.5
     started = time.monotonic()
-    with pytest.raises(gpu.TimeIsUp):
-        bench.expertgrid("run", "quickstart")
-    assert time.monotonic() - started < gpu.GRACE_S
+    with pytest.raises(stages.TimeIsUp):
+        runner.measured_apart(bench, "card", "2-seeds")
+    assert time.monotonic() - started < runner.GRACE_S
+    assert multiprocessing.active_children() == []
+
+
+def test_a_training_stops_between_epochs_when_the_time_is_up(tmp_path):
+    bench = stages.Bench(tmp_path, torch.device("cpu"), "digits", True, stages.SMOKE, until=0.0)
+    found = stages.train(bench, "card", stages.SMOKE.card, 2)
+    assert not found.complete
+    assert sum(len(cell["records"]) for cell in found.value["cells"]) < 4
+    bench.until = time.monotonic() + 300
+    found = stages.train(bench, "card", stages.SMOKE.card, 2)
+    assert found.complete
+    assert [len(cell["records"]) for cell in found.value["cells"]] == [2, 2]
+
+
+def test_matched_baselines_are_not_measured_among_the_presets():
+    for network in stages.NETWORKS:
+        matched = stages.matched_baselines(network)
+        assert len(matched) == 2
+        assert not set(matched) & set(stages.Size().presets)
+    assert stages.Size().presets[0] == stages.STEP_PRESET
 
 
 def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
@@ -154,23 +188,26 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
     place = tmp_path / "cpu-2026-01-01"
     place.mkdir()
     (place / "card.json").write_text("{")
-    assert "damaged" in complaint("--summary", str(place))
-    (place / "card.json").write_text(gpu.Piece(piece="card", smoke=False, data="x", command="").model_dump_json())
-    assert "needs the lines" in complaint("--summary", str(place), "--write", __file__.replace("test_gpu", "conftest"))
+    assert "card.json" in complaint("--summary", str(place))
+    assert "only --summary takes it" in complaint("--write", str(place / "card.json"))
+    assert "No such option" in complaint("--smok")
+    (place / "card.json").write_text(Piece(piece="card", smoke=False, data="x", command="").model_dump_json())
+    (tmp_path / "README.md").write_text("no markers")
+    assert "needs the lines" in complaint("--summary", str(place), "--write", str(tmp_path / "README.md"))
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     with pytest.raises(InputError, match="A GPU has no bfloat16"):
-        gpu.check_device(torch.device("cuda"), smoke=False)
+        runner.check_device(torch.device("cuda"), smoke=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**30, 2**34))
     with pytest.raises(InputError, match=r"1\.0 of 16\.0 GiB of memory are free; 16\.0 are needed"):
-        gpu.check_device(torch.device("cuda"), smoke=False)
+        runner.check_device(torch.device("cuda"), smoke=False)
 
 
 def test_data_has_its_own_name():
-    assert gpu.data_name("cifar10") == "cifar10"
-    assert gpu.data_name("parquet:some/where/cifar10-jpeg/") == "cifar10-jpeg"
+    assert runner.data_name("cifar10") == "cifar10"
+    assert runner.data_name("parquet:some/where/cifar10-jpeg/") == "cifar10-jpeg"
 
 
 def test_floor_of_eight_block_by_hand():
@@ -184,55 +221,21 @@ def test_floor_of_eight_block_by_hand():
     assert least.flops == 4 * 6 * macs - 2 * 4 * 1024 * 9 * 3 * 64  # no gradient of the images
 
 
-def a_cell(name, accuracies, seconds):
-    known = {"train_seconds": seconds, "compile_seconds": 5.0}
-    records = [{"test_accuracy_flip": share, "test_accuracy": share, **known} for share in accuracies]
-    return {"model": name, "levels": {"model": name}, "planned": len(records), "records": records}
+def test_effects_are_shown_with_their_intervals():
+    """As the table of a factor's levels gives them."""
 
+    def level(name, accuracy, low, high, verdict):
+        return {"experts": name, "test acc %": {"mean": accuracy, "low": low, "high": high}, "verdict": verdict}
 
-def a_latency(engine, p50_ms, images_per_s):
-    return {"engine": f"onnxruntime cuda {engine}", "batch": 1, "p50_ms": p50_ms, "images_per_s": images_per_s}
-
-
-def test_targets_are_met_or_missed_by_how_much():
-    cells = [a_cell("speed", [0.90, 0.91], 5.0), a_cell("accuracy", [0.93, 0.94], 75.0)]
-    peaks = Peaks(bf16_flops=1e12, fp32_flops=1e11, copy_bytes_per_s=1e12).model_dump()
-    step = {"model": "eight_block", "step_ms": [2.0, 1.0, 3.0], "floor": {"flops": 10**9, "bytes": 10**6}}
-    slower = step | {"step_ms": [9.0]}
-    values = {
-        "fast": {"speed": {"cells": cells}},
-        "peaks": {"peaks": [peaks]},
-        "train-speed": {
-            "step-eight_block-eager": slower,
-            "step-eight_block-kernels": step,
-            "eight_block": {"ratio": 25.0},
-        },
-        "card": {"3-seeds": {"cells": [a_cell("two_block", [0.9], 1e6)]}, "5-seeds": {"cells": cells}},
-        "references": {"1-seeds": {"cells": [a_cell("two_block", [0.9], 1e6) | {"planned": 2}]}},
-        "inference": {
-            "export-speed-fp32": {"certificate": {"passed": True}},
-            "export-speed-fp16": {"certificate": {"passed": True}, "rejected": {"passed": False}},
-            "eight_block-fp16-cuda-device": {"latencies": [a_latency("graph", 0.1, 5e4), a_latency("bound", 0.2, 2e5)]},
-        },
-    }
-    results = {
-        name: {"data": "cifar10-jpeg", "steps": {step: {"value": value} for step, value in steps.items()}}
-        for name, steps in values.items()
-    }
-    verdicts = {row["target"]: row["verdict"] for row in (one.row() for one in summary.targets(results))}
-    assert verdicts == {
-        "a step of eight_block, which the bf16 peak binds": "met by 10 %",
-        "training of eight_block against the plain way": "met by 5 x",
-        "speed on cifar10-jpeg, with flips": "met by 0 %",
-        "accuracy over speed on cifar10-jpeg, with flips": "met by 1 points",
-        "training of speed, once compiled": "met by 1 s",
-        "training of accuracy, once compiled": "missed by 15 s",
-        "training of the card, 5 seeds": "met by 27 minutes",
-        "of 2 exported files passed": "missed by 50 %",
-        "latency of eight_block at batch 1, fp16 (onnxruntime cuda graph)": "met by 50 us",
-        "images a second (eight_block fp16, from the device, onnxruntime cuda bound, batch 1)": "met by 1e+05 images/s",
-    }
-    assert not any("CIFAR-10" in target for target in verdicts)
+    better = {"verdict": "better", "mean": 0.5, "low": 0.1, "high": 0.9}
+    unknown = {"verdict": "open", "mean": -1.0, "low": None, "high": None}
+    levels = [level("1", 90.0, 89.5, 90.5, None), level("2", 90.5, None, None, better), level("4", 89, 88, 90, unknown)]
+    results = {"card": {"steps": {"3-seeds": {"value": {"effects": {"experts": levels}}}}}}
+    assert [tuple(row.values()) for row in summary.effect_rows(results)] == [
+        ("experts", "1", "90.00 (89.50 to 90.50)", "", ""),
+        ("experts", "2", "90.50", "+0.50 (+0.10 to +0.90)", "better"),
+        ("experts", "4", "89.00 (88.00 to 90.00)", "-1.00", "open"),
+    ]
 
 
 def test_spread_is_differences_by_seed_and_what_habits_add():

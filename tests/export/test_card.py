@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_networks import CLASSES, small_checkpoint, small_model
 
 from export.card import card, escaped
-from export.certificate import Certificate, certify
+from export.certificate import Certificate
+from export.compare import certify
 from export.graph import Description, describe
-from export.to_onnx import example, served, to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, ModelConfig
+from export.predict import read_pixels
+from export.to_onnx import example, served
+from model.checkpoint import Checkpoint
 from model.errors import InputError
-from model.registry import build
 
-CLASSES = ("a cat", "b_dog*", "<c> | `d`")
 GIVEN = {
     "data_name": "my_data",
     "network": {"experts": 3, "gate": "linear", "residual": False},
@@ -29,14 +29,7 @@ GIVEN = {
 @pytest.fixture(scope="module", params=[("uint8", 3), ("float", 3), ("float", 1)], ids=lambda p: f"{p[0]} {p[1]}")
 def made(request) -> tuple[Checkpoint, str, bytes]:
     kind, channels = request.param
-    torch.manual_seed(0)
-    config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
-    trained = Trained(
-        trial="abc", model="two_block", data="folder:/data/my_data", classes=CLASSES, image_size=(6, 8),
-        mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
-    )  # fmt: skip
-    checkpoint = Checkpoint(config, trained, build(config).state_dict())
-    return checkpoint, kind, to_onnx(checkpoint, kind)
+    return small_checkpoint(channels), kind, small_model(channels, kind)
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +111,15 @@ def test_many_classes(file, certificate):
     assert "c100" not in text
 
 
-@pytest.mark.parametrize("name", ["model.onnx", 'it\'s a "```" model.onnx'])
-def test_the_code_runs(made, certificate, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "size"), [("model.onnx", (6, 8)), ('it\'s a "```" model.onnx', (31, 20))])
+def test_the_code_runs(made, certificate, name, size, tmp_path, monkeypatch, capsys):
+    """Also on an image of another size, to which it does what `predict` does."""
     checkpoint, kind, model = made
     channels = checkpoint.config.in_chans
     (tmp_path / name).write_bytes(model)
-    pixels = np.random.default_rng(1).integers(256, size=(6, 8, channels), dtype=np.uint8)
+    pixels = np.random.default_rng(1).integers(256, size=(*size, channels), dtype=np.uint8)
     Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
+    pixels = read_pixels(tmp_path / "image.png", 6, 8, channels).copy()
     monkeypatch.chdir(tmp_path)
     text = card(describe(model, f"anywhere/{name}"), certificate, **GIVEN)
     code = re.search(r"^(```+)python\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)[2]

@@ -1,14 +1,18 @@
 """Export: ONNX Runtime and the certificate agree with PyTorch, and a wrong model is caught."""
 
 import json
+import re
 
 import numpy as np
 import onnx
 import onnx.reference
 import pytest
 import torch
+from small_networks import weights, with_weights
 
-from export.certificate import BATCHES, BOUNDS, Agreement, Certificate, certify, mcnemar
+from export.certificate import BOUNDS, Agreement, Certificate
+from export.compare import BATCHES, certify
+from export.metadata import Metadata, entries_of, read_metadata
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -17,7 +21,8 @@ from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
+    trial="abc", model="small", data="digits",
+    fingerprint="0123abcd", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
     std=(0.2, 0.3, 0.4),
 )  # fmt: skip
 EVERYTHING = ModelConfig(
@@ -56,8 +61,14 @@ def kind(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint, kind) -> bytes:
-    return to_onnx(checkpoint, kind)
+def models(checkpoint) -> dict[str, bytes]:
+    """The checkpoint's file of each kind."""
+    return {kind: to_onnx(checkpoint, kind) for kind in ("uint8", "float")}
+
+
+@pytest.fixture(scope="module")
+def model(models, kind) -> bytes:
+    return models[kind]
 
 
 def labels(count: int) -> np.ndarray:
@@ -78,11 +89,11 @@ def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
     torch.testing.assert_close(torch.from_numpy(logits_BN), served(checkpoint, kind)(images), rtol=1e-4, atol=1e-5)
 
 
-def test_uint8_input_is_the_normalised_float_input(checkpoint):
+def test_uint8_input_is_the_normalised_float_input(checkpoint, models):
     pixels_BHWC = example(checkpoint, "uint8", 5)
     mean, std = (torch.tensor(values)[:, None, None] for values in (TRAINED.mean, TRAINED.std))
     floats_BCHW = (pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std
-    sessions = [open_session(to_onnx(checkpoint, kind), "cpu", "model") for kind in ("uint8", "float")]
+    sessions = [open_session(models[kind], "cpu", "model") for kind in ("uint8", "float")]
     logits = [s.run(None, {"images": x.numpy()})[0] for s, x in zip(sessions, (pixels_BHWC, floats_BCHW))]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
 
@@ -103,12 +114,35 @@ def test_nodes_name_their_modules_and_no_path_of_this_machine(model):
 
 
 def test_metadata(kind, model):
-    found = {prop.key: prop.value for prop in onnx.load_from_string(model).metadata_props}
+    """What other programs read is JSON or text; what is read back is what was written."""
+    found = entries_of(onnx.load_from_string(model))
     assert json.loads(found["classes"]) == ["a", "b", "c"]
     assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
     assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
     assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
+    assert found["data"] == "digits"
+    assert "bicubic" in found["resize"] and "centre crop" in found["resize"]
     assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
+    assert read_metadata(found, "model") == Metadata(input=kind, config=EVERYTHING, trained=TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"classes": None}, "other.onnx: its metadata has no 'classes'"),
+        ({"expertgrid.input": None}, "other.onnx: its metadata has no 'expertgrid.input'"),
+        ({"expertgrid.config": "{}"}, "other.onnx: metadata expertgrid.config: config.layers: field required"),
+        ({"expertgrid.input": "uint4"}, "other.onnx: metadata expertgrid.input: found 'uint4'; accepted: uint8, float"),
+        ({"mean": "[0.5"}, "other.onnx: metadata mean: not JSON"),
+        ({"image_size": "[8]"}, "other.onnx: metadata.image_size.1: field required"),
+        ({"expertgrid.precision": "fp4"}, "other.onnx: metadata.precision: input should be 'fp32', 'fp16' or 'int8'"),
+    ],
+)
+def test_metadata_that_is_not_ours_or_damaged(model, entries, message):
+    changed = entries_of(onnx.load_from_string(model)) | entries
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_metadata({key: value for key, value in changed.items() if value is not None}, "other.onnx")
+    assert "\n" not in str(error.value)
 
 
 def test_a_timm_model_is_exported():
@@ -118,11 +152,11 @@ def test_a_timm_model_is_exported():
     assert certify(model, served(checkpoint, "uint8"), images, labels(20)).passed
 
 
-def test_another_networks_model_fails_its_certificate(checkpoint):
-    model = to_onnx(checkpoint, "uint8")
+def test_another_networks_model_fails_its_certificate(checkpoint, models):
     other = trained_a_little(EVERYTHING)
     other.weights["head.classifier.weight"][0] += 0.5
-    certificate = certify(model, served(other, "uint8"), example(checkpoint, "uint8", 64).numpy(), labels(64))
+    images = example(checkpoint, "uint8", 64).numpy()
+    certificate = certify(models["uint8"], served(other, "uint8"), images, labels(64))
     assert not certificate.passed
     assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
     assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
@@ -132,25 +166,23 @@ def test_another_networks_model_fails_its_certificate(checkpoint):
     ("change", "precision", "passed"),
     [(2e-5, "fp32", True), (2e-4, "fp32", False), (np.nan, "fp32", False), (np.inf, "fp16", False)],
 )
-def test_the_bound_is_applied(checkpoint, change, precision, passed):
-    model = onnx.load_from_string(to_onnx(checkpoint, "uint8"))
-    bias = next(one for one in model.graph.initializer if one.name.endswith("head.classifier.bias"))
-    values = onnx.numpy_helper.to_array(bias).copy()
-    values[:1] += np.float32(change)
-    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+def test_the_bound_is_applied(checkpoint, models, change, precision, passed):
+    bias = weights(models["uint8"], "head.classifier.bias")
+    bias[:1] += np.float32(change)
+    model = with_weights(models["uint8"], head__classifier__bias=bias)
     images = example(checkpoint, "uint8", 8).numpy()
     all_first_B = np.zeros(8, int)  # the class that an infinite logit takes each image for
-    certificate = certify(model.SerializeToString(), served(checkpoint, "uint8"), images, all_first_B, precision)
+    certificate = certify(model, served(checkpoint, "uint8"), images, all_first_B, precision)
     assert certificate.passed == passed
     assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
 
 
-def test_the_first_layer_that_diverges_is_named(checkpoint, kind):
-    """Also where its weights were changed in the file: the layers before it agree."""
+def test_the_first_layer_that_diverges_is_named(checkpoint, kind, model):
+    """The layers before it agree."""
     other = trained_a_little(EVERYTHING)
     other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
     images = example(checkpoint, kind, 64).numpy()
-    certificate = certify(to_onnx(other, kind), served(checkpoint, kind), images, labels(64))
+    certificate = certify(model, served(other, kind), images, labels(64))
     assert certificate.first_divergence == "layers.2"
 
 
@@ -166,19 +198,12 @@ def test_lower_precision_may_lose_half_a_point():
     assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
 
 
-def test_mcnemar_by_hand():
-    first, second = np.array([1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 0, 1, 1, 0], bool)
-    assert mcnemar(first, second) == pytest.approx(2 * (1 + 4) / 2**4)  # 3 against 1 of 4 discordant images
-    assert mcnemar(first, first) == 1
-
-
-def test_flips_are_counted_by_image(checkpoint):
+def test_flips_are_counted_by_image(checkpoint, models):
     net = served(checkpoint, "uint8")
     images = example(checkpoint, "uint8", 9)
-    other = trained_a_little(EVERYTHING)
-    other.weights["head.classifier.bias"].copy_(torch.tensor([0.0, 0.0, 100.0]))
+    model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    certificate = certify(to_onnx(other, "uint8"), net, images.numpy(), labels(9), batches=(4,))
+    certificate = certify(model, net, images.numpy(), labels(9), batches=(4,))
     assert certificate.agreements[0].argmax_flips == expected
     assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
 

@@ -6,9 +6,10 @@ import onnx.reference
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from small_networks import weights, with_weights
 from torch.nn import functional
 
-from export.precision import PrecisionError, lowered, to_fp16, to_int8
+from export.precision import PrecisionError, Reduction, lowered
 from export.session import open_session
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -17,7 +18,14 @@ from model.errors import InputError
 from model.registry import build
 
 TRAINED = Trained(
-    trial="abc", model="digits", data="digits", classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,)
+    trial="abc",
+    model="digits",
+    data="digits",
+    fingerprint="0123abcd",
+    classes=tuple("0123456789"),
+    image_size=(8, 8),
+    mean=(0.3,),
+    std=(0.4,),
 )
 WIDE = ModelConfig(
     in_chans=1,
@@ -90,7 +98,7 @@ def precision(request) -> str:
 
 @pytest.fixture(scope="module")
 def reduced(model, images, precision) -> bytes:
-    return to_fp16(model) if precision == "fp16" else to_int8(model, images[:128])
+    return Reduction(model, precision, images[:128]).model()
 
 
 def logits(model: bytes, images: np.ndarray) -> np.ndarray:
@@ -113,21 +121,6 @@ def noise(model: bytes, reduced: bytes, images: np.ndarray) -> float:
 
 def names(model: bytes, *kinds: str) -> list[str]:
     return [node.name for node in onnx.load_from_string(model).graph.node if node.op_type in kinds]
-
-
-def edited(model: bytes, **values: np.ndarray) -> bytes:
-    """The model with other initializers: each replaces the one whose name ends in the key, `__` for a dot."""
-    proto = onnx.load_from_string(model)
-    for key, value in values.items():
-        ends = key.replace("__", ".")
-        old = next(one for one in proto.graph.initializer if one.name.endswith(ends))
-        old.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float32), old.name))
-    return proto.SerializeToString()
-
-
-def weights(model: bytes, ends: str) -> np.ndarray:
-    initializers = onnx.load_from_string(model).graph.initializer
-    return next(onnx.numpy_helper.to_array(one).copy() for one in initializers if one.name.endswith(ends))
 
 
 def test_logits_are_near_the_float_ones(model, reduced, precision, images):
@@ -177,8 +170,9 @@ def test_weights_have_the_lower_type(reduced, precision):
 def test_named_nodes_stay_in_float(model, images, precision):
     """With all of them in float32 nothing is lost; with one, its weights stay as they are."""
     (first, *_) = names(model, "Conv")
+    reduction = Reduction(model, precision, images[:32])
     for keep in ([first], [node.name for node in onnx.load_from_string(model).graph.node]):
-        kept = to_fp16(model, keep) if precision == "fp16" else to_int8(model, images[:32], keep)
+        kept = reduction.model(keep)
         conv = next(node for node in onnx.load_from_string(kept).graph.node if node.name == first)
         weight = next(one for one in onnx.load_from_string(kept).graph.initializer if one.name == conv.input[1])
         assert weight.data_type == onnx.TensorProto.FLOAT
@@ -205,25 +199,24 @@ def test_an_overflow_is_repaired(plain, digits):
     images = normalised(digits[0][:64]).numpy()
     second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
     bias = weights(plain, "layers.1.conv.weight_bias")
-    model = edited(
+    model = with_weights(
         plain, layers__1__conv__weight=second * 1e6, layers__1__conv__weight_bias=bias * 1e6,
         layers__2__conv__weight=third / 1e6,
     )  # fmt: skip
     assert noise(plain, model, images) < 1e-5
-    assert not np.isfinite(in_float16(to_fp16(model), images[:8])).all()
+    reduction = Reduction(model, "fp16", images)
+    assert not np.isfinite(in_float16(reduction.model(), images[:8])).all()
     tried = []
 
     def check(reduced: bytes) -> bool:
         tried.append(reduced)
         return noise(model, reduced, images) < 0.01
 
-    for calibration in (images, None):
-        tried.clear()
-        repaired, kept = lowered(model, "fp16", calibration, check)
-        assert [name for name in kept if name in names(model, "Conv")] == names(model, "Conv")[1:]
-        assert not set(kept) & set(names(model, "Gemm"))
-        assert tried == [repaired] == [to_fp16(model, kept)]
-        np.testing.assert_allclose(in_float16(repaired, images[:8]), logits(plain, images[:8]), rtol=0.02, atol=0.02)
+    repaired, kept = lowered(model, "fp16", images, check)
+    assert [name for name in kept if name in names(model, "Conv")] == names(model, "Conv")[1:]
+    assert not set(kept) & set(names(model, "Gemm"))
+    assert tried == [repaired] == [reduction.model(kept)]
+    np.testing.assert_allclose(in_float16(repaired, images[:8]), logits(plain, images[:8]), rtol=0.02, atol=0.02)
 
 
 def test_an_outlier_channel_is_repaired(plain, digits):
@@ -232,16 +225,17 @@ def test_an_outlier_channel_is_repaired(plain, digits):
     second, third = (weights(plain, f"layers.{i}.conv.weight") for i in (1, 2))
     bias = weights(plain, "layers.1.conv.weight_bias")
     second[0], bias[0], third[:, 0] = second[0] * 3000, bias[0] * 3000, third[:, 0] / 3000
-    model = edited(
+    model = with_weights(
         plain, layers__1__conv__weight=second, layers__1__conv__weight_bias=bias, layers__2__conv__weight=third
     )
     assert noise(plain, model, images) < 1e-5
-    assert noise(plain, to_int8(plain, images), images) < 0.05
-    assert noise(model, to_int8(model, images), images) > 0.2
+    assert noise(plain, Reduction(plain, "int8", images).model(), images) < 0.05
+    reduction = Reduction(model, "int8", images)
+    assert noise(model, reduction.model(), images) > 0.2
     repaired, kept = lowered(model, "int8", images, lambda reduced: noise(model, reduced, images) < 0.05)
     assert [name for name in kept if name in names(model, "Conv")] == names(model, "Conv")[1:]
     assert not set(kept) & set(names(model, "Gemm"))
-    assert repaired == to_int8(model, images, kept)
+    assert repaired == reduction.model(kept)
 
 
 def test_more_is_kept_in_growing_steps(plain, digits, precision):
@@ -263,14 +257,10 @@ def test_more_is_kept_in_growing_steps(plain, digits, precision):
     assert named[1] < named[2] < named[3]
 
 
-def test_what_a_user_can_mend(plain):
-    for nothing in (np.zeros((0, 1, 8, 8), np.float32), None):
-        with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
-            to_int8(plain, nothing)
-        with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
-            lowered(plain, "int8", nothing, lambda _: True)
+def test_what_a_user_can_mend(plain, digits, precision):
+    with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
+        lowered(plain, precision, np.zeros((0, 1, 8, 8), np.float32), lambda _: True)
     (first, *_) = names(plain, "Conv")
+    reduction = Reduction(plain, precision, normalised(digits[0][:1]).numpy())
     with pytest.raises(InputError, match=f"unknown node '{first}0'; did you mean '{first}'?"):
-        to_fp16(plain, [first + "0"])
-    with pytest.raises(InputError, match="unknown node 'head'"):
-        to_int8(plain, np.zeros((1, 1, 8, 8), np.float32), ["head"])
+        reduction.model([first + "0"])

@@ -12,32 +12,35 @@ import torch
 from ablations.engines import run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
-from ablations.training.data import ImageData
-from export.certificate import BOUNDS, PYTORCH_BATCH
-from export.fuse import gate_weights
-from export.publish import Images, Reference, pruned, publish, unfit, with_metadata
+from ablations.training.splits import Splits
+from export.certificate import BOUNDS, certificate_problem
+from export.compare import PYTORCH_BATCH
+from export.metadata import entries_of, with_entries
+from export.prune import pruned
+from export.publish import Images, Reference, publish
 from export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, example, served
 from model.checkpoint import Checkpoint, load
 from model.config import TimmModel
 from model.errors import InputError
+from model.gates import recorded_gates
 from model.registry import build
 
 RECIPE = {"epochs": 4, "batch_size": 32, "lr": 0.005, "hflip": 0.0, "crop_padding": 1}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(digits, tmp_path_factory) -> Checkpoint:
+def checkpoint(digits, resident_digits, tmp_path_factory) -> Checkpoint:
     """A network of three experts that has learned the digits."""
     settings = {"experts": 3, "width": 0.5, **{f"recipe.{field}": value for field, value in RECIPE.items()}}
     (cell,) = Study(name="one", question="?", seeds=1, set=settings).cells(digits)
     directory = StudyDirectory(tmp_path_factory.mktemp("one"))
-    list(run_local([cell.trials[0]], digits, directory))
+    list(run_local([cell.trials[0]], resident_digits, directory))
     return load(directory.checkpoint(cell.trials[0].id))
 
 
 @pytest.fixture(scope="module")
-def images(digits: ImageData) -> Images:
-    train, validation, test = digits.train, digits.validation, digits.test
+def images(digits_splits: Splits) -> Images:
+    train, validation, test = digits_splits.train, digits_splits.validation, digits_splits.test
     return Images(
         train.pixels_BHWC.numpy(),
         validation.pixels_BHWC.numpy(),
@@ -55,7 +58,7 @@ def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
     assert certificate.passed
     assert certificate.pytorch_accuracy > 0.9
     assert certificate.bound == BOUNDS[precision]
-    metadata = {prop.key: prop.value for prop in onnx.load_from_string(published.model).metadata_props}
+    metadata = entries_of(onnx.load_from_string(published.model))
     assert metadata["expertgrid.precision"] == precision
     assert len(metadata["expertgrid.certificate"]) == 64
     onnx.checker.check_model(onnx.load_from_string(published.model), full_check=True)
@@ -94,10 +97,10 @@ def test_probabilities_and_gates(checkpoint, images, fused):
 
 
 def test_pruning_says_what_it_costs(checkpoint, images):
-    same, said = pruned(checkpoint, images, 0.0)
+    same, said = pruned(checkpoint, images.validation, images.validation_labels, 0.0)
     assert "pruned 0 experts (none)" in said
     assert same.config == checkpoint.config
-    one_left, said = pruned(checkpoint, images, 1.0)
+    one_left, said = pruned(checkpoint, images.validation, images.validation_labels, 1.0)
     assert "pruned 4 experts" in said
     assert [len(block.kernels) for block in one_left.config.blocks()] == [1, 1]
     published = publish(Reference(one_left, images, "uint8"))
@@ -109,7 +112,9 @@ def test_pruning_says_what_it_costs(checkpoint, images):
 def test_an_expert_that_one_image_needs_stays(checkpoint, images):
     """Also where that image is in none of the last batches."""
     net = checkpoint.network()
-    gates = gate_weights(net, torch.from_numpy(as_input(images.validation, checkpoint, "float")))
+    with torch.inference_mode(), recorded_gates(net) as recorded:
+        net(torch.from_numpy(as_input(images.validation, checkpoint, "float")))
+    gates = {block: gate_BK for block, (gate_BK,) in recorded.items()}
     last = len(images.validation) % PYTORCH_BATCH
     gap, block, expert, threshold = max(
         (gate_BK[:, k].max() - gate_BK[-last:, k].max(), block, k, (gate_BK[:, k].max() + gate_BK[-last:, k].max()) / 2)
@@ -117,7 +122,7 @@ def test_an_expert_that_one_image_needs_stays(checkpoint, images):
         for k in range(gate_BK.shape[1])
     )
     assert gap > 0
-    _, said = pruned(checkpoint, images, float(threshold))
+    _, said = pruned(checkpoint, images.validation, images.validation_labels, float(threshold))
     assert f"{block}.experts.{expert}" not in said
 
 
@@ -125,8 +130,8 @@ def test_test_images_shape_no_model(checkpoint, images):
     """Calibration is on train images, and what stays in float is decided on validation images."""
     others = dataclasses.replace(images, test=255 - images.test, test_labels=(images.test_labels + 1) % 10)
     models = []
-    for one in (images, others):
-        proto = onnx.load_from_string(publish(Reference(checkpoint, one, "uint8"), "int8").model)
+    for shown in (images, others):
+        proto = onnx.load_from_string(publish(Reference(checkpoint, shown, "uint8"), "int8").model)
         del proto.metadata_props[:]
         models.append(proto.SerializeToString())
     assert models[0] == models[1]
@@ -135,19 +140,22 @@ def test_test_images_shape_no_model(checkpoint, images):
 def test_a_file_and_its_certificate_are_of_each_other(checkpoint, images, tmp_path):
     published, other = (publish(Reference(checkpoint, images, "uint8"), fused=fused) for fused in (True, False))
     file, beside = tmp_path / "model.onnx", tmp_path / "model.certificate.json"
-    assert unfit(published.model, file) == "model.onnx has no certificate"
+    assert certificate_problem(published.model, file) == "model.onnx has no certificate"
     beside.write_bytes(published.certificate.to_bytes())
-    assert unfit(published.model, file) == ""
-    assert unfit(other.model, file) == "model.onnx was certified by another certificate than model.certificate.json"
+    assert certificate_problem(published.model, file) == ""
+    assert (
+        certificate_problem(other.model, file)
+        == "model.onnx was certified by another certificate than model.certificate.json"
+    )
     named = hashlib.sha256(published.certificate.to_bytes()).hexdigest()
-    forged = with_metadata(other.model, {"expertgrid.certificate": named})
-    assert unfit(forged, file) == "model.onnx is not the file that model.certificate.json is of"
+    forged = with_entries(other.model, {"expertgrid.certificate": named})
+    assert certificate_problem(forged, file) == "model.onnx is not the file that model.certificate.json is of"
     beside.write_text("{}")
-    assert unfit(published.model, file) == "model.certificate.json is damaged"
+    assert certificate_problem(published.model, file) == "model.certificate.json is damaged"
 
 
 def test_networks_without_experts_are_not_pruned(checkpoint, images):
     config = TimmModel(timm="resnet10t", in_chans=1)
     plain = Checkpoint(config, checkpoint.trained, build(config).state_dict())
     with pytest.raises(InputError, match="--prune-gates: two_block has no experts"):
-        pruned(plain, images, 0.1)
+        pruned(plain, images.validation, images.validation_labels, 0.1)

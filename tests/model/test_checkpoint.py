@@ -4,17 +4,26 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from model.checkpoint import Checkpoint, Trained, load
 from model.config import TimmModel
 from model.errors import InputError
+from model.pixels import RESIZE
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
 
 TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", classes=("a", "b"), image_size=(8, 8), mean=(0.5,), std=(0.25,)
+    trial="abc",
+    model="two_block",
+    data="digits",
+    fingerprint="0123abcd",
+    classes=("a", "b"),
+    image_size=(8, 8),
+    mean=(0.5,),
+    std=(0.25,),
 )
 SMALL = vary(PRESETS["two_block"], "width", 0.125).change(num_classes=2, in_chans=1)
 
@@ -45,6 +54,26 @@ def test_channels_last_weights_come_back(checkpoint, tmp_path):
         assert torch.equal(tensor, net.state_dict()[name])
 
 
+def test_equal_networks_give_equal_files(checkpoint):
+    files = {
+        Checkpoint(SMALL, TRAINED, dict(order(checkpoint.weights.items()))).to_bytes()
+        for order in (list, reversed, sorted)
+        for _ in range(10)
+    }
+    assert len(files) == 1  # safetensors alone orders the metadata at random
+    (file,) = files
+    length = int.from_bytes(file[:8], "little")
+    assert length % 8 == 0
+    assert list(json.loads(file[8 : 8 + length])["__metadata__"]) == ["config", "format", "trained"]
+
+
+def test_an_image_of_another_size_is_brought_to_the_networks_in_one_way():
+    fields = json.loads(TRAINED.model_dump_json())
+    assert fields["resize"] == RESIZE
+    with pytest.raises(ValidationError, match="accepted: 'shorter side"):
+        Trained.model_validate({**fields, "resize": "stretched"})
+
+
 def wrong(path) -> str:
     with pytest.raises(InputError) as error:
         load(path)
@@ -60,7 +89,7 @@ def test_files_that_are_no_checkpoint(checkpoint, tmp_path):
         path.write_bytes(damaged)
         assert "not a safetensors file, or a damaged one" in wrong(path)
     save_file({"x": torch.zeros(3)}, path)
-    assert "format is None; expertgrid checkpoints have 'expertgrid-1'" in wrong(path)
+    assert "format is None; expertgrid checkpoints have 'expertgrid-2'" in wrong(path)
 
 
 def test_checkpoint_of_another_config(checkpoint, tmp_path):
@@ -81,12 +110,12 @@ def test_checkpoint_of_another_config(checkpoint, tmp_path):
         ("config", "{", "config is not JSON"),
         ("config", "[]", "config"),
         ("config", json.dumps({"layers": []}), "config.layers"),
-        ("config", json.dumps({"timm": "nope"}), "config.timm: timm has no model of this name, found 'nope'"),
+        ("config", json.dumps({"timm": "nope"}), "model 'nope': unknown to timm; --import MODULE registers networks"),
         ("trained", "{}", "trained.trial: field required"),
     ],
 )
 def test_wrong_metadata(field, text, message, checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
-    about = {"format": "expertgrid-1", "config": SMALL.model_dump_json(), "trained": TRAINED.model_dump_json()}
+    about = {"format": "expertgrid-2", "config": SMALL.model_dump_json(), "trained": TRAINED.model_dump_json()}
     save_file(checkpoint.weights, path, {**about, field: text})
     assert message in wrong(path)

@@ -12,6 +12,7 @@ import torch
 from conftest import REPOSITORY
 
 from model import machine
+from model.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,19 @@ def test_devices_have_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert machine.device_name(torch.device("cpu")) == "cpu (A processor)"
     assert machine.device_name(torch.device("cuda", 1)) == "GPU 1"
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.torch_device("auto") == machine.torch_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="unknown device 'cuda'"):
+        machine.torch_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.torch_device("auto") == torch.device("cuda")
+    assert machine.torch_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="unknown device 'cuda:2'"):
+        machine.torch_device("cuda:2")
 
 
 class Driver:

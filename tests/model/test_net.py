@@ -10,6 +10,7 @@ from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConf
 from model.net import ExpertNet
 from model.presets import PRESETS
 from model.registry import build
+from model.variants import vary
 
 MLP = GateConfig(kind="mlp", reduction=4)
 
@@ -78,11 +79,12 @@ def test_controls_of_a_gate():
     x_BCHW = torch.randn(5, 6, 8, 8)
     torch.testing.assert_close(gates["shuffled"](x_BCHW)[1:], gates["own"](x_BCHW)[:-1])
     torch.testing.assert_close(gates["shuffled"](x_BCHW)[0], gates["own"](x_BCHW)[-1])
-    assert {name: {p.requires_grad for p in gate.parameters()} for name, gate in gates.items()} == {
-        "own": {True},
-        "shuffled": {True},
-        "frozen": {False},
-    }
+    weights = {"mlp.0.weight", "mlp.0.bias"}
+    for name, gate in gates.items():
+        learned, fixed = (weights, set()) if name != "frozen" else (set(), weights)
+        assert {name for name, _ in gate.named_parameters()} == learned
+        assert {name for name, _ in gate.named_buffers()} == fixed
+        assert gate.state_dict().keys() == weights
 
 
 def test_a_constant_gate_is_learned_and_the_same_for_all_images():
@@ -143,11 +145,19 @@ def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     net = build(PRESETS[name])
     net(torch.randn(8, 3, 32, 32)).logsumexp(1).sum().backward()
-    learned = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
-    assert [name for name, grad in learned.items() if grad is None or not grad.abs().sum() > 0] == []
-    stem = isinstance(PRESETS[name].layers[0], Whiten)
-    frozen = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)] if stem else []
-    assert len(list(net.parameters())) - len(learned) == len(frozen) + stem
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
+    assert [name for name, grad in gradients.items() if grad is None or not grad.abs().sum() > 0] == []
+
+
+def test_fixed_values_are_buffers():
+    net = build(vary(PRESETS["speed"], "gate", "frozen"))
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    fixed = {name for name, _ in net.named_buffers() if not name.endswith(statistics)}
+    norms = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    gates = {f"layers.{i}.gate.mlp.0.{value}" for i in (2, 4, 6) for value in ("weight", "bias")}
+    assert len(norms) == 6
+    assert fixed == norms | gates | {"layers.0.conv.weight"}
+    assert fixed < net.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -170,7 +180,6 @@ def test_whitening_stem_whitens():
     torch.testing.assert_close(covariance_FF, (eigenvalues_F / (eigenvalues_F + 5e-4)).diag(), atol=1e-3, rtol=0)
     torch.testing.assert_close(stem.conv.weight[27:], -stem.conv.weight[:27])
     assert stem(x_BCHW).shape == (64, 54, 14, 14)
-    assert not stem.conv.weight.requires_grad
 
 
 def test_a_network_without_whitening_stem_has_none_to_fit():

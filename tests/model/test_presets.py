@@ -1,5 +1,6 @@
 """The presets: their parameters, counted by hand, and the behaviour of a timm model."""
 
+import copy
 import math
 
 import pytest
@@ -7,12 +8,12 @@ import timm
 import torch
 from timm.models import group_parameters
 
-from model.config import Conv, TimmModel
-from model.cost import cost
+from model.config import Block, Pool, TimmModel
 from model.errors import InputError
 from model.net import ExpertNet
 from model.presets import PRESETS, network
 from model.registry import build
+from model.variants import matched_difference, vary
 
 
 def conv(in_chs: int, out_chs: int, kernel: int) -> int:
@@ -30,11 +31,11 @@ def mixed(in_chs: int, out_chs: int) -> int:
 
 
 def speed(widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int) -> int:
-    """Whitening stem of 24 channels; in each group a conv and `blocks` blocks with a norm each; gates where needed."""
-    total, before = 24 * 3 * 4 + 24, 24
+    """A whitening stem of 24 biases; in each group a conv and `blocks` blocks, with norms that only shift; gates."""
+    total, before = 24, 24
     for w in widths:
         gate = linear(w, len(kernels)) if len(kernels) > 1 else 0
-        total += conv(before, w, 3) + blocks * (sum(w * w * kernel**2 for kernel in kernels) + 2 * w + gate)
+        total += before * w * 9 + w + blocks * (sum(w * w * kernel**2 for kernel in kernels) + w + gate)
         before = w
     return total + linear(before, 10)
 
@@ -59,11 +60,11 @@ BY_HAND = {
     )
     + linear(128, 1024, 512, 10),
     "speed": speed((64, 256, 256), (3, 1), blocks=1),
-    "speed_plain_params": speed((66, 265, 265), (3,), blocks=1),
-    "speed_plain_macs": speed((65, 262, 262), (3,), blocks=1),
+    "speed_matched_params": speed((72, 264, 264), (3,), blocks=1),
+    "speed_matched_macs": speed((64, 264, 264), (3,), blocks=1),
     "accuracy": speed((128, 384, 512), (3, 1), blocks=2),
-    "accuracy_plain_params": speed((133, 400, 534), (3,), blocks=2),
-    "accuracy_plain_macs": speed((132, 395, 526), (3,), blocks=2),
+    "accuracy_matched_params": speed((128, 400, 536), (3,), blocks=2),
+    "accuracy_matched_macs": speed((136, 392, 520), (3,), blocks=2),
 }
 WORKED_OUT = {
     "two_block": 300_658,
@@ -71,12 +72,12 @@ WORKED_OUT = {
     "segmented": 3_577_573,
     "macro_residual": 10_223_262,
     "mixed_kernel": 7_676_660,
-    "speed": 2_109_128,
-    "speed_plain_params": 2_112_301,
-    "speed_plain_macs": 2_064_021,
-    "accuracy": 10_774_862,
-    "accuracy_plain_params": 10_773_202,
-    "accuracy_plain_macs": 10_481_852,
+    "speed": 2_107_688,
+    "speed_matched_params": 2_118_946,
+    "speed_matched_macs": 2_088_402,
+    "accuracy": 10_771_502,
+    "accuracy_matched_params": 10_772_874,
+    "accuracy_matched_macs": 10_318_202,
 }
 
 
@@ -86,22 +87,23 @@ def test_parameters_are_as_counted_by_hand(name):
     assert sum(p.numel() for p in build(PRESETS[name]).parameters()) == WORKED_OUT[name]
 
 
+@pytest.mark.parametrize("equal", ["params", "macs"])
 @pytest.mark.parametrize("name", ["speed", "accuracy"])
-def test_twins_are_plain_and_equal(name):
-    parameters, macs = cost(PRESETS[name], 32, 32)
-    blocks = list(PRESETS[name].blocks())
-    assert {len(block.kernels) for block in blocks} == {2}
-    assert {block.gate.kind for block in blocks} == {"linear"}
-    assert len(blocks) >= sum(isinstance(layer, Conv) for layer in PRESETS[name].layers)
-    for twin, equal in (("params", 0), ("macs", 1)):
-        plain = PRESETS[f"{name}_plain_{twin}"]
-        assert {len(block.kernels) for block in plain.blocks()} == {1}
-        assert cost(plain, 32, 32)[equal] == pytest.approx((parameters, macs)[equal], rel=0.002)
+def test_matched_presets_are_the_matched_baselines(name, equal):
+    assert PRESETS[f"{name}_matched_{equal}"] == vary(PRESETS[name], "matched", equal)
+    assert abs(matched_difference(PRESETS[name], equal)) < 0.006
 
 
-@pytest.fixture(params=PRESETS)
+NAMES = timm.list_models("expertnet_*")
+
+
+def test_all_presets_are_registered():
+    assert {f"expertnet_{name}" for name in PRESETS} == set(NAMES)
+
+
+@pytest.fixture(params=NAMES)
 def name(request) -> str:
-    return f"expertnet_{request.param}"
+    return request.param
 
 
 X = torch.randn(2, 3, 32, 32)
@@ -146,15 +148,88 @@ def test_intermediates_are_the_layers_outputs(name):
     assert reductions == [info["reduction"] for info in net.feature_info[:-1]]
     last = net.forward_intermediates(X, indices=1, intermediates_only=True)
     torch.testing.assert_close(last, features[-1:])
+    early = net.forward_intermediates(X, indices=[0, 1], stop_early=True, intermediates_only=True, norm=True)
+    torch.testing.assert_close(early, features[:2])
     with pytest.raises(ValueError, match="NCHW"):
         net.forward_intermediates(X, output_fmt="NLC")
 
 
-def test_features_only(name):
-    net = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()
-    features = net(X)
-    assert [f.shape[1] for f in features] == net.feature_info.channels()
-    assert len(net.model.layers) < len(PRESETS[name.removeprefix("expertnet_")].layers)
+@pytest.mark.parametrize("kind", ["getter", "fx"])
+def test_features_only(name, kind):
+    net = timm.create_model(name).eval()
+    wrapped = timm.create_model(name, features_only=True, out_indices=(0, 1), feature_cls=kind).eval()
+    weights = net.state_dict()
+    wrapped.load_state_dict({key: weights[key.partition(".")[2]] for key in wrapped.state_dict()})
+    features = wrapped(X)
+    torch.testing.assert_close(features, net.forward_intermediates(X, indices=[0, 1], intermediates_only=True))
+    assert [f.shape[1] for f in features] == wrapped.feature_info.channels()
+    assert len(wrapped.state_dict()) < len(net.state_dict())
+
+
+def test_layers_are_pruned(name):
+    net = timm.create_model(name).eval()
+    expected = net.forward_intermediates(X, indices=[1], intermediates_only=True)[0]
+    parts = len(net.feature_info)
+    assert net.prune_intermediate_layers([1 - parts]) == [1]
+    torch.testing.assert_close(net(X), expected)
+    assert net.num_features == expected.shape[1]
+    assert len(net.feature_info) == 2
+    assert ExpertNet(net.config).state_dict().keys() == net.state_dict().keys()
+    (last,) = net.forward_intermediates(X, indices=1, intermediates_only=True)
+    torch.testing.assert_close(last, expected)
+
+
+def test_pruning_can_leave_the_head():
+    net = timm.create_model("expertnet_two_block").eval()
+    head = net.head
+    net.prune_intermediate_layers([1], prune_head=False)
+    assert net.head is head
+    assert net(X).shape == (2, 10)
+
+
+TRACERS = {
+    "fx": torch.fx.symbolic_trace,
+    "script": torch.jit.script,
+    "export": lambda net: torch.export.export(net, (X,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_traced_networks_compute_the_same(name, tracer):
+    net = timm.create_model(name).eval()
+    torch.testing.assert_close(TRACERS[tracer](net)(X), net(X))
+
+
+def test_a_network_is_exported_for_batches_of_any_size():
+    net = timm.create_model("expertnet_two_block").eval()
+    program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for size in (2, 5):
+        x_BCHW = torch.randn(size, 3, 32, 32)
+        torch.testing.assert_close(program(x_BCHW), net(x_BCHW))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize(
+    ("variant", "level"),
+    [("gate", "shuffled"), ("gate", "frozen"), ("gate", "uniform"), ("gate", "constant")]
+    + [("gate", {"kind": "linear", "temperature": 2.0}), ("norm_act", "none"), ("norm_act", "mix"), ("experts", 1)],
+)
+def test_traced_variants_compute_the_same(variant, level):
+    small = PRESETS["segmented"].change(layers=(Block(channels=8), Pool(), Block(channels=8)))
+    net = build(vary(small, variant, level)).eval()
+    for tracer, trace in TRACERS.items():
+        torch.testing.assert_close(trace(net)(X), net(X), msg=lambda text, tracer=tracer: f"{tracer}: {text}")
+
+
+def test_a_traced_network_trains_as_the_network_does():
+    torch.manual_seed(0)
+    net = timm.create_model("expertnet_macro_residual", drop_rate=0.0)
+    traced, gradients = torch.fx.symbolic_trace(copy.deepcopy(net)), []
+    for module in (net, traced):
+        module(X).logsumexp(1).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    torch.testing.assert_close(*gradients)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(name):
@@ -171,9 +246,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name):
 
 def test_groups_hold_every_parameter_once(name):
     net = timm.create_model(name)
-    groups = group_parameters(net, net.group_matcher(), reverse=False)
-    named = [parameter for group in groups.values() for parameter in group]
-    assert sorted(named) == sorted(n for n, _ in net.named_parameters())
+    counts = []
+    for coarse in (False, True):
+        groups = group_parameters(net, net.group_matcher(coarse), reverse=False)
+        named = [parameter for group in groups.values() for parameter in group]
+        assert sorted(named) == sorted(n for n, _ in net.named_parameters())
+        layers = [{name.split(".")[1] for name in group if name.startswith("layers")} for group in groups.values()]
+        assert [group for group in layers[1:] if "0" in group] == []
+        counts.append(len(groups))
+    reductions = {info["reduction"] for info in net.feature_info[1:]}
+    assert counts == [len(net.feature_info) + 1, len(reductions) + 2]  # the first layer, the others, and the head
 
 
 def test_default_cfg_names_the_layers_that_timm_changes(name):

@@ -1,14 +1,17 @@
 """The variants: each on each preset, what it changes and what it leaves."""
 
+from itertools import product
+
 import pytest
 import torch
+from torch import nn
 
 from model.config import Block, Conv, GateConfig, ModelConfig, Residual
 from model.cost import cost
 from model.errors import InputError
 from model.presets import PRESETS
 from model.registry import build
-from model.variants import VARIANTS, vary
+from model.variants import MATCHED, VARIANTS, matched_difference, vary
 
 LEVELS = {
     "experts": [1, 2, 5],
@@ -25,7 +28,7 @@ LEVELS = {
         {"kind": "linear", "shuffled": True},
         {"kind": "mlp", "hidden": [6, 6], "temperature": 2.0},
     ],
-    "plain": [False, "params", "macs"],
+    "matched": [False, "params", "macs"],
     "norm_act": ["expert", "mix", "none"],
     "residual": [True, False],
     "width": [0.25, 1.5],
@@ -79,18 +82,46 @@ def test_own_level_changes_nothing(preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_expert_is_the_same_network_whatever_the_gate(preset):
-    one = vary(PRESETS[preset], "experts", 1)
-    assert {vary(one, "gate", gate) for gate in ("linear", "mlp", "uniform")} == {one}
+    single = vary(PRESETS[preset], "experts", 1)
+    assert {vary(single, "gate", gate) for gate in ("linear", "mlp", "uniform")} == {single}
+
+
+@pytest.mark.parametrize("equal", MATCHED)
+@pytest.mark.parametrize("factor", [1, 0.25])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_matched_baselines_cost_the_same(preset, factor, equal):
+    config = vary(PRESETS[preset], "width", factor)
+    baseline = vary(config, "matched", equal)
+    assert {len(block.kernels) for block in baseline.blocks()} == {1}
+    found, wanted = (cost(network, 32, 32)[MATCHED.index(equal)] for network in (baseline, config))
+    assert found == pytest.approx(wanted, rel=0.03)
+    assert matched_difference(config, equal) == pytest.approx((found - wanted) / wanted, abs=1e-12)
+    assert vary(baseline, "gate", "frozen") == baseline
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_plain_twins_cost_the_same(preset):
-    wanted = cost(PRESETS[preset], 32, 32)
-    for i, equal in enumerate(("params", "macs")):
-        twin = vary(PRESETS[preset], "plain", equal)
-        assert {len(block.kernels) for block in twin.blocks()} == {1}
-        assert cost(twin, 32, 32)[i] == pytest.approx(wanted[i], rel=0.03)
-        assert vary(twin, "gate", "frozen") == twin
+def test_widths_of_matched_baselines_are_multiples_of_8(preset):
+    for factor, equal in product((1, 0.3), MATCHED):
+        net = build(vary(vary(PRESETS[preset], "width", factor), "matched", equal))
+        sizes = [module.out_channels for module in net.modules() if isinstance(module, nn.Conv2d)]
+        sizes += [module.out_features for module in net.head.hidden if isinstance(module, nn.Linear)]
+        assert sizes
+        assert {size % 8 for size in sizes} == {0}
+
+
+def test_only_narrow_baselines_have_unequal_widths():
+    for preset in ("two_block", "eight_block"):
+        assert len({layer.channels for layer in vary(PRESETS[preset], "matched", "params").layers}) == 1
+    narrow = vary(vary(PRESETS["eight_block"], "width", 0.25), "matched", "params")
+    assert [layer.channels for layer in narrow.layers] == [24] * 5 + [32] * 4
+    assert abs(matched_difference(vary(PRESETS["eight_block"], "width", 0.25), "params")) < 0.01
+
+
+def test_a_network_that_cannot_be_wide_enough_shows_its_difference():
+    config = ModelConfig(layers=(Block(channels=4000, kernels=(3,) * 64),))
+    (layer,) = vary(config, "matched", "params").layers
+    assert layer.channels <= 4096
+    assert matched_difference(config, "params") < -0.9
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -98,7 +129,7 @@ def test_controls_leave_the_kind_of_gate(preset):
     for control in ("frozen", "shuffled"):
         before, after = PRESETS[preset].blocks(), vary(PRESETS[preset], "gate", control).blocks()
         for own, changed in zip(before, after, strict=True):
-            assert changed.gate == (own.gate and GateConfig(**{**dict(own.gate), control: True}))
+            assert changed.gate == (own.gate and own.gate.change(**{control: True}))
 
 
 def test_residual_pairs_blocks_and_leaves_what_is_there():
@@ -155,6 +186,8 @@ def test_temperature_survives_another_variant():
         ("gate", "lin", "linear, mlp, uniform"),
         ("gate", 1, "linear, mlp, uniform"),
         ("gate", {"kind": "mlp"}, "hidden sizes"),
+        ("matched", True, "false, params, macs"),
+        ("matched", "flops", "false, params, macs"),
         ("norm_act", "both", "'expert', 'mix' or 'none'"),
         ("residual", 1, "true, false"),
         ("width", 0, "above 0"),

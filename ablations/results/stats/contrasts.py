@@ -25,7 +25,7 @@ formula)
 
 - below 8 (two cells at 3 or 4 seeds): the excess is counted cell by cell, and a quiet cell does not make up for a noisy
   one;
-- below 4 (two cells at 2 seeds): Student's t over seeds alone.
+- below 4 (two cells at 2 seeds): Student's t over seeds alone, with Bonferroni's correction.
 
 `Judgement.basis` says which of them an interval rests on. The numbers are from tests/results/simulations.py.
 """
@@ -86,7 +86,7 @@ class Judgement:
 
     @property
     def half_width(self) -> float | None:
-        return None if self.high is None else (self.high - self.low) / 2
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def judged(found: "Estimates | Errors", place: int, constant: float, margin: flo
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
     low, high = mean - constant * error, mean + constant * error
-    verdict = str(verdicts(low, high, margin))
+    verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""
     return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[found.basis_XQ[place]], reason)
@@ -180,7 +180,7 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
     joint = _joint(weights_QC, np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0]))
     constant_Q = np.full(len(weights_QC), joint.constant(found.df, level) if found.df > 0 else np.nan)
     for seeds in np.unique(found.seeds_Q[found.by_seeds_Q & (found.seeds_Q > 1)]):
-        constant_Q[found.by_seeds_Q & (found.seeds_Q == seeds)] = joint.constant(seeds - 1, level)
+        constant_Q[found.by_seeds_Q & (found.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
     return Estimates(found.mean_XQ, found.error_XQ, constant_Q, found.basis_XQ, found.seeds_Q, found.spread_X, found.df)
 
 
@@ -229,6 +229,11 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Errors:
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
     basis_XQ = np.where(too_few_Q, 3, basis_XQ)
     return Errors(mean_XQ, error_XQ, basis_XQ, seeds_Q, too_few_Q, np.sqrt(spread.pooled_X), spread.df)
+
+
+def by_seeds_constant(seeds: int, contrasts: int, level: float = LEVEL) -> float:
+    """Student's t over seeds, by Bonferroni's inequality: each contrast has a spread of its own, not a common one."""
+    return float(-stdtrit(seeds - 1, (1 - level) / 2 / contrasts))
 
 
 def surcharge(seeds: np.ndarray | int) -> np.ndarray:

@@ -8,13 +8,14 @@ probability `level`, makes their intervals simultaneous. Dunnett's constant (cel
 Shapes: Q contrasts, R their rank, X directions.
 """
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import chdtrc, fdtrc, ndtri, stdtrit
 
 DIRECTIONS = 8192
+NEIGHBOURS = 32
 LEVEL = 0.95
 
 
@@ -61,7 +62,8 @@ class JointT:
         fold_XR = np.abs(2 * ((place_X1 * np.sqrt(_primes(rank))) % 1) - 1)
         normal_XR = ndtri(np.clip(fold_XR, 1e-12, 1 - 1e-12))
         direction_XR = normal_XR / np.linalg.norm(normal_XR, axis=1, keepdims=True)
-        return np.abs(direction_XR @ root_QR.T).max(1), rank
+        largest_X = np.sort(np.abs(direction_XR @ root_QR.T).max(1))
+        return largest_X.reshape(-1, NEIGHBOURS).mean(1), rank  # the tail is smooth in it: neighbours count as one
 
     def tail(self, constant: float, df: float) -> float:
         """The probability that the largest |t| is above `constant`."""
@@ -90,7 +92,18 @@ class JointT:
         if self._largest[1] == 1:
             return single
         bonferroni = float(-stdtrit(df, alpha / 2 / count)) if np.isfinite(df) else float(-ndtri(alpha / 2 / count))
-        return float(brentq(lambda c: self.tail(c, df) - alpha, 0.99 * single, 1.01 * bonferroni, xtol=1e-5))
+        return crossing(lambda c: self.tail(c, df) < alpha, 0.99 * single, 1.01 * bonferroni)
+
+
+def crossing(is_above: Callable[[float], bool], low: float, high: float) -> float:
+    """The value between `low` and `high` from which on `is_above` holds, to 1e-6 of it, by bisection.
+
+    Not by scipy.optimize, whose import takes longer than all critical values of a table.
+    """
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return (low + high) / 2
 
 
 def joint_t(correlation_QQ: np.ndarray) -> JointT:

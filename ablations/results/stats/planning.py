@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, surcharge
-from ablations.results.stats.critical import LEVEL, correlation, joint_t
+from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
+from ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
 POWER = 0.8
 MOST_SEEDS = 1000
@@ -53,7 +52,7 @@ class Plan:
             return 0.0
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
-        half_X = self._constant(contrast, seeds) * _widths(tuple(np.sort(np.round(np.abs(weights_C), 12))), seeds)
+        half_X = self._constant(contrast, seeds) * _widths(_form(weights_C), seeds)
         effect = abs(difference) / unit
         found_X = ndtr(effect - half_X)
         if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
@@ -67,13 +66,15 @@ class Plan:
         """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
         if seeds < 2:
             return np.full(len(self.weights_QC), np.inf)
-        return np.array([self._detectable(contrast, seeds, power) for contrast in range(len(self.weights_QC))])
+        forms = [_form(weights_C) for weights_C in self.weights_QC]  # those of one form see the same
+        by_form = {form: self._detectable(forms.index(form), seeds, power) for form in dict.fromkeys(forms)}
+        return np.array([by_form[form] for form in forms])
 
     def _detectable(self, contrast: int, seeds: int, power: float) -> float:
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         most = unit * (50 + 50 * self._constant(contrast, seeds))
-        return float(brentq(lambda difference: self.power(contrast, difference, seeds) - power, 0, most, rtol=1e-4))
+        return crossing(lambda difference: self.power(contrast, difference, seeds) > power, 0.0, most)
 
     def seeds_for(
         self, contrast: int, difference: float, margin: float | None = None, power: float = POWER
@@ -86,9 +87,9 @@ class Plan:
 
     def _constant(self, contrast: int, seeds: int) -> float:
         weights_C = self.weights_QC[contrast]
-        too_few = _own_df(weights_C, seeds) < TOO_FEW
-        df = seeds - 1 if too_few else (len(weights_C) - 1) * (seeds - 1)
-        return self._joint.constant(df, self.level)
+        if _own_df(weights_C, seeds) < TOO_FEW:
+            return by_seeds_constant(seeds, len(self.weights_QC), self.level)
+        return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
 
 
 def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:
@@ -99,12 +100,17 @@ def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power
     """
     found: list[int | None] = []
     for place, judgement in enumerate(family.judgements):
-        if judgement.verdict != OPEN or judgement.error is None:
+        if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
             found.append(None)
             continue
         spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
         found.append(Plan(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
     return found
+
+
+def _form(weights_C: np.ndarray) -> tuple[float, ...]:
+    """The weights without signs and order: what the distribution of a contrast's error depends on."""
+    return tuple(np.sort(np.round(np.abs(weights_C), 12)).tolist())
 
 
 def _own_df(weights_C: np.ndarray, seeds: int) -> float:
@@ -115,18 +121,18 @@ def _own_df(weights_C: np.ndarray, seeds: int) -> float:
 def _widths(weights: tuple[float, ...], seeds: int) -> np.ndarray:
     """Errors (X,) that `estimate` gives a contrast, over the true one, where all cells spread alike: drawn, fixed seed.
 
-    `weights` without their signs, sorted, so that contrasts of one form have one answer. Drawn from chi-squared
-    distributions, the variance over seeds as if it were independent of those of cells.
+    `weights` is a `_form`, so that contrasts of one form have one answer. Drawn from chi-squared distributions, the
+    variance over seeds as if it were independent of those of cells.
     """
-    weights_C = np.array(weights)
-    cells, rng = len(weights_C), np.random.default_rng(0)
-    share_C = weights_C**2 / (weights_C**2).sum()
-    own_df = _own_df(weights_C, seeds)
+    count, used_C = len(weights), np.array([weight for weight in weights if weight])
+    share_C, own_df, rng = used_C**2 / (used_C**2).sum(), _own_df(used_C, seeds), np.random.default_rng(0)
     over_seeds_X = rng.chisquare(seeds - 1, DRAWS) / (seeds - 1)
-    if cells == 2 or own_df < TOO_FEW:
+    if count == 2 or own_df < TOO_FEW:
         return np.sqrt(over_seeds_X)
-    own_XC = rng.chisquare(seeds - 1, (DRAWS, cells)) / (seeds - 1)
-    pooled_X = own_XC.mean(1)
+    own_XC = rng.chisquare(seeds - 1, (DRAWS, len(used_C))) / (seeds - 1)
+    others = count - len(used_C)
+    others_X = rng.chisquare(others * (seeds - 1), DRAWS) / (seeds - 1) if others else 0.0
+    pooled_X = (own_XC.sum(1) + others_X) / count
     excess_XC = own_XC - pooled_X[:, None]
     apart = own_df < FEW
     excess_X = np.maximum(excess_XC, 0) @ share_C if apart else np.maximum(excess_XC @ share_C, 0)

@@ -50,10 +50,10 @@ def accuracy_interval(percent_S: Sequence[float], level: float = 0.95) -> Interv
 
 
 def _mean_and_half(values_S: Sequence[float], level: float) -> tuple[float, float | None]:
-    values_S = _finite(values_S, "values", 1)
-    mean, n = float(values_S.mean()), len(values_S)
-    sd = float(values_S.std(ddof=1)) if n > 1 else 0.0
-    if sd <= 1e-6 * np.abs(values_S).max():  # rounding of what once was single precision
+    finite_S = _finite(values_S, "values", 1)
+    mean, n = float(finite_S.mean()), len(finite_S)
+    sd = float(finite_S.std(ddof=1)) if n > 1 else 0.0
+    if sd <= 1e-6 * np.abs(finite_S).max():  # rounding of what once was single precision
         return mean, None
     return mean, float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
 

@@ -274,7 +274,10 @@ def test_the_first_table_is_what_each_factor_does(grid):
     ("scores", "said"),
     [
         ({2: 84.0, 4: 84.0}, ["A second expert adds 4.0 points", "going from 1 to 4 experts adds 4.0 points"]),
-        ({2: 80.0, 4: 76.0}, ["Going from 1 to 4 experts loses 4.0 points", "a second expert changes less than 1 p"]),
+        (
+            {2: 80.0, 4: 76.0},
+            ["Going from 1 to 4 experts loses 4.0 points", "a second expert changes less than 1 point."],
+        ),
     ],
 )
 def test_the_answer_is_of_verdicts_and_costs(digits, tmp_path, scores, said):
@@ -289,7 +292,8 @@ def test_the_answer_is_of_verdicts_and_costs(digits, tmp_path, scores, said):
         experts = experts_of(directory, file.parent.name)
         file.write_text(json.dumps(json.loads(file.read_text()) | {"macs": 100 * experts}))
     found = answer(read_evidence(directory))
-    assert all(part.lower() in found.lower() for part in said), found
+    for part in said:
+        assert part in found
     assert len(found.split(". ")) == 1
     if scores[2] == 84.0:
         assert "and doubles the MACs" in found

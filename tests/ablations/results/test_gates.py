@@ -13,9 +13,11 @@ from ablations.results.gates import (
     mutual_information,
     predict_watched,
 )
-from ablations.training.loop import normalise, score
+from ablations.training.loop import score
+from ablations.training.splits import ResidentData
 from model.checkpoint import load
 from model.net import Gate
+from model.pixels import normalise
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
 
@@ -73,18 +75,20 @@ def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
     directory = StudyDirectory(trained_study)
     trial = next(cell.trials[0] for cell in directory.plan.cells if cell.levels["experts"] == 2)
     checkpoint, before = load(directory.checkpoint(trial)), directory.test_reads()
-    logits_BN, weights = predict_watched(checkpoint, digits.validation)
-
-    loss, accuracy = score(torch.from_numpy(logits_BN), digits.validation.labels_B)
     record = directory.record(trial)
+    hold_out = directory.plan.hold_out
+    validation = ResidentData(digits, torch.device("cpu")).splits(hold_out, record.seed).validation
+    logits_BN, weights = predict_watched(checkpoint, validation)
+
+    loss, accuracy = score(torch.from_numpy(logits_BN), validation.labels_B)
     assert (loss, accuracy) == pytest.approx((record.validation_loss, record.validation_accuracy))
     net = checkpoint.network()
     assert weights.keys() == {name.removesuffix(".gate") for name, m in net.named_modules() if isinstance(m, Gate)}
     for weights_BK in weights.values():
-        assert weights_BK.shape == (len(digits.validation), 2)
+        assert weights_BK.shape == (len(validation), 2)
         np.testing.assert_allclose(weights_BK.sum(1), 1, rtol=1e-6)
     x_BCHW = normalise(
-        digits.validation.pixels_BHWC.permute(0, 3, 1, 2),
+        validation.pixels_BHWC.permute(0, 3, 1, 2),
         torch.tensor(checkpoint.trained.mean),
         torch.tensor(checkpoint.trained.std),
     )

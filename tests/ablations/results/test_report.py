@@ -15,9 +15,11 @@ from conftest import REPOSITORY
 
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.results import plots, report
+from ablations.results.evidence import read_evidence
 from ablations.results.findings import Examined, Mistake, pareto, read_findings, worst
 from ablations.results.gates import block_gate
 from ablations.results.stats.images import class_accuracies
+from ablations.results.tables import cell_table
 from model.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
@@ -145,9 +147,8 @@ def test_worst_mistakes_come_first():
 def test_it_answers_with_what_is_decided(two_by_two):
     page = page_of(two_by_two)
     check_accessible_and_whole(page)
-    first = page.text.index(
-        "Going from 1 to 4 experts adds 10.1 points for 3.0 times the MACs; gate mlp instead of linear "
-    )
+    # The MACs of the matched cells are 3 and 2 times as many: sqrt(6) in the geometric mean.
+    first = page.text.index("Going from 1 to 4 experts adds 10.1 points for 2.4 times the MACs; gate mlp instead of ")
     assert (
         first
         < page.text.index("What each factor does (validation accuracy, points; 3 seeds")
@@ -223,6 +224,21 @@ def test_missing_diverged_and_failed_trials_are_counted_and_named(tmp_path):
     assert "experts 4, trial 000000020001: not finished" in page.text
     assert "3 trials are missing or failed" in page.text
     assert f"expertgrid run {path}/study.toml --out {path}" in page.text
+
+
+def test_notes_name_at_most_five_cells_or_trials(tmp_path):
+    for count, cells, trials in (
+        (6, "; ".join(f"experts {k}" for k in range(2, 7)), ", ".join(f"{k:08x}0000" for k in range(1, 6))),
+        (7, "experts 2; experts 3; experts 4 and 3 more", "000000010000, 000000020000, 000000030000 and 3 more"),
+    ):
+        scores = np.full((count, 1), np.nan)
+        scores[0] = 0.9
+        directory = StudyDirectory(write_study(tmp_path / str(count), {"experts": list(range(1, count + 1))}, scores))
+        notes = cell_table(directory, read_evidence(directory)).notes
+        assert [note for note in notes if note.startswith(("Open", "Not finished"))] == [
+            f"Open: {cells}: the cells have no seed in common.",
+            f"Not finished: {count - 1} of the trials: {trials}.",
+        ]
 
 
 def test_a_study_without_a_finished_trial(tmp_path):
@@ -324,12 +340,13 @@ def test_a_damaged_file_is_named_in_one_line(expertgrid, two_by_two, damaged):
 
 def test_wrong_options(expertgrid, two_by_two, tmp_path):
     for arguments, words in {
-        ("--format", "doc"): "html, pdf-figures, png-figures",
+        ("--format", "doc"): "'doc' is not one of 'html', 'pdf-figures', 'png-figures'",
         ("--out", tmp_path): "an .html file",
         ("--format", "png-figures", "--out", two_by_two / "plan.json"): "the name of a directory",
     }.items():
         outcome = expertgrid("report", two_by_two, *arguments)
-        assert (outcome.status, words in outcome.complaint) == (2, True)
+        assert outcome.status == 2
+        assert words in outcome.complaint
     assert expertgrid("report", tmp_path / "nothing").status == 2
 
 

@@ -19,7 +19,6 @@ from ablations.training.augment import (
     mirror,
     mix_images,
     mix_labels,
-    normalise,
     padded_crop,
     random_erasing,
     scaled_down,
@@ -148,12 +147,6 @@ def test_cutout_is_one_square_with_its_centre_inside(size):
         assert size // 2 <= len(rows) <= size or len(rows) == 10
     if size <= 5:
         assert max(hole.sum() for hole in holes_BHW) == size**2
-
-
-def test_normalise_is_torchvisions(x_BCHW):
-    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
-    expected = TF.normalize(TF.to_dtype(x_BCHW, torch.float32, scale=True), mean, std)
-    torch.testing.assert_close(normalise(x_BCHW, torch.tensor(mean), torch.tensor(std)), expected)
 
 
 @pytest.mark.parametrize(

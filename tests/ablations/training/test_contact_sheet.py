@@ -29,7 +29,7 @@ def tiles(sheet: bytes, side: int, scale: int, rows: int) -> np.ndarray:
 def test_without_augmentation_each_epoch_shows_the_original(digits):
     shown = tiles(contact_sheet(changed_recipe("fast", PLAIN), digits, 0, 3), 8, 14, 3)
     assert (shown == shown[:, :1]).all()
-    originals = digits.train.pixels_BHWC[..., 0].numpy()
+    originals = digits.train.pixels_BHWC[..., 0]
     assert all((originals == row[0, ..., 0]).all((1, 2)).any() for row in shown)
 
 
@@ -44,8 +44,8 @@ def test_alternating_flip_alternates_on_the_sheet():
 def test_same_seed_same_sheet(digits):
     recipe = changed_recipe("fast", {"crop_padding": 1, "mixup": 0.4, "cutmix": 1.0, "auto_augment": "rand-m9"})
     before = torch.get_rng_state()
-    one, same, other = (contact_sheet(recipe, digits, seed, 4) for seed in (0, 0, 1))
-    assert one == same != other
+    first, same, other = (contact_sheet(recipe, digits, seed, 4) for seed in (0, 0, 1))
+    assert first == same != other
     assert torch.equal(torch.get_rng_state(), before)
 
 

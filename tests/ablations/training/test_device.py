@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 from ablations.study import Study
 from ablations.training import loop as training
 from ablations.training.data import ImageData
+from ablations.training.holdout import HoldOut
 from ablations.training.recipe import RECIPES
+from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.presets import PRESETS
 
@@ -50,7 +52,7 @@ class EpochIsOver(Exception):
 
 @pytest.fixture(scope="module")
 def images() -> ImageData:
-    return ImageData.random(train=40, height=32, width=32)
+    return ImageData.random(train=40, height=32, width=32, classes=4)
 
 
 @pytest.fixture
@@ -79,10 +81,10 @@ def trial_of(images: ImageData, model: str, recipe: str, **fields) -> Trial:
 
 
 def take_an_epoch(trial: Trial, images: ImageData) -> None:
-    on_device = images.to(META)
-    assert on_device.train.pixels_BHWC.device == META
+    splits = ResidentData(images, META).splits(HoldOut(), trial.seed)
+    assert splits.train.pixels_BHWC.device == META
     with pytest.raises(EpochIsOver):
-        next(training.train(trial, on_device, training.start(trial, on_device)))
+        next(training.train(trial, splits, training.start(trial, splits)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ablations import engines
-from ablations.cli import app as cli
+from ablations.cli.devices import usable
 from ablations.engines import TrialDone, TrialNote, prepare, run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
@@ -15,8 +15,8 @@ from ablations.training.loop import predict, start, train
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.config import Block, ModelConfig, TimmModel
-from model.fast.compiled import blocks, compile_blocks, earns, missing
-from model.fast.execution import Execution, Means
+from model.fast.compiled import blocks, compile_blocks, pays_off, why_unavailable
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
@@ -44,7 +44,7 @@ def trial(digits) -> Trial:
     return Study(name="test", question="?", seeds=1, set=fields).cells(digits)[0].trials[0]
 
 
-def test_equal_blocks_compile_once(graphs, digits):
+def test_equal_blocks_compile_once(graphs, digits_splits):
     backend, given = graphs
     torch.manual_seed(0)
     nets = [build(vary(PRESETS["eight_block"].change(in_chans=1), "width", 0.125)) for _ in range(2)]
@@ -61,7 +61,7 @@ def test_equal_blocks_compile_once(graphs, digits):
     compile_blocks(nets[0], [x_BCHW], False, backend)
     nets[1].load_state_dict(before)
     assert list(nets[0].state_dict()) == list(before)
-    predict(nets[0], digits.validation, torch.zeros(1), torch.ones(1))
+    predict(nets[0], digits_splits.validation, torch.zeros(1), torch.ones(1))
     assert len(given) == 2, "evaluation is eager"
 
 
@@ -98,45 +98,45 @@ def test_networks_of_timm_have_no_blocks():
     assert compile_blocks(net, [torch.empty(0)], False) == 0
 
 
-@pytest.mark.skipif(missing(CPU) is not None, reason="there is no C++ compiler")
-def test_compiled_training_agrees_with_eager(trial, digits):
+@pytest.mark.skipif(why_unavailable(CPU) is not None, reason="there is no C++ compiler")
+def test_compiled_training_agrees_with_eager(trial, digits_splits):
     losses = []
     for compiled in (False, True):
-        training = start(trial, digits)
+        training = start(trial, digits_splits)
         if compiled:
-            assert prepare(trial, digits, training, Execution(compile="on"), steps=1).seconds > 0
-        losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits, training)]
+            assert prepare(trial, digits_splits, training, ExecutionOptions(compile="on"), steps=1).seconds > 0
+        losses += [(epoch.train_loss, epoch.validation_loss) for epoch in train(trial, digits_splits, training)]
     assert len(losses) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_only_long_trainings_are_compiled():
     eight = list(PRESETS["eight_block"].blocks())
-    assert not earns(eight, 10**9, "cpu")
-    assert not earns([], 10**9, "cuda")
+    assert not pays_off(eight, 10**9, "cpu")
+    assert not pays_off([], 10**9, "cuda")
     for kind in ("cuda", "amx"):
-        assert earns(eight, 100 * 351, kind)
-        assert not earns(eight, 10, kind)
-    assert not earns(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
+        assert pays_off(eight, 100 * 351, kind)
+        assert not pays_off(eight, 10, kind)
+    assert not pays_off(list(PRESETS["speed"].blocks()), 10**9, "amx"), "experts of two sizes are not side by side"
     many = [Block(channels=8 + i) for i in range(8)]
     steps = 20_000
-    assert earns(eight, steps, "cuda")
-    assert not earns(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
+    assert pays_off(eight, steps, "cuda")
+    assert not pays_off(many, steps, "cuda"), "eight different blocks take eight times as long to compile"
 
 
 def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path, capsys):
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
-        reason = missing(CPU)
+        reason = why_unavailable(CPU)
         assert reason.startswith("there is no C++ compiler")
         outcome = expertgrid("run", tiny_study, "--compile", "on", "--device", "cpu")
         assert outcome.status == 2
         assert f"--compile on: {reason}" in outcome.complaint
         assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
-        assert cli._that_can_be(Execution(), [Means(compile=True)], CPU).compile == "off"
-        assert cli._that_can_be(Execution(), [Means()], CPU) == Execution()
+        assert usable(ExecutionOptions(), [ExecutionPlan(compile=True)], CPU).compile == "off"
+        assert usable(ExecutionOptions(), [ExecutionPlan()], CPU) == ExecutionOptions()
         assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-    assert "cpu and cuda only" in missing(torch.device("mps"))
+    assert "cpu and cuda only" in why_unavailable(torch.device("mps"))
 
 
 def fails_to_compile(*arguments) -> float:
@@ -145,7 +145,7 @@ def fails_to_compile(*arguments) -> float:
 
 def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
     monkeypatch.setattr(engines, "compile_blocks", fails_to_compile)
-    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
     outcome = expertgrid(*small, "--format", "json")
     notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"
@@ -158,11 +158,11 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_records_say_what_was_compiled(fails, trial, digits, tmp_path, monkeypatch):
+def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
-    monkeypatch.setattr(Execution, "chosen", lambda *arguments: Means(compile=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     directory = StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], digits, directory, execution=Execution()))
+    events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert (record.compiled, record.compile_seconds) == ((False, 0) if fails else (True, 2.5))
     assert load(directory.checkpoint(trial.id)).trained.trial == trial.id

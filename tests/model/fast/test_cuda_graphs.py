@@ -8,6 +8,7 @@ that reads a value of the device, or brings one to it, is refused.
 import copy
 import inspect
 import sys
+from collections.abc import Callable
 
 import pytest
 import timm.optim
@@ -19,11 +20,12 @@ from ablations import engines
 from ablations.engines import TrialDone, TrialNote, prepare, run_local
 from ablations.records import StudyDirectory
 from ablations.study import Study
+from ablations.training import loop, optimise
 from ablations.training.loop import start, train
 from ablations.training.recipe import RECIPES, Recipe
 from ablations.training.trial import Trial
 from model.fast.cuda_graphs import WARM_UP, Recorder, recordable
-from model.fast.execution import Execution, Means
+from model.fast.execution import ExecutionOptions, ExecutionPlan
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -81,25 +83,28 @@ class TapeRecorder(Recorder):
 
 
 @pytest.fixture
-def on_cpu(monkeypatch):
-    """Has optimisers keep their counts on the device, as on CUDA, and steps be recorded, though that is a CPU."""
+def on_cpu(monkeypatch) -> Callable[[Recipe, nn.Module], torch.optim.Optimizer]:
+    """Has optimisers keep their counts on the device, as on CUDA, and steps be recorded, though that is a CPU.
+
+    Returns what makes such an optimiser.
+    """
     for name, module in list(sys.modules.items()):
         if name.startswith(("torch.optim.", "timm.optim.")):
             if hasattr(module, "_get_capturable_supported_devices"):
                 monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu", "cuda"])
             if hasattr(module, "_check_capturable_devices"):
                 monkeypatch.setattr(module, "_check_capturable_devices", lambda *_, **__: None)
-    made = Recipe.optimizer
 
-    def optimizer(self: Recipe, net: nn.Module) -> torch.optim.Optimizer:
-        optimizer = made(self, net)
+    def make(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+        optimizer = optimise.make_optimizer(recipe, net)
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = optimizer.defaults["capturable"] = True
         return optimizer
 
-    monkeypatch.setattr(Recipe, "optimizer", optimizer)
+    monkeypatch.setattr(loop, "make_optimizer", make)
     monkeypatch.setattr(engines, "Recorder", TapeRecorder)
+    return make
 
 
 def trial_of(digits, **fields) -> Trial:
@@ -107,10 +112,10 @@ def trial_of(digits, **fields) -> Trial:
     return Study(name="test", question="?", seeds=1, set=small | fields).cells(digits)[0].trials[0]
 
 
-def losses(trial, digits, execution) -> list[tuple[float, float, float]]:
-    training = start(trial, digits)
-    prepare(trial, digits, training, execution, steps=20)
-    found = [(e.train_loss, e.train_accuracy, e.validation_loss) for e in train(trial, digits, training)]
+def losses(trial, splits, execution) -> list[tuple[float, float, float]]:
+    training = start(trial, splits)
+    prepare(trial, splits, training, execution, steps=20)
+    found = [(e.train_loss, e.train_accuracy, e.validation_loss) for e in train(trial, splits, training)]
     if training.recorder:
         assert training.recorder.refused is None
         assert training.recorder.replays > 2
@@ -128,12 +133,12 @@ def losses(trial, digits, execution) -> list[tuple[float, float, float]]:
     ],
     ids=["adamw", "muon", "sgd", "mixing", "two sizes"],
 )
-def test_replays_train_as_plain_steps_do(fields, digits, on_cpu):
+def test_replays_train_as_plain_steps_do(fields, digits, digits_splits, on_cpu):
     """Rates change at each step, and batches; what was recorded of one step has to follow."""
     trial = trial_of(digits, **fields)
-    plain = losses(trial, digits, Execution(graphs="off"))
-    replayed = losses(trial, digits, Execution(graphs="on"))
-    assert [pytest.approx(one, rel=2e-4) for one in plain] == replayed
+    plain = losses(trial, digits_splits, ExecutionOptions(graphs="off"))
+    replayed = losses(trial, digits_splits, ExecutionOptions(graphs="on"))
+    assert [pytest.approx(epoch, rel=2e-4) for epoch in plain] == replayed
 
 
 def test_a_replay_reads_the_batch_and_the_rate_of_its_step():
@@ -187,7 +192,7 @@ def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
 
     def weights(replayed: bool) -> list[torch.Tensor]:
         net = copy.deepcopy(first)
-        optimizer = recipe.optimizer(net)
+        optimizer = on_cpu(recipe, net)
         assert recordable(optimizer)
         recorder = TapeRecorder(optimizer, CPU, strict=True)
 
@@ -207,27 +212,27 @@ def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_recorded_is_an_error_or_goes_on_as_it_is(digits, on_cpu, tmp_path, monkeypatch):
+def test_what_cannot_be_recorded_is_an_error_or_goes_on(digits, resident_digits, on_cpu, tmp_path, monkeypatch):
     def refused(self, step):
         raise RuntimeError("operation not permitted\nand more")
 
     monkeypatch.setattr(TapeRecorder, "_record", refused)
-    monkeypatch.setattr(Execution, "chosen", lambda *_: Means(graphs=True))
+    monkeypatch.setattr(ExecutionOptions, "plan", lambda *_: ExecutionPlan(graphs=True))
     trial, directory = trial_of(digits), StudyDirectory(tmp_path / "study")
-    events = list(run_local([trial], digits, directory, execution=Execution()))
+    events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))
     record = next(event.record for event in events if isinstance(event, TrialDone))
     assert not record.graphs
     notes = [event.text for event in events if isinstance(event, TrialNote)]
     assert notes == ["trained without CUDA graphs, which failed: RuntimeError: operation not permitted"]
     strict = StudyDirectory(tmp_path / "strict")
-    list(run_local([trial], digits, strict, execution=Execution(graphs="on")))
+    list(run_local([trial], resident_digits, strict, execution=ExecutionOptions(graphs="on")))
     assert strict.failure(trial.id).error == "RuntimeError: operation not permitted"
 
 
-def test_an_optimiser_that_counts_on_the_host_is_not_recorded(digits):
+def test_an_optimiser_that_counts_on_the_host_is_not_recorded(digits, digits_splits):
     trial = trial_of(digits, **{"recipe.opt": "lion"})
-    training = start(trial, digits)
+    training = start(trial, digits_splits)
     with pytest.raises(engines.TrainingError, match="--graphs on: the optimiser lion cannot be recorded"):
-        prepare(trial, digits, training, Execution(graphs="on"), steps=2)
-    prepare(trial, digits, training, Execution(), steps=2)
+        prepare(trial, digits_splits, training, ExecutionOptions(graphs="on"), steps=2)
+    prepare(trial, digits_splits, training, ExecutionOptions(), steps=2)
     assert training.recorder is None

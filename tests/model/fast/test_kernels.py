@@ -151,7 +151,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from model.fast import kernels
 
-for kernel in (name for name, one in vars(kernels).items() if isinstance(one, triton.runtime.JITFunction)):
+for kernel in (name for name, found in vars(kernels).items() if isinstance(found, triton.runtime.JITFunction)):
     function = getattr(kernels, kernel)
     rows, columns = kernels._tile(64, 131072)
     if kernel == "_statistics":

@@ -1,4 +1,4 @@
-"""Experts side by side: the same numbers as apart, and what is joined."""
+"""Experts side by side: the same numbers as apart, and which blocks can be wide."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from model.config import Block, GateConfig, ModelConfig
 from model.fast.compiled import compile_blocks
-from model.fast.wide import WideBlock, joined
+from model.fast.wide import WideBlock, can_be_wide
 from model.net import ExpertNet
 from model.presets import PRESETS
 from model.registry import build
@@ -41,7 +41,7 @@ def test_wide_blocks_compute_what_blocks_do(name):
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.5)
     wide, x_BCHW = copy.deepcopy(block), torch.randn(4, 3, 7, 5, dtype=torch.float64)
-    assert joined(wide.config)
+    assert can_be_wide(wide.config)
     wide.__class__ = WideBlock
     found, expected = step(wide, x_BCHW), step(block, x_BCHW)
     assert list(wide.state_dict()) == list(block.state_dict())
@@ -52,7 +52,7 @@ def test_wide_blocks_compute_what_blocks_do(name):
 
 @pytest.mark.parametrize("fields", [{"kernels": (3,)}, {"kernels": (3, 1)}, {"norm_act": "none"}])
 def test_what_has_nothing_to_join_is_left(fields):
-    assert not joined(Block(channels=4, **fields))
+    assert not can_be_wide(Block(channels=4, **fields))
 
 
 @pytest.mark.parametrize(("name", "count"), [("mixed_kernel", 7), ("eight_block", 8), ("speed", 0)])

@@ -76,6 +76,18 @@ def test_few_seeds_count_a_noisy_cell_apart():
     assert found.error_XQ[0] ** 2 == pytest.approx(1 / 6 * (1 + surcharge(3) * (5 + 0) / 2) * 2 / 3)
 
 
+def test_two_seeds_of_pairs_are_t_tests_of_their_own():
+    scores_CS = np.random.default_rng(0).normal(90, 1, size=(4, 2))
+    family = judge(against(0, 4), scores_CS, margin=0.5)
+    for cell, found in enumerate(family.judgements, start=1):
+        oracle = scipy.stats.ttest_rel(scores_CS[cell], scores_CS[0]).confidence_interval(1 - 0.05 / 3)
+        assert (found.low, found.high, found.basis) == (
+            pytest.approx(oracle.low, rel=1e-6),
+            pytest.approx(oracle.high, rel=1e-6),
+            "t over seeds",
+        )
+
+
 def test_surcharge():
     assert surcharge(np.array([3, 5, 10])) == pytest.approx([4.82, 2.01, 1.33], abs=0.01)
     assert surcharge(10_000) == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,21 @@
+"""A picture of what a recipe's augmentation does to images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ablations.cli.options import write_out
+from ablations.cli.sources import read_data
+from ablations.study import Level, changed_recipe
+from ablations.training.contact_sheet import contact_sheet
+
+
+def show_augment(
+    recipe: str, out: Path, data: str, data_dir: Path | None, settings: Mapping[str, Level], seed: int, images: int
+) -> int:
+    """Draws train images as the recipe's epochs give them to the network."""
+    changed = changed_recipe(recipe, settings)
+    read = read_data(data, data_dir)
+    changed.check_fits(read, len(read.train))
+    write_out("--out", out, contact_sheet(changed, read, seed, images))
+    print(out)
+    return 0

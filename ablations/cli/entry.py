@@ -1,0 +1,73 @@
+"""From the shell to a command and back: exit status, errors in one line, Ctrl-C. Imports nothing that takes long.
+
+Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 130 stopped by the user.
+"""
+
+import io
+import os
+import signal
+import sys
+from threading import Event
+from types import FrameType
+
+INTERRUPTED = 130  # as shells have it for Ctrl-C
+stopped = Event()  # by the user
+
+
+def main() -> None:
+    """Runs the command line. Wrong input is one line on stderr and exit status 2."""
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    try:
+        status = _run(sys.argv[1:] or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has gone, and nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except OSError as error:
+        status = _complain(str(error), 1)
+    if status == INTERRUPTED:
+        resumes = sys.argv[1:2] == ["run"]
+        _complain("stopped; finished work is kept" + ", and the same command continues it" * resumes, status)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit status of a command; what is wrong with its input is printed.
+
+    Typer's own errors are those with `format_message`: their class is click's in one version of Typer and a private
+    copy of it in another, and the method is what click's documentation promises of them.
+    """
+    import typer
+
+    from ablations.cli.app import app
+    from model.errors import InputError
+
+    try:
+        return app(arguments, standalone_mode=False)
+    except typer.Abort:
+        return INTERRUPTED
+    except InputError as error:
+        return _complain(str(error), 2)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does. Python drops an exception that it meets while it finalises an object, but not the event."""
+    stopped.set()
+    raise KeyboardInterrupt
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,153 @@
+"""Taking a network away: ONNX files with certificate and card, what they are, and what they predict."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ablations.cli.options import check_can_be_written, write_out
+from ablations.cli.sources import read_data
+from ablations.cli.terminal import status
+from ablations.records import StudyDirectory, read_record
+from ablations.results.rendering import Format, render, shown
+from ablations.results.rows import Row, best_record, best_row, read_results
+from ablations.results.tables import columns
+from ablations.training.data import ImageData
+from ablations.training.splits import ResidentData
+from ablations.training.trial import Trial
+from export.card import card
+from export.graph import describe, read_onnx
+from export.metadata import Input, Precision
+from export.picture import draw
+from export.precision import PrecisionError
+from export.predict import predict as predict_images
+from export.prune import pruned
+from export.publish import Images, Published, Reference, publish
+from export.session import check_provider
+from model.checkpoint import Checkpoint, load
+from model.errors import InputError
+from model.files import write_whole
+
+
+def export(
+    source: Path,
+    input: Input = "uint8",
+    precision: Precision | Literal["all"] = "fp32",
+    outputs: Sequence[str] = ("logits",),
+    fuse: bool = True,
+    prune_gates: float | None = None,
+    providers: Sequence[str] = ("cpu",),
+    out: Path | None = None,
+    data: str | None = None,
+    data_dir: Path | None = None,
+) -> int:
+    """Writes the network of a study or checkpoint as ONNX; 1 where a precision fails or is not certified."""
+    for name in providers:
+        check_provider(name)
+    directory = StudyDirectory(source) if source.is_dir() else None
+    path = _best_checkpoint(directory) if directory else source
+    around = path.absolute().parents[2:3]
+    ledger = directory or next((StudyDirectory(place) for place in around if (place / "study.toml").exists()), None)
+    file = out or (directory.path / "export" if directory else path.parent) / (
+        f"model-{input}{'' if prune_gates is None else '-pruned'}.onnx"
+    )
+    check_can_be_written(file)
+    checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
+    if trial is None and prune_gates is not None:
+        raise InputError(f"--prune-gates: {path.parent / 'config.json'} is missing; it says which images were held out")
+    plan = ledger.plan if ledger else None
+    given = data or (plan.source if plan else checkpoint.trained.data)
+    images = read_data(given, data_dir, plan.image_size if plan else None)
+    _check_data(images, path, checkpoint, trial)
+    hold_out, seed = (trial.hold_out, trial.seed) if trial else (images.hold_out(), 0)
+    arrays = Images(**ResidentData(images, torch.device("cpu")).splits(hold_out, seed).arrays())
+    if prune_gates is not None:
+        checkpoint, dropped = pruned(checkpoint, arrays.validation, arrays.validation_labels, prune_gates)
+        print(dropped)
+    reference = Reference(checkpoint, arrays, input, prune_gates)
+    passed = True
+    kinds: list[Precision] = [*get_args(Precision)] if precision == "all" else [precision]
+    for kind in kinds:
+        if ledger:
+            ledger.enter_test_read(checkpoint.trained.trial, "export", len(images.test))
+        try:
+            with status(f"exporting {kind}, and comparing with PyTorch on the test images"):
+                published = publish(reference, kind, fuse, outputs, providers)
+        except PrecisionError as error:
+            passed = False
+            print(f"{kind}: not exported: {error}")
+            continue
+        name = file if kind == "fp32" else file.with_stem(f"{file.stem}-{kind}")
+        rows = read_results(directory).rows if directory and prune_gates is None else []
+        passed &= _write(published, name, checkpoint, images, trial, rows)
+    return 0 if passed else 1
+
+
+def _best_checkpoint(directory: StudyDirectory) -> Path:
+    row = best_row(read_results(directory).rows)
+    if row is None:
+        raise InputError(f"{directory.path}: no trial of this study is finished")
+    return directory.checkpoint(best_record(row).trial)
+
+
+def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Trial | None) -> None:
+    """Raises InputError for images that the network was not trained on."""
+    found = images.classes, images.image_size, images.channels
+    if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
+        raise InputError(f"--data {images.source}: {images.name} has other classes or image sizes than {path} has")
+    if trial is not None and images.fingerprint != trial.fingerprint:
+        raise InputError(f"--data {images.source}: {images.name} has other images than {path} was trained on")
+
+
+def _write(
+    published: Published,
+    file: Path,
+    checkpoint: Checkpoint,
+    data: ImageData,
+    trial: Trial | None,
+    rows: list[Row],
+) -> bool:
+    """Writes an exported model with its certificate and card; a rejected one has another name. Whether it passed.
+
+    `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
+    """
+    certificate, trained = published.certificate, checkpoint.trained
+    if certificate.passed:
+        row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
+        text = card(
+            describe(published.model, file.name),
+            certificate,
+            data_name=data.name,
+            network=checkpoint.config.model_dump(mode="json"),
+            data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
+            recipe=trial.recipe.model_dump(mode="json") if trial else {},
+            table_row=[(title, shown(value)) for values in columns(row) for title, value in values.items()],
+        )
+        write_whole(file.with_suffix(".md"), text.encode())
+    kept = published.write(file)
+    floats = f"; {len(published.kept_in_float)} nodes stay in float" if published.kept_in_float else ""
+    size = f"{len(published.model):,} bytes"
+    print(f"{kept}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
+    return certificate.passed
+
+
+def predict(file: Path, images: Sequence[Path], top: int, provider: str, format: Format) -> int:
+    """Prints the most probable classes of each image."""
+    predictions = predict_images(read_onnx(file), str(file), images, provider)
+    rows: list[dict[str, object]] = [
+        {"image": str(prediction.path), "class": name, "probability": probability}
+        for prediction in predictions
+        for name, probability in prediction.classes[:top]
+    ]
+    print(render(rows, format))
+    return 0
+
+
+def show_model(file: Path, picture: Path | None) -> int:
+    """Prints what an ONNX file is, and draws its graph."""
+    model = read_onnx(file)
+    print(describe(model, str(file)))
+    if picture is not None:
+        write_out("--picture", picture, draw(model, str(file)))
+    return 0

@@ -1,0 +1,146 @@
+"""Options as they are typed: what can be checked before anything is imported or read."""
+
+import importlib.util
+import re
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.errors import InputError, unknown
+from model.files import write_whole
+
+LARGEST_BATCH = 65_536
+MOST_IMAGES = 64  # of a contact sheet
+DEVICES = "auto, cpu, cuda, cuda:N, mps"
+OUTPUTS = ("logits", "probabilities", "gates")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+
+Value = bool | int | float | str | list | dict  # of a setting, as TOML has it
+
+
+def device_word(word: str) -> str:
+    """Raises InputError for a word that names no device, whatever this machine has."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
+        raise unknown("device", word, DEVICES.split(", "))
+    return word
+
+
+def settings(texts: Sequence[str]) -> dict[str, Value]:
+    """The settings `PATH=VALUE`. A value is TOML; what is not TOML is a text. Raises InputError without PATH=."""
+    return dict(map(_setting, texts))
+
+
+def _setting(text: str) -> tuple[str, Value]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
+    try:
+        return path, tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
+        return path, value  # a plain word needs no quotes
+
+
+def words(what: str, text: str, accepted: Collection[str]) -> list[str]:
+    """The words of a list that commas separate. Raises InputError for one that is not accepted."""
+    found = text.split(",")
+    for word in found:
+        if word not in accepted:
+            raise unknown(what, word, accepted)
+    return found
+
+
+def batches(text: str) -> list[int]:
+    """The batch sizes of --batch. Raises InputError for anything else."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1 or max(sizes) > LARGEST_BATCH:
+        raise InputError(f"--batch {text!r}: whole numbers from 1 to {LARGEST_BATCH} are needed, separated by commas")
+    return sizes
+
+
+def module_names(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Raises InputError for a module of --import that does not exist. Imports none of them."""
+    with working_directory_first():
+        for name in names or ():
+            package = name.partition(".")[0]
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise InputError(f"--import {name}: the name of a module is needed, as in `import my_nets`")
+            if package not in sys.modules and importlib.util.find_spec(package) is None:
+                raise InputError(f"--import {name}: there is no module {package} in this directory or installed")
+    return names
+
+
+@contextmanager
+def working_directory_first() -> Generator[None]:
+    """Python looks for modules in the working directory first, as it does for a script that lies there."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable[[Path | None], Path | None]:
+    """The check of an option that names a file to write: its suffix and, if asked for, that its directory exists."""
+
+    def check(file: Path | None) -> Path | None:
+        if file is None:
+            return None
+        if file.suffix == suffix and not file.is_dir() and (file.absolute().parent.is_dir() or not parent_exists):
+            return file
+        article = "an" if suffix in (".svg", ".html", ".onnx") else "a"
+        where = " in a directory that exists" if parent_exists else ""
+        raise InputError(f"{option} {file}: the name of {article} {suffix} file{where} is needed")
+
+    return check
+
+
+def readable(files: Path | Sequence[Path]) -> Path | Sequence[Path]:
+    """Raises InputError for a file that cannot be read."""
+    for file in [files] if isinstance(files, Path) else files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    return files
+
+
+def study_directory(directories: Path | Sequence[Path]) -> Path | Sequence[Path]:
+    """Raises InputError for a directory without a study."""
+    for path in [directories] if isinstance(directories, Path) else directories:
+        if not (path / "study.toml").is_file():
+            raise InputError(f"{path}: not a study directory: there is no study.toml in it")
+    return directories
+
+
+def study_or_checkpoint(source: Path) -> Path:
+    """Raises InputError for a directory without a study, and for a file that does not exist."""
+    if source.is_dir():
+        study_directory(source)
+    elif not source.exists():
+        raise InputError(f"{source}: there is no such checkpoint")
+    return source
+
+
+def check_can_be_written(file: Path) -> None:
+    """Makes the directory of --out. Raises InputError where no file can be written there, before the long work."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {file}: cannot be written: {error.strerror}") from None
+
+
+def write_out(option: str, file: Path, content: bytes) -> None:
+    """Writes a file that `option` named. Raises InputError where it cannot be written."""
+    try:
+        write_whole(file, content)
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,22 @@
+"""`run` without a study: the study `quickstart`, then export, certificate, latency and report."""
+
+from pathlib import Path
+
+from ablations.cli import bench, export, results, run
+from ablations.cli.plan import Asked
+from model.fast.execution import ExecutionOptions
+
+
+def quickstart(asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool) -> int:
+    """Trains the study, exports and times its best network, writes its report, and prints its tables and answer."""
+    directory = asked.directory
+    if run.train_study(asked, data_dir, device_name, execution, adopts):
+        run.show_study(directory)
+        return 1
+    status = export.export(directory.path, data_dir=data_dir)
+    if status == 0:
+        bench.bench([directory.path / "export" / "model-uint8.onnx"])
+        status = results.report(directory.path, data_dir=data_dir)
+    print()
+    run.show_study(directory)
+    return status

@@ -1,0 +1,63 @@
+"""Training a trial again, beside its record."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+
+from ablations.cli.sources import import_modules, read_data
+from ablations.cli.terminal import starting, status
+from ablations.records import Record, StudyDirectory
+from ablations.results.rendering import Format, render
+from ablations.training.trial import Trial
+from model.errors import InputError
+
+
+def rerun(
+    directory: Path,
+    trial_id: str,
+    data: str | None,
+    data_dir: Path | None,
+    device_name: str,
+    modules: Sequence[str],
+    format: Format,
+) -> int:
+    """Trains a trial again and prints the comparison; 1 where it comes out otherwise."""
+    study = StudyDirectory(directory)
+    trial, record = _finished_trial(study, trial_id)
+    with starting():
+        from ablations.cli.devices import device
+        from ablations.rerun import train_again
+        from ablations.training.splits import ResidentData
+    import_modules(modules)
+    on = device(device_name)
+    images = read_data(data or trial.source, data_dir, study.plan.image_size)
+    with status(f"training trial {trial_id} again"):
+        found = train_again(study, trial, record, ResidentData(images, on))
+    if found.compared:
+        rows = [asdict(compared) for compared in found.compared]
+        if format != "json":
+            rows = [row | {"same": "yes" if row["same"] else "no"} for row in rows]
+        print(render(rows, format, [found.verdict]))
+    else:
+        print(found.verdict)
+    return 0 if found.same else 1
+
+
+def _finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
+    """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
+    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
+    if trial_id not in trials:
+        near = get_close_matches(trial_id, trials, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."
+        raise InputError(f"unknown trial of {directory.path}: {trial_id!r}{hint}")
+    record, trial = directory.record(trial_id), directory.config(trial_id)
+    if record is None or trial is None:
+        failure = directory.failure(trial_id)
+        why = f"it failed ({failure.kind})" if failure else "it is not finished"
+        raise InputError(f"trial {trial_id} of {directory.path} has no record to compare with: {why}")
+    if trial.id != trial_id:
+        raise InputError(
+            f"{directory.trial(trial_id) / 'config.json'}: not of trial {trial_id}, its hash is {trial.id}"
+        )
+    return trial, record

@@ -1,0 +1,23 @@
+"""What a person sees on stderr while something runs. Light: it is imported before PyTorch is."""
+
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def status(text: str) -> AbstractContextManager:
+    """A spinner with a text on a terminal, and nothing elsewhere: for work that cannot say how far it is.
+
+    It is drawn at once, unlike that of `Console.status`, which waits for its thread.
+    """
+    return Live(Spinner("dots", Text(text)), console=console, transient=True, refresh_per_second=12.5)
+
+
+def starting() -> AbstractContextManager:
+    """The status while PyTorch and what needs it are imported, which takes seconds."""
+    return status("starting: loading PyTorch")

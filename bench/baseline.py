@@ -1,0 +1,213 @@
+"""The PyTorch baseline: the same network, trained as a good tutorial has it.
+
+It has an eager network in float32 and PyTorch's default memory layout, whose
+blocks stack their experts' outputs and sum them with their weights; PIL images through torchvision's transforms in a
+`DataLoader` with as many worker processes as there are cores, kept between epochs, with pinned memory on CUDA; the
+recipe's optimiser as PyTorch has it by default, and its label smoothing, without a schedule. Of the recipe's
+augmentation it has the crop, the flip and Cutout; the rest only expertgrid's loop does. Nothing slows it down: TF32
+stays as PyTorch has it, batches are copied without waiting, the loss is not read, and its workers run and its first
+batch is there before the clock of a round starts. What the workers prepared beyond that while others were measured is
+dropped, as short rounds would get their images for nothing.
+
+It runs in a process of its own, as expertgrid's training has its process keep the memory that it frees
+(`model.fast.memory`).
+"""
+
+import copy
+import itertools
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from bench.peaks import synchronise
+from model.machine import usable_cores
+from model.net import ExpertBlock
+
+PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
+
+
+class TextbookBlock(nn.Module):
+    """An expert block as one writes it down: all experts' outputs stacked, weighted, and summed."""
+
+    def __init__(self, block: ExpertBlock):
+        super().__init__()
+        self.experts, self.gate, self.norm_act = block.experts, block.gate, block.norm_act
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        outputs_BKCHW = torch.stack([expert(x_BCHW) for expert in self.experts], dim=1)
+        if self.gate is None:
+            return self.norm_act(outputs_BKCHW[:, 0])
+        return self.norm_act((self.gate(x_BCHW)[:, :, None, None, None] * outputs_BKCHW).sum(1))
+
+
+def textbook(net: nn.Module) -> nn.Module:
+    """`net` itself, with a `TextbookBlock` of the same weights in place of each expert block."""
+    for name, child in net.named_children():
+        setattr(net, name, TextbookBlock(child) if isinstance(child, ExpertBlock) else textbook(child))
+    return net
+
+
+class Cutout:
+    """A square of `size` pixels of an image (C, H, W) set to zero, its centre anywhere in the image."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, x_CHW: Tensor) -> Tensor:
+        top, left = (random.randrange(pixels) - self.size // 2 for pixels in x_CHW.shape[1:])
+        x_CHW[:, max(0, top) : max(0, top + self.size), max(0, left) : max(0, left + self.size)] = 0
+        return x_CHW
+
+
+def baseline_transform(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: tuple[int, int],
+    crop_padding: int = 0,
+    hflip: float = 0.0,
+    cutout: int = 0,
+) -> Callable[[Image.Image], Tensor]:
+    """torchvision's transforms of a PIL image, in their usual order; those which are 0 are left out."""
+    return transforms.Compose(
+        [
+            *[transforms.RandomCrop(image_size, padding=crop_padding)] * bool(crop_padding),
+            *[transforms.RandomHorizontalFlip(hflip)] * bool(hflip),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+            *[Cutout(cutout)] * bool(cutout),
+        ]
+    )
+
+
+class BaselineImages(Dataset):
+    """Images (B, H, W, C) of uint8 as PIL images through a transform, with their labels: torchvision's CIFAR10."""
+
+    def __init__(self, pixels_BHWC: Tensor, labels_B: Tensor, transform: Callable[[Image.Image], Tensor]):
+        pixels_BHWC = pixels_BHWC.squeeze(3) if pixels_BHWC.shape[3] == 1 else pixels_BHWC
+        self.pixels, self.labels, self.transform = pixels_BHWC.cpu().numpy(), labels_B.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+@contextmanager
+def baseline_rounds(
+    net: nn.Module,
+    optimizer: Callable[[nn.Module], Optimizer],
+    images: BaselineImages,
+    batch: int,
+    steps: int,
+    smoothing: float,
+    device: torch.device,
+) -> Generator[Callable[[], float]]:
+    """A function that trains `net` (on the CPU) as the baseline does for `steps` steps, and returns their seconds.
+
+    It trains in a process of its own, as the loop changes how its process allocates memory. That process and its
+    workers run until the context is left. Errors of the training are raised here.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    work = (net, optimizer, images, batch, steps, smoothing, device, torch.get_num_threads())
+    process = context.Process(target=_train_baseline, args=(there, *work))
+    process.start()
+    there.close()
+
+    def run() -> float:
+        try:
+            here.send(None)
+            answer = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise RuntimeError(f"the process of the PyTorch baseline ended with status {process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    try:
+        yield run
+    finally:
+        here.close()
+        process.join()
+
+
+def _train_baseline(asked: Connection, *work: Any) -> None:
+    """Trains a round each time that something arrives, and answers with its seconds or its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    with asked, suppress(EOFError):
+        rounds = _baseline_rounds(*work)
+        while True:
+            asked.recv()
+            try:
+                answer = next(rounds)
+            except Exception as error:
+                answer = error
+            asked.send(answer)
+
+
+def _baseline_rounds(
+    net: nn.Module,
+    optimizer: Callable[[nn.Module], Optimizer],
+    images: BaselineImages,
+    batch: int,
+    steps: int,
+    smoothing: float,
+    device: torch.device,
+    threads: int,
+) -> Iterator[float]:
+    """Trains a round for each `next`, and yields its seconds.
+
+    One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
+    PyTorch takes by itself.
+    """
+    torch.set_num_threads(threads)
+    net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
+    stepper = optimizer(net)
+    for group in stepper.param_groups:
+        group |= {name: default for name, default in (("fused", None), ("capturable", False)) if name in group}
+    workers = usable_cores()
+    loader = DataLoader(
+        images,
+        batch,
+        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
+        num_workers=workers,
+        multiprocessing_context=multiprocessing.get_all_start_methods()[0],  # the system's default; here it is spawn
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=PREFETCHED,
+    )
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    batches = iter(loader)
+    while True:
+        for _ in range(workers * PREFETCHED + 1):
+            next(batches)
+        synchronise(device)
+        started = time.perf_counter()
+        for x_BCHW, y_B in itertools.islice(batches, steps):
+            x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
+            baseline_step(net, stepper, criterion, x_BCHW, y_B)
+        synchronise(device)
+        yield time.perf_counter() - started
+
+
+def baseline_step(net: nn.Module, optimizer: Optimizer, criterion: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """One step of the textbook; returns its loss."""
+    optimizer.zero_grad()
+    loss = criterion(net(x_BCHW), y_B)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,141 @@
+"""The proof that an exported model is the network that was trained: both run on every test image.
+
+Shapes: B images, N classes.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from export.certificate import BOUNDS, Agreement, Certificate
+from export.metadata import Precision
+from export.session import FULL_FP32, open_session, run
+from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
+from model.mcnemar import mcnemar
+
+BATCHES = (1, 2, 7, 64)
+PYTORCH_BATCH = 64
+DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2}  # relative to the largest value of a layer's output
+
+
+def certify(
+    model: bytes,
+    net: nn.Module,
+    images: np.ndarray,
+    labels_B: np.ndarray,
+    precision: Precision = "fp32",
+    providers: Sequence[str] = ("cpu",),
+    batches: Sequence[int] = BATCHES,
+    pytorch_BN: np.ndarray | None = None,
+) -> Certificate:
+    """Runs `model` in ONNX Runtime, and `net` in PyTorch, on all `images`, in the form that both take.
+
+    `pytorch_BN` is what `pytorch_logits` gave for them, where that was computed before. PyTorch computes in fp32 on the
+    CPU, and ONNX Runtime on CUDA without TF32; what is allowed is in `BOUNDS`. Raises InputError where a provider is
+    missing.
+    """
+    sessions = {provider: _session(model, provider) for provider in providers}
+    pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
+    agreements = [
+        _compare(provider, batch, onnx_logits(session, images, batch), pytorch_BN, labels_B)
+        for provider, session in sessions.items()
+        for batch in batches
+    ]
+    accuracy = float((pytorch_BN.argmax(1) == labels_B).mean())
+    apart = [found.provider for found in agreements if not found.within(BOUNDS[precision], accuracy)]
+    opsets = {opset.domain: opset.version for opset in onnx.load_from_string(model).opset_import}
+    return Certificate(
+        passed=not apart,
+        precision=precision,
+        bound=BOUNDS[precision],
+        images=len(images),
+        pytorch_accuracy=accuracy,
+        agreements=agreements,
+        first_divergence=first_divergence(model, net, images[:PYTORCH_BATCH], DIVERGED[precision], apart[0])
+        if apart
+        else "",
+        sha256=hashlib.sha256(model).hexdigest(),
+        opset=opsets[""],
+        versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+    )
+
+
+@torch.inference_mode()
+def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
+    """PyTorch's logits (B, N) of all images."""
+    return np.concatenate([net(torch.from_numpy(part)).numpy() for part in _batches(images, PYTORCH_BATCH)])
+
+
+def onnx_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch: int) -> np.ndarray:
+    """ONNX Runtime's logits (B, N) of all images, `batch` at a time."""
+    return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
+
+
+def _session(model: bytes, provider: str) -> onnxruntime.InferenceSession:
+    return open_session(model, provider, "the exported model", FULL_FP32.get(provider, {}))
+
+
+def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    return (images[i : i + batch] for i in range(0, len(images), batch))
+
+
+def _compare(provider: str, batch: int, onnx_BN: np.ndarray, pytorch_BN: np.ndarray, labels_B: np.ndarray) -> Agreement:
+    difference_BN = np.abs(onnx_BN.astype(np.float64) - pytorch_BN)
+    difference_BN[np.isnan(difference_BN)] = np.inf
+    onnx_right_B, pytorch_right_B = onnx_BN.argmax(1) == labels_B, pytorch_BN.argmax(1) == labels_B
+    return Agreement(
+        provider=provider,
+        batch=batch,
+        largest_difference=float(difference_BN.max()),
+        mean_difference=float(difference_BN.mean()),
+        argmax_flips=np.flatnonzero(onnx_BN.argmax(1) != pytorch_BN.argmax(1)).tolist(),
+        accuracy=float(onnx_right_B.mean()),
+        mcnemar_p=mcnemar(onnx_right_B, pytorch_right_B).exact_p,
+    )
+
+
+def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
+    """The tensor that leaves each layer of the network, by the layer's name, which the exporter notes in the nodes."""
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get(NAME_SCOPES, "")
+        for scope in scopes.replace("'", '"').strip('[]"').split('", "'):
+            name = scope.removeprefix("net.")
+            if name.startswith("layers.") and name.count(".") == 1:
+                found[name] = node.output[0]
+    return found
+
+
+@torch.inference_mode()
+def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, bound: float, provider: str) -> str:
+    """The first layer whose output in ONNX Runtime differs by more than `bound`, relative to its largest value.
+
+    "the head" where all layers agree, "an unknown layer" for a model whose nodes do not say where they come from.
+    """
+    proto = onnx.load_from_string(model)
+    tensors = layer_outputs(proto)
+    if not tensors:
+        return "an unknown layer"
+    proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
+    session = _session(proto.SerializeToString(), provider)
+    onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
+    pytorch_outputs: dict[str, Tensor] = {}
+    modules = {name.removeprefix("net."): module for name, module in net.named_modules()}
+    hooks = [
+        modules[name].register_forward_hook(lambda _, __, out, name=name: pytorch_outputs.update({name: out}))
+        for name in tensors
+    ]
+    net(torch.from_numpy(images))
+    for hook in hooks:
+        hook.remove()
+    for name, found in onnx_outputs.items():
+        wanted = pytorch_outputs[name].numpy()
+        difference = np.abs(found.astype(np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-12)
+        if not difference <= bound:
+            return name
+    return "the head"

@@ -1,0 +1,101 @@
+"""The metadata of an exported ONNX file: what another program needs to use the file, and where the network comes from.
+
+This is the one place that writes and reads it. Entries are text. What another program needs has plain names: `classes`,
+`mean`, `std` and `image_size` are JSON, `resize` says how an image of another size is brought to `image_size`, `data`
+and `preset` are names. Entries that only expertgrid reads begin with "expertgrid.".
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import onnx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.checkpoint import Trained, parse_config
+from model.config import Network
+from model.errors import InputError, invalid
+
+Input = Literal["uint8", "float"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+INPUT, CONFIG = "expertgrid.input", "expertgrid.config"
+PRECISION, PRUNED, CERTIFICATE = "expertgrid.precision", "expertgrid.pruned", "expertgrid.certificate"
+NAMES = {"model": "preset"}  # fields of Trained whose entries have another name
+
+
+class Metadata(BaseModel):
+    """What expertgrid says of a file that it exported."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input: Input  # raw pixels (B, H, W, C), or normalised floats (B, C, H, W)
+    config: Network
+    trained: Trained
+    precision: Precision = "fp32"
+    pruned: float | None = None  # the least gate weight of experts that were kept; None where none were dropped
+
+    def entries(self) -> dict[str, str]:
+        """The entries of the file, without the certificate's."""
+        fields = self.trained.model_dump(mode="json")
+        trained = {NAMES.get(name, name): _text(value) for name, value in fields.items()}
+        about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
+        pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
+        return trained | about | pruned
+
+
+def is_expertgrid_file(entries: Mapping[str, str]) -> bool:
+    """Whether expertgrid exported the file that has these entries."""
+    return INPUT in entries and CONFIG in entries
+
+
+def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
+    """What the entries of a file say; `name` is what errors call the file.
+
+    Raises InputError, naming the entry, where one is missing or damaged: a file of another origin has none.
+    """
+    needed = [INPUT, CONFIG, *(NAMES.get(field, field) for field in Trained.model_fields)]
+    for key in needed:
+        if key not in entries:
+            raise InputError(f"{name}: its metadata has no {key!r}; a file that `expertgrid export` wrote is needed")
+    if entries[INPUT] not in get_args(Input):
+        raise InputError(f"{name}: metadata {INPUT}: found {entries[INPUT]!r}; accepted: {', '.join(get_args(Input))}")
+    fields: dict[str, object] = {}
+    for field, about in Trained.model_fields.items():
+        key = NAMES.get(field, field)
+        try:
+            fields[field] = entries[key] if about.annotation is str else json.loads(entries[key])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
+    config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
+    found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
+    try:
+        return Metadata.model_validate(found | {"config": config, "trained": Trained.model_validate(fields)})
+    except ValidationError as error:
+        raise invalid(f"{name}: metadata", error) from None
+
+
+def entries_of(proto: onnx.ModelProto) -> dict[str, str]:
+    """All entries of a model, of whatever origin."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def with_entries(model: bytes, entries: Mapping[str, str]) -> bytes:
+    """The model with these entries too, in place of those of the same name."""
+    proto = onnx.load_from_string(model)
+    onnx.helper.set_model_props(proto, entries_of(proto) | dict(entries))
+    return proto.SerializeToString()
+
+
+def without_certificate(model: bytes) -> tuple[bytes, str]:
+    """The model as it was before its certificate's SHA-256 was entered, and that SHA-256; "" for a model without it."""
+    proto = onnx.load_from_string(model)
+    entries = entries_of(proto)
+    digest = entries.pop(CERTIFICATE, "")
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, entries)
+    return proto.SerializeToString(), digest
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,104 @@
+"""Networks without the experts that their gates hardly use. Pruning CHANGES the function of a network.
+
+Shapes: B images, K experts.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.compare import pytorch_logits
+from export.to_onnx import as_input
+from model.checkpoint import Checkpoint
+from model.config import Block, Layer, Residual
+from model.errors import InputError
+from model.gates import gates, recorded_gates
+from model.net import ExpertNet, Gate
+
+
+def pruned(
+    checkpoint: Checkpoint, validation: np.ndarray, labels_B: np.ndarray, threshold: float
+) -> tuple[Checkpoint, str]:
+    """The checkpoint without experts whose weight is under `threshold` on every validation image, and what it cost.
+
+    `validation` is uint8 images (B, H, W, C). The text names the experts that were dropped, and the validation accuracy
+    before and after, in percent. Raises InputError for a network that has no experts.
+    """
+    before = checkpoint.network()
+    if not isinstance(before, ExpertNet):
+        raise InputError(f"--prune-gates: {checkpoint.trained.model} has no experts")
+    images = as_input(validation, checkpoint, "float")
+    after, dropped = prune_gates(before, largest_gate_weights(before, images), threshold)
+    accuracies = [100 * (pytorch_logits(net, images).argmax(1) == labels_B).mean() for net in (before, after)]
+    return (
+        Checkpoint(after.config, checkpoint.trained, after.state_dict()),
+        f"pruned {len(dropped)} experts ({', '.join(dropped) or 'none'}): validation accuracy {accuracies[0]:.2f}% "
+        f"before, {accuracies[1]:.2f}% after",
+    )
+
+
+def largest_gate_weights(net: ExpertNet, images: np.ndarray) -> dict[str, Tensor]:
+    """The largest weight (K,) of each expert over all images, normalised floats (B, C, H, W), by the block's name."""
+    with recorded_gates(net) as weights:
+        pytorch_logits(net, images)
+    return {block: torch.cat(batches_BK).amax(0) for block, batches_BK in weights.items()}
+
+
+def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) -> tuple[ExpertNet, list[str]]:
+    """A network without the experts whose gate weight stays under `threshold`: this CHANGES the function.
+
+    `gates_max` has the largest weights (K,) that were seen, by the block's name, for the blocks that are pruned: the
+    `largest_gate_weights` of the validation images. The softmax over the experts that are left renormalises
+    their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
+    Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
+    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    blocks = gates(net)
+    dropped: list[str] = []
+    kept: dict[str, list[int]] = {}
+    for name, max_K in gates_max.items():
+        if name not in blocks or max_K.shape != (blocks[name].experts,):
+            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
+        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
+        kept[name] = stay_K.nonzero().flatten().tolist()
+        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in kept[name]]
+        weights = _without_experts(weights, f"{name}.", kept[name], blocks[name])
+    config = net.config.change(layers=_kept_layers(net.config.layers, kept, "layers."))
+    with torch.device("meta"):  # no memory, and no numbers drawn
+        pruned = ExpertNet(config)
+    pruned.load_state_dict(weights, assign=True)
+    return pruned.train(net.training), dropped
+
+
+def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
+    """A state dict in which the block with the prefix `block` has the experts `kept` only."""
+    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
+    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
+    left = {}
+    for name, tensor in weights.items():
+        if name.startswith(f"{block}experts."):
+            expert = ".".join(name.removeprefix(block).split(".")[:2])
+            if f"{block}{expert}." not in place:
+                continue
+            name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
+        elif name.startswith(f"{block}gate."):
+            if len(kept) == 1:
+                continue
+            tensor = tensor[kept] if name.startswith(last) else tensor
+        elif name.startswith(f"{block}norm_act.0.") and len(kept) == 1:  # the norm after one expert is its own
+            name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
+        left[name] = tensor
+    return left
+
+
+def _kept_layers(layers: tuple[Layer, ...], kept: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
+    """The configs of layers in which the blocks named in `kept` have those experts only."""
+    changed = []
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Residual):
+            layer = layer.change(layers=_kept_layers(layer.layers, kept, f"{prefix}{i}.layers."))
+        elif isinstance(layer, Block) and f"{prefix}{i}" in kept:
+            layer = layer.change(kernels=tuple(layer.kernels[k] for k in kept[f"{prefix}{i}"]))
+        changed.append(layer)
+    return tuple(changed)

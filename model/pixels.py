@@ -1,0 +1,47 @@
+"""From an image to what a network takes: its size, and its pixels as floats. One way, in training, export and use.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from PIL import Image
+from torch import Tensor
+
+RESIZE = "shorter side to image_size, bicubic with antialiasing; then centre crop"  # what `fitted` does, in words
+BICUBIC = Image.Resampling.BICUBIC  # of Pillow, which antialiases
+MOST_PIXELS = 10**8  # of an image that is resized as a whole
+
+
+def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
+    return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """An image of any size with `height` x `width` pixels: its shorter side is resized, then the centre is cropped.
+
+    Bicubic with antialiasing: the pixels are those of timm's evaluation transform with a crop_pct of 1.0. An image of
+    the right size is returned as it is.
+    """
+    if image.size == (width, height):
+        return image
+    full_width, full_height = _covering(image.size, (width, height))
+    left, top = round((full_width - width) / 2), round((full_height - height) / 2)
+    right, bottom = left + width, top + height
+    if full_width * full_height <= MOST_PIXELS:
+        return image.resize((full_width, full_height), BICUBIC).crop((left, top, right, bottom))
+    # A very long image would take gigabytes. Resizing only what the crop keeps rounds a little differently.
+    x_scale, y_scale = image.width / full_width, image.height / full_height
+    edges = min(right * x_scale, image.width), min(bottom * y_scale, image.height)
+    return image.resize((width, height), BICUBIC, (left * x_scale, top * y_scale, *edges))
+
+
+def _covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
+    """The size (width, height) at which an image of `size` just covers `wanted`, its aspect ratio kept.
+
+    The longer side is rounded as timm does it: down for a square, by torchvision, else to the nearest integer.
+    """
+    if wanted[0] == wanted[1]:
+        shorter = min(size)
+        return size[0] * wanted[0] // shorter, size[1] * wanted[0] // shorter
+    ratio = min(size[0] / wanted[0], size[1] / wanted[1])
+    return round(size[0] / ratio), round(size[1] / ratio)

@@ -1,0 +1,131 @@
+"""The door: what help says, and what it and other commands import."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import typer
+
+from ablations.cli import options
+from ablations.cli.app import app
+
+COMMANDS = typer.main.get_command(app).commands
+LONGEST = 45  # characters of a first sentence, so that the list of commands cuts none
+
+IMPORTED = """
+import contextlib, io, json, sys
+from ablations.cli import entry
+
+status = {}
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv = ["expertgrid", *arguments]
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")) as shown:
+        try:
+            entry.main()
+        except SystemExit as end:
+            status[" ".join(arguments)] = (end.code or 0, shown.tell())
+print(json.dumps([status, sorted(sys.modules)]))
+"""
+
+
+def imported_by(lines: list[list[str]], place) -> set[str]:
+    """The modules that command lines import, all in one fresh interpreter. Each must print something and succeed."""
+    call = [sys.executable, "-c", IMPORTED, json.dumps(lines)]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    status, modules = json.loads(done.stdout)
+    assert len(status) == len(lines)
+    assert all(code == 0 and shown for code, shown in status.values()), (status, done.stderr)
+    return set(modules)
+
+
+def test_no_help_imports_anything_that_takes_long(tmp_path):
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    assert imported_by(lines, tmp_path) & {"torch", "numpy", "pydantic", "scipy", "timm", "onnx"} == set()
+
+
+def sentences():
+    for name, command in COMMANDS.items():
+        yield name, command.help
+        for parameter in command.params:
+            yield f"{name} {parameter.name}", parameter.help
+
+
+def test_first_sentences_are_short():
+    firsts = {where: re.split(r"[.:](?:\s|$)", text, maxsplit=1)[0] for where, text in sentences()}
+    assert len(firsts) > 60
+    assert {where: first for where, first in firsts.items() if not 0 < len(first) <= LONGEST} == {}
+
+
+def test_the_list_of_commands_cuts_no_help(expertgrid):
+    shown = expertgrid("--help").out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.help.splitlines()[0])}$", shown, re.MULTILINE)
+    for title in ("Train", "Read results", "Use a trained network", "Measure speed", "Look up"):
+        assert f"\n{title}:\n" in shown
+
+
+def test_the_words_of_the_options_are_those_of_the_code():
+    """They are written out beside the signatures, where importing them would take seconds."""
+    from ablations.results import report, tables
+    from ablations.training.contact_sheet import MOST_IMAGES
+    from export.certificate import BOUNDS
+    from export.session import PROVIDERS
+    from export.to_onnx import OUTPUTS
+    from model.fast.execution import CHOICES
+
+    def words(command, option):
+        callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == command)
+        return get_args(get_type_hints(callback)[option])
+
+    assert words("table", "format") == tables.FORMATS
+    assert words("report", "format") == report.FORMATS
+    assert words("export", "precision") == (*BOUNDS, "all")
+    assert words("bench", "provider") == words("predict", "provider") == options.PROVIDERS == tuple(PROVIDERS)
+    assert words("run", "kernels") == words("run", "compile") == words("run", "graphs") == tuple(CHOICES)
+    assert tuple(OUTPUTS) == options.OUTPUTS
+    assert options.MOST_IMAGES == MOST_IMAGES
+
+
+def test_the_start_is_announced_before_torch_is_imported():
+    """On a terminal; a file gets nothing of it."""
+    interrupted_import = """
+import sys
+from ablations.cli import entry
+
+class Interrupted:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["expertgrid", "bench-train"]
+entry.main()
+"""
+    line = [sys.executable, "-c", interrupted_import]
+    ours, theirs = os.openpty()
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert (done.returncode, done.stdout) == (130, b"")
+    assert "starting: loading PyTorch" in shown
+    assert "error: stopped" in shown
+
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: stopped; finished work is kept\n")
+
+
+def test_what_needs_no_network_imports_no_torch(trained_study):
+    """Lists, tables and the plan of a study, and what is wrong with a study's name."""
+    lines = [
+        *(["list", what] for what in ("models", "recipes", "studies", "data")),
+        ["table", str(trained_study)],
+        ["table", str(trained_study), "--by", "experts"],
+        ["run", "quickstart", "--dry-run"],
+        ["bench", "--help"],
+    ]
+    assert imported_by(lines, trained_study.parent.parent) & {"torch", "torchvision", "timm", "onnx"} == set()

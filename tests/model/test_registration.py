@@ -1,0 +1,46 @@
+"""What an import brings along, seen in one fresh interpreter."""
+
+import json
+import subprocess
+import sys
+
+PROGRAM = """
+import importlib, importlib.util, json, sys
+
+found = {}
+
+import model, model.errors
+found["errors"] = sorted({"pydantic", "torch", "timm", "numpy"} & set(sys.modules))
+import model.config, model.cost, model.files, model.presets, model.variants
+config = model.presets.network("eight_block")
+model.cost.cost(model.variants.vary(config, "matched", "params"), 32, 32)
+found["data"] = sorted({"torch", "timm", "numpy"} & set(sys.modules))
+import timm
+found["same"] = timm.create_model("expertnet_eight_block").config == config
+found["loader"] = type(timm.__spec__.loader).__name__
+
+for order in ("model, timm", "timm, model", "model, timm.layers", "model.net"):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "model")]:
+        del sys.modules[name]  # torch stays, which takes seconds to import
+    for name in order.split(", "):
+        assert importlib.util.find_spec(name.split(".")[0])  # looking for a package changes nothing
+        importlib.import_module(name)
+    found[order] = sys.modules["timm"].is_model("expertnet_eight_block")
+    found[order] &= not [finder for finder in sys.meta_path if type(finder).__module__ == "model"]
+print(json.dumps(found))
+"""
+
+
+def test_data_imports_no_torch_and_presets_are_registered_when_timm_is_imported():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "errors": [],
+        "data": [],
+        "same": True,
+        "loader": "SourceFileLoader",
+        "model, timm": True,
+        "timm, model": True,
+        "model, timm.layers": True,
+        "model.net": True,
+    }
