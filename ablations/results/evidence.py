@@ -11,7 +11,7 @@ Shapes: Q contrasts, U networks, S seeds.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,7 +45,6 @@ class Questions:
     network_of: list[int]  # of each cell
     effects: list[factors.Effect]
     interactions: list[factors.Effect]
-    matched: Mapping[str, Sequence[str]]  # levels by factor, the reference first
 
     @property
     def effect_weights_QU(self) -> np.ndarray:
@@ -91,7 +90,6 @@ def questions(study: Study, cells: Sequence[CellName]) -> Questions:
         network_of=network_of,
         effects=factors.main_effects(levels, points, places, len(networks)),
         interactions=factors.interactions(levels, points, places, len(networks)),
-        matched=levels,
     )
 
 
