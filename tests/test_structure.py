@@ -38,7 +38,13 @@ MAY_IMPORT = {
     "cli": set(STEPS),
 }
 COMMANDS = typer.main.get_command(app).commands
-AT_ONCE = ("app", "entry", "options", "terminal")  # files of the command line that are imported for help and errors
+AT_ONCE = (
+    "app",
+    "entry",
+    "interrupt",
+    "options",
+    "terminal",
+)  # files of the command line that are imported for help and errors
 
 
 def step_of(module: str) -> str | None:

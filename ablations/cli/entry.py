@@ -5,13 +5,10 @@ Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 1
 
 import io
 import os
-import signal
 import sys
-from threading import Event
-from types import FrameType
 
-INTERRUPTED = 130  # as shells have it for Ctrl-C
-stopped = Event()  # by the user
+from ablations.cli import interrupt
+from ablations.cli.interrupt import INTERRUPTED
 
 
 def main() -> None:
@@ -20,8 +17,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    interrupt.watch()
     try:
         status = _run(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
@@ -60,12 +56,6 @@ def _run(arguments: list[str]) -> int:
         if message is None:
             raise
         return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """What Ctrl-C does. Python drops an exception that it meets while it finalises an object, but not the event."""
-    stopped.set()
-    raise KeyboardInterrupt
 
 
 def _complain(message: str, status: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ablations import racing
 from ablations.cli.devices import device, usable
-from ablations.cli.entry import stopped
+from ablations.cli.interrupt import stopped
 from ablations.cli.plan import Asked, plan
 from ablations.cli.terminal import console
 from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
