@@ -149,6 +149,7 @@ class Plan(BaseModel):
     data: str  # in words, with the number of images
     source: str
     image_size: int | None = None  # that the images were brought to
+    pixels: tuple[int, int] | None = None  # height and width of the images; None in plans of older versions
     hold_out: HoldOut = HoldOut()
     first_seed: int = 0
     margin: float | None = None  # None in plans of older versions
@@ -420,6 +421,7 @@ class StudyDirectory:
             data=data.in_words(hold_out),
             source=data.source,
             image_size=study.base.image_size,
+            pixels=data.image_size,
             hold_out=hold_out,
             first_seed=study.first_seed,
             margin=study.margin,

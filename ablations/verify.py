@@ -17,6 +17,7 @@ from ablations.results.rows import measured
 from ablations.study import CONTROL_SEEDS
 from ablations.training.trial import Trial
 from model.checkpoint import load
+from model.config import Network
 from model.cost import cost
 from model.errors import InputError
 
@@ -39,6 +40,7 @@ def check_study(directory: StudyDirectory) -> Verified:
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = 0
+    has_weights = any(directory.path.glob("trials/*/model.safetensors"))
     seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
         with check.of(f"trial {trial_id}"):
@@ -53,7 +55,10 @@ def check_study(directory: StudyDirectory) -> Verified:
                 check.equal("hash of config.json", trial.id, trial_id)
                 check.equal("seed in config.json", trial.seed, seed)
                 fingerprints.setdefault(trial.fingerprint, trial_id)
-            check.checkpoint(directory, record, trial)
+            if has_weights:
+                check.checkpoint(directory, record, trial)
+            elif trial is not None and plan.pixels is not None:
+                check.cost(record, trial.model, plan.pixels)
             kept = directory.predictions(trial_id)
             without += kept is None
             if kept is not None:
@@ -71,6 +76,8 @@ def check_study(directory: StudyDirectory) -> Verified:
         check.report(directory)
     if without:
         check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
+    if not has_weights:
+        check.skipped.append("No trial keeps its weights: they were not compared with config.json")
     return Verified(check.count, check.problems, check.skipped)
 
 
@@ -117,7 +124,10 @@ class _Check:
         self.equal("trial in model.safetensors", checkpoint.trained.trial, record.trial)
         if trial is not None:
             self.true("model.safetensors has another network than config.json", checkpoint.config == trial.model)
-        parameters, macs = cost(checkpoint.config, *checkpoint.trained.image_size)
+        self.cost(record, checkpoint.config, checkpoint.trained.image_size)
+
+    def cost(self, record: Record, network: Network, pixels: tuple[int, int]) -> None:
+        parameters, macs = cost(network, *pixels)
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 

@@ -107,6 +107,18 @@ def test_a_whole_study_has_nothing_to_complain_of(expertgrid, study):
     assert len(outcome.out.splitlines()) == 1
 
 
+def test_a_study_without_any_weights_is_checked_by_the_rest(expertgrid, study):
+    for weights in study.path.glob("trials/*/model.safetensors"):
+        weights.unlink()
+    outcome = expertgrid("verify", study.path)
+    assert outcome.status == 0
+    assert outcome.out.startswith("No trial keeps its weights: they were not compared with config.json\n")
+    change(study.trial(trial_of(study)) / "record.json", macs=7)
+    outcome = expertgrid("verify", study.path)
+    assert outcome.status == 1
+    assert "macs is 7, but " in outcome.out
+
+
 def without_ledger(study: StudyDirectory, trial: str) -> None:
     lines = (study.path / "ledger.jsonl").read_text().splitlines()
     (study.path / "ledger.jsonl").write_text("".join(f"{line}\n" for line in lines if trial not in line))
