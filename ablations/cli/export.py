@@ -54,8 +54,10 @@ def export(
     )
     check_can_be_written(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
-    if trial is None and prune_gates is not None:
-        raise InputError(f"--prune-gates: {path.parent / 'config.json'} is missing; it says which images were held out")
+    held_out_for = "--prune-gates" if prune_gates is not None else f"--precision {precision}"
+    if trial is None and (prune_gates is not None or precision != "fp32"):
+        missing = path.parent / "config.json"
+        raise InputError(f"{held_out_for}: {missing} is missing; it says which images the training held out")
     plan = ledger.plan if ledger else None
     given = data or (plan.source if plan else checkpoint.trained.data)
     images = read_data(given, data_dir, plan.image_size if plan else None)

@@ -270,6 +270,16 @@ def test_every_precision_with_certificate_and_card(expertgrid, trained_study, tm
     assert "3 to certify an export" in expertgrid("table", study).out
 
 
+@pytest.mark.parametrize("option", [["--precision", "int8"], ["--prune-gates", "0.1"]])
+def test_what_held_out_images_decide_needs_to_know_them(expertgrid, trained_study, tmp_path, option):
+    alone = shutil.copy(next((trained_study / "trials").iterdir()) / "model.safetensors", tmp_path)
+    outcome = expertgrid("export", alone, *option)
+    assert outcome.status == 2
+    assert f"{option[0]}" in outcome.complaint
+    assert "config.json is missing; it says which images the training held out" in outcome.complaint
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
     study = shutil.copytree(trained_study, tmp_path / "tiny")
     assert expertgrid("export", study, "--prune-gates", "0.0").status == 0
