@@ -46,7 +46,7 @@ class Plan:
         """The probability that a true `difference` is found: better if it is above 0, worse below.
 
         With a margin, the probability of any verdict but open, `same` included. 0 for one seed. Within 5 points of
-        what simulated studies give (tests/results), with 4 cells or more and 3 seeds or more within 3.
+        what simulated studies give (by its tests), with 4 cells or more and 3 seeds or more within 3.
         """
         if seeds < 2:
             return 0.0

@@ -1,6 +1,8 @@
 """What the verdicts are worth, by simulated studies whose truth is known: the tables of the note.
 
-    PYTHONPATH=. python tests/results/simulations.py [STUDIES]     all tables as Markdown; 2000 take half an hour
+    PYTHONPATH=. python tests/ablations/results/stats/simulations.py [STUDIES]
+
+All tables as Markdown; 2000 studies take half an hour.
 
 The functions are those that judge real studies. A *miss* is a study in which some interval of the family misses its
 truth. For equal cells that is a false verdict, and a wrong verdict needs one, so that it bounds the family's error.

@@ -60,10 +60,10 @@ def test_a_noisy_cell_by_hand():
     spread = residual_variances(scores_CS, np.ones((6, 7), bool))
     assert spread.pooled_X == pytest.approx(variance / 6)
     assert spread.own_XC == pytest.approx(np.array([0, 0, 0, variance, 0, 0]), abs=1e-12)
-    # a pair with it: over pooled, its cells spread by (6 + 0) / 2 = 3 times; the excess of 2 counts 1.5587 times
+    # a pair with it: over pooled, its cells spread by (6 + 0) / 2 = 3 times; the excess of 2 counts 1.8248 times
     found = estimate(np.array([difference(3, 0, 6), difference(1, 0, 6)]), scores_CS)
-    assert surcharge(7) == pytest.approx((scipy.stats.t.ppf(0.975, 6) / scipy.stats.norm.ppf(0.975)) ** 2)
-    assert found.error_XQ[0] == pytest.approx((variance / 6 * (1 + 2 * 1.5587) * 2 / 7) ** 0.5, rel=1e-4)
+    assert surcharge(7) == pytest.approx((scipy.stats.t.ppf(0.99, 6) / scipy.stats.norm.ppf(0.99)) ** 2)
+    assert found.error_XQ[0] == pytest.approx((variance / 6 * (1 + 2 * 1.8248) * 2 / 7) ** 0.5, rel=1e-4)
     assert found.error_XQ[1] == pytest.approx((variance / 6 * 2 / 7) ** 0.5)
     assert list(found.basis_XQ) == [1, 0]
 
@@ -89,7 +89,7 @@ def test_two_seeds_of_pairs_are_t_tests_of_their_own():
 
 
 def test_surcharge():
-    assert surcharge(np.array([3, 5, 10])) == pytest.approx([4.82, 2.01, 1.33], abs=0.01)
+    assert surcharge(np.array([3, 5, 10])) == pytest.approx([8.96, 2.59, 1.47], abs=0.01)
     assert surcharge(10_000) == pytest.approx(1, abs=1e-3)
 
 
