@@ -74,7 +74,7 @@ def test_a_race_ends():
     ended = race(BASE, scores_CS, margin=0.5, last=6)
     assert (ended.go_on, list(ended.wanted_C)) == (False, [6, 4, 4, 6])
     assert (ended.judgements[2].verdict, ended.judgements[2].seeds) == ("open", 6)
-    decided = race(BASE, scores([0, 3, -3, 5], 4, 0.3, seed=3), margin=0.5, last=6)
+    decided = race(BASE, scores([0, 3, -3, 5], 4, 0.1, seed=3), margin=0.5, last=6)
     assert (decided.go_on, list(decided.wanted_C)) == (False, [4, 4, 4, 4])
 
 
