@@ -161,6 +161,8 @@ def test_the_door_imports_nothing_that_takes_long(name):
     ours = {module for module in found if module.split(".")[0] in PACKAGES}
     others = {module.split(".")[0] for module in found - ours}
     assert ours <= {
+        "ablations.cli.interrupt",
+        "ablations.cli.interrupt.INTERRUPTED",
         "ablations.cli.options",
         "model.errors.InputError",
         "model.errors.unknown",
