@@ -1,13 +1,10 @@
 """Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
 
-import io
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,18 +23,29 @@ from ablations.training.loop import (
     train,
     uses_bfloat16,
 )
+from ablations.training.resume import read_state, write_state
 from ablations.training.splits import ResidentData, Split, Splits
 from ablations.training.trial import Epoch, Trial
 from model.checkpoint import Checkpoint, Trained
 from model.cost import cost
-from model.errors import reason_of
+from model.errors import InputError, reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
 from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import now, write_whole
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
-RESUME_EVERY_S = 30.0  # shorter trials start anew: that costs less than writing their state
+SAVE_EVERY_S = 10.0
+SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
+
+
+class Stopped(KeyboardInterrupt):
+    """The user stopped the training, and its state is saved."""
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    trial: Trial
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class TrialNote:
     text: str
 
 
-Event = EpochDone | TrialDone | TrialFailed | TrialNote
+Event = TrialStarted | EpochDone | TrialDone | TrialFailed | TrialNote
 
 
 def by_architecture(trials: list[Trial]) -> list[Trial]:
@@ -77,21 +85,60 @@ def by_architecture(trials: list[Trial]) -> list[Trial]:
     return [trial for group in groups.values() for trial in group.values()]
 
 
+@dataclass
+class Saver:
+    """Keeps a training's state in resume.pt, and ends the training where the user stopped it. Called after each step.
+
+    After a crash at most SAVE_EVERY_S seconds of training are lost, or 100 times what one save takes, if that is more.
+    """
+
+    directory: StudyDirectory
+    trial: Trial
+    training: Training
+    every_s: float
+    stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
+    due: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.due = time.monotonic() + self.every_s
+
+    def __call__(self) -> None:
+        so_far = self.training.so_far
+        assert so_far is not None  # a step was just done
+        stopped = self.stop(self.training.epoch * len(so_far.losses_S) + len(so_far.rates))
+        if stopped or time.monotonic() >= self.due:
+            self.save()
+        if stopped:
+            raise Stopped
+
+    def save(self) -> None:
+        begun = time.monotonic()
+        state = self.training.state_dict()
+        epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
+        write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
+        now = time.monotonic()
+        self.due = now + max(self.every_s, (now - begun) / SAVING_SHARE)
+
+
 def run_local(
     trials: list[Trial],
     data: ResidentData,
     directory: StudyDirectory,
-    resume_every_s: float = RESUME_EVERY_S,
+    save_every_s: float = SAVE_EVERY_S,
     execution: ExecutionOptions = EAGER,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
     Where a trial fails, its reason is written to failure.json and the other trials go on. Where `execution` leaves a
-    choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so.
+    choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so. `stop` is asked
+    after each step, with the number of the trial's steps that are done; where it says yes, the state is saved, and
+    Stopped is raised.
     """
     for trial in by_architecture(trials):
+        yield TrialStarted(trial)
         try:
-            yield from _run(trial, data, directory, resume_every_s, execution)
+            yield from _run(trial, data, directory, save_every_s, execution, stop)
         except Exception as error:  # the other trials go on, whatever this one failed of
             failure = _failure(trial, error)
             directory.write_failure(trial.id, failure)
@@ -99,32 +146,37 @@ def run_local(
 
 
 def _run(
-    trial: Trial, data: ResidentData, directory: StudyDirectory, resume_every_s: float, execution: ExecutionOptions
+    trial: Trial,
+    data: ResidentData,
+    directory: StudyDirectory,
+    save_every_s: float,
+    execution: ExecutionOptions,
+    stop: Callable[[int], bool],
 ) -> Iterator[Event]:
-    place = directory.trial(trial.id)
     directory.write_config(trial)
     splits = data.splits(trial.hold_out, trial.seed)
-    training = start(trial, splits)
-    resume = place / "resume.pt"
+    training, epochs = start(trial, splits), []
+    resume = directory.resume_file(trial.id)
     if resume.exists():
-        training.load_state_dict(_resumed(resume))
-    directory.keep_epochs(trial.id, training.epoch)
+        try:
+            state = read_state(resume)
+        except InputError as error:
+            yield TrialNote(trial, f"trained from the start, because {error}")
+        else:
+            training.load_state_dict(state["training"])
+            epochs = state["epochs"]
+    directory.write_epochs(trial.id, epochs)
     prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
     yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-    saved = time.monotonic()
-    for epoch in train(trial, splits, training):
+    saver = Saver(directory, trial, training, save_every_s, stop)
+    for epoch in train(trial, splits, training, after_step=saver):
         directory.append_epoch(trial.id, epoch)
-        if time.monotonic() - saved >= resume_every_s:
-            buffer = io.BytesIO()
-            torch.save(training.state_dict(), buffer)
-            write_whole(resume, buffer.getvalue())
-            saved = time.monotonic()
         yield EpochDone(trial, epoch)
     if training.recorder and training.recorder.refused:
         yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
     record = _finish(trial, splits, directory, training, prepared)
     resume.unlink(missing_ok=True)
-    (place / "failure.json").unlink(missing_ok=True)
+    (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
 
 
@@ -199,15 +251,6 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> flo
     sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
     augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, uses_bfloat16(recipe, device))
-
-
-def _resumed(file: Path) -> dict:
-    """A training's state, on the CPU. `Training.load_state_dict` copies it to the training's device."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{file} is damaged; without it the trial starts anew ({reason})") from error
 
 
 def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:

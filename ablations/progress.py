@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote
+from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
 from ablations.study import Cell, level_name
 from ablations.training.trial import Trial
 from model.cost import cost
@@ -46,6 +46,8 @@ class StudyProgress:
     def show(self, event: Event) -> None:
         name = self.names[event.trial.id]
         match event:
+            case TrialStarted():
+                pass
             case EpochDone(trial, epoch):
                 self.now.plain = (
                     f"epoch {epoch.epoch}/{trial.recipe.epochs}, loss {epoch.train_loss:.3f}, "

@@ -472,6 +472,9 @@ class StudyDirectory:
     def checkpoint(self, trial_id: str) -> Path:
         return self.trial(trial_id) / "model.safetensors"
 
+    def resume_file(self, trial_id: str) -> Path:
+        return self.trial(trial_id) / "resume.pt"
+
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return read_record(Record, self.trial(trial_id) / "record.json")
@@ -556,10 +559,10 @@ class StudyDirectory:
         file = self.trial(trial_id) / "predictions.npz"
         return Predictions.of_file(file) if file.exists() else None
 
-    def keep_epochs(self, trial_id: str, count: int) -> None:
-        """Drops the lines after the first `count`, which an interrupted training left."""
-        kept = "".join(f"{line}\n" for line in self._epoch_lines(trial_id)[:count])
-        write_whole(self.trial(trial_id) / "epochs.jsonl", kept.encode())
+    def write_epochs(self, trial_id: str, lines: list[str]) -> None:
+        """Writes the lines of the epochs that a training goes on after."""
+        content = "".join(f"{line}\n" for line in lines)
+        write_whole(self.trial(trial_id) / "epochs.jsonl", content.encode())
 
     def _epoch_lines(self, trial_id: str) -> list[str]:
         file = self.trial(trial_id) / "epochs.jsonl"

@@ -50,7 +50,7 @@ class Loader:
         self.recipe, self.splits, self.seed = recipe, splits, seed
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
-        self.generator = torch.Generator(self.device)
+        self.generator, self.mixing = torch.Generator(self.device), np.random.RandomState()
         self.pil, self.keys = None, _Keys()
         if (transform := pil_transform(recipe, splits.data)) is not None:
             workers = min(MOST_WORKERS, max(1, usable_cores() - 1)) if workers is None else workers
@@ -58,19 +58,37 @@ class Loader:
             images = _PilImages(pixels_BHWC, transform, seed)
             self.pil = _pil_loader(images, self.keys, workers, self.device.type == "cuda")
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, which counts from 0."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random numbers are, between two batches."""
+        mixing = self.mixing.get_state(legacy=False)
+        mixing["state"]["key"] = mixing["state"]["key"].tolist()
+        return {"generator": self.generator.get_state(), "mixing": mixing}
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        mixing = state["mixing"]
+        key = np.array(mixing["state"]["key"], dtype=np.uint32)
+        self.mixing.set_state({**mixing, "state": {**mixing["state"], "key": key}})
+
+    def epoch(self, epoch: int, done: int = 0, state: dict[str, Any] | None = None) -> Iterator[Batch]:
+        """The batches of an epoch, which counts from 0.
+
+        After an interruption: those that follow the first `done`, after which `state` was the loader's `state_dict`.
+        """
         recipe, train = self.recipe, self.splits.train
         generator = self.generator.manual_seed(self.seed * recipe.epochs + epoch)
-        mixing = np.random.RandomState([MIXING, self.seed, epoch])
+        mixing = self.mixing
+        mixing.seed([MIXING, self.seed, epoch])
         order = torch.randperm(len(train), device=self.device, generator=generator)
         batch, steps = batches(recipe, len(train))
-        chosen = order[: batch * steps].split(batch)
+        chosen = order[: batch * steps].split(batch)[done:]
         size = recipe.image_size(epoch, self.splits.data.image_size)
         mirrored_N = None
         if recipe.alternating_flip:
             same = torch.Generator(self.device).manual_seed(ALTERNATING << 32 | self.seed)
             mirrored_N = alternately_mirrored(len(train), recipe.hflip, epoch, same)
+        if state is not None:
+            self._load_state_dict(state)
         for indices_B, pixels_BHWC in zip(chosen, self._pixels(chosen, epoch)):
             mirrored_B = None if mirrored_N is None else mirrored_N[indices_B]
             x_BCHW = augment(recipe, pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B, size)
@@ -86,7 +104,7 @@ class Loader:
         """The pixels (B, H, W, C) of each batch, on the device, once the PIL part is done."""
         if self.pil is None:
             return (self.splits.train.pixels_BHWC[indices_B] for indices_B in chosen)
-        self.keys.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()]
+        self.keys.keys = [(epoch, indices_B) for indices_B in torch.stack(chosen).tolist()] if chosen else []
         return (pixels_BHWC.to(self.device, non_blocking=True) for pixels_BHWC in self.pil)
 
 

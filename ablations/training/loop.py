@@ -9,10 +9,11 @@ have it. Accuracies and losses of the trained network are measured in full fp32.
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,44 @@ class Diverged(TrainingError):
 
 
 @dataclass
+class EpochSoFar:
+    """An epoch that is being trained: what its first steps gave, and where its random numbers are."""
+
+    loader: Loader
+    losses_S: Tensor
+    correct: Tensor
+    rates: list[float]  # one for each step that was done
+    started: float  # as `seconds` counts, less the time of the epoch before an interruption
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for the device."""
+        device = self.losses_S.device
+        return {
+            "losses": self.losses_S,
+            "correct": self.correct,
+            "rates": self.rates,
+            "seconds": seconds(device) - self.started,
+            "loader": self.loader.state_dict(),
+            "random": {name: module.get_rng_state() for name, module in _generators(device).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the steps that `state` has. The loader is told by its caller."""
+        device = self.losses_S.device
+        self.losses_S.copy_(state["losses"])
+        self.correct.copy_(state["correct"])
+        self.rates.extend(state["rates"])
+        self.started -= state["seconds"]
+        for name, module in _generators(device).items():
+            module.set_rng_state(state["random"][name])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The modules of PyTorch that have the global random numbers: the CPU's, and the device's."""
+    return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
+
+
+@dataclass
 class Training:
     """The state of a trial that trains."""
 
@@ -59,6 +98,8 @@ class Training:
     average: ModelEmaV3 | None = None
     epoch: int = 0  # epochs done
     recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
+    so_far: EpochSoFar | None = None  # within an epoch
+    resumed: dict[str, Any] | None = None  # the state of the epoch that the training was interrupted in
 
     @property
     def result(self) -> nn.Module:
@@ -70,18 +111,20 @@ class Training:
         """Whether its steps are CUDA graphs."""
         return self.recorder is not None and self.recorder.refused is None
 
-    def state_dict(self) -> dict:
-        """Network, its average, optimiser and epochs done. The schedule and all random numbers follow from these."""
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, after any step: network, average, optimiser, epoch so far."""
         average = {} if self.average is None else {"average": self.average.module.state_dict()}
+        so_far = {} if self.so_far is None else {"so_far": self.so_far.state_dict()}
         net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
-        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average}
+        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average, **so_far}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.epoch = state["epoch"]
+        self.resumed = state.get("so_far")
 
 
 def start(trial: Trial, splits: Splits) -> Training:
@@ -106,10 +149,17 @@ def start(trial: Trial, splits: Splits) -> Training:
     return Training(net, optimizer, make_scheduler(trial.recipe, optimizer, steps), make_average(trial.recipe, net))
 
 
-def train(trial: Trial, splits: Splits, training: Training, workers: int | None = None) -> Iterator[Epoch]:
+def train(
+    trial: Trial,
+    splits: Splits,
+    training: Training,
+    workers: int | None = None,
+    after_step: Callable[[], None] = lambda: None,
+) -> Iterator[Epoch]:
     """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
 
-    Nothing waits for a CUDA device within an epoch. The random numbers of an epoch follow from the trial's seed and
+    Nothing waits for a CUDA device within an epoch, unless `after_step` does: it is called after each step, and may
+    keep the state of `training` or raise to end it. The random numbers of an epoch follow from the trial's seed and
     the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
     Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
     """
@@ -124,12 +174,17 @@ def train(trial: Trial, splits: Splits, training: Training, workers: int | None 
     for epoch in range(training.epoch, recipe.epochs):
         torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
         correct = torch.zeros((), device=device, dtype=torch.int64)
-        rates = []
+        so_far = training.so_far = EpochSoFar(loader, losses_S, correct, [], seconds(device))
+        resumed, training.resumed = training.resumed, None
+        if resumed is not None:
+            so_far.load_state_dict(resumed)
+        rates = so_far.rates
         net.train()
-        started = seconds(device)
-        for i, images in enumerate(loader.epoch(epoch)):
-            rates.append(optimizer.param_groups[0]["lr"])
+        for images in loader.epoch(epoch, len(rates), resumed and resumed["loader"]):
+            i = len(rates)
+            rate = optimizer.param_groups[0]["lr"]
             losses_S[i], right = take(images.x_BCHW, images.targets, images.labels_B)
+            rates.append(rate)
             if device.type == "cpu" and not math.isfinite(losses_S[i]):
                 break
             correct += right
@@ -138,7 +193,9 @@ def train(trial: Trial, splits: Splits, training: Training, workers: int | None 
                 training.average.update(net, done)
             if training.scheduler is not None:
                 training.scheduler.step_update(done)
+            after_step()
         trained = seconds(device)
+        training.so_far = None
         _check_finite(losses_S, epoch * steps, epoch, rates)
         logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
         validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
@@ -152,8 +209,8 @@ def train(trial: Trial, splits: Splits, training: Training, workers: int | None 
             train_accuracy=correct.item() / (steps * batch),
             validation_loss=validation_loss,
             validation_accuracy=validation_accuracy,
-            images_per_s=steps * batch / (trained - started),
-            train_seconds=trained - started,
+            images_per_s=steps * batch / (trained - so_far.started),
+            train_seconds=trained - so_far.started,
             validation_seconds=seconds(device) - trained,
         )
 

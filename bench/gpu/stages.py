@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from ablations.engines import TrialFailed, TrialNote, by_architecture, planned_steps, run_local
+from ablations.engines import Stopped, TrialFailed, TrialNote, by_architecture, planned_steps, run_local
 from ablations.records import StudyDirectory
 from ablations.results.evidence import marginals, read_evidence
 from ablations.results.rendering import Table, render
@@ -344,13 +345,15 @@ def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, tr
     for text in without:
         notice(f"trained without {text}")
     resident = ResidentData(images, bench.device)
-    for event in run_local(pending, resident, directory, execution=execution):
-        if isinstance(event, TrialNote):
-            notice(event.text)
-        elif isinstance(event, TrialFailed):
-            notice(f"trial {event.trial.id} failed: {event.reason}")
-        if time.monotonic() >= bench.until:
-            return
+    events = run_local(
+        pending, resident, directory, execution=execution, stop=lambda step: time.monotonic() >= bench.until
+    )
+    with suppress(Stopped):  # at the step where the time was up; the next call goes on from there
+        for event in events:
+            if isinstance(event, TrialNote):
+                notice(event.text)
+            elif isinstance(event, TrialFailed):
+                notice(f"trial {event.trial.id} failed: {event.reason}")
 
 
 def trained(directory: StudyDirectory) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The training loop and the local engine: what they leave, and that nothing changes it."""
 
 import gc
+import itertools
 import json
 import platform
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +18,32 @@ from conftest import TINY_STUDY
 from torch import nn
 
 from ablations import engines
-from ablations.engines import EpochDone, TrialDone, TrialFailed, by_architecture, run_local
+from ablations.engines import (
+    EpochDone,
+    Event,
+    Saver,
+    Stopped,
+    TrialDone,
+    TrialFailed,
+    TrialNote,
+    TrialStarted,
+    by_architecture,
+    planned_steps,
+    run_local,
+)
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.data import ImageData, Images
+from ablations.training.holdout import HoldOut
 from ablations.training.loader import Loader
 from ablations.training.loop import Diverged, batches, mirrored, predict, score, start, train
 from ablations.training.recipe import RECIPES, Recipe
+from ablations.training.resume import read_state, write_state
 from ablations.training.splits import ResidentData, Splits
 from ablations.training.trial import Trial
 from model.checkpoint import load
 from model.cost import cost
+from model.errors import InputError
 from model.presets import network
 
 
@@ -36,6 +52,11 @@ def trials(digits, **settings) -> list[Trial]:
     fields = {"width": 0.125, "recipe.epochs": 3, "recipe.amp": "off", "experts": 2, **settings}
     study = Study(name="test", question="?", seeds=2, set=fields, factors={"gate": ["linear", "mlp"]})
     return [trial for cell in study.cells(digits) for trial in cell.trials]
+
+
+def ends(events: Iterable[Event]) -> list[TrialDone | TrialFailed]:
+    """How each trial ended."""
+    return [event for event in events if isinstance(event, TrialDone | TrialFailed)]
 
 
 @pytest.fixture
@@ -145,23 +166,29 @@ NEW = {
 
 @pytest.mark.parametrize("settings", [PLAIN, *NEW.values()], ids=["plain", *NEW])
 def test_a_resumed_trial_ends_as_one_that_never_stopped(digits, resident_digits, tmp_path, settings):
+    """Stopped by the user within the second epoch, then by a crash that loses what came after the last save."""
     trial = trials(digits, **settings)[0]
     whole, stopped = (StudyDirectory(tmp_path / name) for name in ("whole", "stopped"))
     for directory in (whole, stopped):
         directory.path.mkdir()
     list(run_local([trial], resident_digits, whole))
-    events = run_local([trial], resident_digits, stopped, resume_every_s=0)
-    assert isinstance(next(events), EpochDone)
-    assert isinstance(next(events), EpochDone)
-    events.close()
-    assert (stopped.trial(trial.id) / "resume.pt").exists()
+    steps = planned_steps(trial, len(resident_digits.splits(trial.hold_out, trial.seed).train)) // 3
+    events = []
+    with pytest.raises(Stopped):
+        events.extend(run_local([trial], resident_digits, stopped, stop=lambda step: step == steps + 3))
+    assert stopped.resume_file(trial.id).exists()
     assert stopped.record(trial.id) is None
+    assert [epoch.epoch for epoch in stopped.epochs(trial.id)] == [1]
+
+    crashed = run_local([trial], resident_digits, stopped, save_every_s=0)
+    assert [type(event) for event in (next(crashed), next(crashed))] == [TrialStarted, EpochDone]
+    assert read_state(stopped.resume_file(trial.id))["training"]["epoch"] == 1  # its last save was before the end
+    crashed.close()
 
     events = list(run_local([trial], resident_digits, stopped))
-    assert [type(event) for event in events] == [EpochDone, TrialDone]
-    assert not (stopped.trial(trial.id) / "resume.pt").exists()
-    nets = [load(directory.checkpoint(trial.id)).network() for directory in (whole, stopped)]
-    assert torch.equal(*map(weights, nets))
+    assert [type(event) for event in events] == [TrialStarted, EpochDone, EpochDone, TrialDone]
+    assert not stopped.resume_file(trial.id).exists()
+    assert stopped.checkpoint(trial.id).read_bytes() == whole.checkpoint(trial.id).read_bytes()
     timed = {"images_per_s", "train_seconds", "validation_seconds", "finished"}
     records = [directory.record(trial.id).model_dump(exclude=timed) for directory in (whole, stopped)]
     assert records[0] == records[1]
@@ -191,7 +218,11 @@ def test_record_is_what_the_checkpoint_gives(trial, digits_splits, resident_digi
 def test_a_failing_trial_leaves_the_others(digits, resident_digits, tmp_path):
     good, bad = trials(digits)[0], trials(digits, **{"recipe.lr": 100.0, "recipe.opt": "sgd", "norm_act": "none"})[0]
     directory = StudyDirectory(tmp_path)
-    last = [event for event in run_local([bad, good], resident_digits, directory) if not isinstance(event, EpochDone)]
+    last = [
+        event
+        for event in run_local([bad, good], resident_digits, directory)
+        if not isinstance(event, EpochDone | TrialStarted)
+    ]
     assert [type(event) for event in last] == [TrialFailed, TrialDone]
     failure = directory.failure(bad.id)
     assert failure.kind == "diverged"
@@ -205,11 +236,42 @@ def test_a_failing_trial_leaves_the_others(digits, resident_digits, tmp_path):
 
 
 def test_a_damaged_resume_file_is_named(trial, resident_digits, tmp_path):
+    """At every length that a crash could leave, and with one bit changed."""
     directory = StudyDirectory(tmp_path)
-    directory.write_config(trial)
-    (directory.trial(trial.id) / "resume.pt").write_bytes(b"damaged")
-    (failed,) = run_local([trial], resident_digits, directory)
-    assert "resume.pt is damaged; without it the trial starts anew" in failed.reason
+    file = directory.resume_file(trial.id)
+    with pytest.raises(Stopped):
+        list(run_local([trial], resident_digits, directory, stop=lambda step: True))
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:10], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match="resume.pt: damaged, or of an older version"):
+            read_state(file)
+    *_, done = events = list(run_local([trial], resident_digits, directory))
+    (note,) = (event for event in events if isinstance(event, TrialNote))
+    assert "trained from the start, because" in note.text
+    assert done.record.epochs == 3
+
+
+def test_nothing_in_a_resume_file_is_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return print, ("run",)
+
+    file = tmp_path / "resume.pt"
+    write_state(file, {"epochs": Malicious()})
+    with pytest.raises(InputError, match="resume.pt: not the state of a training"):
+        read_state(file)
+
+
+def test_saving_takes_a_small_share_of_the_time(trial, resident_digits, tmp_path, monkeypatch):
+    """A clock that saving takes 2 s of: the next save is 200 s later, though one every 10 s was asked for."""
+    clock, saved = itertools.count(step=1.0), []
+    monkeypatch.setattr("ablations.engines.time.monotonic", lambda: next(clock))
+    saver = Saver(StudyDirectory(tmp_path), trial, start(trial, resident_digits.splits(HoldOut(), 0)), 10.0, bool)
+    monkeypatch.setattr("ablations.engines.write_state", lambda file, state: saved.extend([next(clock), next(clock)]))
+    assert saver.due == 10.0
+    saver.save()
+    assert saver.due == saved[-1] + 1 + 100 * 3
 
 
 def test_trials_of_one_network_run_next_to_each_other(digits):
@@ -244,7 +306,11 @@ def test_no_memory_ends_the_trial_and_no_other(error, digits, resident_digits, t
 
     monkeypatch.setattr(engines, "start", start)
     directory = StudyDirectory(tmp_path)
-    last = [event for event in run_local([bad, good], resident_digits, directory) if not isinstance(event, EpochDone)]
+    last = [
+        event
+        for event in run_local([bad, good], resident_digits, directory)
+        if not isinstance(event, EpochDone | TrialStarted)
+    ]
     assert [type(event) for event in last] == [TrialFailed, TrialDone]
     failure = directory.failure(bad.id)
     assert (failure.kind, failure.batch_size, failure.step) == ("out_of_memory", 128, None)

@@ -1,0 +1,35 @@
+"""The file resume.pt: the state of a training that goes on later, behind a checksum."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+
+import torch
+
+from model.errors import InputError
+from model.files import write_whole
+
+DIGEST = hashlib.sha256().digest_size
+
+
+def write_state(file: Path, state: dict) -> None:
+    """Writes a training's state: tensors, numbers, texts, and lists, tuples and dictionaries of these."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_whole(file, hashlib.sha256(content).digest() + content)
+
+
+def read_state(file: Path) -> dict:
+    """The state, on the CPU. No code in the file is run.
+
+    Raises InputError for a file that is damaged or of an older version.
+    """
+    content = file.read_bytes()
+    if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+        raise InputError(f"{file}: damaged, or of an older version: its checksum does not fit")
+    try:
+        return torch.load(io.BytesIO(content[DIGEST:]), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise InputError(f"{file}: not the state of a training ({type(error).__name__})") from None
