@@ -40,7 +40,7 @@ SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes 
 
 
 class Stopped(KeyboardInterrupt):
-    """The user stopped the training, and its state is saved."""
+    """The training was stopped, and its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,11 @@ def run_local(
     Where a trial fails, its reason is written to failure.json and the other trials go on. Where `execution` leaves a
     choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so. `stop` is asked
     after each step, with the number of the trial's steps that are done; where it says yes, the state is saved, and
-    Stopped is raised.
+    Stopped is raised. It is asked before each trial too.
     """
     for trial in by_architecture(trials):
+        if stop(0):
+            raise Stopped
         yield TrialStarted(trial)
         try:
             yield from _run(trial, data, directory, save_every_s, execution, stop)

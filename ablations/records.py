@@ -204,14 +204,24 @@ class Predictions:
         return found
 
 
+FAILED = {  # the kinds of failures, in words
+    "diverged": "diverged",
+    "out_of_memory": "out of memory",
+    "crashed": "crashed",
+    "timeout": "took too long",
+    "error": "failed",
+}
+
+
 class Failure(BaseModel):
     """Why a trial failed.
 
     A diverged trial has the step, counted from 1 over all epochs, the epoch and the learning rate. A trial that ran out
-    of memory has the batch size.
+    of memory has the batch size. One whose process crashed, or that took longer than --trial-timeout, has the steps
+    that were done and where its process was.
     """
 
-    kind: Literal["diverged", "out_of_memory", "error"] = "error"
+    kind: Literal["diverged", "out_of_memory", "crashed", "timeout", "error"] = "error"
     error: str
     traceback: str
     time: str

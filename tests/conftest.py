@@ -6,6 +6,8 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ["OMP_NUM_THREADS"] = "1"
 
+os.environ["EXPERTGRID_ISOLATE"] = "0"  # trials are trained in the tests' own process, but for the tests of isolation
+
 import torch
 
 if not torch.cuda.is_available():

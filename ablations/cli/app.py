@@ -3,6 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +117,16 @@ def run(
     max_seeds: Annotated[int | None, typer.Option(metavar="N", help="Last seed of a race.")] = None,
     modules: Import = None,
     adopt: Annotated[bool, typer.Option(help="Take over finished trials of neighbours.")] = True,
+    trial_timeout: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Time for a trial, after which it has failed.")
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first trial that fails.")] = False,
+    isolate: Annotated[
+        bool,
+        typer.Option(
+            envvar="EXPERTGRID_ISOLATE", help="Train in a process apart, whose crash ends one trial. Off: to debug."
+        ),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials only. Nothing is written.")] = False,
 ) -> int:
     """Train a study and print its table.
@@ -128,20 +139,22 @@ def run(
 
     with status("starting"):
         from ablations.cli import plan, sources
+        from ablations.isolation import isolated
+    if trial_timeout is not None and not isolate:
+        raise InputError(f"--trial-timeout {trial_timeout:g}: needs a process apart; it does not go with --no-isolate")
     asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan(asked, data_dir)))
         return 0
-    with starting():
-        from ablations.cli.run import train_and_show
-        from model.fast.execution import ExecutionOptions
-    execution = ExecutionOptions(kernels, compile, graphs)
-    if study is None:
-        from ablations.cli.quickstart import quickstart
-
-        return quickstart(asked, data_dir, device, execution, adopt)
-    return train_and_show(asked, data_dir, device, execution, adopt)
+    with isolated() if isolate else nullcontext() as trainer:  # its process imports PyTorch beside this one
+        with starting():
+            from ablations.cli.quickstart import quickstart
+            from ablations.cli.run import How, train_and_show
+            from model.fast.execution import ExecutionOptions
+        execution = ExecutionOptions(kernels, compile, graphs)
+        how = How(device, execution, adopt, fail_fast, trial_timeout, modules or [], trainer)
+        return (quickstart if study is None else train_and_show)(asked, data_dir, how)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -1,10 +1,11 @@
-"""From the shell to a command and back: exit status, errors in one line, Ctrl-C. Imports nothing that takes long.
+"""From the shell to a command and back: exit status, errors in one line, signals. Imports nothing that takes long.
 
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 130 stopped by the user.
 """
 
 import io
 import os
+import shlex
 import sys
 
 from ablations.cli import interrupt
@@ -29,8 +30,9 @@ def main() -> None:
     except OSError as error:
         status = _complain(str(error), 1)
     if status == INTERRUPTED:
-        resumes = sys.argv[1:2] == ["run"]
-        _complain("stopped; finished work is kept" + ", and the same command continues it" * resumes, status)
+        command = shlex.join(["expertgrid", *sys.argv[1:]])
+        resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
+        _complain(f"stopped; finished work is kept{resumes}", status)
     sys.exit(status)
 
 

@@ -1,20 +1,36 @@
-"""Ctrl-C: what it does, and how a command sees that it came."""
+"""Ctrl-C and SIGTERM: the first one stops a training at its next step, the second one ends the command at once."""
 
 import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 
 INTERRUPTED = 130  # the exit status that shells have for Ctrl-C
-stopped = Event()  # by the user
+stopped = Event()  # by the user, or by a system that takes the machine away
+_training = Event()
 
 
 def watch() -> None:
-    """From now on Ctrl-C sets `stopped` as well. A signal that the parent process ignores stays ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    """From now on both signals set `stopped` and end the command. One that the parent ignores stays ignored."""
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(signum) is usual:
+            signal.signal(signum, _stop)
+
+
+@contextmanager
+def training() -> Generator[None]:
+    """Within, the first signal only sets `stopped`: the training looks at it after each step."""
+    _training.set()
+    try:
+        yield
+    finally:
+        _training.clear()
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Python drops an exception that it meets while it finalises an object, but not the event."""
+    is_first = not stopped.is_set()
     stopped.set()
-    raise KeyboardInterrupt
+    if not (is_first and _training.is_set()):
+        raise KeyboardInterrupt

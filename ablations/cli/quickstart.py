@@ -4,15 +4,14 @@ from pathlib import Path
 
 from ablations.cli import bench, export, results, run
 from ablations.cli.plan import Asked
-from model.fast.execution import ExecutionOptions
 
 
-def quickstart(asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool) -> int:
+def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
     """Trains the study, exports and times its best network, writes its report, and prints its tables and answer."""
     directory = asked.directory
-    if run.train_study(asked, data_dir, device_name, execution, adopts):
+    if failed := run.train_study(asked, data_dir, how):
         run.show_study(directory)
-        return 1
+        return run.say_failures(directory, failed)
     status = export.export(directory.path, data_dir=data_dir)
     if status == 0:
         bench.bench([directory.path / "export" / "model-uint8.onnx"])

@@ -1,14 +1,21 @@
 """Training a study."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from ablations import racing
+from ablations.cli import interrupt
 from ablations.cli.devices import device, usable
-from ablations.cli.interrupt import stopped
 from ablations.cli.plan import Asked, plan
+from ablations.cli.sources import import_modules
 from ablations.cli.terminal import console
-from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
+from ablations.engines import Event, TrialFailed, by_architecture, planned_steps, run_local
+from ablations.isolation import Setup, Trainer
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
 from ablations.results.answer import answer
@@ -17,17 +24,30 @@ from ablations.results.plots import accuracy_plot
 from ablations.results.rendering import render_tables
 from ablations.results.tables import study_tables
 from ablations.study import Cell
+from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
+from ablations.training.trial import Trial
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
 
 
-def train_study(
-    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
-) -> int:
-    """Trains what is not there yet; 1 where some trial failed."""
-    on = device(device_name)
-    execution.check(on)
+@dataclass(frozen=True)
+class How:
+    """How a study is trained, as the options of `run` say it."""
+
+    device: str
+    execution: ExecutionOptions
+    adopts: bool  # takes over finished trials of the studies beside
+    fail_fast: bool  # ends with the first trial that fails
+    timeout_s: float | None  # for a trial
+    modules: Sequence[str]  # that register networks
+    trainer: Trainer | None  # None: trials are trained in this process
+
+
+def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFailed]:
+    """Trains what is not there yet, and returns the trials that failed."""
+    on = device(how.device)
+    how.execution.check(on)
     planned = plan(asked, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
     console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
@@ -35,9 +55,8 @@ def train_study(
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
-        images = ResidentData(planned.data, on)
-        failed = _train(racing.cells_with(cells, counts), images, directory, execution, adopts)
-        while race:
+        failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how)
+        while race and not (failed and how.fail_fast):
             found = read_evidence(directory)
             wanted = racing.next_counts(found, counts)
             console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
@@ -45,47 +64,73 @@ def train_study(
                 break
             counts = wanted
             directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-            failed |= _train(racing.cells_with(cells, counts), images, directory, execution, adopts)
-    return 1 if failed else 0
-
-
-def train_and_show(
-    asked: Asked, data_dir: Path | None, device_name: str, execution: ExecutionOptions, adopts: bool
-) -> int:
-    """Trains a study and prints its table; 1 where some trial failed."""
-    failed = train_study(asked, data_dir, device_name, execution, adopts)
-    show_study(asked.directory)
+            failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how)
     return failed
 
 
-def _train(
-    cells: list[Cell], data: ResidentData, directory: StudyDirectory, execution: ExecutionOptions, adopts: bool
-) -> bool:
-    """Trains what is not there yet; whether some trial failed.
+def train_and_show(asked: Asked, data_dir: Path | None, how: How) -> int:
+    """Trains a study and prints its table; 1 where some trial failed."""
+    failed = train_study(asked, data_dir, how)
+    show_study(asked.directory)
+    return say_failures(asked.directory, failed)
 
-    With `adopts`, finished trials of the studies beside this one are taken over.
-    """
+
+def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
+    """Names the trials that failed, on stderr; 1 where there is one."""
+    if not failed:
+        return 0
+    lines = [f"{len(failed)} {'trial' if len(failed) == 1 else 'trials'} failed, and the same command tries again:"]
+    for event in failed:
+        file = directory.trial(event.trial.id) / "failure.json"
+        lines.append(f"  {event.trial.id}, seed {event.trial.seed}: {event.reason}; traceback in {file}")
+    console.print("\n".join(lines), style="red", soft_wrap=True)
+    return 1
+
+
+def _train(
+    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
+) -> list[TrialFailed]:
+    """Trains what is not there yet, and returns the trials that failed."""
     trials = by_architecture([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
-    if adopts:
+    if how.adopts:
         taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
-    steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
-    chosen = [execution.plan(trial.model, steps[trial.id], data.device) for trial in pending]
-    execution = usable(execution, chosen, data.device)
-    progress = StudyProgress(cells, pending, data.data.image_size, done_before, console)
-    failed = False
-    with progress.live():
-        for event in run_local(pending, data, directory, execution=execution):
+    steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
+    chosen = [how.execution.plan(trial.model, steps[trial.id], on) for trial in pending]
+    execution = usable(how.execution, chosen, on)
+    progress = StudyProgress(cells, pending, data.image_size, done_before, console)
+    failed = []
+    with progress.live(), interrupt.training():
+        for event in _events(pending, data, on, directory, how, execution):
             progress.show(event)
-            failed |= isinstance(event, TrialFailed)
-            if stopped.is_set():
-                raise KeyboardInterrupt
+            if isinstance(event, TrialFailed):
+                failed.append(event)
+                if how.fail_fast:
+                    break
+    if interrupt.stopped.is_set():
+        raise KeyboardInterrupt
     return failed
+
+
+def _events(
+    trials: list[Trial],
+    data: ImageData,
+    on: torch.device,
+    directory: StudyDirectory,
+    how: How,
+    execution: ExecutionOptions,
+) -> Iterator[Event]:
+    stopped = interrupt.stopped
+    if how.trainer is None:
+        resident = ResidentData(data, on)
+        return run_local(trials, resident, directory, execution=execution, stop=lambda step: stopped.is_set())
+    setup = Setup(data, str(on), directory.path, partial(import_modules, how.modules), execution)
+    return how.trainer.run(trials, setup, directory, stopped, how.timeout_s)
 
 
 def show_study(directory: StudyDirectory) -> None:

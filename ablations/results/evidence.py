@@ -19,7 +19,7 @@ import numpy as np
 
 from ablations import records
 from ablations.cells import CellName
-from ablations.records import Benched, LatencySummary, Record, StudyDirectory, cell_names
+from ablations.records import FAILED, Benched, LatencySummary, Record, StudyDirectory, cell_names
 from ablations.results.rows import Results, Row, on_test, on_validation, read_results, right_on_test
 from ablations.results.stats import contrasts, factors, planning
 from ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
@@ -289,11 +289,10 @@ class _Model:
         if sum(bool(row.no_verdict) for row in used) == 1 and len(used) == 2:
             return judgement
         kinds = Counter(failure.kind for row in used for failure in row.failures.values())
-        words = {"diverged": "diverged", "out_of_memory": "out of memory", "error": "failed"}
         total = sum(row.seeds for row in used)
         return replace(
             judgement,
-            reason=", ".join(f"{words[kind]} in {count} of {total} trainings" for kind, count in kinds.items()),
+            reason=", ".join(f"{FAILED[kind]} in {count} of {total} trainings" for kind, count in kinds.items()),
         )
 
     def against_base(self, race_found: Race | None) -> list[Judgement | None]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ablations.cells import Group, find_cell, groups
 from ablations.records import (
+    FAILED,
     Adopted,
     Failure,
     LatencySummary,
@@ -92,8 +93,7 @@ class Row:
     def no_verdict(self) -> str:
         """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may."""
         kinds = Counter(failure.kind for failure in self.failures.values())
-        words = {"diverged": "diverged", "out_of_memory": "out of memory", "error": "failed"}
-        return ", ".join(f"{words[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
+        return ", ".join(f"{FAILED[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
 
 
 @dataclass(frozen=True)

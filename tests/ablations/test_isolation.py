@@ -1,0 +1,147 @@
+"""Trials in a process of their own: what ends that process, what stops it, and that the others go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from ablations.isolation import ProcessLost, Setup, isolated
+from ablations.records import StudyDirectory
+from ablations.study import Study
+from model.fast.execution import EAGER
+
+NETWORKS = """
+import ctypes, time
+import torch
+from timm.models import register_model
+
+class Network(torch.nn.Module):
+    def __init__(self, fault, in_chans, num_classes):
+        super().__init__()
+        self.head, self.fault = torch.nn.Linear(in_chans, num_classes), fault
+
+    def forward(self, x):
+        if self.fault == "crash" and self.training:
+            ctypes.string_at(0)
+        if self.fault == "hang" and self.training:
+            time.sleep(1000)
+        return self.head(x.mean((2, 3)))
+
+def network(fault):
+    return lambda pretrained=False, in_chans=3, num_classes=10, **_: Network(fault, in_chans, num_classes)
+
+for fault in ("none", "crash", "hang"):
+    function = network(fault)
+    function.__name__, function.__module__ = f"with_{fault}", __name__
+    register_model(function)
+"""
+STUDY = """
+question = "Do the others go on?"
+seeds = 1
+[base]
+recipe = "fast"
+data = "digits"
+[set]
+"recipe.epochs" = 2
+[factors]
+model = ["with_crash", "with_hang", "with_none"]
+"""
+LINE = [sys.executable, "-m", "ablations", "run", "study.toml", "--device", "cpu", "--import", "networks_of_faults"]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("EXPERTGRID_ISOLATE", "1")
+    (tmp_path / "networks_of_faults.py").write_text(NETWORKS)
+    (tmp_path / "study.toml").write_text(STUDY)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
+    return tmp_path
+
+
+def test_what_ends_a_process_ends_one_trial(study):
+    done = subprocess.run([*LINE, "--trial-timeout", "3"], cwd=study, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    directory = StudyDirectory(study / "runs" / "study")
+    crashed, hung, trained = (cell.trials[0] for cell in directory.plan.cells)
+    assert directory.record(trained).epochs == 2
+
+    failure = directory.failure(crashed)
+    assert (failure.kind, failure.step) == ("crashed", 0)
+    assert failure.error == "the training process was ended by SIGSEGV"
+    assert "networks_of_faults.py" in failure.traceback and "in forward" in failure.traceback
+
+    failure = directory.failure(hung)
+    assert (failure.kind, failure.error) == ("timeout", "not done after --trial-timeout 3 s")
+    assert "networks_of_faults.py" in failure.traceback and "in forward" in failure.traceback
+
+    said = done.stderr[done.stderr.index("2 trials failed, and the same command tries again:") :].splitlines()
+    assert len(said) == 3
+    assert f"{crashed}, seed 0: crashed: the training process was ended by SIGSEGV; traceback in " in said[1]
+    assert f"{hung}, seed 0: timeout: not done after --trial-timeout 3 s; traceback in " in said[2]
+    assert "no verdict" in done.stdout
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_saves_and_the_second_does_not_wait(study, signum):
+    """The network that hangs never ends its step."""
+    (study / "study.toml").write_text(STUDY.replace('["with_crash", "with_hang", "with_none"]', '["with_hang"]'))
+    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    trials = study / "runs" / "study" / "trials"
+    until = time.monotonic() + 100
+    while not list(trials.glob("*/epochs.jsonl")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)
+    time.sleep(1)
+    assert process.poll() is None  # it waits for the step
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].endswith("the same command continues it: expertgrid " + " ".join(LINE[3:]))
+
+
+def test_a_process_without_a_parent_ends(study):
+    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 100
+    while len(found := _processes_of(process.pid)) < 2:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+
+
+def _processes_of(session: int) -> list[int]:
+    """The processes of a session, in Linux."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                found.append(int(stat.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+    return found
+
+
+def _fail_at_once() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_an_error_of_no_trial_is_raised_here(digits, tmp_path):
+    """An error of the process itself, and its death before it was asked for anything."""
+    directory, trials = StudyDirectory(tmp_path), Study(name="test", question="?", seeds=1).cells(digits)[0].trials
+    with isolated() as trainer:
+        setup = Setup(digits, "cpu", tmp_path, _fail_at_once, EAGER)
+        with pytest.raises(OSError, match="No space left on device"):
+            list(trainer.run(trials, setup, directory, Event()))
+    with isolated() as trainer:
+        trainer.process.kill()
+        trainer.process.join()
+        with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
+            list(trainer.run(trials, setup, directory, Event()))
