@@ -123,9 +123,7 @@ def run(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first trial that fails.")] = False,
     isolate: Annotated[
         bool,
-        typer.Option(
-            envvar="EXPERTGRID_ISOLATE", help="Train in a process apart, whose crash ends one trial. Off: to debug."
-        ),
+        typer.Option(envvar="EXPERTGRID_ISOLATE", help="Train in a process apart. Its crash ends one trial."),
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials only. Nothing is written.")] = False,
 ) -> int:

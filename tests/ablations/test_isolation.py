@@ -108,24 +108,27 @@ def test_the_first_signal_saves_and_the_second_does_not_wait(study, signum):
 def test_a_process_without_a_parent_ends(study):
     process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + 100
-    while len(found := _processes_of(process.pid)) < 2:
+    while not list((study / "runs").glob("study/trials/*/epochs.jsonl")):  # the other process trains
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
-    time.sleep(1)
-    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+    until = time.monotonic() + 30
+    while _processes_of(process.pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def _processes_of(session: int) -> list[int]:
-    """The processes of a session, in Linux."""
+    """The processes of a session that have not ended, in Linux."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                found.append(int(stat.parent.name))
+            state, *_, its_session = stat.read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
+        if int(its_session) == session and state != "Z":
+            found.append(int(stat.parent.name))
     return found
 
 

@@ -39,7 +39,7 @@ class Engine:
         self.trained: list[tuple[int, int]] = []
         self.interrupt_after = self.fails = None
 
-    def __call__(self, trials, data, directory, execution):
+    def __call__(self, trials, data, directory, execution, stop):
         for trial in trials:
             kernel = next(iter(trial.model.blocks())).kernels[0]
             if len(self.trained) == self.interrupt_after:
