@@ -351,6 +351,7 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
         kernels=prepared.means.kernels,
         compiled=prepared.means.compile,
         graphs=training.recorded,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         compile_seconds=prepared.seconds,
         environment=Environment.here(device),
         finished=now(),

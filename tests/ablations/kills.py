@@ -61,10 +61,11 @@ class Count:
 def train(study: Path, out: Path) -> int:
     """Starts a training in a fork, and returns its process id."""
     if child := os.fork():
+        os.setpgid(child, child)  # a group of its own, so that a kill reaches the processes that it starts
         return child
     status = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
