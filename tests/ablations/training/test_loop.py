@@ -255,6 +255,26 @@ def test_a_damaged_resume_file_is_named(trial, resident_digits, tmp_path):
     assert done.record.epochs == 3
 
 
+def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, monkeypatch):
+    """The machine's time of day is set while a trial trains: by a year forwards at one look, backwards at the next."""
+    trial = trials(digits, **{"recipe.epochs": 2})[0]
+    looks = itertools.cycle(["2027-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00"])
+    kept = []
+    for name, clock in (("steady", None), ("jumping", lambda: next(looks))):
+        if clock:
+            for place in ("ablations.engines.now", "ablations.records.now", "model.files.now"):
+                monkeypatch.setattr(place, clock)
+            monkeypatch.setattr("time.time", lambda: next(looks) and 0.0)
+        directory = StudyDirectory(tmp_path / name)
+        directory.path.mkdir()
+        with pytest.raises(Stopped):
+            list(run_local([trial], resident_digits, directory, stop=lambda step: step == 3))
+        *_, done = run_local([trial], resident_digits, directory, save_every_s=0)
+        kept.append((directory.checkpoint(trial.id).read_bytes(), done.record.test_loss, len(directory.test_reads())))
+        assert 0 < done.record.train_seconds < 60
+    assert kept[0] == kept[1]
+
+
 def test_nothing_in_a_resume_file_is_run(tmp_path):
     class Malicious:
         def __reduce__(self):
