@@ -1,9 +1,11 @@
 """Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
 
+import re
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,7 +144,7 @@ def run_local(
         try:
             yield from _run(trial, data, directory, save_every_s, execution, stop)
         except Exception as error:  # the other trials go on, whatever this one failed of
-            failure = _failure(trial, error)
+            failure = _failure(trial, error, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure))
 
@@ -182,7 +184,7 @@ def _run(
     yield TrialDone(trial, record)
 
 
-def _failure(trial: Trial, error: Exception) -> Failure:
+def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
     """The record of a trial that failed. The trial is not tried again with other values."""
     found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
@@ -191,8 +193,44 @@ def _failure(trial: Trial, error: Exception) -> Failure:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_message:
         size = trial.recipe.batch_size
         reason = f"no memory left at batch size {size}: {reason_of(error)}"
+        if isinstance(error, torch.OutOfMemoryError):  # of a device: nothing else is lost where it is tried again
+            traceback.clear_frames(error.__traceback__)  # they hold the network
+            fits = fitting_batch_size(trial, data)
+            reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
+    if workers := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error)):
+        reason = f"a process that augments images died (process {workers[1]}): {reason_of(error)}"
+        return Failure(error=reason, **found)
     return Failure(error=reason_of(error), **found)
+
+
+class _FirstStep(Exception):
+    """A training has done its first step."""
+
+
+def fitting_batch_size(trial: Trial, data: ResidentData) -> int | None:
+    """The largest of a half, a quarter, ... of a trial's batch size at which one step fits into the device's memory.
+
+    None where none fits.
+    """
+
+    def end() -> None:
+        raise _FirstStep
+
+    size = trial.recipe.batch_size // 2
+    while size >= 2:  # batch norm needs two values
+        smaller = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"batch_size": size})})
+        try:
+            splits = data.splits(trial.hold_out, trial.seed)
+            with suppress(_FirstStep):
+                list(train(smaller, splits, start(smaller, splits), workers=0, after_step=end))
+            return size
+        except torch.OutOfMemoryError:
+            size //= 2
+        finally:
+            if data.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return None
 
 
 def planned_steps(trial: Trial, images: int) -> int:
@@ -313,6 +351,7 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
         kernels=prepared.means.kernels,
         compiled=prepared.means.compile,
         graphs=training.recorded,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         compile_seconds=prepared.seconds,
         environment=Environment.here(device),
         finished=now(),

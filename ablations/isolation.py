@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from model.errors import InputError, reason_of
 from model.files import now
+from model.machine import deterministic
 
 if TYPE_CHECKING:
     from ablations.engines import Event, TrialFailed
@@ -49,6 +50,7 @@ class Setup:
     directory: Path
     begin: Callable[[], None]  # called first: it registers the user's networks
     execution: "ExecutionOptions"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,19 +234,20 @@ def _work(connection: Connection, crash: str, steps: Any, parent: int) -> None:
             return stopped.is_set()
 
         try:
-            _train(connection, stop)
+            setup = connection.recv()
+            with deterministic(setup.deterministic):
+                _train(connection, setup, stop)
         except EOFError:  # the parent needs it no more
             sys.exit(0)
 
 
-def _train(connection: Connection, stop: Callable[[int], bool]) -> None:
+def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) -> None:
     import torch
 
     from ablations.engines import Stopped, run_local
     from ablations.records import StudyDirectory
     from ablations.training.splits import ResidentData
 
-    setup: Setup = connection.recv()
     try:
         setup.begin()
         data, directory = ResidentData(setup.data, torch.device(setup.device)), StudyDirectory(setup.directory)

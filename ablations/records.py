@@ -112,6 +112,7 @@ class Record(BaseModel):
     kernels: bool = False  # whether it used the fused Triton kernels,
     compiled: bool = False  # blocks compiled by torch.compile,
     graphs: bool = False  # and steps recorded as CUDA graphs
+    deterministic: bool = False  # and whether the same bits come again on a GPU (--deterministic)
     compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601

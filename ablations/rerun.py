@@ -14,6 +14,7 @@ from ablations.engines import TrialFailed, run_local
 from ablations.records import Record, StudyDirectory
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
+from model import machine
 from model.checkpoint import load
 from model.errors import InputError
 from model.fast.execution import ExecutionOptions, ExecutionPlan
@@ -41,7 +42,7 @@ class Rerun:
 
     @property
     def same(self) -> bool:
-        """In the same environment on a CPU: to the last bit. Elsewhere: accuracies within the study's margin."""
+        """On a CPU, or with --deterministic, in the same environment: to the last bit. Else within the margin."""
         if self.failure:
             return False
         if not self.elsewhere:
@@ -73,7 +74,11 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
     if data.data.fingerprint != trial.fingerprint:
         raise InputError(f"--data {data.data.source}: not the images that trial {trial.id} was trained on")
     used = ExecutionPlan(kernels=record.kernels, compile=record.compiled, graphs=record.graphs)
-    with tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place, _threads(record.environment.threads):
+    with (
+        tempfile.TemporaryDirectory(prefix="expertgrid-rerun-") as place,
+        _threads(record.environment.threads),
+        machine.deterministic(record.deterministic),
+    ):
         beside = StudyDirectory(Path(place))
         try:
             events = list(run_local([trial], data, beside, execution=ExecutionOptions.requiring(used)))
@@ -117,7 +122,8 @@ def _elsewhere(record: Record, again: Record) -> list[str]:
         )
         if before != now
     ]
-    return found or ([] if here.device.startswith("cpu") else ["on this device sums are made in any order"])
+    exact = here.device.startswith("cpu") or record.deterministic
+    return found or ([] if exact else ["on this device sums are made in any order, unless --deterministic was given"])
 
 
 def _weights(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> Compared:

@@ -9,6 +9,8 @@ import ctypes
 import os
 import platform
 import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,3 +121,26 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+@contextmanager
+def deterministic(wanted: bool = True) -> Generator[None]:
+    """Within, PyTorch computes the same bits again on a GPU too, and raises RuntimeError where it has no way to.
+
+    To be entered before the first use of CUDA in the process: cuBLAS reads its setting once.
+    """
+    import torch
+
+    if not wanted:
+        yield
+        return
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+        if before is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before

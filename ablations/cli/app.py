@@ -120,6 +120,9 @@ def run(
     trial_timeout: Annotated[
         float | None, typer.Option(min=1, metavar="SECONDS", help="Time for a trial, after which it has failed.")
     ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same bits again on a GPU too. Slower.")
+    ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first trial that fails.")] = False,
     isolate: Annotated[
         bool,
@@ -151,7 +154,7 @@ def run(
             from ablations.cli.run import How, train_and_show
             from model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
-        how = How(device, execution, adopt, fail_fast, trial_timeout, modules or [], trainer)
+        how = How(device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer)
         return (quickstart if study is None else train_and_show)(asked, data_dir, how)
 
 

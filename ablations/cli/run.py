@@ -29,6 +29,7 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
+from model.machine import deterministic
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class How:
     fail_fast: bool  # ends with the first trial that fails
     timeout_s: float | None  # for a trial
     modules: Sequence[str]  # that register networks
+    deterministic: bool  # the same bits again, on a GPU too
     trainer: Trainer | None  # None: trials are trained in this process
 
 
@@ -127,10 +129,13 @@ def _events(
 ) -> Iterator[Event]:
     stopped = interrupt.stopped
     if how.trainer is None:
-        resident = ResidentData(data, on)
-        return run_local(trials, resident, directory, execution=execution, stop=lambda step: stopped.is_set())
-    setup = Setup(data, str(on), directory.path, partial(import_modules, how.modules), execution)
-    return how.trainer.run(trials, setup, directory, stopped, how.timeout_s)
+        with deterministic(how.deterministic):
+            resident = ResidentData(data, on)
+            yield from run_local(trials, resident, directory, execution=execution, stop=lambda step: stopped.is_set())
+    else:
+        begin = partial(import_modules, how.modules)
+        setup = Setup(data, str(on), directory.path, begin, execution, how.deterministic)
+        yield from how.trainer.run(trials, setup, directory, stopped, how.timeout_s)
 
 
 def show_study(directory: StudyDirectory) -> None:

@@ -136,7 +136,8 @@ def start(trial: Trial, splits: Splits) -> Training:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
     _set_precision("tf32")
-    torch.backends.cudnn.benchmark = True  # batches have one size or two, for which cuDNN chooses its fastest kernels
+    # Batches have one size or two, for which cuDNN chooses its fastest kernels, which differ from run to run.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     keep_freed_memory()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
     net = build(trial.model).to(device)

@@ -171,3 +171,15 @@ def test_torch_is_not_imported():
         "m.checkout_commit(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+def test_deterministic_refuses_what_has_no_such_way():
+    x, indices, values = torch.zeros(3), torch.tensor([0, 0]), torch.ones(2)
+    with machine.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(RuntimeError, match="put_"):
+            x.put_(indices, values)
+    with machine.deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+        x.put_(indices, values)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

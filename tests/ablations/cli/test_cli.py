@@ -167,6 +167,35 @@ def test_a_failed_trial_is_status_1_and_named(expertgrid, tiny_study):
     assert "0/1" in outcome.out
 
 
+def test_deterministic_training_is_recorded(expertgrid, tiny_study, trained_study, tmp_path):
+    """On a CPU it changes no bit."""
+    tiny_study.write_text(TINY_STUDY.replace('gate = ["linear", "mlp"]', 'gate = ["mlp"]').replace("[1, 2]", "[2]"))
+    line = ["run", tiny_study, "--seeds", 1, "--device", "cpu", "--deterministic", "--fail-fast"]
+    assert expertgrid(*line).status == 0
+    directory = StudyDirectory(tmp_path / "runs" / "tiny")
+    ((trial,),) = (cell.trials for cell in directory.plan.cells)
+    assert directory.record(trial).deterministic
+    assert not torch.are_deterministic_algorithms_enabled()
+    whole = StudyDirectory(trained_study)
+    assert not whole.record(trial).deterministic
+    assert directory.checkpoint(trial).read_bytes() == whole.checkpoint(trial).read_bytes()
+
+
+def test_fail_fast_ends_at_the_first_failure(expertgrid, tiny_study, tmp_path):
+    tiny_study.write_text(
+        TINY_STUDY.replace(
+            '"recipe.epochs" = 2', '"recipe.epochs" = 2\n"recipe.lr" = 100.0\n"recipe.opt" = "sgd"\nnorm_act = "none"'
+        )
+    )
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--fail-fast")
+    assert outcome.status == 1
+    failed = list((tmp_path / "runs" / "tiny" / "trials").glob("*/failure.json"))
+    assert len(failed) == 1
+    lines = outcome.err.splitlines()
+    assert lines[-2] == "1 trial failed, and the same command tries again:"
+    assert str(failed[0].relative_to(tmp_path)) in lines[-1]
+
+
 def can_be_interrupted() -> None:
     """Undoes what a shell does to the processes that it starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -193,28 +222,23 @@ def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     assert f"6 trials, {done} of them done before" in outcome.err
 
 
-def test_an_interrupt_that_python_drops_stops_the_study(tiny_study, tmp_path):
-    interrupted_in_a_finaliser = """
+def test_an_interrupt_while_a_record_is_written_lets_it_be_written(tiny_study, tmp_path):
+    interrupted_at_the_end = """
 import signal
 from ablations.cli import entry as cli
 from ablations import engines
 
-class Finalised:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-
 finish = engines._finish
 
 def interrupted(*arguments):
-    Finalised()
+    signal.raise_signal(signal.SIGINT)
     return finish(*arguments)
 
 engines._finish = interrupted
 cli.main()
 """
-    line = [sys.executable, "-c", interrupted_in_a_finaliser, "run", tiny_study]
+    line = [sys.executable, "-c", interrupted_at_the_end, "run", tiny_study]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, preexec_fn=can_be_interrupted)
-    assert "Exception ignored" in done.stderr
     assert done.returncode == 130
     assert len(list((tmp_path / "runs" / "tiny" / "trials").glob("*/record.json"))) == 1
 

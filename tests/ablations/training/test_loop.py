@@ -3,9 +3,12 @@
 import gc
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -252,6 +255,26 @@ def test_a_damaged_resume_file_is_named(trial, resident_digits, tmp_path):
     assert done.record.epochs == 3
 
 
+def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, monkeypatch):
+    """The machine's time of day is set while a trial trains: by a year forwards at one look, backwards at the next."""
+    trial = trials(digits, **{"recipe.epochs": 2})[0]
+    looks = itertools.cycle(["2027-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00"])
+    kept = []
+    for name, clock in (("steady", None), ("jumping", lambda: next(looks))):
+        if clock:
+            for place in ("ablations.engines.now", "ablations.records.now", "model.files.now"):
+                monkeypatch.setattr(place, clock)
+            monkeypatch.setattr("time.time", lambda: next(looks) and 0.0)
+        directory = StudyDirectory(tmp_path / name)
+        directory.path.mkdir()
+        with pytest.raises(Stopped):
+            list(run_local([trial], resident_digits, directory, stop=lambda step: step == 3))
+        *_, done = run_local([trial], resident_digits, directory, save_every_s=0)
+        kept.append((directory.checkpoint(trial.id).read_bytes(), done.record.test_loss, len(directory.test_reads())))
+        assert 0 < done.record.train_seconds < 60
+    assert kept[0] == kept[1]
+
+
 def test_nothing_in_a_resume_file_is_run(tmp_path):
     class Malicious:
         def __reduce__(self):
@@ -287,35 +310,47 @@ def test_cost_is_counted_by_hand():
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "tried"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 1"),
-        MemoryError(),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), [64, 32]),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 1"), []),
+        (MemoryError(), []),
     ],
 )
-def test_no_memory_ends_the_trial_and_no_other(error, digits, resident_digits, tmp_path, monkeypatch):
+def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_digits, tmp_path, monkeypatch):
+    """Where a device has no memory, the batch size that fits is found by trying. Here that is 32."""
     bad, good, *_ = trials(digits, **{"recipe.epochs": 1})
     real, asked = engines.start, []
 
     def start(trial, data):
         asked.append(trial.recipe.batch_size)
-        if trial == bad:
+        if trial.seed == bad.seed and trial.recipe.batch_size > 32:
             raise error
         return real(trial, data)
 
     monkeypatch.setattr(engines, "start", start)
     directory = StudyDirectory(tmp_path)
-    last = [
-        event
-        for event in run_local([bad, good], resident_digits, directory)
-        if not isinstance(event, EpochDone | TrialStarted)
-    ]
+    last = ends(run_local([bad, good], resident_digits, directory))
     assert [type(event) for event in last] == [TrialFailed, TrialDone]
     failure = directory.failure(bad.id)
     assert (failure.kind, failure.batch_size, failure.step) == ("out_of_memory", 128, None)
     assert "at batch size 128" in failure.error
-    assert asked == [128, 128]
+    assert failure.error.endswith("; a step at batch size 32 fits") == bool(tried)
+    assert asked == [128, *tried, 128]
+
+
+def test_a_process_that_augments_and_dies_is_named(digits, resident_digits, tmp_path, monkeypatch):
+    trial = trials(digits, **{"recipe.auto_augment": "rand-m9-mstd0.5", "recipe.epochs": 50})[0]
+    directory, killed = StudyDirectory(tmp_path), []
+
+    def kill_a_worker(step):
+        if step and not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+        return False
+
+    (failed,) = ends(run_local([trial], resident_digits, directory, stop=kill_a_worker))
+    assert f"a process that augments images died (process {killed[0]})" in failed.reason
 
 
 def test_flip_tta_is_measured_beside_the_plain_accuracy(digits, digits_splits, resident_digits, tmp_path):
