@@ -184,8 +184,8 @@ def test_record_is_what_the_checkpoint_gives(trial, digits_splits, resident_digi
     assert checkpoint.config == trial.model
     assert Trial.model_validate_json((directory.trial(trial.id) / "config.json").read_bytes()) == trial
     (read,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    expected = {"time": "", "trial": trial.id, "reader": "training", "images": 360}
-    assert json.loads(read) | {"time": ""} == expected
+    expected = {"time": "", "crc32": "", "trial": trial.id, "reader": "training", "images": 360}
+    assert json.loads(read) | {"time": "", "crc32": ""} == expected
 
 
 def test_a_failing_trial_leaves_the_others(digits, resident_digits, tmp_path):
