@@ -34,7 +34,7 @@ from model.errors import InputError, reason_of
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
 from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
-from model.files import now, write_whole
+from model.files import disk_full, now
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 SAVE_EVERY_S = 10.0
@@ -132,10 +132,11 @@ def run_local(
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
-    Where a trial fails, its reason is written to failure.json and the other trials go on. Where `execution` leaves a
-    choice open and what is chosen fails, the trial is trained without it, and a TrialNote says so. `stop` is asked
-    after each step, with the number of the trial's steps that are done; where it says yes, the state is saved, and
-    Stopped is raised. It is asked before each trial too.
+    Where a trial fails, its reason is written to failure.json and the other trials go on. Where the disk is full, none
+    can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen fails, the
+    trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number of the
+    trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
+    trial too.
     """
     for trial in by_architecture(trials):
         if stop(0):
@@ -144,6 +145,8 @@ def run_local(
         try:
             yield from _run(trial, data, directory, save_every_s, execution, stop)
         except Exception as error:  # the other trials go on, whatever this one failed of
+            if disk_full(error):
+                raise
             failure = _failure(trial, error, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure))
@@ -327,8 +330,6 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
         std=std,
     )
     checkpoint = Checkpoint(trial.model, trained, training.result.state_dict())
-    write_whole(directory.checkpoint(trial.id), checkpoint.to_bytes())
-    write_whole(directory.trial(trial.id) / "predictions.npz", Predictions(**kept).to_bytes())
     parameters, macs = cost(trial.model, *data.image_size)
     epochs = directory.epochs(trial.id)
     record = Record(
@@ -356,5 +357,5 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
         environment=Environment.here(device),
         finished=now(),
     )
-    write_whole(directory.trial(trial.id) / "record.json", record.model_dump_json(indent=1).encode())
+    directory.finish(trial.id, record, checkpoint.to_bytes(), Predictions(**kept))
     return record

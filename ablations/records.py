@@ -2,18 +2,30 @@
 
 study.toml        the study as it was run
 plan.json         its cells, with their levels and trial ids, and the data
-trials/ID/        config.json, epochs.jsonl, record.json, predictions.npz and model.safetensors once done; until then
-                  resume.pt, and failure.json where training failed; adopted.json where another study trained it
+SHA256SUMS        the checksums of these two, as `sha256sum --check` reads them
+trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz, SHA256SUMS and record.json once done:
+                  record.json is written last, and says that the trial is finished; until then resume.pt, and
+                  failure.json where training failed; adopted.json where another study trained it
 export/  bench/   what `expertgrid export` and `bench` add
 accuracy.svg      the picture of its table
-ledger.jsonl      a line for each read of the test split, by a training or by an export
+ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
+.lock             locked by the process that writes; .lock.json says which process that is
+damaged/          what `expertgrid check --repair` moved out of the way
+
+A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
+import errno
+import hashlib
 import io
 import json
+import os
 import platform
+import re
 import shutil
+import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,7 +47,17 @@ from ablations.training.holdout import HoldOut
 from ablations.training.trial import Epoch, Trial
 from model import machine
 from model.errors import InputError, invalid
-from model.files import now, write_whole
+from model.files import (
+    LEFT_BY_A_CRASH,
+    append_line,
+    disk_full,
+    make_folder,
+    now,
+    sync_folder,
+    sync_tree,
+    whole_lines,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +187,12 @@ class Plan(BaseModel):
         return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
+UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of arrays
+    ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Predictions:
     """The class that a trained network predicted for each image, and the image's own: integers (B,), in split order.
@@ -194,7 +222,7 @@ class Predictions:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
-        except (ValueError, EOFError, TypeError, KeyError, AttributeError, BadZipFile, zlib.error):
+        except UNREADABLE_ARRAYS:
             raise _damaged(file, InputError(f"{file}: not a file of predictions")) from None
         for split in ("validation", "test"):
             arrays = (array for name, array in vars(found).items() if name.startswith(split))
@@ -236,8 +264,13 @@ class Failure(BaseModel):
 
 
 class TestRead(BaseModel):
-    """A line of ledger.jsonl: one read of the test split."""
+    """A line of ledger.jsonl: one read of the test split.
 
+    The line ends in `crc32`: 8 hexadecimal digits, the CRC-32 of the line's JSON without it and without spaces. Lines
+    of older versions have none.
+    """
+
+    model_config = ConfigDict(extra="forbid")
     __test__ = False  # pytest would take it for a class of tests
 
     time: str
@@ -245,6 +278,55 @@ class TestRead(BaseModel):
     reader: str  # "training", "export" or "rerun"
     images: int
     tta: Literal["flip"] | None = None  # "flip": the mirror images were predicted in the same read
+
+    def to_line(self) -> str:
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return _compact(fields | {"crc32": _crc32(fields)})
+
+    @classmethod
+    def of_line(cls, line: bytes, where: str) -> "TestRead":
+        """Raises InputError, naming `where`, for a damaged line."""
+        try:
+            fields = json.loads(line)
+            kept = fields.pop("crc32", None)
+            if kept is not None and kept != _crc32(fields):
+                raise InputError(f"{where}: its checksum is {str(kept)[:8]}, {_crc32(fields)} follows from the line")
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise invalid(where, error, cls.model_fields) from None
+        except InputError:
+            raise
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{where}: not a line of a ledger") from None
+
+
+def _compact(fields: dict[str, object]) -> str:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+
+
+def _crc32(fields: dict[str, object]) -> str:
+    return f"{zlib.crc32(_compact(fields).encode()):08x}"
+
+
+class Writer(BaseModel):
+    """The file .lock.json: the process that writes a study."""
+
+    host: str
+    process: int
+    since: str  # UTC, ISO 8601
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process is there. One on another host is taken to be."""
+        if self.host != platform.node():
+            return True
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):
+            return True
+        return True
 
 
 class Adopted(BaseModel):
@@ -293,14 +375,67 @@ def _in_words(value: object) -> str:
     return json.dumps(value) if value else "not given"
 
 
+def write_sums(place: Path, contents: dict[str, bytes]) -> None:
+    """Writes the SHA256SUMS of files by their names, in the format of `sha256sum`."""
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(contents.items())]
+    write_whole(place / SUMS, "".join(lines).encode())
+
+
+def read_sums(place: Path, names: Sequence[str]) -> dict[str, str] | None:
+    """The checksums in a folder's SHA256SUMS by the files' names; None where there is no such file.
+
+    Raises InputError for a damaged file: each of `names` must be in it, and no other.
+    """
+    file = place / SUMS
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    found = re.findall(r"^([0-9a-f]{64})  ([\w.]+)\n", content.decode(errors="replace"), re.MULTILINE)
+    whole = "".join(f"{digest}  {name}\n" for digest, name in found).encode() == content
+    if not whole or sorted(name for _, name in found) != sorted(names):
+        raise _damaged(file, InputError(f"{file}: not the checksums of {', '.join(names)}"))
+    return {name: digest for digest, name in found}
+
+
+def changed_files(place: Path, names: Sequence[str]) -> dict[str, str]:
+    """The files of a folder that are not those of its SHA256SUMS: "missing", or "changed".
+
+    Nothing is found where there is no SHA256SUMS, as in folders of older versions. Raises InputError for a damaged one.
+    """
+    found = {}
+    for name, digest in (read_sums(place, names) or {}).items():
+        try:
+            with (place / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    found[name] = "changed"
+        except FileNotFoundError:
+            found[name] = "missing"
+    return found
+
+
 Kept = TypeVar("Kept", bound=BaseModel)
 
 LOCK = ".lock"
+WRITER = ".lock.json"
+ADOPTS = ".adopt."  # the folder of a trial that is being copied begins so
+SUMS = "SHA256SUMS"
+OF_A_TRIAL = ("config.json", "epochs.jsonl", "model.safetensors", "predictions.npz", "record.json")  # in its SHA256SUMS
+OF_A_STUDY = ("study.toml", "plan.json")  # in the study's
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+WRITER_S = 1.0  # for which the next writer waits to learn who has the lock
+
+
+def _may_be_there(name: str) -> bool:
+    """Whether a file may lie in a directory before a study is written there: a process may have been killed before."""
+    return name in (LOCK, WRITER) or LEFT_BY_A_CRASH.fullmatch(name) is not None
 
 
 def _damaged(file: Path, error: InputError) -> InputError:
     """The error for a damaged file of a study directory: what is wrong, and what to do."""
-    if file.parent.parent.name == "trials":
+    if file.name == SUMS and file.parent.parent.name != "trials":
+        remedy = "run the study again"
+    elif file.parent.parent.name == "trials":
         remedy = f"delete {file.parent} and run the study again: this trial is then trained again"
     elif file.parent.name == "bench":
         remedy = "delete it and run expertgrid bench again"
@@ -327,7 +462,7 @@ def read_record(kind: type[Kept], file: Path) -> Kept | None:
 
 
 class StudyDirectory:
-    """Reads and writes one study directory. Writers hold it with `written`."""
+    """Reads and writes one study directory. Writers hold it with `written`, or with `held`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -343,14 +478,16 @@ class StudyDirectory:
     @property
     def plan(self) -> Plan:
         """The cells of that study. Raises InputError where there are none, or those of another study."""
+        return self._plan_of(self.study)
+
+    def _plan_of(self, study: Study) -> Plan:
         file = self.path / "plan.json"
-        plan, factors = read_record(Plan, file), list(self.study.factors)
+        plan, factors = read_record(Plan, file), list(study.factors)
         if plan is None:
             raise InputError(f"{self.path}: not a study directory: there is no plan.json in it")
         for cell in plan.cells:
             if cell.levels and list(cell.levels) != factors:
                 raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
-        study = self.study
         settings = study.settings()
         if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
             raise InputError(f"{file}: its cells are not those of study.toml")
@@ -380,8 +517,12 @@ class StudyDirectory:
                     "with --out"
                 )
             self._check_families(study)
-        elif self.path.is_dir() and any(file.name != LOCK for file in self.path.iterdir()):
-            raise InputError(f"--out {self.path}: is not empty, and holds no study")
+        elif (self.path / "plan.json").exists():  # study.toml was lost, and is written again
+            self._plan_of(study)
+        elif self.path.is_dir() and not all(_may_be_there(file.name) for file in self.path.iterdir()):
+            if not (self.path / "study.toml").exists():
+                raise InputError(f"--out {self.path}: is not empty, and holds no study")
+            self.check_holds(study)  # again: since the first look another process has begun a study
 
     def _check_families(self, study: Study) -> None:
         """Raises InputError for more levels or baselines than there were when the first results came."""
@@ -403,19 +544,56 @@ class StudyDirectory:
     def written(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> Generator[None]:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
         self.check_holds(study)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / LOCK)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InputError(f"--out {self.path}: another process is writing this study") from None
-        except OSError as error:
-            raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
-        with lock:
+        with self.held():
+            self.check_holds(study)  # again: another process may have begun a study before the lock was had
             fields = study.model_dump(mode="json", exclude_none=True)
             write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
             self.write_plan(study, data, cells, race)
             yield
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Keeps other writers out. Raises InputError where another process writes, and where no lock can be had.
+
+        The lock is one of the operating system (flock): it ends with its process, however that ends. On NFS, Linux
+        makes it a lock of the server, which holds for all machines. The file .lock.json says who has the lock. It is
+        read only while the lock is taken, so that one which a killed process left means nothing.
+        """
+        try:
+            make_folder(self.path)
+            lock = filelock.FileLock(self.path / LOCK, fallback_to_soft=False)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"--out {self.path}: {self._writer()}") from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise InputError(
+                    f"--out {self.path}: this file system keeps no locks, so that two processes could write to one "
+                    "study; give a directory on another file system"
+                ) from None
+            if disk_full(error):
+                raise
+            raise InputError(f"--out {self.path}: cannot be written: {error.strerror}") from None
+        try:
+            writer = Writer(host=platform.node(), process=os.getpid(), since=now())
+            write_whole(self.path / WRITER, writer.model_dump_json().encode())
+            yield
+        finally:
+            (self.path / WRITER).unlink(missing_ok=True)
+            lock.release()
+
+    def _writer(self) -> str:
+        """Who has the lock, in words. Waits a moment for a process that has just taken it, and has not said so yet."""
+        deadline, writer = time.monotonic() + WRITER_S, None
+        while time.monotonic() < deadline:
+            with suppress(InputError):
+                writer = read_record(Writer, self.path / WRITER)
+            if writer and writer.runs:
+                break
+            time.sleep(0.02)
+        if writer is None:
+            return "another process is writing this study"
+        return f"process {writer.process} on host {writer.host} is writing this study since {writer.since}"
 
     def write_plan(self, study: Study, data: ImageData, cells: list[Cell], race: Race | None = None) -> None:
         planned = [
@@ -448,6 +626,7 @@ class StudyDirectory:
             here = self._seen([self], before) if race is None and has > had else set()
             plan.seen = sorted({*before.seen, *here})
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
+        write_sums(self.path, {name: (self.path / name).read_bytes() for name in OF_A_STUDY})
 
     def _seen_beside(self, plan: Plan) -> list[int]:
         """The seeds of which a directory beside this one has results.
@@ -527,22 +706,28 @@ class StudyDirectory:
             try:
                 from model.checkpoint import load
 
+                if changed_files(record.parent, OF_A_TRIAL):
+                    continue
                 beside_this.record(trial_id)
                 load(beside_this.checkpoint(trial_id))
                 beside_this.predictions(trial_id)
                 reads = [read for read in beside_this.test_reads() if read.trial == trial_id]
             except InputError:
                 continue  # a damaged trial is trained again
-            with tempfile.TemporaryDirectory(dir=self.path, prefix=".adopt.") as beside:
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as beside:
                 copy = shutil.copytree(record.parent, Path(beside) / trial_id)
                 if not (copy / "adopted.json").exists():
                     taken = Adopted(directory=beside_this.path.name, time=now())
                     write_whole(copy / "adopted.json", taken.model_dump_json().encode())
+                sync_tree(copy)
+                entered = self.test_reads()  # by an adoption that was interrupted
+                for read in reads:
+                    if read not in entered:
+                        self._enter(read)
+                make_folder(self.trial(trial_id).parent)
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
-                self.trial(trial_id).parent.mkdir(exist_ok=True)
                 copy.rename(self.trial(trial_id))
-            for read in reads:
-                self._enter(read)
+                sync_folder(self.trial(trial_id).parent)
             return beside_this.path.name
         return None
 
@@ -552,18 +737,15 @@ class StudyDirectory:
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
-        with (self.trial(trial_id) / "epochs.jsonl").open("a") as file:
-            file.write(epoch.model_dump_json() + "\n")
+        append_line(self.trial(trial_id) / "epochs.jsonl", epoch.model_dump_json())
 
     def epochs(self, trial_id: str) -> list[Epoch]:
-        """What each epoch gave. Raises InputError for a damaged file."""
+        """What each epoch gave, without one that is being written. Raises InputError for a damaged file."""
         file = self.trial(trial_id) / "epochs.jsonl"
         try:
             return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
         except ValidationError as error:
             raise _damaged(file, invalid(str(file), error, Epoch.model_fields)) from None
-        except UnicodeDecodeError as error:
-            raise _damaged(file, InputError(f"{file}: not text: {error.reason}")) from None
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
@@ -575,27 +757,37 @@ class StudyDirectory:
         content = "".join(f"{line}\n" for line in lines)
         write_whole(self.trial(trial_id) / "epochs.jsonl", content.encode())
 
-    def _epoch_lines(self, trial_id: str) -> list[str]:
-        file = self.trial(trial_id) / "epochs.jsonl"
-        return file.read_text().splitlines() if file.exists() else []
+    def _epoch_lines(self, trial_id: str) -> list[bytes]:
+        return whole_lines(self.trial(trial_id) / "epochs.jsonl")
+
+    def finish(self, trial_id: str, record: Record, checkpoint: bytes, predictions: Predictions) -> None:
+        """Writes what a training gave, and the checksums of the trial's files. The record comes last."""
+        place = self.trial(trial_id)
+        written = {"model.safetensors": checkpoint, "predictions.npz": predictions.to_bytes()}
+        for name, content in written.items():
+            write_whole(place / name, content)
+        written["record.json"] = record.model_dump_json(indent=1).encode()
+        before = {name: (place / name).read_bytes() for name in OF_A_TRIAL if name not in written}
+        write_sums(place, before | written)
+        write_whole(place / "record.json", written["record.json"])
 
     def enter_test_read(self, trial_id: str, reader: str, images: int, tta: Literal["flip"] | None = None) -> None:
         """Adds the ledger's line for one read of the test split."""
         self._enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images, tta=tta))
 
     def _enter(self, read: TestRead) -> None:
-        with (self.path / "ledger.jsonl").open("a") as ledger:
-            ledger.write(read.model_dump_json(exclude_none=True) + "\n")
+        append_line(self.path / "ledger.jsonl", read.to_line())
 
     def test_reads(self) -> list[TestRead]:
-        """Each time the test split was read. Raises InputError for a damaged ledger."""
+        """Each time the test split was read, without one that is being written. Raises InputError for damage."""
         ledger = self.path / "ledger.jsonl"
         try:
-            return [TestRead.model_validate_json(line) for line in ledger.read_bytes().splitlines()]
-        except FileNotFoundError:
-            return []
-        except ValidationError as error:
-            raise _damaged(ledger, invalid(str(ledger), error, TestRead.model_fields)) from None
+            return [
+                TestRead.of_line(line, f"{ledger}: line {number}")
+                for number, line in enumerate(whole_lines(ledger), start=1)
+            ]
+        except InputError as error:
+            raise _damaged(ledger, error) from None
 
     def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported as it is, in fp32, and benched."""

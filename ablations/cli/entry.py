@@ -28,7 +28,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except OSError as error:
-        status = _complain(str(error), 1)
+        status = _complain(_in_words(error), 1)
     if status == INTERRUPTED:
         command = shlex.join(["expertgrid", *sys.argv[1:]])
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
@@ -58,6 +58,16 @@ def _run(arguments: list[str]) -> int:
         if message is None:
             raise
         return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
+
+
+def _in_words(error: OSError) -> str:
+    from model.files import disk_full
+
+    if not disk_full(error):
+        return str(error)
+    resumes = sys.argv[1:2] == ["run"]
+    more = "; finished trials are kept, and the same command continues once there is space" * resumes
+    return f"disk full: {error}{more}"
 
 
 def _complain(message: str, status: int) -> int:

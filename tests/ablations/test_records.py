@@ -130,7 +130,7 @@ def test_whatever_is_damaged_is_named(name, content, tmp_path):
         return  # no lines
     directory = StudyDirectory(tmp_path)
     write_whole(tmp_path / "study.toml", b'question = "?"')
-    write_whole(tmp_path / name, content)
+    write_whole(tmp_path / name, content + b"\n" * name.endswith(".jsonl"))  # without it, a line is being written
     with pytest.raises(InputError) as error:
         _ = directory.record("abc"), directory.failure("abc"), directory.config("abc"), directory.epochs("abc")
         _ = directory.predictions("abc"), directory.latencies(), directory.test_reads(), directory.plan
