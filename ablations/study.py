@@ -6,6 +6,7 @@ its model config, recipe, data fingerprint and seed, and its id is a hash of the
 
 import itertools
 import json
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ablations.cells import CellName, find_cell, groups
 from ablations.training.data import LARGEST_SIDE, ImageData
@@ -31,13 +32,47 @@ CHOICES = ("model", "recipe", "reference")  # factors that choose what the other
 BASE = None  # the level of a factor that a cell leaves as it is in the base
 CONTROL_SEEDS = 1_000_000  # by so many the seeds of the control cell are higher than those of the others
 
-Level = bool | int | float | str | list | dict | None
+LARGEST_FILE = 1_000_000  # bytes of a study file
+MOST_TRIALS = 10_000  # of a study
+DEEPEST_LEVEL = 10  # lists and tables in one another, in a level
+LARGEST_NUMBER = 2**63 - 1
+
+
+def _is_json(value: object, depth: int = 0) -> bool:
+    """Whether a level can be kept: JSON with finite numbers, of which none is huge."""
+    if depth > DEEPEST_LEVEL:
+        return False
+    if isinstance(value, list):
+        return all(_is_json(inner, depth + 1) for inner in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(inner, depth + 1) for key, inner in value.items())
+    if isinstance(value, int):
+        return abs(value) <= LARGEST_NUMBER
+    return value is None or isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _level(value: object) -> object:
+    if not _is_json(value):
+        raise ValueError(
+            f"text, true, false, a finite number of 64 bits, or a list or a table of these is needed, at most "
+            f"{DEEPEST_LEVEL} in one another"
+        )
+    return value
+
+
+Level = Annotated[bool | int | float | str | list | dict | None, BeforeValidator(_level)]
 
 
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a number is needed")
     return value
+
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
+        raise ValueError("cannot be the name of a study: a folder is called so")
+    return name
 
 
 def _listed(levels: object) -> object:
@@ -77,7 +112,7 @@ class Study(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(exclude=True)
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(exclude=True)
     question: str
     design: Literal["factorial", "one_at_a_time"] = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
@@ -280,7 +315,11 @@ def load_study(name: str) -> Study:
 def read_study(path: Path) -> Study:
     """The study in a TOML file, named as the file is."""
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{path}: has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
         return parse_study(path.read_text(encoding="utf-8-sig"), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
 
@@ -290,6 +329,9 @@ def parse_study(text: str, path: Path) -> Study:
     accepted = sorted(set(Study.model_fields) - {"name"})
     try:
         fields = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        raise InputError(f"{path}: not TOML: {error}") from None
+    try:
         if "name" in fields:
             raise unknown(f"field of {path}:", "name", accepted)
         if isinstance(fields.get("set"), dict):
@@ -298,8 +340,6 @@ def parse_study(text: str, path: Path) -> Study:
     except ValidationError as error:
         within_base = error.errors()[0]["loc"][0] == "base"
         raise invalid(str(path), error, Base.model_fields if within_base else accepted) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
     _check_names(study, str(path))
     return study
 
@@ -319,7 +359,14 @@ def _with_dotted_keys(settings: dict[str, Level], where: str) -> dict[str, Level
 
 
 def _check_names(study: Study, where: str) -> None:
-    """Raises InputError for names that are nothing, and for those that would change the same thing twice."""
+    """Raises InputError for names that are nothing, for those that would change the same thing twice, and for a study
+    of too many trials.
+    """
+    counts = [len(levels) for levels in study.factors.values()]
+    cells = math.prod(counts) if study.design == "factorial" else 1 + sum(counts)
+    trials = study.seeds * (cells + len(study.baselines) + study.control)
+    if trials > MOST_TRIALS:
+        raise InputError(f"{where}: asks for {trials:,} trials; at most {MOST_TRIALS:,}")
     for name in itertools.chain(study.set, study.factors):
         if name in study.set and name in ("model", "recipe"):
             raise InputError(f"{where}: {name} is set in [base], or is a factor")

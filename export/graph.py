@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.inliner import inline_local_functions
 from pydantic import BaseModel
 
@@ -37,6 +37,7 @@ PLAIN = {
 STANDARD = ("", "ai.onnx")  # domains
 NOT_COUNTED = {"Attention", "DFT", "DeformConv", "GRU", "LSTM", "RNN", "STFT"}  # they multiply, but not as those below
 NAMELESS = "unk__"  # how ONNX starts the names of dimensions that it does not know
+LARGEST_MODEL = 2**31 - 1  # bytes of a message of protobuf
 PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 
 
@@ -119,13 +120,87 @@ def describe(model: bytes, name: str) -> Description:
 
 
 def read_onnx(path: Path) -> bytes:
-    """The content of an ONNX file. Raises InputError for a missing file, and for content that is not ONNX."""
+    """The content of an ONNX file, with the values that it keeps in other files of its folder.
+
+    Every command that is given an ONNX file opens it here. Raises InputError for a missing file, for content that is
+    not ONNX, and for values that are kept in no file of its folder.
+    """
     try:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     parse(model, str(path))
-    return model
+    whole = onnx.load_from_string(model)
+    outside = [tensor for tensor in held_tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
+    if not outside:
+        return model
+    total = len(model)
+    for tensor in outside:
+        file, offset, length = _place_of(tensor, path)
+        total += length
+        if total > LARGEST_MODEL:
+            raise InputError(
+                f"{path}: with its values it has more than {LARGEST_MODEL:,} bytes, which ONNX cannot hold"
+            )
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            tensor.raw_data = opened.read(length)
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return whole.SerializeToString()
+
+
+def _place_of(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
+    """The file that has a tensor's values, and where in it they are: the offset and the number of bytes.
+
+    Raises InputError for a file that is not in the folder of `path`, also where a link leads out of it.
+    """
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    location, folder = said.get("location", ""), path.resolve().parent
+    where = f"{path}: the values of {tensor.name!r} are in {location!r}"
+    if "\0" in location or not (folder / location).resolve().is_relative_to(folder) or Path(location).is_absolute():
+        raise InputError(f"{where}; they are read from the folder of the ONNX file alone")
+    file = folder / location
+    if not file.is_file():
+        raise InputError(f"{where}, and there is no such file")
+    size = file.stat().st_size
+    try:
+        offset = int(said.get("offset", 0))
+        length = int(said.get("length", size - offset))
+    except ValueError:
+        offset = length = -1
+    if offset < 0 or length < 0 or offset + length > size:
+        raise InputError(f"{where}, at no place that the file has: it has {size:,} bytes")
+    return file, offset, length
+
+
+def held_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors that a model holds: of its graphs, functions and attributes."""
+    yield from _held(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _held_by(node.attribute)
+        yield from _held_by(function.attribute_proto)
+    for training in model.training_info:
+        yield from _held(training.initialization)
+        yield from _held(training.algorithm)
+
+
+def _held(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _held_by(node.attribute)
+
+
+def _held_by(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    for given in attributes:
+        yield from (given.t, *given.tensors)
+        for sparse in (given.sparse_tensor, *given.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (given.g, *given.graphs):
+            yield from _held(graph)
 
 
 def parse(model: bytes, name: str) -> ModelProto:

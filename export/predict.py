@@ -16,7 +16,7 @@ from export.metadata import Metadata, read_metadata
 from export.session import open_session, run
 from export.to_onnx import INPUT, LOGITS, normalised
 from model.errors import InputError
-from model.pixels import fitted
+from model.pixels import FORMATS, TooManyPixels, fitted, opened
 
 BATCH = 64
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
@@ -74,15 +74,12 @@ def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarra
     first picture. Raises InputError for a file that is missing or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             upright = _convertible(ImageOps.exif_transpose(image), path).convert(MODES[channels])
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: not an image, or of a format that Pillow does not read") from None
-    except Image.DecompressionBombError:
-        assert Image.MAX_IMAGE_PIXELS is not None  # without a limit Pillow does not raise this
-        raise InputError(
-            f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow does not read"
-        ) from None
+        raise InputError(f"{path}: not an image, or of another format than {', '.join(FORMATS)}") from None
+    except TooManyPixels as error:
+        raise InputError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except InputError:
@@ -101,7 +98,7 @@ def _convertible(image: Image.Image, path: Path) -> Image.Image:
         raise InputError(f"{path}: its pixels are floats, of which the file does not say what is white")
     if not image.mode.startswith("I"):
         return image
-    values_HW = np.asarray(image, dtype=np.int64)
+    values_HW = np.asarray(image)
     if values_HW.min() < 0 or values_HW.max() > 65535:
         raise InputError(f"{path}: its pixels go from {values_HW.min()} to {values_HW.max()}; 16 bits are 0 to 65535")
-    return Image.fromarray((values_HW / 257).round().astype(np.uint8))
+    return Image.fromarray(((values_HW.astype(np.int32) + 128) // 257).astype(np.uint8))  # rounded

@@ -14,7 +14,14 @@ LONGEST_VALUE = 80  # characters of a wrong value that an error shows
 
 
 class InputError(ValueError):
-    """Wrong input. The message names the field or file, what was found, and what is accepted."""
+    """Wrong input. The message names the field or file, what was found, and what is accepted.
+
+    It is one line, and holds no character that a terminal would take for a command, whatever was found.
+    """
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line))
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:

@@ -3,15 +3,43 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # data are read without torch
 
 RESIZE = "shorter side to image_size, bicubic with antialiasing; then centre crop"  # what `fitted` does, in words
 BICUBIC = Image.Resampling.BICUBIC  # of Pillow, which antialiases
 MOST_PIXELS = 10**8  # of an image that is resized as a whole
+LARGEST_IMAGE = 50_000_000  # pixels of an image file; a few kilobytes can say that they are billions
+# Pillow's names of the formats that are read. It knows others, and gives EPS to a program that runs what is in it.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
-def normalise(pixels_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+class TooManyPixels(ValueError):
+    """An image file of more than LARGEST_IMAGE pixels."""
+
+
+def opened(file: Path | IO[bytes]) -> Image.Image:
+    """An image file, of which the header is read, and no pixel yet.
+
+    Raises TooManyPixels, and what Pillow raises for a file that is damaged or of no format of FORMATS.
+    """
+    too_many = f"more than {LARGEST_IMAGE:,} pixels, which is the limit"
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise TooManyPixels(too_many) from None
+    if image.width * image.height > LARGEST_IMAGE:
+        image.close()
+        raise TooManyPixels(f"{image.width} x {image.height} are {too_many}")
+    return image
+
+
+def normalise(pixels_BCHW: "Tensor", mean_C: "Tensor", std_C: "Tensor") -> "Tensor":
     """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
     return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
 

@@ -11,8 +11,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import Unpickler, UnpicklingError
+from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 
@@ -21,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ablations.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
 from model.errors import InputError, unknown
+from model.pixels import FORMATS, fitted, opened
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,8 +41,13 @@ DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 DIGITS_SPLIT_SEED = 0
 LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
-Reader = tuple[str, Callable[[], bytes]]  # the name of an image, and what reads its file
+LARGE = 4_000_000  # pixels; larger images are decoded one at a time, so that memory holds one of them
+Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and what reads its file
 
+# What a pickle of an array calls, by module and name. `numpy.core` is the module's name in older files.
+ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+}
 CACHE = Path.home() / ".cache" / "expertgrid"
 
 
@@ -211,18 +220,55 @@ def _digits(source: str, image_size: int | None) -> ImageData:
 
 def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None) -> ImageData:
     from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import download_and_extract_archive
 
-    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    about = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = data_dir or CACHE
+    place = root / about.base_folder
+
+    def read_all() -> tuple[list[dict], list[dict], dict]:
+        train, test = (
+            [_unpickled(place / file, md5) for file, md5 in files] for files in (about.train_list, about.test_list)
+        )
+        return train, test, _unpickled(place / about.meta["filename"], about.meta["md5"])
+
     try:
-        train, test = (dataset(root, train=is_train, download=data_dir is None) for is_train in (True, False))
-    except (URLError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if data_dir is None:
+        train, test, meta = read_all()
+    except (OSError, UnpicklingError):
+        if data_dir is not None:
+            raise InputError(
+                f"{name}: no complete copy in {root}: files are missing or have another checksum"
+            ) from None
+        try:
+            download_and_extract_archive(about.url, str(root), filename=about.filename, md5=about.tgz_md5)
+            train, test, meta = read_all()
+        except (URLError, OSError, RuntimeError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())
             raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
-        raise InputError(f"{name}: no complete copy in {root}: files are missing or have another checksum") from None
-    arrays = [(_all_resized(part.data, image_size), np.array(part.targets)) for part in (train, test)]
-    return _assemble(source, name, train.classes, *arrays)
+    labels = "labels" if name == "cifar10" else "fine_labels"
+    arrays = []
+    for batches in (train, test):
+        pixels_BHWC = np.vstack([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels_B = np.array([label for batch in batches for label in batch[labels]])
+        arrays.append((_all_resized(pixels_BHWC, image_size), labels_B))
+    return _assemble(source, name, meta[about.meta["key"]], *arrays)
+
+
+class _ArraysOnly(Unpickler):
+    """Reads what the files of CIFAR hold: text, numbers, lists, and arrays of NumPy. Nothing else is made or called."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in ARRAYS:
+            raise UnpicklingError(f"the file asks for {module}.{name}; files of CIFAR hold arrays alone")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _unpickled(file: Path, md5: str) -> dict:
+    """A file of CIFAR, which is a pickle. Raises UnpicklingError for another checksum and for what is no array."""
+    content = file.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise UnpicklingError(f"{file} has another checksum")
+    return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
 
 
 def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
@@ -313,19 +359,25 @@ def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarr
         return tuple(str(label) for label in range(int(labels_B.max(initial=-1)) + 1))
 
 
-def _decode(source: str, readers: list[tuple[str, Callable[[], bytes]]], image_size: int | None = None) -> np.ndarray:
+def _decode(source: str, readers: list[Reader], image_size: int | None = None) -> np.ndarray:
     """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
+
+    alone = Lock()
 
     def decode(reader: Reader) -> np.ndarray:
         name, read = reader
         try:
-            with Image.open(io.BytesIO(read())) as image:
+            content = read()
+            if content is None:  # the row of a Parquet file has the image's path alone, which is not followed
+                raise ValueError("it has no bytes")
+            with opened(io.BytesIO(content)) as image, alone if image.width * image.height > LARGE else nullcontext():
                 if image.mode not in MODES:
                     raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
                 image = image.convert("RGB")
                 return np.asarray(image if image_size is None else resized(image, image_size))
         except Exception as error:  # each format's decoder has errors of its own
-            reason = "no image format that is known" if isinstance(error, UnidentifiedImageError) else error
+            known = f"its format is none of {', '.join(FORMATS)}"
+            reason = known if isinstance(error, UnidentifiedImageError) else error
             raise InputError(f"data source {source!r}: {name} does not decode as an image: {reason}") from None
 
     with ThreadPoolExecutor() as pool:
@@ -346,14 +398,7 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 
     What timm's evaluation transform does with `crop_pct` 1 and torchvision's Resize and CenterCrop.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if short != side:
-        longer = int(side * long / short)
-        image = image.resize((side, longer) if width <= height else (longer, side), Image.Resampling.BICUBIC)
-    width, height = image.size
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+    return fitted(image, side, side)
 
 
 def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:

@@ -168,8 +168,8 @@ def test_files_that_are_no_images(rgb, picture, tmp_path):
 
 
 def test_images_that_are_too_large(rgb, picture, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(InputError, match="fine.png: more than 20 pixels"):
+    monkeypatch.setattr("model.pixels.LARGEST_IMAGE", 10)
+    with pytest.raises(InputError, match="fine.png: 8 x 6 are more than 10 pixels, which is the limit"):
         predict(rgb, "model.onnx", [picture])
 
 

@@ -1,0 +1,348 @@
+"""Files of unknown origin: nothing in them runs, leaves its folder, fills the memory, or becomes part of a page."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import REPOSITORY, write_study
+from PIL import Image
+
+from ablations.records import StudyDirectory
+from ablations.results.evidence import read_evidence
+from ablations.study import parse_study
+from ablations.training import data
+from ablations.training.data import load_data
+from export.graph import read_onnx
+from export.predict import read_pixels
+from model.errors import InputError
+from model.pixels import LARGEST_IMAGE
+
+# --- Nothing runs ---
+
+
+class Harmful:
+    """Unpickled carelessly, it makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def as_cifar(place: Path, monkeypatch, **harmful: object) -> None:
+    """A folder of CIFAR-10 of few images, whose checksums are those that torchvision expects."""
+    from torchvision.datasets import CIFAR10
+
+    (place / CIFAR10.base_folder).mkdir()
+
+    def written(name: str, content: dict) -> str:
+        file = place / CIFAR10.base_folder / name
+        file.write_bytes(pickle.dumps(content | harmful))
+        return hashlib.md5(file.read_bytes()).hexdigest()
+
+    batch = {"data": np.arange(20 * 3072).astype(np.uint8).reshape(20, 3072), "labels": [*range(10)] * 2}
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, files, [[name, written(name, batch)] for name, _ in getattr(CIFAR10, files)])
+    names = {"label_names": [f"class {i}" for i in range(10)]}
+    meta = CIFAR10.meta | {"md5": written("batches.meta", names)}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+
+
+def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    as_cifar(tmp_path, monkeypatch)
+    ours = load_data("cifar10", tmp_path)
+    for images, is_train in ((ours.train, True), (ours.test, False)):
+        theirs = CIFAR10(tmp_path, train=is_train)
+        assert (images.pixels_BHWC == theirs.data).all()
+        assert images.labels_B.tolist() == theirs.targets
+        assert list(ours.classes) == theirs.classes
+
+
+def test_a_pickle_of_cifar_that_calls_something_is_refused(tmp_path, monkeypatch):
+    """Even where its checksum is right."""
+    as_cifar(tmp_path, monkeypatch, more=Harmful(tmp_path / "harm"))
+    with pytest.raises(InputError, match="cifar10: no complete copy"):
+        load_data("cifar10", tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [("os", "system"), ("builtins", "eval"), ("numpy", "load"), ("numpy.f2py", "compile")]
+)
+def test_no_other_name_is_unpickled(names, tmp_path):
+    file = tmp_path / "batch"
+    file.write_bytes(b"c" + "\n".join(names).encode() + b"\n.")
+    with pytest.raises(pickle.UnpicklingError, match="files of CIFAR hold arrays alone"):
+        data._unpickled(file, hashlib.md5(file.read_bytes()).hexdigest())
+    with pytest.raises(pickle.UnpicklingError, match="another checksum"):
+        data._unpickled(file, hashlib.md5(b"").hexdigest())
+
+
+def test_no_other_loader_unpickles():
+    """`torch.load` takes weights only, `numpy.load` no pickles, and nothing evaluates text."""
+    careless = re.compile(
+        r"\bpickle\.loads?\(|torch\.load\((?!.*weights_only=True)|np\.load\((?!.*allow_pickle=False)"
+        r"|(?<![.\w])(?:eval|exec)\(|yaml|joblib|Image\.open\((?!file, formats=FORMATS)|onnx\.load\("
+    )
+    for package in ("model", "export", "ablations", "bench"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                found = careless.search(line)
+                assert found is None or path.name == "card.py", f"{path}:{number}: {line.strip()}"
+
+
+def test_postscript_is_no_image(tmp_path):
+    """Pillow hands it to Ghostscript, which runs it."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.eps")
+    (tmp_path / "page.png").write_bytes((tmp_path / "page.eps").read_bytes())
+    for file in (tmp_path / "page.eps", tmp_path / "page.png"):
+        with pytest.raises(InputError, match="not an image, or of another format than BMP, GIF, JPEG"):
+            read_pixels(file, 8, 8, 3)
+
+
+# --- Nothing leaves its folder ---
+
+
+def with_values_in(folder: Path, location: str, **place: str) -> Path:
+    """An ONNX file that adds a vector to an image's pixels, and has the vector in another file."""
+    values = onnx.helper.make_tensor(
+        "secret", onnx.TensorProto.FLOAT, [4], np.arange(4, dtype=np.float32).tobytes(), raw=True
+    )
+    values.ClearField("raw_data")
+    values.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": location, **place}.items():
+        values.external_data.add(key=key, value=value)
+    given, made = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "secret"], ["y"])], "add", [given], [made], [values]
+    )
+    file = folder / "model.onnx"
+    file.write_bytes(
+        onnx.helper.make_model(
+            graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)]
+        ).SerializeToString()
+    )
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder beside which a file lies that is not for everybody."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "secret").write_bytes(np.full(4, 7, np.float32).tobytes())
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "models" / "up").symlink_to(tmp_path)
+    (tmp_path / "models" / "weights").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(
+    "way", ["../secret", "absolute", "link", "up/secret", "models/../../secret", "none", "", "weights\0"]
+)
+def test_an_onnx_file_takes_no_values_from_outside_its_folder(way, folder, expertgrid):
+    location = str(folder.parent / "secret") if way == "absolute" else way
+    file = with_values_in(folder, location)
+    Image.new("RGB", (4, 4)).save(folder / "image.png")
+    for arguments in (
+        ["bench", file, "--batch", 1],
+        ["predict", file, folder / "image.png"],
+        ["show-model", file],
+        ["show-model", file, "--picture", folder / "picture.svg"],
+    ):
+        outcome = expertgrid(*arguments)
+        assert outcome.status == 2
+        assert "model.onnx: the values of 'secret' are in" in outcome.complaint
+    assert not (folder / "picture.svg").exists()
+
+
+def test_an_onnx_file_takes_values_from_its_folder(folder, expertgrid):
+    import onnxruntime
+
+    file = with_values_in(folder, "weights", offset="4", length="16")
+    session = onnxruntime.InferenceSession(read_onnx(file), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.zeros((1, 4), np.float32)})[0].tolist() == [[1, 2, 3, 4]]
+    assert expertgrid("show-model", file).status == 0
+    assert "onnxruntime cpu" in expertgrid("bench", file, "--batch", 1).out
+    for place in ({"offset": "30"}, {"offset": "-1"}, {"length": "99"}, {"offset": "x"}):
+        with_values_in(folder, "weights", **({"length": "16"} | place))
+        assert "at no place that the file has: it has 32 bytes" in expertgrid("show-model", file).complaint
+
+
+@pytest.mark.parametrize("name", ["..toml", "...toml"])
+def test_a_study_is_not_named_as_a_folder_above(name, tmp_path, monkeypatch, expertgrid):
+    """It would be written to `runs/..`."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text('question = "?"\n[factors]\nexperts = [1]')
+    assert "cannot be the name of a study" in expertgrid("run", name, "--dry-run").complaint
+
+
+def test_a_path_in_a_parquet_file_is_not_read(tmp_path):
+    """The Hugging Face layout has one beside the bytes."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    rows = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 2
+    for split in ("train", "test"):
+        table = pyarrow.table({"image": pyarrow.array(rows, type=IMAGE), "label": [0, 1]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(InputError, match="train row 0 does not decode as an image: it has no bytes"):
+        load_data(f"parquet:{tmp_path}")
+
+
+IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+
+# --- Nothing fills the memory ---
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes whose header says that it is so large."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(2_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def gif_bomb(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    frames = [Image.new("P", (4, 4), colour) for colour in range(3)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()[:6] + struct.pack("<HH", width, height) + file.getvalue()[10:]
+
+
+def tiff_bomb(width: int, height: int) -> bytes:
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    entries += [(277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 100)]
+    file = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return file + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(104)
+
+
+BOMBS = {
+    "png": png_bomb(50_000, 50_000),
+    "gif": gif_bomb(65_000, 65_000),
+    "tiff": tiff_bomb(60_000, 60_000),
+    "png that Pillow would read": png_bomb(10_000, LARGEST_IMAGE // 10_000 + 1),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_images_of_too_many_pixels_are_refused(name, tmp_path):
+    bomb = BOMBS[name]
+    assert len(bomb) < 4000
+    message = r"more than 50,000,000 pixels, which is the limit"
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(InputError, match=f"bomb.png: .*{message}"):
+        read_pixels(tmp_path / "bomb.png", 8, 8, 3)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "bomb.png").write_bytes(bomb)
+        table = pyarrow.table({"image": pyarrow.array([{"bytes": bomb}], type=IMAGE), "label": [0]})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    for kind in ("folder", "parquet"):
+        with pytest.raises(InputError, match=f"does not decode as an image: .*{message}"):
+            load_data(f"{kind}:{tmp_path}", image_size=8)
+
+
+def test_a_long_image_is_resized_in_little_memory():
+    """A line of pixels, of which a square at its own scale would have 50 billion."""
+    line = Image.new("L", (LARGEST_IMAGE // 10, 1), 9)
+    assert np.asarray(data.resized(line, 1024)).shape == (1024, 1024)
+
+
+def test_a_study_of_too_many_trials_is_refused():
+    """A few lines can ask for more trials than a computer can count."""
+    levels = ", ".join(str(i / 1000) for i in range(1, 100))
+    text = 'question = "?"\n[factors]\n' + "\n".join(
+        f"{name} = [{levels}]" for name in ("lr", "hflip", "reprob", "mixup")
+    )
+    with pytest.raises(InputError, match=r"study.toml: asks for 288,178,803 trials; at most 10,000"):
+        parse_study(text, Path("study.toml"))
+
+
+# --- Nothing becomes part of a page ---
+
+TAG = "<script>alert(1)</script>'\"&amp;</td><img src=x onerror=alert(2)>"
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def study_that_says(words: str, place: Path, digits) -> Path:
+    """The folder of a study whose every text is these words."""
+    said = json.dumps(words)
+    text = f"""question = {said}\nseeds = 2\ncontrasts = [["experts=1", "experts=2"]]
+    [factors]\nexperts = [1, 2]\n[reported]\n1 = {said}"""
+    directory = write_study(place / "study", text, digits, lambda levels, seed: (90 + levels["experts"] + seed, 90))
+    trials = [trial for cell in directory.plan.cells for trial in cell.trials]
+    with (directory.path / "ledger.jsonl").open("w") as ledger:
+        for trial in trials:
+            ledger.write(json.dumps({"time": words, "trial": trial, "reader": words, "images": 9}) + "\n")
+    plan = json.loads((directory.path / "plan.json").read_text())
+    plan |= {"data": words, "source": words}
+    for cell in plan["cells"]:
+        cell["model_name"] = words
+    (directory.path / "plan.json").write_text(json.dumps(plan))
+    for trial in trials:
+        file = directory.trial(trial) / "record.json"
+        record = json.loads(file.read_text())
+        record["environment"] |= {"device": words, "python": words, "versions": {words: words}, "cpu": words}
+        file.write_text(json.dumps(record | {"finished": words}))
+    return directory.path
+
+
+def test_a_report_shows_text_as_text(tmp_path, digits):
+    """The same page as of plain words, tag by tag: none comes from a question, a claim, a name or a record."""
+    from ablations.results import report
+    from ablations.results.findings import read_findings
+
+    pages = {}
+    for words in ("plain", TAG):
+        path = study_that_says(words, tmp_path / words[:1].replace("<", "harmful"), digits)
+        pages[words] = Tags()
+        pages[words].feed(report.html(read_findings(StudyDirectory(path))))
+    plain, harmful = ([(tag, sorted(about)) for tag, about in page.tags] for page in pages.values())
+    assert harmful == plain
+    assert sum(tag == "script" for tag, _ in harmful) == 2
+    shown = pages[TAG].text
+    assert TAG in shown
+
+
+def test_a_picture_shows_text_as_text(tmp_path, digits):
+    """SVG: the parts of a picture are those of plain words, and `$` begins no formula."""
+    from xml.etree import ElementTree
+
+    from ablations.results.plots import accuracy_plot
+
+    for words in (TAG, "$\\frac{$", "]]> <!-- &lt;"):
+        (tmp_path / str(len(words))).mkdir()
+        found = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(len(words)), digits)))
+        parts = {
+            part.tag.rpartition("}")[2]
+            for part in ElementTree.fromstring(accuracy_plot(words, found.results.rows)).iter()
+        }
+        assert not parts & {"script", "img", "td"}
