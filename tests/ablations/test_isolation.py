@@ -13,6 +13,7 @@ import pytest
 from ablations.isolation import ProcessLost, Setup, isolated
 from ablations.records import StudyDirectory
 from ablations.study import Study
+from ablations.training.resume import read_state
 from model.fast.execution import EAGER
 
 NETWORKS = """
@@ -86,9 +87,11 @@ def test_what_ends_a_process_ends_one_trial(study):
     assert "no verdict" in done.stdout
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_saves_and_the_second_does_not_wait(study, signum):
-    """The network that hangs never ends its step."""
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study):
+    """SIGTERM, as a system sends it, and then Ctrl-C, which reaches all processes of a terminal.
+
+    The network that hangs never ends its step.
+    """
     (study / "study.toml").write_text(STUDY.replace('["with_crash", "with_hang", "with_none"]', '["with_hang"]'))
     process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.PIPE, text=True, start_new_session=True)
     trials = study / "runs" / "study" / "trials"
@@ -96,13 +99,31 @@ def test_the_first_signal_saves_and_the_second_does_not_wait(study, signum):
     while not list(trials.glob("*/epochs.jsonl")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     time.sleep(1)
-    assert process.poll() is None  # it waits for the step
-    process.send_signal(signum)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert err.splitlines()[-1].endswith("the same command continues it: expertgrid " + " ".join(LINE[3:]))
+
+
+def test_a_signal_saves_the_state_in_the_other_process(study):
+    """In the middle of a long training, which then goes on."""
+    longer = STUDY.replace('["with_crash", "with_hang", "with_none"]', '["with_none"]').replace("= 2", "= 3000")
+    (study / "study.toml").write_text(longer)
+    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 100
+    while not [file for file in (study / "runs").glob("study/trials/*/epochs.jsonl") if file.read_bytes()]:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=20)
+    assert process.returncode == 130
+    directory = StudyDirectory(study / "runs" / "study")
+    ((trial,),) = (cell.trials for cell in directory.plan.cells)
+    state = read_state(directory.resume_file(trial))
+    assert 1 <= len(state["epochs"]) == state["training"]["epoch"] < 3000
 
 
 def test_a_process_without_a_parent_ends(study):
