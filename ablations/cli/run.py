@@ -8,6 +8,7 @@ from ablations.cli.devices import device, usable
 from ablations.cli.interrupt import stopped
 from ablations.cli.plan import Asked, plan
 from ablations.cli.terminal import console
+from ablations.disk import check_space
 from ablations.engines import TrialFailed, by_architecture, planned_steps, run_local
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
@@ -74,6 +75,7 @@ def _train(
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
+    check_space(pending, data.data, directory.path)
     steps = {trial.id: planned_steps(trial, data.data.trained_on(trial.hold_out)) for trial in pending}
     chosen = [execution.plan(trial.model, steps[trial.id], data.device) for trial in pending]
     execution = usable(execution, chosen, data.device)
