@@ -139,7 +139,7 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[Found]:
     place = directory.trial(trial)
     wrong: dict[str, str] = {}  # by the file's name
     if not place.is_dir():
-        yield Found("unfinished", f"trials/{trial}", "not begun", trial=trial)
+        yield Found("unfinished", f"trials/{trial}", "not begun", "the next run trains it", trial)
         return
     record = config = failure = None
     try:
