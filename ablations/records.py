@@ -220,7 +220,8 @@ class Predictions:
     def of_file(cls, file: Path) -> "Predictions":
         """Raises InputError for a damaged file."""
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            content = io.BytesIO(file.read_bytes())  # so that no wrong offset in it becomes an error of the system
+            with np.load(content, allow_pickle=False) as arrays:
                 found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
         except UNREADABLE_ARRAYS:
             raise _damaged(file, InputError(f"{file}: not a file of predictions")) from None

@@ -17,17 +17,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
 from ablations.cli import entry as cli
-from ablations.records import Environment, Failure, Record, StudyDirectory
+from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.study import parse_study
 from ablations.training.data import ImageData, load_data
 from ablations.training.holdout import HoldOut
 from ablations.training.splits import ResidentData, Splits
 from ablations.training.trial import Epoch
+from model.checkpoint import Checkpoint, Trained
 from model.files import write_whole
+from model.registry import build
 
 REPOSITORY = Path(__file__).parent.parent
 CIFAR10_JPEG = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg"
@@ -160,6 +163,26 @@ def write_study(
                 elif found is not None:
                     write_whole(directory.trial(trial.id) / "record.json", written_record(trial, *found).encode())
                     directory.write_config(trial)
+    return directory
+
+
+def finished_study(place: Path, data: ImageData) -> StudyDirectory:
+    """The tiny study, as if it had been trained: every file is there and whole, and the numbers mean nothing."""
+    study = parse_study(TINY_STUDY, place.with_suffix(".toml"))
+    directory, cells = StudyDirectory(place), study.cells(data)
+    with directory.written(study, data, cells):
+        for trial in {trial.id: trial for cell in cells for trial in cell.trials}.values():
+            directory.write_config(trial)
+            written_epochs(directory, trial.id, [40.0, 50.0])
+            directory.enter_test_read(trial.id, "training", len(data.test))
+            trained = Trained(
+                trial=trial.id, model=trial.model_name, data=data.name, fingerprint=data.fingerprint,
+                classes=data.classes, image_size=data.image_size, mean=data.mean, std=data.std,
+            )  # fmt: skip
+            checkpoint = Checkpoint(trial.model, trained, build(trial.model).state_dict()).to_bytes()
+            predictions = Predictions(*(np.arange(360) % 10,) * 4)
+            record = Record.model_validate_json(written_record(trial, 50.0, 50.0))
+            directory.finish(trial.id, record, checkpoint, predictions)
     return directory
 
 

@@ -23,7 +23,10 @@ STEPS = {
     "training": ("ablations.training",),
     "study": ("ablations.cells", "ablations.study", "ablations.records"),
     "results": ("ablations.results",),
-    "engines": tuple(f"ablations.{name}" for name in ("engines", "isolation", "racing", "rerun", "verify", "progress")),
+    "engines": tuple(
+        f"ablations.{name}"
+        for name in ("engines", "isolation", "racing", "rerun", "verify", "progress", "check", "clean", "disk")
+    ),
     "bench": ("bench",),
     "cli": ("ablations.cli", "ablations.__main__"),
 }

@@ -72,6 +72,7 @@ Import = Annotated[
     ),
 ]
 StudyDir = Annotated[Path, typer.Argument(metavar="DIR", help="Study directory.", callback=options.study_directory)]
+DamagedDir = Annotated[Path, typer.Argument(metavar="DIR", help="Study directory.", callback=options.study_remains)]
 OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="ONNX file.", callback=options.readable)]
 
 
@@ -235,6 +236,41 @@ def verify(directory: StudyDir, modules: Import = None) -> int:
         from ablations.cli.sources import import_modules
     import_modules(modules or [])
     return verify(directory)
+
+
+@app.command(rich_help_panel=RESULTS)
+def check(
+    directory: DamagedDir,
+    repair: Annotated[bool, typer.Option("--repair", help="Move damaged trials to DIR/damaged.")] = False,
+) -> int:
+    """Check that all files are there and whole.
+
+    Each file that is missing or damaged gets a line: what is wrong, and what to do. After --repair the command that
+    trained the study trains just the trials that were moved. Nothing is deleted.
+    """
+    from ablations.cli.terminal import status
+
+    with status("starting"):
+        from ablations.cli.files import check
+    return check(directory, repair)
+
+
+@app.command(rich_help_panel=RESULTS)
+def clean(
+    directory: StudyDir,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    trials: Annotated[bool, typer.Option("--trials", help="Trials that are not planned, too.")] = False,
+) -> int:
+    """Remove what nothing needs any more.
+
+    The list is shown first, with sizes: what crashes left, the states of trainings that are finished, and what
+    `check --repair` moved away. Records, weights, exports and the states of unfinished trainings stay.
+    """
+    from ablations.cli.terminal import status
+
+    with status("starting"):
+        from ablations.cli.files import clean
+    return clean(directory, yes, trials)
 
 
 @app.command(rich_help_panel=NETWORKS)

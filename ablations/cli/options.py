@@ -119,6 +119,13 @@ def study_directory(directories: Path | Sequence[Path]) -> Path | Sequence[Path]
     return directories
 
 
+def study_remains(path: Path) -> Path:
+    """Raises InputError for a directory that has nothing of a study."""
+    if not any((path / name).exists() for name in ("study.toml", "plan.json", "trials")):
+        raise InputError(f"{path}: not a study directory: there is no study.toml, plan.json or trials in it")
+    return path
+
+
 def study_or_checkpoint(source: Path) -> Path:
     """Raises InputError for a directory without a study, and for a file that does not exist."""
     if source.is_dir():

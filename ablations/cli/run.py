@@ -14,6 +14,7 @@ from ablations.cli.devices import device, usable
 from ablations.cli.plan import Asked, plan
 from ablations.cli.sources import import_modules
 from ablations.cli.terminal import console
+from ablations.disk import check_space
 from ablations.engines import Event, TrialFailed, by_architecture, planned_steps, run_local
 from ablations.isolation import Setup, Trainer
 from ablations.progress import StudyProgress
@@ -102,6 +103,7 @@ def _train(
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
+    check_space(pending, data, directory.path)
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     chosen = [how.execution.plan(trial.model, steps[trial.id], on) for trial in pending]
     execution = usable(how.execution, chosen, on)

@@ -1,0 +1,92 @@
+"""The space that a study needs on its disk. Imports no torch, but for networks of timm."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ablations.training.data import ImageData
+from ablations.training.trial import Trial
+from model.config import Block, Conv, GateConfig, Layer, ModelConfig, Network, Residual, Whiten
+from model.cost import cost
+from model.errors import InputError
+
+TEXT = 32_768  # bytes of a trial's config, record, checksums and headers, in whole blocks of a file system
+EPOCH = 320  # bytes of a line of epochs.jsonl
+SPARE = 1.05
+
+
+def check_space(trials: Sequence[Trial], data: ImageData, path: Path) -> None:
+    """Raises InputError where the disk of the directory `path` has no room for these trials."""
+    needed, free = bytes_needed(trials, data), shutil.disk_usage(path).free
+    if free < needed:
+        raise InputError(
+            f"--out {path}: {len(trials)} trials need {in_words(needed)}, and the disk has {in_words(free)} left; "
+            "make room, or give a directory on another disk"
+        )
+
+
+def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
+    """What trials will take: their files, and the state of one that goes on, which is twice there while it is written.
+
+    The state has the weights, their average, and at most two numbers of the optimiser for each parameter.
+    """
+    weights = {trial.model: stored_bytes(trial.model, *data.image_size) for trial in trials}
+    files = states = 0
+    for trial in trials:
+        both = 3 if trial.recipe.tta == "flip" else 2  # predictions, labels, predictions of the mirror images
+        held_out = len(data.train) - data.trained_on(trial.hold_out)
+        predictions = both * (held_out + len(data.test)) * (1 if len(data.classes) <= 256 else 2)
+        files += weights[trial.model] + predictions + TEXT + EPOCH * trial.recipe.epochs
+        states = max(states, (4 if trial.recipe.ema_decay else 3) * weights[trial.model] + TEXT)
+    return int(SPARE * (files + 2 * states))
+
+
+def stored_bytes(network: Network, height: int, width: int) -> int:
+    """The bytes of a network's weights and buffers in fp32."""
+    if not isinstance(network, ModelConfig):
+        return _counted(network)
+    parameters, _ = cost(network, height, width)
+    return 4 * (parameters + sum(_buffers(network.layers, network.in_chans, network)))
+
+
+def _buffers(layers: Sequence[Layer], channels: int, network: ModelConfig) -> Iterator[int]:
+    """The values of each part that training does not change: statistics of norms, fixed filters, frozen gates."""
+    for layer in layers:
+        match layer:
+            case Whiten():
+                yield channels * layer.kernel**2 * layer.out_channels(channels)
+            case Conv() if layer.norm_act:
+                yield _norm(layer.channels, network)
+            case Block():
+                norms = {"expert": len(layer.kernels), "mix": 1, "none": 0}[layer.norm_act]
+                yield norms * _norm(layer.channels, network)
+                if layer.gate is not None and layer.gate.frozen:
+                    yield _gate(layer.gate, channels, len(layer.kernels))
+            case Residual():
+                yield from _buffers(layer.layers, channels, network)
+        channels = layer.out_channels(channels)
+
+
+def _norm(channels: int, network: ModelConfig) -> int:
+    """Mean and variance, the weight where it is fixed, and the count of batches, which has 8 bytes."""
+    return channels * (2 if network.norm.scale else 3) + 2
+
+
+def _gate(gate: GateConfig, in_chs: int, experts: int) -> int:
+    sizes = (in_chs, *gate.hidden, experts)
+    return sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
+
+
+def _counted(network: Network) -> int:
+    import torch
+
+    from model.registry import build
+
+    with torch.device("meta"):
+        return sum(tensor.numel() * tensor.element_size() for tensor in build(network).state_dict().values())
+
+
+def in_words(size: int) -> str:
+    """A number of bytes, as 1.2 MB."""
+    power = min(4, (len(str(size)) - 1) // 3)
+    return f"{size} bytes" if power == 0 else f"{size / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
