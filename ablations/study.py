@@ -7,6 +7,7 @@ its model config, recipe, data fingerprint and seed, and its id is a hash of the
 import itertools
 import json
 import math
+import os.path
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,8 @@ def _is_json(value: object, depth: int = 0) -> bool:
 def _level(value: object) -> object:
     if not _is_json(value):
         raise ValueError(
-            f"text, true, false, a finite number of 64 bits, or a list or a table of these is needed, at most "
-            f"{DEEPEST_LEVEL} in one another"
+            "a finite number, text, true, false, a list or a table is needed, whole numbers of 64 bits, and at most "
+            f"{DEEPEST_LEVEL} lists and tables in one another"
         )
     return value
 
@@ -305,9 +306,9 @@ def shipped_studies() -> list[str]:
 def load_study(name: str) -> Study:
     """Reads a shipped study by name, or any other by the path of its TOML file. Raises InputError for a wrong one."""
     path = SHIPPED / f"{name}.toml" if name in shipped_studies() else Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # False, other than Path.is_dir, also where a name is too long for a file
         raise InputError(f"study {name}: is a directory; the path of a TOML file is needed")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
     return read_study(path)
 

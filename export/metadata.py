@@ -65,7 +65,7 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
         key = NAMES.get(field, field)
         try:
             fields[field] = entries[key] if about.annotation is str else json.loads(entries[key])
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
     config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
     found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}

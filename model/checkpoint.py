@@ -81,10 +81,10 @@ def parse_config(text: str, where: str) -> Network:
         fields = json.loads(text)
         kind = TimmModel if isinstance(fields, dict) and "timm" in fields else ModelConfig
         config = kind.model_validate(fields)
-    except json.JSONDecodeError:
-        raise InputError(f"{where}: the network's config is not JSON") from None
     except ValidationError as error:
         raise invalid(f"{where}: config", error) from None
+    except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
+        raise InputError(f"{where}: the network's config is not JSON") from None
     if isinstance(config, TimmModel) and not timm.is_model(config.timm):
         raise InputError(f"{where}: model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     return config

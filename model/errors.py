@@ -60,7 +60,10 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
         return InputError(f"{place}: not JSON: {message.removeprefix('Invalid JSON: ')}")
     value = first["input"]
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
     shown = "" if said else f", found {text}"
     return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")

@@ -11,7 +11,7 @@ import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from model.config import Block, Conv, ModelConfig, Network, Whiten
-from model.errors import InputError
+from model.errors import InputError, reason_of
 from model.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def build(config: Network) -> "nn.Module":
     """The module that `config` describes, with fresh weights from torch's global generator, in training mode.
 
-    Raises InputError for a network that is not registered with timm.
+    Raises InputError for a network that is not registered with timm, and for one that timm does not make so.
     """
     if isinstance(config, ModelConfig):
         from model.net import ExpertNet
@@ -31,7 +31,10 @@ def build(config: Network) -> "nn.Module":
         return ExpertNet(config)
     if not timm.is_model(config.timm):
         raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
-    return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
+    try:
+        return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # of a tag, or of what a network needs
+        raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
 
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:

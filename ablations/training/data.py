@@ -8,6 +8,7 @@ imports no torch unless a source needs torchvision. Shapes: B images, H x W pixe
 import hashlib
 import io
 import json
+import os.path
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 DIGITS_SPLIT_SEED = 0
 LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
+MOST_CLASSES = 100_000  # of data that do not name them
 LARGE = 4_000_000  # pixels; larger images are decoded one at a time, so that memory holds one of them
 Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and what reads its file
 
@@ -140,8 +142,8 @@ def load_data(source: str, data_dir: Path | None = None, image_size: int | None 
     if without_share in ("cifar10", "cifar100"):
         return _cifar(source, without_share, data_dir, image_size)
     if kind in ("parquet", "folder") and place:
-        directory = Path(place).expanduser()
-        if not directory.is_dir():
+        directory = Path(os.path.expanduser(place))  # which leaves the ~ of an unknown user as it is
+        if not os.path.isdir(directory):  # False also where a name is too long for a file
             raise InputError(f"data source {source!r}: there is no directory {directory}")
         return (_parquet if kind == "parquet" else _folder)(source, directory, image_size)
     if "@" in source and without_share == source:
@@ -315,7 +317,7 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
             classes = _class_names(tables[0].schema, label_column, labels_B)
         if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
             found = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
-            needs = f"needs labels 0 to {len(classes) - 1} in each row"
+            needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
             raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
         images = table[image_column].combine_chunks()
         blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
@@ -355,8 +357,9 @@ def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarr
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[label_column]["names"]))
-    except (KeyError, TypeError, json.JSONDecodeError):
-        return tuple(str(label) for label in range(int(labels_B.max(initial=-1)) + 1))
+    except (LookupError, TypeError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        largest = int(labels_B.max(initial=-1))
+        return tuple(map(str, range(largest + 1))) if largest < MOST_CLASSES else ()
 
 
 def _decode(source: str, readers: list[Reader], image_size: int | None = None) -> np.ndarray:
