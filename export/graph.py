@@ -12,7 +12,7 @@ from onnx.inliner import inline_local_functions
 from pydantic import BaseModel
 
 from export.metadata import entries_of
-from model.errors import InputError
+from model.errors import InputError, printable
 
 Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
 Shape = Sizes | None  # None: not even the rank is known
@@ -82,7 +82,7 @@ class Description(BaseModel):
             *((key, value) for key, value in self.metadata.items()),
         ]
         width = max(len(title) for title, _ in lines)
-        return "\n".join(f"{title:{width}}  {value}" for title, value in lines)
+        return printable("\n".join(f"{title:{width}}  {value}" for title, value in lines))
 
 
 def shape_text(shape: Shape) -> str:

@@ -20,8 +20,14 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        line = " ".join(message.split())
-        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line))
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """Text of a file as a terminal can show it: control characters are written as escapes, other than the line feed."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:

@@ -21,10 +21,11 @@ from PIL import Image
 
 from ablations.records import StudyDirectory
 from ablations.results.evidence import read_evidence
+from ablations.results.rendering import render
 from ablations.study import parse_study
 from ablations.training import data
 from ablations.training.data import load_data
-from export.graph import read_onnx
+from export.graph import describe, read_onnx
 from export.predict import read_pixels
 from model.errors import InputError
 from model.pixels import LARGEST_IMAGE
@@ -330,6 +331,20 @@ def test_a_report_shows_text_as_text(tmp_path, digits):
     assert sum(tag == "script" for tag, _ in harmful) == 2
     shown = pages[TAG].text
     assert TAG in shown
+
+
+def test_a_terminal_shows_text_as_text(tmp_path):
+    """A file cannot clear the screen, or write over what is on it."""
+    clear = "\x1b[2J\x9b2J\r"
+    file = with_values_in(tmp_path, "model.onnx", length="16")
+    model = onnx.load_from_string(read_onnx(file))
+    model.producer_name = clear
+    onnx.helper.set_model_props(model, {clear: clear})
+    shown = str(describe(model.SerializeToString(), "model.onnx"))
+    table = render([{clear: clear}], "text")
+    for text in (shown, table, str(InputError(clear))):
+        assert not set("\x1b\x9b\r") & set(text)
+        assert r"\x1b[2J\x9b2J" in text
 
 
 def test_a_picture_shows_text_as_text(tmp_path, digits):

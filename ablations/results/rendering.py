@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ablations.results.stats.contrasts import NONE, Judgement
 from ablations.results.stats.selection import Interval
-from model.errors import InputError, unknown
+from model.errors import InputError, printable, unknown
 
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
@@ -83,11 +83,13 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     if format == "csv":
         return _csv(table)
     titles = list(table[0])
-    cells = [[shown(row[title]) for title in titles] for row in table]
+    cells = [[printable(shown(row[title])) for title in titles] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
     numeric = [all(isinstance(row[title], int | float | Interval | None) for row in table) for title in titles]
     align = ["right" if is_number else "left" for is_number in numeric]
-    text = tabulate(cells, headers=titles, tablefmt=styles[format], colalign=align, disable_numparse=True)
+    text = tabulate(
+        cells, headers=list(map(printable, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
+    )
     if format == "latex":
         return "\n".join([text, *(f"% {note}" for note in notes)])
     return "\n".join(
