@@ -37,6 +37,7 @@ from model.fast.execution import EAGER, LABELS, ExecutionOptions, ExecutionPlan
 from model.files import disk_full, now
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
+DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
 SAVE_EVERY_S = 10.0
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
 
@@ -147,7 +148,12 @@ def run_local(
         except Exception as error:  # the other trials go on, whatever this one failed of
             if disk_full(error):
                 raise
-            failure = _failure(trial, error, data)
+            try:
+                if isinstance(error, ConnectionError | EOFError):
+                    time.sleep(DEATH_S)
+                failure = _failure(trial, error, data)
+            except RuntimeError as later:  # PyTorch's handler of SIGCHLD, which raises at any place
+                failure = _failure(trial, later, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure))
 

@@ -331,7 +331,7 @@ def test_command_writes_the_report_and_the_figures(expertgrid, two_by_two, tmp_p
 )
 def test_a_damaged_file_is_named_in_one_line(expertgrid, two_by_two, damaged):
     file = two_by_two / damaged
-    file.write_bytes(file.read_bytes()[:-25] + b"\xff")
+    file.write_bytes(file.read_bytes()[:-25] + b"\xff\n")
     outcome = expertgrid("report", two_by_two)
     assert outcome.status == 2
     assert str(file) in outcome.complaint
