@@ -209,9 +209,21 @@ def parse(model: bytes, name: str) -> ModelProto:
         parsed = onnx.load_from_string(model)
     except Exception as error:  # protobuf's errors have no public type of their own
         raise InputError(f"{name}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
+    if any(isinstance(text, bytes) for text in _strings(parsed)):
+        raise InputError(f"{name}: not an ONNX file, or a damaged one (a name in it is not UTF-8)")
     if not parsed.graph.output:
         raise InputError(f"{name}: not an ONNX file: it has no graph")
     return inline_local_functions(parsed) if parsed.functions else parsed
+
+
+def _strings(message: Any) -> Iterator[str | bytes]:
+    """All texts in a message of protobuf, which gives those that are not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _strings(inner)
 
 
 def graphs(graph: GraphProto) -> Iterator[GraphProto]:

@@ -61,7 +61,7 @@ def open_session(
         session = onnxruntime.InferenceSession(
             model, options, providers=[(PROVIDERS[provider], dict(chosen))], enable_fallback=0
         )
-    except ORT_ERRORS as error:
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # of a message with a name of the file that is not UTF-8
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != PROVIDERS[provider]:

@@ -291,8 +291,11 @@ def test_onnx_files(cases, tmp_path):
             runs, _ = engines(model, "model.onnx", "cpu")
             random_images(model, 1)
 
-    models = st.sampled_from([to_onnx(checkpoint(), kind) for kind in ("uint8", "float")])
-    check(cases, st.one_of(st.binary(max_size=60), changed(models)), use)
+    wholes = [to_onnx(checkpoint(), kind) for kind in ("uint8", "float")]
+    no_text = tuple(
+        wholes[0].replace(name, b"\x80" + name[1:]) for name in (b"torch", b"images", b"permute", b"Transpose")
+    )
+    check(cases, st.one_of(st.binary(max_size=60), changed(st.sampled_from(wholes))), use, no_text)
 
 
 @RUNS
