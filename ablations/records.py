@@ -146,12 +146,15 @@ class Record(BaseModel):
         return ", ".join(name for name, is_used in used.items() if is_used) or "eager"
 
 
+TrialId = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]  # it names a folder, and so cannot be a path
+
+
 class PlannedCell(BaseModel):
     """A cell in plan.json. Baselines and the control have no levels."""
 
     model_name: str
     levels: dict[str, Level]
-    trials: list[str]  # ids, by seed
+    trials: list[TrialId]  # by seed
     control: bool = False
 
 
@@ -187,7 +190,8 @@ class Plan(BaseModel):
         return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
-UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of arrays
+UNREADABLE_ARRAYS = (
+    MemoryError,  # what NumPy and zipfile raise for damaged files of arrays
     ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError,
     TypeError, ValueError, struct.error, zlib.error,
 )  # fmt: skip
@@ -683,7 +687,7 @@ class StudyDirectory:
             return None
         except ValidationError as error:
             raise invalid(str(file), error, HoldOut.model_fields) from None
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise InputError(f"{file}: damaged: not the config of a trial") from None
 
     def config(self, trial_id: str) -> Trial | None:
@@ -787,6 +791,8 @@ class StudyDirectory:
                 TestRead.of_line(line, f"{ledger}: line {number}")
                 for number, line in enumerate(whole_lines(ledger), start=1)
             ]
+        except OSError as error:
+            raise InputError(f"{ledger}: cannot be read: {error.strerror}") from None
         except InputError as error:
             raise _damaged(ledger, error) from None
 

@@ -428,3 +428,13 @@ def test_a_disk_of_a_few_pages(tmp_path, resident_digits, undisturbed):
         assert result(directory, trial.id) == expected
     finally:
         ctypes.CDLL(None).umount2(bytes(tmp_path), 2)
+
+
+def test_the_id_of_a_trial_cannot_be_a_path(tmp_path, digits):
+    """A plan leads to folders below the study's own alone."""
+    directory = finished_study(tmp_path / "tiny", digits)
+    plan = json.loads((directory.path / "plan.json").read_text())
+    plan["cells"][0]["trials"][0] = "../../../etc"
+    (directory.path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match=r"plan.json: cells.0.trials.0: .*found '../../../etc'"):
+        _ = directory.plan
