@@ -190,8 +190,7 @@ class Plan(BaseModel):
         return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
-UNREADABLE_ARRAYS = (
-    MemoryError,  # what NumPy and zipfile raise for damaged files of arrays
+UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of arrays
     ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError,
     TypeError, ValueError, struct.error, zlib.error,
 )  # fmt: skip

@@ -436,5 +436,5 @@ def test_the_id_of_a_trial_cannot_be_a_path(tmp_path, digits):
     plan = json.loads((directory.path / "plan.json").read_text())
     plan["cells"][0]["trials"][0] = "../../../etc"
     (directory.path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match=r"plan.json: cells.0.trials.0: .*found '../../../etc'"):
+    with pytest.raises(InputError, match=r"plan.json.cells.0.trials.0: .*found '../../../etc'"):
         _ = directory.plan
