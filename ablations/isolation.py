@@ -233,6 +233,8 @@ def _work(connection: Connection, crash: str, steps: Any, parent: int) -> None:
             steps.value = step
             return stopped.is_set()
 
+        import ablations.engines  # noqa: F401  (takes seconds, in which the parent reads the data)
+
         try:
             setup = connection.recv()
             with deterministic(setup.deterministic):
