@@ -117,27 +117,28 @@ class Trainer:
         """
         from ablations.engines import TrialDone, TrialFailed, TrialStarted, by_architecture
 
-        left = by_architecture(list(trials))
+        left = by_architecture(list(trials))  # the process trains them in this order
         while left:
             if not self.has_setup:
                 self._send(setup)
                 self.has_setup = True
             self._send(left)
-            current = None
+            begun = trains = False
             for event in self._events(stopped, timeout_s):
                 if isinstance(event, Lost):
-                    if current is None:
+                    if not begun:
                         raise ProcessLost(f"the training process ended before its first trial: {event.reason}")
-                    yield _failed(current, event, int(self.steps.value), directory)
-                    left = left[left.index(current) + 1 :]
+                    if trains:
+                        yield _failed(left.pop(0), event, int(self.steps.value), directory)
                     self.end()
                     self._start()
                     break
-                if isinstance(event, TrialStarted):
-                    current = event.trial
                 yield event
-                if isinstance(event, TrialDone | TrialFailed):
-                    left = left[left.index(event.trial) + 1 :]
+                if isinstance(event, TrialStarted):
+                    begun = trains = True
+                elif isinstance(event, TrialDone | TrialFailed):
+                    left.pop(0)
+                    trains = False
             else:
                 return
 
@@ -150,7 +151,7 @@ class Trainer:
 
     def _events(self, stopped: Flag, timeout_s: float | None) -> "Iterator[Event | Lost]":
         """The events of a list of trials, and the loss of the process where it is lost."""
-        from ablations.engines import Stopped, TrialStarted
+        from ablations.engines import Stopped, TrialDone, TrialFailed, TrialStarted
 
         deadline, told = float("inf"), False
         while True:
@@ -177,6 +178,8 @@ class Trainer:
                     raise error
                 case TrialStarted() if timeout_s is not None:
                     deadline = time.monotonic() + timeout_s
+                case TrialDone() | TrialFailed():
+                    deadline = float("inf")
             yield message
 
     def _too_late(self, timeout_s: float | None) -> "Lost":

@@ -10,7 +10,8 @@ from threading import Event
 
 import pytest
 
-from ablations.isolation import ProcessLost, Setup, isolated
+from ablations.engines import TrialDone, TrialStarted
+from ablations.isolation import Lost, ProcessLost, Setup, Trainer, isolated
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.resume import read_state
@@ -169,3 +170,25 @@ def test_an_error_of_no_trial_is_raised_here(digits, tmp_path):
         trainer.process.join()
         with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
             list(trainer.run(trials, setup, directory, Event()))
+
+
+def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path, monkeypatch):
+    """The trial before it is finished, and a new process trains those that are left. A second loss ends the study."""
+    trials = list(Study(name="test", question="?", seeds=3).cells(digits)[0].trials)
+    lost = Lost("crashed", "SIGKILL", "")
+    rounds = [[TrialStarted(trials[0]), TrialDone(trials[0], None), lost], [lost]]
+    sent: list = []
+    for name, stub in {
+        "_start": lambda self: setattr(self, "has_setup", False),
+        "end": lambda self: None,
+        "_send": lambda self, value: sent.append(value if isinstance(value, Setup) else list(value)),
+        "_events": lambda self, stopped, timeout_s: iter(rounds.pop(0)),
+    }.items():
+        monkeypatch.setattr(Trainer, name, stub)
+    setup, directory = Setup(digits, "cpu", tmp_path, _fail_at_once, EAGER), StudyDirectory(tmp_path)
+    events = Trainer().run(trials, setup, directory, Event())
+    assert [type(next(events)) for _ in range(2)] == [TrialStarted, TrialDone]
+    with pytest.raises(ProcessLost):
+        next(events)
+    assert sent == [setup, trials, setup, trials[1:]]
+    assert directory.failure(trials[0].id) is None
