@@ -141,7 +141,6 @@ def run(
 
     with status("starting"):
         from ablations.cli import plan, sources
-        from ablations.isolation import isolated
     if trial_timeout is not None and not isolate:
         raise InputError(f"--trial-timeout {trial_timeout:g}: needs a process apart; it does not go with --no-isolate")
     asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
@@ -149,14 +148,19 @@ def run(
     if dry_run:
         print(plan.plan_table(plan.plan(asked, data_dir)))
         return 0
+    from ablations.isolation import isolated
+
     with isolated() if isolate else nullcontext() as trainer:  # its process imports PyTorch beside this one
         with starting():
-            from ablations.cli.quickstart import quickstart
             from ablations.cli.run import How, train_and_show
             from model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer)
-        return (quickstart if study is None else train_and_show)(asked, data_dir, how)
+        if study is not None:
+            return train_and_show(asked, data_dir, how)
+        with starting():
+            from ablations.cli.quickstart import quickstart
+        return quickstart(asked, data_dir, how)
 
 
 @app.command(rich_help_panel=TRAIN)
