@@ -1,13 +1,13 @@
-"""The space that a study needs on its disk. Imports no torch, but for networks of timm."""
+"""The space that a study needs on its disk. Only counting a network's weights imports torch."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from ablations.training.data import ImageData
 from ablations.training.trial import Trial
-from model.config import Block, Conv, GateConfig, Layer, ModelConfig, Network, Residual, Whiten
-from model.cost import cost
+from model.config import Network
 from model.errors import InputError
 
 TEXT = 32_768  # bytes of a trial's config, record, checksums and headers, in whole blocks of a file system
@@ -30,7 +30,7 @@ def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
 
     The state has the weights, their average, and at most two numbers of the optimiser for each parameter.
     """
-    weights = {trial.model: stored_bytes(trial.model, *data.image_size) for trial in trials}
+    weights = {trial.model: stored_bytes(trial.model) for trial in trials}
     files = states = 0
     for trial in trials:
         both = 3 if trial.recipe.tta == "flip" else 2  # predictions, labels, predictions of the mirror images
@@ -41,43 +41,9 @@ def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
     return int(SPARE * (files + 2 * states))
 
 
-def stored_bytes(network: Network, height: int, width: int) -> int:
-    """The bytes of a network's weights and buffers in fp32."""
-    if not isinstance(network, ModelConfig):
-        return _counted(network)
-    parameters, _ = cost(network, height, width)
-    return 4 * (parameters + sum(_buffers(network.layers, network.in_chans, network)))
-
-
-def _buffers(layers: Sequence[Layer], channels: int, network: ModelConfig) -> Iterator[int]:
-    """The values of each part that training does not change: statistics of norms, fixed filters, frozen gates."""
-    for layer in layers:
-        match layer:
-            case Whiten():
-                yield channels * layer.kernel**2 * layer.out_channels(channels)
-            case Conv() if layer.norm_act:
-                yield _norm(layer.channels, network)
-            case Block():
-                norms = {"expert": len(layer.kernels), "mix": 1, "none": 0}[layer.norm_act]
-                yield norms * _norm(layer.channels, network)
-                if layer.gate is not None and layer.gate.frozen:
-                    yield _gate(layer.gate, channels, len(layer.kernels))
-            case Residual():
-                yield from _buffers(layer.layers, channels, network)
-        channels = layer.out_channels(channels)
-
-
-def _norm(channels: int, network: ModelConfig) -> int:
-    """Mean and variance, the weight where it is fixed, and the count of batches, which has 8 bytes."""
-    return channels * (2 if network.norm.scale else 3) + 2
-
-
-def _gate(gate: GateConfig, in_chs: int, experts: int) -> int:
-    sizes = (in_chs, *gate.hidden, experts)
-    return sum((a + 1) * b for a, b in zip(sizes, sizes[1:]))
-
-
-def _counted(network: Network) -> int:
+@cache
+def stored_bytes(network: Network) -> int:
+    """The bytes of a network's weights and buffers, which is made without their values."""
     import torch
 
     from model.registry import build
