@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ablations.records import (
     OF_A_STUDY,
@@ -21,6 +21,7 @@ from ablations.training.resume import whole_state
 from model.errors import InputError, reason_of
 from model.files import cut_incomplete_line, make_folder, sync_folder, whole_lines
 
+Value = TypeVar("Value")
 AGAIN = "run the same command again"
 MOVE = "`expertgrid check --repair` moves the trial away, and the next run trains it again"
 
@@ -142,42 +143,23 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[Found]:
     if not place.is_dir():
         yield Found("unfinished", f"trials/{trial}", "not begun", "the next run trains it", trial)
         return
-    record = config = failure = None
-    try:
-        record = directory.record(trial)
-        if record is not None and record.trial != trial:
-            wrong["record.json"] = f"of another trial: {record.trial}"
-    except InputError as error:
-        wrong["record.json"] = _first_part(error)
+    record = _read("record.json", lambda: directory.record(trial), wrong)
+    if record is not None and record.trial != trial:
+        wrong["record.json"] = f"of another trial: {record.trial}"
     finished = record is not None or "record.json" in wrong
-    try:
-        config = directory.config(trial)
-        if config is not None and config.id != trial:
-            wrong["config.json"] = f"of another trial: {config.id}"
-    except InputError as error:
-        wrong["config.json"] = _first_part(error)
-    try:
-        failure = directory.failure(trial)
-    except InputError as error:
-        wrong["failure.json"] = _first_part(error)
-    for name, read in (("adopted.json", directory.adopted), ("predictions.npz", directory.predictions)):
-        if problem := _problem(lambda read=read: read(trial)):
-            wrong[name] = problem
-    try:
-        epochs = len(directory.epochs(trial))
-        if record is not None and record.epochs != epochs:
-            wrong["epochs.jsonl"] = f"has {epochs} epochs, the record has {record.epochs}"
-    except InputError as error:
-        wrong["epochs.jsonl"] = _first_part(error)
-    notes = []
-    if finished:
-        notes = _of_finished(directory, trial, wrong)
-    if (
-        (place / "resume.pt").exists()
-        and not finished
-        and (problem := _problem(lambda: whole_state(place / "resume.pt")))
-    ):
-        wrong["resume.pt"] = problem
+    config = _read("config.json", lambda: directory.config(trial), wrong)
+    if config is not None and config.id != trial:
+        wrong["config.json"] = f"of another trial: {config.id}"
+    failure = _read("failure.json", lambda: directory.failure(trial), wrong)
+    _read("adopted.json", lambda: directory.adopted(trial), wrong)
+    _read("predictions.npz", lambda: directory.predictions(trial), wrong)
+    epochs = _read("epochs.jsonl", lambda: directory.epochs(trial), wrong)
+    if record is not None and epochs is not None and record.epochs != len(epochs):
+        wrong["epochs.jsonl"] = f"has {len(epochs)} epochs, the record has {record.epochs}"
+    notes = _of_finished(directory, trial, wrong) if finished else []
+    resume = directory.resume_file(trial)
+    if not finished and resume.exists():
+        _read("resume.pt", lambda: whole_state(resume), wrong)
     for name, what in wrong.items():
         yield Found("damaged", f"trials/{trial}/{name}", what, MOVE, trial)
     if wrong:
@@ -186,6 +168,15 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[Found]:
     if not finished:
         state = f"failed ({failure})" if failure else "begun" if config else "not begun"
         yield Found("unfinished", f"trials/{trial}", state, "the next run trains it", trial)
+
+
+def _read(name: str, read: Callable[[], Value], wrong: dict[str, str]) -> Value | None:
+    """What a reader gives. Where it raises, what is wrong is entered under the file's name."""
+    try:
+        return read()
+    except InputError as error:
+        wrong[name] = _first_part(error)
+        return None
 
 
 def _of_finished(directory: StudyDirectory, trial: str, wrong: dict[str, str]) -> list[str]:
@@ -211,7 +202,7 @@ def _of_finished(directory: StudyDirectory, trial: str, wrong: dict[str, str]) -
         notes.append("no weights")
     elif "model.safetensors" not in wrong and (problem := _weights_problem(weights, trial)):
         wrong["model.safetensors"] = problem
-    if (place / "resume.pt").exists():
+    if directory.resume_file(trial).exists():
         notes.append("resume.pt is not needed any more: `expertgrid clean` removes it")
     return notes
 

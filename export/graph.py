@@ -129,8 +129,7 @@ def read_onnx(path: Path) -> bytes:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    parse(model, str(path))
-    whole = onnx.load_from_string(model)
+    whole = _parsed(model, str(path))
     outside = [tensor for tensor in held_tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
     if not outside:
         return model
@@ -205,6 +204,11 @@ def _held_by(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
 
 def parse(model: bytes, name: str) -> ModelProto:
     """The model, its functions opened; `name` is what errors call it. Raises InputError for bytes that are not ONNX."""
+    parsed = _parsed(model, name)
+    return inline_local_functions(parsed) if parsed.functions else parsed
+
+
+def _parsed(model: bytes, name: str) -> ModelProto:
     try:
         parsed = onnx.load_from_string(model)
     except Exception as error:  # protobuf's errors have no public type of their own
@@ -213,7 +217,7 @@ def parse(model: bytes, name: str) -> ModelProto:
         raise InputError(f"{name}: not an ONNX file, or a damaged one (a name in it is not UTF-8)")
     if not parsed.graph.output:
         raise InputError(f"{name}: not an ONNX file: it has no graph")
-    return inline_local_functions(parsed) if parsed.functions else parsed
+    return parsed
 
 
 def _strings(message: Any) -> Iterator[str | bytes]:
