@@ -80,12 +80,12 @@ class TrialNote:
 Event = TrialStarted | EpochDone | TrialDone | TrialFailed | TrialNote
 
 
-def by_architecture(trials: list[Trial]) -> list[Trial]:
-    """The trials without repetitions. Those of the same network follow each other; the order is kept otherwise."""
-    groups: dict[str, dict[str, Trial]] = {}
-    for trial in trials:
-        groups.setdefault(trial.model.model_dump_json(), {})[trial.id] = trial
-    return [trial for group in groups.values() for trial in group.values()]
+def by_seed(trials: list[Trial]) -> list[Trial]:
+    """The trials without repetitions, those of the first seed first; the order is kept otherwise.
+
+    A study that is stopped has then trained all cells on the same seeds, and its effects can be read.
+    """
+    return sorted({trial.id: trial for trial in trials}.values(), key=lambda trial: trial.seed)
 
 
 @dataclass
@@ -139,7 +139,7 @@ def run_local(
     trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
     trial too.
     """
-    for trial in by_architecture(trials):
+    for trial in by_seed(trials):
         if stop(0):
             raise Stopped
         yield TrialStarted(trial)

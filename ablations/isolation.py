@@ -115,9 +115,9 @@ class Trainer:
         A trial that takes longer than `timeout_s` has failed. When `stopped` is set, the process does its step, saves
         the trial's state and ends; then Stopped is raised. Raises what the engine raises, and ProcessLost.
         """
-        from ablations.engines import TrialDone, TrialFailed, TrialStarted, by_architecture
+        from ablations.engines import TrialDone, TrialFailed, TrialStarted, by_seed
 
-        left = by_architecture(list(trials))  # the process trains them in this order
+        left = by_seed(list(trials))  # the process trains them in this order
         while left:
             if not self.has_setup:
                 self._send(setup)

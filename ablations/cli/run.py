@@ -15,7 +15,7 @@ from ablations.cli.plan import Asked, plan
 from ablations.cli.sources import import_modules
 from ablations.cli.terminal import console
 from ablations.disk import check_space
-from ablations.engines import Event, TrialFailed, by_architecture, planned_steps, run_local
+from ablations.engines import Event, TrialFailed, by_seed, planned_steps, run_local
 from ablations.isolation import Setup, Trainer
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
@@ -94,7 +94,7 @@ def _train(
     cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
 ) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
-    trials = by_architecture([trial for cell in cells for trial in cell.trials])
+    trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     if how.adopts:
         taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))

@@ -30,7 +30,7 @@ from ablations.engines import (
     TrialFailed,
     TrialNote,
     TrialStarted,
-    by_architecture,
+    by_seed,
     planned_steps,
     run_local,
 )
@@ -297,9 +297,9 @@ def test_saving_takes_a_small_share_of_the_time(trial, resident_digits, tmp_path
     assert saver.due == saved[-1] + 1 + 100 * 3
 
 
-def test_trials_of_one_network_run_next_to_each_other(digits):
+def test_all_cells_are_trained_on_the_first_seed_before_the_next(digits):
     a0, a1, b0, b1 = trials(digits)
-    assert by_architecture([a0, b0, a1, b1, a0]) == [a0, a1, b0, b1]
+    assert by_seed([a0, a1, b0, b1, a0]) == [a0, b0, a1, b1]
 
 
 def test_cost_is_counted_by_hand():
