@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.latency import engines, read_onnx
+from bench.engines import engines
+from export.graph import read_onnx
 from export.session import PROVIDERS, check_provider
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -52,5 +53,6 @@ def onnx_model(pytestconfig: pytest.Config) -> bytes:
 
 @pytest.fixture(scope="session")
 def runs(onnx_model: bytes, pytestconfig: pytest.Config) -> dict:
-    """The engines that can run it, by name."""
-    return engines(onnx_model, "the model", pytestconfig.getoption("provider"))[0]
+    """The engines that can run it, opened, by name."""
+    openers, _ = engines(onnx_model, "the model", pytestconfig.getoption("provider"))
+    return {name: opener() for name, opener in openers.items()}

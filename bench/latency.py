@@ -1,60 +1,74 @@
-"""Inference latency of ONNX files in ONNX Runtime, next to PyTorch eager on the same inputs.
+"""Inference latency of ONNX files, next to PyTorch on the same inputs, and which of them is faster.
 
-All engines, and all files, take turns in short rounds, so that a change of the machine's speed hits all. Times are
-wall-clock milliseconds of one call with inputs and outputs in the host's memory; each is kept.
+Times are wall-clock milliseconds of one call with inputs and outputs in the host's memory; each is kept. How they are
+taken, and what they say, is in `bench.timing`.
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel
-from torch import Tensor, nn
+from pydantic import BaseModel, ValidationError
 
+from ablations.results.rendering import Measured
+from bench.engines import USUAL, Opener, engines
+from bench.host import Host, Meter, watched
+from bench.timing import Block, Call, Ratio, Times, compare, compare_runs, percentiles, take_turns
 from export.graph import read_onnx
-from export.metadata import Metadata, is_expertgrid_file, read_metadata
-from export.session import ORT_ERRORS, check_provider, open_session
-from export.to_onnx import PixelNet
-from model.errors import InputError
+from export.session import ORT_ERRORS, check_provider
+from model.errors import InputError, invalid
 from model.files import now
-from model.machine import device_name
-from model.registry import build
+from model.machine import cpu_name, device_name, usable_cores
 
-Key = TypeVar("Key")
-
-WARM_UP_S = 0.3
-ROUND_S = 0.05
-LEAST_CALLS = 30
-DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+PERCENTILES = (50, 90, 99)
+EAGER = ("pytorch eager cpu", "pytorch eager cuda")
 
 
 class Latency(BaseModel):
-    """One engine at one batch size."""
+    """One engine at one batch size. Intervals are bootstrap intervals at 95%."""
 
     engine: str
     batch: int
     calls: int
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None  # None where there were too few calls
+    p99_ms: float | None
+    intervals_ms: dict[str, tuple[float, float]] = {}  # of "p50" and so on
     images_per_s: float
+    joules_per_image: float | None = None
+    steady: bool = True  # after its warm-up
+    blocks: list[tuple[int, int]] = []  # of calls in a row: in which opening, and how many calls
     calls_ms: list[float]
 
     @classmethod
-    def of(cls, engine: str, batch: int, calls_ms: list[float]) -> "Latency":
-        p50, p90, p99 = np.percentile(calls_ms, (50, 90, 99))
-        rate = 1000 * batch * len(calls_ms) / sum(calls_ms)
+    def of(cls, engine: str, batch: int, times: Times) -> "Latency":
+        calls_ms = times.calls_ms
+        found = dict(zip(("p50", "p90", "p99"), percentiles(times, PERCENTILES)))
+        joules = [block.joules for block in times.blocks if block.joules is not None]
         return cls(
-            engine=engine, batch=batch, calls=len(calls_ms), p50_ms=p50, p90_ms=p90, p99_ms=p99, images_per_s=rate,
+            engine=engine,
+            batch=batch,
+            calls=len(calls_ms),
+            p50_ms=float(np.median(calls_ms)),
+            **{f"{name}_ms": one.value if one else None for name, one in found.items() if name != "p50"},
+            intervals_ms={name: (one.low, one.high) for name, one in found.items() if one},
+            images_per_s=1000 * batch * len(calls_ms) / sum(calls_ms),
+            joules_per_image=sum(joules) / (batch * len(calls_ms)) if len(joules) == len(times.blocks) else None,
+            steady=times.steady,
+            blocks=[(block.opening, len(block.calls_ms)) for block in times.blocks],
             calls_ms=[round(ms, 5) for ms in calls_ms],
-        )  # fmt: skip
+        )
+
+    @property
+    def times(self) -> Times:
+        """The calls in their blocks."""
+        left = iter(self.calls_ms)
+        return Times([Block(opening, [next(left) for _ in range(count)]) for opening, count in self.blocks])
 
 
 class LatencyRecord(BaseModel):
@@ -69,70 +83,11 @@ class LatencyRecord(BaseModel):
     provider: str
     device: str
     threads: int
+    machine: dict[str, str | int] = {}
     versions: dict[str, str]
+    host: Host = Host()
     finished: str
     latencies: list[Latency]
-
-
-def engines(model: bytes, name: str, provider: str) -> tuple[dict[str, Callable[[np.ndarray], Any]], Metadata | None]:
-    """What can run the model: ONNX Runtime on `provider`; PyTorch eager on the same device too for an expertgrid file.
-
-    Returns functions from a batch of inputs to logits, by name, and the metadata of an expertgrid file. PyTorch's
-    network is built from the config in the metadata, with fresh weights: its speed does not depend on them. Raises
-    InputError where the file does not load or the provider is not there.
-    """
-    session = open_session(model, provider, name)
-    given, made = session.get_inputs(), session.get_outputs()
-    if len(given) != 1 or given[0].type not in DTYPES or any(not isinstance(size, int) for size in given[0].shape[1:]):
-        found = ", ".join(f"{value.name}: {value.type} {value.shape}" for value in given)
-        raise InputError(
-            f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}"
-        )
-    if not made:
-        raise InputError(f"{name}: has no output")
-    entries = session.get_modelmeta().custom_metadata_map
-    metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
-    runs: dict[str, Callable[[np.ndarray], Any]] = {
-        f"onnxruntime {provider}": lambda images: session.run([made[0].name], {given[0].name: images})[0]
-    }
-    if metadata is not None:
-        device = torch.device("cpu" if provider == "cpu" else "cuda")
-        runs[f"pytorch eager {device.type}"] = _eager(metadata, device)
-    return runs, metadata
-
-
-def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network of an expertgrid file with fresh weights, from the file's input to logits, in evaluation mode.
-
-    It computes in `dtype`. Its speed does not depend on its weights.
-    """
-    net = build(metadata.config)
-    if dtype != torch.float32:
-        net = nn.Sequential(Cast(dtype), net.to(dtype))
-    if metadata.input == "uint8":
-        net = PixelNet(net, metadata.trained.mean, metadata.trained.std)
-    return net.eval()
-
-
-class Cast(nn.Module):
-    """Images in another type."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW.to(self.dtype)
-
-
-def _eager(metadata: Metadata, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
-    net = untrained(metadata).to(device)
-
-    @torch.inference_mode()
-    def run(images: np.ndarray) -> np.ndarray:
-        return net(torch.from_numpy(images).to(device)).cpu().numpy()
-
-    return run
 
 
 def random_images(model: bytes, batch: int) -> np.ndarray:
@@ -147,35 +102,12 @@ def random_images(model: bytes, batch: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def take_turns(runs: dict[Key, Callable[[], object]], measure_s: float) -> dict[Key, list[float]]:
-    """Milliseconds of each call of each engine, `measure_s` seconds and at least 30 calls for each, after a warm-up.
-
-    A round is some calls of one engine in a row; its first call is not counted, as the other's threads may still spin.
-    """
-    calls = {name: _warm_up(run) for name, run in runs.items()}
-    calls_ms: dict[Key, list[float]] = {name: [] for name in runs}
-    while any(len(times) < LEAST_CALLS or sum(times) < 1000 * measure_s for times in calls_ms.values()):
-        for name, run in runs.items():
-            run()
-            for _ in range(calls[name]):
-                started = time.perf_counter()
-                run()
-                calls_ms[name].append(1000 * (time.perf_counter() - started))
-    return calls_ms
-
-
-def _warm_up(run: Callable[[], object]) -> int:
-    """Runs for a while; returns how many calls make a round."""
-    run()
-    started, done = time.perf_counter(), 0
-    while time.perf_counter() - started < WARM_UP_S:
-        run()
-        done += 1
-    return max(2, round(ROUND_S * done / (time.perf_counter() - started)))
-
-
 def measure(
-    paths: Sequence[Path], provider: str = "cpu", batches: Sequence[int] = (1, 8, 64), measure_s: float = 1.0
+    paths: Sequence[Path],
+    provider: str = "cpu",
+    batches: Sequence[int] = (1, 8, 64),
+    measure_s: float = 1.0,
+    wanted: Sequence[str] = USUAL,
 ) -> list[LatencyRecord]:
     """Latencies of ONNX files at each batch size, all of them in turns. Raises InputError as `engines` and `read_onnx`.
 
@@ -183,22 +115,19 @@ def measure(
     """
     check_provider(provider)
     models = [read_onnx(path) for path in paths]
-    opened = [engines(model, str(path), provider) for path, model in zip(paths, models)]
+    opened = [engines(model, str(path), provider, wanted) for path, model in zip(paths, models)]
     latencies: list[list[Latency]] = [[] for _ in paths]
-    for batch in batches:
-        runs: dict[tuple[int, str], Callable[[], object]] = {}
-        for i, (path, model, (engine_runs, _)) in enumerate(zip(paths, models, opened)):
-            images = random_images(model, batch)
-            for engine, run in engine_runs.items():
-                runs[i, engine] = partial(run, images)
-                try:
-                    run(images)
-                except (*ORT_ERRORS, MemoryError) as error:
-                    reason = str(error).splitlines()[0]
-                    raise InputError(f"{path}: does not run at batch {batch}: {reason}") from None
-        for (i, engine), times in take_turns(runs, measure_s).items():
-            latencies[i].append(Latency.of(engine, batch, times))
-    finished = now()
+    cuda = provider != "cpu"
+    with watched(cuda) as host:
+        for batch in batches:
+            candidates: dict[tuple[int, str], Callable[[], Call]] = {}
+            for i, (path, model, (openers, _)) in enumerate(zip(paths, models, opened)):
+                images = random_images(model, batch)
+                for engine, opener in openers.items():
+                    candidates[i, engine] = partial(_open, str(path), opener, images)
+            for (i, engine), times in take_turns(candidates, measure_s, meter=Meter(cuda)).items():
+                latencies[i].append(Latency.of(engine, batch, times))
+    finished, device = now(), torch.device("cuda" if cuda else "cpu")
     return [
         LatencyRecord(
             file=path.name,
@@ -208,9 +137,11 @@ def measure(
             precision=metadata.precision if metadata else "",
             pruned=metadata is not None and metadata.pruned is not None,
             provider=provider,
-            device=device_name(torch.device("cpu" if provider == "cpu" else "cuda")),
+            device=device_name(device),
             threads=torch.get_num_threads(),
+            machine=machine(),
             versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+            host=host,
             finished=finished,
             latencies=found,
         )
@@ -218,27 +149,146 @@ def measure(
     ]
 
 
+def _open(name: str, opener: Opener, images: np.ndarray) -> Call:
+    """A call on the images. Raises InputError where the network does not run at this batch size."""
+    run = opener()
+    try:
+        run(images)
+    except (*ORT_ERRORS, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: does not run at batch {len(images)}: {reason}") from None
+    return partial(run, images)
+
+
+def machine() -> dict[str, str | int]:
+    """What another machine differs in. Processors of several generations have one name, so their instructions count."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": cpu_name(), "instructions": instructions, "cores": usable_cores()}
+
+
+def read_latency(file: Path) -> LatencyRecord:
+    """A record that --json wrote. Raises InputError for a file that is not one, or that has no blocks."""
+    try:
+        record = LatencyRecord.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise invalid(str(file), error) from None
+    for found in record.latencies:
+        if not found.blocks or sum(count for _, count in found.blocks) != len(found.calls_ms):
+            raise InputError(f"{file}: does not say in which blocks its calls were; measure it again")
+    return record
+
+
+def check_comparable(baseline: LatencyRecord, here: LatencyRecord, file: Path) -> None:
+    """Raises InputError where a record was made on another machine, or with other versions."""
+    for what, old, new in (
+        ("provider", baseline.provider, here.provider),
+        ("device", baseline.device, here.device),
+        ("threads", baseline.threads, here.threads),
+        *((name, baseline.machine.get(name), value) for name, value in here.machine.items()),
+        *((name, baseline.versions.get(name), value) for name, value in here.versions.items()),
+    ):
+        if old != new:
+            raise InputError(
+                f"{file}: was measured with {what} {old}, here it is {new}; --across-machines compares all the same"
+            )
+
+
+class Comparison(BaseModel):
+    """How fast a file is against another, in one engine at one batch size."""
+
+    file: str
+    other: str
+    engine: str
+    batch: int
+    ratio: tuple[float, float, float]  # how many times as fast, and its 99% interval
+    verdict: str
+
+    @classmethod
+    def of(cls, file: str, other: str, found: Latency, ratio: Ratio) -> "Comparison":
+        return cls(
+            file=file, other=other, engine=found.engine, batch=found.batch, ratio=tuple(ratio), verdict=ratio.word
+        )
+
+    def slower_percent(self) -> float:
+        """By how much it is slower; 0 where that is not sure."""
+        return 100 * (1 / self.ratio[0] - 1) if self.verdict == "slower" else 0.0
+
+    def __str__(self) -> str:
+        value, low, high = self.ratio
+        numbers = f"{value:.3g} times as fast ({low:.3g} to {high:.3g})"
+        return f"{self.file} against {self.other}, batch {self.batch}, {self.engine}: {self.verdict}, {numbers}"
+
+
+def with_first(records: Sequence[LatencyRecord]) -> list[Comparison]:
+    """Each file against the first, in each engine that runs the files, of one run of `measure`."""
+    return [
+        Comparison.of(record.file, records[0].file, found, compare(first.times, found.times))
+        for record in records[1:]
+        for found, first in zip(record.latencies, _alike(record, records[0]))
+        if first and not found.engine.startswith("pytorch")
+    ]
+
+
+def with_baseline(record: LatencyRecord, baseline: LatencyRecord, name: str) -> list[Comparison]:
+    """A file against a record of an earlier run, in each engine and batch size of both. Raises InputError for none."""
+    found = [
+        Comparison.of(record.file, name, found, compare_runs(old.times, found.times))
+        for found, old in zip(record.latencies, _alike(record, baseline))
+        if old
+    ]
+    if not found:
+        raise InputError(f"{name}: has none of the engines and batch sizes that were measured now")
+    return found
+
+
+def _alike(record: LatencyRecord, other: LatencyRecord) -> list[Latency | None]:
+    """The other record's latencies of the same engines and batch sizes."""
+    there = {(found.engine, found.batch): found for found in other.latencies}
+    return [there.get((found.engine, found.batch)) for found in record.latencies]
+
+
 def rows(records: Sequence[LatencyRecord]) -> list[dict[str, object]]:
     """The records as the rows of a table.
 
     Each engine's speed is given relative to PyTorch eager on the same file and batch size and, where there are several
-    files, to ONNX Runtime on the first of them.
+    files, to the same engine on the first of them.
     """
-    first = {found.batch: found.p50_ms for found in records[0].latencies if found.engine.startswith("onnxruntime")}
+    first = {(one.file, one.engine, one.batch): one for one in with_first(records)}
     shown: list[dict[str, object]] = []
     for record in records:
-        eager = {found.batch: found.p50_ms for found in record.latencies if found.engine.startswith("pytorch")}
+        eager = {found.batch: found for found in record.latencies if found.engine in EAGER}
         for found in record.latencies:
-            row: dict[str, object] = {
-                "file": record.file,
-                "batch": found.batch,
-                "engine": found.engine,
-                "calls": found.calls,
-                "p50 ms": round(found.p50_ms, 3),
-                "p90 ms": round(found.p90_ms, 3),
-                "p99 ms": round(found.p99_ms, 3),
-                "images/s": round(found.images_per_s, 1),
-                "x eager": round(eager[found.batch] / found.p50_ms, 2) if found.batch in eager else None,
-            }
-            shown.append(row | ({"x first": round(first[found.batch] / found.p50_ms, 2)} if len(records) > 1 else {}))
+            row: dict[str, object] = {"file": record.file, "batch": found.batch, "engine": found.engine}
+            for name in ("p50", "p90", "p99"):
+                ends = found.intervals_ms.get(name)
+                row[f"{name} ms"] = Measured(getattr(found, f"{name}_ms"), *ends) if ends else None
+            row["images/s"] = round(found.images_per_s, 1)
+            if any(one.joules_per_image is not None for one in record.latencies):
+                row["mJ/image"] = found.joules_per_image and 1000 * found.joules_per_image
+            plain = eager.get(found.batch)
+            row["x eager"] = Measured(*compare(plain.times, found.times)) if plain and plain is not found else None
+            if len(records) > 1:
+                against = first.get((record.file, found.engine, found.batch))
+                row["x first"] = Measured(*against.ratio) if against else None
+                row["verdict"] = against.verdict if against else None
+            shown.append(row)
     return shown
+
+
+def notes(records: Sequence[LatencyRecord]) -> list[str]:
+    """What the table rests on."""
+    record = records[0]
+    every = [found for one in records for found in one.latencies]
+    lines = [
+        f"{record.device}, {record.threads} threads. x: times as fast; ±: half of the interval, 95% and for x 99%."
+    ]
+    if len(records) > 1:
+        lines.append(f"x first: against {record.file} in the same engine at the same batch size.")
+    lines += record.host.notes()
+    if any(found.p99_ms is None for found in every):
+        lines.append("No p90 below 36 calls and no p99 below 368: --seconds gives more.")
+    if unsteady := sorted({f"{found.engine} at batch {found.batch}" for found in every if not found.steady}):
+        lines.append(f"Still changing its speed after the warm-up: {', '.join(unsteady)}.")
+    return lines

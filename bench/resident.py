@@ -15,8 +15,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from bench.latency import Latency, random_images, take_turns, untrained
+from bench.engines import untrained
+from bench.latency import Latency, random_images
 from bench.peaks import synchronise
+from bench.timing import take_turns
 from export.graph import read_onnx
 from export.metadata import entries_of, read_metadata
 from export.session import ORT_ERRORS, open_session
@@ -114,6 +116,7 @@ def measure_resident(
             except (InputError, *ORT_ERRORS, MemoryError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 missing.append(NotMeasured(engine=engine, batch=batch, reason=reason))
-        calls_ms = take_turns(runs, measure_s) if runs else {}
-        latencies += [Latency.of(engine, batch, times) for engine, times in calls_ms.items()]
+        opened = {engine: lambda call=call: call for engine, call in runs.items()}  # a recorded graph is kept
+        calls = take_turns(opened, measure_s) if runs else {}
+        latencies += [Latency.of(engine, batch, times) for engine, times in calls.items()]
     return latencies, missing

@@ -56,6 +56,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
     options.log_severity_level = 4  # the errors below say it
+    if provider != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # it runs every node
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(

@@ -31,7 +31,8 @@ from ablations.study import Base, Study, changed_recipe, load_study, parse_study
 from ablations.training import optimise, policies  # noqa: F401  # imported now, so that no input's time has it
 from ablations.training.data import SOURCES, ImageData, load_data
 from ablations.training.recipe import RECIPES, Recipe
-from bench.latency import engines, random_images
+from bench.engines import engines
+from bench.latency import random_images
 from export.certificate import certificate_problem
 from export.graph import describe, read_onnx
 from export.picture import draw

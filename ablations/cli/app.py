@@ -384,23 +384,50 @@ def bench(
             callback=options.file_named("--json", ".json"),
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}.")
+    ] = "onnxruntime,eager",
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600, metavar="S", help="Time of each engine and batch.")] = 1,
+    fail_if_slower: Annotated[
+        str | None,
+        typer.Option(metavar="P%", help="Exit status 1 where a file is slower by P%."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Compare with an earlier record of --json. For one file.",
+            callback=options.readable,
+        ),
+    ] = None,
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="With --baseline: also of another machine or version.")
+    ] = False,
     modules: Import = None,
 ) -> int:
     """Measure the latency of ONNX files.
 
-    ONNX Runtime and PyTorch eager get the same inputs. Several files take turns. The record of a file in a study's
-    export folder is kept in the study's bench folder, and its table shows it.
+    All engines get the same inputs, and all files take turns. A second file is faster or slower than the first only
+    where the 99% interval says so. The record of a file in a study's export folder is kept in the study's bench folder,
+    and its table shows it.
     """
-    batches = options.batches(batch)
-    if json is not None and len(files) > 1:
-        raise InputError(f"--json {json}: takes the record of one file; {len(files)} files were given")
+    batches, engines = options.batches(batch), options.words("engine", engine, options.ENGINES)
+    slower = options.percent("--fail-if-slower", fail_if_slower)
+    for option, value in (("--json", json), ("--baseline", baseline)):
+        if value is not None and len(files) > 1:
+            raise InputError(f"{option} {value}: takes the record of one file; {len(files)} files were given")
+    if slower is not None and len(files) == 1 and baseline is None:
+        raise InputError("--fail-if-slower: a second file or --baseline FILE.json is needed to compare with")
+    if across_machines and baseline is None:
+        raise InputError("--across-machines: is for --baseline FILE.json")
     from ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.bench import bench
+        from ablations.cli.bench import Against, bench
         from ablations.cli.sources import import_modules
     import_modules(modules or [])
-    return bench(files, provider, batches, format, json)
+    against = Against(baseline, across_machines, slower)
+    return bench(files, provider, batches, format, json, engines, seconds, against)
 
 
 @app.command("bench-train", rich_help_panel=SPEED)

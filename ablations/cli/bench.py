@@ -1,6 +1,7 @@
 """Measuring latency and training speed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,20 @@ from ablations.cli.options import write_out
 from ablations.cli.terminal import console, status
 from ablations.results.rendering import Format, render
 from bench import training
-from bench.latency import measure, rows
+from bench.engines import USUAL
+from bench.latency import check_comparable, measure, notes, read_latency, rows, with_baseline, with_first
 from bench.training import measure_training
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
+
+
+@dataclass(frozen=True)
+class Against:
+    """What a file's speed is compared with, and what ends in failure."""
+
+    baseline: Path | None = None  # a record of an earlier run
+    across_machines: bool = False
+    fail_if_slower: float | None = None  # percent
 
 
 def bench(
@@ -21,10 +32,19 @@ def bench(
     batches: Sequence[int] = (1, 8, 64),
     format: Format = "text",
     json: Path | None = None,
+    engines: Sequence[str] = USUAL,
+    measure_s: float = 1.0,
+    against: Against = Against(),
 ) -> int:
-    """Prints the latency of ONNX files, and keeps the records of those in a study's export folder."""
+    """Prints the latency of ONNX files, and keeps the records of those in a study's export folder.
+
+    1 where a file is slower than it may be.
+    """
+    baseline = read_latency(against.baseline) if against.baseline else None
     with status(f"measuring {', '.join(map(str, files))}"):
-        records = measure(files, provider, batches)
+        records = measure(files, provider, batches, measure_s, engines)
+    if baseline and against.baseline and not against.across_machines:
+        check_comparable(baseline, records[0], against.baseline)
     for file, record in zip(files, records):
         content = record.model_dump_json(indent=1).encode()
         study = file.resolve().parent.parent
@@ -32,10 +52,21 @@ def bench(
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_out("--json", json, content)
-    note = f"{record.device}, {record.threads} threads; images/s from the mean of all calls."
-    first = [f"x first: against {files[0].name} in ONNX Runtime at the same batch size."] if len(files) > 1 else []
-    print(render(rows(records), format, [note, *first]))
-    return 0
+    found = with_first(records)
+    if baseline:
+        found += with_baseline(records[0], baseline, str(against.baseline))
+    print(render(rows(records), format, notes(records)))
+    if format == "text" and found:
+        print("\n" + "\n".join(map(str, found)), flush=True)
+    if against.fail_if_slower is None:
+        return 0
+    slower = [one for one in found if one.slower_percent() > against.fail_if_slower]
+    for one in slower:
+        console.print(
+            f"slower by {one.slower_percent():.1f}%, more than {against.fail_if_slower:g}%: {one.file} against "
+            f"{one.other}, batch {one.batch}, {one.engine}", style="red", soft_wrap=True,
+        )  # fmt: skip
+    return int(bool(slower))
 
 
 def bench_train(

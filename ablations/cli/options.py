@@ -17,6 +17,9 @@ MOST_IMAGES = 64  # of a contact sheet
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
+ENGINES = (
+    "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
+)  # fmt: skip
 
 Value = bool | int | float | str | list | dict  # of a setting, as TOML has it
 
@@ -63,6 +66,19 @@ def batches(text: str) -> list[int]:
     return sizes
 
 
+def percent(option: str, text: str | None) -> float | None:
+    """The number of an option like 5 or 5%. Raises InputError for anything else."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1000:
+        raise InputError(f"{option} {text}: a percentage is needed, such as 5%")
+    return value
+
+
 def module_names(names: Sequence[str] | None) -> Sequence[str] | None:
     """Raises InputError for a module of --import that does not exist. Imports none of them."""
     with working_directory_first():
@@ -101,9 +117,9 @@ def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable
     return check
 
 
-def readable(files: Path | Sequence[Path]) -> Path | Sequence[Path]:
+def readable(files: Path | Sequence[Path] | None) -> Path | Sequence[Path] | None:
     """Raises InputError for a file that cannot be read."""
-    for file in [files] if isinstance(files, Path) else files:
+    for file in [files] if isinstance(files, Path) else files or ():
         try:
             file.open("rb").close()
         except OSError as error:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -27,6 +28,14 @@ class Signed(float):
 
 class Times(float):
     """A ratio: shown as x2.0."""
+
+
+class Measured(NamedTuple):
+    """A measured value and its interval: shown with half of the interval, in two digits of that half."""
+
+    value: float
+    low: float
+    high: float
 
 
 class Span(NamedTuple):
@@ -85,7 +94,9 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     titles = list(table[0])
     cells = [[printable(shown(row[title])) for title in titles] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
-    numeric = [all(isinstance(row[title], int | float | Interval | None) for row in table) for title in titles]
+    numeric = [
+        all(isinstance(row[title], int | float | Interval | Measured | None) for row in table) for title in titles
+    ]
     align = ["right" if is_number else "left" for is_number in numeric]
     text = tabulate(
         cells, headers=list(map(printable, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
@@ -135,7 +146,7 @@ def _csv(rows: Sequence[dict[str, object]]) -> str:
 
 def _plain(value: object) -> object:
     match value:
-        case Interval() | Span():
+        case Interval() | Measured() | Span():
             return value._asdict()
         case Verdict():
             return asdict(value.judgement) | {"fixed_split": value.fixed_split}
@@ -146,6 +157,8 @@ def _flat(title: str, value: object) -> list[tuple[str, object]]:
     match value:
         case Interval():
             return [(title, value.mean), (f"{title} low", value.low), (f"{title} high", value.high)]
+        case Measured():
+            return [(title, value.value), (f"{title} low", value.low), (f"{title} high", value.high)]
         case Span():
             return [(f"{title} low", value.low), (f"{title} high", value.high)]
         case Verdict():
@@ -163,6 +176,12 @@ def shown(value: object) -> str:
             return f"{mean:.2f}"
         case Interval(mean, low, high):
             return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+        case Measured(mean, low, high):
+            half = max(mean - low, high - mean)
+            if not math.isfinite(half):
+                return f"{mean:.3g} ±?"
+            digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
+            return f"{mean:,.{digits}f} ±{half:,.{digits}f}"
         case Span(low, high):
             return f"{low:+.2f} to {high:+.2f}"
         case Signed():

@@ -14,7 +14,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from ablations.engines import Stopped, TrialFailed, TrialNote, by_architecture, planned_steps, run_local
+from ablations.engines import Stopped, TrialFailed, TrialNote, by_seed, planned_steps, run_local
 from ablations.records import StudyDirectory
 from ablations.results.evidence import marginals, read_evidence
 from ablations.results.rendering import Table, render
@@ -302,7 +302,8 @@ def check_there(file: Path) -> None:
 def some_calls(latency: Latency) -> dict[str, Any]:
     """A latency with some of its calls, evenly spaced, where there are many."""
     every = -(-len(latency.calls_ms) // KEPT_CALLS)
-    return {**latency.model_dump(mode="json"), "calls_ms": latency.calls_ms[::every]}
+    kept = latency.calls_ms[::every]
+    return {**latency.model_dump(mode="json"), "calls_ms": kept, "blocks": latency.blocks if every == 1 else []}
 
 
 def train(
@@ -335,7 +336,7 @@ def train(
 
 def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, trials: list[Trial]) -> None:
     """Trains the trials that have no record, until the time is up."""
-    trials = by_architecture(trials)
+    trials = by_seed(trials)
     pending = [trial for trial in trials if directory.record(trial.id) is None and not directory.adopt(trial.id)]
     chosen = [
         bench.size.execution.plan(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)

@@ -311,7 +311,7 @@ def latency_rows(results: Results) -> Rows:
             "engine": latency["engine"],
             "batch": latency["batch"],
             "p50 ms": f"{latency['p50_ms']:.4f}",
-            "p99 ms": f"{latency['p99_ms']:.4f}",
+            "p99 ms": f"{latency['p99_ms']:.4f}" if latency["p99_ms"] is not None else "",
             "images/s": f"{latency['images_per_s']:,.0f}",
         }
         for what, latency in latencies(results)

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ablations.records import StudyDirectory
+from bench.latency import LatencyRecord
 from export.certificate import BOUNDS, Bound
 
 EXPERTGRID = [sys.executable, "-c", "from ablations.cli.entry import main; main()"]
@@ -346,6 +347,29 @@ def test_bench_prints_and_keeps_what_it_measured(expertgrid, trained_study, tmp_
     assert "Latency: median of ONNX Runtime at batch 2, cpu" in table
 
 
+def test_bench_says_which_is_faster_and_fails_where_asked(expertgrid, trained_study, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    assert expertgrid("export", study).status == 0
+    file, record = study / "export" / "model-uint8.onnx", tmp_path / "record.json"
+    short = "--batch", 2, "--seconds", 0.05, "--engine", "onnxruntime"
+    assert expertgrid("bench", file, *short, "--json", record).status == 0
+    quicker = LatencyRecord.model_validate_json(record.read_text())
+    for latency in quicker.latencies:
+        latency.calls_ms = [ms / 10 for ms in latency.calls_ms]
+    record.write_text(quicker.model_dump_json())
+    outcome = expertgrid("bench", file, *short, "--baseline", record)
+    assert outcome.status == 0
+    assert f"model-uint8.onnx against {record}, batch 2, onnxruntime cpu: slower, 0." in outcome.out
+    outcome = expertgrid("bench", file, *short, "--baseline", record, "--fail-if-slower", "5%")
+    assert outcome.status == 1
+    assert re.search(r"slower by \d+.\d%, more than 5%: model-uint8.onnx against", outcome.err)
+    assert expertgrid("bench", file, file, *short, "--fail-if-slower", "1%").status == 0
+    record.write_text(quicker.model_copy(update={"threads": 64}).model_dump_json())
+    outcome = expertgrid("bench", file, *short, "--baseline", record)
+    assert (outcome.status, "measured with threads 64" in outcome.complaint) == (2, True)
+    assert expertgrid("bench", file, *short, "--baseline", record, "--across-machines").status == 0
+
+
 def test_bench_train(expertgrid):
     arguments = ["two_block", "--batch", 4, "--steps", 1, "--rounds", 2, "--device", "cpu", "--compile", "off"]
     speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
@@ -421,6 +445,21 @@ def test_lists(expertgrid):
         (["bench", "broken.safetensors", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
         (["bench", "broken.safetensors", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
         (["bench", "broken.safetensors", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
+        (["bench", "broken.safetensors", "--engine", "ort"], "unknown engine 'ort'. Accepted: onnxruntime, eager"),
+        (
+            ["bench", "broken.safetensors", "--fail-if-slower", "5"],
+            "--fail-if-slower: a second file or --baseline FILE.json",
+        ),
+        (
+            ["bench", "broken.safetensors", "broken.safetensors", "--fail-if-slower", "a%"],
+            "--fail-if-slower a%: a percentage is needed",
+        ),
+        (["bench", "broken.safetensors", "--across-machines"], "--across-machines: is for --baseline"),
+        (["bench", "broken.safetensors", "--baseline", "none.json"], "none.json: cannot be read"),
+        (
+            ["bench", "broken.safetensors", "broken.safetensors", "--json", "all.json"],
+            "--json all.json: takes the record of one file",
+        ),
         (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
         (["run", "--compile", "of"], "Invalid value for '--compile': 'of' is not one of 'auto', 'on', 'off'."),
         (["bench-train", "--rounds", "0"], "Invalid value for '--rounds'"),

@@ -72,6 +72,7 @@ def test_the_words_of_the_options_are_those_of_the_code():
     """They are written out beside the signatures, where importing them would take seconds."""
     from ablations.results import report, tables
     from ablations.training.contact_sheet import MOST_IMAGES
+    from bench.engines import ENGINES
     from export.certificate import BOUNDS
     from export.session import PROVIDERS
     from export.to_onnx import OUTPUTS
@@ -87,6 +88,7 @@ def test_the_words_of_the_options_are_those_of_the_code():
     assert words("bench", "provider") == words("predict", "provider") == options.PROVIDERS == tuple(PROVIDERS)
     assert words("run", "kernels") == words("run", "compile") == words("run", "graphs") == tuple(CHOICES)
     assert tuple(OUTPUTS) == options.OUTPUTS
+    assert options.ENGINES == ENGINES
     assert options.MOST_IMAGES == MOST_IMAGES
 
 

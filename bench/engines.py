@@ -1,0 +1,156 @@
+"""What runs a network: ONNX Runtime and OpenVINO run the file, PyTorch the network that an expertgrid file describes.
+
+Shapes: B images, H rows, W columns, C channels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from onnxruntime import InferenceSession
+from torch import Tensor, nn
+
+from export.metadata import Metadata, is_expertgrid_file, read_metadata
+from export.session import open_session
+from export.to_onnx import PixelNet
+from model.errors import InputError, unknown
+from model.fast.compiled import why_unavailable
+from model.registry import build
+
+Run = Callable[[np.ndarray], Any]  # from a batch of inputs to logits
+Opener = Callable[[], Run]  # opens an engine anew
+
+DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+PYTORCH = {  # dtype, and whether it is compiled
+    "eager": (torch.float32, False),
+    "eager-bf16": (torch.bfloat16, False),
+    "compiled": (torch.float32, True),
+    "compiled-bf16": (torch.bfloat16, True),
+}
+OPENVINO = {"openvino": "f32", "openvino-bf16": "bf16"}
+ENGINES = ("onnxruntime", *PYTORCH, *OPENVINO)
+USUAL = ("onnxruntime", "eager")
+
+
+def engines(
+    model: bytes, name: str, provider: str, wanted: Sequence[str] = USUAL
+) -> tuple[dict[str, Opener], Metadata | None]:
+    """The `wanted` engines that can run the model, by their names in tables, and the metadata of an expertgrid file.
+
+    ONNX Runtime runs on `provider`, PyTorch on the same device. PyTorch's network is built from the config in the
+    metadata, with fresh weights, as its speed does not depend on them; a file of other origin has none. A compiled
+    network is compiled once for each batch size and kept. Raises InputError where the file does not load, or an engine
+    is not there.
+    """
+    for engine in wanted:
+        if engine not in ENGINES:
+            raise unknown("engine", engine, ENGINES)
+    session = open_session(model, provider, name)
+    given = session.get_inputs()
+    if len(given) != 1 or given[0].type not in DTYPES or any(not isinstance(size, int) for size in given[0].shape[1:]):
+        found = ", ".join(f"{value.name}: {value.type} {value.shape}" for value in given)
+        raise InputError(
+            f"{name}: needs one input of images, uint8 or float, with only the batch left open; found {found}"
+        )
+    if not session.get_outputs():
+        raise InputError(f"{name}: has no output")
+    entries = session.get_modelmeta().custom_metadata_map
+    metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
+    device = torch.device("cpu" if provider == "cpu" else "cuda")
+    found: dict[str, Opener] = {}
+    for engine in wanted:
+        if engine == "onnxruntime":
+            found[f"onnxruntime {provider}"] = lambda: _session(open_session(model, provider, name))
+        elif engine in OPENVINO:
+            found[f"{engine} cpu"] = _openvino(model, name, engine, provider)
+        elif metadata is not None:
+            dtype, is_compiled = PYTORCH[engine]
+            check_compiler(device, is_compiled)
+            found[f"pytorch {engine.replace('-', ' ')} {device.type}"] = partial(
+                _compiled if is_compiled else _eager, metadata, device, dtype
+            )
+    return found, metadata
+
+
+def check_compiler(device: torch.device, is_compiled: bool) -> None:
+    """Raises InputError where torch.compile cannot work."""
+    if is_compiled and (reason := why_unavailable(device)):
+        raise InputError(f"engine 'compiled': {reason}")
+
+
+def _session(session: InferenceSession) -> Run:
+    given, made = session.get_inputs()[0].name, [session.get_outputs()[0].name]
+    return lambda images: session.run(made, {given: images})[0]
+
+
+def _openvino(model: bytes, name: str, engine: str, provider: str) -> Opener:
+    """Raises InputError where OpenVINO is not installed, or a GPU was asked for."""
+    if provider != "cpu":
+        raise InputError(f"engine {engine!r}: OpenVINO runs on the CPU here, not on provider {provider!r}")
+    try:
+        import openvino
+    except ImportError:
+        raise InputError(
+            f"engine {engine!r}: OpenVINO is not installed; `uv sync --extra openvino` brings it"
+        ) from None
+    options = {"INFERENCE_PRECISION_HINT": OPENVINO[engine], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+    def open_() -> Run:
+        try:
+            compiled = openvino.Core().compile_model(
+                openvino.Core().read_model(model), "CPU", {"PERFORMANCE_HINT": "LATENCY", **options}
+            )
+        except RuntimeError as error:
+            raise InputError(f"{name}: OpenVINO does not load it: {str(error).splitlines()[0]}") from None
+        request = compiled.create_infer_request()
+        return lambda images: request.infer([images], share_inputs=True, share_outputs=True)[0]
+
+    return open_
+
+
+def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network of an expertgrid file with fresh weights, from the file's input to logits, in evaluation mode.
+
+    It computes in `dtype`. Its speed does not depend on its weights.
+    """
+    net = build(metadata.config)
+    if dtype != torch.float32:
+        net = nn.Sequential(Cast(dtype), net.to(dtype))
+    if metadata.input == "uint8":
+        net = PixelNet(net, metadata.trained.mean, metadata.trained.std)
+    return net.eval()
+
+
+class Cast(nn.Module):
+    """Images in another type."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW.to(self.dtype)
+
+
+def _eager(metadata: Metadata, device: torch.device, dtype: torch.dtype) -> Run:
+    return _pytorch(untrained(metadata, dtype).to(device), device)
+
+
+@cache
+def _compiled_net(metadata_json: str, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    net = untrained(Metadata.model_validate_json(metadata_json), dtype)
+    return torch.compile(net.to(device).to(memory_format=torch.channels_last), dynamic=False)
+
+
+def _compiled(metadata: Metadata, device: torch.device, dtype: torch.dtype) -> Run:
+    return _pytorch(_compiled_net(metadata.model_dump_json(), device, dtype), device)
+
+
+def _pytorch(net: Callable[[Tensor], Tensor], device: torch.device) -> Run:
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> np.ndarray:
+        return net(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return run

@@ -1,0 +1,133 @@
+"""What else goes on in the machine while something is measured, and the energy that the device uses."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+STAT = Path("/proc/stat")
+RAPL = Path("/sys/class/powercap")
+BUSY = 0.1  # share of the processor's time that others may take before the table says so
+SLOWED = {"SwPowerCap": "power", "SwThermalSlowdown": "heat", "HwSlowdown": "heat or power"}  # NVML's reasons
+
+
+class Host(BaseModel):
+    """The state of the machine during a measurement."""
+
+    others_share: float | None = None  # of the processors' time, taken by other processes and by other machines' load
+    sm_mhz: tuple[int, int] | None = None  # of an NVIDIA GPU, before and after
+    temperature_c: tuple[int, int] | None = None
+    slowed_by: list[str] = []
+
+    def notes(self) -> list[str]:
+        """What a reader must know before they believe the times."""
+        found = []
+        if self.others_share is not None and self.others_share > BUSY:
+            found.append(f"The machine was busy: other processes took {self.others_share:.0%} of its processors' time.")
+        if self.slowed_by:
+            found.append(f"The GPU slowed itself down because of {' and '.join(self.slowed_by)}.")
+        if self.sm_mhz and self.temperature_c:
+            clock, heat = (" to ".join(map(str, dict.fromkeys(ends))) for ends in (self.sm_mhz, self.temperature_c))
+            found.append(f"GPU: {clock} MHz, {heat} degrees Celsius, before and after.")
+        return found
+
+
+@contextmanager
+def watched(cuda: bool) -> Generator[Host]:
+    """A `Host` that is complete when the context is left."""
+    host = Host()
+    before, gpu = _processor_seconds(), _gpu() if cuda else None
+    clock = _gpu_state(gpu)
+    yield host
+    after = _processor_seconds()
+    if before and after and after[0] > before[0]:
+        (all_before, idle_before, own_before), (all_after, idle_after, own_after) = before, after
+        total = all_after - all_before
+        busy = total - (idle_after - idle_before)
+        host.others_share = round(min(1.0, max(0.0, (busy - (own_after - own_before)) / total)), 3)
+    if gpu and clock and (now := _gpu_state(gpu)):
+        host.sm_mhz, host.temperature_c = (clock[0], now[0]), (clock[1], now[1])
+        host.slowed_by = sorted(clock[2] | now[2])
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds of all processors since the start, those without work, and those of this process and its children."""
+    if not STAT.exists():
+        return None
+    ticks = [int(word) for word in STAT.read_text().splitlines()[0].split()[1:9]]  # user ... steal
+    per_second = os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return (
+        sum(ticks) / per_second,
+        (ticks[3] + ticks[4]) / per_second,
+        own.user + own.system + own.children_user + own.children_system,
+    )
+
+
+def _gpu() -> Any:
+    """NVML with the handle of the first visible GPU; None where nvidia-ml-py or the driver is not there."""
+    with suppress(ImportError):
+        import pynvml
+
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(_first_visible())
+    return None
+
+
+def _first_visible() -> int:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return int(first) if first.isdigit() else 0
+
+
+def _gpu_state(gpu: Any) -> tuple[int, int, set[str]] | None:
+    if gpu is None:
+        return None
+    nvml, handle = gpu
+    mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+    heat = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+    reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    slowed = {said for name, said in SLOWED.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")}
+    return mhz, heat, slowed
+
+
+class Meter:
+    """The joules that a device has used since some moment: NVML's for CUDA, else Intel's and AMD's RAPL."""
+
+    def __init__(self, cuda: bool):
+        self.gpu = _gpu() if cuda else None
+        self.zones = [] if cuda else [zone for zone in sorted(RAPL.glob("intel-rapl:?")) if _readable(zone)]
+        self.last = [_microjoules(zone) for zone in self.zones]
+        self.used = 0.0
+
+    def __call__(self) -> float | None:
+        """None where there is no meter, or where this user may not read it."""
+        if self.gpu:
+            nvml, handle = self.gpu
+            try:
+                return nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+            except nvml.NVMLError:
+                return None
+        if not self.zones:
+            return None
+        for i, zone in enumerate(self.zones):
+            now = _microjoules(zone)
+            wrapped = 0 if now >= self.last[i] else int((zone / "max_energy_range_uj").read_text())
+            self.used += (now - self.last[i] + wrapped) / 1e6
+            self.last[i] = now
+        return self.used
+
+
+def _microjoules(zone: Path) -> int:
+    return int((zone / "energy_uj").read_text())
+
+
+def _readable(zone: Path) -> bool:
+    try:
+        _microjoules(zone)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,216 @@
+"""Times of candidates that take turns, and what they say about which is faster.
+
+A program runs faster or slower by some percent each time that it is opened, by where its memory happens to lie; and a
+machine's speed changes while it works. So each candidate is opened several times. In each opening the candidates run in
+short blocks in a random order, and neighbouring blocks are compared.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from scipy import stats
+
+Key = TypeVar("Key")
+Call = Callable[[], object]
+
+OPENINGS = 7
+BLOCK_S = 0.02
+LEAST_BLOCKS = 4  # of a candidate in an opening
+CHUNKS = 8  # of calls whose times are tested for a trend, while warming up
+CHUNK_S = 0.02
+LONGEST_WARM_UP_S = 2.0  # of a candidate in its first opening
+AGAIN_S = 0.5  # likewise in each later one
+LEVEL = 0.95  # of intervals of percentiles
+VERDICT_LEVEL = 0.99  # a file against itself is then called faster or slower once in 100 times
+RESAMPLES = 400
+
+Word = Literal["faster", "slower", "can't tell"]
+
+
+class Block(NamedTuple):
+    """Calls of a candidate in a row."""
+
+    opening: int
+    calls_ms: Sequence[float]
+    joules: float | None = None  # that the device used, where a meter says it
+
+
+@dataclass
+class Times:
+    """All calls of a candidate that count. The blocks of all candidates of a run are in the same order."""
+
+    blocks: list[Block] = field(default_factory=list)
+    steady: bool = True  # its times had no trend after the first warm-up
+
+    @property
+    def calls_ms(self) -> list[float]:
+        return [ms for block in self.blocks for ms in block.calls_ms]
+
+    @property
+    def openings(self) -> list[list[Block]]:
+        numbers = sorted({block.opening for block in self.blocks})
+        return [[block for block in self.blocks if block.opening == number] for number in numbers]
+
+
+class Estimate(NamedTuple):
+    """A value and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Ratio(NamedTuple):
+    """How many times as fast one candidate is as another, with the interval of the verdict."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def word(self) -> Word:
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "can't tell"
+
+
+def take_turns(
+    candidates: Mapping[Key, Callable[[], Call]],
+    measure_s: float = 1.0,
+    openings: int = OPENINGS,
+    meter: Callable[[], float | None] = lambda: None,
+) -> dict[Key, Times]:
+    """Times of each candidate's calls, about `measure_s` seconds of each. A candidate is a function that opens it.
+
+    A block's first call is not counted, as threads of the candidate before may still spin. `meter` gives the joules
+    that the device has used so far.
+    """
+    times: dict[Key, Times] = {key: Times() for key in candidates}
+    order = random.Random(0)
+    for opening in range(openings):
+        calls = {key: candidates[key]() for key in _shuffled(candidates, order)}
+        call_s = {}
+        for key, call in calls.items():
+            call_s[key], steady = warm_up(call, AGAIN_S if opening else LONGEST_WARM_UP_S)
+            times[key].steady &= steady or opening > 0
+        block_s = max(BLOCK_S, *call_s.values())
+        measured = dict.fromkeys(calls, 0.0)
+        for done in range(1 << 30):
+            if done >= LEAST_BLOCKS and min(measured.values()) >= measure_s / openings:
+                break
+            for key in _shuffled(calls, order):
+                calls[key]()
+                before = meter()
+                calls_ms = timed(calls[key], max(1, round(block_s / call_s[key])))
+                after = meter()
+                joules = None if before is None or after is None else after - before
+                times[key].blocks.append(Block(opening, calls_ms, joules))
+                measured[key] += sum(calls_ms) / 1000
+    return times
+
+
+def timed(call: Call, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls."""
+    clock, stamps = time.perf_counter_ns, [0] * (count + 1)
+    stamps[0] = clock()
+    for i in range(1, count + 1):
+        call()
+        stamps[i] = clock()
+    return [(after - before) / 1e6 for before, after in zip(stamps, stamps[1:])]
+
+
+def warm_up(call: Call, longest_s: float = LONGEST_WARM_UP_S) -> tuple[float, bool]:
+    """Calls until the times have no trend; the seconds of a call, and whether that was reached.
+
+    The test is Kendall's, on the medians of the last chunks of calls, at 5%.
+    """
+    started = time.perf_counter()
+    call()
+    chunks: list[float] = []
+    while True:
+        begun, calls_ms = time.perf_counter(), []
+        while not calls_ms or time.perf_counter() - begun < CHUNK_S:
+            calls_ms += timed(call, 1)
+        chunks.append(float(np.median(calls_ms)))
+        last = chunks[-CHUNKS:]
+        if len(last) == CHUNKS and not has_trend(last):
+            return float(np.median(last)) / 1000, True
+        if time.perf_counter() - started > longest_s:
+            return float(np.median(last)) / 1000, len(last) < CHUNKS  # too few calls to see a trend
+
+
+def has_trend(values: Sequence[float]) -> bool:
+    """Whether values rise or fall with time, by Kendall's test at 5%."""
+    return bool(stats.kendalltau(range(len(values)), values).pvalue < 0.05)
+
+
+def calls_needed(percentile: float) -> int:
+    """The calls from which a percentile has a 95% interval whatever the distribution: p50 6, p90 36, p99 368."""
+    share = max(percentile, 100 - percentile) / 100
+    return math.ceil(math.log((1 - LEVEL) / 2) / math.log(share))
+
+
+def percentiles(times: Times, wanted: Sequence[float]) -> list[Estimate | None]:
+    """Percentiles of the calls in milliseconds, with bootstrap intervals; None where there are too few calls.
+
+    Openings are drawn, then blocks of each: calls next to each other are alike.
+    """
+    openings = [[np.asarray(block.calls_ms) for block in blocks] for blocks in times.openings]
+    rng = np.random.default_rng(0)
+    drawn = np.empty((RESAMPLES, len(wanted)))
+    for row in drawn:
+        picked = [
+            openings[i][j]
+            for i in rng.integers(len(openings), size=len(openings))
+            for j in rng.integers(len(openings[i]), size=len(openings[i]))
+        ]
+        row[:] = np.percentile(np.concatenate(picked), wanted)
+    calls_ms = times.calls_ms
+    values = np.percentile(calls_ms, wanted)
+    ends = np.percentile(drawn, (50 * (1 - LEVEL), 50 * (1 + LEVEL)), axis=0)
+    found = [Estimate(float(value), float(low), float(high)) for value, low, high in zip(values, *ends)]
+    return [one if len(calls_ms) >= calls_needed(p) else None for one, p in zip(found, wanted)]
+
+
+def compare(first: Times, second: Times) -> Ratio:
+    """How many times as fast `second` is as `first`, of one run of `take_turns`.
+
+    In each opening, the median over pairs of neighbouring blocks of the logarithm of their medians' ratio; then
+    Student's interval over openings, as these are what a new run would draw again.
+    """
+    per_opening = [
+        float(np.median([_log_median(a) - _log_median(b) for a, b in zip(of_first, of_second, strict=True)]))
+        for of_first, of_second in zip(first.openings, second.openings, strict=True)
+    ]
+    count = len(per_opening)
+    error = float(np.std(per_opening, ddof=1)) / math.sqrt(count) if count > 1 else math.inf
+    return _ratio(float(np.mean(per_opening)), error, count - 1)
+
+
+def compare_runs(first: Times, second: Times) -> Ratio:
+    """As `compare`, of two runs: Welch's interval. What changed the machine's speed between them is not in it."""
+    logs = [
+        [float(np.median(list(map(_log_median, blocks)))) for blocks in times.openings] for times in (first, second)
+    ]
+    if min(map(len, logs)) < 2:
+        return _ratio(float(np.mean(logs[0]) - np.mean(logs[1])), math.inf, 1)
+    parts = [np.var(values, ddof=1) / len(values) for values in logs]
+    total = float(sum(parts))
+    df = total**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, logs)) if total else 1.0
+    return _ratio(float(np.mean(logs[0]) - np.mean(logs[1])), math.sqrt(total), float(df))
+
+
+def _ratio(log: float, error: float, df: float) -> Ratio:
+    half = float(stats.t.ppf((1 + VERDICT_LEVEL) / 2, max(df, 1))) * error if error else 0.0
+    return Ratio(math.exp(log), math.exp(log - half), math.exp(log + half) if half < 700 else math.inf)
+
+
+def _log_median(block: Block) -> float:
+    return math.log(float(np.median(block.calls_ms)))
+
+
+def _shuffled(keys: Mapping[Key, object], order: random.Random) -> list[Key]:
+    return order.sample(list(keys), len(keys))

@@ -1,0 +1,168 @@
+"""Which of two is faster: on a simulated machine whose speed drifts, whose clock is the candidates' own."""
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bench import timing
+from bench.timing import (
+    Block,
+    Times,
+    calls_needed,
+    compare,
+    compare_runs,
+    has_trend,
+    percentiles,
+    take_turns,
+    warm_up,
+)
+
+
+class Machine:
+    """A clock that only calls advance. It is slower or faster each time that a candidate is opened, drifts with each
+    call, and one call in 50 takes three times as long."""
+
+    def __init__(self, seed: int, opening: float = 0.01, drift: float = 0.001, spikes: float = 0.02):
+        self.now_ns, self.log_speed, self.random = 0, 0.0, random.Random(seed)
+        self.opening, self.drift, self.spikes = opening, drift, spikes
+        self.ran: list[str] = []
+
+    def candidate(self, name: str, ms: float) -> Callable[[], Callable[[], None]]:
+        def open_() -> Callable[[], None]:
+            slower = self.random.gauss(0, self.opening)
+
+            def call() -> None:
+                self.ran.append(name)
+                self.log_speed += self.random.gauss(0, self.drift)
+                spike = 3 if self.random.random() < self.spikes else 1
+                noise = self.random.gauss(0, 0.05)
+                self.now_ns += max(1, int(1e6 * ms * spike * math.exp(slower + noise + self.log_speed)))
+
+            return call
+
+        return open_
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    def perf_counter(self) -> float:
+        return self.now_ns / 1e9
+
+
+def words(monkeypatch, slower: float, repeats: int) -> list[str]:
+    found = []
+    for seed in range(repeats):
+        machine = Machine(seed)
+        monkeypatch.setattr(timing, "time", machine)
+        times = take_turns({"a": machine.candidate("a", 2), "b": machine.candidate("b", 2 * slower)}, measure_s=0.5)
+        found.append(compare(times["a"], times["b"]).word)
+    return found
+
+
+def test_the_same_twice_is_seldom_faster_or_slower(monkeypatch):
+    """At 99%: of 150 repeats at most 5 are wrong with a probability of 99.5%."""
+    assert words(monkeypatch, 1.0, 150).count("can't tell") >= 145
+
+
+def test_what_is_slower_by_five_percent_is_found(monkeypatch):
+    found = words(monkeypatch, 1.05, 60)
+    assert found.count("slower") >= 54
+    assert "faster" not in found
+    assert words(monkeypatch, 0.8, 5) == ["faster"] * 5
+
+
+def test_candidates_take_turns_in_random_order(monkeypatch):
+    machine = Machine(0)
+    monkeypatch.setattr(timing, "time", machine)
+    times = take_turns({name: machine.candidate(name, ms) for name, ms in (("a", 2.0), ("b", 30.0))}, measure_s=1.0)
+    runs = [name for name, before in zip(machine.ran, ["", *machine.ran]) if name != before]
+    blocks = 2 * (len(times["a"].blocks) + timing.OPENINGS)  # and the warm-ups; alike neighbours make one run
+    assert 0.5 * blocks < len(runs) < 0.9 * blocks
+    for name in "ab":
+        assert [block.opening for block in times[name].blocks] == [block.opening for block in times["a"].blocks]
+        assert sum(times[name].calls_ms) >= 900
+        assert len(times[name].openings) == timing.OPENINGS
+
+
+def test_energy_is_that_of_the_counted_calls(monkeypatch):
+    machine = Machine(0)
+    monkeypatch.setattr(timing, "time", machine)
+    joules = iter(range(10**6))
+    times = take_turns({"a": machine.candidate("a", 2)}, 0.1, meter=lambda: float(next(joules)))["a"]
+    assert {block.joules for block in times.blocks} == {1.0}
+    assert {block.joules for block in take_turns({"a": machine.candidate("a", 2)}, 0.1)["a"].blocks} == {None}
+
+
+def test_warm_up_goes_on_while_times_fall(monkeypatch):
+    machine = Machine(0, spikes=0)
+    monkeypatch.setattr(timing, "time", machine)
+    plain, left = machine.candidate("a", 1)(), iter(range(10**6))
+
+    def falling() -> None:
+        plain()
+        machine.now_ns += int(20e6 * math.exp(-next(left) / 20))
+
+    seconds, steady = warm_up(falling, longest_s=5)
+    assert steady
+    assert seconds == pytest.approx(0.001, rel=0.1)
+
+    def ever_slower() -> None:
+        plain()
+        machine.now_ns += 10_000 * next(left)
+
+    assert warm_up(ever_slower, longest_s=2)[1] is False
+
+
+def test_trend_is_that_of_kendalls_test():
+    assert has_trend([8, 7, 6, 5, 4, 3, 2, 1])
+    assert not has_trend([1, 3, 2, 1, 3, 2, 1, 3])
+
+
+def times_of(*openings: list[list[float]]) -> Times:
+    return Times([Block(i, calls) for i, blocks in enumerate(openings) for calls in blocks])
+
+
+def test_verdicts_have_the_intervals_of_scipy():
+    rng = np.random.default_rng(0)
+    first, second = (
+        [[list(map(float, rng.lognormal(0.1 * opening, 0.2, 9))) for _ in range(5)] for opening in range(4)]
+        for _ in range(2)
+    )
+    logs = [np.array([[np.log(np.median(calls)) for calls in blocks] for blocks in one]) for one in (first, second)]
+    paired = stats.ttest_1samp(np.median(logs[0] - logs[1], axis=1), 0).confidence_interval(0.99)
+    ratio = compare(times_of(*first), times_of(*second))
+    assert np.log(ratio[1:]) == pytest.approx([paired.low, paired.high])
+    apart = stats.ttest_ind(*(np.median(log, axis=1) for log in logs), equal_var=False).confidence_interval(0.99)
+    ratio = compare_runs(times_of(*first), times_of(*second))
+    assert np.log(ratio[1:]) == pytest.approx([apart.low, apart.high])
+
+
+def test_one_opening_decides_nothing():
+    one = times_of([[1.0], [1.0]])
+    twice = times_of([[2.0], [2.0]])
+    for found in (compare(one, twice), compare_runs(one, twice)):
+        assert (found.value, found.word) == (0.5, "can't tell")
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99])
+def test_calls_from_which_a_percentile_has_an_interval(percentile):
+    """Not one call, or all, beyond it by chance: by the binomial distribution."""
+    calls, share = calls_needed(percentile), percentile / 100
+    assert stats.binom.pmf(calls, calls, share) <= 0.025 < stats.binom.pmf(calls - 1, calls - 1, share)
+
+
+def test_percentiles_cover_what_was_drawn():
+    rng, covered, repeats = np.random.default_rng(0), np.zeros(2), 60
+    true = stats.lognorm(0.3).ppf([0.5, 0.9])
+    for _ in range(repeats):
+        times = times_of(*[[list(map(float, rng.lognormal(0, 0.3, 10))) for _ in range(10)] for _ in range(5)])
+        for i, one in enumerate(percentiles(times, (50, 90))):
+            covered[i] += one.low <= true[i] <= one.high
+            assert one.low <= one.value <= one.high
+    assert min(covered) >= 51  # 95% of 60 are 57
+    assert percentiles(times, (50, 99, 99.9))[2] is None
+    assert percentiles(times_of([[1.0, 2.0, 3.0, 4.0, 5.0]]), (50,)) == [None]
