@@ -7,7 +7,7 @@ import torch
 
 from bench.engines import engines
 from export.graph import read_onnx
-from export.session import PROVIDERS, check_provider
+from export.session import ORT_PROVIDERS, check_provider
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
 from model.presets import network
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("expertgrid")
     group.addoption("--onnx", type=Path, help="ONNX file to measure; without it, an untrained network is exported")
     group.addoption("--preset", default="two_block", help="the network to export where --onnx is not given")
-    group.addoption("--provider", default="cpu", choices=list(PROVIDERS), help="of ONNX Runtime")
+    group.addoption("--provider", default="cpu", choices=list(ORT_PROVIDERS), help="of ONNX Runtime")
     group.addoption("--batch", default="1,8,64", help="batch sizes, separated by commas")
 
 

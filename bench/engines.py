@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from export.metadata import Metadata, is_expertgrid_file, read_metadata
-from export.session import open_session
+from export.openvino import OpenVinoSession, check_openvino
+from export.session import Session, open_session
 from export.to_onnx import PixelNet
 from model.errors import InputError, unknown
 from model.fast.compiled import why_unavailable
@@ -29,9 +29,10 @@ PYTORCH = {  # dtype, and whether it is compiled
     "compiled": (torch.float32, True),
     "compiled-bf16": (torch.bfloat16, True),
 }
-OPENVINO = {"openvino": "f32", "openvino-bf16": "bf16"}
-ENGINES = ("onnxruntime", *PYTORCH, *OPENVINO)
-USUAL = ("onnxruntime", "eager")
+OPENVINO = {"openvino": "fp32", "openvino-bf16": "bf16"}
+OWN = "own"  # what an expertgrid file was tuned for, else ONNX Runtime
+ENGINES = (OWN, "onnxruntime", *PYTORCH, *OPENVINO)
+USUAL = (OWN, "eager")
 
 
 def engines(
@@ -56,15 +57,16 @@ def engines(
         )
     if not session.get_outputs():
         raise InputError(f"{name}: has no output")
+    ends = given[0].name, session.get_outputs()[0].name
     entries = session.get_modelmeta().custom_metadata_map
     metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
     device = torch.device("cpu" if provider == "cpu" else "cuda")
     found: dict[str, Opener] = {}
-    for engine in wanted:
+    for engine in dict.fromkeys(_own(metadata) if engine == OWN else engine for engine in wanted):
         if engine == "onnxruntime":
-            found[f"onnxruntime {provider}"] = lambda: _session(open_session(model, provider, name))
+            found[f"onnxruntime {provider}"] = lambda: _session(open_session(model, provider, name), *ends)
         elif engine in OPENVINO:
-            found[f"{engine} cpu"] = _openvino(model, name, engine, provider)
+            found[f"{engine} cpu"] = _openvino(model, name, engine, provider, ends)
         elif metadata is not None:
             dtype, is_compiled = PYTORCH[engine]
             check_compiler(device, is_compiled)
@@ -74,40 +76,28 @@ def engines(
     return found, metadata
 
 
+def _own(metadata: Metadata | None) -> str:
+    if metadata is None or metadata.provider != "openvino":
+        return "onnxruntime"
+    return "openvino-bf16" if metadata.precision == "bf16" else "openvino"
+
+
 def check_compiler(device: torch.device, is_compiled: bool) -> None:
     """Raises InputError where torch.compile cannot work."""
     if is_compiled and (reason := why_unavailable(device)):
         raise InputError(f"engine 'compiled': {reason}")
 
 
-def _session(session: InferenceSession) -> Run:
-    given, made = session.get_inputs()[0].name, [session.get_outputs()[0].name]
-    return lambda images: session.run(made, {given: images})[0]
+def _session(session: Session, given: str, made: str) -> Run:
+    return lambda images: session.run([made], {given: images})[0]
 
 
-def _openvino(model: bytes, name: str, engine: str, provider: str) -> Opener:
+def _openvino(model: bytes, name: str, engine: str, provider: str, ends: tuple[str, str]) -> Opener:
     """Raises InputError where OpenVINO is not installed, or a GPU was asked for."""
     if provider != "cpu":
         raise InputError(f"engine {engine!r}: OpenVINO runs on the CPU here, not on provider {provider!r}")
-    try:
-        import openvino
-    except ImportError:
-        raise InputError(
-            f"engine {engine!r}: OpenVINO is not installed; `uv sync --extra openvino` brings it"
-        ) from None
-    options = {"INFERENCE_PRECISION_HINT": OPENVINO[engine], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-
-    def open_() -> Run:
-        try:
-            compiled = openvino.Core().compile_model(
-                openvino.Core().read_model(model), "CPU", {"PERFORMANCE_HINT": "LATENCY", **options}
-            )
-        except RuntimeError as error:
-            raise InputError(f"{name}: OpenVINO does not load it: {str(error).splitlines()[0]}") from None
-        request = compiled.create_infer_request()
-        return lambda images: request.infer([images], share_inputs=True, share_outputs=True)[0]
-
-    return open_
+    check_openvino()
+    return lambda: _session(OpenVinoSession(model, name, OPENVINO[engine]), *ends)
 
 
 def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:

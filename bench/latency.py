@@ -206,7 +206,9 @@ class Comparison(BaseModel):
     verdict: str
 
     @classmethod
-    def of(cls, file: str, other: str, found: Latency, ratio: Ratio) -> "Comparison":
+    def of(cls, file: str, other: str, found: Latency, ratio: Ratio, engine: str) -> "Comparison":
+        """`engine` is that of the other."""
+        other = other if engine == found.engine else f"{other} in {engine}"
         return cls(
             file=file, other=other, engine=found.engine, batch=found.batch, ratio=tuple(ratio), verdict=ratio.word
         )
@@ -222,19 +224,25 @@ class Comparison(BaseModel):
 
 
 def with_first(records: Sequence[LatencyRecord]) -> list[Comparison]:
-    """Each file against the first, in each engine that runs the files, of one run of `measure`."""
+    """Each file against the first, of one run of `measure`: in the same engine, or each in its own."""
     return [
-        Comparison.of(record.file, records[0].file, found, compare(first.times, found.times))
+        Comparison.of(record.file, records[0].file, found, compare(first.times, found.times), first.engine)
         for record in records[1:]
-        for found, first in zip(record.latencies, _alike(record, records[0]))
-        if first and not found.engine.startswith("pytorch")
+        for found, same in zip(record.latencies, _alike(record, records[0]))
+        if not found.engine.startswith("pytorch")
+        if (first := same or _first_of(records[0], found.batch))
     ]
+
+
+def _first_of(record: LatencyRecord, batch: int) -> Latency | None:
+    """The first engine at a batch size: where nothing else was asked for, the file's own."""
+    return next((found for found in record.latencies if found.batch == batch), None)
 
 
 def with_baseline(record: LatencyRecord, baseline: LatencyRecord, name: str) -> list[Comparison]:
     """A file against a record of an earlier run, in each engine and batch size of both. Raises InputError for none."""
     found = [
-        Comparison.of(record.file, name, found, compare_runs(old.times, found.times))
+        Comparison.of(record.file, name, found, compare_runs(old.times, found.times), old.engine)
         for found, old in zip(record.latencies, _alike(record, baseline))
         if old
     ]
@@ -285,7 +293,7 @@ def notes(records: Sequence[LatencyRecord]) -> list[str]:
         f"{record.device}, {record.threads} threads. x: times as fast; ±: half of the interval, 95% and for x 99%."
     ]
     if len(records) > 1:
-        lines.append(f"x first: against {record.file} in the same engine at the same batch size.")
+        lines.append(f"x first: against {record.file} in the same engine, or each in its own, at the same batch size.")
     lines += record.host.notes()
     if any(found.p99_ms is None for found in every):
         lines.append("No p90 below 36 calls and no p99 below 368: --seconds gives more.")

@@ -21,6 +21,7 @@ BOUNDS = {
     "fp32": Bound(logit_difference=1e-4, argmax_flips=0, accuracy_loss=None),
     "fp16": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
     "int8": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
+    "bf16": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
 }
 
 
@@ -46,6 +47,18 @@ class Agreement(BaseModel):
         return np.isfinite(self.largest_difference) and all(limit is None or found <= limit for found, limit in limits)
 
 
+class Tried(BaseModel):
+    """A way to serve the network that was timed for `expertgrid export --tune`."""
+
+    rewrites: str  # a name of `export.publish.REWRITE_SETS`
+    precision: Precision
+    provider: str
+    batch: int
+    p50_ms: float | None = None
+    interval_ms: tuple[float, float] | None = None
+    outcome: str  # "chosen", "slower", or why it was not taken
+
+
 class Certificate(BaseModel):
     """What was compared, how far the two are apart, and the bound that was applied."""
 
@@ -59,6 +72,7 @@ class Certificate(BaseModel):
     sha256: str  # of the ONNX file before the certificate's own hash was put into it
     opset: int
     versions: dict[str, str]
+    tuning: list[Tried] = []  # what was timed, and what became of it
 
     def to_bytes(self) -> bytes:
         """The content of its file."""

@@ -5,6 +5,7 @@ Shapes: B images, N classes.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
 import numpy as np
 import onnx
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from export.certificate import BOUNDS, Agreement, Certificate
 from export.metadata import Precision
-from export.session import FULL_FP32, open_session, run
+from export.session import Session, open_any, run
 from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 from model.mcnemar import mcnemar
 
 BATCHES = (1, 2, 7, 64)
 PYTORCH_BATCH = 64
-DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.2}  # relative to the largest value of a layer's output
+DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.2}  # relative to the largest value of a layer's output
 
 
 def certify(
@@ -39,7 +40,7 @@ def certify(
     CPU, and ONNX Runtime on CUDA without TF32; what is allowed is in `BOUNDS`. Raises InputError where a provider is
     missing.
     """
-    sessions = {provider: _session(model, provider) for provider in providers}
+    sessions = {provider: _session(model, provider, precision) for provider in providers}
     pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     agreements = [
         _compare(provider, batch, onnx_logits(session, images, batch), pytorch_BN, labels_B)
@@ -56,12 +57,11 @@ def certify(
         images=len(images),
         pytorch_accuracy=accuracy,
         agreements=agreements,
-        first_divergence=first_divergence(model, net, images[:PYTORCH_BATCH], DIVERGED[precision], apart[0])
-        if apart
-        else "",
+        first_divergence=first_divergence(model, net, images[:PYTORCH_BATCH], precision, apart[0]) if apart else "",
         sha256=hashlib.sha256(model).hexdigest(),
         opset=opsets[""],
-        versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+        versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+        | ({"openvino": version("openvino")} if "openvino" in providers else {}),
     )
 
 
@@ -71,13 +71,13 @@ def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
     return np.concatenate([net(torch.from_numpy(part)).numpy() for part in _batches(images, PYTORCH_BATCH)])
 
 
-def onnx_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch: int) -> np.ndarray:
-    """ONNX Runtime's logits (B, N) of all images, `batch` at a time."""
+def onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
+    """A session's logits (B, N) of all images, `batch` at a time."""
     return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
 
 
-def _session(model: bytes, provider: str) -> onnxruntime.InferenceSession:
-    return open_session(model, provider, "the exported model", FULL_FP32.get(provider, {}))
+def _session(model: bytes, provider: str, precision: Precision) -> Session:
+    return open_any(model, provider, "the exported model", precision, full_fp32=True)
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
@@ -112,8 +112,8 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, bound: float, provider: str) -> str:
-    """The first layer whose output in ONNX Runtime differs by more than `bound`, relative to its largest value.
+def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, precision: Precision, provider: str) -> str:
+    """The first layer whose output differs by more than DIVERGED on the provider, relative to its largest value.
 
     "the head" where all layers agree, "an unknown layer" for a model whose nodes do not say where they come from.
     """
@@ -122,7 +122,7 @@ def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, bound: fl
     if not tensors:
         return "an unknown layer"
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
-    session = _session(proto.SerializeToString(), provider)
+    session = _session(proto.SerializeToString(), provider, precision)
     onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
     pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}
@@ -136,6 +136,6 @@ def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, bound: fl
     for name, found in onnx_outputs.items():
         wanted = pytorch_outputs[name].numpy()
         difference = np.abs(found.astype(np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-12)
-        if not difference <= bound:
+        if not difference <= DIVERGED[precision]:
             return name
     return "the head"

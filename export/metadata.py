@@ -17,9 +17,9 @@ from model.config import Network
 from model.errors import InputError, invalid
 
 Input = Literal["uint8", "float"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "bf16"]  # bf16: weights in fp32, computed in bf16 by the provider
 
-INPUT, CONFIG = "expertgrid.input", "expertgrid.config"
+INPUT, CONFIG, PROVIDER = "expertgrid.input", "expertgrid.config", "expertgrid.provider"
 PRECISION, PRUNED, CERTIFICATE = "expertgrid.precision", "expertgrid.pruned", "expertgrid.certificate"
 NAMES = {"model": "preset"}  # fields of Trained whose entries have another name
 
@@ -33,6 +33,7 @@ class Metadata(BaseModel):
     config: Network
     trained: Trained
     precision: Precision = "fp32"
+    provider: str = "cpu"  # that runs the file where no other is asked for
     pruned: float | None = None  # the least gate weight of experts that were kept; None where none were dropped
 
     def entries(self) -> dict[str, str]:
@@ -41,7 +42,8 @@ class Metadata(BaseModel):
         trained = {NAMES.get(name, name): _text(value) for name, value in fields.items()}
         about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
         pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
-        return trained | about | pruned
+        provider = {} if self.provider == "cpu" else {PROVIDER: self.provider}
+        return trained | about | provider | pruned
 
 
 def is_expertgrid_file(entries: Mapping[str, str]) -> bool:
@@ -69,6 +71,7 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
     config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
     found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
+    found["provider"] = entries.get(PROVIDER, "cpu")
     try:
         return Metadata.model_validate(found | {"config": config, "trained": Trained.model_validate(fields)})
     except ValidationError as error:

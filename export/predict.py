@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from scipy.special import softmax
 
 from export.metadata import Metadata, read_metadata
-from export.session import open_session, run
+from export.session import open_any, open_session, run
 from export.to_onnx import INPUT, LOGITS, normalised
 from model.errors import InputError
 from model.pixels import FORMATS, TooManyPixels, fitted, opened
@@ -29,15 +29,17 @@ class Prediction(BaseModel):
     classes: list[tuple[str, float]]  # each class with its softmax probability, the most probable first
 
 
-def predict(model: bytes, name: str, images: Sequence[Path], provider: str = "cpu") -> list[Prediction]:
+def predict(model: bytes, name: str, images: Sequence[Path], provider: str | None = None) -> list[Prediction]:
     """Classifies image files with an ONNX model that `to_onnx` made; one prediction for each, in their order.
 
-    `name` is what errors call the model. Raises InputError for a model without expertgrid's metadata, for a provider
-    that is not there, and for a file that is missing or not an image.
+    `name` is what errors call the model; without `provider`, that which the file names runs it. Raises InputError for a
+    model without expertgrid's metadata, a provider that is not there, and a file that is missing or not an image.
     """
-    session = open_session(model, provider, name)
-    metadata = read_metadata(session.get_modelmeta().custom_metadata_map, name)
-    channels = _channels(session, metadata, name)
+    graph = open_session(model, "cpu", name)
+    metadata = read_metadata(graph.get_modelmeta().custom_metadata_map, name)
+    channels = _channels(graph, metadata, name)
+    provider = provider or metadata.provider
+    session = graph if provider == "cpu" else open_any(model, provider, name, metadata.precision)
     trained, predictions = metadata.trained, []
     for i in range(0, len(images), BATCH):
         paths = images[i : i + BATCH]

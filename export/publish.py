@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.certificate import BOUNDS, Certificate
+from export.certificate import BOUNDS, Certificate, Tried
 from export.compare import PYTORCH_BATCH, certify, onnx_logits, pytorch_logits
 from export.fuse import REWRITES
 from export.metadata import CERTIFICATE, Input, Metadata, Precision, with_entries
@@ -19,6 +19,14 @@ from model.checkpoint import Checkpoint
 from model.files import write_whole
 
 CALIBRATION_IMAGES = 512
+FOLDED = ("batch_norm", "constant_gate", "temperature")
+REWRITE_SETS = {  # from which --tune chooses
+    "none": (),
+    "folded": FOLDED,
+    "kernels": (*FOLDED, "one_kernel"),
+    "convolutions": (*FOLDED, "one_kernel", "one_conv"),
+    "all": tuple(REWRITES),
+}
 # Kernels that are mixed for each image are not constants, and would stay in float. Separate int8 convolutions were up
 # to 1.6 times as fast as one convolution of all experts with a matrix product after it.
 NOT_IN_INT8 = ("one_kernel", "one_conv", "matmul")
@@ -83,33 +91,50 @@ class Published:
 def publish(
     reference: Reference,
     precision: Precision = "fp32",
-    fused: bool = True,
+    rewrites: Collection[str] = tuple(REWRITES),
     outputs: Collection[str] = (LOGITS,),
     providers: Sequence[str] = ("cpu",),
+    runs_on: str = "cpu",
+    tuning: Sequence[Tried] = (),
 ) -> Published:
     """The ONNX model of a network with its certificate, in memory.
+
+    It is certified on all `providers`. The file names `runs_on` as the one to run it, and the certificate has `tuning`.
 
     What stays in float in a model of lower precision is decided on the validation images, so that the test images judge
     a model that they did not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice
     of layers holds the bound.
     """
-    rewrites = [name for name in REWRITES if precision != "int8" or name not in NOT_IN_INT8]
-    model, kept = to_onnx(reference.checkpoint, reference.kind, rewrites if fused else (), outputs), []
-    if precision != "fp32":
-        model, kept = _lowered(model, reference, precision)
+    model, kept = rewritten(reference, precision, rewrites, outputs)
     metadata = Metadata(
         input=reference.kind,
         config=reference.checkpoint.config,
         trained=reference.checkpoint.trained,
         precision=precision,
+        provider=runs_on,
         pruned=reference.pruned,
     )
     model = with_entries(model, metadata.entries())
     test, pytorch_BN = reference.test
     labels_B = reference.images.test_labels
     certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN=pytorch_BN)
+    certificate = certificate.model_copy(update={"tuning": list(tuning)})
     digest = hashlib.sha256(certificate.to_bytes()).hexdigest()
     return Published(with_entries(model, {CERTIFICATE: digest}), certificate, kept)
+
+
+def rewritten(
+    reference: Reference, precision: Precision, rewrites: Collection[str], outputs: Collection[str] = (LOGITS,)
+) -> tuple[bytes, list[str]]:
+    """The model of a network in a precision, without metadata of expertgrid's, and the nodes that stay in float.
+
+    Raises InputError and PrecisionError as `publish`.
+    """
+    chosen = [name for name in REWRITES if name in rewrites and (precision != "int8" or name not in NOT_IN_INT8)]
+    model = to_onnx(reference.checkpoint, reference.kind, chosen, outputs)
+    if precision in ("fp32", "bf16"):
+        return model, []
+    return _lowered(model, reference, precision)
 
 
 def _lowered(model: bytes, reference: Reference, precision: Reduced) -> tuple[bytes, list[str]]:

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on the provider that was asked for, or an error."""
+"""Sessions of ONNX Runtime or OpenVINO on the provider that was asked for, or an error."""
 
 import contextlib
 import io
@@ -11,7 +11,10 @@ import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
+from export.openvino import OpenVinoSession, check_openvino
 from model.errors import InputError, unknown
+
+Session = onnxruntime.InferenceSession | OpenVinoSession
 
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -22,22 +25,41 @@ ORT_ERRORS = (
     ort_errors.RuntimeException,
     RuntimeError,
 )
-PROVIDERS = {
+ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+PROVIDERS = (*ORT_PROVIDERS, "openvino")
 # Options with which a provider computes float32 as float32: by default convolutions on CUDA are in TF32, and their
 # algorithm is the one that was fastest at the moment, which may be one of those that round more.
 FULL_FP32 = {"cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
 
 
 def check_provider(name: str) -> None:
-    """Raises InputError for a provider that does not exist or that this ONNX Runtime was built without."""
+    """Raises InputError for a provider that does not exist or is not installed."""
     if name not in PROVIDERS:
         raise unknown("provider", name, PROVIDERS)
-    if PROVIDERS[name] not in onnxruntime.get_available_providers():
+    if name == "openvino":
+        check_openvino()
+    elif ORT_PROVIDERS[name] not in onnxruntime.get_available_providers():
         raise InputError(f"provider {name!r}: this ONNX Runtime ({onnxruntime.__version__}) was built without it")
+
+
+def open_any(model: bytes, provider: str, name: str, precision: str = "fp32", full_fp32: bool = False) -> Session:
+    """A session for an ONNX model on any of PROVIDERS, that of ONNX Runtime or of OpenVINO.
+
+    `precision` is what the model was made for, and with `full_fp32` float32 is float32. Raises InputError as
+    `open_session` and `OpenVinoSession`.
+    """
+    check_provider(provider)
+    if provider == "openvino":
+        return OpenVinoSession(model, name, precision)
+    if precision == "bf16":
+        raise InputError(
+            f"{name}: computes in bfloat16, which is done with provider openvino; {provider!r} was asked for"
+        )
+    return open_session(model, provider, name, FULL_FP32.get(provider, {}) if full_fp32 else {})
 
 
 def open_session(
@@ -61,20 +83,18 @@ def open_session(
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=[(PROVIDERS[provider], dict(chosen))], enable_fallback=0
+            model, options, providers=[(ORT_PROVIDERS[provider], dict(chosen))], enable_fallback=0
         )
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # of a message with a name of the file that is not UTF-8
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
-    if session.get_providers()[0] != PROVIDERS[provider]:
+    if session.get_providers()[0] != ORT_PROVIDERS[provider]:
         reason = unloaded.getvalue().partition("\n")[0] or f"ONNX Runtime would use {session.get_providers()[0]}"
         reason = reason if torch.cuda.is_available() else "there is no CUDA device"
         raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session
 
 
-def run(
-    session: onnxruntime.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
+def run(session: Session, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs of a network, which are all tensors. ONNX has sparse ones, lists and maps too: hence the cast."""
     return cast(list[np.ndarray], session.run(outputs, inputs))

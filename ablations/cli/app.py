@@ -292,7 +292,8 @@ def export(
         typer.Option(help="Type of the input. uint8: pixels, B x H x W x C. float: normalised, B x C x H x W."),
     ] = "uint8",
     precision: Annotated[
-        Literal["fp32", "fp16", "int8", "all"], typer.Option(help="Precision of the weights. all: one file for each.")
+        Literal["fp32", "fp16", "int8", "bf16", "all"],
+        typer.Option(help="Precision. all: fp32, fp16 and int8, one file for each. bf16: for --provider openvino."),
     ] = "fp32",
     outputs: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help=f"Outputs: {', '.join(options.OUTPUTS)}.")
@@ -305,6 +306,11 @@ def export(
     provider: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help=f"Certify on: {', '.join(options.PROVIDERS)}.")
     ] = "cpu",
+    tune: Annotated[bool, typer.Option("--tune", help="Take the fastest certified file and engine.")] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=options.LARGEST_BATCH, metavar="N", help="With --tune: for this batch size."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -324,13 +330,20 @@ def export(
     """
     wanted = options.words("output", outputs, options.OUTPUTS)
     providers = options.words("provider", provider, options.PROVIDERS)
+    if tune and (precision != "fp32" or not fuse or len(providers) > 1):
+        raise InputError("--tune: chooses precision and rewrites itself, for one provider: cpu or cuda")
+    if batch is not None and not tune:
+        raise InputError("--batch: is for --tune; other files run at any batch size")
+    if (precision == "bf16") != (providers == ["openvino"]) and "bf16" in (precision, *providers):
+        raise InputError("--precision bf16: is computed by OpenVINO alone; add --provider openvino")
     from ablations.cli.terminal import starting
 
     with starting():
         from ablations.cli.export import export
         from ablations.cli.sources import import_modules
     import_modules(modules or [])
-    return export(source, input, precision, wanted, fuse, prune_gates, providers, out, data, data_dir)
+    tuned_for = batch or 1 if tune else None
+    return export(source, input, precision, wanted, fuse, prune_gates, providers, tuned_for, out, data, data_dir)
 
 
 @app.command(rich_help_panel=NETWORKS)
@@ -340,7 +353,10 @@ def predict(
         list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any size.", callback=options.readable)
     ],
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Number of classes to show.")] = 3,
-    provider: Provider = "cpu",
+    provider: Annotated[
+        Literal["cpu", "cuda", "tensorrt", "openvino"] | None,
+        typer.Option(help="Default: what the file was tuned for."),
+    ] = None,
     format: Format = "text",
 ) -> int:
     """Classify images with an exported network."""
@@ -384,9 +400,7 @@ def bench(
             callback=options.file_named("--json", ".json"),
         ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}.")
-    ] = "onnxruntime,eager",
+    engine: Annotated[str, typer.Option(metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}.")] = "own,eager",
     seconds: Annotated[float, typer.Option(min=0.01, max=3600, metavar="S", help="Time of each engine and batch.")] = 1,
     fail_if_slower: Annotated[
         str | None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -16,7 +16,10 @@ from ablations.results.tables import columns
 from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
+from bench.tune import rows as tuning_rows
+from bench.tune import tune
 from export.card import card
+from export.fuse import REWRITES
 from export.graph import describe, read_onnx
 from export.metadata import Input, Precision
 from export.picture import draw
@@ -38,6 +41,7 @@ def export(
     fuse: bool = True,
     prune_gates: float | None = None,
     providers: Sequence[str] = ("cpu",),
+    tuned_for: int | None = None,  # the batch size
     out: Path | None = None,
     data: str | None = None,
     data_dir: Path | None = None,
@@ -50,12 +54,14 @@ def export(
     around = path.absolute().parents[2:3]
     ledger = directory or next((StudyDirectory(place) for place in around if (place / "study.toml").exists()), None)
     file = out or (directory.path / "export" if directory else path.parent) / (
-        f"model-{input}{'' if prune_gates is None else '-pruned'}.onnx"
+        f"model-{input}{'' if prune_gates is None else '-pruned'}{'' if tuned_for is None else '-tuned'}.onnx"
     )
     check_can_be_written(file)
     checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
     held_out_for = "--prune-gates" if prune_gates is not None else f"--precision {precision}"
-    if trial is None and (prune_gates is not None or precision != "fp32"):
+    if tuned_for is not None and prune_gates is None:
+        held_out_for = "--tune"
+    if trial is None and (prune_gates is not None or tuned_for is not None or precision != "fp32"):
         missing = path.parent / "config.json"
         raise InputError(f"{held_out_for}: {missing} is missing; it says which images the training held out")
     plan = ledger.plan if ledger else None
@@ -68,20 +74,33 @@ def export(
         checkpoint, dropped = pruned(checkpoint, arrays.validation, arrays.validation_labels, prune_gates)
         print(dropped)
     reference = Reference(checkpoint, arrays, input, prune_gates)
-    passed = True
-    kinds: list[Precision] = [*get_args(Precision)] if precision == "all" else [precision]
-    for kind in kinds:
+    rows = read_results(directory).rows if directory and prune_gates is None else []
+
+    def enter_test_read() -> None:
         if ledger:
             ledger.enter_test_read(checkpoint.trained.trial, "export", len(images.test))
+
+    if tuned_for is not None:
+        with status(f"timing engines, precisions and rewrites at batch {tuned_for}"):
+            published = tune(reference, providers[0], tuned_for, outputs, enter_test_read)
+        print(render(tuning_rows(published.certificate.tuning), "text"))
+        print()
+        return 0 if _write(published, file, checkpoint, images, trial, rows) else 1
+    passed = True
+    kinds: list[Precision] = ["fp32", "fp16", "int8"] if precision == "all" else [precision]
+    for kind in kinds:
+        enter_test_read()
         try:
             with status(f"exporting {kind}, and comparing with PyTorch on the test images"):
-                published = publish(reference, kind, fuse, outputs, providers)
+                published = publish(
+                    reference, kind, tuple(REWRITES) if fuse else (), outputs, providers,
+                    runs_on="openvino" if kind == "bf16" else "cpu",
+                )  # fmt: skip
         except PrecisionError as error:
             passed = False
             print(f"{kind}: not exported: {error}")
             continue
         name = file if kind == "fp32" else file.with_stem(f"{file.stem}-{kind}")
-        rows = read_results(directory).rows if directory and prune_gates is None else []
         passed &= _write(published, name, checkpoint, images, trial, rows)
     return 0 if passed else 1
 
@@ -134,7 +153,7 @@ def _write(
     return certificate.passed
 
 
-def predict(file: Path, images: Sequence[Path], top: int, provider: str, format: Format) -> int:
+def predict(file: Path, images: Sequence[Path], top: int, provider: str | None, format: Format) -> int:
     """Prints the most probable classes of each image."""
     predictions = predict_images(read_onnx(file), str(file), images, provider)
     rows: list[dict[str, object]] = [

@@ -16,9 +16,10 @@ LARGEST_BATCH = 65_536
 MOST_IMAGES = 64  # of a contact sheet
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
-PROVIDERS = ("cpu", "cuda", "tensorrt")
+ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
+PROVIDERS = (*ORT_PROVIDERS, "openvino")
 ENGINES = (
-    "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
+    "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
 )  # fmt: skip
 
 Value = bool | int | float | str | list | dict  # of a setting, as TOML has it

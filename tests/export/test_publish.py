@@ -15,6 +15,7 @@ from ablations.study import Study
 from ablations.training.splits import Splits
 from export.certificate import BOUNDS, certificate_problem
 from export.compare import PYTORCH_BATCH
+from export.fuse import REWRITES
 from export.metadata import entries_of, with_entries
 from export.prune import pruned
 from export.publish import Images, Reference, publish
@@ -53,7 +54,10 @@ def images(digits_splits: Splits) -> Images:
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
-    published = publish(Reference(checkpoint, images, kind), precision)
+    provider = "openvino" if precision == "bf16" else "cpu"
+    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bfloat16")
+    published = publish(Reference(checkpoint, images, kind), precision, providers=[provider], runs_on=provider)
     certificate = published.certificate
     assert certificate.passed
     assert certificate.pytorch_accuracy > 0.9
@@ -66,7 +70,7 @@ def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_another_engine_gives_the_same_logits(checkpoint, images, fused):
-    model = publish(Reference(checkpoint, images, "uint8"), fused=fused).model
+    model = publish(Reference(checkpoint, images, "uint8"), rewrites=tuple(REWRITES) if fused else ()).model
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixels_BHWC = images.test[:33]
@@ -79,7 +83,11 @@ def test_another_engine_gives_the_same_logits(checkpoint, images, fused):
 def test_probabilities_and_gates(checkpoint, images, fused):
     import onnxruntime
 
-    model = publish(Reference(checkpoint, images, "uint8"), fused=fused, outputs=(LOGITS, PROBABILITIES, GATES)).model
+    model = publish(
+        Reference(checkpoint, images, "uint8"),
+        rewrites=tuple(REWRITES) if fused else (),
+        outputs=(LOGITS, PROBABILITIES, GATES),
+    ).model
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "gates.layers.1", "gates.layers.2"]
@@ -138,7 +146,10 @@ def test_test_images_shape_no_model(checkpoint, images):
 
 
 def test_a_file_and_its_certificate_are_of_each_other(checkpoint, images, tmp_path):
-    published, other = (publish(Reference(checkpoint, images, "uint8"), fused=fused) for fused in (True, False))
+    published, other = (
+        publish(Reference(checkpoint, images, "uint8"), rewrites=tuple(REWRITES) if fused else ())
+        for fused in (True, False)
+    )
     file, beside = tmp_path / "model.onnx", tmp_path / "model.certificate.json"
     assert certificate_problem(published.model, file) == "model.onnx has no certificate"
     beside.write_bytes(published.certificate.to_bytes())

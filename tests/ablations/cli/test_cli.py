@@ -307,6 +307,21 @@ def test_what_held_out_images_decide_needs_to_know_them(expertgrid, trained_stud
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_export_takes_the_fastest_file_that_is_certified(expertgrid, trained_study, digits, tmp_path):
+    study = shutil.copytree(trained_study, tmp_path / "tiny")
+    outcome = expertgrid("export", study, "--tune", "--batch", 8)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.split()[:3] == ["engine", "precision", "rewrites"]
+    assert re.search(r"(cpu|openvino) +(fp32|int8|bf16) .* chosen\n", outcome.out)
+    file = study / "export" / "model-uint8-tuned.onnx"
+    assert f"{file}: " in outcome.out
+    certificate = json.loads(file.with_suffix(".certificate.json").read_text())
+    assert [one["batch"] for one in certificate["tuning"]] == [8] * len(certificate["tuning"])
+    image = tmp_path / "digit.png"
+    Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0]).save(image)
+    assert expertgrid("predict", file, image).status == 0
+
+
 def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
     study = shutil.copytree(trained_study, tmp_path / "tiny")
     assert expertgrid("export", study, "--prune-gates", "0.0").status == 0
@@ -430,8 +445,11 @@ def test_lists(expertgrid):
         (["export", "tiny", "--out", "full"], "--out full: the name of an .onnx file is needed"),
         (
             ["export", "tiny", "--precision", "fp8"],
-            "'--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8', 'all'.",
+            "'--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8', 'bf16', 'all'.",
         ),
+        (["export", "tiny", "--tune", "--precision", "int8"], "--tune: chooses precision and rewrites itself"),
+        (["export", "tiny", "--batch", "8"], "--batch: is for --tune"),
+        (["export", "tiny", "--precision", "bf16"], "--precision bf16: is computed by OpenVINO alone"),
         (["export", "tiny", "--outputs", "logits,gate"], "unknown output 'gate'; did you mean 'gates'?"),
         (["export", "tiny", "--provider", "cpu,gpu"], "unknown provider 'gpu'"),
         (["export", "tiny", "--prune-gates", "2"], "Invalid value for '--prune-gates'"),

@@ -74,7 +74,7 @@ def test_the_words_of_the_options_are_those_of_the_code():
     from ablations.training.contact_sheet import MOST_IMAGES
     from bench.engines import ENGINES
     from export.certificate import BOUNDS
-    from export.session import PROVIDERS
+    from export.session import ORT_PROVIDERS, PROVIDERS
     from export.to_onnx import OUTPUTS
     from model.fast.execution import CHOICES
 
@@ -85,7 +85,9 @@ def test_the_words_of_the_options_are_those_of_the_code():
     assert words("table", "format") == tables.FORMATS
     assert words("report", "format") == report.FORMATS
     assert words("export", "precision") == (*BOUNDS, "all")
-    assert words("bench", "provider") == words("predict", "provider") == options.PROVIDERS == tuple(PROVIDERS)
+    assert words("bench", "provider") == options.ORT_PROVIDERS == tuple(ORT_PROVIDERS)
+    assert options.PROVIDERS == PROVIDERS
+    assert get_args(words("predict", "provider")[0]) == PROVIDERS
     assert words("run", "kernels") == words("run", "compile") == words("run", "graphs") == tuple(CHOICES)
     assert tuple(OUTPUTS) == options.OUTPUTS
     assert options.ENGINES == ENGINES

@@ -1,0 +1,142 @@
+"""Which file serves a network fastest here: rewrites, precisions and engines are timed in turns; the fastest that is
+certified is taken."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from bench.timing import Call, Times, percentiles, take_turns
+from export.certificate import Tried
+from export.metadata import Precision
+from export.openvino import check_openvino
+from export.precision import PrecisionError
+from export.publish import REWRITE_SETS, Published, Reference, publish, rewritten
+from export.session import open_any, run
+from export.to_onnx import INPUT, LOGITS
+from model.errors import InputError
+
+MEASURE_S, OPENINGS = 0.4, 3  # of each way
+ENGINES: dict[str, tuple[tuple[str, Precision], ...]] = {  # by the provider that is asked for
+    "cpu": (("cpu", "fp32"), ("cpu", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")),
+    "cuda": (("cuda", "fp32"), ("cuda", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16")),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to serve a network."""
+
+    rewrites: str
+    precision: Precision
+    provider: str
+
+
+def tune(
+    reference: Reference,
+    provider: str = "cpu",
+    batch: int = 1,
+    outputs: Collection[str] = (LOGITS,),
+    before_each_certificate: Callable[[], object] = lambda: None,
+    measure_s: float = MEASURE_S,
+) -> Published:
+    """The file that is fastest at this batch size among those that hold their bounds; its certificate has all that was
+    tried.
+
+    Raises InputError where none is certified. An engine that is not installed is named in the certificate.
+    """
+    if provider not in ENGINES:
+        raise InputError(f"--tune: chooses among the engines of --provider cpu or cuda, found {provider!r}")
+    models, left_out = _models(reference, provider, outputs)
+    images = reference.as_input(_some(reference.images.validation, batch))
+    candidates: dict[Way, Callable[[], Call]] = {}
+    for way, model in models.items():
+        try:
+            _open(model, way, images)
+        except InputError as error:
+            left_out[way] = str(error)
+        else:
+            candidates[way] = partial(_open, model, way, images)
+    if not candidates:
+        raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")
+    times = take_turns(candidates, measure_s, OPENINGS)
+    ranked = sorted(times, key=lambda way: np.median(times[way].calls_ms))
+    for place, way in enumerate(ranked):
+        tried = [
+            _tried(one, batch, times.get(one), left_out.get(one, "")) for one in dict.fromkeys([*ranked, *left_out])
+        ]
+        tried[place] = tried[place].model_copy(update={"outcome": "chosen"})
+        before_each_certificate()
+        published = publish(
+            reference, way.precision, REWRITE_SETS[way.rewrites], outputs, [way.provider], way.provider, tried
+        )
+        if published.certificate.passed:
+            return published
+        left_out[way] = f"not certified: {published.certificate}"
+    raise InputError(f"--tune: no file is certified; the fastest: {left_out[ranked[0]]}")
+
+
+def _models(reference: Reference, provider: str, outputs: Collection[str]) -> tuple[dict[Way, bytes], dict[Way, str]]:
+    """The different models of all ways, and the ways that are not possible here, with the reason."""
+    models: dict[Way, bytes] = {}
+    left_out: dict[Way, str] = {}
+    made: dict[tuple[str, Precision], bytes] = {}
+    for engine, precision in ENGINES[provider]:
+        try:
+            if engine == "openvino":
+                check_openvino()
+            seen: set[bytes] = set()
+            for name in ("folded",) if precision == "int8" else REWRITE_SETS:
+                graph = "fp32" if precision == "bf16" else precision
+                if (name, graph) not in made:
+                    made[name, graph], _ = rewritten(reference, graph, REWRITE_SETS[name], outputs)
+                model = made[name, graph]
+                if model not in seen:  # for many networks a rewrite changes nothing
+                    models[Way(name, precision, engine)] = model
+                    seen.add(model)
+        except (InputError, PrecisionError) as error:
+            left_out[Way("folded", precision, engine)] = str(error)
+    return models, left_out
+
+
+def _some(images: np.ndarray, batch: int) -> np.ndarray:
+    return images[np.arange(batch) % len(images)]
+
+
+def _open(model: bytes, way: Way, images: np.ndarray) -> Call:
+    session = open_any(model, way.provider, f"{way.rewrites} {way.precision}", way.precision)
+    call = partial(run, session, [LOGITS], {INPUT: images})
+    call()
+    return call
+
+
+def _tried(way: Way, batch: int, times: Times | None, reason: str) -> Tried:
+    found = Tried(
+        rewrites=way.rewrites, precision=way.precision, provider=way.provider, batch=batch, outcome=reason or "slower"
+    )
+    if times is None:
+        return found
+    (interval,) = percentiles(times, [50])
+    return found.model_copy(
+        update={
+            "p50_ms": float(np.median(times.calls_ms)),
+            "interval_ms": (interval.low, interval.high) if interval else None,
+        }
+    )
+
+
+def rows(tried: Sequence[Tried]) -> list[dict[str, object]]:
+    """What was tried, as the rows of a table. Speeds are against the graph as it was trained, in ONNX Runtime."""
+    plain = next((one.p50_ms for one in tried if (one.rewrites, one.precision) == ("none", "fp32")), None)
+    return [
+        {
+            "engine": one.provider,
+            "precision": one.precision,
+            "rewrites": one.rewrites,
+            "p50 ms": one.p50_ms,
+            "x as trained": plain / one.p50_ms if plain and one.p50_ms else None,
+            "outcome": one.outcome,
+        }
+        for one in tried
+    ]

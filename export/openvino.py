@@ -1,0 +1,50 @@
+"""Sessions of OpenVINO, with the method of ONNX Runtime's that is used here."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from model.errors import InputError
+
+HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16"}  # what is not reduced in the file
+
+
+def check_openvino() -> None:
+    """Raises InputError where OpenVINO is not installed."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        raise InputError("provider 'openvino': is not installed; `uv sync --extra openvino` brings it") from None
+
+
+class OpenVinoSession:
+    """An ONNX model that OpenVINO runs on the CPU, with as many threads as PyTorch has.
+
+    In `bf16` a model of float32 computes in bfloat16. Raises InputError for a model that does not load, and where the
+    processor does not compute in bfloat16: OpenVINO would go on in float32.
+    """
+
+    def __init__(self, model: bytes, name: str, precision: str = "fp32"):
+        check_openvino()
+        import openvino
+
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        core = openvino.Core()
+        try:
+            self.compiled = core.compile_model(core.read_model(model), "CPU", options)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"{name}: OpenVINO does not load it: {reason}") from None
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise InputError("precision 'bf16': this processor does not compute in bfloat16")
+        self.request = self.compiled.create_infer_request()
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of these names, copied."""
+        found = self.request.infer(dict(inputs), share_inputs=True)
+        return [found[name] for name in outputs]

@@ -1,0 +1,143 @@
+"""The fastest file: what is tried, what is taken, and that what is taken is what was timed."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from bench import tune as tuning
+from bench.engines import engines
+from bench.timing import Block, Times
+from bench.tune import Way, rows, tune
+from export.certificate import BOUNDS, Bound
+from export.metadata import entries_of, read_metadata
+from export.predict import predict
+from export.publish import Images, Reference
+from export.to_onnx import LOGITS
+from model.checkpoint import Checkpoint, Trained
+from model.errors import InputError
+from model.presets import PRESETS
+from model.registry import build
+from model.variants import vary
+
+TRAINED = Trained(
+    trial="abc", model="two_block", data="digits", fingerprint="0123abcd", classes=tuple("0123456789"),
+    image_size=(8, 8), mean=(0.5,) * 3, std=(0.25,) * 3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    rng = np.random.default_rng(0)
+    config = vary(PRESETS["two_block"], "width", 0.125)
+    checkpoint = Checkpoint(config, TRAINED, build(config).state_dict())
+    pixels = {name: rng.integers(256, size=(24, 8, 8, 3), dtype=np.uint8) for name in ("train", "validation", "test")}
+    labels = rng.integers(10, size=24)
+    return Reference(checkpoint, Images(**pixels, validation_labels=labels, test_labels=labels), "uint8")
+
+
+@pytest.fixture(scope="module")
+def models(reference) -> tuple[dict[Way, bytes], dict[Way, str]]:
+    return tuning._models(reference, "cpu", (LOGITS,))
+
+
+@pytest.fixture
+def made(models, monkeypatch) -> None:
+    """The models are made once for all tests."""
+    monkeypatch.setattr(tuning, "_models", lambda *given: tuple(map(dict, models)))
+
+
+def fastest(monkeypatch, *ways: Way) -> None:
+    """Each way takes as long as its place in `ways`, or longer."""
+
+    def take_turns(candidates, measure_s, openings):
+        return {way: Times([Block(0, [1.0 + ways.index(way) if way in ways else 50.0] * 9)] * 2) for way in candidates}
+
+    monkeypatch.setattr(tuning, "take_turns", take_turns)
+
+
+def test_the_fastest_is_taken_and_the_others_are_named(reference, made):
+    read = []
+    published = tune(reference, batch=2, before_each_certificate=lambda: read.append(1), measure_s=0.02)
+    tried = published.certificate.tuning
+    timed = [one.p50_ms for one in tried if one.p50_ms is not None]
+    assert [one.outcome for one in tried if one.p50_ms is not None][: len(read) - 1] == [
+        one.outcome for one in tried if one.outcome.startswith("not certified")
+    ]
+    (chosen,) = (one for one in tried if one.outcome == "chosen")
+    certified = [one.p50_ms for one in tried if one.outcome in ("chosen", "slower") and one.p50_ms]
+    assert chosen.p50_ms == min(certified)
+    assert timed == sorted(timed)
+    assert {(one.provider, one.precision) for one in tried} == set(tuning.ENGINES["cpu"])
+    assert published.certificate.passed
+    assert published.certificate.agreements[0].provider == chosen.provider
+    assert [row["outcome"] for row in rows(tried)] == [one.outcome for one in tried]
+
+
+def test_the_file_runs_on_the_engine_that_was_chosen(reference, made, monkeypatch, tmp_path):
+    chosen = Way("none", "fp32", "openvino")
+    fastest(monkeypatch, chosen)
+    published = tune(reference)
+    metadata = read_metadata(entries_of(onnx.load_from_string(published.model)), "model")
+    assert (metadata.provider, metadata.precision) == ("openvino", "fp32")
+    assert {agreement.provider for agreement in published.certificate.agreements} == {"openvino"}
+    assert json.loads(published.certificate.to_bytes())["tuning"][0]["outcome"] == "chosen"
+    assert list(engines(published.model, "model", "cpu")[0]) == ["openvino cpu", "pytorch eager cpu"]
+    image = tmp_path / "image.png"
+    Image.fromarray(reference.images.test[0]).save(image)
+    opened = []
+    monkeypatch.setattr("export.predict.open_any", lambda *given: opened.append(given[1]) or tuning.open_any(*given))
+    by_file = predict(published.model, "model", [image])
+    assert opened == ["openvino"]
+    on_cpu = predict(published.model, "model", [image], "cpu")
+    assert dict(by_file[0].classes) == pytest.approx(dict(on_cpu[0].classes), abs=1e-4)
+
+
+def test_a_file_that_misses_its_bound_is_not_taken(reference, made, monkeypatch):
+    fastest(monkeypatch, Way("folded", "int8", "cpu"), Way("none", "fp32", "cpu"))
+    monkeypatch.setitem(BOUNDS, "int8", Bound(logit_difference=0.0, argmax_flips=0, accuracy_loss=1.0))
+    published = tune(reference)
+    first, second = published.certificate.tuning[:2]
+    assert (first.precision, first.outcome[:13], second.outcome) == ("int8", "not certified", "chosen")
+    for precision in ("fp32", "int8"):
+        monkeypatch.setitem(BOUNDS, precision, Bound(logit_difference=-1.0, argmax_flips=None, accuracy_loss=1.0))
+    with pytest.raises(InputError, match="--tune: no file is certified; the fastest: not certified: int8 DOES NOT"):
+        tune(reference)
+
+
+def test_an_engine_that_is_not_here_is_named(reference, monkeypatch):
+    def none() -> None:
+        raise InputError("provider 'openvino': is not installed")
+
+    monkeypatch.setattr(tuning, "check_openvino", none)
+    monkeypatch.setattr(tuning, "rewritten", lambda *given: (b"", []))
+    models, left_out = tuning._models(reference, "cpu", (LOGITS,))
+    assert {way.provider for way in models} == {"cpu"}
+    assert {(way.provider, reason) for way, reason in left_out.items()} == {
+        ("openvino", "provider 'openvino': is not installed")
+    }
+    with pytest.raises(InputError, match="--tune: chooses among the engines of --provider cpu or cuda, found 'openv"):
+        tune(reference, "openvino")
+
+
+def test_bfloat16_is_refused_where_the_processor_has_none(reference, monkeypatch):
+    from export.openvino import OpenVinoSession
+    from export.to_onnx import to_onnx
+
+    openvino = pytest.importorskip("openvino")
+    model, here = (
+        to_onnx(reference.checkpoint, "uint8"),
+        openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    )
+    if "BF16" in here:
+        images = reference.as_input(reference.images.test)
+        (logits_BN,) = OpenVinoSession(model, "model", "bf16").run(["logits"], {"images": images})
+        (plain_BN,) = OpenVinoSession(model, "model").run(["logits"], {"images": images})
+        assert 0 < np.abs(logits_BN - plain_BN).max() < 0.1
+    else:
+        with pytest.raises(InputError, match="precision 'bf16': this processor does not compute in bfloat16"):
+            OpenVinoSession(model, "model", "bf16")
+    with pytest.raises(InputError, match="model: OpenVINO does not load it"):
+        OpenVinoSession(model[:100], "model")
