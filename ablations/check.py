@@ -11,9 +11,11 @@ from ablations.records import (
     OF_A_STUDY,
     OF_A_TRIAL,
     SUMS,
+    TRAINING,
     LatencySummary,
     StudyDirectory,
     TestRead,
+    TrainingRates,
     changed_files,
     read_record,
 )
@@ -221,6 +223,8 @@ def _weights_problem(file: Path, trial: str) -> str:
 
 
 def _exports(path: Path) -> Iterator[Found]:
+    if problem := _problem(lambda: read_record(TrainingRates, path / TRAINING)):
+        yield Found("damaged", TRAINING, problem, "delete it and run expertgrid bench-train again")
     for file in sorted((path / "bench").glob("*.json")):
         if problem := _problem(lambda file=file: read_record(LatencySummary, file)):
             yield Found("damaged", f"bench/{file.name}", problem, "delete it and run expertgrid bench again")

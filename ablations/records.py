@@ -7,6 +7,7 @@ trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz,
                   record.json is written last, and says that the trial is finished; until then resume.pt, and
                   failure.json where training failed; adopted.json where another study trained it
 export/  bench/   what `expertgrid export` and `bench` add
+training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
 .lock             locked by the process that writes; .lock.json says which process that is
@@ -340,6 +341,24 @@ class Adopted(BaseModel):
     time: str
 
 
+class TrainingRates(BaseModel):
+    """The training speed of the cells of a study, alone on the machine and in turns, by a trial of each."""
+
+    device: str
+    threads: int
+    bfloat16: bool
+    torch: str
+    others_share: float | None = None  # of the processors' time, taken by other processes meanwhile
+    finished: str
+    images_per_s: dict[str, float]  # medians over the rounds
+    rounds: dict[str, list[float]]
+
+    def __str__(self) -> str:
+        busy = f", {self.others_share:.0%} of its processors taken by others" if self.others_share else ""
+        number = "bf16" if self.bfloat16 else "fp32"
+        return f"{self.device}, {self.threads} threads, {number}, torch {self.torch}{busy}"
+
+
 class Benched(BaseModel):
     """The latency of one engine at one batch size: the part that tables need."""
 
@@ -427,6 +446,7 @@ SUMS = "SHA256SUMS"
 OF_A_TRIAL = ("config.json", "epochs.jsonl", "model.safetensors", "predictions.npz", "record.json")  # in its SHA256SUMS
 OF_A_STUDY = ("study.toml", "plan.json")  # in the study's
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+TRAINING = "training.json"
 WRITER_S = 1.0  # for which the next writer waits to learn who has the lock
 
 
@@ -441,6 +461,8 @@ def _damaged(file: Path, error: InputError) -> InputError:
         remedy = "run the study again"
     elif file.parent.parent.name == "trials":
         remedy = f"delete {file.parent} and run the study again: this trial is then trained again"
+    elif file.name == TRAINING:
+        remedy = "delete it and run expertgrid bench-train again"
     elif file.parent.name == "bench":
         remedy = "delete it and run expertgrid bench again"
     elif file.name == "ledger.jsonl":
@@ -794,6 +816,13 @@ class StudyDirectory:
             raise InputError(f"{ledger}: cannot be read: {error.strerror}") from None
         except InputError as error:
             raise _damaged(ledger, error) from None
+
+    def training_rates(self) -> TrainingRates | None:
+        """None where they were not measured. Raises InputError for damage."""
+        return read_record(TrainingRates, self.path / TRAINING)
+
+    def write_training_rates(self, rates: TrainingRates) -> None:
+        write_whole(self.path / TRAINING, rates.model_dump_json(indent=1).encode())
 
     def latencies(self) -> dict[str, LatencySummary]:
         """The newest latency record of each trial that was exported as it is, in fp32, and benched."""

@@ -446,8 +446,12 @@ def bench(
 
 @app.command("bench-train", rich_help_panel=SPEED)
 def bench_train(
-    preset: Annotated[str, typer.Argument(metavar="MODEL", help="Preset or timm model.")] = "eight_block",
-    batch: Annotated[int, typer.Option(min=2, max=4096, metavar="N", help="Images in a batch.")] = 128,
+    preset: Annotated[
+        str, typer.Argument(metavar="MODEL|DIR", help="Preset, timm model or study directory.")
+    ] = "eight_block",
+    batch: Annotated[
+        int | None, typer.Option(min=2, max=4096, metavar="N", help="Images in a batch. Default: 128.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, metavar="N", help="Steps in a round. Default: 100 on CUDA, else 2.")
     ] = None,
@@ -456,6 +460,8 @@ def bench_train(
     compile: Compile = "auto",
     kernels: Kernels = "auto",
     graphs: Graphs = "auto",
+    data: DataHere = None,
+    data_dir: DataDir = None,
     modules: Import = None,
     format: Format = "text",
 ) -> int:
@@ -463,15 +469,27 @@ def bench_train(
 
     Three ways take turns: the training loop, a PyTorch baseline, and bare steps on one batch. A preset is trained by
     the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000 images.
+
+    Of a study directory, all cells take turns. Its tables then show these speeds instead of those of the trainings.
     """
+    of_study = Path(preset).is_dir()
+    if of_study:
+        options.study_directory(Path(preset))
+    if batch is not None and of_study:
+        raise InputError("--batch: a study's recipes have the batch sizes")
+    if not of_study and (data is not None or data_dir is not None):
+        raise InputError("--data: is for a study directory; a model is trained on random images")
     from ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.bench import bench_train
+        from ablations.cli.bench import bench_study, bench_train
         from ablations.cli.sources import import_modules
         from model.fast.execution import ExecutionOptions
     import_modules(modules or [])
-    return bench_train(preset, batch, steps, rounds, device, ExecutionOptions(kernels, compile, graphs), format)
+    execution = ExecutionOptions(kernels, compile, graphs)
+    if of_study:
+        return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
+    return bench_train(preset, batch or 128, steps, rounds, device, execution, format)
 
 
 @app.command("list", rich_help_panel=LISTS)

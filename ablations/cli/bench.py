@@ -7,9 +7,13 @@ from pathlib import Path
 
 from ablations.cli.devices import device
 from ablations.cli.options import write_out
+from ablations.cli.sources import read_data
 from ablations.cli.terminal import console, status
+from ablations.records import StudyDirectory
 from ablations.results.rendering import Format, render
+from ablations.results.rows import read_results
 from bench import training
+from bench.cells import measure_cells
 from bench.engines import USUAL
 from bench.latency import check_comparable, measure, notes, read_latency, rows, with_baseline, with_first
 from bench.training import measure_training
@@ -67,6 +71,33 @@ def bench(
             f"{one.other}, batch {one.batch}, {one.engine}", style="red", soft_wrap=True,
         )  # fmt: skip
     return int(bool(slower))
+
+
+def bench_study(
+    path: Path,
+    data: str | None,
+    data_dir: Path | None,
+    steps: int | None,
+    rounds: int,
+    device_name: str,
+    execution: ExecutionOptions,
+    format: Format,
+) -> int:
+    """Measures the training speed of each cell of a study, keeps it in its directory, and prints it."""
+    directory, on = StudyDirectory(path), device(device_name)
+    execution.check(on)
+    plan = directory.plan
+    images = read_data(data or plan.source, data_dir, plan.image_size)
+    with directory.held(), status(f"training the cells of {path}"):
+        rates = measure_cells(directory, images, on, execution, steps, rounds, partial(console.print, soft_wrap=True))
+        directory.write_training_rates(rates)
+    rows: list[dict[str, object]] = [
+        {"cell": row.name, "train images/s": row.alone, "slowest": min(found), "fastest": max(found)}
+        for row in read_results(directory).rows
+        for found in (rates.rounds[trial] for trial in row.trials.values() if trial in rates.rounds)
+    ]
+    print(render(rows, format, [f"{rates}. Medians of {rounds} rounds, in turns."]))
+    return 0
 
 
 def bench_train(

@@ -344,7 +344,9 @@ class _Model:
             "parameters": _ratio(rows, lambda row: row.records[0].parameters),
             "MACs": _ratio(rows, lambda row: row.records[0].macs),
         }
-        if _timed_alike(flat):
+        if all(row.alone for row in flat):
+            found["training time"] = _ratio(rows, lambda row: 1 / (row.alone or 1))
+        elif _timed_alike(flat):
             found["training time"] = _ratio(rows, lambda row: row.mean(lambda record: record.train_seconds))
         if _latency_alike(flat):
             found["latency"] = _ratio(rows, _latency_ms)

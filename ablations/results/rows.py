@@ -25,6 +25,7 @@ from ablations.records import (
     Predictions,
     Record,
     StudyDirectory,
+    TrainingRates,
     cell_names,
 )
 from ablations.results.stats import selection
@@ -63,6 +64,7 @@ class Row:
     failures: dict[str, Failure]  # by trial, of those that have not finished since
     adopted: dict[str, Adopted]  # by trial, of those that another study trained
     latency: LatencySummary | None  # of one of its trials
+    alone: float | None = None  # images/s in training, measured alone
     reported: str = ""
     control: bool = False
 
@@ -108,6 +110,7 @@ class Results:
     rows: list[Row]  # the design's first cell, the base, comes first
     row_of: list[int]  # of each cell
     groups: list[Group]  # the rows' cells
+    timed: TrainingRates | None = None  # the speeds of the rows, measured alone
 
     @property
     def base(self) -> Row | None:
@@ -141,6 +144,8 @@ class Results:
 def read_results(directory: StudyDirectory) -> Results:
     """Reads a study directory. Raises InputError where it is none, is damaged, or mixes records of hold-outs."""
     study, plan, latencies = directory.study, directory.plan, directory.latencies()
+    timed = directory.training_rates()
+    alone = timed.images_per_s if timed else {}
     cells = [cell for cell in plan.cells if cell.trials]
     named = groups(cell_names(plan), study.combined_levels)
     rows, row_of = [], [0] * len(cells)
@@ -168,6 +173,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 failures=failed,
                 adopted={trials[seed]: taken for seed in found if (taken := directory.adopted(trials[seed]))},
                 latency=next((latencies[trial] for trial in trials.values() if trial in latencies), None),
+                alone=next((alone[trial] for trial in trials.values() if trial in alone), None),
                 reported=next(
                     (study.reported[str(level)] for level in first.levels.values() if str(level) in study.reported),
                     "",
@@ -175,7 +181,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 control=first.control,
             )
         )
-    return Results(study_name(directory), directory.path, study, plan, cells, rows, row_of, named)
+    return Results(study_name(directory), directory.path, study, plan, cells, rows, row_of, named, timed)
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
@@ -195,7 +201,7 @@ def measured(rows: Sequence[Row]) -> list[str]:
     """What the rows are of, each with when it was measured: other rows have another list."""
     trials = {f"{record.trial} {record.finished}" for row in rows for record in row.records}
     latencies = {f"{row.latency.file} {row.latency.finished}" for row in rows if row.latency}
-    return sorted(trials) + sorted(latencies)
+    return sorted(trials) + sorted(latencies) + sorted(f"{row.name} {row.alone}" for row in rows if row.alone)
 
 
 # --- The best cell ---

@@ -296,11 +296,18 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
             values["reported %"] = row.reported
         values["params"] = first.parameters if first else None
         values["MACs"] = first.macs if first else None
-        values["train images/s"] = row.mean(lambda record: record.images_per_s) if row.by_seed else None
+        values["train images/s"] = training_rate(row)
         if any(row.latency for row in rows):
             values["latency ms"] = smallest(row.latency).p50_ms if row.latency else None
         table.append(values)
     return table
+
+
+def training_rate(row: Row) -> float | None:
+    """Images/s in training: measured alone where that was done, else of the trials as they were trained."""
+    if row.alone is not None or not row.by_seed:
+        return row.alone
+    return row.mean(lambda record: record.images_per_s)
 
 
 def notes(directory: StudyDirectory, results: Results) -> list[str]:
@@ -324,6 +331,8 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
             "base again: the base trained from other seeds on the same hold-outs. It should come out the same."
         )
     lines += _best_notes(rows)
+    if results.timed and any(row.alone for row in rows):
+        lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
     environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
     lines += [f"Trained on {where}." for where in environments]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}

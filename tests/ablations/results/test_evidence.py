@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from conftest import write_study, written_epochs
 
-from ablations.records import Plan, Predictions, Race, StudyDirectory
+from ablations.records import Plan, Predictions, Race, StudyDirectory, TrainingRates
 from ablations.results.answer import answer
 from ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
 from ablations.results.rendering import render_tables
@@ -327,6 +327,13 @@ def test_costs_are_ratios_over_matched_cells_measured_alike(digits, tmp_path):
     file.write_text(json.dumps(record))
     effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
     assert "training time" not in effects["kernel 3 -> 5"]
+    rates = {row.trials[0]: 100 / next(iter(directory.config(row.trials[0]).model.blocks())).kernels[0]
+             for row in read_results(directory).rows}  # fmt: skip
+    timed = TrainingRates(device="d", threads=1, bfloat16=False, torch="", finished="", images_per_s=rates, rounds={})
+    directory.write_training_rates(timed)
+    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
+    assert effects["kernel 3 -> 5"]["training time"] == pytest.approx(5 / 3)
+    assert [row.alone for row in read_results(directory).rows] == list(rates.values())
     other = write_study(tmp_path / "other", GRID, digits, lambda levels, seed: None)
     trial = read_results(other).rows[0].trials[0]
     write_whole(other.trial(trial) / "adopted.json", b'{"directory": "grid", "time": ""}')
