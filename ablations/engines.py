@@ -130,6 +130,7 @@ def run_local(
     save_every_s: float = SAVE_EVERY_S,
     execution: ExecutionOptions = EAGER,
     stop: Callable[[int], bool] = lambda step: False,
+    at_once: int = 1,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
@@ -137,14 +138,14 @@ def run_local(
     can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen fails, the
     trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number of the
     trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
-    trial too.
+    trial too. The records say that `at_once` trials were trained at once, here and in other processes.
     """
     for trial in by_seed(trials):
         if stop(0):
             raise Stopped
         yield TrialStarted(trial)
         try:
-            yield from _run(trial, data, directory, save_every_s, execution, stop)
+            yield from _run(trial, data, directory, save_every_s, execution, stop, at_once)
         except Exception as error:  # the other trials go on, whatever this one failed of
             if disk_full(error):
                 raise
@@ -165,6 +166,7 @@ def _run(
     save_every_s: float,
     execution: ExecutionOptions,
     stop: Callable[[int], bool],
+    at_once: int,
 ) -> Iterator[Event]:
     directory.write_config(trial)
     splits = data.splits(trial.hold_out, trial.seed)
@@ -187,7 +189,7 @@ def _run(
         yield EpochDone(trial, epoch)
     if training.recorder and training.recorder.refused:
         yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
-    record = _finish(trial, splits, directory, training, prepared)
+    record = _finish(trial, splits, directory, training, prepared, at_once)
     resume.unlink(missing_ok=True)
     (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
@@ -302,7 +304,9 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> flo
     return use(training.net, augmented, uses_bfloat16(recipe, device))
 
 
-def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared) -> Record:
+def _finish(
+    trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared, at_once: int
+) -> Record:
     """Measures the trained network in fp32 and writes checkpoint, predictions and record. Reads the test split once."""
     data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
@@ -358,6 +362,7 @@ def _finish(trial: Trial, splits: Splits, directory: StudyDirectory, training: T
         kernels=prepared.means.kernels,
         compiled=prepared.means.compile,
         graphs=training.recorded,
+        at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         compile_seconds=prepared.seconds,
         environment=Environment.here(device),

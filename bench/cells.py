@@ -40,12 +40,12 @@ def measure_cells(
 ) -> TrainingRates:
     """Trains each cell for `rounds` rounds of `steps` steps at full image size, in turns, after a round to warm up.
 
-    `steps` is 4, or 100 on CUDA, where it is None. Raises InputError where no trial of the study was begun.
+    `steps` is 4, or 100 on CUDA, where it is None. Raises InputError where no trial is finished.
     """
     steps = steps or (100 if device.type == "cuda" else 4)
     trials = {row.name: trial for row in read_results(directory).rows if (trial := _trial(directory, row))}
     if not trials:
-        raise InputError(f"{directory.path}: no trial was begun; `expertgrid run` begins them")
+        raise InputError(f"{directory.path}: no trial of this study is finished")
     ways, amp = {}, False
     with watched(device.type == "cuda") as host:
         for trial in trials.values():
@@ -70,7 +70,8 @@ def measure_cells(
 
 
 def _trial(directory: StudyDirectory, row: Row) -> Trial | None:
-    return next((trial for name in row.trials.values() if (trial := directory.config(name))), None)
+    """A finished trial of the row: a network that crashed or hung would do so here too."""
+    return directory.config(row.records[0].trial) if row.by_seed else None
 
 
 def _rounds(

@@ -129,6 +129,9 @@ def run(
         bool,
         typer.Option(envvar="EXPERTGRID_ISOLATE", help="Train in a process apart. Its crash ends one trial."),
     ] = True,
+    jobs: Annotated[
+        str, typer.Option(metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials only. Nothing is written.")] = False,
 ) -> int:
     """Train a study and print its table.
@@ -143,14 +146,18 @@ def run(
         from ablations.cli import plan, sources
     if trial_timeout is not None and not isolate:
         raise InputError(f"--trial-timeout {trial_timeout:g}: needs a process apart; it does not go with --no-isolate")
+    if jobs not in ("auto", "1") and not isolate:
+        raise InputError(f"--jobs {jobs}: needs processes apart; it does not go with --no-isolate")
+    wanted = None if jobs == "auto" else options.whole("--jobs", jobs, most=256)
     asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan(asked, data_dir)))
         return 0
-    from ablations.isolation import isolated
+    from ablations.isolation import isolated, jobs_for
 
-    with isolated() if isolate else nullcontext() as trainer:  # its process imports PyTorch beside this one
+    at_once = wanted or jobs_for(device)
+    with isolated(at_once) if isolate else nullcontext() as trainer:  # its processes import PyTorch beside this one
         with starting():
             from ablations.cli.run import How, train_and_show
             from model.fast.execution import ExecutionOptions

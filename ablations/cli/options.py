@@ -67,6 +67,13 @@ def batches(text: str) -> list[int]:
     return sizes
 
 
+def whole(option: str, text: str, most: int) -> int:
+    """The whole number of an option. Raises InputError for anything else, and for 0 and more than `most`."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise InputError(f"{option} {text}: a whole number from 1 to {most} is needed")
+    return int(text)
+
+
 def percent(option: str, text: str | None) -> float | None:
     """The number of an option like 5 or 5%. Raises InputError for anything else."""
     if text is None:

@@ -13,16 +13,17 @@ from ablations.cli import interrupt
 from ablations.cli.devices import device, usable
 from ablations.cli.plan import Asked, plan
 from ablations.cli.sources import import_modules
-from ablations.cli.terminal import console
+from ablations.cli.terminal import console, status
 from ablations.disk import check_space
 from ablations.engines import Event, TrialFailed, by_seed, planned_steps, run_local
-from ablations.isolation import Setup, Trainer
+from ablations.isolation import Pool, Setup
 from ablations.progress import StudyProgress
 from ablations.records import StudyDirectory
 from ablations.results.answer import answer
 from ablations.results.evidence import read_evidence
 from ablations.results.plots import accuracy_plot
 from ablations.results.rendering import render_tables
+from ablations.results.rows import read_results
 from ablations.results.tables import study_tables
 from ablations.study import Cell
 from ablations.training.data import ImageData
@@ -30,7 +31,7 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
-from model.machine import deterministic
+from model.machine import deterministic, usable_cores
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class How:
     timeout_s: float | None  # for a trial
     modules: Sequence[str]  # that register networks
     deterministic: bool  # the same bits again, on a GPU too
-    trainer: Trainer | None  # None: trials are trained in this process
+    trainer: Pool | None  # None: trials are trained in this process
+
+    @property
+    def at_once(self) -> int:
+        return len(self.trainer.trainers) if self.trainer else 1
 
 
 def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFailed]:
@@ -68,7 +73,20 @@ def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFail
             counts = wanted
             directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
             failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how)
+        if any(row.packed and row.alone is None for row in read_results(directory).rows):
+            _time_alone(directory, planned.data, on, how)
     return failed
+
+
+def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How) -> None:
+    """Measures the training speed of each cell, as trials that were trained at once have none."""
+    from bench.cells import measure_cells
+
+    with status("timing the training of each cell alone"):
+        rates = measure_cells(
+            directory, data, on, how.execution, rounds=3, notice=partial(console.print, soft_wrap=True)
+        )
+    directory.write_training_rates(rates)
 
 
 def train_and_show(asked: Asked, data_dir: Path | None, how: How) -> int:
@@ -136,7 +154,8 @@ def _events(
             yield from run_local(trials, resident, directory, execution=execution, stop=lambda step: stopped.is_set())
     else:
         begin = partial(import_modules, how.modules)
-        setup = Setup(data, str(on), directory.path, begin, execution, how.deterministic)
+        threads = max(1, usable_cores() // how.at_once) if how.at_once > 1 else None
+        setup = Setup(data, str(on), directory.path, begin, execution, how.deterministic, threads, how.at_once)
         yield from how.trainer.run(trials, setup, directory, stopped, how.timeout_s)
 
 

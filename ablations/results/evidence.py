@@ -358,8 +358,8 @@ def _ratio(pairs: Sequence[tuple[Row, Row]], value: Callable[[Row], float]) -> f
 
 
 def _timed_alike(rows: Sequence[Row]) -> bool:
-    """Whether trainings were timed here, on one machine and with the same options."""
-    if any(row.adopted for row in rows):
+    """Whether trainings were timed here, one at a time, on one machine and with the same options."""
+    if any(row.adopted or row.packed for row in rows):
         return False
     return len({_machine(record) for row in rows for record in row.records}) == 1
 

@@ -83,6 +83,11 @@ class Row:
         done = {record.trial for record in self.by_seed.values()}
         return [trial for trial in self.trials.values() if trial not in done and trial not in self.failures]
 
+    @property
+    def packed(self) -> bool:
+        """Whether some of its trials were trained beside others, so that their times are no speeds."""
+        return any(record.at_once > 1 for record in self.records)
+
     def accuracy(self, value: Score) -> Interval | None:
         """An accuracy in percent with its 95% interval over the finished seeds, None where no seed is."""
         return accuracy_interval([value(record) for record in self.records]) if self.by_seed else None

@@ -304,8 +304,8 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
 
 
 def training_rate(row: Row) -> float | None:
-    """Images/s in training: measured alone where that was done, else of the trials as they were trained."""
-    if row.alone is not None or not row.by_seed:
+    """Images/s in training: measured alone where that was done, else of the trials that were trained one at a time."""
+    if row.alone is not None or not row.by_seed or row.packed:
         return row.alone
     return row.mean(lambda record: record.images_per_s)
 
@@ -333,6 +333,8 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     lines += _best_notes(rows)
     if results.timed and any(row.alone for row in rows):
         lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
+    elif any(row.packed for row in rows):
+        lines.append("Train images/s: none, as trials were trained at once; `expertgrid bench-train` measures them.")
     environments = dict.fromkeys(_where(record) for row in rows for record in row.records)
     lines += [f"Trained on {where}." for where in environments]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}

@@ -10,12 +10,13 @@ from threading import Event
 
 import pytest
 
-from ablations.engines import TrialDone, TrialStarted
-from ablations.isolation import Lost, ProcessLost, Setup, Trainer, isolated
+from ablations.engines import Stopped, TrialDone, TrialStarted
+from ablations.isolation import MOST_JOBS, Lost, Pool, ProcessLost, Setup, Trainer, isolated, jobs_for
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.resume import read_state
 from model.fast.execution import EAGER
+from model.machine import usable_cores
 
 NETWORKS = """
 import ctypes, time
@@ -166,8 +167,8 @@ def test_an_error_of_no_trial_is_raised_here(digits, tmp_path):
         with pytest.raises(OSError, match="No space left on device"):
             list(trainer.run(trials, setup, directory, Event()))
     with isolated() as trainer:
-        trainer.process.kill()
-        trainer.process.join()
+        trainer.trainers[0].process.kill()
+        trainer.trainers[0].process.join()
         with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
             list(trainer.run(trials, setup, directory, Event()))
 
@@ -192,3 +193,68 @@ def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path, monk
         next(events)
     assert sent == [setup, trials, setup, trials[1:]]
     assert directory.failure(trials[0].id) is None
+
+
+def test_several_trials_at_once_give_the_same_records(study):
+    """As one at a time with as many threads, down to the last bit; their times are marked as no speeds."""
+    healthy = STUDY.replace('"with_crash", "with_hang", ', "").replace("seeds = 1", "seeds = 4")
+    found = {}
+    threads = str(max(1, usable_cores() // 2))
+    for jobs in (1, 2):
+        (study / f"jobs{jobs}.toml").write_text(healthy)
+        line = [*LINE[:4], f"jobs{jobs}.toml", *LINE[5:], "--jobs", str(jobs), "--no-adopt"]
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        directory = StudyDirectory(study / "runs" / f"jobs{jobs}")
+        trials = directory.plan.cells[0].trials
+        found[jobs] = [directory.record(trial) for trial in trials]
+        assert [record.at_once for record in found[jobs]] == [jobs] * 4
+        assert len(directory.test_reads()) == 4
+        timed = "Train images/s: each cell alone and in turns" in done.stdout
+        assert timed == (jobs > 1)
+    for one, two in zip(found[1], found[2], strict=True):
+        assert (one.trial, one.environment.threads) == (two.trial, two.environment.threads)
+        assert (one.validation_loss, one.test_loss) == (two.validation_loss, two.test_loss)
+
+
+def test_what_ends_one_of_several_processes_leaves_the_others(study):
+    done = subprocess.run([*LINE, "--jobs", "2", "--trial-timeout", "3"], cwd=study, capture_output=True, text=True)
+    assert done.returncode == 1
+    directory = StudyDirectory(study / "runs" / "study")
+    crashed, hung, trained = (cell.trials[0] for cell in directory.plan.cells)
+    assert directory.record(trained).epochs == 2
+    assert [directory.failure(trial).kind for trial in (crashed, hung)] == ["crashed", "timeout"]
+
+
+def test_an_error_of_one_process_ends_the_others_with_their_states_saved(digits, tmp_path, monkeypatch):
+    """The disk is full for one; the other is in the middle of a trial."""
+    trials = Study(name="s", question="?", seeds=3).cells(digits)[0].trials
+    ended = []
+
+    class Fake:
+        def run(self, trials, setup, directory, stopped, timeout_s):
+            yield TrialStarted(trials[0])
+            if trials[0].seed == 1:
+                raise OSError(28, "No space left on device")
+            while not stopped.is_set():
+                time.sleep(0.01)
+            ended.append(trials[0].seed)
+            raise Stopped
+
+    pool = Pool(0)
+    pool.trainers = [Fake(), Fake()]
+    with pytest.raises(OSError, match="No space left"):
+        list(pool.run(trials, None, StudyDirectory(tmp_path), Event()))
+    assert ended == [0]
+
+
+def test_jobs_by_themselves(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr("ablations.isolation.gpu_driver", lambda: None)
+    assert [jobs_for("cpu", cores, 100 * gib) for cores in (1, 2, 4, 64)] == [1, 2, 4, MOST_JOBS]
+    assert jobs_for("auto", 4, 7 * gib) == 2
+    assert jobs_for("cpu", 4, 1 * gib) == 1
+    assert jobs_for("cuda:0", 4, 100 * gib) == jobs_for("mps", 4, 100 * gib) == 1
+    monkeypatch.setattr("ablations.isolation.gpu_driver", lambda: "570.1")
+    assert jobs_for("auto", 4, 100 * gib) == 1

@@ -47,4 +47,4 @@ def test_what_cannot_be_timed(expertgrid, study, tmp_path):
     assert (outcome.status, "delete it and run expertgrid bench-train again" in outcome.complaint) == (2, True)
     (study / TRAINING).unlink()
     shutil.rmtree(study / "trials")
-    assert "no trial was begun" in expertgrid("bench-train", study, "--device", "cpu").complaint
+    assert "no trial of this study is finished" in expertgrid("bench-train", study, "--device", "cpu").complaint
