@@ -36,7 +36,7 @@ from model.errors import InputError, unknown
 from model.fast.compiled import blocks, compile_blocks
 from model.fast.cuda_graphs import Recorder
 from model.fast.execution import ExecutionOptions, ExecutionPlan
-from model.fast.memory import keep_freed_memory
+from model.fast.settings import full_fp32, set_for_training
 from model.machine import torch_device
 from model.net import ExpertBlock
 from model.presets import PRESETS, network
@@ -120,13 +120,9 @@ def agreement(
 
     Raises ValueError where the losses differ by more than `TOLERANCE`.
     """
-    conv = torch.backends.cudnn.conv  # ty: ignore[missing-attribute]  # PyTorch sets it when it loads the module
-    allowed = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    try:
+    set_for_training()
+    with full_fp32():
         eager, found = (_losses(config, batch, size, device, used, steps) for used in (ExecutionPlan(), means))
-    finally:
-        conv.fp32_precision = allowed
     largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(eager, found)]).max().item()
     if not largest <= TOLERANCE:  # also for NaN
         raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
@@ -177,7 +173,7 @@ def profile_step(
     They are in AdamW, bfloat16 and channels last, with label `smoothing`. Raises what kernels, compiler or graphs raise
     where they do not work.
     """
-    keep_freed_memory()  # as training does
+    set_for_training()
     torch.manual_seed(0)
     net = build(config).to(device).to(memory_format=torch.channels_last).train()
     x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+import zlib
 
 import numpy as np
 import onnx
@@ -240,6 +241,36 @@ def test_peaks_are_of_the_device(monkeypatch):
     monkeypatch.setattr("bench.peaks.SIZE", 64)
     peaks = measure_peaks(torch.device("cpu"), measure_s=0.01)
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
+
+
+def test_what_is_copied_cannot_be_compressed(monkeypatch):
+    sources = []
+    monkeypatch.setattr("bench.peaks.SIZE", 8)
+    monkeypatch.setattr("bench.peaks.SOME_BYTES", 2**16)
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: sources.append(source) or copy_(self, source))
+    measure_peaks(torch.device("cpu"), measure_s=0)
+    assert len(zlib.compress(sources[0].numpy().tobytes())) > 0.99 * 2**16
+
+
+def test_what_is_timed_is_timed_in_the_settings_of_training(monkeypatch):
+    cpu, tuned = torch.device("cpu"), []
+    monkeypatch.setattr(
+        step, "training_step", lambda *_: lambda *_: tuned.append(torch.backends.cudnn.benchmark) or [Y]
+    )
+    config = vary(PRESETS["two_block"], "width", 0.0625)
+    for run in (
+        lambda: step.profile_step(config, 2, 8, cpu, ExecutionPlan(), steps=1, rounds=1),
+        lambda: step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=1),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        tuned.clear()
+        run()
+        assert tuned
+        assert all(tuned)
+
+
+Y = torch.ones(())
 
 
 def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
