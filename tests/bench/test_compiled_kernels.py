@@ -8,21 +8,22 @@ import sys
 import pytest
 import torch
 
-from model.presets import PRESETS
-
 pytest.importorskip("triton", reason="there is no Triton")
 from bench import kernels
 
 COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-PRESSED = """
-from bench import kernels
+# How often the kernel is compiled that gathers statistics, at three batch sizes; another kernel with its own choice of
+# registers, and with no more than 32.
+FORMS = """
+from bench.kernels import compiled, forms
 from model.presets import PRESETS
 
-(form,) = [form for form in kernels.forms(PRESETS["eight_block"], 8, 32) if str(form).startswith("K=3, GATED=True, ")
-           and form.kernel == "_gradient"]
+for batch in (64, 128, 512):
+    print(sum(form.kernel == "_tile_statistics" for form in forms(PRESETS["two_block"], batch, 32)))
+(form,) = [form for form in forms(PRESETS["two_block"], 8, 32) if form.kernel == "_gradient" and "K=4" in str(form)]
 for options in ({}, {"maxnreg": 32}):
-    print(kernels.compiled(form, 90, **options).model_dump_json())
+    print(compiled(form, 90, **options).model_dump_json())
 """
 
 
@@ -36,8 +37,8 @@ def run(*arguments: str) -> str:
 def test_no_kernel_spills():
     found = json.loads(run("-m", "bench.kernels", "eight_block", "speed", "--format", "json"))
     assert {kernel["capability"] for kernel in found} == {80, 90}
-    ours = {name for name in vars(kernels.kernels) if name in {kernel["kernel"] for kernel in found}}
-    assert ours >= {"_gate", "_gate_gradient", "_layer_gradient", "_mix", "_gradient", "_weighted_sum_gradient"}
+    names = {kernel["kernel"] for kernel in found}
+    assert names >= {"_gate", "_gate_gradient", "_layer_gradient", "_mix", "_gradient", "_weighted_sum_gradient"}
     for kernel in found:
         assert kernel["spilled_bytes"] == 0, kernel
         assert 16 <= kernel["registers"] <= 255
@@ -45,9 +46,10 @@ def test_no_kernel_spills():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has its assembler there")
-def test_what_spills_is_seen():
-    """With no more than 32 registers."""
-    free, pressed = map(json.loads, run("-c", PRESSED).splitlines())
+def test_forms_of_kernels_and_what_spills_is_seen():
+    *counts, free, pressed = run("-c", FORMS).splitlines()
+    assert counts == ["2"] * 3, "one for the maps of one conv and one for those of four, whatever the number of steps"
+    free, pressed = json.loads(free), json.loads(pressed)
     assert (free["spilled_bytes"], pressed["registers"]) == (0, 32)
     assert free["registers"] > 32
     assert pressed["spilled_bytes"] > 100
@@ -60,23 +62,17 @@ def test_interpreted_kernels_are_not_compiled(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("resnet18",), ("eigth_block",), ("speed", "--size", "4"), ("two_block", "--batch", "0")]
+    ("arguments", "reason"),
+    [
+        (("resnet18",), "unknown preset 'resnet18'"),
+        (("speed", "--size", "4"), "leaves none"),
+        (("two_block", "--batch", "0"), "Invalid value for '--batch'"),
+    ],
 )
-def test_wrong_input_is_one_line(arguments, monkeypatch, capsys):
+def test_wrong_input_is_one_line(arguments, reason, monkeypatch, capsys):
     monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
     assert kernels.main(arguments) == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith("error: ")
+    assert reason in complaint
     assert complaint.count("\n") == 1
-
-
-def test_a_kernel_has_one_form_for_all_numbers_of_steps():
-    """And for all batch sizes that are alike to the compiler."""
-    output = run(
-        "-c",
-        "from bench.kernels import forms; from model.presets import PRESETS\n"
-        "for batch in 64, 128, 512: print(len({f for f in forms(PRESETS['two_block'], batch, 32) "
-        "if f.kernel == '_tile_statistics'}))",
-    )
-    assert output.split() == ["2", "2", "2"]  # of one map, and of four
-    assert PRESETS["two_block"]
