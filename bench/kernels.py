@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import triton
+import triton.knobs
 import typer
 from pydantic import BaseModel
 from tabulate import tabulate
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import JITFunction
+from triton.runtime import KernelInterface
 
 from bench import command
 from model.config import ModelConfig
@@ -66,24 +67,24 @@ class Compiled(BaseModel):
 
 def forms(config: ModelConfig, batch: int, size: int) -> list[Form]:
     """The forms of all kernels that a training step in bfloat16 starts, on `batch` images of `size` x `size` pixels."""
-    found: dict[Form, None] = {}
-    with _seen(lambda form: found.update({form: None})), FakeTensorMode():
+    found: list[tuple[str, dict[str, Any]]] = []
+    with seen(lambda name, given: found.append((name, given))), FakeTensorMode():
         net = build(config).train()
         kernels.fuse(net)
         x_BCHW = torch.empty(batch, config.in_chans, size, size, memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits_BN = net(x_BCHW)
         logits_BN.float().sum().backward()
-    return list(found)
+    return list(dict.fromkeys(_form(name, given) for name, given in found))
 
 
 @contextmanager
-def _seen(see: Callable[[Form], object]) -> Generator[None]:
-    """Within, kernels are not started, and `see` is given the form of each that would be."""
-    ours = {name: kernel for name, kernel in vars(kernels).items() if isinstance(kernel, JITFunction)}
+def seen(see: Callable[[str, dict[str, Any]], object]) -> Generator[None]:
+    """Within, kernels are not started, and `see` is given the name and the arguments of each that would be."""
+    ours = {name: kernel for name, kernel in vars(kernels).items() if isinstance(kernel, KernelInterface)}
     try:
         for name, kernel in ours.items():
-            setattr(kernels, name, _Seen(name, kernel, see))
+            setattr(kernels, name, _Seen(name, inspect.signature(kernel.fn), see))
         yield
     finally:
         for name, kernel in ours.items():
@@ -93,23 +94,19 @@ def _seen(see: Callable[[Form], object]) -> Generator[None]:
 class _Seen:
     """A kernel that is seen and not started."""
 
-    def __init__(self, name: str, kernel: JITFunction, see: Callable[[Form], object]):
-        self.name, self.kernel, self.see = name, kernel, see
+    def __init__(self, name: str, signature: inspect.Signature, see: Callable[[str, dict[str, Any]], object]):
+        self.name, self.signature, self.see = name, signature, see
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def start(*args: Any, **kwargs: Any) -> None:
-            given = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
-            self.see(_form(self.name, self.kernel, given))
-
-        return start
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return lambda *args, **kwargs: self.see(self.name, self.signature.bind(*args, **kwargs).arguments)
 
 
-def _form(name: str, kernel: JITFunction, given: dict[str, Any]) -> Form:
+def _form(name: str, given: dict[str, Any]) -> Form:
     """What Triton makes of the arguments of a start: it takes None and 1 as known, and notes what 16 divides."""
     types: dict[str, str] = {}
     known: dict[str, int | bool | None] = {}
     divisible = []
-    for parameter in kernel.params:
+    for parameter in getattr(kernels, name).params:
         value = given[parameter.name]
         free = parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):

@@ -20,32 +20,31 @@ class StackedMuon(Muon):
     """
 
     @torch.no_grad()
-    def step(self) -> None:  # ty: ignore[invalid-method-override]  # no closure, which nobody here has
-        gradients: dict[Tensor, Tensor] = {}
+    def step(self) -> None:  # ty: ignore[incompatible-method-override]  # no closure, which nobody here has
+        together: dict[Tensor, Tensor] = {}  # weights, and their gradients
         for group in self.param_groups:
-            shapes = defaultdict(list)
+            shapes: defaultdict[torch.Size, dict[Tensor, Tensor]] = defaultdict(dict)
             for weight in group["params"]:
                 if weight.grad is not None and self.state[weight].get("use_muon"):
-                    shapes[weight.shape].append(weight)
-            for weights in shapes.values():
-                self._step_together(weights, group)
-                gradients |= {weight: weight.grad for weight in weights}
+                    shapes[weight.shape][weight] = weight.grad
+            for gradients in shapes.values():
+                self._step_together(list(gradients), list(gradients.values()), group)
+                together |= gradients
         try:
-            for weight in gradients:
+            for weight in together:
                 weight.grad = None  # so that timm's step leaves it as it is
             super().step()
         finally:
-            for weight, gradient in gradients.items():
+            for weight, gradient in together.items():
                 weight.grad = gradient
 
-    def _step_together(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_together(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         """The step of weights of one shape. The learning rate may be a number or a tensor."""
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        gradients = [weight.grad for weight in weights]
         updates = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(updates, gradients, 1 - group["momentum"])
         if group["nesterov"]:
-            updates = torch._foreach_lerp(gradients, updates, group["momentum"])
+            updates = list(torch._foreach_lerp(gradients, updates, group["momentum"]))
         stacked_Nmn = zeropower_via_newtonschulz(
             torch.stack([in_memory_order(update).flatten(1) for update in updates]),
             group["ns_steps"],
@@ -54,7 +53,7 @@ class StackedMuon(Muon):
             safety_factor=group["safety_factor"],
             scale_eps=group["scale_eps"],
         )
-        scale = get_lr_scale(stacked_Nmn.shape[1:], group["adjust_lr_fn"])
+        scale = get_lr_scale(stacked_Nmn[0].shape, group["adjust_lr_fn"])
         changes = (stacked_Nmn.float() * (-group["lr"] * scale)).unbind()
         rows = [in_memory_order(weight) for weight in weights]
         torch._foreach_add_(rows, [change_mn.view(row.shape) for row, change_mn in zip(rows, changes)])

@@ -13,6 +13,7 @@ units of a gate, or a layer of N inputs and M outputs. Maps are channels-last, s
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -521,7 +522,7 @@ def _gate_weights(gate: Gate, x_BCHW: Tensor) -> Tensor:
         x_BC, scale = x_BCHW.sum((2, 3)), 1 / x_BCHW[0, 0].numel()
         if gate.shuffled:
             x_BC = x_BC.roll(1, dims=0)
-        *hidden, last = gate.mlp[::2]  # between them is ReLU
+        *hidden, last = (cast(nn.Linear, layer) for layer in gate.mlp[::2])  # between them is ReLU
         first = hidden.pop() if hidden and hidden[-1].weight.numel() <= GATE_WEIGHTS else None
         for layer in hidden:  # of large matrices, for which PyTorch has the better kernels
             x_BC, scale = F.relu(layer(x_BC.float() * scale)), 1.0

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import time
 import zlib
 
@@ -25,6 +26,7 @@ from bench.baseline import (
     textbook,
 )
 from bench.experts import FORMS, TOLERANCE, build_form, difference
+from bench.floor import floor
 from bench.latency import Latency, engines, measure, random_images, rows, take_turns
 from bench.peaks import Peaks, measure_peaks
 from bench.training import TrainingSpeed, in_turns
@@ -303,6 +305,18 @@ def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
             step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
+def test_a_step_on_a_known_gpu_is_a_share_of_its_floor(monkeypatch, capsys):
+    """By its data sheet."""
+    monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H200")
+    small = ["two_block", "--batch", "2", "--size", "8", "--width", "0.0625", "--steps", "1", "--rounds", "1"]
+    assert step.main([*small, "--device", "cpu", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    least = floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8)
+    assert found["floor_ms"] == pytest.approx(1000 * max(least.flops / 989e12, least.bytes / 4.8e12))
+    assert step.main([*small, "--device", "cpu"]) == 0
+    assert re.search(r"GB, 0\.000 ms by the data sheet: 0\.0% of the step\. Losses", capsys.readouterr().out)
+
+
 def test_a_step_is_measured_from_the_command_line(capsys):
     def called(*arguments: str) -> int:
         return step.main([*arguments, "--device", "cpu"])
@@ -311,7 +325,7 @@ def test_a_step_is_measured_from_the_command_line(capsys):
     assert called("two_block", *small, "--format", "json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["means"], len(found["step_ms"])) == ("two_block", "eager", 2)
-    assert found["floor"]["flops"] == step.floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
+    assert found["floor"]["flops"] == floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
     assert 0.5 < sum(kernel["share"] for kernel in found["kernels"]) <= 1.001  # the longest of them
     assert called("two_block", *small) == 0
     assert "Losses differ from those of eager steps, both in float32, by 0.0e+00" in capsys.readouterr().out
