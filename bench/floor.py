@@ -171,9 +171,7 @@ class _Counted(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         operator = func.overloadpacket
-        if (
-            function.namespace != "aten" or operator in ALLOCATIONS
-        ):  # questions to a tensor have namespaces of their own
+        if func.namespace != "aten" or operator in ALLOCATIONS:  # other namespaces have questions to a tensor
             return result
         read, written, aliased = [], [], False
         for argument, value in zip(func._schema.arguments, args):
