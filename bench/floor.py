@@ -288,6 +288,18 @@ def rows(ways: dict[str, list[Pass]], rates: Rates) -> list[dict[str, object]]:
     return found
 
 
+def config_of(preset: str, size: int) -> ModelConfig:
+    """The network of a preset. Raises InputError for another name, and where it takes no images of that size."""
+    config = network(preset)
+    if not isinstance(config, ModelConfig):
+        raise unknown("preset", preset, PRESETS)
+    try:
+        config.output_size(size, size)
+    except ValueError as error:
+        raise InputError(f"{preset}: {error}") from error
+    return config
+
+
 def floor_command(
     preset: Annotated[str, typer.Argument(help="A network.")],
     device: Annotated[Literal["h100", "h200"], typer.Option(help="The GPU: h100 (SXM) or h200.")] = "h100",
@@ -296,13 +308,7 @@ def floor_command(
     format: Annotated[Literal["text", "json"], typer.Option(help="text or json.")] = "text",
 ) -> int:
     """The least time of a training step on paper, by what is fused."""
-    config, rates = network(preset), DEVICES[device]
-    if not isinstance(config, ModelConfig):
-        raise unknown("preset", preset, PRESETS)
-    try:
-        config.output_size(size, size)
-    except ValueError as error:
-        raise InputError(f"{preset}: {error}") from error
+    config, rates = config_of(preset, size), DEVICES[device]
     recipe = RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
     try:
         found = ways(config, batch, size, recipe.opt)

@@ -30,10 +30,10 @@ from triton.compiler import ASTSource
 from triton.runtime import KernelInterface
 
 from bench import command
+from bench.floor import config_of
 from model.config import ModelConfig
-from model.errors import InputError, unknown
+from model.errors import InputError
 from model.fast import kernels
-from model.presets import PRESETS, network
 from model.registry import build
 
 CAPABILITIES = (80, 90)  # compute capability, without its point
@@ -164,14 +164,7 @@ def kernels_command(
         raise InputError("TRITON_INTERPRET is set: kernels are then interpreted, not compiled")
     wanted: dict[Form, None] = {}
     for preset in presets:
-        config = network(preset)
-        if not isinstance(config, ModelConfig):
-            raise unknown("preset", preset, PRESETS)
-        try:
-            config.output_size(size, size)
-        except ValueError as error:
-            raise InputError(f"{preset}: {error}") from error
-        wanted |= dict.fromkeys(forms(config, batch, size))
+        wanted |= dict.fromkeys(forms(config_of(preset, size), batch, size))
     found = [compiled(form, capability) for form in wanted for capability in CAPABILITIES]
     if format == "json":
         print("[" + ",\n".join(kernel.model_dump_json() for kernel in found) + "]")

@@ -22,16 +22,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from ablations.training.step import training_step
 from bench import command
-from bench.floor import Floor, floor, rates_of
+from bench.floor import Floor, config_of, floor, rates_of
 from bench.training import bare_round, recipe_of
 from model.config import ModelConfig
-from model.errors import InputError, unknown
+from model.errors import InputError
 from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
 from model.fast.execution import ExecutionOptions, ExecutionPlan
 from model.fast.settings import full_fp32, set_for_training
 from model.machine import device_name, torch_device
-from model.presets import PRESETS, network
 from model.registry import build
 from model.variants import vary
 
@@ -195,12 +194,8 @@ def measure_step(
     Raises InputError where the step cannot be taken so, or its losses are wrong.
     """
     ExecutionOptions.requiring(means).check(device)
-    config = network(preset)
-    if not isinstance(config, ModelConfig):
-        raise unknown("preset", preset, PRESETS)
-    config, smoothing = vary(config, "width", width), recipe_of(preset).smoothing
+    config, smoothing = vary(config_of(preset, size), "width", width), recipe_of(preset).smoothing
     try:
-        config.output_size(size, size)
         agreed = agreement(config, batch, size, device, means, agreeing)
         profiled = profile_step(config, batch, size, device, means, steps, rounds, smoothing)
     except (RuntimeError, ValueError) as error:
