@@ -519,7 +519,7 @@ def _gate_weights(gate: Gate, x_BCHW: Tensor) -> Tensor:
     if gate.mlp is None:
         return gate(x_BCHW).float()
     with torch.autocast(x_BCHW.device.type, enabled=False):
-        x_BC, scale = x_BCHW.sum((2, 3)), 1 / x_BCHW[0, 0].numel()
+        x_BC, scale = x_BCHW.sum((2, 3)), 1 / (x_BCHW.shape[2] * x_BCHW.shape[3])
         if gate.shuffled:
             x_BC = x_BC.roll(1, dims=0)
         *hidden, last = (cast(nn.Linear, layer) for layer in gate.mlp[::2])  # between them is ReLU
