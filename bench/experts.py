@@ -33,7 +33,7 @@ from bench.baseline import TextbookBlock
 from bench.peaks import synchronise
 from bench.training import in_turns
 from model.config import Block, GateConfig, ModelConfig
-from model.fast.memory import keep_freed_memory
+from model.fast.settings import set_for_training
 from model.fast.wide import WideBlock
 from model.machine import torch_device
 from model.net import ConvNormAct, ExpertBlock, ExpertNet
@@ -152,7 +152,7 @@ def measure(
 
     Raises ValueError where a form does not compute what the loop does.
     """
-    keep_freed_memory()  # as training does
+    set_for_training()
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
     few_BCHW = x_BCHW[:4].cpu()

@@ -33,7 +33,8 @@ def measure_peaks(device: torch.device, measure_s: float = MEASURE_S) -> Peaks:
         out_NN = torch.empty_like(a_NN)
         return 2 * size**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
 
-    source = torch.zeros(COPY_BYTES.get(device.type, SOME_BYTES), dtype=torch.uint8, device=device)
+    size_bytes = COPY_BYTES.get(device.type, SOME_BYTES)
+    source = torch.randint(256, (size_bytes,), dtype=torch.uint8, device=device)  # a GPU may compress zeros
     target = torch.zeros_like(source)
     copied = 2 * len(source) / fastest(lambda: target.copy_(source), device, measure_s)
     return Peaks(bf16_flops=flops(torch.bfloat16), fp32_flops=flops(torch.float32), copy_bytes_per_s=copied)

@@ -2,14 +2,7 @@
 
     python -m bench.step eight_block --kernels --graphs
 
-The floor is the fewest operations and bytes that a step of a network needs, whoever writes the kernels. Operations are
-those of the convolutions and matrix products, forwards and backwards, without the gradient of the images. Bytes are
-counted in bfloat16, as if each block were four passes over memory, because batch statistics separate them:
-forwards the convolutions (reads the input, writes the experts' outputs, gathers statistics), then norm, activation and
-mix (reads these, writes the block's output); backwards the sums of the norm's gradient (reads the experts' outputs and
-the output's gradient), then all gradients (reads both again and the input, writes that of the input). A norm after the
-mix needs one mixed map in place of the K outputs, and a block without norm none. Weights, their gradients and the two
-moments of AdamW are read and written once each in float32. Pooling, head and loss count as fused into their neighbours.
+Beside its time is the floor of `bench.floor`: what the device's data sheet leaves for the fewest operations and bytes.
 """
 
 import statistics
@@ -26,33 +19,23 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.training.step import training_step
 from bench import command
+from bench.floor import Floor, config_of, floor, rates_of
 from bench.training import bare_round, recipe_of
 from model.config import ModelConfig
-from model.errors import InputError, unknown
-from model.fast.compiled import blocks, compile_blocks
+from model.errors import InputError
+from model.fast.compiled import compile_blocks
 from model.fast.cuda_graphs import Recorder
 from model.fast.execution import ExecutionOptions, ExecutionPlan
-from model.fast.memory import keep_freed_memory
-from model.machine import torch_device
-from model.net import ExpertBlock
-from model.presets import PRESETS, network
+from model.fast.settings import full_fp32, set_for_training
+from model.machine import device_name, torch_device
 from model.registry import build
 from model.variants import vary
 
-BFLOAT16, FLOAT32 = 2, 4  # bytes
 KERNELS = 25  # that are kept, the longest first
 TOLERANCE = 1e-3  # of losses that should be the same but for rounding
-
-
-class Floor(BaseModel):
-    """The fewest operations (a multiply-accumulate is two) and bytes that a training step needs."""
-
-    flops: int
-    bytes: int
 
 
 class Kernel(BaseModel):
@@ -76,34 +59,6 @@ class StepProfile(BaseModel):
     kernels: list[Kernel]
 
 
-def floor(config: ModelConfig, batch: int, height: int, width: int) -> Floor:
-    """The floor under a step on `batch` images, from the config alone."""
-    elements = 0
-
-    def count(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal elements
-        x, out, held = inputs[0].numel(), output.numel(), output.numel()
-        if isinstance(part, ExpertBlock):
-            in_experts = hasattr(part.experts[0], "norm")
-            held *= len(part.experts) if in_experts else not isinstance(part.norm_act, nn.Identity)
-        else:
-            held *= hasattr(part, "norm")
-        gradient = x if inputs[0].requires_grad else 0
-        if held:
-            elements += (x + held) + (held + out) + (held + out) + (held + out + x + gradient)
-        else:
-            elements += (x + out) + (out + x + gradient)
-
-    with torch.device("meta"):
-        net = build(config).train()
-        for part in blocks(net):
-            part.register_forward_hook(count)
-        with FlopCounterMode(display=False) as counter:
-            net(torch.empty(batch, config.in_chans, height, width)).sum().backward()
-    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
-    return Floor(flops=counter.get_total_flops(), bytes=BFLOAT16 * elements + 2 * 4 * FLOAT32 * trained)
-
-
 class Agreement(BaseModel):
     """The losses of the same steps in float32: eager, and with kernels, compiler or graphs."""
 
@@ -120,13 +75,9 @@ def agreement(
 
     Raises ValueError where the losses differ by more than `TOLERANCE`.
     """
-    conv = torch.backends.cudnn.conv  # ty: ignore[missing-attribute]  # PyTorch sets it when it loads the module
-    allowed = conv.fp32_precision
-    conv.fp32_precision = "ieee"
-    try:
+    set_for_training()
+    with full_fp32():
         eager, found = (_losses(config, batch, size, device, used, steps) for used in (ExecutionPlan(), means))
-    finally:
-        conv.fp32_precision = allowed
     largest = torch.tensor([abs(a - b) / abs(a) for a, b in zip(eager, found)]).max().item()
     if not largest <= TOLERANCE:  # also for NaN
         raise ValueError(f"with {means} the losses of the same steps differ by {largest:.2g} of themselves: {found}")
@@ -177,7 +128,7 @@ def profile_step(
     They are in AdamW, bfloat16 and channels last, with label `smoothing`. Raises what kernels, compiler or graphs raise
     where they do not work.
     """
-    keep_freed_memory()  # as training does
+    set_for_training()
     torch.manual_seed(0)
     net = build(config).to(device).to(memory_format=torch.channels_last).train()
     x_BCHW = torch.randn(batch, config.in_chans, size, size, device=device).contiguous(
@@ -222,6 +173,7 @@ class MeasuredStep(StepProfile):
 
     model: str
     floor: Floor
+    floor_ms: float | None = None  # by the device's data sheet; None for a device whose sheet is not in bench.floor
     agreement: Agreement
 
 
@@ -242,18 +194,15 @@ def measure_step(
     Raises InputError where the step cannot be taken so, or its losses are wrong.
     """
     ExecutionOptions.requiring(means).check(device)
-    config = network(preset)
-    if not isinstance(config, ModelConfig):
-        raise unknown("preset", preset, PRESETS)
-    config, smoothing = vary(config, "width", width), recipe_of(preset).smoothing
+    config, smoothing = vary(config_of(preset, size), "width", width), recipe_of(preset).smoothing
     try:
-        config.output_size(size, size)
         agreed = agreement(config, batch, size, device, means, agreeing)
         profiled = profile_step(config, batch, size, device, means, steps, rounds, smoothing)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{preset}, {means}: {str(error).splitlines()[0]}") from error
-    least = floor(config, batch, size, size)
-    return MeasuredStep(**dict(profiled), model=preset, floor=least, agreement=agreed)
+    least, rates = floor(config, batch, size, size), rates_of(device_name(device))
+    floor_ms = None if rates is None else 1000 * least.seconds(rates)
+    return MeasuredStep(**dict(profiled), model=preset, floor=least, floor_ms=floor_ms, agreement=agreed)
 
 
 def step_command(
@@ -276,11 +225,15 @@ def step_command(
     if format == "json":
         print(found.model_dump_json(indent=1))
         return 0
+    median_ms = statistics.median(found.step_ms)
+    share = ""
+    if found.floor_ms is not None:
+        share = f", {found.floor_ms:.3f} ms by the data sheet: {found.floor_ms / median_ms:.1%} of the step"
     print(
-        f"{found.model}, batch {found.batch}, bf16, {found.means}: {statistics.median(found.step_ms):.3f} ms a step, "
+        f"{found.model}, batch {found.batch}, bf16, {found.means}: {median_ms:.3f} ms a step, "
         f"kernels for {found.busy_ms:.3f} ms of it, {found.launches:.0f} launches.\n"
-        f"At the least {found.floor.flops / 1e9:,.1f} GFLOP and {found.floor.bytes / 1e9:,.3f} GB. Losses differ from "
-        f"those of eager steps, both in float32, by {found.agreement.largest:.1e} at most.\n"
+        f"At the least {found.floor.flops / 1e9:,.1f} GFLOP and {found.floor.bytes / 1e9:,.3f} GB{share}. Losses "
+        f"differ from those of eager steps, both in float32, by {found.agreement.largest:.1e} at most.\n"
     )
     rows = [(k.name[:60], round(k.launches, 1), round(k.us, 1), f"{k.share:.1%}") for k in found.kernels]
     print(tabulate(rows, headers=("kernel", "launches a step", "us a step", "share"), disable_numparse=True))

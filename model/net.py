@@ -6,7 +6,7 @@ Shapes: B images, K experts, C channels, H x W pixels, F features after pooling,
 from typing import cast
 
 import torch
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, register_notrace_function
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -98,6 +98,18 @@ class ConvNormAct(nn.Sequential):
         return x_BCHW
 
 
+@register_notrace_function  # torch.fx then has one node of it in training and in evaluation
+def pixel_mean(x_BCHW: Tensor, training: bool) -> Tensor:
+    """The mean of each image's pixels: (B, C, H, W) to (B, C).
+
+    In training it is a sum, whose gradient is a view of its output's. That of a mean would be written as a map, and not
+    in channels-last. The sum's type is named, as CUDA's autocast would sum in float32, and then write a map too.
+    """
+    if not training:
+        return x_BCHW.mean((2, 3))
+    return x_BCHW.sum((2, 3), dtype=x_BCHW.dtype) / (x_BCHW.shape[2] * x_BCHW.shape[3])
+
+
 class Gate(nn.Module):
     """The mixing weights of a block: one for each expert and image, (B, C, H, W) to (B, K). Each row sums to 1.
 
@@ -123,8 +135,9 @@ class Gate(nn.Module):
         if self.logits_K is not None:
             return torch.softmax(self.logits_K / self.temperature, dim=0).expand(x_BCHW.shape[0], -1)  # (B, K)
         if self.mlp is None:
-            return x_BCHW.new_full((x_BCHW.shape[0], self.experts), 1 / self.experts)  # (B, K)
-        return self.routed(x_BCHW.mean((2, 3)))
+            size, dtype = (x_BCHW.shape[0], self.experts), torch.float32  # in bfloat16 three thirds are 1.002
+            return torch.full(size, 1 / self.experts, dtype=dtype, device=x_BCHW.device)  # (B, K)
+        return self.routed(pixel_mean(x_BCHW, self.training))
 
     def routed(self, features_BC: Tensor) -> Tensor:
         """The mixing weights (B, K) for the features (B, C) of a linear or mlp gate."""

@@ -9,8 +9,7 @@ have it. Accuracies and losses of the trained network are measured in full fp32.
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ from ablations.training.splits import Split, Splits
 from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
-from model.fast.memory import keep_freed_memory
+from model.fast.settings import full_fp32, set_for_training, untuned
 from model.net import ExpertNet
 from model.pixels import normalise
 from model.registry import build
@@ -135,10 +134,7 @@ def start(trial: Trial, splits: Splits) -> Training:
     device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
-    _set_precision("tf32")
-    # Batches have one size or two, for which cuDNN chooses its fastest kernels, which differ from run to run.
-    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    keep_freed_memory()
+    set_for_training()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
     net = build(trial.model).to(device)
     net = net.to(memory_format=torch.channels_last)
@@ -221,39 +217,6 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[f
     if not torch.isfinite(losses_S).all():
         first = int(torch.isfinite(losses_S).logical_not().int().argmax())
         raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, rates[first])
-
-
-def _set_precision(precision: str) -> None:
-    """Sets the precision of fp32 convolutions on CUDA, "tf32" or "ieee". Matrix products are always in full fp32.
-
-    These networks spend their time in convolutions. With TF32 matrix products torch.compile would fail, because it
-    still reads the settings by PyTorch's older names.
-    """
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    # PyTorch declares no types for these two.
-    torch.backends.cudnn.conv.fp32_precision = precision  # ty: ignore[missing-attribute]
-    torch.backends.cudnn.rnn.fp32_precision = precision  # ty: ignore[missing-attribute]  # PyTorch's older name for both needs equal values
-
-
-@contextmanager
-def full_fp32() -> Generator[None]:
-    """Within, convolutions are in full fp32; afterwards in TF32 again."""
-    _set_precision("ieee")
-    try:
-        yield
-    finally:
-        _set_precision("tf32")
-
-
-@contextmanager
-def untuned() -> Generator[None]:
-    """Within, cuDNN chooses kernels by rule. Timing them takes seconds, more than evaluation would gain."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from ablations.training.muon import StackedMuon
 from ablations.training.recipe import Recipe
 from model.errors import InputError
 
@@ -25,7 +26,8 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
 
     PyTorch's fused implementation is used where the optimiser is one of PyTorch's that has it and the parameters
     are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
-    recorded in a graph counts its steps on the device, whether it is recorded or not.
+    recorded in a graph counts its steps on the device, whether it is recorded or not. Muon takes weights of one shape
+    together.
     """
     chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
     kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
@@ -34,7 +36,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
         chosen["fused"] = True
     if "capturable" in knows and device == "cuda":
         chosen["capturable"] = True
-    return timm.optim.create_optimizer_v2(
+    optimizer = timm.optim.create_optimizer_v2(
         net,
         opt=recipe.opt,
         lr=recipe.lr,
@@ -43,6 +45,9 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
         filter_bias_and_bn=recipe.filter_bias_and_bn,
         **chosen,
     )
+    if type(optimizer) is timm.optim.Muon and optimizer.defaults["algo"] == "muon":
+        optimizer.__class__ = StackedMuon
+    return optimizer
 
 
 def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler | None:

@@ -118,6 +118,9 @@ def step_rows(results: Results) -> Rows:
         if shares:
             row |= {"of the bf16 peak %": f"{100 * shares['compute']:.1f}"}
             row |= {"of the bandwidth %": f"{100 * shares['memory']:.1f}"}
+        if step.get("floor_ms") is not None:
+            share = step["floor_ms"] / statistics.median(step["step_ms"])
+            row |= {"data sheet's floor ms": f"{step['floor_ms']:.3f}", "of that floor %": f"{100 * share:.1f}"}
         rows.append(row)
     return rows
 

@@ -6,6 +6,7 @@ changes from step to step from tensors at fixed addresses: the batch, and the le
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,26 @@ class Recorder:
         return outputs
 
     def _record(self, step: Callable[[], Tensors]) -> Recording:
-        graph = torch.cuda.CUDAGraph()
-        # Only calls of this thread that a recording forbids are errors: other threads pin memory meanwhile.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            outputs = step()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        random = torch.cuda.default_generators[here.device_index].get_state()
+        try:
+            # Only calls of this thread that a recording forbids are errors: other threads pin memory meanwhile.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                outputs = step()
+        except BaseException:
+            self._leave_recording(here, random)
+            raise
         return graph.replay, outputs
+
+    def _leave_recording(self, here: torch.cuda.Stream, random: Tensor) -> None:
+        """Ends what PyTorch leaves open after a recording that failed: its stream, its random numbers, its memory.
+
+        The random numbers go on from the state `random`. As they are left, the next dropout would be an error.
+        """
+        torch.cuda.set_stream(here)
+        fresh = torch.Generator(here.device)
+        fresh.set_state(random)
+        torch.cuda.default_generators[here.device_index].graphsafe_set_state(fresh)
+        with suppress(RuntimeError):  # where PyTorch has ended it itself
+            torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
+            torch._C._cuda_releasePool(here.device_index, self.pool)

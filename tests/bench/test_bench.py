@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
+import zlib
 
 import numpy as np
 import onnx
@@ -29,6 +31,7 @@ from bench.baseline import (
 )
 from bench.engines import ENGINES, USUAL, engines
 from bench.experts import FORMS, TOLERANCE, build_form, difference
+from bench.floor import floor
 from bench.latency import (
     Latency,
     LatencyRecord,
@@ -339,6 +342,36 @@ def test_peaks_are_of_the_device(monkeypatch):
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
 
 
+def test_what_is_copied_cannot_be_compressed(monkeypatch):
+    sources = []
+    monkeypatch.setattr("bench.peaks.SIZE", 8)
+    monkeypatch.setattr("bench.peaks.SOME_BYTES", 2**16)
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: sources.append(source) or copy_(self, source))
+    measure_peaks(torch.device("cpu"), measure_s=0)
+    assert len(zlib.compress(sources[0].numpy().tobytes())) > 0.99 * 2**16
+
+
+def test_what_is_timed_is_timed_in_the_settings_of_training(monkeypatch):
+    cpu, tuned = torch.device("cpu"), []
+    monkeypatch.setattr(
+        step, "training_step", lambda *_: lambda *_: tuned.append(torch.backends.cudnn.benchmark) or [Y]
+    )
+    config = vary(PRESETS["two_block"], "width", 0.0625)
+    for run in (
+        lambda: step.profile_step(config, 2, 8, cpu, ExecutionPlan(), steps=1, rounds=1),
+        lambda: step.agreement(config, 2, 8, cpu, ExecutionPlan(), steps=1),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        tuned.clear()
+        run()
+        assert tuned
+        assert all(tuned)
+
+
+Y = torch.ones(())
+
+
 def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
     """Twice, with the second run compared to the first, and a histogram."""
     monkeypatch.chdir(REPOSITORY)
@@ -369,6 +402,18 @@ def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):
             step.agreement(config, 2, 8, cpu, ExecutionPlan(kernels=True), steps=2)
 
 
+def test_a_step_on_a_known_gpu_is_a_share_of_its_floor(monkeypatch, capsys):
+    """By its data sheet."""
+    monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H200")
+    small = ["two_block", "--batch", "2", "--size", "8", "--width", "0.0625", "--steps", "1", "--rounds", "1"]
+    assert step.main([*small, "--device", "cpu", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    least = floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8)
+    assert found["floor_ms"] == pytest.approx(1000 * max(least.flops / 989e12, least.bytes / 4.8e12))
+    assert step.main([*small, "--device", "cpu"]) == 0
+    assert re.search(r"GB, 0\.000 ms by the data sheet: 0\.0% of the step\. Losses", capsys.readouterr().out)
+
+
 def test_a_step_is_measured_from_the_command_line(capsys):
     def called(*arguments: str) -> int:
         return step.main([*arguments, "--device", "cpu"])
@@ -377,7 +422,7 @@ def test_a_step_is_measured_from_the_command_line(capsys):
     assert called("two_block", *small, "--format", "json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["means"], len(found["step_ms"])) == ("two_block", "eager", 2)
-    assert found["floor"]["flops"] == step.floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
+    assert found["floor"]["flops"] == floor(vary(PRESETS["two_block"], "width", 0.0625), 2, 8, 8).flops
     assert 0.5 < sum(kernel["share"] for kernel in found["kernels"]) <= 1.001  # the longest of them
     assert called("two_block", *small) == 0
     assert "Losses differ from those of eager steps, both in float32, by 0.0e+00" in capsys.readouterr().out

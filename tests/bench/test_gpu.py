@@ -9,13 +9,13 @@ import torch
 
 from bench import latency
 from bench.command import INTERRUPTED
+from bench.floor import floor
 from bench.gpu import __main__ as gpu
 from bench.gpu import runner, stages
 from bench.gpu import tables as summary
 from bench.gpu.pieces import Piece
 from bench.gpu.stages import Measurement
 from bench.peaks import Peaks
-from bench.step import floor
 from model.cost import cost
 from model.errors import InputError
 from model.presets import PRESETS

@@ -5,9 +5,12 @@ import torch
 from pydantic import ValidationError
 from timm.layers import CondConv2d
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
-from model.net import ExpertNet
+from model.fast.wide import WideBlock
+from model.net import ExpertNet, pixel_mean
 from model.presets import PRESETS
 from model.registry import build
 from model.variants import vary
@@ -70,6 +73,66 @@ def test_gate_is_a_distribution_for_each_image(gate):
     assert gate_BK.shape == (16, 4)
     assert (gate_BK >= 0).all()
     assert (gate_BK.std(0).max() > 0) == (gate.kind not in ("uniform", "constant"))
+
+
+class OtherLayouts(TorchDispatchMode):
+    """The operators that write a map (B, C, H, W) which is not channels-last."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, torch.Tensor) and x.ndim == 4 and min(x.shape[1:]) > 1 and 0 not in x.stride():
+                self.found += [str(function)] * (not x.is_contiguous(memory_format=torch.channels_last))
+        return result
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_of_a_gated_block_are_channels_last(bfloat16, wide):
+    block = ExpertNet(only(Block(channels=8, gate=MLP))).layers[0].to(memory_format=torch.channels_last)
+    if wide:
+        block.__class__ = WideBlock
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    x_BCHW = torch.randn(4, 6, 5, 7, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        output_BCHW = block(x_BCHW)
+    with OtherLayouts() as layouts:
+        output_BCHW.backward(torch.randn_like(output_BCHW))
+    assert layouts.found == []
+    assert x_BCHW.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_under_the_autocast_of_cuda_features_stay_in_the_type_of_the_maps():
+    """PyTorch would sum in float32 there, and then write the gradient of the map in bfloat16, not channels-last."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would not, where there is no CUDA device
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            x_BCHW = torch.empty(2, 6, 4, 4, dtype=torch.bfloat16, device="cuda")
+            assert x_BCHW.sum((2, 3)).dtype == torch.float32
+            assert pixel_mean(x_BCHW, training=True).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+def test_a_uniform_gate_is_not_rounded_to_bfloat16():
+    gate = ExpertNet(only(Block(channels=8, gate=GateConfig(kind="uniform")))).layers[0].gate
+    assert torch.equal(gate(torch.zeros(2, 6, 4, 4, dtype=torch.bfloat16)), torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_features_are_the_mean_of_the_pixels(size):
+    """In training from a sum, in evaluation as the mean that exporters know."""
+    x_BCHW = torch.randn(3, 6, *size)
+    expected_BC = x_BCHW.double().mean((2, 3)).float()
+    for training in (True, False):
+        torch.testing.assert_close(pixel_mean(x_BCHW, training), expected_BC)
 
 
 def test_controls_of_a_gate():

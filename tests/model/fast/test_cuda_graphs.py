@@ -167,49 +167,168 @@ def test_a_replay_reads_the_batch_and_the_rate_of_its_step():
     assert recorder.replays == 4
 
 
-def recorded_optimisers() -> list[str]:
-    """timm's optimisers that a recipe can have and whose steps are recorded on CUDA."""
-    found = []
+# timm's optimisers that a recipe can have and whose steps are recorded on CUDA, by what makes that possible: a fused
+# kernel reads the rate and counts steps on the device, and so does an implementation that is called capturable.
+RECORDED = {
+    "fused": ("adagrad", "momentum", "nesterov", "sgd"),
+    "capturable, fused": ("adam", "adamw"),
+    "capturable": (
+        "adadelta", "adamax", "adamc", "adamuon", "adamwlegacy", "adopt", "adoptc", "adoptw", "cadamc", "cadamw",
+        "cadopt", "cadoptc", "cadoptw", "cnadamc", "cnadamw", "muon", "nadam", "nadamc", "nadamuon", "nadamw", "nmuon",
+        "radam", "radamw", "rmsprop",
+    ),
+}  # fmt: skip
+NAMES = sorted(name for names in RECORDED.values() for name in names)
+
+
+def test_which_optimisers_are_recorded():
+    found = {}
     for name in timm.optim.list_optimizers():
         if not name.startswith(("bnb", "fused")) and not timm.optim.get_optimizer_info(name).second_order:
-            kind = timm.optim.get_optimizer_class(name, bind_defaults=False)
-            found += [name] * bool({"capturable", "fused"} & inspect.signature(kind).parameters.keys())
-    return found
+            known = inspect.signature(timm.optim.get_optimizer_class(name, bind_defaults=False)).parameters
+            if ways := ", ".join(way for way in ("capturable", "fused") if way in known):
+                found.setdefault(ways, []).append(name)
+    assert {ways: tuple(names) for ways, names in found.items()} == RECORDED
+    assert {recipe.opt for recipe in RECIPES.values()} <= set(NAMES)
 
 
-def test_the_optimisers_of_all_recipes_are_recorded():
-    assert {recipe.opt for recipe in RECIPES.values()} <= set(recorded_optimisers())
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no kernels for CUDA")
+@pytest.mark.parametrize("kernel", ["sgd", "adagrad", "adam", "adamw"])
+def test_fused_kernels_are_there_that_read_the_rate_from_a_tensor(kernel):
+    for overload in ("", ".tensor_lr"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::_fused_{kernel}_{overload}", "CUDA")
+
+
+def weights_after(name: str, make: Callable, device: str, recorder: Callable | None) -> list[torch.Tensor]:
+    """Weights after some steps at falling rates, recorded or plain."""
+    recipe = Recipe(epochs=1, batch_size=2, opt=name, lr=0.01, weight_decay=0.1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).to(device)
+    batches = torch.randn(WARM_UP + 6, 16, 6).to(device)
+    optimizer = make(recipe, net)
+    assert recordable(optimizer)
+    recorded = recorder and recorder(optimizer, torch.device(device), strict=True)
+
+    def step(x_BC: torch.Tensor) -> tuple[torch.Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        loss = net(x_BC).square().mean()
+        loss.backward()
+        optimizer.step()
+        return (loss.detach(),)
+
+    for i, x_BC in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 0.01 / (i + 1)
+        recorded(step, x_BC) if recorded else step(x_BC)
+    return [parameter.detach() for parameter in net.parameters()]
 
 
 # Of these PyTorch has another form for CPUs, which reads the rate.
-@pytest.mark.parametrize("name", sorted({*recorded_optimisers()} - {"adadelta", "rmsprop"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"adadelta", "rmsprop"}))
 def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
-    """Weights after some steps at falling rates; where an optimiser decides something on the host, they differ."""
-    recipe = Recipe(epochs=1, batch_size=2, opt=name, lr=0.01, weight_decay=0.1)
-    torch.manual_seed(0)
-    first = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    batches = torch.randn(WARM_UP + 6, 16, 6)
+    """Where an optimiser decides something on the host, weights differ."""
+    for plain, replayed in zip(*(weights_after(name, on_cpu, "cpu", way) for way in (None, TapeRecorder))):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
-    def weights(replayed: bool) -> list[torch.Tensor]:
-        net = copy.deepcopy(first)
-        optimizer = on_cpu(recipe, net)
-        assert recordable(optimizer)
-        recorder = TapeRecorder(optimizer, CPU, strict=True)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_graphs_of_an_optimiser_step_as_it_does(name):
+    make = optimise.make_optimizer
+    for plain, replayed in zip(*(weights_after(name, make, "cuda", way) for way in (None, Recorder))):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+class FakeGenerator:
+    """PyTorch's generator of a CUDA device, as far as a recording changes it."""
+
+    def __init__(self, device: object = None):
+        self.state, self.recording = 0, False
+
+    def get_state(self) -> int:
+        return self.state
+
+    def set_state(self, state: int) -> None:
+        self.state = state
+
+    def graphsafe_set_state(self, other: "FakeGenerator") -> None:
+        self.state, self.recording = other.state, other.recording
+
+
+class FakeStream:
+    device_index, device = 0, "cuda:0"
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_recording_that_fails_is_left(ended, monkeypatch):
+    """In stream, random numbers and memory. `ended`: whether PyTorch ends the use of the memory itself, as it may."""
+    generator, outside, inside = FakeGenerator(), FakeStream(), FakeStream()
+    generator.state = 40
+    current, pools = [outside], []
+
+    class Graph:
+        """torch.cuda.graph, which leaves all as it is where its end fails, as in PyTorch 2.11."""
+
+        def __init__(self, *arguments, **options):
+            pass
+
+        def __enter__(self):
+            generator.recording = True
+            generator.state = 48
+            current.append(inside)
+            if not ended:
+                pools.append("pool")
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: str) -> None:
+        if not pools:
+            raise RuntimeError("not currently recording to the pool")
+        assert (device, pool) == (0, "pool")
+
+    for owner, name, value in (
+        (torch.cuda, "CUDAGraph", lambda: None),
+        (torch.cuda, "graph", Graph),
+        (torch.cuda, "current_stream", lambda device: current[-1]),
+        (torch.cuda, "set_stream", current.append),
+        (torch.cuda, "default_generators", (generator,)),
+        (torch, "Generator", FakeGenerator),
+        (torch._C, "_cuda_endAllocateToPool", end),
+        (torch._C, "_cuda_releasePool", lambda device, pool: pools.remove(pool)),
+    ):
+        monkeypatch.setattr(owner, name, value, raising=False)
+    monkeypatch.setattr(Recorder, "_prepare", lambda self: None)
+    recorder = Recorder(torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True), CPU)
+    recorder.stream, recorder.pool = inside, "pool"
+    with pytest.raises(RuntimeError, match="operation failed due to a previous error"):
+        recorder._record(lambda: ())
+    assert current[-1] is outside
+    assert (generator.recording, generator.state) == (False, 40)
+    assert pools == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_after_a_recording_that_fails_training_goes_on_as_without():
+    def losses(graphs: bool) -> list[float]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 4)).cuda()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+        recorder = Recorder(optimizer, torch.device("cuda"))
 
         def step(x_BC: torch.Tensor) -> tuple[torch.Tensor]:
             optimizer.zero_grad(set_to_none=True)
             loss = net(x_BC).square().mean()
             loss.backward()
+            assert loss.item() >= 0  # waits for the device, which a recording forbids
             optimizer.step()
             return (loss.detach(),)
 
-        for i, x_BC in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = 0.01 / (i + 1)
-            recorder(step, x_BC) if replayed else step(x_BC)
-        return [parameter.detach() for parameter in net.parameters()]
+        x_BC = torch.ones(8, 4, device="cuda")
+        found = [(recorder(step, x_BC) if graphs else step(x_BC))[0].item() for _ in range(WARM_UP + 4)]
+        assert (recorder.refused is not None) == graphs
+        return found
 
-    for plain, replayed in zip(weights(False), weights(True)):
-        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+    assert losses(True) == losses(False)
 
 
 def test_what_cannot_be_recorded_is_an_error_or_goes_on(digits, resident_digits, on_cpu, tmp_path, monkeypatch):
