@@ -2,7 +2,8 @@
 
 Each is a pure function of uint8 pixels (B, H, W, C) of one or three channels and of `value_B`, an argument in float64
 for each image. The result is Pillow's, bit for bit: where Pillow computes in float or double, so do these, in the same
-order and with the same rounding. Nothing waits for the device. Shapes: B images, H x W pixels, C channels.
+order and with the same rounding. (On CUDA some cosines differ in their last bit.) Nothing waits for the device. Shapes:
+B images, H x W pixels, C channels.
 """
 
 import math
