@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ablations.training.data import ImageData
 from ablations.training.operations import COLOUR, GEOMETRIC, blended
+from ablations.training.pillow import done_by_pillow
 from ablations.training.recipe import Recipe
 from model.errors import InputError, reason_of
 
@@ -37,6 +38,7 @@ SECTIONS = {
 }
 RAND_SETS = ("tweights", "t3a", "t3aw")
 DRAWS_TRIED = 20  # draws of a policy before training, to see that it takes the images
+LARGEST_BATCHED = 64 * 64  # pixels of an image: larger ones are faster with Pillow on a CPU, as measured
 LARGEST_LEVEL = 10  # of a magnitude, where a policy does not say another
 DEPTHS = (1, 2, 3)  # of an AugMix that does not say its depth
 
@@ -166,7 +168,8 @@ class Policy:
 
     def __init__(self, recipe: Recipe, data: ImageData, device: torch.device):
         mean, _ = recipe.mean_std(data)
-        self.device = device
+        height, width = data.image_size
+        self.device, self.with_pillow = device, device.type == "cpu" and height * width > LARGEST_BATCHED
         self.fill_C = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8, device=device)
         self.timms = _timms(recipe.auto_augment) if recipe.auto_augment else None
         if self.timms is not None:
@@ -221,9 +224,13 @@ class Policy:
         return (there.pin_memory() if self.device.type == "cuda" else there).to(self.device, non_blocking=True)
 
     def _done(self, number: int, name: str, x_BHWC: Tensor, value_B: Tensor) -> Tensor:
+        if name == NOTHING:
+            return x_BHWC
+        if self.with_pillow:
+            return done_by_pillow(name, x_BHWC, value_B, self.fill_C, number != NUMBERS[name])
         if name in GEOMETRIC:
             return GEOMETRIC[name](x_BHWC, value_B, self.fill_C, number != NUMBERS[name])
-        return x_BHWC if name == NOTHING else COLOUR[name](x_BHWC, value_B)
+        return COLOUR[name](x_BHWC, value_B)
 
     def _mixed(self, x_BHWC: Tensor, chains_BKHWC: Tensor, shares_BK: Tensor, strength_B: Tensor) -> Tensor:
         """An AugMix of images and their chains: the chains are mixed, then blended with the images."""

@@ -20,6 +20,7 @@ from ablations.study import changed_recipe
 from ablations.training import policies
 from ablations.training.data import ImageData
 from ablations.training.operations import COLOUR, GEOMETRIC
+from ablations.training.pillow import FUNCTIONS
 from ablations.training.policies import NUMBERS, OPERATIONS, Drawn, Policy
 from model.errors import InputError
 
@@ -278,8 +279,28 @@ def test_augmix_is_mixed_as_timm_does_it(text):
         np.testing.assert_array_equal(found_HWC, np.asarray(wanted))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"auto_augment": "rand-m10-n6-p1"},
+        {"auto_augment": "rand-m20-n6-p1-mmax20-inc1"},
+        {"auto_augment": "3a", "color_jitter": (0.4, 0.4, 0.4, 0.3)},
+        {"auto_augment": "augmix-m5"},
+    ],
+)
+def test_large_images_on_a_cpu_get_the_same_from_pillow(fields, monkeypatch):
+    data = ImageData.random(40, 72, 60)
+    pixels_BHWC = torch.from_numpy(data.train.pixels_BHWC)
+    by_pillow = policy(data, **fields)
+    monkeypatch.setattr(policies, "LARGEST_BATCHED", 72 * 60)
+    batched = policy(data, **fields)
+    assert (by_pillow.with_pillow, batched.with_pillow) == (True, False)
+    drawn = batched.draw(RandomState(0), len(pixels_BHWC))
+    assert torch.equal(by_pillow.apply(pixels_BHWC, drawn), batched.apply(pixels_BHWC, drawn))
+
+
 def test_every_operation_is_timms_or_torchvisions():
-    assert {*COLOUR, *GEOMETRIC} == set(CALLED)
+    assert {*COLOUR, *GEOMETRIC} == set(CALLED) == set(FUNCTIONS)
 
 
 def test_an_operation_that_timm_adds_is_refused(monkeypatch):
