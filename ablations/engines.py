@@ -1,6 +1,5 @@
 """Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
 
-import re
 import statistics
 import time
 import traceback
@@ -209,9 +208,6 @@ def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
-    if workers := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error)):
-        reason = f"a process that augments images died (process {workers[1]}): {reason_of(error)}"
-        return Failure(error=reason, **found)
     return Failure(error=reason_of(error), **found)
 
 
@@ -234,7 +230,7 @@ def fitting_batch_size(trial: Trial, data: ResidentData) -> int | None:
         try:
             splits = data.splits(trial.hold_out, trial.seed)
             with suppress(_FirstStep):
-                list(train(smaller, splits, start(smaller, splits), workers=0, after_step=end))
+                list(train(smaller, splits, start(smaller, splits), after_step=end))
             return size
         except torch.OutOfMemoryError:
             size //= 2

@@ -33,7 +33,7 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> by
     train, test = (Split.of(images, torch.device("cpu")) for images in (data.train, data.test))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
     few = Splits(data, Split(train.pixels_BHWC[chosen], train.labels_B[chosen]), test, test)
-    loader = Loader(recipe.model_copy(update={"batch_size": images}), few, seed, workers=0)
+    loader = Loader(recipe.model_copy(update={"batch_size": images}), few, seed)
     columns = [[(pixels, [data.classes[label]]) for pixels, label in zip(few.train.pixels_BHWC, few.train.labels_B)]]
     columns += [_column(batch, loader, data) for epoch in range(DRAWS) for batch in loader.epoch(epoch)]
 

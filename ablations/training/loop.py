@@ -147,22 +147,18 @@ def start(trial: Trial, splits: Splits) -> Training:
 
 
 def train(
-    trial: Trial,
-    splits: Splits,
-    training: Training,
-    workers: int | None = None,
-    after_step: Callable[[], None] = lambda: None,
+    trial: Trial, splits: Splits, training: Training, after_step: Callable[[], None] = lambda: None
 ) -> Iterator[Epoch]:
     """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
 
     Nothing waits for a CUDA device within an epoch, unless `after_step` does: it is called after each step, and may
     keep the state of `training` or raise to end it. The random numbers of an epoch follow from the trial's seed and
-    the epoch's number, so that a resumed trial ends as if it had never stopped. `workers` is as in `Loader`. Raises
-    Diverged where a loss is not finite: at that step on a CPU, after its epoch elsewhere.
+    the epoch's number, so that a resumed trial ends as if it had never stopped. Raises Diverged where a loss is not
+    finite: at that step on a CPU, after its epoch elsewhere.
     """
     recipe, net, optimizer = trial.recipe, training.net, training.optimizer
     device = splits.device
-    loader = Loader(recipe, splits, trial.seed, workers)
+    loader = Loader(recipe, splits, trial.seed)
     batch, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     losses_S = torch.zeros(steps, device=device)

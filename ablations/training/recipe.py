@@ -40,7 +40,7 @@ class Recipe(BaseModel):
 
     Schedules are stepped after each optimiser step, so that a schedule in epochs is smooth. `amp` is where the forward
     pass runs in bfloat16: "auto" on devices that compute it natively, else "on" or "off". Augmentation is in the order
-    of the fields from `auto_augment` on; the first two are PIL's, and run in worker processes.
+    of the fields from `auto_augment` on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)

@@ -3,12 +3,8 @@
 import gc
 import itertools
 import json
-import multiprocessing
-import os
 import platform
-import random
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -36,6 +32,7 @@ from ablations.engines import (
 )
 from ablations.records import StudyDirectory
 from ablations.study import Study
+from ablations.training import loader
 from ablations.training.data import ImageData, Images
 from ablations.training.holdout import HoldOut
 from ablations.training.loader import Loader
@@ -163,7 +160,7 @@ NEW = {
         "recipe.alternating_flip": True, "recipe.crop_padding": 0, "recipe.translate": 1, "recipe.mixup": 0.4,
         "recipe.cutmix": 1.0, "recipe.reprob": 0.3, "recipe.opt": "muon",
     },
-    "pil": {"recipe.auto_augment": "rand-m9-mstd0.5"},
+    "policy": {"recipe.auto_augment": "rand-m9-mstd0.5"},
 }  # fmt: skip
 
 
@@ -339,20 +336,6 @@ def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_di
     assert asked == [128, *tried, 128]
 
 
-def test_a_process_that_augments_and_dies_is_named(digits, resident_digits, tmp_path, monkeypatch):
-    trial = trials(digits, **{"recipe.auto_augment": "rand-m9-mstd0.5", "recipe.epochs": 50})[0]
-    directory, killed = StudyDirectory(tmp_path), []
-
-    def kill_a_worker(step):
-        if step and not killed:
-            killed.append(multiprocessing.active_children()[0].pid)
-            os.kill(killed[0], signal.SIGKILL)
-        return False
-
-    (failed,) = ends(run_local([trial], resident_digits, directory, stop=kill_a_worker))
-    assert f"a process that augments images died (process {killed[0]})" in failed.reason
-
-
 def test_flip_tta_is_measured_beside_the_plain_accuracy(digits, digits_splits, resident_digits, tmp_path):
     trial = trials(digits, **{"recipe.tta": "flip"})[0]
     directory = StudyDirectory(tmp_path)
@@ -397,20 +380,19 @@ def test_a_whitening_stem_stays_as_it_was_fitted():
         assert all(torch.equal(value, net.get_buffer(name)) for name, value in frozen.items())
 
 
-def test_the_number_of_workers_changes_nothing(digits, digits_splits):
-    settings = {"recipe.auto_augment": "3a", "recipe.color_jitter": [0.4, 0.2, 0.1], "recipe.cutmix": 1.0}
-    trial = trials(digits, **settings)[0]
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+@pytest.mark.parametrize("policy", ["3a", "augmix-m5"])
+def test_how_many_batches_a_policy_takes_together_changes_nothing(policy, digits, digits_splits, monkeypatch):
+    settings = {"recipe.auto_augment": policy, "recipe.cutmix": 1.0}
+    trial = trials(digits, **settings | ({"recipe.color_jitter": [0.4, 0.2, 0.1]} if policy == "3a" else {}))[0]
     seen = []
-    for workers in (0, 2):
-        loader = Loader(trial.recipe, digits_splits, trial.seed, workers)
-        seen.append([batch for epoch in range(2) for batch in loader.epoch(epoch)])
-    assert random.getstate() == python_state
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert len(seen[0]) == len(seen[1]) == 20
-    for alone, shared in zip(*seen):
-        assert torch.equal(alone.x_BCHW, shared.x_BCHW)
-        assert torch.equal(alone.targets, shared.targets)
+    for together in (1, 3, 1000):
+        monkeypatch.setattr(loader, "PIXELS_TOGETHER", together * trial.recipe.batch_size * 64)
+        made = Loader(trial.recipe, digits_splits, trial.seed)
+        seen.append([batch for epoch in range(2) for batch in made.epoch(epoch)])
+    assert len(seen[0]) == 20
+    for first, *others in zip(*seen):
+        assert all(torch.equal(batch.x_BCHW, first.x_BCHW) for batch in others)
+        assert all(torch.equal(batch.targets, first.targets) for batch in others)
     assert not torch.equal(seen[0][0].x_BCHW, seen[0][10].x_BCHW)
 
 
@@ -492,7 +474,7 @@ def trained(digits) -> Callable[[Recipe], torch.Tensor]:
         if recipe not in kept:
             trial, splits = few_trial(digits, recipe)
             training = start(trial, splits)
-            list(train(trial, splits, training, workers=0))
+            list(train(trial, splits, training))
             kept[recipe] = weights(training.result)
         return kept[recipe]
 
