@@ -165,8 +165,14 @@ def inference(bench: Bench) -> list[Step]:
     providers = [*["cuda"] * (bench.device.type == "cuda"), "cpu"]
 
     def from_host(bench: Bench, name: str, precision: Precision, provider: str) -> Measurement:
-        from bench import latency  # ONNX Runtime is needed here alone
+        from bench import latency, resident  # ONNX Runtime is needed here alone
+        from export.session import check_provider
 
+        try:
+            check_provider(provider)
+        except InputError as error:  # of every network alike
+            missing = resident.NotMeasured(engine=f"onnxruntime {provider}", batch=1, reason=str(error))
+            return Measurement({"latencies": [], "missing": [missing.model_dump(mode="json")]})
         file = untrained_file(bench, name, precision)
         largest = bench.size.largest_on_cpu if provider == "cpu" else max(bench.size.batches)
         batches = [batch for batch in bench.size.batches if batch <= largest]
@@ -328,7 +334,7 @@ def untrained_file(bench: Bench, name: str, precision: Precision) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     pixels_BHWC = np.random.default_rng(0).integers(256, size=(32, 32, 32, config.in_chans), dtype=np.uint8)
-    labels_B = np.zeros(len(pixels_BHWC), np.int64)
+    labels_B = np.full(len(pixels_BHWC), -1)  # no class: it is not asked how right the network is
     images = Images(pixels_BHWC, pixels_BHWC, labels_B, pixels_BHWC, labels_B)
     checkpoint = Checkpoint(config, trained, build(config).state_dict())
     write_whole(file, publish(Reference(checkpoint, images, "uint8"), precision).model)

@@ -18,6 +18,7 @@ from ablations.isolation import die_with
 from bench.gpu.plan import Bench, Measurement, Step
 from model.errors import InputError
 
+START_S = 300.0  # for a process to import PyTorch, from a cold disk
 GRACE_S = 20.0  # for a step to end by itself, once its time is up
 Measure = Callable[[Bench, str, str], Measurement]  # by the names of a piece and of a step
 
@@ -35,17 +36,19 @@ class Worker:
 
     def measure(self, bench: Bench, step: Step, seconds: float) -> Measurement:
         """What a step measures. Raises InputError where it fails, and TimeIsUp where it does not end in time."""
-        process = self.process or self._start()
         whole = False
         try:
+            if self.process is None:
+                self._start()
             self.connection.send((bench, step.piece, step.name, seconds))
             if not self.connection.poll(seconds + GRACE_S):
                 raise TimeIsUp
             answer = self.connection.recv()
             whole = isinstance(answer, Measurement)
         except (EOFError, OSError):
-            process.join(GRACE_S)
-            raise InputError(f"its process ended with status {process.exitcode}") from None
+            assert self.process is not None  # it was started above
+            self.process.join(GRACE_S)
+            raise InputError(f"its process ended with status {self.process.exitcode}") from None
         finally:
             if not whole:
                 self.end()
@@ -53,13 +56,15 @@ class Worker:
             return answer
         raise InputError(answer)
 
-    def _start(self) -> BaseProcess:
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, os.getpid(), self.measured_by))
         self.process.start()
         theirs.close()
-        return self.process
+        if not self.connection.poll(START_S):
+            raise TimeIsUp
+        self.connection.recv()  # it imported what it needs
 
     def end(self) -> None:
         """Ends the process, whatever it does, and the processes that it started. Files are whole whenever it ends."""
@@ -79,6 +84,7 @@ def _work(connection: Connection, parent: int, measure: Measure) -> None:
     if hasattr(os, "setsid"):
         os.setsid()  # the processes that it starts end with it, and Ctrl-C is for the process that waits
     die_with(parent)
+    connection.send("ready")
     with suppress(EOFError):
         while True:
             bench, piece, name, seconds = connection.recv()
