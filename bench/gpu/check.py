@@ -40,7 +40,7 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 NOT_NEEDED = ("grandalf", "onnxscript", "onnxruntime", "onnxruntime-gpu")  # by the trainings
 
 # An error may be twice that of the plain modules in the same precision, and this share of the values more.
-PRECISIONS = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 5e-3}
+PRECISIONS = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 1e-2}
 PARTS = {
     "three experts": Block(channels=64),
     "norm after the mix": Block(channels=64, kernels=(5, 5, 3), norm_act="mix"),

@@ -47,7 +47,7 @@ class Size:
     step: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128})
     execution: ExecutionOptions = ExecutionOptions()  # of trainings
     rounds: int = 5  # of the peaks
-    peak_s: float = 1.0
+    peaks: Mapping[str, Any] = field(default_factory=lambda: {"measure_s": 1.0})
     settings: Mapping[str, Level] = field(default_factory=dict)  # of each study
     networks: Mapping[str, int] = field(default_factory=lambda: {"speed": 3, "accuracy": 2})  # with their first seeds
     baselines: bool = True  # the matched baselines are trained too
@@ -69,12 +69,12 @@ class Size:
 SMOKE = Size(
     check={"preset": "two_block", "batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
     presets=("two_block",),
-    training={"batch": 2, "steps": 1, "rounds": 1},
+    training={"batch": 2, "steps": 1, "rounds": 1, "matrices": 64},
     stepped=(STEP_PRESET,),
     step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
     execution=ExecutionOptions(compile="off"),
     rounds=1,
-    peak_s=0.01,
+    peaks={"measure_s": 0.01, "size": 64},
     settings={"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16},
     networks={"speed": 1},
     baselines=False,

@@ -34,8 +34,9 @@ from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
 from model.fast.execution import ExecutionPlan
 from model.files import write_whole
-from model.presets import network
+from model.presets import PRESETS
 from model.registry import build
+from model.variants import vary
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
 SLICE_S = 120.0  # of a training; then its state is saved
@@ -91,7 +92,7 @@ def _training(piece: str, name: str, trainings: Trainings) -> Step:
 
 def peaks(bench: Bench) -> Measurement:
     """What the device can do at most."""
-    found = [measure_peaks(bench.device, bench.size.peak_s) for _ in range(bench.size.rounds)]
+    found = [measure_peaks(bench.device, **bench.size.peaks) for _ in range(bench.size.rounds)]
     return Measurement([rates.model_dump() for rates in found])
 
 
@@ -276,11 +277,11 @@ def weights_of(place: Path, name: str) -> Path:
 
 
 def keep_best(directory: StudyDirectory, file: Path) -> None:
-    """Copies the checkpoint of a study's best trial."""
+    """Copies the checkpoint of a study's best trial, unless that was trained on a machine that is gone."""
     row = best_row(read_results(directory).rows)
-    if row is not None:
+    if row is not None and (checkpoint := directory.checkpoint(best_record(row).trial)).exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(directory.checkpoint(best_record(row).trial), file)
+        shutil.copyfile(checkpoint, file)
 
 
 def trained(directory: StudyDirectory) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def untrained_file(bench: Bench, name: str, precision: Precision) -> Path:
     file = bench.work / "untrained" / f"{name}-{precision}.onnx"
     if file.exists():
         return file
-    config = network(name)
+    config = vary(PRESETS[name], "width", bench.size.settings.get("width", 1.0))
     half, classes = (0.5,) * config.in_chans, tuple(map(str, range(config.num_classes)))
     trained = Trained(
         trial="untrained", model=name, data="none", fingerprint="0123abcd", classes=classes, image_size=(32, 32),
