@@ -331,7 +331,7 @@ def _work(connection: Connection, crash: str, steps: Any, parent: int) -> None:
     stopped = Flag()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     signal.signal(signal.SIGTERM, lambda signum, frame: stopped.set())
-    _die_with(parent)
+    die_with(parent)
     with open(crash, "w") as file:
         faulthandler.enable(file)
         if hasattr(faulthandler, "register"):
@@ -377,7 +377,7 @@ def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) ->
         connection.send(Raised(RuntimeError(f"{reason_of(error)}\n{traceback.format_exc()}")))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Has Linux kill this process when its parent ends. Elsewhere it ends with its next message."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

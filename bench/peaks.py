@@ -24,14 +24,17 @@ class Peaks(BaseModel):
     copy_bytes_per_s: float
 
 
-def measure_peaks(device: torch.device, measure_s: float = MEASURE_S) -> Peaks:
-    """The peaks of `device`, in about three times `measure_s` seconds."""
-    size = SIZES.get(device.type, SIZE)
+def measure_peaks(device: torch.device, measure_s: float = MEASURE_S, size: int | None = None) -> Peaks:
+    """The peaks of `device`, in about three times `measure_s` seconds, of square matrices of that size.
+
+    A CPU without instructions for bfloat16 takes half a minute or more for the large ones of `SIZE`.
+    """
+    side = size or SIZES.get(device.type, SIZE)
 
     def flops(dtype: torch.dtype) -> float:
-        a_NN, b_NN = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a_NN, b_NN = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out_NN = torch.empty_like(a_NN)
-        return 2 * size**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
+        return 2 * side**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
 
     size_bytes = COPY_BYTES.get(device.type, SOME_BYTES)
     source = torch.randint(256, (size_bytes,), dtype=torch.uint8, device=device)  # a GPU may compress zeros

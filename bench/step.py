@@ -95,11 +95,11 @@ def _losses(
     y_B = torch.arange(batch, device=device) % config.num_classes
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
     batches = [x_BCHW.contiguous(memory_format=torch.channels_last) for x_BCHW in x_SBCHW]
-    step = _prepared(net, optimizer, batches[0], means, bfloat16=False)
+    step = prepared(net, optimizer, batches[0], means, bfloat16=False)
     return [step(x_BCHW, y_B, y_B)[0].item() for x_BCHW in batches]
 
 
-def _prepared(
+def prepared(
     net: nn.Module, optimizer: Optimizer, x_BCHW: Tensor, means: ExecutionPlan, bfloat16: bool, smoothing: float = 0.0
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """The training step with `means`. Raises what kernels or compiler raise where they do not work."""
@@ -137,7 +137,7 @@ def profile_step(
     y_B = torch.arange(batch, device=device) % config.num_classes
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True, capturable=on_cuda)
-    step = _prepared(net, optimizer, x_BCHW, means, True, smoothing)
+    step = prepared(net, optimizer, x_BCHW, means, True, smoothing)
 
     def a_round() -> float:
         return 1000 * bare_round(lambda: step(x_BCHW, y_B, y_B), steps, device) / steps

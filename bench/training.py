@@ -102,12 +102,14 @@ def measure_training(
     device: torch.device,
     execution: ExecutionOptions,
     notice: Callable[[str], object] = lambda text: None,
+    matrices: int | None = None,
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
 
     `steps` is 2, or 100 on CUDA, where it is None. What `execution` leaves to expertgrid is chosen as for a whole
-    training on 45,000 images; what does not work is left out, and `notice` is told. Raises InputError for a preset that
-    does not exist or does not take the images, and for what was asked for and does not work.
+    training on 45,000 images; what does not work is left out, and `notice` is told. The peaks are of `matrices` of that
+    size. Raises InputError for a preset that does not exist or does not take the images, and for what was asked for and
+    does not work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
@@ -146,7 +148,7 @@ def measure_training(
         batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.means.kernels,
         compiled=prepared.means.compile, graphs=training.recorded, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1],
-        peaks=measure_peaks(device), baseline_workers=usable_cores(),
+        peaks=measure_peaks(device, size=matrices), baseline_workers=usable_cores(),
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The rules that the source keeps: who imports whom, and what the README promises."""
 
 import ast
+import importlib
+import importlib.util
 import itertools
 import re
 import sys
@@ -173,6 +175,14 @@ def test_the_door_imports_nothing_that_takes_long(name):
         "model.files.write_whole",
     }
     assert others - set(sys.stdlib_module_names) <= {"app": {"typer"}, "terminal": {"rich"}}.get(name, set())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_is_imported(package):
+    """With the versions that are installed: `.ci/run` has the lowest that are allowed, too."""
+    for path in (path for path in SOURCES if path.parts[len(REPOSITORY.parts)] == package):
+        if path.name != "kernels.py" or importlib.util.find_spec("triton"):
+            importlib.import_module(module_of(path))
 
 
 def test_names_of_files():

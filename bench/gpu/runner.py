@@ -1,19 +1,15 @@
-"""Measures pieces, and keeps what was measured after each step."""
+"""Measures the steps in the order of their worth, and keeps what was measured after each of them."""
 
-import multiprocessing
-import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.gpu import stages
-from bench.gpu.pieces import Measured, Piece, read_piece
-from bench.gpu.stages import PIECES, SMOKE, WORK, Bench, Measurement, Size, TimeIsUp
-from model.errors import InputError, unknown
-from model.files import now, write_whole
+from bench.gpu import check, stages
+from bench.gpu.pieces import Measured, Piece, bring_back, keep, read_piece, write_piece
+from bench.gpu.plan import SMOKE, Bench, Measurement, Size, Step
+from bench.gpu.stages import MINUTES, PIECES
+from bench.gpu.worker import GRACE_S, TimeIsUp, Worker
+from model.errors import InputError, reason_of, unknown
+from model.files import now
 from model.machine import checkout_commit, cpu_name, device_name, gpu_driver, memory_bytes, torch_device, usable_cores
 
 RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("expertgrid", "torch", "torchvision", "timm", "triton", "onnxruntime", "onnxruntime-gpu")
-GRACE_S = 20.0  # for a step to end by itself, once its time is up
 LEAST_MEMORY = 16 * 2**30  # of the GPU, free
-LONGEST_MINUTES = 60
+LONGEST_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ class Asked:
     data: str | None
     device: str | None
     out: Path
+    kept: Path | None  # the file with all results
     minutes: float
     smoke: bool
     again: bool
@@ -61,122 +59,164 @@ def run(asked: Asked) -> int:
         raise InputError("there is no CUDA device here; --smoke runs all pieces small on the CPU")
     device = torch_device(asked.device or "auto")
     check_device(device, asked.smoke)
+    if asked.kept:
+        bring_back(asked.kept, asked.out)
     where = place(asked.out, device)
     data = asked.data or (random_images(asked.out / "images") if asked.smoke else "cifar10")
     bench = Bench(where, device, data, asked.smoke, SMOKE if asked.smoke else Size())
+    steps = [step for step in stages.steps(bench) if step.piece in names]
     if asked.again:
         for name in names:
             (where / f"{name}.json").unlink(missing_ok=True)
-            for folder in WORK.get(name, ()):
-                shutil.rmtree(bench.work / folder, ignore_errors=True)
-    done = [measure(name, bench, asked.minutes, asked.command) for name in PIECES if name in names]
-    return 0 if all(done) else 1
-
-
-def measure(name: str, bench: Bench, minutes: float, command: str) -> bool:
-    """Measures a piece, or goes on with it; whether it is done. Its file is written after each step."""
-    file = bench.place / f"{name}.json"
-    piece = read_piece(file)
-    steps = PIECES[name](bench)
-    if piece and (piece.data, piece.smoke) != (data_name(bench.data), bench.smoke):
-        raise InputError(f"{file}: was measured on {piece.data}; give --data as then, --again, or another --out")
-    if piece and piece.done:
-        print(f"{name}: done before; --again measures it anew", file=sys.stderr)
-        return True
-    piece = piece or Piece(piece=name, smoke=bench.smoke, data=data_name(bench.data), command=command)
-    here = environment(bench.device)
-    if here not in piece.environments:
-        piece.environments.append(here)
-    bench.until = time.monotonic() + 60 * minutes - min(GRACE_S, 6 * minutes)
-    failed = []
-    for step in steps:
-        if step in piece.steps and piece.steps[step].complete:
-            continue
-        started = time.monotonic()
-        try:
-            if started >= bench.until:
-                raise TimeIsUp
-            print(f"{name}: {step}", file=sys.stderr, flush=True)
-            found = measured_apart(bench, name, step) if bench.device.type == "cuda" else steps[step]()
-        except TimeIsUp:
-            return _stopped(name, minutes)
-        except Exception as error:  # a step that fails leaves the others
-            failed.append(step)
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            print(f"error: {name}: {step}: {reason}", file=sys.stderr)
-            continue
-        piece.steps[step] = Measured(
-            complete=found.complete,
-            finished=now(),
-            seconds=round(time.monotonic() - started, 3),
-            environment=piece.environments.index(here),
-            value=found.value,
-        )
-        piece.done = all(name in piece.steps and piece.steps[name].complete for name in steps)
-        write_whole(file, piece.model_dump_json(indent=1).encode())
-        if not found.complete and time.monotonic() >= bench.until:
-            return _stopped(name, minutes)
-    print(f"{name}: {'done' if piece.done else f'not done: {failed}'}: {file}", file=sys.stderr)
-    return piece.done
-
-
-def _stopped(name: str, minutes: float) -> bool:
-    print(f"{name}: stopped after {minutes:g} minutes; the same command goes on from there", file=sys.stderr)
-    return False
-
-
-def measured_apart(bench: Bench, piece: str, step: str) -> Measurement:
-    """What a step measures in a process of its own: what breaks the device there ends with the process.
-
-    Where the user stops, or the step does not end `GRACE_S` after its time is up, its process is ended. Raises TimeIsUp
-    then, InputError where the step fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    left_s = bench.until - time.monotonic()
-    process = context.Process(target=_measure_here, args=(there, bench, piece, step, left_s))
-    process.start()
-    there.close()
+        for trainings in {step.trainings.name for step in steps if step.trainings}:
+            shutil.rmtree(bench.work / trainings, ignore_errors=True)
+    kept, out = asked.kept, asked.out
+    run = Run(bench, steps, asked.command, environment(device), lambda: keep(out, kept) if kept else None)
+    if device.type != "cuda":  # which a step can break for its process
+        return run.go_on(asked.minutes, measured_here)
+    worker = Worker(stages.measure)
     try:
-        if not here.poll(max(0.0, left_s + GRACE_S)):
-            raise TimeIsUp
-        answer = here.recv()
-        process.join(GRACE_S)
-    except EOFError:
-        process.join()
-        raise InputError(f"its process ended with status {process.exitcode}") from None
+        return run.go_on(asked.minutes, worker.measure)
     finally:
-        _end(process)
-        here.close()
-    if isinstance(answer, Measurement):
-        return answer
-    raise TimeIsUp if answer is None else InputError(answer)
+        worker.end()
 
 
-def _measure_here(answer: Connection, bench: Bench, piece: str, step: str, left_s: float) -> None:
-    """In its own process: sends a step's Measurement, the text of its error, or None where its time is up."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # the processes that it starts end with it, and Ctrl-C is for the process that waits
-    bench = replace(bench, until=time.monotonic() + left_s)
-    with answer:
+def measured_here(bench: Bench, step: Step, seconds: float) -> Measurement:
+    """What a step measures, in this process: where it does not stop by itself, it takes longer than that."""
+    return step.measure(replace(bench, until=time.monotonic() + seconds))
+
+
+@dataclass
+class Run:
+    """The steps of a bench, and the files of their pieces."""
+
+    bench: Bench
+    steps: Sequence[Step]
+    command: str
+    here: dict[str, Any]  # the environment
+    keep: Callable[[], object] = lambda: None  # called after each measurement
+    clock: Callable[[], float] = time.monotonic
+    left_out: Callable[[Piece | None, torch.device], dict[str, str]] = check.left_out
+    pieces: dict[str, Piece] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pieces = {name: self._piece(name) for name in dict.fromkeys(step.piece for step in self.steps)}
+
+    def file(self, piece: str) -> Path:
+        return self.bench.place / f"{piece}.json"
+
+    def _piece(self, name: str) -> Piece:
+        """A piece as its file has it, or a new one. Raises InputError for one that was measured on other data."""
+        bench, piece = self.bench, read_piece(self.file(name))
+        if piece and (piece.data, piece.smoke) != (data_name(bench.data), bench.smoke):
+            raise InputError(
+                f"{self.file(name)}: was measured on {piece.data}; give --data as then, --again, or another --out"
+            )
+        return piece or Piece(piece=name, smoke=bench.smoke, data=data_name(bench.data), command=self.command)
+
+    def go_on(self, minutes: float, measure: Callable[[Bench, Step, float], Measurement]) -> int:
+        """Measures what is not done yet, for so many minutes; 0 where all is done then, else 1.
+
+        First each piece has its `MINUTES`, and no step is tried that failed before. In the time that is left, what is
+        not done goes on.
+        """
+        self.until = self.clock() + 60 * minutes - min(GRACE_S, 6 * minutes)
+        self.tried: set[str] = set()
+        used = dict.fromkeys(self.pieces, 0.0)
+        said = "check" not in self.pieces
+        for first in (True, False):
+            for step in self.steps:
+                if first and step.name in self.pieces[step.piece].failed:
+                    continue
+                if not said and step.piece != "check":
+                    print(
+                        *check.report(self.pieces["check"], self.bench.without), sep="\n", file=sys.stderr, flush=True
+                    )
+                    said = True
+                most_s = 60 * MINUTES.get(step.piece, minutes) if first else float("inf")
+                used[step.piece] += self._measure(step, most_s - used[step.piece], measure)
+        return self._outcome()
+
+    def _is_done(self, step: Step) -> bool:
+        measured = self.pieces[step.piece].steps.get(step.name)
+        return measured is not None and measured.complete
+
+    def _measure(self, step: Step, most_s: float, measure: Callable[[Bench, Step, float], Measurement]) -> float:
+        """Measures a step until it is done, fails, or is no more begun after `most_s` seconds; the seconds taken."""
+        piece, begun = self.pieces[step.piece], self.clock()
+        checked = self.pieces.get("check") or read_piece(self.file("check"))
+        self.bench.without = self.left_out(checked, self.bench.device)
+        lacking = [f"{name}: {self.bench.without[name]}" for name in step.needs if name in self.bench.without]
+        if lacking and step.name not in piece.failed:
+            if not self._is_done(step) and piece.left_out.get(step.name) != lacking[0]:
+                piece.left_out[step.name] = lacking[0]
+                print(f"{step.title}: left out: {lacking[0]}", file=sys.stderr, flush=True)
+                self._write(step.piece)
+            return 0.0
+        piece.left_out.pop(step.name, None)
+        while not self._is_done(step) and step.title not in self.tried:
+            left_s = self.until - self.clock()
+            if left_s <= 0 or self.clock() - begun >= most_s:
+                break
+            self._measure_once(step, min(step.limit_s, left_s), measure)
+        return self.clock() - begun
+
+    def _measure_once(self, step: Step, seconds: float, measure: Callable[[Bench, Step, float], Measurement]) -> None:
+        piece, started = self.pieces[step.piece], self.clock()
+        print(step.title, file=sys.stderr, flush=True)
         try:
-            answer.send(stages.PIECES[piece](bench)[step]())
+            found = measure(self.bench, step, seconds)
         except TimeIsUp:
-            answer.send(None)
-        except Exception as error:
-            answer.send(f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else str(error))
-
-
-def _end(process: BaseProcess) -> None:
-    """Ends a step's process and the processes that it started. Files are whole whenever a process ends."""
-    for name, end in (("SIGTERM", process.terminate), ("SIGKILL", process.kill)):
-        if process.exitcode is not None:
+            if seconds < step.limit_s:
+                return  # the time of this call is up, and the next one begins the step anew
+            reason = f"did not end in {step.limit_s:g} s"
+        except InputError as error:
+            reason = str(error)
+        except Exception as error:  # a step that fails leaves the others
+            reason = reason_of(error)
+        else:
+            piece.failed.pop(step.name, None)
+            piece.steps[step.name] = Measured(
+                complete=found.complete,
+                finished=now(),
+                seconds=round(self.clock() - started, 3),
+                environment=self._environment(piece),
+                value=found.value,
+            )
+            self._write(step.piece)
             return
-        if hasattr(os, "killpg") and process.pid is not None:
-            with suppress(ProcessLookupError, PermissionError):  # before its setsid there is no such group
-                os.killpg(process.pid, getattr(signal, name))
-        end()
-        process.join(GRACE_S)
+        self.tried.add(step.title)
+        piece.failed[step.name] = " ".join(reason.split())[:500]
+        print(f"error: {step.title}: {piece.failed[step.name]}", file=sys.stderr, flush=True)
+        self._write(step.piece)
+
+    def _environment(self, piece: Piece) -> int:
+        """The number of this machine and its packages in a piece."""
+        if self.here not in piece.environments:
+            piece.environments.append(self.here)
+        return piece.environments.index(self.here)
+
+    def _write(self, name: str) -> None:
+        piece = self.pieces[name]
+        piece.done = not self.missing(name)
+        write_piece(self.file(name), piece)
+        self.keep()
+
+    def missing(self, name: str) -> list[str]:
+        """The steps of a piece that are neither done nor left out."""
+        return [
+            step.name
+            for step in self.steps
+            if step.piece == name and not self._is_done(step) and step.name not in self.pieces[name].left_out
+        ]
+
+    def _outcome(self) -> int:
+        """Says what is done; 0 where that is all, else 1."""
+        missing = {name: self.missing(name) for name in self.pieces}
+        for name, steps in missing.items():
+            state = f"not done: {', '.join(steps)}; the same command goes on from there" if steps else "done"
+            print(f"{name}: {state}", file=sys.stderr)
+        return 1 if any(missing.values()) else 0
 
 
 def environment(device: torch.device) -> dict[str, Any]:

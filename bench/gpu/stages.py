@@ -1,17 +1,17 @@
-"""What `python -m bench.gpu` measures: pieces, each of steps that can be done apart."""
+"""The steps of `python -m bench.gpu`, in the order of their worth, so that a cut costs least."""
 
 import itertools
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
+import numpy as np
 import torch
 
 from ablations.engines import Stopped, TrialFailed, TrialNote, by_seed, planned_steps, run_local
@@ -20,177 +20,121 @@ from ablations.results.evidence import marginals, read_evidence
 from ablations.results.rendering import Table, render
 from ablations.results.rows import best_record, best_row, read_results
 from ablations.results.tables import factor_levels, peek_table
-from ablations.study import Base, Level, Study, load_study
-from ablations.training.data import ImageData, load_data
+from ablations.study import Base, Study
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
-from bench import latency, resident
-from bench.latency import Latency
+from bench.gpu import check
+from bench.gpu.decoded import load_decoded
+from bench.gpu.plan import Bench, Measurement, Step, Trainings, matched_baselines
 from bench.peaks import measure_peaks
 from bench.step import measure_step
 from bench.training import measure_training
 from export.metadata import Precision
-from export.precision import PrecisionError
-from export.publish import Images, Published, Reference, publish
-from model.checkpoint import load
+from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
-from model.fast.execution import ExecutionOptions, ExecutionPlan
+from model.fast.execution import ExecutionPlan
+from model.files import write_whole
 from model.presets import PRESETS
+from model.registry import build
+from model.variants import vary
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
-STEP_PRESET = "eight_block"
-NETWORKS = ("speed", "accuracy")  # expertgrid's own
-WAYS = {  # to take a training step; the last can do the most harm
+SLICE_S = 120.0  # of a training; then its state is saved
+WAYS = {  # to take a training step
+    "kernels": ExecutionPlan(kernels=True, graphs=True),
     "eager": ExecutionPlan(),
     "graphs": ExecutionPlan(graphs=True),
     "compiled": ExecutionPlan(compile=True, graphs=True),
-    "kernels": ExecutionPlan(kernels=True, graphs=True),
 }
+MINUTES = {"check": 1.0, "peaks": 0.5, "train-speed": 4.5, "fast": 5.0, "card": 12.0, "references": 3.0}
 
 
-class TimeIsUp(Exception):
-    """The piece's minutes are over."""
+def steps(bench: Bench) -> list[Step]:
+    """All steps in the order of their worth: those of 25 minutes first, then what the next loans are for."""
+    size = bench.size
+    card = [
+        _training("card", f"{seeds}-seeds", Trainings("card", size.card, seeds, by=by))
+        for seeds, by in zip(size.card_seeds, [*[()] * (len(size.card_seeds) - 1), size.card_factors])
+    ]
+    references = [
+        _training("references", f"{seeds}-seeds", Trainings("references", size.references, seeds))
+        for seeds in size.reference_seeds
+    ]
+    # the first epoch records the graphs, and the second has the speed
+    brief = Trainings("references-speed", size.references, 1, settings={"recipe.epochs": 2})
+    spread = Trainings("spread", size.spread, size.spread_seeds, peek=True)
+    return [
+        *check.steps(bench),
+        Step("peaks", "peaks", 60, peaks, expected_s=20),
+        *speed_of_steps(bench, ("kernels", "eager", "graphs")),
+        *own_networks(bench, first=True),
+        card[0],
+        _training("references", "speed", brief),
+        *speed_of_trainings(bench),
+        *speed_of_steps(bench, ("compiled",)),
+        *inference(bench),
+        *own_networks(bench, first=False),
+        *card[1:],
+        references[0],
+        _training("references", "spread", spread),
+        *references[1:],
+    ]
 
 
-def matched_baselines(network: str) -> list[str]:
-    """The presets that are a network's matched baselines, of equal parameters or of equal cost: NETWORK_..."""
-    return [name for name in PRESETS if name.startswith(f"{network}_")]
+def measure(bench: Bench, piece: str, name: str) -> Measurement:
+    """What the step of this piece and name measures."""
+    return next(step for step in steps(bench) if (step.piece, step.name) == (piece, name)).measure(bench)
 
 
-def without_baselines() -> tuple[str, ...]:
-    """All presets but the matched baselines, the one whose step is measured first."""
-    matched = {name for network in NETWORKS for name in matched_baselines(network)}
-    return (STEP_PRESET, *(name for name in PRESETS if name != STEP_PRESET and name not in matched))
+def _training(piece: str, name: str, trainings: Trainings) -> Step:
+    return Step(piece, name, SLICE_S, partial(train, trainings=trainings), trainings=trainings, expected_s=0, start_s=4)
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is measured."""
-
-    presets: tuple[str, ...] = without_baselines()
-    training: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
-    stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is measured: norms in the experts, after the mix
-    step: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128})
-    execution: ExecutionOptions = ExecutionOptions()  # of trainings
-    rounds: int = 5  # of the peaks
-    peak_s: float = 1.0
-    settings: Mapping[str, Level] = field(default_factory=dict)  # of each study
-    networks: tuple[str, ...] = NETWORKS
-    baselines: bool = True  # the matched baselines are trained too
-    seeds: int = 5
-    card: str | Study = "card"
-    card_seeds: tuple[int, ...] = (3, 5)
-    card_factors: tuple[str, ...] = ("experts", "residual", "gate", "cutout")
-    references: str | Study = "references"
-    reference_seeds: tuple[int, ...] = (1, 3)
-    spread: str | Study = "spread"
-    spread_seeds: int = 3
-    served: tuple[str, ...] = (STEP_PRESET, *NETWORKS)  # whose latency is measured
-    precisions: tuple[Precision, ...] = ("fp32", "fp16")
-    batches: tuple[int, ...] = (1, 8, 64, 512, 2048)
-    largest_on_cpu: int = 512
-    measure_s: float = 1.0
-
-
-SMOKE = Size(
-    presets=("two_block",),
-    training={"batch": 2, "steps": 1, "rounds": 1},
-    stepped=(STEP_PRESET,),
-    step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
-    execution=ExecutionOptions(compile="off"),
-    rounds=1,
-    peak_s=0.01,
-    settings={"width": 0.0625, "recipe.epochs": 1, "recipe.batch_size": 16},
-    networks=("speed",),
-    baselines=False,
-    seeds=2,
-    card=Study(name="card", question="One expert or two?", base=Base(model="two_block"), factors={"experts": [1, 2]}),
-    card_seeds=(2,),
-    card_factors=("experts",),
-    references=Study(
-        name="references",
-        question="What do two references reach?",
-        factors={"reference": ["two_block", "segmented"]},
-        reported={"two_block": "80.68 (last epoch)", "segmented": "91.07"},
-    ),
-    reference_seeds=(1,),
-    spread=Study(
-        name="spread",
-        question="What is an expert worth?",
-        base=Base(model="two_block"),
-        design="one_at_a_time",
-        factors={"experts": [1]},
-    ),
-    spread_seeds=2,
-    served=(STEP_PRESET,),
-    precisions=("fp32",),
-    batches=(1, 2),
-    measure_s=0.01,
-)
-
-
-@dataclass
-class Bench:
-    """Where and how large the pieces are measured, and until when the present piece may go on."""
-
-    place: Path  # OUT/DEVICE-DATE
-    device: torch.device
-    data: str
-    smoke: bool
-    size: Size
-    until: float = 0.0  # of time.monotonic
-
-    @property
-    def work(self) -> Path:
-        return self.place / "work"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a step measured, as JSON has it, and whether that is all of it."""
-
-    value: Any
-    complete: bool = True
-
-
-Step = Callable[[], Measurement]
-
-
-def peaks(bench: Bench) -> dict[str, Step]:
+def peaks(bench: Bench) -> Measurement:
     """What the device can do at most."""
-
-    def rounds() -> Measurement:
-        found = [measure_peaks(bench.device, bench.size.peak_s) for _ in range(bench.size.rounds)]
-        return Measurement([rates.model_dump() for rates in found])
-
-    return {"peaks": rounds}
+    found = [measure_peaks(bench.device, **bench.size.peaks) for _ in range(bench.size.rounds)]
+    return Measurement([rates.model_dump() for rates in found])
 
 
-def train_speed(bench: Bench) -> dict[str, Step]:
-    """A step of two networks in each way that it can be taken: its losses, its kernels, its floor; then all presets.
+def speed_of_steps(bench: Bench, ways: Sequence[str]) -> list[Step]:
+    """A step of two networks in some of the `WAYS`, those of a CPU there: its losses, its kernels, its floor."""
+    size = bench.size
+    ways = ways if bench.device.type == "cuda" else [name for name in ways if name == "eager"]
 
-    The presets are trained beside the PyTorch baseline.
-    """
-    size, device = bench.size, bench.device
+    def step(bench: Bench, preset: str, means: ExecutionPlan) -> Measurement:
+        return Measurement(measure_step(preset, bench.device, means, **size.step).model_dump(mode="json"))
 
-    def training(preset: str) -> Measurement:
-        speed = measure_training(preset, device=device, execution=size.execution, notice=notice, **size.training)
+    return [
+        Step(
+            "train-speed",
+            f"step-{preset}-{name}",
+            180 if WAYS[name].compile else 60,
+            partial(step, preset=preset, means=WAYS[name]),
+            tuple(feature for feature in ("kernels", "graphs") if getattr(WAYS[name], feature)),
+            expected_s=60 if WAYS[name].compile else 8,
+        )
+        for name in ways
+        for preset in size.stepped
+    ]
+
+
+def speed_of_trainings(bench: Bench) -> list[Step]:
+    """All presets, trained beside the PyTorch baseline."""
+
+    def training(bench: Bench, preset: str) -> Measurement:
+        size = bench.size
+        speed = measure_training(preset, device=bench.device, execution=bench.execution, notice=notice, **size.training)
         return Measurement(speed.model_dump(mode="json"))
 
-    def step(preset: str, means: ExecutionPlan) -> Measurement:
-        return Measurement(measure_step(preset, device, means, **size.step).model_dump(mode="json"))
-
-    ways = WAYS if device.type == "cuda" else {"eager": ExecutionPlan()}
-    steps: dict[str, Step] = {
-        f"step-{preset}-{name}": partial(step, preset, means) for preset in size.stepped for name, means in ways.items()
-    }
-    return steps | {preset: partial(training, preset) for preset in size.presets}
+    return [
+        Step("train-speed", preset, 90, partial(training, preset=preset), expected_s=25)
+        for preset in bench.size.presets
+    ]
 
 
-def fast(bench: Bench) -> dict[str, Step]:
-    """expertgrid's own networks by their own recipes, exported; then their matched baselines."""
+def own_networks(bench: Bench, first: bool) -> list[Step]:
+    """expertgrid's own networks by their own recipes: with their first seeds; or with more, and matched baselines."""
     size = bench.size
-    steps: dict[str, Step] = {}
 
     def study(name: str, models: Sequence[str]) -> Study:
         return Study(
@@ -201,160 +145,144 @@ def fast(bench: Bench) -> dict[str, Step]:
             factors={"model": list(models)},
         )
 
-    for name in size.networks:
-        steps[name] = partial(train, bench, name, study(name, [name]), size.seeds)
-        steps |= exports(bench, name)
-    for name in size.networks if size.baselines else ():
-        beside = f"{name}-baselines"
-        steps[beside] = partial(train, bench, beside, study(name, matched_baselines(name)), size.seeds)
-    return steps
+    def networks(seeds: int, name: str) -> Step:
+        return _training("fast", f"{name}-{seeds}", Trainings(name, study(name, [name]), seeds, serves=True))
+
+    if first:
+        return [networks(seeds, name) for name, seeds in size.networks.items()]
+    more = [networks(size.seeds, name) for name, seeds in size.networks.items() if size.seeds > seeds]
+    return more + [
+        _training("fast", beside, Trainings(beside, study(name, matched_baselines(name)), size.seeds))
+        for name in (size.networks if size.baselines else ())
+        for beside in (f"{name}-baselines",)
+    ]
 
 
-def card(bench: Bench) -> dict[str, Step]:
-    """The study `card`, with a few seeds, then with more."""
-    size = bench.size
-    by = {size.card_seeds[-1]: size.card_factors}  # the effect of each factor, once all seeds are there
-    return {
-        f"{seeds}-seeds": partial(train, bench, "card", size.card, seeds, by.get(seeds, ()))
-        for seeds in size.card_seeds
-    }
+def inference(bench: Bench) -> list[Step]:
+    """The latency of networks as exported files, from the device's memory and the host's.
 
-
-def references(bench: Bench) -> dict[str, Step]:
-    """The reports' networks at full length, each with its own recipe; and where their spread comes from."""
-    size = bench.size
-    steps: dict[str, Step] = {
-        f"{seeds}-seeds": partial(train, bench, "references", size.references, seeds) for seeds in size.reference_seeds
-    }
-    spread = partial(train, bench, "spread", size.spread, size.spread_seeds, peek=True)
-    first, *others = steps
-    return {first: steps[first], "spread": spread, **{name: steps[name] for name in others}}
-
-
-def inference(bench: Bench) -> dict[str, Step]:
-    """The latency of a network of the reports and of what `fast` exported, from the host's memory and the device's.
-
-    The first is trained for one epoch only: its speed does not depend on its weights.
+    The networks are untrained: their speed does not depend on their weights.
     """
-    size = bench.size
-    steps: dict[str, Step] = {}
     providers = [*["cuda"] * (bench.device.type == "cuda"), "cpu"]
 
-    def from_host(file: Path, provider: str) -> Measurement:
-        check_there(file)
-        largest = size.largest_on_cpu if provider == "cpu" else max(size.batches)
-        batches = [batch for batch in size.batches if batch <= largest]
-        (record,) = latency.measure([file], provider, batches, size.measure_s)
+    def from_host(bench: Bench, name: str, precision: Precision, provider: str) -> Measurement:
+        from bench import latency, resident  # ONNX Runtime is needed here alone
+        from export.session import check_provider
+
+        try:
+            check_provider(provider)
+        except InputError as error:  # of every network alike
+            missing = resident.NotMeasured(engine=f"onnxruntime {provider}", batch=1, reason=str(error))
+            return Measurement({"latencies": [], "missing": [missing.model_dump(mode="json")]})
+        file = untrained_file(bench, name, precision)
+        largest = bench.size.largest_on_cpu if provider == "cpu" else max(bench.size.batches)
+        batches = [batch for batch in bench.size.batches if batch <= largest]
+        (record,) = latency.measure([file], provider, batches, bench.size.measure_s)
         return Measurement({**record.model_dump(mode="json"), "latencies": list(map(some_calls, record.latencies))})
 
-    def on_device(file: Path) -> Measurement:
-        check_there(file)
-        latencies, missing = resident.measure_resident(file, bench.device, list(size.batches), size.measure_s)
+    def on_device(bench: Bench, name: str, precision: Precision, provider: str) -> Measurement:
+        from bench import resident
+
+        file = untrained_file(bench, name, precision)
+        latencies, missing = resident.measure_resident(
+            file, bench.device, list(bench.size.batches), bench.size.measure_s
+        )
         not_measured = [engine.model_dump(mode="json") for engine in missing]
         return Measurement({"latencies": list(map(some_calls, latencies)), "missing": not_measured})
 
-    brief = Study(
-        name=STEP_PRESET,
-        question="How fast does it answer?",
-        base=Base(model=STEP_PRESET, recipe="fast"),
-        set={"recipe.epochs": 1},
-        factors={"model": [STEP_PRESET]},
-    )
-    steps[STEP_PRESET] = partial(train, bench, STEP_PRESET, brief, 1)
-    steps |= exports(bench, STEP_PRESET)
-    for name, provider, precision in itertools.product(size.served, providers, size.precisions):
-        what, file = f"{name}-{precision}-{provider}", exported(bench, name, precision)
+    found = []
+    for name, provider, precision in itertools.product(bench.size.served, providers, bench.size.precisions):
+        asked = {"name": name, "precision": precision, "provider": provider}
+        what = f"{name}-{precision}-{provider}"
         if provider == bench.device.type:
-            steps[f"{what}-device"] = partial(on_device, file)
-        steps[f"{what}-host"] = partial(from_host, file, provider)
-    return steps
+            found.append(Step("inference", f"{what}-device", 120, partial(on_device, **asked), expected_s=30))
+        found.append(Step("inference", f"{what}-host", 120, partial(from_host, **asked), expected_s=20))
+    return found
 
 
-PIECES: dict[str, Callable[[Bench], dict[str, Step]]] = {
-    "peaks": peaks,
-    "train-speed": train_speed,
-    "fast": fast,
-    "card": card,
-    "inference": inference,
-    "references": references,
-}
-WORK = {  # the folders of each in `work`
-    "fast": tuple(folder for name in NETWORKS for folder in (name, f"{name}-baselines")),
-    "inference": (STEP_PRESET,),
-    "card": ("card",),
-    "references": ("references", "spread"),
-}
+PIECES = ("check", "peaks", "train-speed", "fast", "card", "references", "inference")
 
 
 def notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def check_there(file: Path) -> None:
-    """Raises InputError where an exported file is not there."""
-    if not file.exists():
-        raise InputError(
-            f"{file.name} is not in {file.parent}: it was rejected, or made elsewhere; --pieces fast,inference --again "
-            "makes it here"
-        )
-
-
-def some_calls(latency: Latency) -> dict[str, Any]:
-    """A latency with some of its calls, evenly spaced, where there are many."""
+def some_calls(latency: Any) -> dict[str, Any]:
+    """A `bench.latency.Latency` with some of its calls, evenly spaced, where there are many."""
     every = -(-len(latency.calls_ms) // KEPT_CALLS)
     kept = latency.calls_ms[::every]
     return {**latency.model_dump(mode="json"), "calls_ms": kept, "blocks": latency.blocks if every == 1 else []}
 
 
-def train(
-    bench: Bench, name: str, study: str | Study, seeds: int, by: Sequence[str] = (), peek: bool = False
-) -> Measurement:
-    """Trains a study, or goes on with it; what it has, and whether all its trials ended.
+@cache
+def resident(source: str, folder: Path, device: torch.device) -> ResidentData:
+    """The data on the device, which the trainings of a process share."""
+    return ResidentData(load_decoded(source, folder), device)
+
+
+def train(bench: Bench, trainings: Trainings) -> Measurement:
+    """Trains the next trial of a study, or goes on with it; what the study has, and whether all its trials ended.
 
     Once all trials ended, the value has the effects of the factors `by` and, with `peek`, what picking the best epoch
     would claim.
     """
-    directory = StudyDirectory(bench.work / name)
+    directory, seeds = StudyDirectory(bench.work / trainings.name), trainings.seeds
     if (directory.path / "study.toml").exists():  # it may have grown beyond this step
         seeds = max(seeds, directory.study.seeds)
-    asked = load_study(study) if isinstance(study, str) else study
-    asked = asked.change(seeds, bench.data, bench.size.settings)
-    images = load_data(bench.data)
-    cells = asked.cells(images)
-    with directory.written(asked, images, cells):
-        train_pending(bench, directory, images, [trial for cell in cells for trial in cell.trials])
+    asked = trainings.asked(bench, seeds)
+    data = resident(bench.data, bench.work / "decoded", bench.device)
+    cells = asked.cells(data.data)
+    with directory.written(asked, data.data, cells):
+        train_next(bench, directory, data, [trial for cell in cells for trial in cell.trials])
     value = trained(directory)
     ended = all(len(cell["records"]) + len(cell["failed"]) == cell["planned"] for cell in value["cells"])
     if ended and value["failures"] and not any(cell["records"] for cell in value["cells"]):
-        raise InputError(f"every trial of {name} failed, the first by: {next(iter(value['failures'].values()))}")
-    if ended and by and not value["failures"]:
-        value["effects"] = {factor: effects(directory, factor) for factor in by}
-    if ended and peek:
+        raise InputError(
+            f"every trial of {trainings.name} failed, the first by: {next(iter(value['failures'].values()))}"
+        )
+    if ended and trainings.by and not value["failures"]:
+        value["effects"] = {factor: effects(directory, factor) for factor in trainings.by}
+    if ended and trainings.peek:
         value["peek"] = as_json(peek_table(directory, read_results(directory)))
+    if ended and trainings.serves:
+        keep_best(directory, weights_of(bench.place, trainings.name))
     return Measurement(value, ended)
 
 
-def train_pending(bench: Bench, directory: StudyDirectory, images: ImageData, trials: list[Trial]) -> None:
-    """Trains the trials that have no record, until the time is up."""
-    trials = by_seed(trials)
-    pending = [trial for trial in trials if directory.record(trial.id) is None and not directory.adopt(trial.id)]
+def train_next(bench: Bench, directory: StudyDirectory, data: ResidentData, trials: list[Trial]) -> None:
+    """Trains the first trial that did not end before, until the time is up."""
+    pending = [
+        trial
+        for trial in by_seed(trials)
+        if directory.record(trial.id) is None and directory.failure(trial.id) is None and not directory.adopt(trial.id)
+    ][:1]
     chosen = [
-        bench.size.execution.plan(trial.model, planned_steps(trial, images.trained_on(trial.hold_out)), bench.device)
+        bench.execution.plan(trial.model, planned_steps(trial, data.data.trained_on(trial.hold_out)), bench.device)
         for trial in pending
     ]
-    execution, without = bench.size.execution.usable(chosen, bench.device)
+    execution, without = bench.execution.usable(chosen, bench.device)
     for text in without:
         notice(f"trained without {text}")
-    resident = ResidentData(images, bench.device)
-    events = run_local(
-        pending, resident, directory, execution=execution, stop=lambda step: time.monotonic() >= bench.until
-    )
+    events = run_local(pending, data, directory, execution=execution, stop=lambda step: time.monotonic() >= bench.until)
     with suppress(Stopped):  # at the step where the time was up; the next call goes on from there
         for event in events:
             if isinstance(event, TrialNote):
                 notice(event.text)
             elif isinstance(event, TrialFailed):
                 notice(f"trial {event.trial.id} failed: {event.reason}")
+
+
+def weights_of(place: Path, name: str) -> Path:
+    """Where the best checkpoint of a network is kept for `certify`."""
+    return place / "work" / "weights" / f"{name}.safetensors"
+
+
+def keep_best(directory: StudyDirectory, file: Path) -> None:
+    """Copies the checkpoint of a study's best trial, unless that was trained on a machine that is gone."""
+    row = best_row(read_results(directory).rows)
+    if row is not None and (checkpoint := directory.checkpoint(best_record(row).trial)).exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint, file)
 
 
 def trained(directory: StudyDirectory) -> dict[str, Any]:
@@ -393,51 +321,23 @@ def as_json(table: Table) -> list[dict[str, Any]]:
     return json.loads(render(table.rows, "json"))
 
 
-def exported(bench: Bench, name: str, precision: Precision) -> Path:
-    return bench.work / "export" / f"{name}{'' if precision == 'fp32' else f'-{precision}'}.onnx"
+def untrained_file(bench: Bench, name: str, precision: Precision) -> Path:
+    """An exported network whose weights are random, made where it is not there."""
+    from export.publish import Images, Reference, publish
 
-
-def exports(bench: Bench, name: str) -> dict[str, Step]:
-    return {
-        f"export-{name}-{precision}": partial(export, bench, name, precision) for precision in bench.size.precisions
-    }
-
-
-def export(bench: Bench, name: str, precision: Precision) -> Measurement:
-    """Exports the best trial of a study, certified on CUDA too where ONNX Runtime has it; the certificate.
-
-    A file that CUDA does not run, or that does not pass there, is certified on the CPU, and `not_on_cuda` says why.
-    """
-    directory, file = StudyDirectory(bench.work / name), exported(bench, name, precision)
-    row = best_row(read_results(directory).rows)
-    if row is None:
-        raise InputError(f"{name}: no trial of this study is finished")
-    trial = best_record(row).trial
-    data, config = load_data(bench.data), directory.config(trial)
-    if config is None:
-        raise InputError(f"{directory.trial(trial)}: there is no config.json")
-    splits = ResidentData(data, torch.device("cpu")).splits(config.hold_out, config.seed)
-    reference = Reference(load(directory.checkpoint(trial)), Images(**splits.arrays()), "uint8")
-
-    def certified_on(*providers: str) -> dict[str, Any]:
-        for kept in (file, file.with_suffix(".rejected.onnx")):
-            kept.unlink(missing_ok=True)
-        directory.enter_test_read(trial, "export", len(data.test))
-        try:
-            published: Published = publish(reference, precision, providers=providers)
-        except PrecisionError as error:
-            raise InputError(f"{name} was not exported in {precision}: {error}") from error
-        written = published.write(file)
-        certificate = published.certificate.model_dump(mode="json")
-        return {"file": written.name, "bytes": written.stat().st_size, "certificate": certificate}
-
-    if bench.device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return Measurement(certified_on("cpu") | {"not_on_cuda": "ONNX Runtime has no CUDA here"})
-    try:
-        found = certified_on("cpu", "cuda")
-    except InputError as error:
-        return Measurement(certified_on("cpu") | {"not_on_cuda": str(error)})
-    if not found["certificate"]["passed"]:
-        rejected = {"not_on_cuda": "did not pass", "rejected": found["certificate"]}
-        return Measurement(certified_on("cpu") | rejected)
-    return Measurement(found)
+    file = bench.work / "untrained" / f"{name}-{precision}.onnx"
+    if file.exists():
+        return file
+    config = vary(PRESETS[name], "width", bench.size.settings.get("width", 1.0))
+    half, classes = (0.5,) * config.in_chans, tuple(map(str, range(config.num_classes)))
+    trained = Trained(
+        trial="untrained", model=name, data="none", fingerprint="0123abcd", classes=classes, image_size=(32, 32),
+        mean=half, std=half,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    pixels_BHWC = np.random.default_rng(0).integers(256, size=(32, 32, 32, config.in_chans), dtype=np.uint8)
+    labels_B = np.full(len(pixels_BHWC), -1)  # no class: it is not asked how right the network is
+    images = Images(pixels_BHWC, pixels_BHWC, labels_B, pixels_BHWC, labels_B)
+    checkpoint = Checkpoint(config, trained, build(config).state_dict())
+    write_whole(file, publish(Reference(checkpoint, images, "uint8"), precision).model)
+    return file

@@ -64,6 +64,38 @@ def interval(found: tuple[float, float | None] | None, sign: str = "") -> str:
     return f"{found[0]:{sign}.2f}" + (f" ± {found[1]:.2f}" if found[1] else "")
 
 
+def check_rows(results: Results) -> Rows:
+    """What the check compared and timed, and what failed or was left out, in any piece."""
+    rows: Rows = []
+    for step, value in values(results, "check").items():
+        if "parts" in value:
+            largest = max(part["kernels"] for part in value["parts"].values())
+            rows.append({"check": step, "found": f"right: {largest:.1e} off at most, as shares of the values"})
+        elif "largest" in value:
+            rows.append({"check": step, "found": f"right: losses differ by {value['largest']:.1e} at most"})
+        elif "ms" in value:
+            ways = ", ".join(f"{name}: {ms:.3f} ms" for name, ms in value["ms"].items())
+            rows.append({"check": step, "found": f"{ways} a step"})
+    for piece, found in results.items():
+        rows += [{"check": f"{piece}: {step}", "found": f"failed: {why}"} for step, why in found["failed"].items()]
+        rows += [{"check": f"{piece}: {step}", "found": f"left out: {why}"} for step, why in found["left_out"].items()]
+    return rows
+
+
+def epoch_rows(results: Results) -> Rows:
+    """The second epoch of each reference: the first records graphs."""
+    cells = values(results, "references").get("speed", {"cells": []})["cells"]
+    return [
+        {
+            "network": cell["model"],
+            "images/s": f"{record['images_per_s']:,.0f}",
+            "steps": str(ExecutionPlan(record["kernels"], record["compiled"], record["graphs"])),
+        }
+        for cell in cells
+        for record in cell["records"]
+    ]
+
+
 def peak(results: Results) -> dict[str, float]:
     """The fastest rates of the rounds, empty where they were not measured."""
     rounds = values(results, "peaks").get("peaks", [])
@@ -257,8 +289,7 @@ def from_to(found: dict[str, Any] | None, sign: str = "") -> str:
 
 def exported(results: Results) -> dict[str, dict[str, Any]]:
     """What was exported, with its certificate, by network and precision."""
-    found = values(results, "fast") | values(results, "inference")
-    return {step.removeprefix("export-"): value for step, value in found.items() if step.startswith("export-")}
+    return {step.removeprefix("export-"): value for step, value in values(results, "certificates").items()}
 
 
 def export_rows(results: Results) -> Rows:
@@ -281,14 +312,6 @@ def export_rows(results: Results) -> Rows:
             }
         )
     return rows
-
-
-def export_lines(results: Results) -> list[str]:
-    return [
-        f"- Not certified on CUDA: {what}: {file['not_on_cuda']}."
-        for what, file in exported(results).items()
-        if "not_on_cuda" in file
-    ]
 
 
 def latencies(results: Results) -> list[tuple[str, dict[str, Any]]]:
@@ -356,6 +379,7 @@ def markdown(results: Results, picture: str) -> str:
     peaks: Rows = [{"rate": name, "measured": f"{rate:,.4g}"} for name, rate in top.items()]
     card, references = latest_study(results, "card"), latest_study(results, "references")
     parts: list[tuple[str, Rows, list[str]]] = [
+        ("What works here", check_rows(results), []),
         ("What the device can do (operations and bytes a second)", peaks, []),
         ("Training speed on random images of 32x32 pixels", speed_rows(results), []),
         ("A training step, each way that it can be taken", step_rows(results), [step_line(results)]),
@@ -371,8 +395,9 @@ def markdown(results: Results, picture: str) -> str:
             how_lines(card["cells"]) if card else [],
         ),
         ("What each factor of the card is worth", effect_rows(results), []),
-        ("Exported files", export_rows(results), export_lines(results)),
+        ("Exported files", export_rows(results), []),
         ("Inference", latency_rows(results), missing_lines(results)),
+        ("The speed of the references, each by its own recipe", epoch_rows(results), []),
         (
             f"The references at full length: {results.get('references', {}).get('data', '')}",
             cell_rows(references["cells"], references["reported"]) if references else [],
