@@ -32,6 +32,7 @@ WHEELS = (  # in the versions that are installed here
     "annotated-types",
     "filelock",
     "grandalf",
+    "nvidia-ml-py",
     "pydantic",
     "pydantic-core",
     "timm",
