@@ -6,9 +6,12 @@ from collections.abc import Callable
 import torch
 from pydantic import BaseModel
 
+from model.machine import computes_bfloat16
+
 MEASURE_S = 0.3
 SIZES = {"cuda": 8192}  # of square matrices
 SIZE = 2048
+SMALL = 256
 COPY_BYTES = {"cuda": 2**30}
 SOME_BYTES = 2**27
 
@@ -27,11 +30,12 @@ class Peaks(BaseModel):
 def measure_peaks(device: torch.device, measure_s: float = MEASURE_S, size: int | None = None) -> Peaks:
     """The peaks of `device`, in about three times `measure_s` seconds, of square matrices of that size.
 
-    A CPU without instructions for bfloat16 takes half a minute or more for the large ones of `SIZE`.
+    Those in bfloat16 are small where the device has no instructions for it: one of `SIZE` would take a minute.
     """
-    side = size or SIZES.get(device.type, SIZE)
+    usual = size or SIZES.get(device.type, SIZE)
 
     def flops(dtype: torch.dtype) -> float:
+        side = usual if dtype == torch.float32 or computes_bfloat16(device) else min(usual, SMALL)
         a_NN, b_NN = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out_NN = torch.empty_like(a_NN)
         return 2 * side**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)

@@ -29,6 +29,7 @@ from ablations.training.step import training_step
 from ablations.training.trial import Epoch, Trial
 from model.fast.cuda_graphs import Recorder
 from model.fast.settings import full_fp32, set_for_training, untuned
+from model.machine import computes_bfloat16
 from model.net import ExpertNet
 from model.pixels import normalise
 from model.registry import build
@@ -246,11 +247,7 @@ def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:
 
 def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     """Whether the forward pass runs in bfloat16: as the recipe says, or where the device computes it natively."""
-    if recipe.amp != "auto":
-        return recipe.amp == "on"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return recipe.amp == "on" if recipe.amp != "auto" else computes_bfloat16(device)
 
 
 def seconds(device: torch.device) -> float:
