@@ -36,13 +36,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def done_by_pillow(name: str, x_BHWC: Tensor, value_B: Tensor, fill_C: Tensor, cubic: bool) -> Tensor:
-    """The operation `name` on images of the CPU, as many at a time as PyTorch has threads."""
+    """The operation `name` on images of the CPU, with as many threads as PyTorch has."""
     resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-    fill = tuple(fill_C.tolist())
+    fill, values, together = tuple(fill_C.tolist()), value_B.tolist(), torch.get_num_threads()
+    images = x_BHWC[..., 0].numpy() if x_BHWC.shape[3] == 1 else x_BHWC.numpy()
+    found = np.empty_like(images)
 
-    def done(pixels_HWC: np.ndarray, value: float) -> np.ndarray:
-        image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
-        return np.asarray(FUNCTIONS[name](image, value, resample=resample, fillcolor=fill)).reshape(pixels_HWC.shape)
+    def work(first: int) -> None:
+        for i in range(first, len(images), together):
+            image = Image.fromarray(images[i])
+            found[i] = FUNCTIONS[name](image, values[i], resample=resample, fillcolor=fill)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return torch.from_numpy(np.stack(list(threads.map(done, x_BHWC.numpy(), value_B.tolist()))))
+    with ThreadPoolExecutor(together) as threads:
+        list(threads.map(work, range(together)))  # raises what a thread has raised
+    return torch.from_numpy(found).view_as(x_BHWC)
