@@ -189,9 +189,13 @@ def fast_cells(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def cell_rows(cells: list[dict[str, Any]], reported: dict[str, str] | None = None) -> Rows:
+    """The cells that have records; cells of one network, which have the same ones, are shown once."""
     rows = []
-    for cell in cells:
-        first = cell["records"][0] if cell["records"] else {}
+    different = {tuple(record["trial"] for record in cell["records"]): cell for cell in reversed(cells)}
+    for trials, cell in reversed(different.items()):
+        if not trials:
+            continue
+        first = cell["records"][0]
         # a level that chooses the network says no more than its name
         levels = {name: level for name, level in cell["levels"].items() if name not in ("model", "reference")}
         shown = {name: json.dumps(level).strip('"') for name, level in levels.items()}
@@ -205,7 +209,7 @@ def cell_rows(cells: list[dict[str, Any]], reported: dict[str, str] | None = Non
         if reported:
             row["reported %"] = next((reported[v] for v in cell["levels"].values() if str(v) in reported), "")
         row["training s"] = interval(mean_of(cell, "train_seconds"))
-        row["params"], row["MACs"] = (f"{first[name]:,}" if first else "" for name in ("parameters", "macs"))
+        row["params"], row["MACs"] = (f"{first[name]:,}" for name in ("parameters", "macs"))
         rows.append(row)
     return rows
 

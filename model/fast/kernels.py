@@ -27,7 +27,7 @@ from model.fast.execution import has_kernels
 from model.fast.wide import experts_by_kernel, tracked, wide_conv
 from model.net import ConvNormAct, ExpertBlock, Gate
 
-TILE = 2048  # elements that a program holds of one expert's map
+TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
 MOST_PROGRAMS = 512  # along the pixels, in the pass that gathers statistics
 STATISTICS_COLUMNS = 8  # that a program holds at once of the statistics of all tiles
