@@ -44,7 +44,9 @@ def _read(source: str, place: Path) -> ImageData:
         name: tuple(about[name]) if isinstance(about[name], list) else about[name] for name in ABOUT
     }
     for split in SPLITS:
-        pixels_BHWC, labels_B = (np.load(place / f"{split}-{what}.npy") for what in ("pixels", "labels"))
+        pixels_BHWC, labels_B = (
+            np.load(place / f"{split}-{what}.npy", allow_pickle=False) for what in ("pixels", "labels")
+        )
         fields[split] = Images(pixels_BHWC, labels_B)
     return ImageData(source=source, **fields)
 
