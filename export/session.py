@@ -86,6 +86,8 @@ def open_session(
             model, options, providers=[(ORT_PROVIDERS[provider], dict(chosen))], enable_fallback=0
         )
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # of a message with a name of the file that is not UTF-8
+        if provider != "cpu" and not torch.cuda.is_available():
+            raise InputError(f"provider {provider!r} does not start here: there is no CUDA device") from None
         reason = str(error).splitlines()[0]
         raise InputError(f"{name}: ONNX Runtime does not load it: {reason}") from None
     if session.get_providers()[0] != ORT_PROVIDERS[provider]:

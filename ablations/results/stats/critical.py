@@ -29,7 +29,7 @@ class JointT:
 
     exactly. What is left is the mean over directions. They are a fixed lattice (the square roots of primes, folded:
     Richtmyer's, as in Genz & Bretz, Computation of Multivariate Normal and t Probabilities, 2009), so the same question
-    always has the same answer. The constants are within 0.3% of Dunnett's for 2 to 199 contrasts (by its tests).
+    always has the same answer on one processor. The constants are within 0.5% of Dunnett's for 2 to 199 contrasts (by its tests).
     Raises ValueError for what is not a correlation matrix.
     """
 

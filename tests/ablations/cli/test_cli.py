@@ -463,7 +463,7 @@ def test_lists(expertgrid):
         (["bench", "broken.safetensors", "--batch", "1,x"], "--batch '1,x': whole numbers from 1 to 65536"),
         (["bench", "broken.safetensors", "--batch", "0"], "--batch '0': whole numbers from 1 to 65536"),
         (["bench", "broken.safetensors", "--json", "model.onnx"], "--json model.onnx: the name of a .json file"),
-        (["bench", "broken.safetensors", "--engine", "ort"], "unknown engine 'ort'. Accepted: onnxruntime, eager"),
+        (["bench", "broken.safetensors", "--engine", "ort"], "unknown engine 'ort'. Accepted: own, onnxruntime, eager"),
         (
             ["bench", "broken.safetensors", "--fail-if-slower", "5"],
             "--fail-if-slower: a second file or --baseline FILE.json",
