@@ -29,8 +29,8 @@ class JointT:
 
     exactly. What is left is the mean over directions. They are a fixed lattice (the square roots of primes, folded:
     Richtmyer's, as in Genz & Bretz, Computation of Multivariate Normal and t Probabilities, 2009), so the same question
-    always has the same answer on one processor. The constants are within 0.5% of Dunnett's for 2 to 199 contrasts (by its tests).
-    Raises ValueError for what is not a correlation matrix.
+    always has the same answer on one processor. The constants are within 0.5% of Dunnett's for 2 to 199 contrasts (by
+    its tests). Raises ValueError for what is not a correlation matrix.
     """
 
     def __init__(self, correlation_QQ: np.ndarray) -> None:
