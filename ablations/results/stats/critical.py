@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from scipy.special import chdtrc, fdtrc, ndtri, stdtrit
 
-DIRECTIONS = 8192
+DIRECTIONS = 24576
 NEIGHBOURS = 32
 LEVEL = 0.95
 
@@ -29,8 +29,8 @@ class JointT:
 
     exactly. What is left is the mean over directions. They are a fixed lattice (the square roots of primes, folded:
     Richtmyer's, as in Genz & Bretz, Computation of Multivariate Normal and t Probabilities, 2009), so the same question
-    always has the same answer on one processor. The constants are within 0.5% of Dunnett's for 2 to 199 contrasts (by
-    its tests). Raises ValueError for what is not a correlation matrix.
+    always has the same answer. The constants are within 0.3% of Dunnett's for 2 to 199 contrasts (by its tests).
+    Raises ValueError for what is not a correlation matrix.
     """
 
     def __init__(self, correlation_QQ: np.ndarray) -> None:
@@ -44,12 +44,21 @@ class JointT:
 
     @cached_property
     def root_QR(self) -> np.ndarray:
-        """A root of the correlation: estimates are independent normal values (R,) times it, the largest share first."""
-        values_Q, vectors_QQ = np.linalg.eigh(self.correlation_QQ)
+        """A root of the correlation: estimates are independent normal values (R,) times it.
+
+        It is Cholesky's, which takes the contrast with the most variance left, the first of equals. Eigenvectors would
+        be others on each kind of processor, as equal eigenvalues leave them free, and so would the constants.
+        """
+        values_Q = np.linalg.eigvalsh(self.correlation_QQ)
         if values_Q[0] < -1e-6 * values_Q[-1]:
             raise ValueError("a correlation matrix has no negative eigenvalue")
-        kept_Q = values_Q > 1e-9 * values_Q[-1]
-        return (vectors_QQ[:, kept_Q] * np.sqrt(values_Q[kept_Q]))[:, ::-1]
+        columns: list[np.ndarray] = []
+        left_QQ = self.correlation_QQ.copy()
+        while (variance_Q := np.diag(left_QQ).round(9)).max() > 0:
+            most = int(variance_Q.argmax())
+            columns.append(left_QQ[:, most] / np.sqrt(left_QQ[most, most]))
+            left_QQ -= np.outer(columns[-1], columns[-1])
+        return np.stack(columns, axis=1)
 
     @cached_property
     def _largest(self) -> tuple[np.ndarray, int]:
