@@ -257,13 +257,13 @@ def _alike(record: LatencyRecord, other: LatencyRecord) -> list[Latency | None]:
     return [there.get((found.engine, found.batch)) for found in record.latencies]
 
 
-def rows(records: Sequence[LatencyRecord]) -> list[dict[str, object]]:
-    """The records as the rows of a table.
+def rows(records: Sequence[LatencyRecord], compared: Sequence[Comparison]) -> list[dict[str, object]]:
+    """The records as the rows of a table, with what `with_first` found of them.
 
     Each engine's speed is given relative to PyTorch eager on the same file and batch size and, where there are several
     files, to the same engine on the first of them.
     """
-    first = {(one.file, one.engine, one.batch): one for one in with_first(records)}
+    first = {(one.file, one.engine, one.batch): one for one in compared}
     shown: list[dict[str, object]] = []
     for record in records:
         eager = {found.batch: found for found in record.latencies if found.engine in EAGER}

@@ -5,6 +5,7 @@ machine's speed changes while it works. So each candidate is opened several time
 short blocks in a random order, and neighbouring blocks are compared.
 """
 
+import itertools
 import math
 import random
 import time
@@ -98,7 +99,7 @@ def take_turns(
             times[key].steady &= steady or opening > 0
         block_s = max(BLOCK_S, *call_s.values())
         measured = dict.fromkeys(calls, 0.0)
-        for done in range(1 << 30):
+        for done in itertools.count():
             if done >= LEAST_BLOCKS and min(measured.values()) >= measure_s / openings:
                 break
             for key in _shuffled(calls, order):

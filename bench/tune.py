@@ -1,9 +1,11 @@
-"""Which file serves a network fastest here: rewrites, precisions and engines are timed in turns; the fastest that is
-certified is taken."""
+"""Which file serves a network fastest here.
+
+Rewrites, precisions and engines are timed in turns, and the fastest file that is certified is taken.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from export.certificate import Tried
 from export.metadata import Precision
 from export.openvino import check_openvino
 from export.precision import PrecisionError
-from export.publish import REWRITE_SETS, Published, Reference, publish, rewritten
+from export.publish import REWRITE_SETS, Made, Published, Reference, certified, rewritten
 from export.session import open_any, run
 from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError
@@ -51,13 +53,13 @@ def tune(
     models, left_out = _models(reference, provider, outputs)
     images = reference.as_input(_some(reference.images.validation, batch))
     candidates: dict[Way, Callable[[], Call]] = {}
-    for way, model in models.items():
+    for way, made in models.items():
         try:
-            _open(model, way, images)
+            _open(made.model, way, images)
         except InputError as error:
             left_out[way] = str(error)
         else:
-            candidates[way] = partial(_open, model, way, images)
+            candidates[way] = partial(_open, made.model, way, images)
     if not candidates:
         raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")
     times = take_turns(candidates, measure_s, OPENINGS)
@@ -68,33 +70,28 @@ def tune(
         ]
         tried[place] = tried[place].model_copy(update={"outcome": "chosen"})
         before_each_certificate()
-        published = publish(
-            reference, way.precision, REWRITE_SETS[way.rewrites], outputs, [way.provider], way.provider, tried
-        )
+        published = certified(models[way], reference, way.precision, [way.provider], way.provider, tried)
         if published.certificate.passed:
             return published
         left_out[way] = f"not certified: {published.certificate}"
     raise InputError(f"--tune: no file is certified; the fastest: {left_out[ranked[0]]}")
 
 
-def _models(reference: Reference, provider: str, outputs: Collection[str]) -> tuple[dict[Way, bytes], dict[Way, str]]:
+def _models(reference: Reference, provider: str, outputs: Collection[str]) -> tuple[dict[Way, Made], dict[Way, str]]:
     """The different models of all ways, and the ways that are not possible here, with the reason."""
-    models: dict[Way, bytes] = {}
+    models: dict[Way, Made] = {}
     left_out: dict[Way, str] = {}
-    made: dict[tuple[str, Precision], bytes] = {}
+    once = cache(lambda name, precision: rewritten(reference, precision, REWRITE_SETS[name], outputs))
     for engine, precision in ENGINES[provider]:
         try:
             if engine == "openvino":
                 check_openvino()
             seen: set[bytes] = set()
             for name in ("folded",) if precision == "int8" else REWRITE_SETS:
-                graph = "fp32" if precision == "bf16" else precision
-                if (name, graph) not in made:
-                    made[name, graph], _ = rewritten(reference, graph, REWRITE_SETS[name], outputs)
-                model = made[name, graph]
-                if model not in seen:  # for many networks a rewrite changes nothing
-                    models[Way(name, precision, engine)] = model
-                    seen.add(model)
+                made = once(name, "fp32" if precision == "bf16" else precision)
+                if made.model not in seen:  # for many networks a rewrite changes nothing
+                    models[Way(name, precision, engine)] = made
+                    seen.add(made.model)
         except (InputError, PrecisionError) as error:
             left_out[Way("folded", precision, engine)] = str(error)
     return models, left_out

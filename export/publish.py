@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,6 +70,13 @@ class Reference:
         return test, pytorch_logits(self.net, test)
 
 
+class Made(NamedTuple):
+    """A model before it is certified."""
+
+    model: bytes
+    kept_in_float: list[str]  # nodes of a model of lower precision
+
+
 @dataclass(frozen=True)
 class Published:
     """An exported file, and how it compares with PyTorch."""
@@ -95,17 +103,25 @@ def publish(
     outputs: Collection[str] = (LOGITS,),
     providers: Sequence[str] = ("cpu",),
     runs_on: str = "cpu",
-    tuning: Sequence[Tried] = (),
 ) -> Published:
     """The ONNX model of a network with its certificate, in memory.
 
-    It is certified on all `providers`. The file names `runs_on` as the one to run it, and the certificate has `tuning`.
-
-    What stays in float in a model of lower precision is decided on the validation images, so that the test images judge
-    a model that they did not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice
-    of layers holds the bound.
+    It is certified on all `providers`, and the file names `runs_on` as the one to run it. What stays in float in a
+    model of lower precision is decided on the validation images, so that the test images judge a model that they did
+    not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice of layers holds the bound.
     """
-    model, kept = rewritten(reference, precision, rewrites, outputs)
+    return certified(rewritten(reference, precision, rewrites, outputs), reference, precision, providers, runs_on)
+
+
+def certified(
+    made: Made,
+    reference: Reference,
+    precision: Precision,
+    providers: Sequence[str],
+    runs_on: str,
+    tuning: Sequence[Tried] = (),
+) -> Published:
+    """What `rewritten` made, with metadata and certificate, which has `tuning`. Raises InputError for a provider."""
     metadata = Metadata(
         input=reference.kind,
         config=reference.checkpoint.config,
@@ -114,27 +130,27 @@ def publish(
         provider=runs_on,
         pruned=reference.pruned,
     )
-    model = with_entries(model, metadata.entries())
+    model = with_entries(made.model, metadata.entries())
     test, pytorch_BN = reference.test
     labels_B = reference.images.test_labels
     certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN=pytorch_BN)
     certificate = certificate.model_copy(update={"tuning": list(tuning)})
     digest = hashlib.sha256(certificate.to_bytes()).hexdigest()
-    return Published(with_entries(model, {CERTIFICATE: digest}), certificate, kept)
+    return Published(with_entries(model, {CERTIFICATE: digest}), certificate, made.kept_in_float)
 
 
 def rewritten(
     reference: Reference, precision: Precision, rewrites: Collection[str], outputs: Collection[str] = (LOGITS,)
-) -> tuple[bytes, list[str]]:
-    """The model of a network in a precision, without metadata of expertgrid's, and the nodes that stay in float.
+) -> Made:
+    """The model of a network in a precision.
 
     Raises InputError and PrecisionError as `publish`.
     """
     chosen = [name for name in REWRITES if name in rewrites and (precision != "int8" or name not in NOT_IN_INT8)]
     model = to_onnx(reference.checkpoint, reference.kind, chosen, outputs)
     if precision in ("fp32", "bf16"):
-        return model, []
-    return _lowered(model, reference, precision)
+        return Made(model, [])
+    return Made(*_lowered(model, reference, precision))
 
 
 def _lowered(model: bytes, reference: Reference, precision: Reduced) -> tuple[bytes, list[str]]:

@@ -57,9 +57,10 @@ def bench(
         if json is not None:
             write_out("--json", json, content)
     found = with_first(records)
+    table = rows(records, found)
     if baseline:
         found += with_baseline(records[0], baseline, str(against.baseline))
-    print(render(rows(records), format, notes(records)))
+    print(render(table, format, notes(records)))
     if format == "text" and found:
         print("\n" + "\n".join(map(str, found)), flush=True)
     if against.fail_if_slower is None:

@@ -45,7 +45,7 @@ from bench.latency import (
     with_first,
 )
 from bench.peaks import Peaks, measure_peaks
-from bench.timing import Block, Times, take_turns, timed
+from bench.timing import Block, Times, compare, take_turns, timed
 from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint, Trained
@@ -131,7 +131,7 @@ def test_record_of_a_file(file):
     assert [(found.engine, found.batch) for found in record.latencies] == [
         (engine, batch) for batch in (1, 3) for engine in ("onnxruntime cpu", "pytorch eager cpu")
     ]
-    for found, row in zip(record.latencies, rows([record]), strict=True):
+    for found, row in zip(record.latencies, rows([record], []), strict=True):
         low, high = found.intervals_ms["p50"]
         assert 0 < low <= found.p50_ms <= high
         assert len(found.calls_ms) == found.calls == sum(calls for _, calls in found.blocks) >= 28
@@ -139,7 +139,7 @@ def test_record_of_a_file(file):
         eager = next(e for e in record.latencies if e.batch == found.batch and e.engine == "pytorch eager cpu")
         assert (row["x eager"] is None) == (found is eager)
         if found is not eager:
-            assert row["x eager"].value == pytest.approx(eager.p50_ms / found.p50_ms, rel=0.5)
+            assert row["x eager"] == compare(eager.times, found.times)
     assert record.machine["cores"] == len(os.sched_getaffinity(0))
     assert 0 <= record.host.others_share <= 1
     assert notes([record])[0].startswith(record.device)
@@ -149,7 +149,7 @@ def test_several_files_are_measured_in_one_run_and_compared_with_the_first(file,
     other = identity(tmp_path / "other.onnx", TensorProto.FLOAT, ["n", 3, 4])
     records = measure([file, other], batches=(1, 3), measure_s=0.01)
     assert [(record.file, record.trial) for record in records] == [(file.name, "abc"), ("other.onnx", "")]
-    shown = rows(records)
+    shown = rows(records, with_first(records))
     assert [(row["x first"], row["verdict"]) for row in shown[:4]] == [(None, None)] * 4
     assert [row["verdict"] for row in shown[4:]] == ["faster"] * 2
     assert [str(one) for one in with_first(records)] == [
@@ -157,7 +157,7 @@ def test_several_files_are_measured_in_one_run_and_compared_with_the_first(file,
         f"fast ({row['x first'].low:.3g} to {row['x first'].high:.3g})"
         for batch, row in zip((1, 3), shown[4:])
     ]
-    assert "x first" not in rows(records[:1])[0]
+    assert "x first" not in rows(records[:1], [])[0]
     with pytest.raises(InputError, match="earlier: has none of the engines and batch sizes"):
         with_baseline(records[0], records[1].model_copy(update={"latencies": []}), "earlier")
 
@@ -229,7 +229,7 @@ def test_a_file_of_other_origin_is_measured_alone(tmp_path):
     path = identity(tmp_path / "other.onnx", TensorProto.FLOAT, ["n", 3, 4])
     (record,) = measure([path], batches=(2,), measure_s=0.01)
     assert [found.engine for found in record.latencies] == ["onnxruntime cpu"]
-    assert rows([record])[0]["x eager"] is None
+    assert rows([record], [])[0]["x eager"] is None
     assert record.trial == ""
 
 

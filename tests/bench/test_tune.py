@@ -14,7 +14,7 @@ from bench.tune import Way, rows, tune
 from export.certificate import BOUNDS, Bound
 from export.metadata import entries_of, read_metadata
 from export.predict import predict
-from export.publish import Images, Reference
+from export.publish import Images, Made, Reference
 from export.to_onnx import LOGITS
 from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
@@ -39,7 +39,7 @@ def reference() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def models(reference) -> tuple[dict[Way, bytes], dict[Way, str]]:
+def models(reference) -> tuple[dict[Way, Made], dict[Way, str]]:
     return tuning._models(reference, "cpu", (LOGITS,))
 
 
@@ -112,7 +112,7 @@ def test_an_engine_that_is_not_here_is_named(reference, monkeypatch):
         raise InputError("provider 'openvino': is not installed")
 
     monkeypatch.setattr(tuning, "check_openvino", none)
-    monkeypatch.setattr(tuning, "rewritten", lambda *given: (b"", []))
+    monkeypatch.setattr(tuning, "rewritten", lambda *given: Made(b"", []))
     models, left_out = tuning._models(reference, "cpu", (LOGITS,))
     assert {way.provider for way in models} == {"cpu"}
     assert {(way.provider, reason) for way, reason in left_out.items()} == {
