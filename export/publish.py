@@ -108,7 +108,8 @@ def publish(
 
     It is certified on all `providers`, and the file names `runs_on` as the one to run it. What stays in float in a
     model of lower precision is decided on the validation images, so that the test images judge a model that they did
-    not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice of layers holds the bound.
+    not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice of layers holds the
+    bound.
     """
     return certified(rewritten(reference, precision, rewrites, outputs), reference, precision, providers, runs_on)
 

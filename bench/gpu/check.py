@@ -12,7 +12,7 @@ import re
 import statistics
 import tomllib
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from model.config import Block, Conv, GateConfig, ModelConfig
 from model.errors import InputError
 from model.fast import execution
 from model.fast.execution import LABELS, ExecutionPlan
+from model.fast.settings import full_fp32, set_for_training
 from model.net import ExpertNet
 from model.presets import PRESETS
 from model.registry import build
@@ -141,23 +142,12 @@ def versions(bench: Bench) -> Measurement:
     return Measurement({"lacking": lacking})
 
 
-@contextmanager
-def convolutions_in(precision: str) -> Generator[None]:
-    """Within, float32 convolutions on CUDA are in "tf32" or "ieee"."""
-    conv = torch.backends.cudnn.conv  # ty: ignore[missing-attribute]  # PyTorch sets it when it loads the module
-    before = conv.fp32_precision
-    conv.fp32_precision = precision
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
-
-
 def kernels_agree(bench: Bench, precision: str) -> Measurement:
     """The largest error of each part with its kernels and without, as shares of the values. Raises InputError."""
     from model.fast.kernels import fuse  # Triton is not everywhere
 
     found, wrong = {}, []
+    set_for_training()
     side, batch, width = (bench.size.check[name] for name in ("size", "batch", "width"))
     for name, part in PARTS.items():
         torch.manual_seed(0)
@@ -167,7 +157,7 @@ def kernels_agree(bench: Bench, precision: str) -> Measurement:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         fused = copy.deepcopy(net)
         fuse(fused)
-        with convolutions_in("tf32" if precision == "tf32" else "ieee"):
+        with nullcontext() if precision == "tf32" else full_fp32():
             kernels, plain = (_trained(one, x_BCHW, precision == "bf16") for one in (fused, copy.deepcopy(net)))
         exact = _trained(net.double(), x_BCHW.double(), False)
         errors = {what: tuple(_share(one[what], exact[what]) for one in (kernels, plain)) for what in exact}
