@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from export.certificate import BOUNDS, Certificate, Tried
-from export.compare import PYTORCH_BATCH, certify, onnx_logits, pytorch_logits
+from export.compare import BATCH, certify, onnx_logits, pytorch_logits
 from export.fuse import REWRITES
 from export.metadata import CERTIFICATE, Input, Metadata, Precision, with_entries
 from export.precision import Reduced, lowered
@@ -160,7 +160,7 @@ def _lowered(model: bytes, reference: Reference, precision: Reduced) -> tuple[by
     wanted = (pytorch_BN.argmax(1) == labels_B).mean()
 
     def holds(candidate: bytes) -> bool:
-        logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), validation, PYTORCH_BATCH)
+        logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), validation, BATCH)
         accuracy = (logits_BN.argmax(1) == labels_B).mean()
         return bool(np.isfinite(logits_BN).all() and wanted - accuracy <= BOUNDS[precision].accuracy_loss)
 

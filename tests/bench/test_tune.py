@@ -101,7 +101,7 @@ def test_a_file_that_misses_its_bound_is_not_taken(reference, made, monkeypatch)
     published = tune(reference)
     first, second = published.certificate.tuning[:2]
     assert (first.precision, first.outcome[:13], second.outcome) == ("int8", "not certified", "chosen")
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "int8", "bf16"):
         monkeypatch.setitem(BOUNDS, precision, Bound(logit_difference=-1.0, argmax_flips=None, accuracy_loss=1.0))
     with pytest.raises(InputError, match="--tune: no file is certified; the fastest: not certified: int8 DOES NOT"):
         tune(reference)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from small_networks import weights, with_weights
 
+from export import compare
 from export.certificate import BOUNDS, Agreement, Certificate
-from export.compare import BATCHES, certify
+from export.compare import certify
 from export.metadata import Metadata, entries_of, read_metadata
 from export.session import open_session
 from export.to_onnx import example, served, to_onnx
@@ -78,9 +79,10 @@ def labels(count: int) -> np.ndarray:
 def test_onnx_runtime_agrees_at_each_batch_size(checkpoint, kind, model):
     certificate = certify(model, served(checkpoint, kind), example(checkpoint, kind, 150).numpy(), labels(150))
     assert certificate.passed
-    assert [agreement.batch for agreement in certificate.agreements] == list(BATCHES) == [1, 2, 7, 64]
+    assert [agreement.batch for agreement in certificate.agreements] == [64, 1, 2, 7]
+    assert {agreement.images for agreement in certificate.agreements} == {150}
     assert max(agreement.largest_difference for agreement in certificate.agreements) < 1e-5
-    assert "fp32 agrees with PyTorch on 150 test images at batch sizes 1, 2, 7, 64 (cpu)" in str(certificate)
+    assert "fp32 agrees with PyTorch on 150 test images at batch sizes 64, 1, 2, 7, on cpu" in str(certificate)
 
 
 def test_the_reference_implementation_of_onnx_agrees(checkpoint, kind, model):
@@ -135,7 +137,10 @@ def test_metadata(kind, model):
         ({"expertgrid.input": "uint4"}, "other.onnx: metadata expertgrid.input: found 'uint4'; accepted: uint8, float"),
         ({"mean": "[0.5"}, "other.onnx: metadata mean: not JSON"),
         ({"image_size": "[8]"}, "other.onnx: metadata.image_size.1: field required"),
-        ({"expertgrid.precision": "fp4"}, "other.onnx: metadata.precision: input should be 'fp32', 'fp16' or 'int8'"),
+        (
+            {"expertgrid.precision": "fp4"},
+            "other.onnx: metadata.precision: input should be 'fp32', 'fp16', 'int8' or 'bf16'",
+        ),
     ],
 )
 def test_metadata_that_is_not_ours_or_damaged(model, entries, message):
@@ -187,15 +192,20 @@ def test_the_first_layer_that_diverges_is_named(checkpoint, kind, model):
 
 
 def test_lower_precision_may_lose_half_a_point():
-    def agreement(accuracy: float, difference: float = 3.0) -> Agreement:
-        counts = {"argmax_flips": [1, 2], "accuracy": accuracy, "mcnemar_p": 1.0}
-        return Agreement(provider="cpu", batch=1, largest_difference=difference, mean_difference=0.1, **counts)
+    def held(precision: str, pytorch: float, difference: float = 3.0, sampled: bool = False, p: float = 1.0) -> bool:
+        counts = {"batch": 1, "images": 1000, "argmax_flips": [1, 2], "mean_difference": 0.1, "mcnemar_p": p}
+        accuracies = {"accuracy": 0.9, "pytorch_accuracy": pytorch, "largest_difference": difference}
+        return Agreement(provider="cpu", sampled=sampled, **counts, **accuracies).within(BOUNDS[precision])
 
     for precision in ("fp16", "int8"):
-        assert agreement(0.9).within(BOUNDS[precision], 0.904)
-        assert not agreement(0.9).within(BOUNDS[precision], 0.906)
-        assert not agreement(0.9, np.inf).within(BOUNDS[precision], 0.9)
-    assert not agreement(0.9).within(BOUNDS["fp32"], 0.9)
+        assert held(precision, 0.904)
+        assert not held(precision, 0.906)
+        assert not held(precision, 0.9, np.inf)
+        assert held(precision, 0.906, sampled=True, p=0.2)  # six images of 1,000, by chance
+        assert not held(precision, 0.95, sampled=True, p=1e-6)
+        assert not held(precision, 0.9, np.inf, sampled=True)
+    assert not held("fp32", 0.9)
+    assert not held("fp32", 0.9, sampled=True)
 
 
 def test_flips_are_counted_by_image(checkpoint, models):
@@ -203,9 +213,26 @@ def test_flips_are_counted_by_image(checkpoint, models):
     images = example(checkpoint, "uint8", 9)
     model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    certificate = certify(model, net, images.numpy(), labels(9), batches=(4,))
-    assert certificate.agreements[0].argmax_flips == expected
+    certificate = certify(model, net, images.numpy(), labels(9))
+    assert all(agreement.argmax_flips == expected for agreement in certificate.agreements)
     assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
+
+
+def test_other_batch_sizes_run_on_a_sample(checkpoint, models, monkeypatch):
+    """Flips have the numbers of the images in the whole test split."""
+    monkeypatch.setattr(compare, "SAMPLE", 10)
+    net = served(checkpoint, "uint8")
+    images = example(checkpoint, "uint8", 35)
+    model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
+    whole, *sampled = certify(model, net, images.numpy(), labels(35)).agreements
+    expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
+    assert (whole.images, whole.sampled, whole.argmax_flips) == (35, False, expected)
+    assert [found.batch for found in sampled] == [1, 2, 7]
+    for found in sampled:
+        assert (found.images, found.sampled) == (12, True)
+        assert found.argmax_flips == [image for image in expected if image % 3 == 0]
+    text = str(certify(models["uint8"], net, images.numpy(), labels(35)))
+    assert "35 test images at batch size 64 (and on 12 of them at 1, 2, 7), on cpu" in text
 
 
 def test_providers_that_are_not_there(model):

@@ -14,7 +14,7 @@ from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.splits import Splits
 from export.certificate import BOUNDS, certificate_problem
-from export.compare import PYTORCH_BATCH
+from export.compare import BATCH
 from export.fuse import REWRITES
 from export.metadata import entries_of, with_entries
 from export.prune import pruned
@@ -123,7 +123,7 @@ def test_an_expert_that_one_image_needs_stays(checkpoint, images):
     with torch.inference_mode(), recorded_gates(net) as recorded:
         net(torch.from_numpy(as_input(images.validation, checkpoint, "float")))
     gates = {block: gate_BK for block, (gate_BK,) in recorded.items()}
-    last = len(images.validation) % PYTORCH_BATCH
+    last = len(images.validation) % BATCH
     gap, block, expert, threshold = max(
         (gate_BK[:, k].max() - gate_BK[-last:, k].max(), block, k, (gate_BK[:, k].max() + gate_BK[-last:, k].max()) / 2)
         for block, gate_BK in gates.items()
