@@ -5,7 +5,6 @@ another and sends the engine's events. Where it dies, or a trial takes too long,
 process goes on with the next one. It dies with its parent.
 """
 
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 JOB_BYTES = 3 * 2**30  # of memory for each process that trains: PyTorch, the images and a small network
 MOST_JOBS = 8  # that "auto" takes; more was not measured
 LOOK_EVERY_S = 0.1  # for a signal and for the time limit
+PARENT_LOOK_S = 0.5  # after a parent that ended
 LAST_WORDS_S = 2.0  # that a process gets to write where it hangs, and to end after its last message
 
 
@@ -378,9 +378,14 @@ def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) ->
 
 
 def die_with(parent: int) -> None:
-    """Has Linux kill this process when its parent ends. Elsewhere it ends with its next message."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)  # it had ended before
+    """Ends this process within a second after its parent.
+
+    Linux's own signal for it comes with the end of the thread that started the process, and not with the parent's.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_LOOK_S)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

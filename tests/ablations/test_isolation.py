@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
@@ -140,6 +140,28 @@ def test_a_process_without_a_parent_ends(study):
     while _processes_of(process.pid):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_process_outlives_the_thread_that_started_it(digits, tmp_path):
+    """As those of several jobs do, which are started again in the thread where one crashed."""
+    directory = StudyDirectory(tmp_path)
+    trials = Study(name="test", question="?", seeds=2, set={"recipe.epochs": 1}).cells(digits)[0].trials
+    setup, found = Setup(digits, "cpu", tmp_path, list, EAGER), []
+
+    def train() -> None:
+        found.append(Trainer())
+        list(found[0].run(trials[:1], setup, directory, Event()))
+
+    thread = Thread(target=train)
+    thread.start()
+    thread.join()
+    (trainer,) = found
+    first = trainer.process.pid
+    try:
+        assert isinstance(list(trainer.run(trials[1:], setup, directory, Event()))[-1], TrialDone)
+        assert trainer.process.pid == first
+    finally:
+        trainer.end()
 
 
 def _processes_of(session: int) -> list[int]:
