@@ -1,10 +1,16 @@
-"""What a device can do at most, measured: its rate of matrix products, and of copying memory."""
+"""What a device can do at most, measured: matrix products, a network's own convolutions, and copies of memory."""
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.machine import computes_bfloat16
 
@@ -14,6 +20,7 @@ SIZE = 2048
 SMALL = 256
 COPY_BYTES = {"cuda": 2**30}
 SOME_BYTES = 2**27
+LARGEST = 4  # convolutions of a network that are timed
 
 
 class Peaks(BaseModel):
@@ -26,25 +33,85 @@ class Peaks(BaseModel):
     fp32_flops: float
     copy_bytes_per_s: float
 
+    def best(self, other: "Peaks") -> "Peaks":
+        """The better rates of two measurements."""
+        return Peaks(**{name: max(rate, getattr(other, name)) for name, rate in self})
 
-def measure_peaks(device: torch.device, measure_s: float = MEASURE_S, size: int | None = None) -> Peaks:
-    """The peaks of `device`, in about three times `measure_s` seconds, of square matrices of that size.
 
-    Those in bfloat16 are small where the device has no instructions for it: one of `SIZE` would take a minute.
+class Convolution(NamedTuple):
+    """A convolution's shapes: its input's (B, C, H, W), its weight's (F, C / groups, k, k), and what it computes."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int
+    operations: int  # of one call
+
+
+class _Convolutions(TorchDispatchMode):
+    """Within, notes all convolutions that PyTorch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[Convolution] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            x_BCHW, weight_FCkk, _, stride, padding, _, _, _, groups = args
+            operations = 2 * out.numel() * weight_FCkk[0].numel()
+            shapes = tuple(x_BCHW.shape), tuple(weight_FCkk.shape)
+            self.found.add(Convolution(*shapes, tuple(stride), tuple(padding), groups, operations))
+        return out
+
+
+@torch.no_grad()
+def largest_convolutions(net: nn.Module, shape: tuple[int, ...]) -> list[Convolution]:
+    """The LARGEST convolutions of a network on a batch of this shape (B, C, H, W), without computing them."""
+    with _Convolutions() as noted:
+        copy.deepcopy(net).to("meta")(torch.empty(shape, device="meta"))
+    return sorted(noted.found, key=lambda found: found.operations)[-LARGEST:]
+
+
+def measure_peaks(
+    device: torch.device,
+    measure_s: float = MEASURE_S,
+    size: int | None = None,
+    convolutions: Collection[Convolution] = (),
+) -> Peaks:
+    """The peaks of `device`: the best of square matrices of that size and of `convolutions`.
+
+    Takes about `measure_s` seconds for each of them in each type. Matrices in bfloat16 are small where the device has
+    no instructions for it: one of `SIZE` would take a minute. Convolutions are left out there.
     """
     usual = size or SIZES.get(device.type, SIZE)
 
     def flops(dtype: torch.dtype) -> float:
-        side = usual if dtype == torch.float32 or computes_bfloat16(device) else min(usual, SMALL)
+        slow = dtype == torch.bfloat16 and not computes_bfloat16(device)
+        side = min(usual, SMALL) if slow else usual
         a_NN, b_NN = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out_NN = torch.empty_like(a_NN)
-        return 2 * side**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
+        matrices = 2 * side**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
+        return max([matrices, *(_rate(found, device, dtype, measure_s) for found in convolutions if not slow)])
 
     size_bytes = COPY_BYTES.get(device.type, SOME_BYTES)
     source = torch.randint(256, (size_bytes,), dtype=torch.uint8, device=device)  # a GPU may compress zeros
     target = torch.zeros_like(source)
     copied = 2 * len(source) / fastest(lambda: target.copy_(source), device, measure_s)
     return Peaks(bf16_flops=flops(torch.bfloat16), fp32_flops=flops(torch.float32), copy_bytes_per_s=copied)
+
+
+@torch.no_grad()
+def _rate(found: Convolution, device: torch.device, dtype: torch.dtype, measure_s: float) -> float:
+    """Operations a second of a convolution, with its channels last."""
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+
+    x_BCHW, weight_FCkk = random(found.x), random(found.weight)
+    conv = partial(F.conv2d, x_BCHW, weight_FCkk, None, found.stride, found.padding, groups=found.groups)
+    return found.operations / fastest(conv, device, measure_s)
 
 
 def fastest(run: Callable[[], object], device: torch.device, measure_s: float) -> float:

@@ -27,7 +27,7 @@ from ablations.training.splits import Splits
 from ablations.training.step import training_step
 from ablations.training.trial import Trial
 from bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
-from bench.peaks import Peaks, measure_peaks, synchronise
+from bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
 from model.cost import cost
 from model.errors import InputError
 from model.fast.execution import ExecutionOptions, ExecutionPlan
@@ -65,7 +65,7 @@ class TrainingSpeed(BaseModel):
     macs: int  # multiply-accumulates of one image's forward pass
     peaks: Peaks
     device_peak_flops: float  # of the peaks, that of the type that the loop computes in
-    peak_share: float  # the share of it that the loop uses; a step is the work of three forward passes
+    peak_share: float | None  # that the loop uses; a step is the work of three forward passes. None: above 1, so false
     baseline_workers: int
     loop_s: list[float]
     bare_s: list[float]
@@ -78,6 +78,7 @@ class TrainingSpeed(BaseModel):
         rate, bare_rate, baseline_rate = (images / statistics.median(times) for times in (loop_s, bare_s, baseline_s))
         peaks = known["peaks"]
         peak = peaks.bf16_flops if known["bfloat16"] else peaks.fp32_flops
+        share = 3 * 2 * known["macs"] * rate / peak
         return cls(
             **known,
             images_per_s=rate,
@@ -86,7 +87,7 @@ class TrainingSpeed(BaseModel):
             ratio=statistics.median(baseline / loop for baseline, loop in zip(baseline_s, loop_s)),
             overhead_percent=100 * (statistics.median(loop / bare for loop, bare in zip(loop_s, bare_s)) - 1),
             device_peak_flops=peak,
-            peak_share=3 * 2 * known["macs"] * rate / peak,
+            peak_share=share if share <= 1 else None,
             rounds=len(loop_s),
             loop_s=loop_s,
             bare_s=bare_s,
@@ -108,8 +109,8 @@ def measure_training(
 
     `steps` is 2, or 100 on CUDA, where it is None. What `execution` leaves to expertgrid is chosen as for a whole
     training on 45,000 images; what does not work is left out, and `notice` is told. The peaks are of `matrices` of that
-    size. Raises InputError for a preset that does not exist or does not take the images, and for what was asked for and
-    does not work.
+    size and of the network's convolutions, before and after the rounds. Raises InputError for a preset that does not
+    exist or does not take the images, and for what was asked for and does not work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
@@ -125,6 +126,11 @@ def measure_training(
     check_fit(preset, config, images.channels, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     training, bare = start(trial, splits), start(trial, splits)
+    shape = batch, images.channels, *images.image_size
+    peaks_now = partial(
+        measure_peaks, device, size=matrices, convolutions=largest_convolutions(training.net.train(), shape)
+    )
+    peaks = peaks_now()
     try:
         prepared, _ = (prepare(trial, splits, made, execution, whole) for made in (training, bare))
     except TrainingError as error:
@@ -148,7 +154,7 @@ def measure_training(
         batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.means.kernels,
         compiled=prepared.means.compile, graphs=training.recorded, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1],
-        peaks=measure_peaks(device, size=matrices), baseline_workers=usable_cores(),
+        peaks=peaks.best(peaks_now()), baseline_workers=usable_cores(),
     )  # fmt: skip
 
 
@@ -239,6 +245,11 @@ def notes(speed: TrainingSpeed) -> list[str]:
     peaks, dtype = speed.peaks, "bf16" if speed.bfloat16 else "fp32"
     how = str(ExecutionPlan(kernels=speed.kernels, compile=speed.compiled, graphs=speed.graphs))
     how += f" (compiled in {speed.compile_seconds:.1f} s before the clock started)" * bool(speed.compile_seconds)
+    share = (
+        f"training uses {100 * speed.peak_share:.1f}% of its {dtype} peak"
+        if speed.peak_share
+        else ("training was faster than these peaks, so that they are wrong: measure again with nothing else running")
+    )
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [
         f"{speed.model}, batch {speed.batch}, on {speed.device}, {speed.threads} threads, torch {speed.torch}; medians "
@@ -248,7 +259,7 @@ def notes(speed: TrainingSpeed) -> list[str]:
         f"PyTorch baseline: fp32, eager, experts stacked, torchvision transforms in {speed.baseline_workers} worker "
         "processes.",
         f"Memory at most: {memory}{speed.peak_memory_is}.",
-        f"{speed.macs:,} MACs an image; the device multiplies matrices at {peaks.bf16_flops / 1e12:,.2f} TFLOP/s in "
-        f"bf16 and {peaks.fp32_flops / 1e12:,.2f} in fp32 and copies {peaks.copy_bytes_per_s / 1e9:,.1f} GB/s; "
-        f"training uses {100 * speed.peak_share:.1f}% of its {dtype} peak.",
+        f"{speed.macs:,} MACs an image; the device's peaks, of matrix products and of the network's convolutions: "
+        f"{peaks.bf16_flops / 1e12:,.2f} TFLOP/s in bf16 and {peaks.fp32_flops / 1e12:,.2f} in fp32; it copies "
+        f"{peaks.copy_bytes_per_s / 1e9:,.1f} GB/s; {share}.",
     ]

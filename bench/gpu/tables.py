@@ -110,7 +110,7 @@ def speed_rows(results: Results) -> Rows:
             "images/s": round(speed["images_per_s"]),
             "baseline images/s": round(speed["baseline_images_per_s"]),
             "x baseline": round(speed["ratio"], 2),
-            "of the bf16 peak %": round(100 * speed["peak_share"], 2),
+            "of the bf16 peak %": round(100 * speed["peak_share"], 2) if speed["peak_share"] else None,
             "compiling s": round(speed["compile_seconds"], 1),
         }
         for speed in values(results, "train-speed").values()

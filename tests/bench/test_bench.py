@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import zlib
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from adam import adam
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import step
+from bench import step, training
 from bench.baseline import (
     BaselineImages,
     TextbookBlock,
@@ -44,7 +46,7 @@ from bench.latency import (
     with_baseline,
     with_first,
 )
-from bench.peaks import Peaks, measure_peaks
+from bench.peaks import Peaks, largest_convolutions, measure_peaks
 from bench.timing import Block, Times, compare, take_turns, timed
 from bench.training import TrainingSpeed, in_turns
 from export.to_onnx import to_onnx
@@ -275,6 +277,17 @@ def test_training_speeds_are_ratios_of_rounds_in_turns():
     assert speed.images_per_s == pytest.approx(16 / 2.2)
     assert speed.bare_images_per_s == pytest.approx(8)
     assert speed.peak_share == pytest.approx(6 * 10 * speed.images_per_s / 1e3)
+    assert f"training uses {100 * speed.peak_share:.1f}% of its fp32 peak" in training.notes(speed)[-1]
+
+
+def test_a_share_of_the_peak_above_1_is_a_failed_measurement():
+    fields = dict.fromkeys(("model", "device", "torch", "peak_memory_is"), "")
+    fields |= dict.fromkeys(("bfloat16", "compiled", "kernels", "graphs"), False)
+    fields |= dict.fromkeys(("batch", "steps", "threads", "macs", "baseline_workers", "peak_memory_bytes"), 10)
+    peaks = Peaks(bf16_flops=1e6, fp32_flops=10.0, copy_bytes_per_s=1.0)
+    speed = TrainingSpeed.of([1.0], [1.0], [1.0], compile_seconds=0, peaks=peaks, **fields)
+    assert speed.peak_share is None
+    assert "training was faster than these peaks, so that they are wrong" in training.notes(speed)[-1]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -340,6 +353,37 @@ def test_peaks_are_of_the_device(monkeypatch):
     monkeypatch.setattr("bench.peaks.SIZE", 64)
     peaks = measure_peaks(torch.device("cpu"), measure_s=0.01)
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
+    assert peaks.best(peaks.model_copy(update={"fp32_flops": 1e30})) == peaks.model_copy(update={"fp32_flops": 1e30})
+
+
+def test_peaks_are_of_a_networks_convolutions_too(monkeypatch):
+    """Their operations are those that PyTorch counts. A peak is that of the fastest."""
+    net = build(vary(PRESETS["segmented"], "width", 0.125)).eval()
+    monkeypatch.setattr("bench.peaks.LARGEST", 1000)
+    found = largest_convolutions(net, (2, 3, 32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(2, 3, 32, 32))
+    counts = counter.get_flop_counts()["Global"]
+    of_convolutions = counts[torch.ops.aten.convolution]
+    times = Counter((tuple(x.shape), tuple(w.shape)) for x, w in _convolved(net, torch.zeros(2, 3, 32, 32)))
+    assert sum(one.operations * times[one.x, one.weight] for one in found) == of_convolutions
+    monkeypatch.setattr("bench.peaks._rate", lambda found, device, dtype, measure_s: 1e30 * found.operations)
+    peaks = measure_peaks(torch.device("cpu"), measure_s=0, size=8, convolutions=found[-2:])
+    assert peaks.fp32_flops == 1e30 * found[-1].operations
+
+
+def _convolved(net, x_BCHW):
+    """The input and the weight of each convolution of a forward pass."""
+    given = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: given.append((args[0], module.weight)))
+        for module in net.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    net(x_BCHW)
+    for hook in hooks:
+        hook.remove()
+    return given
 
 
 def test_what_is_copied_cannot_be_compressed(monkeypatch):
