@@ -1,8 +1,16 @@
 """The studies whose records are kept in the repository: their numbers follow from what is kept."""
 
+from dataclasses import replace
+
 import pytest
+from conftest import REPOSITORY
 
 from ablations.records import StudyDirectory
+from ablations.results.answer import answer
+from ablations.results.evidence import read_evidence
+from ablations.results.plots import accuracy_plot
+from ablations.results.rendering import render_tables
+from ablations.results.tables import factor_table
 from ablations.study import SHIPPED, load_study
 from ablations.verify import check_study
 
@@ -21,3 +29,17 @@ def test_each_number_follows_from_the_records(path):
 def test_what_was_run_is_the_study_that_ships(path):
     shipped, kept = load_study(path.name), StudyDirectory(path).study
     assert kept.model_dump() == shipped.change(data=kept.base.data).model_dump()
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
+def test_the_readme_shows_what_the_records_say(path):
+    """Its table "What each factor does", its answer, and its picture."""
+    found = read_evidence(StudyDirectory(path))
+    if found.results.unfinished:
+        pytest.skip("not finished")
+    readme = (REPOSITORY / "README.md").read_text()
+    assert render_tables([replace(factor_table(found), notes=[])], "text") in readme
+    assert answer(found) in " ".join(readme.split())
+    picture = path.with_suffix(".svg")
+    assert f"](ablations/studies/{picture.name})" in readme
+    assert picture.read_bytes() == accuracy_plot(found.results.study.question, found.results.rows)
