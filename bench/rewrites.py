@@ -1,0 +1,129 @@
+"""What the rewrites of `export` do to the latency of each preset, in ONNX Runtime on this CPU.
+
+    python -m bench.rewrites --out rewrites.json
+
+For each preset the graphs of all sets of rewrites take turns with the graph as it was trained. `export` applies by
+default what is at least as fast everywhere; `export --tune` measures the network that it is given.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from pydantic import BaseModel
+from tabulate import tabulate
+
+from bench import command
+from bench.host import Host, watched
+from bench.latency import machine
+from bench.timing import Call, Ratio, compare, take_turns
+from export.publish import REWRITE_SETS
+from export.session import open_session, run
+from export.to_onnx import INPUT, LOGITS, to_onnx
+from model.checkpoint import Checkpoint, Trained
+from model.files import now, write_whole
+from model.presets import PRESETS, network
+from model.registry import build
+
+SIZE = 32  # height and width of the images, in pixels
+PLAIN = "none"  # of REWRITE_SETS
+
+
+class Rewritten(BaseModel):
+    """A set of rewrites of one preset at one batch size."""
+
+    preset: str
+    rewrites: list[str]  # names of sets that give the same graph
+    batch: int
+    ms: float  # median
+    ratio: Ratio  # how many times as fast as the graph as it was trained
+
+
+class Record(BaseModel):
+    """What was measured on one machine."""
+
+    machine: dict[str, str | int]
+    host: Host
+    finished: str
+    found: list[Rewritten]
+
+
+def graphs(preset: str) -> dict[tuple[str, ...], bytes]:
+    """The different ONNX models of a preset with random weights, each by the sets of rewrites that give it."""
+    config = network(preset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = build(config).state_dict()
+    classes, mean, std = tuple(map(str, range(config.num_classes))), (0.5,) * config.in_chans, (0.25,) * config.in_chans
+    trained = Trained(
+        trial="", model=preset, data="random", fingerprint="", classes=classes, image_size=(SIZE, SIZE), mean=mean,
+        std=std,
+    )  # fmt: skip
+    names: dict[bytes, list[str]] = {}
+    for name, rewrites in REWRITE_SETS.items():
+        names.setdefault(to_onnx(Checkpoint(config, trained, weights), "uint8", rewrites), []).append(name)
+    return {tuple(sets): model for model, sets in names.items()}
+
+
+def measure(presets: Sequence[str], batches: Sequence[int], measure_s: float, openings: int) -> Record:
+    """Times each preset's graphs at each batch size, about `measure_s` seconds of each."""
+    found = []
+    with watched(cuda=False) as host:
+        for preset in presets:
+            models = graphs(preset)
+            for batch in batches:
+                images = np.random.default_rng(0).integers(256, size=(batch, SIZE, SIZE, 3), dtype=np.uint8)
+                times = take_turns(
+                    {sets: partial(_open, model, images) for sets, model in models.items()}, measure_s, openings
+                )
+                (plain,) = (taken for sets, taken in times.items() if PLAIN in sets)
+                for sets, taken in times.items():
+                    ratio = Ratio(1.0, 1.0, 1.0) if taken is plain else compare(plain, taken)
+                    median = float(np.median(taken.calls_ms))
+                    found.append(Rewritten(preset=preset, rewrites=list(sets), batch=batch, ms=median, ratio=ratio))
+    return Record(machine=machine(), host=host, finished=now(), found=found)
+
+
+def _open(model: bytes, images: np.ndarray) -> Call:
+    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
+
+
+def rows(record: Record) -> list[dict[str, object]]:
+    """A row for each graph, with its ratio at each batch size."""
+    table: dict[tuple[str, ...], dict[str, object]] = {}
+    for found in record.found:
+        row = table.setdefault(
+            (found.preset, *found.rewrites), {"network": found.preset, "rewrites": ", ".join(found.rewrites)}
+        )
+        row[f"batch {found.batch}"] = "1" if PLAIN in found.rewrites else f"{found.ratio.value:.2f} {found.ratio.word}"
+    return list(table.values())
+
+
+def rewrites_command(
+    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]...", help="All, if none is named.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size. Repeatable. Default: 1, 8, 64.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each graph at each batch size.")] = 1.0,
+    openings: Annotated[int, typer.Option(min=2, help="How often each graph is opened.")] = 5,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep what was measured.")] = None,
+) -> int:
+    """Time each preset's rewritten graphs against the graph as it was trained."""
+    record = measure(presets or list(PRESETS), batch or [1, 8, 64], seconds, openings)
+    if out:
+        write_whole(out, record.model_dump_json(indent=1).encode())
+    print(tabulate(rows(record), headers="keys", disable_numparse=True))
+    print("\n".join(["", "How many times as fast as the graph as it was trained.", *record.host.notes()]))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the input is wrong."""
+    return command.run(rewrites_command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
