@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from types import MappingProxyType
 
 from tabulate import tabulate
 
@@ -30,13 +31,15 @@ def card(
     recipe: Mapping[str, object],
     table_row: Sequence[tuple[str, str]],
     latency: Sequence[Mapping[str, object]] = (),
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The card of an ONNX file that `to_onnx` made, in Markdown.
 
     `file` is what `describe` returns. `network`, `data` and `recipe` are facts by their titles, shown in their order; a
     fact that is a list or a table itself is shown as JSON. `data_name` is the data's name in tables ("cifar10").
     `table_row` is the titles and texts of the network's row in its study's table, with intervals. `latency` is the rows
-    of `expertgrid bench`, empty where nothing was measured. Raises InputError for a file without expertgrid's metadata.
+    of `expertgrid bench`, empty where nothing was measured. `more` is further sections by their titles, in Markdown,
+    which come first. Raises InputError for a file without expertgrid's metadata.
     """
     metadata = read_metadata(file.metadata, file.name)
     trained = metadata.trained
@@ -46,6 +49,7 @@ def card(
         f"# {escaped(trained.model)} on {escaped(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
         f"{escaped(name)}. Its weights are those of the trial {escaped(trained.trial)}.",
+        *(part for title, text in more.items() for part in (f"## {title}", text)),
         "## The network",
         _facts({"Preset or timm model": trained.model} | dict(network)),
         "## What it was trained on",

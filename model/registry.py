@@ -5,13 +5,15 @@ while `model.net` itself imports timm: so the modules are imported when a networ
 """
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import timm
+from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from model.config import Block, Conv, ModelConfig, Network, Whiten
-from model.errors import InputError, reason_of
+from model.errors import InputError, invalid, reason_of
 from model.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -37,14 +39,15 @@ def build(config: Network) -> "nn.Module":
         raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
 
 
-def _first_convs(config: ModelConfig) -> str | tuple[str, ...]:
+def _first_convs(config: ModelConfig) -> str | tuple[str, ...] | None:
+    """The convolutions that see the image; None for a network that begins with another layer, as no preset does."""
     first = config.layers[0]
     match first:
         case Conv() | Whiten():
             return "layers.0.conv"
         case Block():
             return tuple(f"layers.0.experts.{k}.conv" for k in range(len(first.kernels)))
-    raise ValueError(f"a preset starts with a convolution or an expert block, not with a {first.kind} layer")
+    return None
 
 
 def _default_cfg(config: ModelConfig) -> dict[str, Any]:
@@ -65,14 +68,37 @@ def _default_cfg(config: ModelConfig) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"expertnet_{name}.untrained": _default_cfg(c) for name, c in PRESETS.items()})
 
 
+def _create(name: str, config: ModelConfig, pretrained: bool, **kwargs: Any) -> "ExpertNet":
+    from model.net import ExpertNet
+
+    features = {"out_indices": tuple(range(len(config.feature_layers()))), "feature_cls": "getter"}
+    return build_model_with_cfg(ExpertNet, name, pretrained, model_cfg=config, feature_cfg=features, **kwargs)
+
+
+@register_model
+def expertnet(pretrained: bool = False, config: Mapping[str, Any] | None = None, **kwargs: Any) -> "ExpertNet":
+    """The network that `config` describes: a `ModelConfig` as JSON has it, as in a published folder's `model_args`.
+
+    Raises InputError without a config, and for one that describes no network.
+    """
+    if config is None:
+        raise InputError("model 'expertnet': config is needed: a ModelConfig as JSON; presets are expertnet_NAME")
+    try:
+        described = ModelConfig.model_validate(config)
+    except ValidationError as error:
+        raise invalid("model 'expertnet': config", error) from None
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or {  # timm's own defaults have 1,000 classes
+        "num_classes": described.num_classes,
+        "input_size": (described.in_chans, 32, 32),
+        "first_conv": _first_convs(described),
+        "classifier": "head.classifier",
+    }
+    return _create("expertnet", described, pretrained, **kwargs)
+
+
 def _register(name: str, config: ModelConfig) -> None:
     def create(pretrained: bool = False, **kwargs: Any) -> "ExpertNet":
-        from model.net import ExpertNet
-
-        features = {"out_indices": tuple(range(len(config.feature_layers()))), "feature_cls": "getter"}
-        return build_model_with_cfg(
-            ExpertNet, f"expertnet_{name}", pretrained, model_cfg=config, feature_cfg=features, **kwargs
-        )
+        return _create(f"expertnet_{name}", config, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = f"expertnet_{name}"
     create.__doc__ = f"The preset `{name}`; see `model.presets.PRESETS`."

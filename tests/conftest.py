@@ -1,6 +1,7 @@
 """Fixtures: data, a study of seconds, and the command line as a user calls it."""
 
 import os
+import shutil
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
@@ -33,6 +34,7 @@ from model.files import write_whole
 from model.registry import build
 
 REPOSITORY = Path(__file__).parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CIFAR10_JPEG = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg"
 
 TINY_STUDY = """
@@ -141,6 +143,20 @@ def _train_tiny_study(place: Path) -> None:
         sys.argv = argv
     assert not exit.value.code
     (place / "done").touch()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group dev")
+    with sync_api.sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        found = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.exists() else None)
+        if found is None:
+            pytest.skip("no Chromium on this machine: apt-get install chromium, or playwright install chromium")
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        started = playwright.chromium.launch(executable_path=found, args=flags)
+        yield started
+        started.close()
 
 
 def write_study(

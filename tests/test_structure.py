@@ -26,9 +26,12 @@ STEPS = {
     "training": ("ablations.training",),
     "study": ("ablations.cells", "ablations.study", "ablations.records"),
     "results": ("ablations.results",),
-    "engines": tuple(
-        f"ablations.{name}"
-        for name in ("engines", "isolation", "racing", "rerun", "verify", "progress", "check", "clean", "disk")
+    "engines": (
+        "ablations.trackers",
+        *(
+            f"ablations.{name}"
+            for name in ("engines", "isolation", "racing", "rerun", "verify", "progress", "check", "clean", "disk")
+        ),
     ),
     "bench": ("bench",),
     "cli": ("ablations.cli", "ablations.__main__"),
@@ -194,6 +197,7 @@ def test_every_import_is_a_declared_dependency():
     lines = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
     declared = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "pynvml": "nvidia-ml-py"}
+    names["huggingface_hub"] = "huggingface-hub"
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -71,6 +71,8 @@ Import = Annotated[
         callback=options.module_names,
     ),
 ]
+TRACKER = "NAME[:URI]"
+TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
 StudyDir = Annotated[Path, typer.Argument(metavar="DIR", help="Study directory.", callback=options.study_directory)]
 DamagedDir = Annotated[Path, typer.Argument(metavar="DIR", help="Study directory.", callback=options.study_remains)]
 OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="ONNX file.", callback=options.readable)]
@@ -132,6 +134,10 @@ def run(
     jobs: Annotated[
         str, typer.Option(metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU.")
     ] = "auto",
+    track: Annotated[
+        list[str] | None,
+        typer.Option(metavar=TRACKER, help=f"Show it there, too: {TRACKERS}.", callback=options.trackers),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the trials only. Nothing is written.")] = False,
 ) -> int:
     """Train a study and print its table.
@@ -162,7 +168,9 @@ def run(
             from ablations.cli.run import How, train_and_show
             from model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
-        how = How(device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer)
+        how = How(
+            device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
+        )
         if study is not None:
             return train_and_show(asked, data_dir, how)
         with starting():
@@ -232,6 +240,26 @@ def report(
         from ablations.cli.sources import import_modules
     import_modules(modules or [])
     return report(directory, out, format, data_dir)
+
+
+@app.command(rich_help_panel=RESULTS)
+def track(
+    directory: StudyDir,
+    to: Annotated[list[str], typer.Option(metavar=TRACKER, help=f"Tracker: {TRACKERS}.", callback=options.trackers)],
+    data: DataHere = None,
+    data_dir: DataDir = None,
+) -> int:
+    """Show a study in trackers.
+
+    All its trials, as `run --track` shows them while they are trained, and its exported files. A tracker keeps what it
+    gets in DIR/tensorboard, DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for
+    the contact sheets.
+    """
+    from ablations.cli.terminal import starting
+
+    with starting():
+        from ablations.cli.track import track
+    return track(directory, to, data, data_dir)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -351,6 +379,34 @@ def export(
     import_modules(modules or [])
     tuned_for = batch or 1 if tune else None
     return export(source, input, precision, wanted, fuse, prune_gates, providers, tuned_for, out, data, data_dir)
+
+
+@app.command(rich_help_panel=NETWORKS)
+def publish(
+    directory: StudyDir,
+    target: Annotated[
+        str, typer.Argument(metavar="FOLDER|hf-hub:OWNER/NAME", help="New folder, or repository of the Hub.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    data: DataHere = None,
+    data_dir: DataDir = None,
+    modules: Import = None,
+) -> int:
+    """Publish the best network for timm.
+
+    A folder in the layout of the Hugging Face Hub: model card, weights and config for `timm.create_model`, ONNX files
+    with certificates. A study without an exported file is exported first, which reads the test split once. The upload
+    takes the token of `hf auth login`.
+    """
+    if options.hub_repository(target) is None and private:
+        raise InputError("--private: is for hf-hub:OWNER/NAME; a folder is not uploaded")
+    from ablations.cli.terminal import starting
+
+    with starting():
+        from ablations.cli.hub import publish
+        from ablations.cli.sources import import_modules
+    import_modules(modules or [])
+    return publish(directory, target, private, data, data_dir)
 
 
 @app.command(rich_help_panel=NETWORKS)

@@ -50,7 +50,7 @@ def export(
     for name in providers:
         check_provider(name)
     directory = StudyDirectory(source) if source.is_dir() else None
-    path = _best_checkpoint(directory) if directory else source
+    path = best_checkpoint(directory) if directory else source
     around = path.absolute().parents[2:3]
     ledger = directory or next((StudyDirectory(place) for place in around if (place / "study.toml").exists()), None)
     file = out or (directory.path / "export" if directory else path.parent) / (
@@ -105,7 +105,8 @@ def export(
     return 0 if passed else 1
 
 
-def _best_checkpoint(directory: StudyDirectory) -> Path:
+def best_checkpoint(directory: StudyDirectory) -> Path:
+    """The best trial on validation of a study's best cell. Raises InputError where no trial is finished."""
     row = best_row(read_results(directory).rows)
     if row is None:
         raise InputError(f"{directory.path}: no trial of this study is finished")

@@ -12,12 +12,14 @@ from pathlib import Path
 from model.errors import InputError, unknown
 from model.files import write_whole
 
+HUB = "hf-hub:"
 LARGEST_BATCH = 65_536
 MOST_IMAGES = 64  # of a contact sheet
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
 )  # fmt: skip
@@ -157,6 +159,30 @@ def study_or_checkpoint(source: Path) -> Path:
     elif not source.exists():
         raise InputError(f"{source}: there is no such checkpoint")
     return source
+
+
+def hub_repository(target: str) -> str | None:
+    """OWNER/NAME of a target `hf-hub:OWNER/NAME`, None for a folder. Raises InputError for another name."""
+    if not target.startswith(HUB):
+        return None
+    name = target.removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise InputError(f"TARGET {target}: hf-hub:OWNER/NAME is needed, or the name of a folder")
+    return name
+
+
+def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
+    """Raises InputError for a tracker that does not exist, is not installed, or takes no store. Imports none."""
+    for text in texts or ():
+        name, colon, uri = text.partition(":")
+        if name not in TRACKERS:
+            raise unknown("tracker", name, TRACKERS)
+        if colon and (name != "mlflow" or not uri):
+            raise InputError(f"tracker {text}: only mlflow takes a store, as in mlflow:http://localhost:5000")
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name in the working directory has no origin
+            raise InputError(f'tracker {name}: is not installed; `pip install "expertgrid[{name}]"` brings it')
+    return texts
 
 
 def check_can_be_written(file: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ablations.cli import bench, export, results, run
 from ablations.cli.plan import Asked
+from ablations.cli.track import tracked
 
 
 def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
@@ -16,6 +17,8 @@ def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
     if status == 0:
         bench.bench([directory.path / "export" / "model-uint8.onnx"])
         status = results.report(directory.path, data_dir=data_dir)
+    with tracked(how.track, directory, None):
+        pass  # the trackers that keep files get the new ones
     print()
     run.show_study(directory)
     return status

@@ -14,6 +14,7 @@ from ablations.cli.devices import device, usable
 from ablations.cli.plan import Asked, plan
 from ablations.cli.sources import import_modules
 from ablations.cli.terminal import console, status
+from ablations.cli.track import tracked
 from ablations.disk import check_space
 from ablations.engines import Event, TrialFailed, by_seed, planned_steps, run_local
 from ablations.isolation import Pool, Setup
@@ -26,6 +27,7 @@ from ablations.results.rendering import render_tables
 from ablations.results.rows import read_results
 from ablations.results.tables import study_tables
 from ablations.study import Cell
+from ablations.trackers.tracking import Tracking
 from ablations.training.data import ImageData
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
@@ -46,6 +48,7 @@ class How:
     modules: Sequence[str]  # that register networks
     deterministic: bool  # the same bits again, on a GPU too
     trainer: Pool | None  # None: trials are trained in this process
+    track: Sequence[str]  # trackers that are shown the trials, too
 
     @property
     def at_once(self) -> int:
@@ -63,16 +66,17 @@ def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFail
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
-        failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how)
-        while race and not (failed and how.fail_fast):
-            found = read_evidence(directory)
-            wanted = racing.next_counts(found, counts)
-            console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
-            if wanted == counts:
-                break
-            counts = wanted
-            directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-            failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how)
+        with tracked(how.track, directory, planned.data) as tracking:
+            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+            while race and not (failed and how.fail_fast):
+                found = read_evidence(directory)
+                wanted = racing.next_counts(found, counts)
+                console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
+                if wanted == counts:
+                    break
+                counts = wanted
+                directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
+                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
         if any(row.packed and row.alone is None for row in read_results(directory).rows):
             _time_alone(directory, planned.data, on, how)
     return failed
@@ -109,7 +113,7 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
 
 
 def _train(
-    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
+    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking
 ) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
     trials = by_seed([trial for cell in cells for trial in cell.trials])
@@ -125,11 +129,13 @@ def _train(
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     chosen = [how.execution.plan(trial.model, steps[trial.id], on) for trial in pending]
     execution = usable(how.execution, chosen, on)
+    tracking.replay()
     progress = StudyProgress(cells, pending, data.image_size, done_before, console)
     failed = []
     with progress.live(), interrupt.training():
         for event in _events(pending, data, on, directory, how, execution):
             progress.show(event)
+            tracking.show(event)
             if isinstance(event, TrialFailed):
                 failed.append(event)
                 if how.fail_fast:

@@ -71,6 +71,7 @@ def test_the_list_of_commands_cuts_no_help(expertgrid):
 def test_the_words_of_the_options_are_those_of_the_code():
     """They are written out beside the signatures, where importing them would take seconds."""
     from ablations.results import report, tables
+    from ablations.trackers import opening
     from ablations.training.contact_sheet import MOST_IMAGES
     from bench.engines import ENGINES
     from export.certificate import BOUNDS
@@ -92,6 +93,7 @@ def test_the_words_of_the_options_are_those_of_the_code():
     assert tuple(OUTPUTS) == options.OUTPUTS
     assert options.ENGINES == ENGINES
     assert options.MOST_IMAGES == MOST_IMAGES
+    assert options.TRACKERS == opening.TRACKERS
 
 
 def test_the_start_is_announced_before_torch_is_imported():

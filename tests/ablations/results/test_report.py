@@ -24,7 +24,6 @@ from model.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
 HERE = Environment(device="cpu", threads=2, python="3.11", versions={"torch": "2.15.0"})
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def record_of(trial: str, seed: int, accuracy: float, macs: int = 1000, epochs: int = 3) -> Record:
@@ -397,20 +396,6 @@ def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp
         assert page.text.count(words) == 2  # gates and mistakes; the confusion matrix is of kept predictions
     with pytest.raises(InputError, match="--data-dir is for cifar"):
         read_findings(StudyDirectory(path), tmp_path)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group dev")
-    with sync_api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        found = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.exists() else None)
-        if found is None:
-            pytest.skip("no Chromium on this machine: apt-get install chromium, or playwright install chromium")
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        started = playwright.chromium.launch(executable_path=found, args=flags)
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize("width", [1400, 390])

@@ -1,0 +1,110 @@
+"""Publishing the best network of a study: a folder that timm loads, or its upload to the Hugging Face Hub."""
+
+import tempfile
+from pathlib import Path
+
+from ablations.cli.export import best_checkpoint, export
+from ablations.cli.options import hub_repository
+from ablations.cli.terminal import status
+from ablations.records import Record, StudyDirectory, read_record
+from ablations.results.answer import answer
+from ablations.results.evidence import read_evidence
+from ablations.results.rendering import render_tables, shown
+from ablations.results.rows import Row
+from ablations.results.tables import columns, study_tables
+from ablations.training.trial import Trial
+from export.card import card, escaped
+from export.exported import Exported, exported_files
+from export.hub import check_free, front_matter, loading, upload, write_folder
+from model.checkpoint import Checkpoint, load
+from model.errors import InputError
+
+
+def publish(directory: Path, target: str, private: bool, data: str | None, data_dir: Path | None) -> int:
+    """Writes the folder of a study's best network, or uploads it. A network without an ONNX file is exported first."""
+    repository = hub_repository(target)
+    if repository is None:
+        check_free(Path(target))
+    study = StudyDirectory(directory)
+    path = best_checkpoint(study)
+    checkpoint = load(path)
+    files = _files(study, checkpoint)
+    if not files:
+        if export(directory, data=data, data_dir=data_dir):
+            return 1
+        files = _files(study, checkpoint)
+    elif data is not None or data_dir is not None:
+        raise InputError(f"--data: {files[0].file} is there already; the images are for an export")
+    record, trial = study.record(checkpoint.trained.trial), read_record(Trial, path.parent / "config.json")
+    if record is None or trial is None:
+        raise InputError(f"{path.parent}: its record or its config is missing; `expertgrid check` says more")
+    text = _card(study, checkpoint, files, trial, record, target if repository else f"local-dir:{Path(target).name}")
+    kept = [file for exported in files for file in (exported.file, exported.certificate_file)]
+    more = {"record.json": record.model_dump_json(indent=1).encode()}
+    if repository is None:
+        write_folder(Path(target), checkpoint, text, kept, more)
+        place = target
+    else:
+        with tempfile.TemporaryDirectory() as beside:
+            folder = Path(beside) / "network"
+            write_folder(folder, checkpoint, text, kept, more)
+            with status(f"uploading to {repository}"):
+                place = upload(folder, repository, private)
+    print(f"{place}: {trial.model_name}, trial {trial.id}, {len(files)} ONNX {'file' if len(files) == 1 else 'files'}")
+    return 0
+
+
+def _files(study: StudyDirectory, checkpoint: Checkpoint) -> list[Exported]:
+    """The exported files of a network; none where none is the network as it was trained."""
+    found = [file for file in exported_files(study.path / "export") if file.trial == checkpoint.trained.trial]
+    return found if any(file.is_the_network for file in found) else []
+
+
+def _latency(row: Row, trial: str) -> list[dict[str, object]]:
+    """What `expertgrid bench` measured of the trial's file; nothing where that was never run."""
+    measured = row.latency
+    if measured is None or measured.trial != trial:
+        return []
+    return [
+        {"file": Path(measured.file).name, "engine": found.engine, "batch": found.batch, "median ms": found.p50_ms}
+        for found in measured.latencies
+    ]
+
+
+def _card(
+    study: StudyDirectory, checkpoint: Checkpoint, files: list[Exported], trial: Trial, record: Record, place: str
+) -> str:
+    """The model card: how to load the folder, the study that the network comes from, and the card of its first file."""
+    found = read_evidence(study)
+    row = next(row for row in found.results.rows if any(its.trial == trial.id for its in row.records))
+    tables = render_tables(study_tables(study, found), "github")
+    of_study = [
+        f"The network is the best of a study that asked: {escaped(study.study.question)}",
+        escaped(answer(found)),
+        tables,
+        f"This very network, of seed {record.seed}: {100 * record.validation_accuracy:.2f}% of "
+        f"{record.validation_images:,} validation images, by which it was chosen, and "
+        f"{100 * record.test_accuracy:.2f}% of {record.test_images:,} test images. `record.json` has all its numbers, "
+        "and the machine and the versions that it was trained with.",
+    ]
+    other = [
+        f"- {escaped(exported.file.name)}, {escaped(exported.certificate_file.name)}: {escaped(exported.certificate)}"
+        for exported in files
+    ]
+    first = files[0]
+    text = card(
+        first.description,
+        first.certificate,
+        data_name=checkpoint.trained.data,
+        network=checkpoint.config.model_dump(mode="json"),
+        data={"Images": study.plan.data},
+        recipe=trial.recipe.model_dump(mode="json"),
+        table_row=[(title, shown(value)) for values in columns([row]) for title, value in values.items()],
+        latency=_latency(row, trial.id),
+        more={
+            "How to load it": loading(checkpoint, place),
+            "The evidence": "\n\n".join(of_study),
+            "The ONNX files": "\n".join(other),
+        },
+    )
+    return f"{front_matter(checkpoint, record.test_accuracy, record.test_images)}\n\n{text}"

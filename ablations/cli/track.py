@@ -1,0 +1,56 @@
+"""Showing a study in trackers: while it is trained, or from its directory."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from ablations.cli.sources import read_data
+from ablations.cli.terminal import console, status
+from ablations.records import StudyDirectory
+from ablations.trackers.opening import open_trackers
+from ablations.trackers.tracking import Tracking
+from ablations.training.data import ImageData
+from model.errors import InputError
+
+
+@contextmanager
+def tracked(names: Sequence[str], directory: StudyDirectory, data: ImageData | None) -> Generator[Tracking]:
+    """The trackers of a study. When it is left, they are shown what there is of the study then, and end.
+
+    Raises InputError for a store that cannot be opened.
+    """
+    with status("opening trackers") if names else nullcontext():
+        tracking = open_trackers(names, directory, data, say=partial(console.print, style="yellow", soft_wrap=True))
+    try:
+        yield tracking
+    finally:
+        with status("trackers get what is left") if names else nullcontext():
+            tracking.close()
+
+
+def track(directory: Path, names: Sequence[str], data: str | None, data_dir: Path | None) -> int:
+    """Shows all trials of a study; 1 where a tracker failed."""
+    study = StudyDirectory(directory)
+    images = _images(study, data, data_dir)
+    with tracked(names, study, images) as tracking:
+        tracking.replay(failures=True)
+    for name in tracking.trackers:
+        print(f"{directory}: {len(tracking.done)} trials are in {name}")
+    return 1 if tracking.lost else 0
+
+
+def _images(study: StudyDirectory, data: str | None, data_dir: Path | None) -> ImageData | None:
+    """The study's images, for the contact sheets; None where none were asked for and they are not there any more."""
+    plan = study.plan
+    try:
+        images = read_data(data or plan.source, data_dir, plan.image_size)
+        trial = study.config(plan.cells[0].trials[0])
+        if trial is not None and images.fingerprint != trial.fingerprint:
+            raise InputError(f"--data {images.source}: {images.name} has other images than the study was trained on")
+    except InputError as error:
+        if data is not None or data_dir is not None:
+            raise
+        console.print(f"no contact sheets: {error}", soft_wrap=True)
+        return None
+    return images

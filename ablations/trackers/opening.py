@@ -1,0 +1,40 @@
+"""Trackers by their names, as `--track` and `--to` give them."""
+
+from collections.abc import Callable, Sequence
+
+from ablations.records import StudyDirectory
+from ablations.trackers.tracking import StudyRun, Tracker, Tracking, study_run
+from ablations.training.data import ImageData
+from model.errors import unknown
+
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+def open_trackers(
+    texts: Sequence[str], directory: StudyDirectory, data: ImageData | None, say: Callable[[str], None]
+) -> Tracking:
+    """The trackers of a study that is written, or begun. `data` is what contact sheets are drawn from.
+
+    Raises InputError for another name, and for a store that cannot be opened.
+    """
+    study = study_run(directory)
+    return Tracking(directory, data, {text: _tracker(text, study) for text in dict.fromkeys(texts)}, say)
+
+
+def _tracker(text: str, study: StudyRun) -> Tracker:
+    """`mlflow:URI` is a store; other trackers, and `mlflow` without it, keep what they get in the study directory."""
+    name, _, uri = text.partition(":")
+    match name:
+        case "tensorboard":
+            from ablations.trackers.tensorboard import TensorBoard
+
+            return TensorBoard(study)
+        case "mlflow":
+            from ablations.trackers.mlflow import MLflow
+
+            return MLflow(study, uri or None)
+        case "wandb":
+            from ablations.trackers.wandb import WeightsAndBiases
+
+            return WeightsAndBiases(study)
+    raise unknown("tracker", name, TRACKERS)
