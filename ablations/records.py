@@ -366,6 +366,7 @@ class Benched(BaseModel):
     engine: str
     batch: int
     p50_ms: float
+    intervals_ms: dict[str, tuple[float, float]] = {}
 
 
 class LatencySummary(BaseModel):
@@ -377,8 +378,13 @@ class LatencySummary(BaseModel):
     pruned: bool = False
     provider: str
     threads: int
-    finished: str
+    finished: str  # the same for all files of one run
+    cells: int = 0  # of a study that took turns in its run; 0 for files by themselves
     latencies: Annotated[list[Benched], Field(min_length=1)]
+
+    def rank(self) -> tuple[bool, str]:
+        """The higher, the better fit for a table of cells."""
+        return self.cells > 0, self.finished
 
 
 def cell_names(plan: Plan) -> list[CellName]:
@@ -826,7 +832,10 @@ class StudyDirectory:
         write_whole(self.path / TRAINING, rates.model_dump_json(indent=1).encode())
 
     def latencies(self) -> dict[str, LatencySummary]:
-        """The newest latency record of each trial that was exported as it is, in fp32, and benched."""
+        """The latency record of each trial that was exported as it is, in fp32, and benched.
+
+        The newest of a run of all cells, else of a file by itself.
+        """
         found = [read_record(LatencySummary, file) for file in sorted((self.path / "bench").glob("*.json"))]
         records = [record for record in found if record and record.precision == "fp32" and not record.pruned]
-        return {record.trial: record for record in sorted(records, key=lambda record: record.finished)}
+        return {record.trial: record for record in sorted(records, key=LatencySummary.rank)}

@@ -4,7 +4,8 @@ Shapes: B images, H rows, W columns, C channels.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from model.fast.compiled import why_unavailable
 from model.registry import build
 
 Run = Callable[[np.ndarray], Any]  # from a batch of inputs to logits
-Opener = Callable[[], Run]  # opens an engine anew
 
 DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
 PYTORCH = {  # dtype, and whether it is compiled
@@ -35,9 +35,57 @@ ENGINES = (OWN, "onnxruntime", *PYTORCH, *OPENVINO)
 USUAL = (OWN, "eager")
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A way to run a model. It can be sent to another process; each call of it opens the engine anew."""
+
+    word: str  # of ENGINES, but for "own"
+    model: bytes
+    name: str  # what errors call the model
+    provider: str
+    given: str  # the name of the input
+    made: str  # and of the output
+    metadata: Metadata | None  # of an expertgrid file
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.provider == "cpu" else "cuda")
+
+    @property
+    def title(self) -> str:
+        """Its name in tables."""
+        if self.word == "onnxruntime":
+            return f"onnxruntime {self.provider}"
+        if self.word in OPENVINO:
+            return f"{self.word} cpu"
+        return f"pytorch {self.word.replace('-', ' ')} {self.device.type}"
+
+    def check(self) -> None:
+        """Raises InputError where OpenVINO or a compiler is not there, or a GPU was asked of OpenVINO."""
+        if self.word in OPENVINO and self.provider != "cpu":
+            raise InputError(f"engine {self.word!r}: OpenVINO runs on the CPU here, not on provider {self.provider!r}")
+        if self.word in OPENVINO:
+            check_openvino()
+        if self.word in PYTORCH:
+            check_compiler(self.device, PYTORCH[self.word][1])
+
+    def __call__(self) -> Run:
+        if self.word == "onnxruntime":
+            return self._of_session(open_session(self.model, self.provider, self.name))
+        if self.word in OPENVINO:
+            return self._of_session(OpenVinoSession(self.model, self.name, OPENVINO[self.word]))
+        assert self.metadata is not None  # PyTorch runs files that describe their network
+        dtype, is_compiled = PYTORCH[self.word]
+        return (_compiled if is_compiled else _eager)(self.metadata, self.device, dtype)
+
+    def _of_session(self, session: Session) -> Run:
+        outputs, given = [self.made], self.given
+        return lambda images: session.run(outputs, {given: images})[0]
+
+
 def engines(
     model: bytes, name: str, provider: str, wanted: Sequence[str] = USUAL
-) -> tuple[dict[str, Opener], Metadata | None]:
+) -> tuple[dict[str, "Engine"], Metadata | None]:
     """The `wanted` engines that can run the model, by their names in tables, and the metadata of an expertgrid file.
 
     ONNX Runtime runs on `provider`, PyTorch on the same device. PyTorch's network is built from the config in the
@@ -57,23 +105,17 @@ def engines(
         )
     if not session.get_outputs():
         raise InputError(f"{name}: has no output")
-    ends = given[0].name, session.get_outputs()[0].name
     entries = session.get_modelmeta().custom_metadata_map
     metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
-    device = torch.device("cpu" if provider == "cpu" else "cuda")
-    found: dict[str, Opener] = {}
-    for engine in dict.fromkeys(_own(metadata) if engine == OWN else engine for engine in wanted):
-        if engine == "onnxruntime":
-            found[f"onnxruntime {provider}"] = lambda: _session(open_session(model, provider, name), *ends)
-        elif engine in OPENVINO:
-            found[f"{engine} cpu"] = _openvino(model, name, engine, provider, ends)
-        elif metadata is not None:
-            dtype, is_compiled = PYTORCH[engine]
-            check_compiler(device, is_compiled)
-            found[f"pytorch {engine.replace('-', ' ')} {device.type}"] = partial(
-                _compiled if is_compiled else _eager, metadata, device, dtype
-            )
-    return found, metadata
+    chosen = dict.fromkeys(_own(metadata) if engine == OWN else engine for engine in wanted)
+    found = [
+        Engine(engine, model, name, provider, given[0].name, session.get_outputs()[0].name, metadata)
+        for engine in chosen
+        if engine not in PYTORCH or metadata is not None
+    ]
+    for engine in found:
+        engine.check()
+    return {engine.title: engine for engine in found}, metadata
 
 
 def _own(metadata: Metadata | None) -> str:
@@ -86,18 +128,6 @@ def check_compiler(device: torch.device, is_compiled: bool) -> None:
     """Raises InputError where torch.compile cannot work."""
     if is_compiled and (reason := why_unavailable(device)):
         raise InputError(f"engine 'compiled': {reason}")
-
-
-def _session(session: Session, given: str, made: str) -> Run:
-    return lambda images: session.run([made], {given: images})[0]
-
-
-def _openvino(model: bytes, name: str, engine: str, provider: str, ends: tuple[str, str]) -> Opener:
-    """Raises InputError where OpenVINO is not installed, or a GPU was asked for."""
-    if provider != "cpu":
-        raise InputError(f"engine {engine!r}: OpenVINO runs on the CPU here, not on provider {provider!r}")
-    check_openvino()
-    return lambda: _session(OpenVinoSession(model, name, OPENVINO[engine]), *ends)
 
 
 def untrained(metadata: Metadata, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -1,6 +1,8 @@
 """What else goes on in the machine while something is measured, and the energy that the device uses."""
 
 import os
+import re
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-STAT = Path("/proc/stat")
+STAT, STATUS = Path("/proc/stat"), Path("/proc/self/status")
 RAPL = Path("/sys/class/powercap")
 BUSY = 0.1  # share of the processor's time that others may take before the table says so
 SLOWED = {"SwPowerCap": "power", "SwThermalSlowdown": "heat", "HwSlowdown": "heat or power"}  # NVML's reasons
@@ -92,6 +94,21 @@ def _gpu_state(gpu: Any) -> tuple[int, int, set[str]] | None:
     reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     slowed = {said for name, said in SLOWED.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")}
     return mhz, heat, slowed
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had at once; None on a system that does not say.
+
+    Not `ru_maxrss` on Linux, which begins with the memory of the process that started this one.
+    """
+    if STATUS.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    with suppress(ImportError):  # as on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
 
 
 class Meter:

@@ -6,6 +6,7 @@ taken, and what they say, is in `bench.timing`.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from ablations.results.rendering import Measured
-from bench.engines import USUAL, Opener, engines
+from bench.apart import Begin, Memory, apart
+from bench.engines import USUAL, Engine, Run, engines
 from bench.host import Host, Meter, watched
-from bench.timing import Block, Call, Ratio, Times, compare, compare_runs, percentiles, take_turns
+from bench.timing import OPENINGS, Block, Call, Ratio, Timer, Times, compare, compare_runs, percentiles, take_turns
 from export.graph import read_onnx
 from export.session import ORT_ERRORS, check_provider
 from model.errors import InputError, invalid
@@ -41,12 +43,14 @@ class Latency(BaseModel):
     intervals_ms: dict[str, tuple[float, float]] = {}  # of "p50" and so on
     images_per_s: float
     joules_per_image: float | None = None
+    peak_bytes: int | None = None  # of the engine's process, where it had one of its own
+    added_bytes: int | None = None  # to what the process had with Python and its libraries alone
     steady: bool = True  # after its warm-up
     blocks: list[tuple[int, int]] = []  # of calls in a row: in which opening, and how many calls
     calls_ms: list[float]
 
     @classmethod
-    def of(cls, engine: str, batch: int, times: Times) -> "Latency":
+    def of(cls, engine: str, batch: int, times: Times, memory: Memory | None = None) -> "Latency":
         calls_ms = times.calls_ms
         found = dict(zip(("p50", "p90", "p99"), percentiles(times, PERCENTILES)))
         joules = [block.joules for block in times.blocks if block.joules is not None]
@@ -59,6 +63,8 @@ class Latency(BaseModel):
             intervals_ms={name: (one.low, one.high) for name, one in found.items() if one},
             images_per_s=1000 * batch * len(calls_ms) / sum(calls_ms),
             joules_per_image=sum(joules) / (batch * len(calls_ms)) if len(joules) == len(times.blocks) else None,
+            peak_bytes=memory.peak if memory else None,
+            added_bytes=memory.added if memory else None,
             steady=times.steady,
             blocks=[(block.opening, len(block.calls_ms)) for block in times.blocks],
             calls_ms=[round(ms, 5) for ms in calls_ms],
@@ -87,6 +93,7 @@ class LatencyRecord(BaseModel):
     versions: dict[str, str]
     host: Host = Host()
     finished: str
+    cells: int = 0  # of a study that took turns in the run; 0 for files by themselves
     latencies: list[Latency]
 
 
@@ -108,10 +115,13 @@ def measure(
     batches: Sequence[int] = (1, 8, 64),
     measure_s: float = 1.0,
     wanted: Sequence[str] = USUAL,
+    openings: int = OPENINGS,
+    isolated: Begin | None = None,
 ) -> list[LatencyRecord]:
     """Latencies of ONNX files at each batch size, all of them in turns. Raises InputError as `engines` and `read_onnx`.
 
-    A record for each file, in their order.
+    A record for each file, in their order. With `isolated` each engine has a process of its own at each batch size,
+    which calls that first.
     """
     check_provider(provider)
     models = [read_onnx(path) for path in paths]
@@ -120,13 +130,20 @@ def measure(
     cuda = provider != "cpu"
     with watched(cuda) as host:
         for batch in batches:
-            candidates: dict[tuple[int, str], Callable[[], Call]] = {}
-            for i, (path, model, (openers, _)) in enumerate(zip(paths, models, opened)):
-                images = random_images(model, batch)
-                for engine, opener in openers.items():
-                    candidates[i, engine] = partial(_open, str(path), opener, images)
-            for (i, engine), times in take_turns(candidates, measure_s, meter=Meter(cuda)).items():
-                latencies[i].append(Latency.of(engine, batch, times))
+            candidates: dict[tuple[int, str], Callable[[], Call | Timer]] = {}
+            memory: dict[tuple[int, str], Memory] = {}
+            with ExitStack() as processes:
+                for i, (model, (found, _)) in enumerate(zip(models, opened)):
+                    images = random_images(model, batch)
+                    for name, engine in found.items():
+                        key, memory[i, name] = (i, name), Memory()
+                        candidates[key] = partial(open_engine, engine, images)
+                        if isolated:
+                            own = apart(engine, images, open_engine, isolated, memory[key])
+                            candidates[key] = processes.enter_context(own)
+                turns = take_turns(candidates, measure_s, openings, Meter(cuda))
+            for (i, name), times in turns.items():
+                latencies[i].append(Latency.of(name, batch, times, memory[i, name]))
     finished, device = now(), torch.device("cuda" if cuda else "cpu")
     return [
         LatencyRecord(
@@ -149,15 +166,20 @@ def measure(
     ]
 
 
-def _open(name: str, opener: Opener, images: np.ndarray) -> Call:
+def open_engine(engine: Engine, images: np.ndarray) -> Call:
     """A call on the images. Raises InputError where the network does not run at this batch size."""
-    run = opener()
+    return partial(open_run(engine, images), images)
+
+
+def open_run(engine: Engine, images: np.ndarray) -> Run:
+    """The engine after a first call on the images. Raises InputError where the network does not run at this size."""
+    run = engine()
     try:
         run(images)
     except (*ORT_ERRORS, MemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{name}: does not run at batch {len(images)}: {reason}") from None
-    return partial(run, images)
+        raise InputError(f"{engine.name}: does not run at batch {len(images)}: {reason}") from None
+    return run
 
 
 def machine() -> dict[str, str | int]:
@@ -275,6 +297,9 @@ def rows(records: Sequence[LatencyRecord], compared: Sequence[Comparison]) -> li
             row["images/s"] = round(found.images_per_s, 1)
             if any(one.joules_per_image is not None for one in record.latencies):
                 row["mJ/image"] = found.joules_per_image and 1000 * found.joules_per_image
+            if any(one.peak_bytes is not None for one in record.latencies):
+                row["peak MiB"] = found.peak_bytes and found.peak_bytes / 2**20
+                row["added MiB"] = found.added_bytes and found.added_bytes / 2**20
             plain = eager.get(found.batch)
             row["x eager"] = Measured(*compare(plain.times, found.times)) if plain and plain is not found else None
             if len(records) > 1:
@@ -294,6 +319,11 @@ def notes(records: Sequence[LatencyRecord]) -> list[str]:
     ]
     if len(records) > 1:
         lines.append(f"x first: against {record.file} in the same engine, or each in its own, at the same batch size.")
+    if any(found.peak_bytes is not None for found in every):
+        lines.append(
+            "peak MiB: the most memory of the engine's process; added MiB: of it, what Python and its libraries alone "
+            "do not take."
+        )
     lines += record.host.notes()
     if any(found.p99_ms is None for found in every):
         lines.append("No p90 below 36 calls and no p99 below 368: --seconds gives more.")

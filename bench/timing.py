@@ -41,6 +41,19 @@ class Block(NamedTuple):
     joules: float | None = None  # that the device used, where a meter says it
 
 
+class Timer:
+    """Times the calls of a candidate that is open."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+    def warm_up(self, longest_s: float) -> tuple[float, bool]:
+        return warm_up(self.call, longest_s)
+
+    def timed(self, count: int) -> list[float]:
+        return timed(self.call, count)
+
+
 @dataclass
 class Times:
     """All calls of a candidate that count. The blocks of all candidates of a run are in the same order."""
@@ -79,38 +92,43 @@ class Ratio(NamedTuple):
 
 
 def take_turns(
-    candidates: Mapping[Key, Callable[[], Call]],
+    candidates: Mapping[Key, Callable[[], Call | Timer]],
     measure_s: float = 1.0,
     openings: int = OPENINGS,
     meter: Callable[[], float | None] = lambda: None,
 ) -> dict[Key, Times]:
-    """Times of each candidate's calls, about `measure_s` seconds of each. A candidate is a function that opens it.
+    """Times of each candidate's calls, about `measure_s` seconds of each.
 
-    A block's first call is not counted, as threads of the candidate before may still spin. `meter` gives the joules
-    that the device has used so far.
+    A candidate is a function that opens it: into a call, or into what times its calls in another process. A block's
+    first call is not counted, as threads of the candidate before may still spin. `meter` gives the joules that the
+    device has used so far.
     """
     times: dict[Key, Times] = {key: Times() for key in candidates}
     order = random.Random(0)
     for opening in range(openings):
-        calls = {key: candidates[key]() for key in _shuffled(candidates, order)}
+        timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
         call_s = {}
-        for key, call in calls.items():
-            call_s[key], steady = warm_up(call, AGAIN_S if opening else LONGEST_WARM_UP_S)
+        for key, timer in timers.items():
+            call_s[key], steady = timer.warm_up(AGAIN_S if opening else LONGEST_WARM_UP_S)
             times[key].steady &= steady or opening > 0
         block_s = max(BLOCK_S, *call_s.values())
-        measured = dict.fromkeys(calls, 0.0)
+        measured = dict.fromkeys(timers, 0.0)
         for done in itertools.count():
             if done >= LEAST_BLOCKS and min(measured.values()) >= measure_s / openings:
                 break
-            for key in _shuffled(calls, order):
-                calls[key]()
+            for key in _shuffled(timers, order):
+                timers[key].call()
                 before = meter()
-                calls_ms = timed(calls[key], max(1, round(block_s / call_s[key])))
+                calls_ms = timers[key].timed(max(1, round(block_s / call_s[key])))
                 after = meter()
                 joules = None if before is None or after is None else after - before
                 times[key].blocks.append(Block(opening, calls_ms, joules))
                 measured[key] += sum(calls_ms) / 1000
     return times
+
+
+def _timer(opened: Call | Timer) -> Timer:
+    return opened if isinstance(opened, Timer) else Timer(opened)
 
 
 def timed(call: Call, count: int) -> list[float]:

@@ -4,6 +4,7 @@ What can be checked without PyTorch is checked before it is imported.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -451,9 +452,14 @@ def show_model(
 
 @app.command(rich_help_panel=SPEED)
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.onnx...", help="ONNX files.", callback=options.readable)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE.onnx...|DIR", help="ONNX files, or a study directory.", callback=options.files_or_study
+        ),
+    ],
     provider: Provider = "cpu",
-    batch: Annotated[str, typer.Option(metavar="N[,N]", help="Batch sizes.")] = "1,8,64",
+    batch: Annotated[str | None, typer.Option(metavar="N[,N]", help="Batch sizes. Default: 1,8,64.")] = None,
     format: Format = "text",
     json: Annotated[
         Path | None,
@@ -463,7 +469,13 @@ def bench(
             callback=options.file_named("--json", ".json"),
         ),
     ] = None,
-    engine: Annotated[str, typer.Option(metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}.")] = "own,eager",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="E[,E]",
+            help=f"Engines: {', '.join(options.ENGINES)}. Default: own,eager; own for studies and scenarios.",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, max=3600, metavar="S", help="Time of each engine and batch.")] = 1,
     fail_if_slower: Annotated[
         str | None,
@@ -480,6 +492,22 @@ def bench(
     across_machines: Annotated[
         bool, typer.Option("--across-machines", help="With --baseline: also of another machine or version.")
     ] = False,
+    front: Annotated[
+        bool, typer.Option("--front", help="Of a study: the front only. All cells are timed briefly first.")
+    ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time untrained networks of timm, too. Of like size, for the same images.")
+    ] = False,
+    scenario: Annotated[
+        Literal["single-stream", "multi-stream", "offline", "server"] | None,
+        typer.Option(help="A scenario of MLPerf. Needs the extra loadgen."),
+    ] = None,
+    bound_ms: Annotated[
+        float | None, typer.Option(min=0.001, metavar="MS", help="Bound of the server's p99. Default: 10.")
+    ] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="A process for each engine. Shows its peak memory.")
+    ] = False,
     modules: Import = None,
 ) -> int:
     """Measure the latency of ONNX files.
@@ -487,8 +515,26 @@ def bench(
     All engines get the same inputs, and all files take turns. A second file is faster or slower than the first only
     where the 99% interval says so. The record of a file in a study's export folder is kept in the study's bench folder,
     and its table shows it.
+
+    Of a study directory, a network of each cell is exported and timed. Its tables then show latency beside accuracy,
+    and which cells are on the Pareto front.
+
+    A scenario loads each file as MLPerf does: single images or 8 in a stream, all at once, or at random as a server
+    gets them, where the highest rate is searched. Each of its runs takes --seconds or longer.
     """
-    batches, engines = options.batches(batch), options.words("engine", engine, options.ENGINES)
+    study = files[0] if files[0].is_dir() else None
+    if scenario is not None:
+        others = {"--batch": batch, "--json": json, "--baseline": baseline, "--fail-if-slower": fail_if_slower}
+        given = [name for name, value in others.items() if value is not None]
+        given += [name for name, value in {"--front": front, "--isolate": isolate, "--peers": peers}.items() if value]
+        if given:
+            raise InputError(f"{given[0]}: does not go with --scenario {scenario}")
+        if study:
+            raise InputError(f"--scenario {scenario}: is for ONNX files; {study} is a study directory")
+    if bound_ms is not None and scenario != "server":
+        raise InputError("--bound-ms: is for --scenario server")
+    batches = options.batches(batch or "1,8,64")
+    engines = options.words("engine", engine or ("own" if study or scenario else "own,eager"), options.ENGINES)
     slower = options.percent("--fail-if-slower", fail_if_slower)
     for option, value in (("--json", json), ("--baseline", baseline)):
         if value is not None and len(files) > 1:
@@ -497,14 +543,28 @@ def bench(
         raise InputError("--fail-if-slower: a second file or --baseline FILE.json is needed to compare with")
     if across_machines and baseline is None:
         raise InputError("--across-machines: is for --baseline FILE.json")
+    if peers and (study or len(files) > 1):
+        raise InputError("--peers: is for one file")
+    if peers and slower is not None:
+        raise InputError("--fail-if-slower: does not go with --peers, which are other networks")
+    if front and study is None:
+        raise InputError("--front: is for a study directory")
+    if study and (json is not None or baseline is not None):
+        option = "--json" if json is not None else "--baseline"
+        raise InputError(f"{option}: is for one file; the records of a study's cells are kept in {study / 'bench'}")
     from ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.bench import Against, bench
+        from ablations.cli.bench import Against, bench, bench_cells, bench_scenario
         from ablations.cli.sources import import_modules
     import_modules(modules or [])
+    if scenario is not None:
+        return bench_scenario(files, scenario, provider, engines, seconds, bound_ms or 10.0, format)
+    isolated = partial(import_modules, modules or []) if isolate else None
+    if study:
+        return bench_cells(study, provider, batches, format, engines, seconds, front, isolated)
     against = Against(baseline, across_machines, slower)
-    return bench(files, provider, batches, format, json, engines, seconds, against)
+    return bench(files, provider, batches, format, json, engines, seconds, against, isolated, peers)
 
 
 @app.command("bench-train", rich_help_panel=SPEED)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ablations.cli.devices import device
 from ablations.cli.options import write_out
@@ -12,13 +13,23 @@ from ablations.cli.terminal import console, status
 from ablations.records import StudyDirectory
 from ablations.results.rendering import Format, render
 from ablations.results.rows import read_results
-from bench import training
+from bench import scenarios, training
+from bench.apart import Begin
+from bench.cell_latency import by_cell, measure_latencies, write_latencies
 from bench.cells import measure_cells
 from bench.engines import USUAL
 from bench.latency import check_comparable, measure, notes, read_latency, rows, with_baseline, with_first
+from bench.peers import peers_of
+from bench.scenarios import Scenario
 from bench.training import measure_training
+from export.graph import Description, describe, read_onnx
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
+
+PEERS_NOTE = (
+    "Peers: untrained networks of timm for the same images and classes, in fp32, RepVGG in its deployed form. Their "
+    "accuracy is unknown. Parameters and MACs are those in the files."
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,19 @@ def bench(
     engines: Sequence[str] = USUAL,
     measure_s: float = 1.0,
     against: Against = Against(),
+    isolated: Begin | None = None,
+    with_peers: bool = False,
 ) -> int:
     """Prints the latency of ONNX files, and keeps the records of those in a study's export folder.
 
     1 where a file is slower than it may be.
     """
     baseline = read_latency(against.baseline) if against.baseline else None
-    with status(f"measuring {', '.join(map(str, files))}"):
-        records = measure(files, provider, batches, measure_s, engines)
+    with status(f"measuring {', '.join(map(str, files))}"), TemporaryDirectory() as place:
+        peers = _write_peers(files[0], Path(place)) if with_peers else []
+        measured = [*files, *peers]
+        records = measure(measured, provider, batches, measure_s, engines, isolated=isolated)
+        costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
     if baseline and against.baseline and not against.across_machines:
         check_comparable(baseline, records[0], against.baseline)
     for file, record in zip(files, records):
@@ -58,9 +74,11 @@ def bench(
             write_out("--json", json, content)
     found = with_first(records)
     table = rows(records, found)
+    if costs:
+        table = [{"file": row["file"]} | _size(costs[str(row["file"])]) | row for row in table]
     if baseline:
         found += with_baseline(records[0], baseline, str(against.baseline))
-    print(render(table, format, notes(records)))
+    print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
     if format == "text" and found:
         print("\n" + "\n".join(map(str, found)), flush=True)
     if against.fail_if_slower is None:
@@ -72,6 +90,66 @@ def bench(
             f"{one.other}, batch {one.batch}, {one.engine}", style="red", soft_wrap=True,
         )  # fmt: skip
     return int(bool(slower))
+
+
+def _write_peers(file: Path, place: Path) -> list[Path]:
+    """Names those that cannot be exported on stderr."""
+    models, failed = peers_of(file)
+    for name, reason in failed.items():
+        console.print(f"{name}: left out: {reason}", soft_wrap=True)
+    for name, model in models.items():
+        (place / f"{name}.onnx").write_bytes(model)
+    return [place / f"{name}.onnx" for name in models]
+
+
+def _size(description: Description) -> dict[str, object]:
+    return {"params": description.parameters, "MACs": description.macs}
+
+
+def bench_scenario(
+    files: Sequence[Path],
+    scenario: Scenario,
+    provider: str,
+    engines: Sequence[str],
+    seconds: float,
+    bound_ms: float,
+    format: Format,
+) -> int:
+    """Prints what files do in a scenario of MLPerf."""
+    with status(f"{scenario}: loading {', '.join(map(str, files))}"):
+        found, host = scenarios.measure_scenario(files, scenario, provider, engines, seconds, bound_ms)
+    print(render(scenarios.rows(found), format, scenarios.notes(found, host, bound_ms)))
+    return 0
+
+
+def bench_cells(
+    path: Path,
+    provider: str,
+    batches: Sequence[int],
+    format: Format,
+    engines: Sequence[str],
+    measure_s: float,
+    front_only: bool,
+    isolated: Begin | None,
+) -> int:
+    """Prints the latency of each cell of a study, and keeps it in its directory; 1 where a cell is not exported."""
+    directory = StudyDirectory(path)
+    with directory.held():
+        with status(f"exporting and timing the cells of {path}"):
+            timed = measure_latencies(directory, provider, batches, measure_s, engines, front_only, isolated)
+        write_latencies(directory, timed)
+    said = [
+        ("have no weights, only records, and were not timed", timed.without_weights),
+        ("are not on the front, and were timed briefly", timed.off_front),
+    ]
+    for what, names in said:
+        if names:
+            console.print(f"{len(names)} of the cells {what}: {'; '.join(names)}", soft_wrap=True)
+    for name, reason in timed.not_exported.items():
+        console.print(f"{name}: not exported: {reason}", style="red", soft_wrap=True)
+    table = rows(timed.records, with_first(timed.records))
+    print(render(by_cell(table, timed, read_results(directory).rows), format, notes(timed.records)))
+    return int(bool(timed.not_exported))
 
 
 def bench_study(

@@ -137,6 +137,18 @@ def readable(files: Path | Sequence[Path] | None) -> Path | Sequence[Path] | Non
     return files
 
 
+def files_or_study(paths: Sequence[Path]) -> Sequence[Path]:
+    """Raises InputError for a file that cannot be read, and for a directory that is no study or not alone."""
+    for path in paths:
+        if path.is_dir() and len(paths) > 1:
+            raise InputError(f"{path}: a study directory is measured alone; {len(paths)} files were given")
+        if path.is_dir():
+            study_directory(path)
+        else:
+            readable(path)
+    return paths
+
+
 def study_directory(directories: Path | Sequence[Path]) -> Path | Sequence[Path]:
     """Raises InputError for a directory without a study."""
     for path in [directories] if isinstance(directories, Path) else directories:

@@ -19,8 +19,17 @@ import numpy as np
 
 from ablations import records
 from ablations.cells import CellName
-from ablations.records import FAILED, Benched, LatencySummary, Record, StudyDirectory, cell_names
-from ablations.results.rows import Results, Row, on_test, on_validation, read_results, right_on_test
+from ablations.records import FAILED, Record, StudyDirectory, cell_names
+from ablations.results.rows import (
+    Results,
+    Row,
+    latency_run,
+    on_test,
+    on_validation,
+    read_results,
+    right_on_test,
+    smallest,
+)
 from ablations.results.stats import contrasts, factors, planning
 from ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
 from ablations.results.stats.planning import Plan
@@ -372,20 +381,12 @@ def _machine(record: Record) -> tuple:
 
 def _latency_alike(rows: Sequence[Row]) -> bool:
     found = [row.latency for row in rows if row.latency]
-    kinds = {
-        (latency.provider, latency.threads, smallest(latency).engine, smallest(latency).batch) for latency in found
-    }
-    return len(found) == len(rows) and len(kinds) == 1
+    return len(found) == len(rows) and len({latency_run(latency) for latency in found}) == 1
 
 
 def _latency_ms(row: Row) -> float:
     assert row.latency is not None  # rows are compared by latency only where all have one
     return smallest(row.latency).p50_ms
-
-
-def smallest(latency: LatencySummary) -> Benched:
-    """ONNX Runtime at the smallest batch size that was measured."""
-    return min(latency.latencies, key=lambda found: (not found.engine.startswith("onnxruntime"), found.batch))
 
 
 # --- What it can see ---

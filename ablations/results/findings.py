@@ -138,16 +138,6 @@ def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Fi
     )
 
 
-def pareto(costs_C: Sequence[float], scores_C: Sequence[float]) -> list[int]:
-    """The places of those that nothing cheaper, or as cheap, is better than, in the order of their costs."""
-    front, best = [], -np.inf
-    for place in sorted(range(len(costs_C)), key=lambda place: (costs_C[place], -scores_C[place])):
-        if scores_C[place] > best:
-            front.append(place)
-            best = scores_C[place]
-    return front
-
-
 # --- Two cells, image by image ---
 
 

@@ -199,18 +199,19 @@ def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
 
 
 def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[int], what: str) -> "Figure":
-    """Test accuracy against a cost; those on the front are joined and numbered in their order."""
+    """Validation accuracy against a cost; those on the front, if any, are joined and numbered in their order."""
     figure = _figure(3.4)
     axes = figure.add_subplot()
-    intervals = _accuracies(rows, on_test)
+    intervals = _accuracies(rows, on_validation)
     axes.errorbar(
         costs, [interval.mean for interval in intervals], yerr=_reach(intervals), fmt="o",
         markersize=4.5, capsize=2, linewidth=0.9, color=UNDECIDED, label="cell, with its 95% interval",
     )  # fmt: skip
-    axes.plot(
-        [costs[place] for place in front], [intervals[place].mean for place in front], "o-", color=TEST,
-        markersize=5.5, linewidth=1.4, label="Pareto front",
-    )  # fmt: skip
+    if front:
+        axes.plot(
+            [costs[place] for place in front], [intervals[place].mean for place in front], "o-", color=TEST,
+            markersize=5.5, linewidth=1.4, label="Pareto front",
+        )  # fmt: skip
     for number, place in enumerate(front, 1):
         axes.annotate(
             str(number), (costs[place], intervals[place].mean), xytext=(-6, 5) if number % 2 else (6, -11),
@@ -222,7 +223,7 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     else:
         axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(what, fontsize=8.5)
-    axes.set_ylabel("test accuracy, %", fontsize=8.5)
+    axes.set_ylabel("validation accuracy, %", fontsize=8.5)
     _bare(axes, "both")
     _under(figure, axes)
     return figure

@@ -17,10 +17,17 @@ from PIL import Image
 from ablations.records import StudyDirectory
 from ablations.results import plots, tables
 from ablations.results.answer import answer
-from ablations.results.evidence import smallest
-from ablations.results.findings import MOST_CURVES, DifferentImage, Findings, Mistake, pareto
-from ablations.results.rendering import Points, Table, Verdict, render_tables, shown
-from ablations.results.rows import Row, measured, on_test, on_validation
+from ablations.results.findings import MOST_CURVES, DifferentImage, Findings, Mistake
+from ablations.results.rendering import Measured, Points, Table, Verdict, render_tables, shown
+from ablations.results.rows import (
+    Row,
+    latency_front,
+    measured,
+    on_test,
+    on_validation,
+    smallest,
+    timed_together,
+)
 from ablations.results.stats.selection import Interval
 
 if TYPE_CHECKING:
@@ -125,6 +132,8 @@ def _cell(value: object, heading: bool) -> Cell:
     match value:
         case Interval():
             return Cell(shown(value), value.mean, heading)
+        case Measured():
+            return Cell(shown(value), value.value, heading)
         case bool() | None | str() | Verdict() | tuple():
             return Cell(shown(value), None, heading)
         case int() | float():
@@ -301,26 +310,31 @@ def _curves(found: Findings) -> list[Picture]:
 
 
 def _cost(found: Findings, ranked: list[Row]) -> list[Picture]:
-    """Accuracy against latency where two rows have one, else against MACs."""
-    timed = [(row, smallest(row.latency)) for row in ranked if row.latency]
-    if len(timed) > 1:
-        rows, costs = [row for row, _ in timed], [latency.p50_ms for _, latency in timed]
-        batches = sorted({latency.batch for _, latency in timed})
-        what = f"measured latency, ms (median, batch {', '.join(map(str, batches))})"
-        said = f"Measured latency of the {len(timed)} cells that were exported and timed."
+    """Accuracy against latency where two rows were timed together, else against MACs."""
+    if rows := timed_together(ranked):
+        costs = [smallest(row.latency).p50_ms for row in rows if row.latency]
+        batch = smallest(rows[0].latency).batch if rows[0].latency else 1
+        what = f"measured latency, ms (median, batch {batch})"
+        front = [rows.index(row) for row in latency_front(ranked)]
+        names = "; ".join(f"{number}: {rows[place].name}" for number, place in enumerate(front, 1))
+        on_front = f"; the Pareto front is {names}"
+        said = (
+            f"The {len(rows)} cells that were exported and timed in turns. No cell is both faster and better than one "
+            f"on the front ({names}); the front goes by means, and does not ask whether the differences are decided."
+        )
     else:
-        rows, costs = ranked, [row.records[0].macs / 1e6 for row in ranked]
+        rows, costs, front, on_front = ranked, [row.records[0].macs / 1e6 for row in ranked], [], ""
         what = "multiply-accumulates of one image, millions"
-        said = "Against multiply-accumulates, which are no time, as fewer than two cells have a measured latency."
-    front = pareto(costs, [row.mean(on_test) for row in rows])
-    names = "; ".join(f"{number}: {rows[place].name}" for number, place in enumerate(front, 1))
+        said = (
+            "Against multiply-accumulates, which are no time, as fewer than two cells have a measured latency. "
+            f"`expertgrid bench {shlex.quote(str(found.path))}` measures all of them."
+        )
     return [
         Picture(
             "cost",
             lambda: plots.costs_figure(rows, costs, front, what),
-            f"Test accuracy against {what}; the Pareto front is {names}.",
-            f"{said} No cell is both cheaper and better than one on the front ({names}); the front goes by means, and "
-            "does not ask whether the differences are decided.",
+            f"Validation accuracy against {what}{on_front}.",
+            said,
         )
     ]
 

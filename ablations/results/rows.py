@@ -18,6 +18,7 @@ from ablations.cells import Group, find_cell, groups
 from ablations.records import (
     FAILED,
     Adopted,
+    Benched,
     Failure,
     LatencySummary,
     Plan,
@@ -177,7 +178,11 @@ def read_results(directory: StudyDirectory) -> Results:
                 by_seed=found,
                 failures=failed,
                 adopted={trials[seed]: taken for seed in found if (taken := directory.adopted(trials[seed]))},
-                latency=next((latencies[trial] for trial in trials.values() if trial in latencies), None),
+                latency=max(
+                    (latencies[trial] for trial in trials.values() if trial in latencies),
+                    key=LatencySummary.rank,
+                    default=None,
+                ),
                 alone=next((alone[trial] for trial in trials.values() if trial in alone), None),
                 reported=next(
                     (study.reported[str(level)] for level in first.levels.values() if str(level) in study.reported),
@@ -271,6 +276,47 @@ def winner(rows: Sequence[Row]) -> Winner | None:
     order = sorted(range(len(whole)), key=lambda place: whole[place] is not best)  # the first of equals wins
     found = selection.winner(validation_CS[order], test_CS[order])
     return found if found.cell == 0 else None
+
+
+# --- Accuracy against latency ---
+
+
+def smallest(latency: LatencySummary) -> Benched:
+    """ONNX Runtime at the smallest batch size that was measured."""
+    return min(latency.latencies, key=lambda found: (not found.engine.startswith("onnxruntime"), found.batch))
+
+
+def latency_run(latency: LatencySummary) -> tuple[str | int, ...]:
+    """What two latencies have in common where they were measured in turns."""
+    found = smallest(latency)
+    return latency.finished, latency.provider, latency.threads, found.engine, found.batch
+
+
+def timed_together(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the newest run that timed two or more of them in turns. Without the control."""
+    by_run: dict[tuple[str | int, ...], list[Row]] = {}
+    for row in rows:
+        if row.latency and row.by_seed and not row.control:
+            by_run.setdefault(latency_run(row.latency), []).append(row)
+    several = [run for run, found in by_run.items() if len(found) > 1]
+    return by_run[max(several, key=str)] if several else []
+
+
+def pareto(costs_C: Sequence[float], scores_C: Sequence[float]) -> list[int]:
+    """The places of those that nothing cheaper, or as cheap, is better than, in the order of their costs."""
+    front, best = [], -np.inf
+    for place in sorted(range(len(costs_C)), key=lambda place: (costs_C[place], -scores_C[place])):
+        if scores_C[place] > best:
+            front.append(place)
+            best = scores_C[place]
+    return front
+
+
+def latency_front(rows: Sequence[Row]) -> list[Row]:
+    """The Pareto front of latency and validation accuracy among `timed_together`, fastest first."""
+    timed = timed_together(rows)
+    costs = [smallest(row.latency).p50_ms for row in timed if row.latency]
+    return [timed[place] for place in pareto(costs, [row.mean(on_validation) for row in timed])]
 
 
 # --- Curves and predictions, which are read when they are asked for ---

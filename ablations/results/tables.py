@@ -13,11 +13,11 @@ from ablations.results.evidence import (
     Marginal,
     Sight,
     TwoCells,
-    smallest,
 )
 from ablations.results.rendering import (
     FORMATS,
     Format,
+    Measured,
     Points,
     Signed,
     Span,
@@ -36,9 +36,12 @@ from ablations.results.rows import (
     best_row,
     common_scores,
     complete,
+    latency_front,
     on_test,
     on_validation,
     peek,
+    smallest,
+    timed_together,
     winner,
 )
 from ablations.results.stats.contrasts import NONE, OPEN, Judgement
@@ -278,6 +281,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
     judged = any(judgement and judgement.low is not None for judgement in against) or any(
         judgement and judgement.verdict == NONE for judgement in against
     )
+    front = latency_front(rows)
     table = []
     for place, row in enumerate(rows):
         first = row.records[0] if row.by_seed else None
@@ -298,9 +302,20 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
         values["MACs"] = first.macs if first else None
         values["train images/s"] = training_rate(row)
         if any(row.latency for row in rows):
-            values["latency ms"] = smallest(row.latency).p50_ms if row.latency else None
+            values["latency ms"] = latency_ms(row)
+        if front:
+            values["front"] = "yes" if row in front else ""
         table.append(values)
     return table
+
+
+def latency_ms(row: Row) -> Measured | float | None:
+    """The median latency of one of its trials, with its interval where the record has one."""
+    if row.latency is None:
+        return None
+    found = smallest(row.latency)
+    ends = found.intervals_ms.get("p50")
+    return Measured(found.p50_ms, *ends) if ends else found.p50_ms
 
 
 def training_rate(row: Row) -> float | None:
@@ -344,11 +359,19 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     how: dict[str, list[str]] = {}
     for latency in (row.latency for row in rows if row.latency):
         threads = _count(latency.threads, "thread")
-        where = f"batch {smallest(latency).batch}, {latency.provider}, {threads}, of {latency.file}"
+        found = smallest(latency)
+        engine = "ONNX Runtime" if found.engine.startswith("onnxruntime") else found.engine
+        of = f"{latency.cells} cells in turns" if latency.cells else latency.file
+        where = f"{engine} at batch {found.batch}, {latency.provider}, {threads}, of {of}, {latency.finished}"
         how.setdefault(where, []).append(latency.trial)
     for where, trials in how.items():
         of = f" (trial {_some(trials)})" if len(how) > 1 else ""
-        lines.append(f"Latency: median of ONNX Runtime at {where}{of}.")
+        lines.append(f"Latency: median of {where}{of}.")
+    if timed := timed_together(rows):
+        lines.append(
+            f"front: no other of the {len(timed)} cells that were timed together is as fast and better on validation. "
+            "It goes by means, whether or not the differences are decided."
+        )
     if missing := results.unfinished:
         lines.append(f"Not finished: {len(missing)} of the trials: {_some(missing)}.")
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:

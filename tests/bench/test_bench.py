@@ -423,15 +423,48 @@ def test_pytest_benchmark_suite(file, tmp_path, monkeypatch, capsys):
     suite = ["bench", "-q", "-p", "no:cacheprovider", f"--onnx={file}", "--batch=1,2"]
     suite += [f"--benchmark-storage={tmp_path}/storage", f"--benchmark-histogram={tmp_path}/histogram"]
     for more in (["--benchmark-autosave"], ["--benchmark-compare", "--benchmark-json", f"{tmp_path}/result.json"]):
+        if "--benchmark-json" in more:
+            more += ["--benchmark-save-data"]
         status = pytest.main([*suite, *more])
         printed = capsys.readouterr().out
         assert status == 0, printed
         assert "4 passed" in printed
     assert "(0001_" in printed
-    found = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["machine_info"]["cpu"]
+    found = result["benchmarks"]
+    for benchmark in found:
+        extra, stats = benchmark["extra_info"], benchmark["stats"]
+        assert extra["p50_ms"] == pytest.approx(1000 * stats["median"])
+        assert extra["p90_ms"] == pytest.approx(1000 * np.percentile(stats["data"], 90))
+        assert (extra["p99_ms"] is None) == (stats["rounds"] < 368)
+        assert (extra["trial"], extra["file"], extra["threads"]) == ("abc", "model.onnx", torch.get_num_threads())
+        assert extra["versions"]["onnxruntime"] == onnxruntime.__version__
+        assert extra["machine"]["cores"] == len(os.sched_getaffinity(0))
     assert {benchmark["extra_info"]["engine"] for benchmark in found} == {"onnxruntime cpu", "pytorch eager cpu"}
     assert all(benchmark["extra_info"]["images_per_s"] > 0 for benchmark in found)
     assert list(tmp_path.glob("histogram*.svg"))
+
+
+def test_the_suite_runs_every_published_file_of_a_study(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    export = tmp_path / "study" / "export"
+    export.mkdir(parents=True)
+    for name in ("model-uint8.onnx", "model-uint8-tuned.onnx", "model-uint8-int8.rejected.onnx"):
+        (export / name).write_bytes(file.read_bytes())
+    suite = ["bench", "-q", "-p", "no:cacheprovider", "--batch=1", "--benchmark-disable"]
+    monkeypatch.setenv("EXPERTGRID_STUDY", str(tmp_path / "study"))
+    assert pytest.main([*suite, "--collect-only"]) == 0
+    printed = capsys.readouterr().out
+    ids = set(re.findall(r"test_latency\[(.*)\]", printed))
+    assert len(ids) == 4, printed
+    assert sum("model-uint8-tuned" in name for name in ids) == sum("own" in name for name in ids) == 2
+    assert not any("rejected" in name for name in ids)
+    assert pytest.main([*suite, f"--study={tmp_path / 'study'}", "-k", "own"]) == 0
+    assert "2 passed" in capsys.readouterr().out
+    assert pytest.main([*suite, f"--study={tmp_path}"]) != 0
+    assert "no published file in its export folder" in capsys.readouterr().out
 
 
 def test_losses_of_two_ways_agree_or_are_an_error(monkeypatch):

@@ -16,8 +16,9 @@ from conftest import REPOSITORY
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.results import plots, report
 from ablations.results.evidence import read_evidence
-from ablations.results.findings import Examined, Mistake, pareto, read_findings, worst
+from ablations.results.findings import Examined, Mistake, read_findings, worst
 from ablations.results.gates import block_gate
+from ablations.results.rows import pareto
 from ablations.results.stats.images import class_accuracies
 from ablations.results.tables import cell_table
 from model.errors import InputError
@@ -255,7 +256,10 @@ def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
         }  # fmt: skip
         (two_by_two / "bench" / f"{number}.json").write_text(json.dumps(latency))
     alts = [image["alt"] for image in page_of(two_by_two).all("img")]
-    assert any("Test accuracy against measured latency, ms (median, batch 1)" in alt for alt in alts)
+    assert any(
+        "Validation accuracy against measured latency, ms (median, batch 1); the Pareto front is 1: " in alt
+        for alt in alts
+    )
 
 
 def test_the_confusion_matrix_needs_no_checkpoint_and_no_data(two_by_two):

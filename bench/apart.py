@@ -1,0 +1,137 @@
+"""An engine in a process of its own, so that no other engine's threads and memory are in its way.
+
+The process that asks decides whose turn it is, so that engines still take turns in random blocks; the engine's process
+has the clock. Times are sent when a block is done.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from ablations.isolation import ProcessLost
+from bench.engines import Engine
+from bench.host import peak_bytes
+from bench.timing import Call, Timer, timed, warm_up
+
+Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
+Begin = Callable[[], object]  # what a process does first, such as to import the user's modules
+
+
+@dataclass
+class Memory:
+    """Bytes that an engine's process has had at once at most."""
+
+    peak: int | None = None  # None on a system that does not say
+    before: int | None = None  # likewise, before the engine was opened: Python with its libraries
+
+    @property
+    def added(self) -> int | None:
+        return None if self.peak is None or self.before is None else self.peak - self.before
+
+
+class Apart(Timer):
+    """An engine that another process runs on the same images, again and again."""
+
+    def __init__(self, ask: Callable[..., Any]):
+        self.ask = ask
+        super().__init__(partial(ask, "call"))
+
+    def warm_up(self, longest_s: float) -> tuple[float, bool]:
+        return self.ask("warm_up", longest_s)
+
+    def timed(self, count: int) -> list[float]:
+        return self.ask("timed", count)
+
+
+@contextmanager
+def apart(
+    engine: Engine, images: np.ndarray, open_: Open, begin: Begin, memory: Memory
+) -> Generator[Callable[[], Apart]]:
+    """A candidate of `bench.timing.take_turns` in a process of its own, which ends when the context is left.
+
+    Each call opens the engine anew, with `open_`. `memory` is filled when the context is left. Errors of the process
+    are raised here; ProcessLost where it dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    work = (engine, images, open_, begin)
+    process = context.Process(target=_serve, args=(there, torch.get_num_threads(), *work), daemon=True)
+    process.start()
+    there.close()
+
+    def ask(*words: object) -> Any:
+        try:
+            here.send(words)
+            answer = here.recv()
+        except (EOFError, OSError):
+            process.join()
+            raise ProcessLost(f"the process of {engine.title} ended with status {process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def reopen() -> Apart:
+        ask("open")
+        return Apart(ask)
+
+    try:
+        ask("begin")
+        yield reopen
+        memory.peak, memory.before = ask("memory")
+    finally:
+        here.close()
+        process.join()
+
+
+class _Served:
+    """What the process does when it is asked."""
+
+    def __init__(self, engine: Engine, images: np.ndarray, open_: Open, begin: Begin):
+        self.engine, self.images, self.open_, self._begin = engine, images, open_, begin
+        self.run: Call | None = None
+
+    def begin(self) -> None:
+        self._begin()
+        self.before = peak_bytes()
+
+    def open(self) -> None:
+        self.run = None  # the engine that was open is closed first
+        self.run = self.open_(self.engine, self.images)
+
+    def call(self) -> None:
+        assert self.run is not None
+        self.run()
+
+    def warm_up(self, longest_s: float) -> tuple[float, bool]:
+        assert self.run is not None
+        return warm_up(self.run, longest_s)
+
+    def timed(self, count: int) -> list[float]:
+        assert self.run is not None
+        return timed(self.run, count)
+
+    def memory(self) -> tuple[int | None, int | None]:
+        return peak_bytes(), self.before
+
+
+def _serve(asked: Connection, threads: int, *work: Any) -> None:
+    """Does what arrives, and answers with what came of it or with its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    torch.set_num_threads(threads)
+    served = _Served(*work)
+    with asked, suppress(EOFError):
+        while True:
+            word, *given = asked.recv()
+            try:
+                answer = getattr(served, word)(*given)
+            except Exception as error:
+                answer = error
+            asked.send(answer)
