@@ -12,7 +12,7 @@ from ablations.records import StudyDirectory
 from ablations.results.rows import Row, best_record, latency_front, on_validation, read_results, smallest
 from bench.apart import Begin
 from bench.latency import LatencyRecord, measure
-from export.fuse import REWRITES
+from export.publish import DEFAULT_REWRITES
 from export.to_onnx import to_onnx
 from model.checkpoint import load
 from model.errors import InputError
@@ -58,7 +58,7 @@ def measure_latencies(
         files: dict[str, Path] = {}
         for name, trial in trials.items():
             try:
-                model = to_onnx(load(directory.checkpoint(trial)), "uint8", tuple(REWRITES))
+                model = to_onnx(load(directory.checkpoint(trial)), "uint8", DEFAULT_REWRITES)
             except InputError as error:
                 failed[name] = str(error)
                 continue

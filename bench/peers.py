@@ -13,9 +13,9 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from bench.engines import engines
-from export.fuse import REWRITES
 from export.graph import read_onnx
 from export.metadata import Metadata
+from export.publish import DEFAULT_REWRITES
 from export.to_onnx import to_onnx
 from model.checkpoint import Checkpoint
 from model.config import TimmModel
@@ -73,6 +73,7 @@ def _exported(name: str, metadata: Metadata) -> bytes:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = build(config).state_dict()
-    proto = onnx.load_from_string(to_onnx(Deployed(config, metadata.trained, weights), metadata.input, tuple(REWRITES)))
+    checkpoint = Deployed(config, metadata.trained, weights)
+    proto = onnx.load_from_string(to_onnx(checkpoint, metadata.input, DEFAULT_REWRITES))
     del proto.metadata_props[:]
     return proto.SerializeToString()

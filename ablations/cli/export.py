@@ -19,14 +19,13 @@ from ablations.training.trial import Trial
 from bench.tune import rows as tuning_rows
 from bench.tune import tune
 from export.card import card
-from export.fuse import REWRITES
 from export.graph import describe, read_onnx
 from export.metadata import Input, Precision
 from export.picture import draw
 from export.precision import PrecisionError
 from export.predict import predict as predict_images
 from export.prune import pruned
-from export.publish import Images, Published, Reference, publish
+from export.publish import DEFAULT_REWRITES, Images, Published, Reference, publish
 from export.session import check_provider
 from model.checkpoint import Checkpoint, load
 from model.errors import InputError
@@ -93,7 +92,7 @@ def export(
         try:
             with status(f"exporting {kind}, and comparing with PyTorch on the test images"):
                 published = publish(
-                    reference, kind, tuple(REWRITES) if fuse else (), outputs, providers,
+                    reference, kind, DEFAULT_REWRITES if fuse else (), outputs, providers,
                     runs_on="openvino" if kind == "bf16" else "cpu",
                 )  # fmt: skip
         except PrecisionError as error:
