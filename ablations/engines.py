@@ -1,4 +1,4 @@
-"""Engines: an engine trains trials and writes their records, and yields an event for each thing that happens."""
+"""The local engine: it trains trials and writes their records, and yields an event for each thing that happens."""
 
 import statistics
 import time
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ablations.events import EpochDone, Event, Stopped, TrialDone, TrialFailed, TrialNote, TrialStarted, by_seed
+from ablations.isolation import SAVE_EVERY_S
 from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
 from ablations.training.augment import augment
 from ablations.training.loop import (
@@ -26,7 +28,7 @@ from ablations.training.loop import (
 )
 from ablations.training.resume import read_state, write_state
 from ablations.training.splits import ResidentData, Split, Splits
-from ablations.training.trial import Epoch, Trial
+from ablations.training.trial import Trial
 from model.checkpoint import Checkpoint, Trained
 from model.cost import cost
 from model.errors import InputError, reason_of
@@ -37,54 +39,7 @@ from model.files import disk_full, now
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
-SAVE_EVERY_S = 10.0
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
-
-
-class Stopped(KeyboardInterrupt):
-    """The training was stopped, and its state is saved."""
-
-
-@dataclass(frozen=True)
-class TrialStarted:
-    trial: Trial
-
-
-@dataclass(frozen=True)
-class EpochDone:
-    trial: Trial
-    epoch: Epoch
-
-
-@dataclass(frozen=True)
-class TrialDone:
-    trial: Trial
-    record: Record
-
-
-@dataclass(frozen=True)
-class TrialFailed:
-    trial: Trial
-    reason: str
-
-
-@dataclass(frozen=True)
-class TrialNote:
-    """A notice about a trial, which goes on."""
-
-    trial: Trial
-    text: str
-
-
-Event = TrialStarted | EpochDone | TrialDone | TrialFailed | TrialNote
-
-
-def by_seed(trials: list[Trial]) -> list[Trial]:
-    """The trials without repetitions, those of the first seed first; the order is kept otherwise.
-
-    A study that is stopped has then trained all cells on the same seeds, and its effects can be read.
-    """
-    return sorted({trial.id: trial for trial in trials}.values(), key=lambda trial: trial.seed)
 
 
 @dataclass
@@ -99,6 +54,7 @@ class Saver:
     training: Training
     every_s: float
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
+    saved: Callable[[Trial], None] = lambda trial: None  # called after each save
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,6 +76,7 @@ class Saver:
         write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
         now = time.monotonic()
         self.due = now + max(self.every_s, (now - begun) / SAVING_SHARE)
+        self.saved(self.trial)
 
 
 def run_local(
@@ -130,6 +87,7 @@ def run_local(
     execution: ExecutionOptions = EAGER,
     stop: Callable[[int], bool] = lambda step: False,
     at_once: int = 1,
+    saved: Callable[[Trial], None] = lambda trial: None,
 ) -> Iterator[Event]:
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
@@ -137,14 +95,15 @@ def run_local(
     can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen fails, the
     trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number of the
     trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
-    trial too. The records say that `at_once` trials were trained at once, here and in other processes.
+    trial too. `saved` is called after each save of a trial's state. The records say that `at_once` trials were trained
+    at once, here and in other processes.
     """
     for trial in by_seed(trials):
         if stop(0):
             raise Stopped
         yield TrialStarted(trial)
         try:
-            yield from _run(trial, data, directory, save_every_s, execution, stop, at_once)
+            yield from _run(trial, data, directory, save_every_s, execution, stop, at_once, saved)
         except Exception as error:  # the other trials go on, whatever this one failed of
             if disk_full(error):
                 raise
@@ -166,6 +125,7 @@ def _run(
     execution: ExecutionOptions,
     stop: Callable[[int], bool],
     at_once: int,
+    saved: Callable[[Trial], None],
 ) -> Iterator[Event]:
     directory.write_config(trial)
     splits = data.splits(trial.hold_out, trial.seed)
@@ -182,7 +142,7 @@ def _run(
     directory.write_epochs(trial.id, epochs)
     prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
     yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-    saver = Saver(directory, trial, training, save_every_s, stop)
+    saver = Saver(directory, trial, training, save_every_s, stop, saved)
     for epoch in train(trial, splits, training, after_step=saver):
         directory.append_epoch(trial.id, epoch)
         yield EpochDone(trial, epoch)

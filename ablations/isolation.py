@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event as Flag
@@ -29,13 +30,14 @@ from model.files import now
 from model.machine import deterministic, gpu_driver, memory_bytes, usable_cores
 
 if TYPE_CHECKING:
-    from ablations.engines import Event, TrialFailed
+    from ablations.events import Event, TrialFailed
     from ablations.records import StudyDirectory
     from ablations.training.data import ImageData
     from ablations.training.trial import Trial
     from model.fast.execution import ExecutionOptions
 
 JOB_BYTES = 3 * 2**30  # of memory for each process that trains: PyTorch, the images and a small network
+SAVE_EVERY_S = 10.0  # of a training's state
 MOST_JOBS = 8  # that "auto" takes; more was not measured
 LOOK_EVERY_S = 0.1  # for a signal and for the time limit
 PARENT_LOOK_S = 0.5  # after a parent that ended
@@ -58,6 +60,7 @@ class Setup:
     deterministic: bool = False
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
+    save_every_s: float = SAVE_EVERY_S
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Pool:
 
     def __init__(self, jobs: int) -> None:
         self.trainers = [Trainer() for _ in range(jobs)]
+        self.at_once = jobs
+        self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None  # of each process
 
     def run(
         self,
@@ -117,7 +122,7 @@ class Pool:
 
         Where one of them cannot go on, the others save their states and end, and its error is raised.
         """
-        from ablations.engines import by_seed
+        from ablations.events import by_seed
 
         if len(self.trainers) == 1:
             yield from self.trainers[0].run(trials, setup, directory, stopped, timeout_s)
@@ -166,7 +171,7 @@ class Pool:
         if errors:
             raise errors[0]  # what ended the others comes after it
         if stopped.is_set() and left:
-            from ablations.engines import Stopped
+            from ablations.events import Stopped
 
             raise Stopped
 
@@ -218,7 +223,7 @@ class Trainer:
         A trial that takes longer than `timeout_s` has failed. When `stopped` is set, the process does its step, saves
         the trial's state and ends; then Stopped is raised. Raises what the engine raises, and ProcessLost.
         """
-        from ablations.engines import Stopped, TrialDone, TrialFailed, TrialStarted, by_seed
+        from ablations.events import Stopped, TrialDone, TrialFailed, TrialStarted, by_seed
 
         left = by_seed(list(trials))  # the process trains them in this order
         while left:
@@ -256,7 +261,7 @@ class Trainer:
 
     def _events(self, stopped: Flag | Either, timeout_s: float | None) -> "Iterator[Event | Lost]":
         """The events of a list of trials, and the loss of the process where it is lost."""
-        from ablations.engines import Stopped, TrialDone, TrialFailed, TrialStarted
+        from ablations.events import Stopped, TrialDone, TrialFailed, TrialStarted
 
         deadline, told = float("inf"), False
         while True:
@@ -317,7 +322,7 @@ class Lost:
 
 def _failed(trial: "Trial", lost: Lost, steps: int, directory: "StudyDirectory") -> "TrialFailed":
     """Writes the failure of the trial that a process was training when it was lost."""
-    from ablations.engines import TrialFailed
+    from ablations.events import TrialFailed
     from ablations.records import Failure
 
     error = lost.reason if lost.kind == "timeout" else f"the training process was ended by {lost.reason}"
@@ -354,7 +359,8 @@ def _work(connection: Connection, crash: str, steps: Any, parent: int) -> None:
 def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) -> None:
     import torch
 
-    from ablations.engines import Stopped, run_local
+    from ablations.engines import run_local
+    from ablations.events import StateSaved, Stopped
     from ablations.records import StudyDirectory
     from ablations.training.splits import ResidentData
 
@@ -363,10 +369,16 @@ def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) ->
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
         data, directory = ResidentData(setup.data, torch.device(setup.device)), StudyDirectory(setup.directory)
+        trained = partial(
+            run_local,
+            save_every_s=setup.save_every_s,
+            execution=setup.execution,
+            stop=stop,
+            at_once=setup.at_once,
+            saved=lambda trial: connection.send(StateSaved(trial)),
+        )
         while True:
-            for event in run_local(
-                connection.recv(), data, directory, execution=setup.execution, stop=stop, at_once=setup.at_once
-            ):
+            for event in trained(connection.recv(), data, directory):
                 connection.send(event)
             connection.send(Done())
     except Stopped:

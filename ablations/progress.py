@@ -7,7 +7,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
+from ablations.events import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
 from ablations.study import Cell, level_name
 from ablations.training.trial import Trial
 from model.cost import cost

@@ -756,7 +756,7 @@ class StudyDirectory:
                 entered = self.test_reads()  # by an adoption that was interrupted
                 for read in reads:
                     if read not in entered:
-                        self._enter(read)
+                        self.enter(read)
                 make_folder(self.trial(trial_id).parent)
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
                 copy.rename(self.trial(trial_id))
@@ -806,9 +806,10 @@ class StudyDirectory:
 
     def enter_test_read(self, trial_id: str, reader: str, images: int, tta: Literal["flip"] | None = None) -> None:
         """Adds the ledger's line for one read of the test split."""
-        self._enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images, tta=tta))
+        self.enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images, tta=tta))
 
-    def _enter(self, read: TestRead) -> None:
+    def enter(self, read: TestRead) -> None:
+        """Adds a line to the ledger."""
         append_line(self.path / "ledger.jsonl", read.to_line())
 
     def test_reads(self) -> list[TestRead]:

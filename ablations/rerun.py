@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablations.engines import TrialFailed, run_local
+from ablations.engines import run_local
+from ablations.events import TrialFailed
 from ablations.records import Record, StudyDirectory
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial

@@ -27,11 +27,19 @@ STEPS = {
     "study": ("ablations.cells", "ablations.study", "ablations.records"),
     "results": ("ablations.results",),
     "engines": (
+        "ablations.events",
+        "ablations.engines",
+        "ablations.isolation",
+        "ablations.scheduling",
+        "ablations.ray_engine",
+        "ablations.racing",
+        "ablations.rerun",
+        "ablations.verify",
+        "ablations.progress",
+        "ablations.check",
+        "ablations.clean",
+        "ablations.disk",
         "ablations.trackers",
-        *(
-            f"ablations.{name}"
-            for name in ("engines", "isolation", "racing", "rerun", "verify", "progress", "check", "clean", "disk")
-        ),
     ),
     "bench": ("bench",),
     "cli": ("ablations.cli", "ablations.__main__"),

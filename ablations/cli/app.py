@@ -3,7 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,6 +135,16 @@ def run(
     jobs: Annotated[
         str, typer.Option(metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU.")
     ] = "auto",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where trials are trained.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|HOST:PORT", help="Ray's cluster. auto: joined, or embedded here.")
+    ] = None,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="SHARE", help="GPU of a trial of Ray, such as 0.25.")
+    ] = None,
+    cpus_per_trial: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPUs of a trial of Ray. Default: 1.")
+    ] = None,
     track: Annotated[
         list[str] | None,
         typer.Option(metavar=TRACKER, help=f"Show it there, too: {TRACKERS}.", callback=options.trackers),
@@ -156,15 +166,26 @@ def run(
     if jobs not in ("auto", "1") and not isolate:
         raise InputError(f"--jobs {jobs}: needs processes apart; it does not go with --no-isolate")
     wanted = None if jobs == "auto" else options.whole("--jobs", jobs, most=256)
+    of_ray = {"--address": address, "--gpus-per-trial": gpus_per_trial, "--cpus-per-trial": cpus_per_trial}
+    options.check_engine(engine, of_ray, {"--jobs": wanted, "--no-isolate": None if isolate else "given"})
     asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan(asked, data_dir)))
         return 0
-    from ablations.isolation import isolated, jobs_for
+    with ExitStack() as resources:
+        if engine == "ray":
+            with status("starting Ray"):
+                from ablations.ray_engine import ray_engine
 
-    at_once = wanted or jobs_for(device)
-    with isolated(at_once) if isolate else nullcontext() as trainer:  # its processes import PyTorch beside this one
+                needs = cpus_per_trial or 1, gpus_per_trial
+                trainer = resources.enter_context(ray_engine(address or "auto", *needs, device, modules or []))
+        elif isolate:
+            from ablations.isolation import isolated, jobs_for
+
+            trainer = resources.enter_context(isolated(wanted or jobs_for(device)))  # imports PyTorch beside this
+        else:
+            trainer = None
         with starting():
             from ablations.cli.run import How, train_and_show
             from model.fast.execution import ExecutionOptions

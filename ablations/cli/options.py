@@ -5,7 +5,7 @@ import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,14 @@ def whole(option: str, text: str, most: int) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
         raise InputError(f"{option} {text}: a whole number from 1 to {most} is needed")
     return int(text)
+
+
+def check_engine(engine: str, of_ray: Mapping[str, object], of_local: Mapping[str, object]) -> None:
+    """Raises InputError for an option that is given and belongs to the other engine; None for those not given."""
+    of_other, other = (of_ray, "ray") if engine == "local" else (of_local, "local")
+    for option, value in of_other.items():
+        if value is not None:
+            raise InputError(f"{option}: is for --engine {other}")
 
 
 def percent(option: str, text: str | None) -> float | None:

@@ -16,9 +16,11 @@ from ablations.cli.sources import import_modules
 from ablations.cli.terminal import console, status
 from ablations.cli.track import tracked
 from ablations.disk import check_space
-from ablations.engines import Event, TrialFailed, by_seed, planned_steps, run_local
+from ablations.engines import planned_steps, run_local
+from ablations.events import Event, TrialFailed, by_seed
 from ablations.isolation import Pool, Setup
 from ablations.progress import StudyProgress
+from ablations.ray_engine import RayEngine
 from ablations.records import StudyDirectory
 from ablations.results.answer import answer
 from ablations.results.evidence import read_evidence
@@ -33,7 +35,7 @@ from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
 from model.fast.execution import ExecutionOptions
 from model.files import write_whole
-from model.machine import deterministic, usable_cores
+from model.machine import deterministic
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,25 @@ class How:
     timeout_s: float | None  # for a trial
     modules: Sequence[str]  # that register networks
     deterministic: bool  # the same bits again, on a GPU too
-    trainer: Pool | None  # None: trials are trained in this process
+    trainer: Pool | RayEngine | None  # None: trials are trained in this process
     track: Sequence[str]  # trackers that are shown the trials, too
 
-    @property
-    def at_once(self) -> int:
-        return len(self.trainer.trainers) if self.trainer else 1
+    def train_on(self) -> torch.device:
+        """The device of the trials. Raises InputError for one that is not there, and for what it cannot do."""
+        on = torch.device(self.trainer.device) if isinstance(self.trainer, RayEngine) else device(self.device)
+        if _is_known(on):
+            self.execution.check(on)
+        return on
 
 
 def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
-    on = device(how.device)
-    how.execution.check(on)
+    on = how.train_on()
     planned = plan(asked, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
     console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
+    if isinstance(how.trainer, RayEngine):
+        console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.race:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
@@ -77,9 +83,23 @@ def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFail
                 counts = wanted
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
                 failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+        if isinstance(how.trainer, RayEngine):
+            how.trainer.end()
         if any(row.packed and row.alone is None for row in read_results(directory).rows):
-            _time_alone(directory, planned.data, on, how)
+            if isinstance(how.trainer, RayEngine) and not how.trainer.embedded:
+                console.print(
+                    f"training was not timed alone, as its nodes are not this machine; expertgrid bench-train "
+                    f"{directory.path} times it here",
+                    soft_wrap=True,
+                )
+            else:
+                _time_alone(directory, planned.data, on, how)
     return failed
+
+
+def _is_known(on: torch.device) -> bool:
+    """Whether this machine can tell what the device of the trials can do: nodes may have GPUs that it has not."""
+    return on.type != "cuda" or torch.cuda.is_available()
 
 
 def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How) -> None:
@@ -127,8 +147,10 @@ def _train(
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     check_space(pending, data, directory.path)
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
-    chosen = [how.execution.plan(trial.model, steps[trial.id], on) for trial in pending]
-    execution = usable(how.execution, chosen, on)
+    execution = how.execution
+    if _is_known(on):
+        chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
+        execution = usable(execution, chosen, on)
     tracking.replay()
     progress = StudyProgress(cells, pending, data.image_size, done_before, console)
     failed = []
@@ -160,8 +182,8 @@ def _events(
             yield from run_local(trials, resident, directory, execution=execution, stop=lambda step: stopped.is_set())
     else:
         begin = partial(import_modules, how.modules)
-        threads = max(1, usable_cores() // how.at_once) if how.at_once > 1 else None
-        setup = Setup(data, str(on), directory.path, begin, execution, how.deterministic, threads, how.at_once)
+        threads, at_once = how.trainer.threads, how.trainer.at_once
+        setup = Setup(data, str(on), directory.path, begin, execution, how.deterministic, threads, at_once)
         yield from how.trainer.run(trials, setup, directory, stopped, how.timeout_s)
 
 

@@ -13,7 +13,7 @@ from queue import Queue
 from threading import Thread
 
 from ablations.cells import groups
-from ablations.engines import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
+from ablations.events import EpochDone, Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
 from ablations.records import Record, StudyDirectory, cell_names
 from ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
 from ablations.training.contact_sheet import contact_sheet
@@ -117,7 +117,7 @@ class Tracking:
 
     def show(self, event: Event) -> None:
         """Has an event of an engine shown."""
-        if not isinstance(event, TrialNote):
+        if not isinstance(event, TrialNote | StateSaved):
             self.jobs.put(lambda: self._show(event))
 
     def replay(self, failures: bool = False) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ablations.engines import Stopped, TrialFailed, TrialNote, by_seed, planned_steps, run_local
+from ablations.engines import planned_steps, run_local
+from ablations.events import Stopped, TrialFailed, TrialNote, by_seed
 from ablations.records import StudyDirectory
 from ablations.results.evidence import marginals, read_evidence
 from ablations.results.rendering import Table, render

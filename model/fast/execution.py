@@ -1,27 +1,29 @@
 """How training steps are executed: what the user asks for, and what a training then uses.
 
 There are three features. Fused Triton kernels compute the parts of a network that they support. torch.compile compiles
-the other blocks. CUDA graphs record the whole step.
+the other blocks. CUDA graphs record the whole step. Importing it imports no torch: the options are plain data.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-
-import torch
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING
 
 from model.config import Block, ModelConfig
 from model.errors import InputError, unknown
-from model.fast import compiled
-from model.fast.cuda_graphs import recordable
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
 
 CHOICES = ("auto", "on", "off")
 LABELS = {"kernels": "Triton kernels", "compile": "torch.compile", "graphs": "CUDA graphs"}  # of the features
 MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
 
 
-def why_unavailable(feature: str, device: torch.device) -> str | None:
+def why_unavailable(feature: str, device: "torch.device") -> str | None:
     """The reason why a feature (a key of `LABELS`) cannot work on the device; None where no reason is found."""
+    from model.fast import compiled
+
     if feature == "compile":
         return compiled.why_unavailable(device)
     if device.type != "cuda":
@@ -63,7 +65,7 @@ class ExecutionOptions:
     compile: str = "auto"
     graphs: str = "auto"
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: "torch.device") -> None:
         """Raises InputError for an unknown choice, and for "on" where the feature cannot work on the device."""
         for name, choice in asdict(self).items():
             if choice not in CHOICES:
@@ -72,12 +74,15 @@ class ExecutionOptions:
                 raise InputError(f"--{name} on: {reason}; with auto or off, networks are trained without")
 
     def plan(
-        self, config: object, steps: int, device: torch.device, optimizer: Optimizer | None = None
+        self, config: object, steps: int, device: "torch.device", optimizer: "Optimizer | None" = None
     ) -> ExecutionPlan:
         """The plan for a training of so many steps. It has graphs only where the optimiser is given.
 
         It depends on the trial and the kind of device alone, so that a repeated trial is trained in the same way.
         """
+        from model.fast import compiled
+        from model.fast.cuda_graphs import recordable
+
         on_cuda, kernels, left = device.type == "cuda", False, []
         if isinstance(config, ModelConfig):
             kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
@@ -90,7 +95,7 @@ class ExecutionOptions:
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
 
-    def usable(self, plans: Iterable[ExecutionPlan], device: torch.device) -> tuple["ExecutionOptions", list[str]]:
+    def usable(self, plans: Iterable[ExecutionPlan], device: "torch.device") -> tuple["ExecutionOptions", list[str]]:
         """These options with each feature off that a plan has and that cannot work on the device.
 
         Also returns one line for each such feature: its name and the reason.

@@ -16,7 +16,8 @@ from conftest import REPOSITORY, finished_study, snapshot
 
 from ablations import disk
 from ablations.disk import bytes_needed, check_space, stored_bytes
-from ablations.engines import TrialDone, run_local
+from ablations.engines import run_local
+from ablations.events import TrialDone
 from ablations.records import OF_A_TRIAL, SUMS, WRITER, StudyDirectory, changed_files
 from ablations.study import Study
 from model.checkpoint import load

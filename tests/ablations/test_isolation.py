@@ -10,7 +10,7 @@ from threading import Event, Thread
 
 import pytest
 
-from ablations.engines import Stopped, TrialDone, TrialStarted
+from ablations.events import Stopped, TrialDone, TrialStarted
 from ablations.isolation import MOST_JOBS, Lost, Pool, ProcessLost, Setup, Trainer, isolated, jobs_for
 from ablations.records import StudyDirectory
 from ablations.study import Study

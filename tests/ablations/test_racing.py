@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import written_record
 
-from ablations.engines import TrialDone, TrialFailed
+from ablations.events import TrialDone, TrialFailed
 from ablations.records import Failure, Record, StudyDirectory
 from ablations.results.evidence import read_evidence
 from ablations.results.rows import best_row, read_results

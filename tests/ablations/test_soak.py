@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ablations.engines import TrialDone, run_local
+from ablations.engines import run_local
+from ablations.events import TrialDone
 from ablations.records import StudyDirectory
 from ablations.study import Study
 

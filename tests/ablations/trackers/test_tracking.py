@@ -3,7 +3,7 @@
 import pytest
 from conftest import finished_study, written_epochs
 
-from ablations.engines import EpochDone, TrialDone, TrialFailed, TrialStarted
+from ablations.events import EpochDone, TrialDone, TrialFailed, TrialStarted
 from ablations.records import Failure, StudyDirectory
 from ablations.trackers.opening import open_trackers
 from ablations.trackers.tracking import Ended, Tracker, Tracking, TrialRun

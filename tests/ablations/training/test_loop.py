@@ -17,19 +17,8 @@ from conftest import TINY_STUDY
 from torch import nn
 
 from ablations import engines
-from ablations.engines import (
-    EpochDone,
-    Event,
-    Saver,
-    Stopped,
-    TrialDone,
-    TrialFailed,
-    TrialNote,
-    TrialStarted,
-    by_seed,
-    planned_steps,
-    run_local,
-)
+from ablations.engines import Saver, planned_steps, run_local
+from ablations.events import EpochDone, Event, Stopped, TrialDone, TrialFailed, TrialNote, TrialStarted, by_seed
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training import loader

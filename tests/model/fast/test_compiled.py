@@ -8,7 +8,8 @@ import torch
 
 from ablations import engines
 from ablations.cli.devices import usable
-from ablations.engines import TrialDone, TrialNote, prepare, run_local
+from ablations.engines import prepare, run_local
+from ablations.events import TrialDone, TrialNote
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.loop import predict, start, train

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ablations import engines
-from ablations.engines import TrialDone, TrialNote, prepare, run_local
+from ablations.engines import prepare, run_local
+from ablations.events import TrialDone, TrialNote
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training import loop, optimise
