@@ -6,7 +6,7 @@ from pathlib import Path
 from ablations.cli.options import write_out
 from ablations.cli.sources import read_data
 from ablations.study import Level, changed_recipe
-from ablations.training.contact_sheet import contact_sheet
+from ablations.training.contact_sheet import as_png, contact_sheet
 
 
 def show_augment(
@@ -16,6 +16,6 @@ def show_augment(
     changed = changed_recipe(recipe, settings)
     read = read_data(data, data_dir)
     changed.check_fits(read, len(read.train))
-    write_out("--out", out, contact_sheet(changed, read, seed, images))
+    write_out("--out", out, as_png(contact_sheet(changed, read, seed, images)))
     print(out)
     return 0

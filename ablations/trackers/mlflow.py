@@ -1,6 +1,5 @@
 """MLflow: a run of the study with a run of each trial in it, in the study directory (SQLite) or on a server."""
 
-import io
 import logging
 import os
 import platform
@@ -14,6 +13,7 @@ from PIL import Image
 from ablations.records import Record
 from ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
 from export.exported import Exported
+from export.graph import read_onnx
 from model.errors import InputError, reason_of
 from model.files import make_folder
 
@@ -105,8 +105,8 @@ class MLflow(Tracker):
         self.open[run.trial] = made.info.run_id
         self._parameters(made.info.run_id, run.parameters)
 
-    def add_images(self, run: TrialRun, png: bytes) -> None:
-        self.client.log_image(self.open[run.trial], Image.open(io.BytesIO(png)), "augmented-images.png")
+    def add_images(self, run: TrialRun, sheet: Image.Image) -> None:
+        self.client.log_image(self.open[run.trial], sheet, "augmented-images.png")
 
     def add_epoch(self, run: TrialRun, epoch: int, metrics: dict[str, float]) -> None:
         self._metrics(self.open[run.trial], metrics, epoch)
@@ -157,10 +157,10 @@ class MLflow(Tracker):
         versions = self.client.search_model_versions(f"name = '{_quoted(name)}'")
         if any(version.tags.get(SHA256) == digest for version in versions):
             return
-        run_id = runs[0].info.run_id
+        run_id, model = runs[0].info.run_id, onnx.load_from_string(read_onnx(exported.file))
         with tempfile.TemporaryDirectory() as beside:
             made = Path(beside) / "model"
-            mlflow.onnx.save_model(onnx.load(exported.file), str(made), pip_requirements=["onnx", "onnxruntime"])
+            mlflow.onnx.save_model(model, str(made), pip_requirements=["onnx", "onnxruntime"])
             (made / exported.certificate_file.name).write_bytes(exported.certificate_file.read_bytes())
             self.client.log_artifacts(run_id, str(made), "model")
         source = f"{runs[0].info.artifact_uri}/model"

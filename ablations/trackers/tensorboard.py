@@ -1,6 +1,5 @@
 """TensorBoard: event files in the study directory, a folder for each trial. `tensorboard --logdir DIR/tensorboard`."""
 
-import io
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +37,8 @@ class TensorBoard(Tracker):
             file.unlink()
         self.writers[run.trial] = self.make(str(place))
 
-    def add_images(self, run: TrialRun, png: bytes) -> None:
-        pixels_HWC = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self.writers[run.trial].add_image("augmented images", pixels_HWC, 0, dataformats="HWC")
+    def add_images(self, run: TrialRun, sheet: Image.Image) -> None:
+        self.writers[run.trial].add_image("augmented images", np.asarray(sheet), 0, dataformats="HWC")
 
     def add_epoch(self, run: TrialRun, epoch: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

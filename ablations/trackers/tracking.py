@@ -12,6 +12,8 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 
+from PIL import Image
+
 from ablations.cells import groups
 from ablations.events import EpochDone, Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
 from ablations.records import Record, StudyDirectory, cell_names
@@ -70,7 +72,7 @@ class Tracker(ABC):
     def begin_trial(self, run: TrialRun) -> None: ...
 
     @abstractmethod
-    def add_images(self, run: TrialRun, png: bytes) -> None:
+    def add_images(self, run: TrialRun, sheet: Image.Image) -> None:
         """The contact sheet of the trial's augmentation: the first trial of each recipe gets it."""
 
     @abstractmethod
@@ -201,8 +203,8 @@ class Tracking:
         if self.data is None or recipe in self.sheets:
             return
         self.sheets.add(recipe)
-        png = contact_sheet(trial.recipe, self.data, trial.seed, min(SHEET_IMAGES, len(self.data.train)))
-        self._each(lambda tracker: tracker.add_images(run, png))
+        sheet = contact_sheet(trial.recipe, self.data, trial.seed, min(SHEET_IMAGES, len(self.data.train)))
+        self._each(lambda tracker: tracker.add_images(run, sheet))
 
     def _earlier(self, trial: Trial, epoch: Epoch) -> list[Epoch]:
         """Epochs that were trained before an interruption: no event tells of them."""

@@ -1,6 +1,5 @@
 """Weights & Biases, offline: runs in the study directory. `wandb sync DIR/wandb/offline-run-*` uploads them."""
 
-import io
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -47,9 +46,8 @@ class WeightsAndBiases(Tracker):
             settings=quiet,
         )
 
-    def add_images(self, run: TrialRun, png: bytes) -> None:
-        image = self.wandb.Image(Image.open(io.BytesIO(png)))
-        self.open[run.trial].log({"augmented images": image}, step=0)
+    def add_images(self, run: TrialRun, sheet: Image.Image) -> None:
+        self.open[run.trial].log({"augmented images": self.wandb.Image(sheet)}, step=0)
 
     def add_epoch(self, run: TrialRun, epoch: int, metrics: dict[str, float]) -> None:
         self.open[run.trial].log(metrics, step=epoch)

@@ -21,8 +21,8 @@ LINE, GAP, FONT = 15, 8, 12
 CAPTIONS = 2  # lines under a tile
 
 
-def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> bytes:
-    """A PNG of `images` random train images as the network sees them in the first epochs of the recipe.
+def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> Image.Image:
+    """A picture of `images` random train images as the network sees them in the first epochs of the recipe.
 
     The batches are of the `Loader` that trains, over these images only. The normalisation is undone, and pixels are
     clipped. Under each image is its class, or the classes that are mixed in it with their shares. Raises InputError
@@ -54,6 +54,11 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> by
             for line, caption in enumerate(captions):
                 text = _shortened(caption, size[0], draw, font)
                 draw.text((x, y + size[1] + 1 + line * LINE), text, "black", font)
+    return sheet
+
+
+def as_png(sheet: Image.Image) -> bytes:
+    """The content of its file."""
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import finished_study, written_epochs
+from PIL import Image
 
 from ablations.events import EpochDone, TrialDone, TrialFailed, TrialStarted
 from ablations.records import Failure, StudyDirectory
@@ -33,8 +34,8 @@ class Kept(Tracker):
     def begin_trial(self, run: TrialRun) -> None:
         self._keep("begin", run.trial)
 
-    def add_images(self, run: TrialRun, png: bytes) -> None:
-        self._keep("images", run.trial, png[:4])
+    def add_images(self, run: TrialRun, sheet: Image.Image) -> None:
+        self._keep("images", run.trial, sheet.mode)
 
     def add_epoch(self, run: TrialRun, epoch: int, metrics: dict[str, float]) -> None:
         self._keep("epoch", run.trial, epoch, metrics["validation_accuracy"])
@@ -69,7 +70,7 @@ def test_a_finished_study_is_shown_whole(study, digits):
     tracking.close()
     first, *others = trials_of(study)
     of_first = [call for call in kept.calls[:-1] if call[1] == first.id]
-    assert of_first[:2] == [("begin", first.id), ("images", first.id, b"\x89PNG")]
+    assert of_first[:2] == [("begin", first.id), ("images", first.id, "RGB")]
     assert of_first[2:] == [
         ("epoch", first.id, 1, 0.4),
         ("epoch", first.id, 2, 0.5),

@@ -1,7 +1,5 @@
 """The contact sheet: that it shows what the training's loader gives, and refuses what it cannot write."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -15,9 +13,9 @@ from model.errors import InputError
 PLAIN = {"hflip": 0.0, "crop_padding": 0}
 
 
-def tiles(sheet: bytes, side: int, scale: int, rows: int) -> np.ndarray:
+def tiles(sheet: Image.Image, side: int, scale: int, rows: int) -> np.ndarray:
     """The images (row, column, H, W, C) of a sheet of square images, at their own size."""
-    pixels = np.asarray(Image.open(io.BytesIO(sheet)))
+    pixels = np.asarray(sheet)
     found = []
     for j in range(rows):
         y = LINE + GAP + j * (side * scale + 2 * LINE + GAP)
