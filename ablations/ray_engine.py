@@ -390,7 +390,7 @@ def _connect(address: str, modules: Sequence[str]) -> bool:
                 return True
         ray.init(address=address, **options)
         return False
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(f"--address {address}: no cluster can be joined: {reason_of(error)}") from error
     finally:
         for signum, handler in handlers.items():  # Ray has put its own there
