@@ -372,7 +372,9 @@ def _of_the_driver(record: Record, shared: _Shared) -> Record:
 def _connect(address: str, modules: Sequence[str]) -> bool:
     """Joins a cluster, or starts an embedded one. Returns whether it is embedded."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported and when it starts a cluster
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of an embedded cluster: trials are no work for idle times
+    # Of an embedded cluster: trials are no work for idle times, and a busy machine starts processes slowly.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     try:
         import ray
     except ImportError:

@@ -74,7 +74,11 @@ width = 0.0625
 "recipe.epochs" = {epochs}
 """
 RAY = [str(Path(sys.executable).with_name("ray"))]
-OF_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+OF_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "600",  # on a machine that does other things
+}
 ENVIRONMENT = os.environ | OF_RAY | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "EXPERTGRID_ISOLATE": "1"}
 SAVE_S = 0.5  # between saves, so that trials are short
 EPOCHS = 20  # of a trial that is saved some times

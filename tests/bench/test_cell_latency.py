@@ -80,6 +80,7 @@ def test_cells_take_turns_and_table_and_report_show_it(expertgrid, study):
     assert expertgrid("verify", study).status == 0
 
 
+@pytest.mark.nightly  # all cells are exported and timed twice
 def test_the_front_alone_is_timed_at_length(expertgrid, study):
     outcome = expertgrid("bench", study, *SHORT, "--front", "--format", "json")
     assert outcome.status == 0, outcome.err

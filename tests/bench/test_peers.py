@@ -76,6 +76,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.nightly  # half a minute: four networks are exported
 def test_peers_are_in_the_table(expertgrid, file, tmp_path, monkeypatch):
     def exported(name, metadata):
         if name == "resnet10t":
