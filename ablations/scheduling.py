@@ -135,7 +135,7 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
             if found and found[0].id in submitted:
                 trial, message = found
                 if isinstance(message, Report):
-                    with suppress(OSError):  # a full disk is what ended this, or keeps no more than the states before
+                    with suppress(OSError):  # such as a full disk: the error that ended this is told
                         keep(message, directory)
                 if _ends(message):
                     submitted.remove(trial.id)
