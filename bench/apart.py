@@ -4,21 +4,17 @@ The process that asks decides whose turn it is, so that engines still take turns
 has the clock. Times are sent when a block is done.
 """
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import torch
 
-from ablations.isolation import ProcessLost
 from bench.engines import Engine
 from bench.host import peak_bytes
+from bench.process import answers
 from bench.timing import Call, Timer, timed, warm_up
 
 Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
@@ -60,35 +56,15 @@ def apart(
     Each call opens the engine anew, with `open_`. `memory` is filled when the context is left. Errors of the process
     are raised here; ProcessLost where it dies.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    work = (engine, images, open_, begin)
-    process = context.Process(target=_serve, args=(there, torch.get_num_threads(), *work), daemon=True)
-    process.start()
-    there.close()
+    with answers(engine.title, _serve, engine, images, open_, begin) as ask:
 
-    def ask(*words: object) -> Any:
-        try:
-            here.send(words)
-            answer = here.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise ProcessLost(f"the process of {engine.title} ended with status {process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        def reopen() -> Apart:
+            ask("open")
+            return Apart(ask)
 
-    def reopen() -> Apart:
-        ask("open")
-        return Apart(ask)
-
-    try:
         ask("begin")
         yield reopen
         memory.peak, memory.before = ask("memory")
-    finally:
-        here.close()
-        process.join()
 
 
 class _Served:
@@ -122,16 +98,7 @@ class _Served:
         return peak_bytes(), self.before
 
 
-def _serve(asked: Connection, threads: int, *work: Any) -> None:
-    """Does what arrives, and answers with what came of it or with its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    torch.set_num_threads(threads)
+def _serve(*work: Any) -> Callable[..., Any]:
+    """In the process: a function that does what a word names."""
     served = _Served(*work)
-    with asked, suppress(EOFError):
-        while True:
-            word, *given = asked.recv()
-            try:
-                answer = getattr(served, word)(*given)
-            except Exception as error:
-                answer = error
-            asked.send(answer)
+    return lambda word, *given: getattr(served, word)(*given)

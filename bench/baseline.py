@@ -17,11 +17,10 @@ import copy
 import itertools
 import multiprocessing
 import random
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from bench.peaks import synchronise
+from bench.process import answers
 from model.machine import usable_cores
 from model.net import ExpertBlock
 
@@ -120,43 +120,13 @@ def baseline_rounds(
     It trains in a process of its own, as the loop changes how its process allocates memory. That process and its
     workers run until the context is left. Errors of the training are raised here.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    work = (net, optimizer, images, batch, steps, smoothing, device, torch.get_num_threads())
-    process = context.Process(target=_train_baseline, args=(there, *work))
-    process.start()
-    there.close()
-
-    def run() -> float:
-        try:
-            here.send(None)
-            answer = here.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise RuntimeError(f"the process of the PyTorch baseline ended with status {process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    try:
+    with answers("the PyTorch baseline", _begin, net, optimizer, images, batch, steps, smoothing, device) as run:
         yield run
-    finally:
-        here.close()
-        process.join()
 
 
-def _train_baseline(asked: Connection, *work: Any) -> None:
-    """Trains a round each time that something arrives, and answers with its seconds or its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    with asked, suppress(EOFError):
-        rounds = _baseline_rounds(*work)
-        while True:
-            asked.recv()
-            try:
-                answer = next(rounds)
-            except Exception as error:
-                answer = error
-            asked.send(answer)
+def _begin(*work: Any) -> Callable[[], float]:
+    """In the process: a function that trains a round and returns its seconds."""
+    return partial(next, _baseline_rounds(*work))
 
 
 def _baseline_rounds(
@@ -167,14 +137,12 @@ def _baseline_rounds(
     steps: int,
     smoothing: float,
     device: torch.device,
-    threads: int,
 ) -> Iterator[float]:
     """Trains a round for each `next`, and yields its seconds.
 
     One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
     PyTorch takes by itself.
     """
-    torch.set_num_threads(threads)
     net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
     stepper = optimizer(net)
     for group in stepper.param_groups:

@@ -5,17 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.engines import Engine, engines
+from bench.untrained import untrained_checkpoint
 from export.graph import read_onnx
 from export.metadata import Metadata
 from export.session import ORT_PROVIDERS, check_provider
 from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
 from model.presets import network
-from model.registry import build
 
 STUDY = "EXPERTGRID_STUDY"  # the environment variable that names a study directory
 
@@ -76,18 +74,4 @@ def _engines(file: Path | None, preset: str, provider: str) -> tuple[dict[str, E
 def _read(file: Path | None, preset: str) -> bytes:
     if file:
         return read_onnx(file)
-    config = network(preset)
-    torch.manual_seed(0)
-    classes = tuple(str(i) for i in range(config.num_classes))
-    half = (0.5,) * config.in_chans
-    trained = Trained(
-        trial="untrained",
-        model=preset,
-        data="none",
-        fingerprint="0123abcd",
-        classes=classes,
-        image_size=(32, 32),
-        mean=half,
-        std=half,
-    )
-    return to_onnx(Checkpoint(config, trained, build(config).state_dict()), "uint8")
+    return to_onnx(untrained_checkpoint(preset, network(preset)), "uint8")

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import onnx
-import torch
 from timm.utils.model import reparameterize_model
 from torch import nn
 
 from bench.engines import engines
+from bench.untrained import fresh_weights
 from export.graph import read_onnx
 from export.metadata import Metadata
 from export.publish import DEFAULT_REWRITES
@@ -21,7 +21,6 @@ from model.checkpoint import Checkpoint
 from model.config import TimmModel
 from model.cost import cost
 from model.errors import InputError
-from model.registry import build
 
 FAMILIES = (  # of each, the member whose parameters are nearest to the file's is taken
     ("resnet10t", "resnet14t", "resnet18", "resnet26", "resnet34", "resnet50"),
@@ -70,10 +69,7 @@ def _config(name: str, metadata: Metadata) -> TimmModel:
 def _exported(name: str, metadata: Metadata) -> bytes:
     """Without metadata: PyTorch would be timed with RepVGG's branches. Raises InputError as `to_onnx`."""
     config = _config(name, metadata)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = build(config).state_dict()
-    checkpoint = Deployed(config, metadata.trained, weights)
+    checkpoint = Deployed(config, metadata.trained, fresh_weights(config))
     proto = onnx.load_from_string(to_onnx(checkpoint, metadata.input, DEFAULT_REWRITES))
     del proto.metadata_props[:]
     return proto.SerializeToString()

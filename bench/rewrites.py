@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from pydantic import BaseModel
 from tabulate import tabulate
@@ -22,15 +21,13 @@ from bench import command
 from bench.host import Host, watched
 from bench.latency import machine
 from bench.timing import Call, Ratio, compare, take_turns
+from bench.untrained import SIZE, untrained_checkpoint
 from export.publish import REWRITE_SETS
 from export.session import open_session, run
 from export.to_onnx import INPUT, LOGITS, to_onnx
-from model.checkpoint import Checkpoint, Trained
 from model.files import now, write_whole
 from model.presets import PRESETS, network
-from model.registry import build
 
-SIZE = 32  # height and width of the images, in pixels
 PLAIN = "none"  # of REWRITE_SETS
 
 
@@ -55,18 +52,10 @@ class Record(BaseModel):
 
 def graphs(preset: str) -> dict[tuple[str, ...], bytes]:
     """The different ONNX models of a preset with random weights, each by the sets of rewrites that give it."""
-    config = network(preset)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = build(config).state_dict()
-    classes, mean, std = tuple(map(str, range(config.num_classes))), (0.5,) * config.in_chans, (0.25,) * config.in_chans
-    trained = Trained(
-        trial="", model=preset, data="random", fingerprint="", classes=classes, image_size=(SIZE, SIZE), mean=mean,
-        std=std,
-    )  # fmt: skip
+    checkpoint = untrained_checkpoint(preset, network(preset))
     names: dict[bytes, list[str]] = {}
     for name, rewrites in REWRITE_SETS.items():
-        names.setdefault(to_onnx(Checkpoint(config, trained, weights), "uint8", rewrites), []).append(name)
+        names.setdefault(to_onnx(checkpoint, "uint8", rewrites), []).append(name)
     return {tuple(sets): model for model, sets in names.items()}
 
 

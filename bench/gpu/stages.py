@@ -30,13 +30,12 @@ from bench.gpu.plan import Bench, Measurement, Step, Trainings, matched_baseline
 from bench.peaks import measure_peaks
 from bench.step import measure_step
 from bench.training import measure_training
+from bench.untrained import untrained_checkpoint
 from export.metadata import Precision
-from model.checkpoint import Checkpoint, Trained
 from model.errors import InputError
 from model.fast.execution import ExecutionPlan
 from model.files import write_whole
 from model.presets import PRESETS
-from model.registry import build
 from model.variants import vary
 
 KEPT_CALLS = 200  # of each engine and batch size; the percentiles are of all
@@ -330,15 +329,9 @@ def untrained_file(bench: Bench, name: str, precision: Precision) -> Path:
     if file.exists():
         return file
     config = vary(PRESETS[name], "width", bench.size.settings.get("width", 1.0))
-    half, classes = (0.5,) * config.in_chans, tuple(map(str, range(config.num_classes)))
-    trained = Trained(
-        trial="untrained", model=name, data="none", fingerprint="0123abcd", classes=classes, image_size=(32, 32),
-        mean=half, std=half,
-    )  # fmt: skip
-    torch.manual_seed(0)
     pixels_BHWC = np.random.default_rng(0).integers(256, size=(32, 32, 32, config.in_chans), dtype=np.uint8)
     labels_B = np.full(len(pixels_BHWC), -1)  # no class: it is not asked how right the network is
     images = Images(pixels_BHWC, pixels_BHWC, labels_B, pixels_BHWC, labels_B)
-    checkpoint = Checkpoint(config, trained, build(config).state_dict())
+    checkpoint = untrained_checkpoint(name, config)
     write_whole(file, publish(Reference(checkpoint, images, "uint8"), precision).model)
     return file
