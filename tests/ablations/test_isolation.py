@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+from networks_with_faults import networks_with_faults
 
 from ablations.events import Stopped, TrialDone, TrialStarted
 from ablations.isolation import MOST_JOBS, Lost, Pool, ProcessLost, Setup, Trainer, isolated, jobs_for
@@ -18,31 +19,9 @@ from ablations.training.resume import read_state
 from model.fast.execution import EAGER
 from model.machine import usable_cores
 
-NETWORKS = """
-import ctypes, time
-import torch
-from timm.models import register_model
-
-class Network(torch.nn.Module):
-    def __init__(self, fault, in_chans, num_classes):
-        super().__init__()
-        self.head, self.fault = torch.nn.Linear(in_chans, num_classes), fault
-
-    def forward(self, x):
-        if self.fault == "crash" and self.training:
-            ctypes.string_at(0)
-        if self.fault == "hang" and self.training:
-            time.sleep(1000)
-        return self.head(x.mean((2, 3)))
-
-def network(fault):
-    return lambda pretrained=False, in_chans=3, num_classes=10, **_: Network(fault, in_chans, num_classes)
-
-for fault in ("none", "crash", "hang"):
-    function = network(fault)
-    function.__name__, function.__module__ = f"with_{fault}", __name__
-    register_model(function)
-"""
+NETWORKS = networks_with_faults(
+    {"with_none": "pass", "with_crash": "ctypes.string_at(0)", "with_hang": "time.sleep(1000)"}
+)
 STUDY = """
 question = "Do the others go on?"
 seeds = 1

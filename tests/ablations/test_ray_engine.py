@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, written_record
+from networks_with_faults import networks_with_faults
 
 from ablations.cli.sources import import_modules
 from ablations.engines import run_local
@@ -35,33 +36,14 @@ from model.fast.execution import EAGER
 
 pytest.importorskip("ray")
 
-NETWORKS = """
-import os, signal
-import torch
-from timm.models import register_model
-
-class Network(torch.nn.Module):
-    def __init__(self, fault, in_chans, num_classes):
-        super().__init__()
-        self.head, self.fault = torch.nn.Linear(in_chans, num_classes), fault
-
-    def forward(self, x):
-        if self.fault == "raise" and self.training:
-            raise RuntimeError("on purpose")
-        if self.fault == "kill" and self.training:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "kill_task" and self.training:
-            os.kill(os.getppid(), signal.SIGKILL)
-        return self.head(x.mean((2, 3)))
-
-def network(fault):
-    return lambda pretrained=False, in_chans=3, num_classes=10, **_: Network(fault, in_chans, num_classes)
-
-for fault in ("none", "raise", "kill", "kill_task"):
-    function = network(fault)
-    function.__name__, function.__module__ = f"ray_{fault}", __name__
-    register_model(function)
-"""
+NETWORKS = networks_with_faults(
+    {
+        "ray_none": "pass",
+        "ray_raise": "raise RuntimeError('on purpose')",
+        "ray_kill": "os.kill(os.getpid(), signal.SIGKILL)",
+        "ray_kill_task": "os.kill(os.getppid(), signal.SIGKILL)",
+    }
+)
 STUDY = """
 question = "Do nodes give the same?"
 seeds = 1
