@@ -378,7 +378,7 @@ def _connect(address: str, modules: Sequence[str]) -> bool:
     try:
         import ray
     except ImportError:
-        raise InputError('--engine ray: Ray is not installed; pip install "expertgrid[ray]" brings it') from None
+        raise InputError("--engine ray: Ray is not installed; `uv sync --extra ray` brings it") from None
     options: dict[str, Any] = {
         "runtime_env": {"py_modules": _sent(modules), "excludes": NOT_SENT},
         "log_to_driver": False,

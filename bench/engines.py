@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.metadata import Metadata, is_expertgrid_file, read_metadata
+from export.metadata import AS_IT_IS, Metadata, Options, is_expertgrid_file, read_metadata
 from export.openvino import OpenVinoSession, check_openvino
 from export.session import Session, open_session
 from export.to_onnx import PixelNet
@@ -46,6 +46,7 @@ class Engine:
     given: str  # the name of the input
     made: str  # and of the output
     metadata: Metadata | None  # of an expertgrid file
+    options: Options = AS_IT_IS
 
     @property
     def device(self) -> torch.device:
@@ -54,10 +55,11 @@ class Engine:
     @property
     def title(self) -> str:
         """Its name in tables."""
+        options = f" ({self.options})" if self.options != AS_IT_IS else ""
         if self.word == "onnxruntime":
-            return f"onnxruntime {self.provider}"
+            return f"onnxruntime {self.provider}{options}"
         if self.word in OPENVINO:
-            return f"{self.word} cpu"
+            return f"{self.word} cpu{options}"
         return f"pytorch {self.word.replace('-', ' ')} {self.device.type}"
 
     def check(self) -> None:
@@ -71,9 +73,9 @@ class Engine:
 
     def __call__(self) -> Run:
         if self.word == "onnxruntime":
-            return self._of_session(open_session(self.model, self.provider, self.name))
+            return self._of_session(open_session(self.model, self.provider, self.name, options=self.options))
         if self.word in OPENVINO:
-            return self._of_session(OpenVinoSession(self.model, self.name, OPENVINO[self.word]))
+            return self._of_session(OpenVinoSession(self.model, self.name, OPENVINO[self.word], self.options))
         assert self.metadata is not None  # PyTorch runs files that describe their network
         dtype, is_compiled = PYTORCH[self.word]
         return (_compiled if is_compiled else _eager)(self.metadata, self.device, dtype)
@@ -107,10 +109,10 @@ def engines(
         raise InputError(f"{name}: has no output")
     entries = session.get_modelmeta().custom_metadata_map
     metadata = read_metadata(entries, name) if is_expertgrid_file(entries) else None
-    chosen = dict.fromkeys(_own(metadata) if engine == OWN else engine for engine in wanted)
+    chosen = dict.fromkeys(_own(metadata, provider) if engine == OWN else (engine, AS_IT_IS) for engine in wanted)
     found = [
-        Engine(engine, model, name, provider, given[0].name, session.get_outputs()[0].name, metadata)
-        for engine in chosen
+        Engine(engine, model, name, provider, given[0].name, session.get_outputs()[0].name, metadata, options)
+        for engine, options in chosen
         if engine not in PYTORCH or metadata is not None
     ]
     for engine in found:
@@ -118,10 +120,13 @@ def engines(
     return {engine.title: engine for engine in found}, metadata
 
 
-def _own(metadata: Metadata | None) -> str:
-    if metadata is None or metadata.provider != "openvino":
-        return "onnxruntime"
-    return "openvino-bf16" if metadata.precision == "bf16" else "openvino"
+def _own(metadata: Metadata | None, provider: str) -> tuple[str, Options]:
+    """The word of the engine that a file was tuned for, and its options; those of another provider are not taken."""
+    if metadata is None:
+        return "onnxruntime", AS_IT_IS
+    if metadata.provider != "openvino":
+        return "onnxruntime", metadata.options if metadata.provider == provider else AS_IT_IS
+    return "openvino-bf16" if metadata.precision == "bf16" else "openvino", metadata.options
 
 
 def check_compiler(device: torch.device, is_compiled: bool) -> None:

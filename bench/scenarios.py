@@ -211,7 +211,7 @@ def load_generator() -> Any:
     try:
         import mlperf_loadgen  # ty: ignore[import-not-found]  # compiled
     except ImportError:
-        raise InputError('--scenario: needs MLPerf\'s load generator: pip install "expertgrid[loadgen]"') from None
+        raise InputError("--scenario: needs MLPerf's load generator: `uv sync --extra loadgen`") from None
     return mlperf_loadgen
 
 

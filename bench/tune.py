@@ -1,17 +1,19 @@
-"""Which file serves a network fastest here.
+"""Which file serves a network fastest here, and how it is to be run.
 
-Rewrites, precisions and engines are timed in turns, and the fastest file that is certified is taken.
+Rewrites, precisions and engines are timed in turns; then the fastest of them with each option of its engine. The
+fastest file that is certified is taken.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
+import torch
 
 from bench.timing import Call, Times, percentiles, take_turns
 from export.certificate import Tried
-from export.metadata import Precision
+from export.metadata import AS_IT_IS, Options, Precision
 from export.openvino import check_openvino
 from export.precision import PrecisionError
 from export.publish import REWRITE_SETS, Made, Published, Reference, certified, rewritten
@@ -20,6 +22,7 @@ from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError
 
 MEASURE_S, OPENINGS = 0.4, 3  # of each way
+FINALISTS = 3  # ways that are timed again, with options
 ENGINES: dict[str, tuple[tuple[str, Precision], ...]] = {  # by the provider that is asked for
     "cpu": (("cpu", "fp32"), ("cpu", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")),
     "cuda": (("cuda", "fp32"), ("cuda", "fp16"), ("tensorrt", "fp32"), ("tensorrt", "fp16")),
@@ -33,6 +36,7 @@ class Way:
     rewrites: str
     precision: Precision
     provider: str
+    options: Options = AS_IT_IS
 
 
 def tune(
@@ -52,25 +56,25 @@ def tune(
         raise InputError(f"--tune: chooses among the engines of --provider cpu or cuda, found {provider!r}")
     models, left_out = _models(reference, provider, outputs)
     images = reference.as_input(_some(reference.images.validation, batch))
-    candidates: dict[Way, Callable[[], Call]] = {}
-    for way, made in models.items():
-        try:
-            _open(made.model, way, images)
-        except InputError as error:
-            left_out[way] = str(error)
-        else:
-            candidates[way] = partial(_open, made.model, way, images)
-    if not candidates:
+    times = _by_speed(models, images, measure_s, left_out)
+    if not times:
         raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")
-    times = take_turns(candidates, measure_s, OPENINGS)
-    ranked = sorted(times, key=lambda way: np.median(times[way].calls_ms))
+    finalists = {
+        replace(way, options=options): models[way]
+        for way in list(times)[:FINALISTS]
+        for options in variants(way.provider)
+    }
+    times = _by_speed(finalists, images, measure_s, left_out) | {
+        way: taken for way, taken in times.items() if way not in finalists
+    }
+    models, ranked = models | finalists, list(times)
     for place, way in enumerate(ranked):
         tried = [
             _tried(one, batch, times.get(one), left_out.get(one, "")) for one in dict.fromkeys([*ranked, *left_out])
         ]
         tried[place] = tried[place].model_copy(update={"outcome": "chosen"})
         before_each_certificate()
-        published = certified(models[way], reference, way.precision, [way.provider], way.provider, tried)
+        published = certified(models[way], reference, way.precision, [way.provider], way.provider, tried, way.options)
         if published.certificate.passed:
             return published
         left_out[way] = f"not certified: {published.certificate}"
@@ -101,8 +105,39 @@ def _some(images: np.ndarray, batch: int) -> np.ndarray:
     return images[np.arange(batch) % len(images)]
 
 
+def variants(provider: str) -> list[Options]:
+    """The options of an engine that are worth a try, its own way first."""
+    if provider == "cuda":
+        return [AS_IT_IS, Options(layout="NHWC")]
+    if provider == "tensorrt":
+        return [AS_IT_IS]
+    here = torch.get_num_threads()
+    fewer = [Options(threads=count) for count in sorted({1, max(1, here // 2)} - {here})]
+    if provider == "openvino":
+        return [AS_IT_IS, *fewer]
+    blocked = [AS_IT_IS, Options(spinning=False), *fewer] if fewer else [AS_IT_IS]
+    return [option.model_copy(update={"layout": layout}) for option in blocked for layout in (None, "NCHW")]
+
+
+def _by_speed(
+    models: dict[Way, Made], images: np.ndarray, measure_s: float, left_out: dict[Way, str]
+) -> dict[Way, Times]:
+    """The times of the ways that run here, the fastest first; the others enter `left_out`."""
+    candidates: dict[Way, Callable[[], Call]] = {}
+    for way, made in models.items():
+        try:
+            _open(made.model, way, images)
+        except InputError as error:
+            left_out[way] = str(error)
+        else:
+            candidates[way] = partial(_open, made.model, way, images)
+    times = take_turns(candidates, measure_s, OPENINGS) if candidates else {}
+    return dict(sorted(times.items(), key=lambda found: np.median(found[1].calls_ms)))
+
+
 def _open(model: bytes, way: Way, images: np.ndarray) -> Call:
-    session = open_any(model, way.provider, f"{way.rewrites} {way.precision}", way.precision)
+    name = f"{way.rewrites} {way.precision}"
+    session = open_any(model, way.provider, name, way.precision, options=way.options)
     call = partial(run, session, [LOGITS], {INPUT: images})
     call()
     return call
@@ -110,7 +145,12 @@ def _open(model: bytes, way: Way, images: np.ndarray) -> Call:
 
 def _tried(way: Way, batch: int, times: Times | None, reason: str) -> Tried:
     found = Tried(
-        rewrites=way.rewrites, precision=way.precision, provider=way.provider, batch=batch, outcome=reason or "slower"
+        rewrites=way.rewrites,
+        precision=way.precision,
+        provider=way.provider,
+        options=str(way.options),
+        batch=batch,
+        outcome=reason or "slower",
     )
     if times is None:
         return found
@@ -125,12 +165,20 @@ def _tried(way: Way, batch: int, times: Times | None, reason: str) -> Tried:
 
 def rows(tried: Sequence[Tried]) -> list[dict[str, object]]:
     """What was tried, as the rows of a table. Speeds are against the graph as it was trained, in ONNX Runtime."""
-    plain = next((one.p50_ms for one in tried if (one.rewrites, one.precision) == ("none", "fp32")), None)
+    plain = next(
+        (
+            one.p50_ms
+            for one in tried
+            if (one.rewrites, one.precision, one.options) == ("none", "fp32", "") and one.provider != "openvino"
+        ),
+        None,
+    )
     return [
         {
             "engine": one.provider,
             "precision": one.precision,
             "rewrites": one.rewrites,
+            "options": one.options,
             "p50 ms": one.p50_ms,
             "x as trained": plain / one.p50_ms if plain and one.p50_ms else None,
             "outcome": one.outcome,

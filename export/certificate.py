@@ -60,10 +60,14 @@ class Tried(BaseModel):
     rewrites: str  # a name of `export.publish.REWRITE_SETS`
     precision: Precision
     provider: str
+    options: str = ""  # of the engine; "" for its own way
     batch: int
     p50_ms: float | None = None
     interval_ms: tuple[float, float] | None = None
     outcome: str  # "chosen", "slower", or why it was not taken
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.provider, self.precision, self.rewrites, self.options]))
 
 
 class Certificate(BaseModel):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from export.certificate import BOUNDS, Agreement, Certificate
-from export.metadata import Precision
+from export.metadata import AS_IT_IS, Options, Precision
 from export.session import Session, open_any, run
 from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 from model.mcnemar import mcnemar
@@ -35,6 +35,7 @@ def certify(
     precision: Precision = "fp32",
     providers: Sequence[str] = ("cpu",),
     pytorch_BN: np.ndarray | None = None,
+    options: Options = AS_IT_IS,
 ) -> Certificate:
     """Runs `model` in its engines, and `net` in PyTorch, on all `images`, in the form that both take.
 
@@ -44,7 +45,7 @@ def certify(
     CPU, and ONNX Runtime on CUDA without TF32; what is allowed is in `BOUNDS`. Raises InputError where a provider is
     missing.
     """
-    sessions = {provider: _session(model, provider, precision) for provider in providers}
+    sessions = {provider: _session(model, provider, precision, options) for provider in providers}
     pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     every = max(1, len(images) // SAMPLE)
     agreements = [
@@ -62,7 +63,7 @@ def certify(
         images=len(images),
         pytorch_accuracy=accuracy,
         agreements=agreements,
-        first_divergence=first_divergence(model, net, images[:BATCH], precision, apart[0]) if apart else "",
+        first_divergence=first_divergence(model, net, images[:BATCH], precision, apart[0], options) if apart else "",
         sha256=hashlib.sha256(model).hexdigest(),
         opset=opsets[""],
         versions={"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
@@ -81,8 +82,8 @@ def onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
 
 
-def _session(model: bytes, provider: str, precision: Precision) -> Session:
-    return open_any(model, provider, "the exported model", precision, full_fp32=True)
+def _session(model: bytes, provider: str, precision: Precision, options: Options) -> Session:
+    return open_any(model, provider, "the exported model", precision, full_fp32=True, options=options)
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
@@ -131,7 +132,14 @@ def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, precision: Precision, provider: str) -> str:
+def first_divergence(
+    model: bytes,
+    net: nn.Module,
+    images: np.ndarray,
+    precision: Precision,
+    provider: str,
+    options: Options = AS_IT_IS,
+) -> str:
     """The first layer whose output differs by more than DIVERGED on the provider, relative to its largest value.
 
     "the head" where all layers agree, "an unknown layer" for a model whose nodes do not say where they come from.
@@ -141,7 +149,7 @@ def first_divergence(model: bytes, net: nn.Module, images: np.ndarray, precision
     if not tensors:
         return "an unknown layer"
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
-    session = _session(proto.SerializeToString(), provider, precision)
+    session = _session(proto.SerializeToString(), provider, precision, options)
     onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
     pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}

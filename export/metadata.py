@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 import onnx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.checkpoint import Trained, parse_config
 from model.config import Network
@@ -20,8 +20,28 @@ Input = Literal["uint8", "float"]
 Precision = Literal["fp32", "fp16", "int8", "bf16"]  # bf16: weights in fp32, computed in bf16 by the provider
 
 INPUT, CONFIG, PROVIDER = "expertgrid.input", "expertgrid.config", "expertgrid.provider"
+OPTIONS = "expertgrid.options"
 PRECISION, PRUNED, CERTIFICATE = "expertgrid.precision", "expertgrid.pruned", "expertgrid.certificate"
 NAMES = {"model": "preset"}  # fields of Trained whose entries have another name
+
+
+class Options(BaseModel):
+    """How an engine runs a file, where that is not the engine's own way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int | None = Field(None, ge=1)  # at most as many as PyTorch has; None: as many
+    spinning: bool = True  # ONNX Runtime's threads wait for work without sleeping
+    # Of B x C x H x W inside the network. None: ONNX Runtime blocks the channels on a CPU, and takes NCHW on CUDA.
+    layout: Literal["NCHW", "NHWC"] | None = None
+
+    def __str__(self) -> str:
+        """Such as "1 thread, no spinning, NCHW"; "" for the engine's own way."""
+        threads = "" if self.threads is None else f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return ", ".join(filter(None, [threads, "" if self.spinning else "no spinning", self.layout]))
+
+
+AS_IT_IS = Options()
 
 
 class Metadata(BaseModel):
@@ -34,6 +54,7 @@ class Metadata(BaseModel):
     trained: Trained
     precision: Precision = "fp32"
     provider: str = "cpu"  # that runs the file where no other is asked for
+    options: Options = AS_IT_IS  # with which that provider runs it
     pruned: float | None = None  # the least gate weight of experts that were kept; None where none were dropped
 
     def entries(self) -> dict[str, str]:
@@ -43,7 +64,8 @@ class Metadata(BaseModel):
         about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
         pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
         provider = {} if self.provider == "cpu" else {PROVIDER: self.provider}
-        return trained | about | provider | pruned
+        options = {} if self.options == AS_IT_IS else {OPTIONS: self.options.model_dump_json(exclude_defaults=True)}
+        return trained | about | provider | options | pruned
 
 
 def is_expertgrid_file(entries: Mapping[str, str]) -> bool:
@@ -73,6 +95,7 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
     found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
     found["provider"] = entries.get(PROVIDER, "cpu")
     try:
+        found["options"] = Options.model_validate_json(entries.get(OPTIONS, "{}"))
         return Metadata.model_validate(found | {"config": config, "trained": Trained.model_validate(fields)})
     except ValidationError as error:
         raise invalid(f"{name}: metadata", error) from None

@@ -5,9 +5,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from export.metadata import AS_IT_IS, Options
 from model.errors import InputError
 
 HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16"}  # what is not reduced in the file
+
+
+def usable_threads(options: Options) -> int:
+    """As many as PyTorch has, or fewer where that was chosen."""
+    here = torch.get_num_threads()
+    return min(options.threads or here, here)
 
 
 def check_openvino() -> None:
@@ -19,24 +26,24 @@ def check_openvino() -> None:
 
 
 class OpenVinoSession:
-    """An ONNX model that OpenVINO runs on the CPU, with as many threads as PyTorch has.
+    """An ONNX model that OpenVINO runs on the CPU. Of the options it takes the number of threads.
 
     In `bf16` a model of float32 computes in bfloat16. Raises InputError for a model that does not load, and where the
     processor does not compute in bfloat16: OpenVINO would go on in float32.
     """
 
-    def __init__(self, model: bytes, name: str, precision: str = "fp32"):
+    def __init__(self, model: bytes, name: str, precision: str = "fp32", options: Options = AS_IT_IS):
         check_openvino()
         import openvino
 
-        options = {
+        properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": usable_threads(options),
         }
         core = openvino.Core()
         try:
-            self.compiled = core.compile_model(core.read_model(model), "CPU", options)
+            self.compiled = core.compile_model(core.read_model(model), "CPU", properties)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"{name}: OpenVINO does not load it: {reason}") from None

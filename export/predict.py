@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 from scipy.special import softmax
 
-from export.metadata import Metadata, read_metadata
+from export.metadata import AS_IT_IS, Metadata, read_metadata
 from export.session import open_any, open_session, run
 from export.to_onnx import INPUT, LOGITS, normalised
 from model.errors import InputError
@@ -39,7 +39,9 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
     metadata = read_metadata(graph.get_modelmeta().custom_metadata_map, name)
     channels = _channels(graph, metadata, name)
     provider = provider or metadata.provider
-    session = graph if provider == "cpu" else open_any(model, provider, name, metadata.precision)
+    options = metadata.options if provider == metadata.provider else AS_IT_IS
+    is_open = provider == "cpu" and options == AS_IT_IS
+    session = graph if is_open else open_any(model, provider, name, metadata.precision, options=options)
     trained, predictions = metadata.trained, []
     for i in range(0, len(images), BATCH):
         paths = images[i : i + BATCH]

@@ -12,7 +12,7 @@ import numpy as np
 from export.certificate import BOUNDS, Certificate, Tried
 from export.compare import BATCH, certify, onnx_logits, pytorch_logits
 from export.fuse import REWRITES
-from export.metadata import CERTIFICATE, Input, Metadata, Precision, with_entries
+from export.metadata import AS_IT_IS, CERTIFICATE, Input, Metadata, Options, Precision, with_entries
 from export.precision import Reduced, lowered
 from export.session import open_session
 from export.to_onnx import LOGITS, as_input, served, to_onnx
@@ -124,6 +124,7 @@ def certified(
     providers: Sequence[str],
     runs_on: str,
     tuning: Sequence[Tried] = (),
+    options: Options = AS_IT_IS,
 ) -> Published:
     """What `rewritten` made, with metadata and certificate, which has `tuning`. Raises InputError for a provider."""
     metadata = Metadata(
@@ -132,12 +133,13 @@ def certified(
         trained=reference.checkpoint.trained,
         precision=precision,
         provider=runs_on,
+        options=options,
         pruned=reference.pruned,
     )
     model = with_entries(made.model, metadata.entries())
     test, pytorch_BN = reference.test
     labels_B = reference.images.test_labels
-    certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN=pytorch_BN)
+    certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN, options)
     certificate = certificate.model_copy(update={"tuning": list(tuning)})
     digest = hashlib.sha256(certificate.to_bytes()).hexdigest()
     return Published(with_entries(model, {CERTIFICATE: digest}), certificate, made.kept_in_float)

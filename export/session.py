@@ -11,7 +11,8 @@ import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
-from export.openvino import OpenVinoSession, check_openvino
+from export.metadata import AS_IT_IS, Options
+from export.openvino import OpenVinoSession, check_openvino, usable_threads
 from model.errors import InputError, unknown
 
 Session = onnxruntime.InferenceSession | OpenVinoSession
@@ -46,7 +47,14 @@ def check_provider(name: str) -> None:
         raise InputError(f"provider {name!r}: this ONNX Runtime ({onnxruntime.__version__}) was built without it")
 
 
-def open_any(model: bytes, provider: str, name: str, precision: str = "fp32", full_fp32: bool = False) -> Session:
+def open_any(
+    model: bytes,
+    provider: str,
+    name: str,
+    precision: str = "fp32",
+    full_fp32: bool = False,
+    options: Options = AS_IT_IS,
+) -> Session:
     """A session for an ONNX model on any of PROVIDERS, that of ONNX Runtime or of OpenVINO.
 
     `precision` is what the model was made for, and with `full_fp32` float32 is float32. Raises InputError as
@@ -54,16 +62,20 @@ def open_any(model: bytes, provider: str, name: str, precision: str = "fp32", fu
     """
     check_provider(provider)
     if provider == "openvino":
-        return OpenVinoSession(model, name, precision)
+        return OpenVinoSession(model, name, precision, options)
     if precision == "bf16":
         raise InputError(
             f"{name}: computes in bfloat16, which is done with provider openvino; {provider!r} was asked for"
         )
-    return open_session(model, provider, name, FULL_FP32.get(provider, {}) if full_fp32 else {})
+    return open_session(model, provider, name, FULL_FP32.get(provider, {}) if full_fp32 else {}, options)
 
 
 def open_session(
-    model: bytes, provider: str, name: str, chosen: Mapping[str, str] = MappingProxyType({})
+    model: bytes,
+    provider: str,
+    name: str,
+    chosen: Mapping[str, str] = MappingProxyType({}),
+    options: Options = AS_IT_IS,
 ) -> onnxruntime.InferenceSession:
     """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt"), with `chosen` of its options.
 
@@ -75,15 +87,17 @@ def open_session(
     if provider != "cpu":
         with contextlib.redirect_stdout(unloaded):  # where it says which of the CUDA libraries are not there
             onnxruntime.preload_dlls()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as PyTorch, which it is compared with
-    options.log_severity_level = 4  # the errors below say it
+    of_session = session_options(options)
+    of_session.log_severity_level = 4  # the errors below say it
     if provider != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # it runs every node
+        of_session.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # it runs every node
     onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=[(ORT_PROVIDERS[provider], dict(chosen))], enable_fallback=0
+            model,
+            of_session,
+            providers=[(ORT_PROVIDERS[provider], {**chosen, **provider_options(options, provider)})],
+            enable_fallback=0,
         )
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # of a message with a name of the file that is not UTF-8
         if provider != "cpu" and not torch.cuda.is_available():
@@ -95,6 +109,22 @@ def open_session(
         reason = reason if torch.cuda.is_available() else "there is no CUDA device"
         raise InputError(f"provider {provider!r} does not start here: {reason}")
     return session
+
+
+def session_options(options: Options) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's, with as many threads as PyTorch has where `options` does not say fewer."""
+    found = onnxruntime.SessionOptions()
+    found.intra_op_num_threads = usable_threads(options)
+    if not options.spinning:
+        found.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if options.layout == "NCHW":  # the level below that which blocks channels
+        found.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return found
+
+
+def provider_options(options: Options, provider: str) -> dict[str, str]:
+    """Those of a provider of ONNX Runtime."""
+    return {"prefer_nhwc": "1"} if provider == "cuda" and options.layout == "NHWC" else {}
 
 
 def run(session: Session, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ from ablations.training.data import ImageData, load_data
 from ablations.training.holdout import HoldOut
 from ablations.training.splits import ResidentData, Splits
 from ablations.training.trial import Epoch
+from bench import timing
 from model.checkpoint import Checkpoint, Trained
 from model.files import write_whole
 from model.registry import build
@@ -68,6 +69,13 @@ class Outcome:
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err
         return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    """Tests read no speeds, so they do not wait until speeds are steady."""
+    monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
+    monkeypatch.setattr(timing, "AGAIN_S", 0.05)
 
 
 @pytest.fixture

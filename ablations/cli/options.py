@@ -201,7 +201,7 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
             raise InputError(f"tracker {text}: only mlflow takes a store, as in mlflow:http://localhost:5000")
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name in the working directory has no origin
-            raise InputError(f'tracker {name}: is not installed; `pip install "expertgrid[{name}]"` brings it')
+            raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
     return texts
 
 

@@ -393,4 +393,4 @@ def test_without_ray_the_error_names_the_extra(expertgrid, tiny_study, monkeypat
     monkeypatch.setenv("EXPERTGRID_ISOLATE", "1")
     monkeypatch.setitem(sys.modules, "ray", None)
     outcome = expertgrid("run", tiny_study, "--engine", "ray")
-    assert outcome.status == 2 and 'pip install "expertgrid[ray]"' in outcome.complaint
+    assert outcome.status == 2 and "`uv sync --extra ray`" in outcome.complaint

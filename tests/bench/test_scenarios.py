@@ -178,7 +178,7 @@ def test_the_command_line(expertgrid, tmp_path, monkeypatch):
     assert "does not hold it at 0.5 images/s either, where the 99th percentile is 3 ms" in outcome.complaint
     monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
     complaint = expertgrid("bench", file, "--scenario", "offline").complaint
-    assert 'pip install "expertgrid[loadgen]"' in complaint
+    assert "`uv sync --extra loadgen`" in complaint
 
 
 def test_an_error_of_the_engine_ends_the_run(tmp_path, monkeypatch):

@@ -141,6 +141,11 @@ def test_metadata(kind, model):
             {"expertgrid.precision": "fp4"},
             "other.onnx: metadata.precision: input should be 'fp32', 'fp16', 'int8' or 'bf16'",
         ),
+        (
+            {"expertgrid.options": '{"threads": 0}'},
+            "other.onnx: metadata.threads: input should be greater than or equal to 1",
+        ),
+        ({"expertgrid.options": "[1"}, "other.onnx: metadata"),
     ],
 )
 def test_metadata_that_is_not_ours_or_damaged(model, entries, message):

@@ -160,7 +160,7 @@ def test_a_tracker_that_is_not_installed_names_its_extra(expertgrid, tiny_study,
         outcome = expertgrid(*line)
         name = line[-1].partition(":")[0]
         assert outcome.status == 2
-        assert f'tracker {name}: is not installed; `pip install "expertgrid[{name}]"` brings it' in outcome.complaint
+        assert f"tracker {name}: is not installed; `uv sync --extra {name}` brings it" in outcome.complaint
 
 
 def test_a_study_goes_on_without_a_tracker_that_fails(expertgrid, tiny_study, monkeypatch):

@@ -1,0 +1,164 @@
+"""How often the verdicts of `expertgrid bench` are right on this machine.
+
+    python -m bench.repeats speed --out repeats.json
+
+A preset's file takes turns with itself, and with a file that has one operator more, whose cost is 5%. This is repeated.
+Of the file against itself "can't tell" is right, and of the other "slower".
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnx
+import typer
+from onnx import TensorProto, helper, numpy_helper
+from pydantic import BaseModel
+from tabulate import tabulate
+
+from bench import command
+from bench.host import Host, watched
+from bench.latency import machine, random_images
+from bench.timing import OPENINGS, Call, Ratio, compare, take_turns
+from bench.untrained import untrained_checkpoint
+from export.publish import DEFAULT_REWRITES
+from export.session import open_session, run
+from export.to_onnx import INPUT, LOGITS, to_onnx
+from model.files import now, write_whole
+from model.presets import network
+
+SHARE = 0.05  # of the file's time, that the operator costs
+COLUMNS = 512  # of the operator whose cost is measured first
+SAME, SLOWER = "the same file", "5% slower"
+RIGHT = {SAME: "can't tell", SLOWER: "slower"}
+
+
+class Repeat(BaseModel):
+    """What one run said of a file."""
+
+    other: str
+    ratio: Ratio
+    word: str
+    seconds: float  # of the run
+
+
+class Record(BaseModel):
+    """What was measured on one machine."""
+
+    preset: str
+    batch: int
+    columns: int  # of the operator that was added
+    machine: dict[str, str | int]
+    host: Host
+    finished: str
+    repeats: list[Repeat]
+
+
+def with_matmul(model: bytes, columns: int) -> bytes:
+    """The model with a matrix product of the flattened pixels with a matrix of `columns` columns.
+
+    The mean of the product is added to the logits, so that it must be computed; it is near 0.
+    """
+    proto = onnx.load_from_string(model)
+    graph = proto.graph
+    shape = [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim[1:]]
+    weights = np.random.default_rng(0).standard_normal((int(np.prod(shape)), columns), dtype=np.float32) * 1e-12
+    for node in graph.node:
+        node.output[:] = ["added.to" if name == LOGITS else name for name in node.output]
+    graph.initializer.extend(
+        [numpy_helper.from_array(weights, "added.matrix"), numpy_helper.from_array(np.array([1]), "added.axes")]
+    )
+    graph.node.extend(
+        [
+            helper.make_node("Cast", [INPUT], ["added.pixels"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["added.pixels"], ["added.flat"]),
+            helper.make_node("MatMul", ["added.flat", "added.matrix"], ["added.product"]),
+            helper.make_node("ReduceMean", ["added.product", "added.axes"], ["added.mean"]),
+            helper.make_node("Add", ["added.to", "added.mean"], [LOGITS]),
+        ]
+    )
+    return proto.SerializeToString()
+
+
+def columns_for(share: float, model: bytes, images: np.ndarray) -> int:
+    """The columns with which `with_matmul` costs that share of the model's time."""
+    candidates = {count: partial(_open, with_matmul(model, count), images) for count in (8, COLUMNS)}
+    times = take_turns({0: partial(_open, model, images), **candidates})
+    least, more = (1 / compare(times[0], times[count]).value - 1 for count in candidates)
+    return max(1, round(8 + (share - least) * (COLUMNS - 8) / (more - least)))
+
+
+def _open(model: bytes, images: np.ndarray) -> Call:
+    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
+
+
+def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: int) -> Record:
+    """Repeats a run of three files: the preset's, the same again, and the slower one."""
+    model = to_onnx(untrained_checkpoint(preset, network(preset)), "uint8", DEFAULT_REWRITES)
+    images = random_images(model, batch)
+    found: list[Repeat] = []
+    with watched(cuda=False) as host:
+        columns = columns_for(SHARE, model, images)
+        models = {"first": model, SAME: model, SLOWER: with_matmul(model, columns)}
+        candidates = {name: partial(_open, made, images) for name, made in models.items()}
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            times = take_turns(candidates, measure_s, openings)
+            seconds = time.perf_counter() - begun
+            for other in RIGHT:
+                ratio = compare(times["first"], times[other])
+                found.append(Repeat(other=other, ratio=ratio, word=ratio.word, seconds=seconds))
+    return Record(
+        preset=preset, batch=batch, columns=columns, machine=machine(), host=host, finished=now(), repeats=found
+    )
+
+
+def rows(record: Record) -> list[dict[str, object]]:
+    """A row for each of the two files."""
+    table: list[dict[str, object]] = []
+    for other, right in RIGHT.items():
+        found = [repeat for repeat in record.repeats if repeat.other == other]
+        words = Counter(repeat.word for repeat in found)
+        logs = np.log([repeat.ratio.value for repeat in found])
+        table.append(
+            {
+                "against": other,
+                **{word: words[word] for word in ("faster", "can't tell", "slower")},
+                "right": f"{words[right]} of {len(found)}",
+                "mean ratio": f"{np.exp(logs.mean()):.4f}",
+                "spread %": f"{100 * logs.std(ddof=1):.2f}" if len(logs) > 1 else "",
+                "longest s": f"{max(repeat.seconds for repeat in found):.1f}",
+            }
+        )
+    return table
+
+
+def repeats_command(
+    preset: Annotated[str, typer.Argument(help="A network.")] = "speed",
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs.")] = 100,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each file in a run.")] = 1.0,
+    openings: Annotated[int, typer.Option(min=2, help="How often each file is opened in a run.")] = OPENINGS,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep what was measured.")] = None,
+) -> int:
+    """Count how often a file is rightly not told from itself, and a slower one is found."""
+    record = measure(preset, batch, repeats, seconds, openings)
+    if out:
+        write_whole(out, record.model_dump_json(indent=1).encode())
+    print(tabulate(rows(record), headers="keys", disable_numparse=True))
+    print("\n".join(["", "ratio: how many times as fast as the first file.", *record.host.notes()]))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the input is wrong."""
+    return command.run(repeats_command, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
