@@ -35,9 +35,8 @@ def _of_effects(evidence: Evidence) -> str:
     if left_out := sum(max(0, len(by_verdict.get(verdict, [])) - MOST_NAMED) for verdict in (BETTER, WORSE)):
         parts.append(f"{left_out} more changes are decided")
     if same := by_verdict.get(SAME):
-        parts.append(
-            f"{_listed([_named(effect) for effect in same])} {_plural('change', same)} less than {_margin(evidence)}"
-        )
+        names = [f"{_named(effect)}{f' ({price})' if (price := _price(effect.cost)) else ''}" for effect in same]
+        parts.append(f"{_listed(names)} {_plural('change', same)} less than {_margin(evidence)}")
     if undecided := by_verdict.get(OPEN):
         parts.append(
             f"{_listed([_named(effect) for effect in undecided])} {'are' if len(undecided) > 1 else 'is'} open"
@@ -101,15 +100,24 @@ def _points(judgement: Judgement) -> str:
     return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
 
 
-def _cost(cost: dict[str, float]) -> str:
-    """The price in multiply-accumulates, or in parameters where only these differ, and in measured latency."""
+def _priced(cost: dict[str, float]) -> list[str]:
+    """What a change costs in: multiply-accumulates, or parameters where only these differ, and measured latency."""
     computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
-    differs = [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
-    if computed is not None and differs == [computed] and abs(cost[computed] - 2) < ALIKE:
-        return f" and doubles the {computed}"
-    if differs:
-        return f" for {' and '.join(f'{cost[name]:.1f} times the {name}' for name in differs)}"
-    return " at the same cost" if cost else ""
+    return [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
+
+
+def _price(cost: dict[str, float]) -> str:
+    return " and ".join(f"{cost[name]:.1f} times the {name}" for name in _priced(cost))
+
+
+def _cost(cost: dict[str, float]) -> str:
+    match _priced(cost):
+        case []:
+            return " at the same cost" if cost else ""
+        case [name] if name != "latency" and abs(cost[name] - 2) < ALIKE:
+            return f" and doubles the {name}"
+        case _:
+            return f" for {_price(cost)}"
 
 
 def _seeds(needed: Sequence[int | None]) -> str:

@@ -276,7 +276,10 @@ def test_the_first_table_is_what_each_factor_does(grid):
         ({2: 84.0, 4: 84.0}, ["A second expert adds 4.0 points", "going from 1 to 4 experts adds 4.0 points"]),
         (
             {2: 80.0, 4: 76.0},
-            ["Going from 1 to 4 experts loses 4.0 points", "a second expert changes less than 1 point."],
+            [
+                "Going from 1 to 4 experts loses 4.0 points",
+                "a second expert (2.0 times the MACs) changes less than 1 point.",
+            ],
         ),
     ],
 )
