@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from ray import ObjectRef, ObjectRefGenerator
     from ray.actor import ActorHandle
 
+# Read when Ray is imported. Else, where `uv run` started the driver, Ray runs that command on all nodes, and it fails.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
 PACKAGES = ("model", "export", "ablations", "bench")  # that are sent to the nodes
 NOT_SENT = ["__pycache__", "trials", "results"]  # folders in them
 WAITING = 16  # tasks, at least, that are submitted beyond those that run: the next ones, and a call for more nodes

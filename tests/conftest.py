@@ -1,5 +1,6 @@
 """Fixtures: data, a study of seconds, and the command line as a user calls it."""
 
+import faulthandler
 import os
 import shutil
 import sys
@@ -69,6 +70,15 @@ class Outcome:
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err
         return lines[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """A worker of xdist that crashes says where in a file, which .ci/run prints: what it writes on stderr is lost."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        place = config.rootpath / ".pytest_cache"
+        place.mkdir(exist_ok=True)
+        faulthandler.enable((place / f"crash-{worker}.txt").open("w"))
 
 
 @pytest.fixture(autouse=True)
