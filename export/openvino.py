@@ -1,6 +1,8 @@
 """Sessions of OpenVINO, with the method of ONNX Runtime's that is used here."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,19 @@ def check_openvino() -> None:
         raise InputError("provider 'openvino': is not installed; `uv sync --extra openvino` brings it") from None
 
 
+@cache
+def _core() -> Any:
+    """OpenVINO, once for the process and kept until it ends.
+
+    Each of its cores gives the thread a stack for signals, and takes back the one from before when it is freed. Where
+    two are freed in the order in which they were made, the thread is left with one that is gone, and the next signal
+    with a handler, such as Ctrl-C, ends the process (OpenVINO 2026).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoSession:
     """An ONNX model that OpenVINO runs on the CPU. Of the options it takes the number of threads.
 
@@ -34,14 +49,12 @@ class OpenVinoSession:
 
     def __init__(self, model: bytes, name: str, precision: str = "fp32", options: Options = AS_IT_IS):
         check_openvino()
-        import openvino
-
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[precision],
             "INFERENCE_NUM_THREADS": usable_threads(options),
         }
-        core = openvino.Core()
+        core = _core()
         try:
             self.compiled = core.compile_model(core.read_model(model), "CPU", properties)
         except RuntimeError as error:

@@ -8,10 +8,14 @@ from bench.gpu import schedule, stages
 from bench.gpu.plan import Bench, Size
 from model.errors import InputError
 
+RATE = 150e9  # operations a second, whatever records are kept
+
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    return schedule.simulate(25, 300, tmp_path_factory.mktemp("simulated"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "recorded_rate", lambda: RATE)
+        return schedule.simulate(25, 300, tmp_path_factory.mktemp("simulated"))
 
 
 def test_order_is_that_of_the_runner(simulated, tmp_path):
@@ -41,7 +45,8 @@ def test_cut_leaves_what_ended_before(simulated):
     assert cuts[-1]["check"] == sum(piece == "check" for _, piece, _ in simulation.done)
 
 
-def test_next_call_goes_on(tmp_path):
+def test_next_call_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "recorded_rate", lambda: RATE)
     first, run = schedule.simulate(15, 300, tmp_path)
     trained = run.pieces["card"].steps["3-seeds"]
     assert not trained.complete

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from scipy import stats
 
 from bench import timing
+from bench.engines import engines
+from bench.latency import open_engine, random_images
+from bench.resident import bound
 from bench.timing import (
     Block,
     Times,
@@ -20,6 +24,10 @@ from bench.timing import (
     take_turns,
     warm_up,
 )
+from bench.untrained import untrained_checkpoint
+from export.to_onnx import to_onnx
+from model.presets import PRESETS
+from model.variants import vary
 
 
 class Machine:
@@ -166,3 +174,27 @@ def test_percentiles_cover_what_was_drawn():
     assert min(covered) >= 51  # 95% of 60 are 57
     assert percentiles(times, (50, 99, 99.9))[2] is None
     assert percentiles(times_of([[1.0, 2.0, 3.0, 4.0, 5.0]]), (50,)) == [None]
+
+
+@pytest.mark.nightly  # it reads speeds
+def test_the_harness_adds_little_to_a_bare_loop(capsys):
+    """Against a loop around ONNX Runtime with IO binding, in turns, on a network of some microseconds."""
+    model = to_onnx(untrained_checkpoint("two_block", vary(PRESETS["two_block"], "width", 0.0625)), "uint8")
+    images = random_images(model, 1)
+    (engine,) = engines(model, "model", "cpu", ["onnxruntime"])[0].values()
+    harness, bare = open_engine(engine, images), bound(model, "model", "cpu", images, {})
+
+    def loop(count: int) -> float:
+        """Microseconds of a call."""
+        begun = time.perf_counter_ns()
+        for _ in range(count):
+            bare()
+        return (time.perf_counter_ns() - begun) / count / 1000
+
+    pairs = [(1000 * float(np.mean(timing.timed(harness, 100))), loop(100)) for _ in range(400)]
+    added = [of_harness - of_loop for of_harness, of_loop in pairs[20:]]
+    with capsys.disabled():
+        print(
+            f"\n{np.median([of_loop for _, of_loop in pairs]):.1f} us a call, the harness adds {np.median(added):.2f}"
+        )
+    assert np.median(added) < 2

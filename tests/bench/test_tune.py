@@ -1,6 +1,9 @@
 """The fastest file: what is tried, what is taken, and that what is taken is what was timed."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 
 from bench import tune as tuning
@@ -189,3 +193,23 @@ def test_bfloat16_is_refused_where_the_processor_has_none(reference, monkeypatch
             OpenVinoSession(model, "model", "bf16")
     with pytest.raises(InputError, match="model: OpenVINO does not load it"):
         OpenVinoSession(model[:100], "model")
+
+
+def test_a_signal_after_two_sessions_of_openvino_does_no_harm(reference, tmp_path):
+    """Freed in the order in which they were opened; in a process of its own, which a signal would end."""
+    pytest.importorskip("openvino")
+    (tmp_path / "model.onnx").write_bytes(rewritten(reference, "fp32", ()).model)
+    code = """
+import faulthandler, os, pathlib, signal
+from export.openvino import OpenVinoSession
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *given: print("handled"))
+model = pathlib.Path("model.onnx").read_bytes()
+first, second = OpenVinoSession(model, "first"), OpenVinoSession(model, "second")
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    paths = {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"handled\n"), done.stderr
