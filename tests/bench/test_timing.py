@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from scipy import stats
 
 from bench import timing
@@ -24,10 +25,6 @@ from bench.timing import (
     take_turns,
     warm_up,
 )
-from bench.untrained import untrained_checkpoint
-from export.to_onnx import to_onnx
-from model.presets import PRESETS
-from model.variants import vary
 
 
 class Machine:
@@ -179,7 +176,10 @@ def test_percentiles_cover_what_was_drawn():
 @pytest.mark.nightly  # it reads speeds
 def test_the_harness_adds_little_to_a_bare_loop(capsys):
     """Against a loop around ONNX Runtime with IO binding, in turns, on a network of some microseconds."""
-    model = to_onnx(untrained_checkpoint("two_block", vary(PRESETS["two_block"], "width", 0.0625)), "uint8")
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [given], [made])
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
     images = random_images(model, 1)
     (engine,) = engines(model, "model", "cpu", ["onnxruntime"])[0].values()
     harness, bare = open_engine(engine, images), bound(model, "model", "cpu", images, {})
