@@ -125,7 +125,7 @@ def _own(metadata: Metadata | None, provider: str) -> tuple[str, Options]:
     if metadata is None:
         return "onnxruntime", AS_IT_IS
     if metadata.provider != "openvino":
-        return "onnxruntime", metadata.options if metadata.provider == provider else AS_IT_IS
+        return "onnxruntime", metadata.options_on(provider)
     return "openvino-bf16" if metadata.precision == "bf16" else "openvino", metadata.options
 
 

@@ -22,7 +22,8 @@ from bench.engines import USUAL, Engine, Run, engines
 from bench.host import Host, Meter, watched
 from bench.timing import OPENINGS, Block, Call, Ratio, Timer, Times, compare, compare_runs, percentiles, take_turns
 from export.graph import read_onnx
-from export.session import ORT_ERRORS, check_provider
+from export.session import ORT_ERRORS, check_provider, open_session, run
+from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError, invalid
 from model.files import now
 from model.machine import cpu_name, device_name, usable_cores
@@ -169,6 +170,11 @@ def measure(
 def open_engine(engine: Engine, images: np.ndarray) -> Call:
     """A call on the images. Raises InputError where the network does not run at this batch size."""
     return partial(open_run(engine, images), images)
+
+
+def open_file(model: bytes, images: np.ndarray) -> Call:
+    """A call of ONNX Runtime on the CPU, of a model that `export.to_onnx` made."""
+    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
 
 
 def open_run(engine: Engine, images: np.ndarray) -> Run:

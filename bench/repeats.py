@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -19,17 +18,15 @@ import onnx
 import typer
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel
-from tabulate import tabulate
 
 from bench import command
-from bench.host import Host, watched
-from bench.latency import machine, random_images
-from bench.timing import OPENINGS, Call, Ratio, compare, take_turns
+from bench.host import watched
+from bench.kept import Out, Record
+from bench.latency import open_file, random_images
+from bench.timing import OPENINGS, Ratio, compare, take_turns
 from bench.untrained import untrained_checkpoint
 from export.publish import DEFAULT_REWRITES
-from export.session import open_session, run
 from export.to_onnx import INPUT, LOGITS, to_onnx
-from model.files import now, write_whole
 from model.presets import network
 
 SHARE = 0.05  # of the file's time, that the operator costs
@@ -47,15 +44,12 @@ class Repeat(BaseModel):
     seconds: float  # of the run
 
 
-class Record(BaseModel):
+class RepeatsRecord(Record):
     """What was measured on one machine."""
 
     preset: str
     batch: int
     columns: int  # of the operator that was added
-    machine: dict[str, str | int]
-    host: Host
-    finished: str
     repeats: list[Repeat]
 
 
@@ -87,17 +81,13 @@ def with_matmul(model: bytes, columns: int) -> bytes:
 
 def columns_for(share: float, model: bytes, images: np.ndarray) -> int:
     """The columns with which `with_matmul` costs that share of the model's time."""
-    candidates = {count: partial(_open, with_matmul(model, count), images) for count in (8, COLUMNS)}
-    times = take_turns({0: partial(_open, model, images), **candidates})
+    candidates = {count: partial(open_file, with_matmul(model, count), images) for count in (8, COLUMNS)}
+    times = take_turns({0: partial(open_file, model, images), **candidates})
     least, more = (1 / compare(times[0], times[count]).value - 1 for count in candidates)
     return max(1, round(8 + (share - least) * (COLUMNS - 8) / (more - least)))
 
 
-def _open(model: bytes, images: np.ndarray) -> Call:
-    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
-
-
-def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: int) -> Record:
+def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: int) -> RepeatsRecord:
     """Repeats a run of three files: the preset's, the same again, and the slower one."""
     model = to_onnx(untrained_checkpoint(preset, network(preset)), "uint8", DEFAULT_REWRITES)
     images = random_images(model, batch)
@@ -105,7 +95,7 @@ def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: i
     with watched(cuda=False) as host:
         columns = columns_for(SHARE, model, images)
         models = {"first": model, SAME: model, SLOWER: with_matmul(model, columns)}
-        candidates = {name: partial(_open, made, images) for name, made in models.items()}
+        candidates = {name: partial(open_file, made, images) for name, made in models.items()}
         for _ in range(repeats):
             begun = time.perf_counter()
             times = take_turns(candidates, measure_s, openings)
@@ -113,12 +103,10 @@ def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: i
             for other in RIGHT:
                 ratio = compare(times["first"], times[other])
                 found.append(Repeat(other=other, ratio=ratio, word=ratio.word, seconds=seconds))
-    return Record(
-        preset=preset, batch=batch, columns=columns, machine=machine(), host=host, finished=now(), repeats=found
-    )
+    return RepeatsRecord(host=host, preset=preset, batch=batch, columns=columns, repeats=found)
 
 
-def rows(record: Record) -> list[dict[str, object]]:
+def rows(record: RepeatsRecord) -> list[dict[str, object]]:
     """A row for each of the two files."""
     table: list[dict[str, object]] = []
     for other, right in RIGHT.items():
@@ -144,14 +132,11 @@ def repeats_command(
     repeats: Annotated[int, typer.Option(min=1, help="Runs.")] = 100,
     seconds: Annotated[float, typer.Option(min=0, help="Of each file in a run.")] = 1.0,
     openings: Annotated[int, typer.Option(min=2, help="How often each file is opened in a run.")] = OPENINGS,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep what was measured.")] = None,
+    out: Out = None,
 ) -> int:
     """Count how often a file is rightly not told from itself, and a slower one is found."""
     record = measure(preset, batch, repeats, seconds, openings)
-    if out:
-        write_whole(out, record.model_dump_json(indent=1).encode())
-    print(tabulate(rows(record), headers="keys", disable_numparse=True))
-    print("\n".join(["", "ratio: how many times as fast as the first file.", *record.host.notes()]))
+    record.show(rows(record), "ratio: how many times as fast as the first file.", out)
     return 0
 
 

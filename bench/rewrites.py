@@ -9,23 +9,20 @@ default what is at least as fast everywhere; `export --tune` measures the networ
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from pydantic import BaseModel
-from tabulate import tabulate
 
 from bench import command
-from bench.host import Host, watched
-from bench.latency import machine
-from bench.timing import Call, Ratio, compare, take_turns
+from bench.host import watched
+from bench.kept import BATCHES, Batches, Out, Presets, Record
+from bench.latency import open_file
+from bench.timing import Ratio, compare, take_turns
 from bench.untrained import SIZE, untrained_checkpoint
 from export.publish import REWRITE_SETS
-from export.session import open_session, run
-from export.to_onnx import INPUT, LOGITS, to_onnx
-from model.files import now, write_whole
+from export.to_onnx import to_onnx
 from model.presets import PRESETS, network
 
 PLAIN = "none"  # of REWRITE_SETS
@@ -41,12 +38,9 @@ class Rewritten(BaseModel):
     ratio: Ratio  # how many times as fast as the graph as it was trained
 
 
-class Record(BaseModel):
+class RewritesRecord(Record):
     """What was measured on one machine."""
 
-    machine: dict[str, str | int]
-    host: Host
-    finished: str
     found: list[Rewritten]
 
 
@@ -59,7 +53,7 @@ def graphs(preset: str) -> dict[tuple[str, ...], bytes]:
     return {tuple(sets): model for model, sets in names.items()}
 
 
-def measure(presets: Sequence[str], batches: Sequence[int], measure_s: float, openings: int) -> Record:
+def measure(presets: Sequence[str], batches: Sequence[int], measure_s: float, openings: int) -> RewritesRecord:
     """Times each preset's graphs at each batch size, about `measure_s` seconds of each."""
     found = []
     with watched(cuda=False) as host:
@@ -68,21 +62,17 @@ def measure(presets: Sequence[str], batches: Sequence[int], measure_s: float, op
             for batch in batches:
                 images = np.random.default_rng(0).integers(256, size=(batch, SIZE, SIZE, 3), dtype=np.uint8)
                 times = take_turns(
-                    {sets: partial(_open, model, images) for sets, model in models.items()}, measure_s, openings
+                    {sets: partial(open_file, model, images) for sets, model in models.items()}, measure_s, openings
                 )
                 (plain,) = (taken for sets, taken in times.items() if PLAIN in sets)
                 for sets, taken in times.items():
                     ratio = Ratio(1.0, 1.0, 1.0) if taken is plain else compare(plain, taken)
                     median = float(np.median(taken.calls_ms))
                     found.append(Rewritten(preset=preset, rewrites=list(sets), batch=batch, ms=median, ratio=ratio))
-    return Record(machine=machine(), host=host, finished=now(), found=found)
+    return RewritesRecord(host=host, found=found)
 
 
-def _open(model: bytes, images: np.ndarray) -> Call:
-    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
-
-
-def rows(record: Record) -> list[dict[str, object]]:
+def rows(record: RewritesRecord) -> list[dict[str, object]]:
     """A row for each graph, with its ratio at each batch size."""
     table: dict[tuple[str, ...], dict[str, object]] = {}
     for found in record.found:
@@ -94,18 +84,15 @@ def rows(record: Record) -> list[dict[str, object]]:
 
 
 def rewrites_command(
-    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]...", help="All, if none is named.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size. Repeatable. Default: 1, 8, 64.")] = None,
+    presets: Presets = None,
+    batch: Batches = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of each graph at each batch size.")] = 1.0,
     openings: Annotated[int, typer.Option(min=2, help="How often each graph is opened.")] = 5,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep what was measured.")] = None,
+    out: Out = None,
 ) -> int:
     """Time each preset's rewritten graphs against the graph as it was trained."""
-    record = measure(presets or list(PRESETS), batch or [1, 8, 64], seconds, openings)
-    if out:
-        write_whole(out, record.model_dump_json(indent=1).encode())
-    print(tabulate(rows(record), headers="keys", disable_numparse=True))
-    print("\n".join(["", "How many times as fast as the graph as it was trained.", *record.host.notes()]))
+    record = measure(presets or list(PRESETS), batch or BATCHES, seconds, openings)
+    record.show(rows(record), "How many times as fast as the graph as it was trained.", out)
     return 0
 
 

@@ -10,24 +10,22 @@ judged here.
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from pydantic import BaseModel
-from tabulate import tabulate
 
 from bench import command
 from bench.engines import engines
-from bench.host import Host, watched
-from bench.latency import machine, open_engine, random_images
+from bench.host import watched
+from bench.kept import BATCHES, Batches, Out, Presets, Record
+from bench.latency import open_engine, random_images
 from bench.timing import Ratio, compare, take_turns
 from bench.tune import tune
 from bench.untrained import SIZE, untrained_checkpoint
 from export.certificate import Tried
 from export.publish import Images, Reference, publish
-from model.files import now, write_whole
 from model.presets import PRESETS, network
 
 IMAGES = 128  # random ones, on which the files are certified
@@ -45,12 +43,9 @@ class Found(BaseModel):
     over_compiled: Ratio  # the tuned file, against PyTorch compiled in bfloat16
 
 
-class Record(BaseModel):
+class TunedRecord(Record):
     """What was measured on one machine."""
 
-    machine: dict[str, str | int]
-    host: Host
-    finished: str
     found: list[Found]
 
 
@@ -72,8 +67,8 @@ def measure(preset: str, batches: Sequence[int], measure_s: float, openings: int
         published = tune(of_preset, batch=batch)
         (chosen,) = (one for one in published.certificate.tuning if one.outcome == "chosen")
         (own,) = engines(published.model, TUNED, "cpu", ["own"])[0].values()
-        pytorch = ["onnxruntime", EAGER, COMPILED]
-        ways = dict(zip([UNTUNED, EAGER, COMPILED], engines(untuned, UNTUNED, "cpu", pytorch)[0].values()))
+        words = {UNTUNED: "onnxruntime", EAGER: EAGER, COMPILED: COMPILED}
+        ways = dict(zip(words, engines(untuned, UNTUNED, "cpu", list(words.values()))[0].values()))
         images = random_images(untuned, batch)
         times = take_turns(
             {name: partial(open_engine, engine, images) for name, engine in ({TUNED: own} | ways).items()},
@@ -93,7 +88,7 @@ def measure(preset: str, batches: Sequence[int], measure_s: float, openings: int
     return found
 
 
-def rows(record: Record) -> list[dict[str, object]]:
+def rows(record: TunedRecord) -> list[dict[str, object]]:
     """A row for each preset and batch size."""
     return [
         {
@@ -109,22 +104,19 @@ def rows(record: Record) -> list[dict[str, object]]:
 
 
 def tuned_command(
-    presets: Annotated[list[str] | None, typer.Argument(metavar="[PRESET]...", help="All, if none is named.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size. Repeatable. Default: 1, 8, 64.")] = None,
+    presets: Presets = None,
+    batch: Batches = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of each way at each batch size.")] = 1.0,
     openings: Annotated[int, typer.Option(min=2, help="How often each way is opened.")] = 5,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep what was measured.")] = None,
+    out: Out = None,
 ) -> int:
     """Time each preset's tuned and untuned file beside PyTorch."""
     found: list[Found] = []
     with watched(cuda=False) as host:
         for preset in presets or list(PRESETS):
-            found += measure(preset, batch or [1, 8, 64], seconds, openings)
-    record = Record(machine=machine(), host=host, finished=now(), found=found)
-    if out:
-        write_whole(out, record.model_dump_json(indent=1).encode())
-    print(tabulate(rows(record), headers="keys", disable_numparse=True))
-    print("\n".join(["", "a / b: how many times as fast a is as b.", *record.host.notes()]))
+            found += measure(preset, batch or BATCHES, seconds, openings)
+    record = TunedRecord(host=host, found=found)
+    record.show(rows(record), "a / b: how many times as fast a is as b.", out)
     return 0
 
 

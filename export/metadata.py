@@ -35,6 +35,10 @@ class Options(BaseModel):
     # Of B x C x H x W inside the network. None: ONNX Runtime blocks the channels on a CPU, and takes NCHW on CUDA.
     layout: Literal["NCHW", "NHWC"] | None = None
 
+    def threads_of(self, here: int) -> int:
+        """How many of the threads that are here it takes."""
+        return min(self.threads or here, here)
+
     def __str__(self) -> str:
         """Such as "1 thread, no spinning, NCHW"; "" for the engine's own way."""
         threads = "" if self.threads is None else f"{self.threads} thread{'s' * (self.threads > 1)}"
@@ -56,6 +60,10 @@ class Metadata(BaseModel):
     provider: str = "cpu"  # that runs the file where no other is asked for
     options: Options = AS_IT_IS  # with which that provider runs it
     pruned: float | None = None  # the least gate weight of experts that were kept; None where none were dropped
+
+    def options_on(self, provider: str) -> Options:
+        """With which a provider runs the file: those that were chosen are of one provider."""
+        return self.options if provider == self.provider else AS_IT_IS
 
     def entries(self) -> dict[str, str]:
         """The entries of the file, without the certificate's."""

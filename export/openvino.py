@@ -13,12 +13,6 @@ from model.errors import InputError
 HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16"}  # what is not reduced in the file
 
 
-def usable_threads(options: Options) -> int:
-    """As many as PyTorch has, or fewer where that was chosen."""
-    here = torch.get_num_threads()
-    return min(options.threads or here, here)
-
-
 def check_openvino() -> None:
     """Raises InputError where OpenVINO is not installed."""
     try:
@@ -52,7 +46,7 @@ class OpenVinoSession:
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "INFERENCE_NUM_THREADS": usable_threads(options),
+            "INFERENCE_NUM_THREADS": options.threads_of(torch.get_num_threads()),
         }
         core = _core()
         try:

@@ -39,7 +39,7 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
     metadata = read_metadata(graph.get_modelmeta().custom_metadata_map, name)
     channels = _channels(graph, metadata, name)
     provider = provider or metadata.provider
-    options = metadata.options if provider == metadata.provider else AS_IT_IS
+    options = metadata.options_on(provider)
     is_open = provider == "cpu" and options == AS_IT_IS
     session = graph if is_open else open_any(model, provider, name, metadata.precision, options=options)
     trained, predictions = metadata.trained, []

@@ -12,7 +12,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
 from export.metadata import AS_IT_IS, Options
-from export.openvino import OpenVinoSession, check_openvino, usable_threads
+from export.openvino import OpenVinoSession, check_openvino
 from model.errors import InputError, unknown
 
 Session = onnxruntime.InferenceSession | OpenVinoSession
@@ -114,7 +114,7 @@ def open_session(
 def session_options(options: Options) -> onnxruntime.SessionOptions:
     """ONNX Runtime's, with as many threads as PyTorch has where `options` does not say fewer."""
     found = onnxruntime.SessionOptions()
-    found.intra_op_num_threads = usable_threads(options)
+    found.intra_op_num_threads = options.threads_of(torch.get_num_threads())
     if not options.spinning:
         found.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.layout == "NCHW":  # the level below that which blocks channels

@@ -6,7 +6,7 @@ import numpy as np
 
 from bench import repeats
 from bench.latency import random_images
-from bench.repeats import SAME, SLOWER, Record, Repeat
+from bench.repeats import SAME, SLOWER, Repeat, RepeatsRecord
 from bench.timing import Ratio
 from bench.untrained import untrained_checkpoint
 from export.session import open_session
@@ -30,7 +30,7 @@ def test_command_counts_the_verdicts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(repeats, "network", lambda name: SMALL)
     arguments = ["two_block", "--repeats", "2", "--seconds", "0.02", "--openings", "2"]
     assert repeats.main([*arguments, "--out", str(tmp_path / "record.json")]) == 0
-    record = Record.model_validate(json.loads((tmp_path / "record.json").read_text()))
+    record = RepeatsRecord.model_validate(json.loads((tmp_path / "record.json").read_text()))
     assert [repeat.other for repeat in record.repeats] == [SAME, SLOWER] * 2
     out = capsys.readouterr().out
     assert "the same file" in out

@@ -35,7 +35,7 @@ def test_command_prints_and_keeps_what_it_measured(models, tmp_path, capsys, mon
     assert rewrites.main([*arguments, "--out", str(tmp_path / "record.json")]) == 0
     out = capsys.readouterr().out
     assert "How many times as fast as the graph as it was trained." in out
-    record = rewrites.Record.model_validate(json.loads((tmp_path / "record.json").read_text()))
+    record = rewrites.RewritesRecord.model_validate(json.loads((tmp_path / "record.json").read_text()))
     plain = [found for found in record.found if "none" in found.rewrites]
     assert [(found.batch, found.ratio.value) for found in plain] == [(1, 1.0), (2, 1.0)]
     assert all(found.ratio.low <= found.ratio.value <= found.ratio.high for found in record.found)

@@ -153,9 +153,9 @@ def test_a_file_that_misses_its_bound_is_not_taken(reference, models, made, monk
     assert (first.precision, first.outcome[:13], second.outcome) == ("int8", "not certified", "chosen")
     for precision in ("fp32", "int8", "bf16"):
         monkeypatch.setitem(BOUNDS, precision, Bound(logit_difference=-1.0, argmax_flips=None, accuracy_loss=1.0))
-    plain = Way("none", "fp32", "cpu")
-    monkeypatch.setattr(tuning, "_models", lambda *given: ({plain: models[0][plain]}, {}))
-    with pytest.raises(InputError, match="--tune: no file is certified; the fastest: not certified: fp32 DOES NOT"):
+    two = {way: models[0][way] for way in (Way("folded", "int8", "cpu"), Way("none", "fp32", "cpu"))}
+    monkeypatch.setattr(tuning, "_models", lambda *given: (two, {}))
+    with pytest.raises(InputError, match="--tune: no file is certified; the fastest: not certified: int8 DOES NOT"):
         tune(reference)
 
 
