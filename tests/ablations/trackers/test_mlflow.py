@@ -166,6 +166,8 @@ def test_a_server_has_the_study_and_shows_it(expertgrid, exported, server, brows
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(f"{server}/#/experiments/{experiment}/runs", timeout=120_000)
+    study_row = page.get_by_role("row").filter(has_text="tiny").filter(has=page.get_by_role("button"))
+    study_row.get_by_role("button").first.click(timeout=120_000)  # shows the runs in it
     page.get_by_text("experts 2, gate mlp, seed 0").first.wait_for(timeout=120_000)
     best = next(run for run in runs if run["info"]["run_name"] == "experts 2, gate mlp, seed 0")
     page.goto(f"{server}/#/experiments/{experiment}/runs/{best['info']['run_id']}", timeout=120_000)
