@@ -1,8 +1,8 @@
 """Trials in processes of their own, so that what ends a process ends one trial and no other.
 
-A process is started anew and not forked, because neither CUDA nor OpenMP survive a fork. It trains one trial after
+A process is not forked from this one, because neither CUDA nor OpenMP survive a fork. It trains one trial after
 another and sends the engine's events. Where it dies, or a trial takes too long, that trial has failed, and a new
-process goes on with the next one. It dies with its parent.
+process goes on with the next one. It ends with its parent.
 """
 
 import faulthandler
@@ -30,6 +30,8 @@ from model.files import now
 from model.machine import deterministic, gpu_driver, memory_bytes, usable_cores
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from ablations.events import Event, TrialFailed
     from ablations.records import StudyDirectory
     from ablations.training.data import ImageData
@@ -40,7 +42,6 @@ JOB_BYTES = 3 * 2**30  # of memory for each process that trains: PyTorch, the im
 SAVE_EVERY_S = 10.0  # of a training's state
 MOST_JOBS = 8  # that "auto" takes; more was not measured
 LOOK_EVERY_S = 0.1  # for a signal and for the time limit
-PARENT_LOOK_S = 0.5  # after a parent that ended
 LAST_WORDS_S = 2.0  # that a process gets to write where it hangs, and to end after its last message
 
 
@@ -95,6 +96,7 @@ def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -
 def isolated(jobs: int = 1) -> Generator["Pool"]:
     """Trainers whose processes begin to import PyTorch at once, while the caller does other things."""
     pool = Pool(jobs)
+    pool.begin()
     try:
         yield pool
     finally:
@@ -103,12 +105,31 @@ def isolated(jobs: int = 1) -> Generator["Pool"]:
 
 
 class Pool:
-    """Trains trials in several processes at once."""
+    """Trains trials in several processes at once.
+
+    In Linux several are forked from a server, which imports PyTorch once for all. It neither computes nor looks for a
+    GPU.
+    """
 
     def __init__(self, jobs: int) -> None:
-        self.trainers = [Trainer() for _ in range(jobs)]
+        self.trainers: list[Trainer] = []
+        self.forked = jobs > 1 and sys.platform == "linux"
         self.at_once = jobs
         self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None  # of each process
+
+    def begin(self) -> None:
+        """Starts the server, or else the processes. Those of a server start in `run`, as they wait for its imports."""
+        if self.forked:
+            from multiprocessing import forkserver  # Windows has none
+
+            multiprocessing.set_forkserver_preload(["ablations.preloaded"])
+            forkserver.ensure_running()
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver") if self.forked else None
+        self.trainers = [Trainer(context) for _ in range(self.at_once)]
 
     def run(
         self,
@@ -124,6 +145,8 @@ class Pool:
         """
         from ablations.events import by_seed
 
+        if not self.trainers:
+            self._start()
         if len(self.trainers) == 1:
             yield from self.trainers[0].run(trials, setup, directory, stopped, timeout_s)
             return
@@ -189,15 +212,15 @@ class Either:
 class Trainer:
     """Trains trials in another process, and starts a new one where that dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: "SpawnContext | ForkServerContext | None" = None) -> None:
+        self.context = context or multiprocessing.get_context("spawn")
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.steps = context.Value("q", 0, lock=False)  # that the current trial has done
+        self.connection, theirs = self.context.Pipe()
+        self.steps = self.context.Value("q", 0, lock=False)  # that the current trial has done
         self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
-        self.process = context.Process(target=_work, args=(theirs, str(self.crash), self.steps, os.getpid()))
+        self.process = self.context.Process(target=_work, args=(theirs, str(self.crash), self.steps))
         self.process.start()
         theirs.close()
         self.has_setup = False
@@ -331,12 +354,12 @@ def _failed(trial: "Trial", lost: Lost, steps: int, directory: "StudyDirectory")
     return TrialFailed(trial, str(failure))
 
 
-def _work(connection: Connection, crash: str, steps: Any, parent: int) -> None:
+def _work(connection: Connection, crash: str, steps: Any) -> None:
     """The process: trains the lists of trials that it is sent, until it is killed."""
     stopped = Flag()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     signal.signal(signal.SIGTERM, lambda signum, frame: stopped.set())
-    die_with(parent)
+    end_with_parent()
     with open(crash, "w") as file:
         faulthandler.enable(file)
         if hasattr(faulthandler, "register"):
@@ -389,15 +412,16 @@ def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) ->
         connection.send(Raised(RuntimeError(f"{reason_of(error)}\n{traceback.format_exc()}")))
 
 
-def die_with(parent: int) -> None:
-    """Ends this process within a second after its parent.
+def end_with_parent() -> None:
+    """Ends this process of `multiprocessing` when the process that asked for it ends, however that ends.
 
-    Linux's own signal for it comes with the end of the thread that started the process, and not with the parent's.
+    Linux's own signal for it comes with the end of the thread that started the process, or of the server.
     """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is for a process of multiprocessing"
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_LOOK_S)
+        parent.join()
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()

@@ -7,6 +7,12 @@ from ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, J
 
 MOST_NAMED = 6  # changes in one list; the others are counted
 ALIKE = 0.05  # costs that differ by less are the same
+NAMES = {  # of changes whose levels alone say little
+    ("experts", "1", "2"): "a second expert",
+    ("matched", "false", "params"): "a wider network of one expert and equal parameters",
+    ("matched", "false", "macs"): "a wider network of one expert and equal MACs",
+    **{("gate", "own", gate): f"a {gate} gate" for gate in ("uniform", "constant", "frozen", "shuffled")},
+}
 
 
 def answer(evidence: Evidence) -> str:
@@ -81,8 +87,8 @@ def _of_cells(evidence: Evidence) -> str:
 
 def _named(effect: Effect) -> str:
     (factor, before, after), *_ = effect.changes
-    if factor == "experts" and (before, after) == ("1", "2"):
-        return "a second expert"
+    if (factor, before, after) in NAMES:
+        return NAMES[factor, before, after]
     if factor == "experts" and before.isdigit() and after.isdigit():
         return f"going from {before} to {after} experts"
     if {before, after} == {"true", "false"}:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from ablations.isolation import die_with
+from ablations.isolation import end_with_parent
 from bench.gpu.plan import Bench, Measurement, Step
 from model.errors import InputError
 
@@ -59,7 +59,7 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, os.getpid(), self.measured_by))
+        self.process = context.Process(target=_work, args=(theirs, self.measured_by))
         self.process.start()
         theirs.close()
         if not self.connection.poll(START_S):
@@ -79,11 +79,11 @@ class Worker:
         self.process = None
 
 
-def _work(connection: Connection, parent: int, measure: Measure) -> None:
+def _work(connection: Connection, measure: Measure) -> None:
     """The process: measures what it is asked for, until it is ended."""
     if hasattr(os, "setsid"):
         os.setsid()  # the processes that it starts end with it, and Ctrl-C is for the process that waits
-    die_with(parent)
+    end_with_parent()
     connection.send("ready")
     with suppress(EOFError):
         while True:

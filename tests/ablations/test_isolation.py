@@ -45,8 +45,23 @@ def study(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_what_ends_a_process_ends_one_trial(study):
-    done = subprocess.run([*LINE, "--trial-timeout", "3"], cwd=study, capture_output=True, text=True, timeout=300)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has them")
+def test_several_processes_are_forked_from_one_that_only_imports(digits, tmp_path):
+    trials = Study(name="test", question="?", seeds=2, set={"recipe.epochs": 1}).cells(digits)[0].trials
+    with isolated(2) as pool:
+        list(pool.run(trials, Setup(digits, "cpu", tmp_path, list, EAGER), StudyDirectory(tmp_path), Event()))
+        parents = {
+            Path(f"/proc/{trainer.process.pid}/stat").read_text().rpartition(")")[2].split()[1]
+            for trainer in pool.trainers
+        }
+    (server,) = parents - {str(os.getpid())}
+    loaded = Path(f"/proc/{server}/maps").read_text()
+    assert "libtorch" in loaded and "libcuda.so" not in loaded
+
+
+def test_what_ends_one_of_several_processes_ends_one_trial(study):
+    line = [*LINE, "--jobs", "2", "--trial-timeout", "3"]
+    done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     directory = StudyDirectory(study / "runs" / "study")
     crashed, hung, trained = (cell.trials[0] for cell in directory.plan.cells)
@@ -69,7 +84,7 @@ def test_what_ends_a_process_ends_one_trial(study):
 
 
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study):
-    """SIGTERM, as a system sends it, and then Ctrl-C, which reaches all processes of a terminal.
+    """SIGTERM, as a system sends it to all processes of a job, and then Ctrl-C, which reaches all of a terminal.
 
     The network that hangs never ends its step.
     """
@@ -80,7 +95,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study):
     while not list(trials.glob("*/epochs.jsonl")):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     time.sleep(1)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
@@ -217,15 +232,6 @@ def test_several_trials_at_once_give_the_same_records(study):
     for one, two in zip(found[1], found[2], strict=True):
         assert (one.trial, one.environment.threads) == (two.trial, two.environment.threads)
         assert (one.validation_loss, one.test_loss) == (two.validation_loss, two.test_loss)
-
-
-def test_what_ends_one_of_several_processes_leaves_the_others(study):
-    done = subprocess.run([*LINE, "--jobs", "2", "--trial-timeout", "3"], cwd=study, capture_output=True, text=True)
-    assert done.returncode == 1
-    directory = StudyDirectory(study / "runs" / "study")
-    crashed, hung, trained = (cell.trials[0] for cell in directory.plan.cells)
-    assert directory.record(trained).epochs == 2
-    assert [directory.failure(trial).kind for trial in (crashed, hung)] == ["crashed", "timeout"]
 
 
 def test_an_error_of_one_process_ends_the_others_with_their_states_saved(digits, tmp_path, monkeypatch):
