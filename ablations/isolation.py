@@ -317,9 +317,9 @@ class Trainer:
 
     def _too_late(self, timeout_s: float | None) -> "Lost":
         if hasattr(signal, "SIGUSR1") and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGUSR1)  # it writes where it is
+            os.kill(self.process.pid, signal.SIGUSR1)  # it writes where its threads are, the main one last
             until = time.monotonic() + LAST_WORDS_S
-            while not self._last_words() and time.monotonic() < until:
+            while " in <module>" not in self._last_words() and time.monotonic() < until:
                 time.sleep(LOOK_EVERY_S / 4)
         return Lost("timeout", f"not done after --trial-timeout {timeout_s:g} s", self._last_words())
 
