@@ -63,7 +63,7 @@ OF_RAY = {
 }
 ENVIRONMENT = os.environ | OF_RAY | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "EXPERTGRID_ISOLATE": "1"}
 SAVE_S = 0.5  # between saves, so that trials are short
-EPOCHS = 20  # of a trial that is saved some times
+EPOCHS = 100  # of a trial that is saved some times, and still trains when something happens to it
 SAVES_OFTEN = f"""
 from functools import partial
 import ablations.cli.run
