@@ -39,20 +39,6 @@ REPOSITORY = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CIFAR10_JPEG = REPOSITORY.parent / "shared" / "data" / "cifar10-jpeg"
 
-# The files whose tests start processes and take minutes together, the longest first.
-LONG = (
-    "test_cli.py",
-    "test_isolation.py",
-    "test_gpu.py",
-    "test_ray_engine.py",
-    "test_apart.py",
-    "test_compiled_kernels.py",
-    "test_tune.py",
-    "test_compiled.py",
-    "test_import.py",
-    "test_kills.py",
-)
-
 TINY_STUDY = """
 question = "Two experts or one?"
 seeds = 2
@@ -93,13 +79,6 @@ def pytest_configure(config):
         place = config.rootpath / ".pytest_cache"
         place.mkdir(exist_ok=True)
         faulthandler.enable((place / f"crash-{worker}.txt").open("w"))
-    if hasattr(config.option, "loadscopereorder"):  # of xdist, which would begin the files of fewest tests last
-        config.option.loadscopereorder = False
-
-
-def pytest_collection_modifyitems(items):
-    """Long files come first, so that no worker has one left when the others are done."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
