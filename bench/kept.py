@@ -1,5 +1,6 @@
 """What the commands that measure presets have in common: their options, their record, and how they show it."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +25,21 @@ class Record(BaseModel):
 
     machine: dict[str, str | int] = Field(default_factory=machine)
     host: Host
-    finished: str = Field(default_factory=now)
+    finished: str = ""
+
+    def keep(self, out: Path | None, *rows: dict[str, object]) -> None:
+        """Keeps the record as it is now in `out`, where that is given, and says what was measured last."""
+        self._write(out)
+        for row in rows:
+            print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr, flush=True)
 
     def show(self, rows: Sequence[dict[str, object]], note: str, out: Path | None) -> None:
-        """Keeps the record in `out`, where that is given, and prints its rows with what a reader must know."""
-        if out:
-            write_whole(out, self.model_dump_json(indent=1).encode())
+        """Keeps the whole record, and prints its rows with what a reader must know."""
+        self._write(out)
         print(tabulate(rows, headers="keys", disable_numparse=True))
         print("\n".join(["", note, *self.host.notes()]))
+
+    def _write(self, out: Path | None) -> None:
+        self.finished = now()
+        if out:
+            write_whole(out, self.model_dump_json(indent=1).encode())

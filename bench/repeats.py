@@ -9,7 +9,7 @@ Of the file against itself "can't tell" is right, and of the other "slower".
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from bench import command
 from bench.host import watched
 from bench.kept import Out, Record
 from bench.latency import open_file, random_images
-from bench.timing import OPENINGS, Ratio, compare, take_turns
+from bench.timing import OPENINGS, Call, Ratio, compare, take_turns
 from bench.untrained import untrained_checkpoint
 from export.publish import DEFAULT_REWRITES
 from export.to_onnx import INPUT, LOGITS, to_onnx
@@ -87,23 +87,13 @@ def columns_for(share: float, model: bytes, images: np.ndarray) -> int:
     return max(1, round(8 + (share - least) * (COLUMNS - 8) / (more - least)))
 
 
-def measure(preset: str, batch: int, repeats: int, measure_s: float, openings: int) -> RepeatsRecord:
-    """Repeats a run of three files: the preset's, the same again, and the slower one."""
-    model = to_onnx(untrained_checkpoint(preset, network(preset)), "uint8", DEFAULT_REWRITES)
-    images = random_images(model, batch)
-    found: list[Repeat] = []
-    with watched(cuda=False) as host:
-        columns = columns_for(SHARE, model, images)
-        models = {"first": model, SAME: model, SLOWER: with_matmul(model, columns)}
-        candidates = {name: partial(open_file, made, images) for name, made in models.items()}
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            times = take_turns(candidates, measure_s, openings)
-            seconds = time.perf_counter() - begun
-            for other in RIGHT:
-                ratio = compare(times["first"], times[other])
-                found.append(Repeat(other=other, ratio=ratio, word=ratio.word, seconds=seconds))
-    return RepeatsRecord(host=host, preset=preset, batch=batch, columns=columns, repeats=found)
+def measure(candidates: Mapping[str, Callable[[], Call]], measure_s: float, openings: int) -> list[Repeat]:
+    """What one run says of the two other files."""
+    begun = time.perf_counter()
+    times = take_turns(candidates, measure_s, openings)
+    seconds = time.perf_counter() - begun
+    ratios = {other: compare(times["first"], times[other]) for other in RIGHT}
+    return [Repeat(other=other, ratio=ratio, word=ratio.word, seconds=seconds) for other, ratio in ratios.items()]
 
 
 def rows(record: RepeatsRecord) -> list[dict[str, object]]:
@@ -135,7 +125,17 @@ def repeats_command(
     out: Out = None,
 ) -> int:
     """Count how often a file is rightly not told from itself, and a slower one is found."""
-    record = measure(preset, batch, repeats, seconds, openings)
+    model = to_onnx(untrained_checkpoint(preset, network(preset)), "uint8", DEFAULT_REWRITES)
+    images = random_images(model, batch)
+    with watched(cuda=False) as host:
+        columns = columns_for(SHARE, model, images)
+        models = {"first": model, SAME: model, SLOWER: with_matmul(model, columns)}
+        candidates = {name: partial(open_file, made, images) for name, made in models.items()}
+        record = RepeatsRecord(host=host, preset=preset, batch=batch, columns=columns, repeats=[])
+        for number in range(1, repeats + 1):
+            found = measure(candidates, seconds, openings)
+            record.repeats += found
+            record.keep(out, {"repeat": number, **{repeat.other: repeat.word for repeat in found}})
     record.show(rows(record), "ratio: how many times as fast as the first file.", out)
     return 0
 

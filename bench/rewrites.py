@@ -53,33 +53,32 @@ def graphs(preset: str) -> dict[tuple[str, ...], bytes]:
     return {tuple(sets): model for model, sets in names.items()}
 
 
-def measure(presets: Sequence[str], batches: Sequence[int], measure_s: float, openings: int) -> RewritesRecord:
-    """Times each preset's graphs at each batch size, about `measure_s` seconds of each."""
-    found = []
-    with watched(cuda=False) as host:
-        for preset in presets:
-            models = graphs(preset)
-            for batch in batches:
-                images = np.random.default_rng(0).integers(256, size=(batch, SIZE, SIZE, 3), dtype=np.uint8)
-                times = take_turns(
-                    {sets: partial(open_file, model, images) for sets, model in models.items()}, measure_s, openings
-                )
-                (plain,) = (taken for sets, taken in times.items() if PLAIN in sets)
-                for sets, taken in times.items():
-                    ratio = Ratio(1.0, 1.0, 1.0) if taken is plain else compare(plain, taken)
-                    median = float(np.median(taken.calls_ms))
-                    found.append(Rewritten(preset=preset, rewrites=list(sets), batch=batch, ms=median, ratio=ratio))
-    return RewritesRecord(host=host, found=found)
-
-
-def rows(record: RewritesRecord) -> list[dict[str, object]]:
-    """A row for each graph, with its ratio at each batch size."""
-    table: dict[tuple[str, ...], dict[str, object]] = {}
-    for found in record.found:
-        row = table.setdefault(
-            (found.preset, *found.rewrites), {"network": found.preset, "rewrites": ", ".join(found.rewrites)}
+def measure(
+    models: dict[tuple[str, ...], bytes], preset: str, batch: int, measure_s: float, openings: int
+) -> list[Rewritten]:
+    """Times a preset's graphs at a batch size, about `measure_s` seconds of each."""
+    images = np.random.default_rng(0).integers(256, size=(batch, SIZE, SIZE, 3), dtype=np.uint8)
+    times = take_turns({sets: partial(open_file, model, images) for sets, model in models.items()}, measure_s, openings)
+    (plain,) = (taken for sets, taken in times.items() if PLAIN in sets)
+    return [
+        Rewritten(
+            preset=preset,
+            rewrites=list(sets),
+            batch=batch,
+            ms=float(np.median(taken.calls_ms)),
+            ratio=Ratio(1.0, 1.0, 1.0) if taken is plain else compare(plain, taken),
         )
-        row[f"batch {found.batch}"] = "1" if PLAIN in found.rewrites else f"{found.ratio.value:.2f} {found.ratio.word}"
+        for sets, taken in times.items()
+    ]
+
+
+def rows(found: Sequence[Rewritten]) -> list[dict[str, object]]:
+    """A row for each graph, with its ratio at each batch size."""
+    table: dict[tuple[str, str], dict[str, object]] = {}
+    for one in found:
+        name = ", ".join(one.rewrites)
+        row = table.setdefault((one.preset, name), {"network": one.preset, "rewrites": name})
+        row[f"batch {one.batch}"] = "1" if PLAIN in one.rewrites else f"{one.ratio.value:.2f} {one.ratio.word}"
     return list(table.values())
 
 
@@ -91,8 +90,15 @@ def rewrites_command(
     out: Out = None,
 ) -> int:
     """Time each preset's rewritten graphs against the graph as it was trained."""
-    record = measure(presets or list(PRESETS), batch or BATCHES, seconds, openings)
-    record.show(rows(record), "How many times as fast as the graph as it was trained.", out)
+    with watched(cuda=False) as host:
+        record = RewritesRecord(host=host, found=[])
+        for preset in presets or list(PRESETS):
+            models = graphs(preset)
+            for size in batch or BATCHES:
+                found = measure(models, preset, size, seconds, openings)
+                record.found += found
+                record.keep(out, *rows(found))
+    record.show(rows(record.found), "How many times as fast as the graph as it was trained.", out)
     return 0
 
 

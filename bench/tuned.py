@@ -8,7 +8,7 @@ judged here.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -59,9 +59,9 @@ def reference(preset: str) -> Reference:
     return Reference(checkpoint, Images(pixels, pixels, no_class, pixels, no_class), "uint8")
 
 
-def measure(preset: str, batches: Sequence[int], measure_s: float, openings: int) -> list[Found]:
+def measure(preset: str, batches: Sequence[int], measure_s: float, openings: int) -> Iterator[Found]:
     """Tunes a preset for each batch size, and times the ways in turns, about `measure_s` seconds of each."""
-    of_preset, found = reference(preset), []
+    of_preset = reference(preset)
     untuned = publish(of_preset).model
     for batch in batches:
         published = tune(of_preset, batch=batch)
@@ -75,32 +75,26 @@ def measure(preset: str, batches: Sequence[int], measure_s: float, openings: int
             measure_s,
             openings,
         )
-        found.append(
-            Found(
-                preset=preset,
-                batch=batch,
-                chosen=chosen,
-                ms={name: float(np.median(taken.calls_ms)) for name, taken in times.items()},
-                over_eager={name: compare(times[EAGER], times[name]) for name in (TUNED, UNTUNED, COMPILED)},
-                over_compiled=compare(times[COMPILED], times[TUNED]),
-            )
+        yield Found(
+            preset=preset,
+            batch=batch,
+            chosen=chosen,
+            ms={name: float(np.median(taken.calls_ms)) for name, taken in times.items()},
+            over_eager={name: compare(times[EAGER], times[name]) for name in (TUNED, UNTUNED, COMPILED)},
+            over_compiled=compare(times[COMPILED], times[TUNED]),
         )
-    return found
 
 
-def rows(record: TunedRecord) -> list[dict[str, object]]:
-    """A row for each preset and batch size."""
-    return [
-        {
-            "network": found.preset,
-            "batch": found.batch,
-            **{f"{name} ms": f"{ms:.3g}" for name, ms in found.ms.items()},
-            **{f"{name} / eager": f"{ratio.value:.2f}" for name, ratio in found.over_eager.items()},
-            "tuned / compiled-bf16": f"{found.over_compiled.value:.2f}",
-            "chosen": str(found.chosen),
-        }
-        for found in record.found
-    ]
+def row(found: Found) -> dict[str, object]:
+    """The row of a preset at a batch size."""
+    return {
+        "network": found.preset,
+        "batch": found.batch,
+        **{f"{name} ms": f"{ms:.3g}" for name, ms in found.ms.items()},
+        **{f"{name} / eager": f"{ratio.value:.2f}" for name, ratio in found.over_eager.items()},
+        "tuned / compiled-bf16": f"{found.over_compiled.value:.2f}",
+        "chosen": str(found.chosen),
+    }
 
 
 def tuned_command(
@@ -111,12 +105,13 @@ def tuned_command(
     out: Out = None,
 ) -> int:
     """Time each preset's tuned and untuned file beside PyTorch."""
-    found: list[Found] = []
     with watched(cuda=False) as host:
+        record = TunedRecord(host=host, found=[])
         for preset in presets or list(PRESETS):
-            found += measure(preset, batch or BATCHES, seconds, openings)
-    record = TunedRecord(host=host, found=found)
-    record.show(rows(record), "a / b: how many times as fast a is as b.", out)
+            for found in measure(preset, batch or BATCHES, seconds, openings):
+                record.found.append(found)
+                record.keep(out, row(found))
+    record.show([row(found) for found in record.found], "a / b: how many times as fast a is as b.", out)
     return 0
 
 

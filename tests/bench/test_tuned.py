@@ -19,7 +19,9 @@ def test_command_prints_and_keeps_what_it_measured(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(tuned, "IMAGES", 8)
     arguments = ["two_block", "--batch", "2", "--seconds", "0.02", "--openings", "2"]
     assert tuned.main([*arguments, "--out", str(tmp_path / "record.json")]) == 0
-    assert "a / b: how many times as fast a is as b." in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "a / b: how many times as fast a is as b." in printed.out
+    assert "network two_block, batch 2, tuned ms " in printed.err
     (found,) = tuned.TunedRecord.model_validate(json.loads((tmp_path / "record.json").read_text())).found
     assert (found.batch, found.chosen.outcome, found.chosen.batch) == (2, "chosen", 2)
     assert found.ms.keys() == {"tuned", "untuned", "eager", "eager-bf16"}
