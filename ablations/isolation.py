@@ -1,8 +1,7 @@
 """Trials in processes of their own, so that what ends a process ends one trial and no other.
 
-A process is not forked from this one, because neither CUDA nor OpenMP survive a fork. It trains one trial after
-another and sends the engine's events. Where it dies, or a trial takes too long, that trial has failed, and a new
-process goes on with the next one. It ends with its parent.
+A process trains one trial after another and sends the engine's events. Where it dies, or a trial takes too long, that
+trial has failed, and a new process goes on with the next one. It ends with its parent.
 """
 
 import faulthandler
@@ -15,9 +14,9 @@ import tempfile
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +24,7 @@ from threading import Event as Flag
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
+from ablations.gpu_sharing import ALONE, SharedGpu, shared_gpu
 from model.errors import InputError, reason_of
 from model.files import now
 from model.machine import deterministic, gpu_driver, memory_bytes, usable_cores
@@ -62,6 +62,7 @@ class Setup:
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
     save_every_s: float = SAVE_EVERY_S
+    environment: Mapping[str, str] = field(default_factory=dict)  # of each process, before it starts CUDA
 
 
 @dataclass(frozen=True)
@@ -79,57 +80,79 @@ class StoppedByUser:
     """The state of the trial is saved."""
 
 
+def process_context() -> "SpawnContext | ForkServerContext":
+    """How processes are made that compute. In Linux they are forked from a server, which imports PyTorch once.
+
+    The server starts with the first of them. It neither computes nor looks for a GPU: neither CUDA nor OpenMP survive
+    a fork.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(["ablations.preloaded"])
+    return multiprocessing.get_context("forkserver")
+
+
 def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -> int:
     """How many trials "auto" trains at once on the device that a user names, without importing PyTorch.
 
     One for each core of a CPU, at most MOST_JOBS and what the memory has room for. On two cores two trials with a
     thread each did 1.44 times the work of one with two threads, for networks of the quickstart's size, and 1.1 times
-    for those of 10 to 65 million MACs. On a GPU one, as processes would take turns there.
+    for those of 10 to 65 million MACs. On a GPU one, as it was not measured there what more would gain.
     """
-    if device != "cpu" and (device != "auto" or gpu_driver() is not None):
+    if device not in ("auto", "cpu") or _is_gpu(device):
         return 1
     room = (memory or memory_bytes() or JOB_BYTES) // JOB_BYTES
     return max(1, min(cores or usable_cores(), room, MOST_JOBS))
 
 
+def _is_gpu(device: str) -> bool:
+    """Whether the device that a user names is a GPU of NVIDIA."""
+    return device.startswith("cuda") or (device == "auto" and gpu_driver() is not None)
+
+
 @contextmanager
-def isolated(jobs: int = 1) -> Generator["Pool"]:
-    """Trainers whose processes begin to import PyTorch at once, while the caller does other things."""
-    pool = Pool(jobs)
-    pool.begin()
-    try:
-        yield pool
-    finally:
-        for trainer in pool.trainers:
-            trainer.end()
+def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
+    """Trainers whose processes begin to import PyTorch at once, while the caller does other things.
+
+    Several on a GPU use it side by side, where CUDA's Multi-Process Service is there.
+    """
+    with shared_gpu() if jobs > 1 and _is_gpu(device) else nullcontext(ALONE) as gpu:
+        pool = Pool(jobs, gpu)
+        pool.begin()
+        try:
+            yield pool
+        finally:
+            for trainer in pool.trainers:
+                trainer.end()
 
 
 class Pool:
-    """Trains trials in several processes at once.
+    """Trains trials in several processes at once."""
 
-    In Linux several are forked from a server, which imports PyTorch once for all. It neither computes nor looks for a
-    GPU.
-    """
-
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, gpu: SharedGpu = ALONE) -> None:
         self.trainers: list[Trainer] = []
-        self.forked = jobs > 1 and sys.platform == "linux"
+        self.gpu = gpu
         self.at_once = jobs
         self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None  # of each process
 
+    @property
+    def in_words(self) -> str | None:
+        """What a user must know of it."""
+        if self.gpu.missing is None:
+            return None
+        return f"{self.at_once} trials take turns on the GPU, without CUDA's MPS: {self.gpu.missing}"
+
     def begin(self) -> None:
-        """Starts the server, or else the processes. Those of a server start in `run`, as they wait for its imports."""
-        if self.forked:
+        """Begins to import PyTorch: in the server, whose processes start in `run`, or else in the processes."""
+        if process_context().get_start_method() == "forkserver":
             from multiprocessing import forkserver  # Windows has none
 
-            multiprocessing.set_forkserver_preload(["ablations.preloaded"])
             forkserver.ensure_running()
         else:
             self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver") if self.forked else None
-        self.trainers = [Trainer(context) for _ in range(self.at_once)]
+        self.trainers = [Trainer() for _ in range(self.at_once)]
 
     def run(
         self,
@@ -145,6 +168,7 @@ class Pool:
         """
         from ablations.events import by_seed
 
+        setup = replace(setup, environment=self.gpu.environment)
         if not self.trainers:
             self._start()
         if len(self.trainers) == 1:
@@ -212,15 +236,15 @@ class Either:
 class Trainer:
     """Trains trials in another process, and starts a new one where that dies."""
 
-    def __init__(self, context: "SpawnContext | ForkServerContext | None" = None) -> None:
-        self.context = context or multiprocessing.get_context("spawn")
+    def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        self.connection, theirs = self.context.Pipe()
-        self.steps = self.context.Value("q", 0, lock=False)  # that the current trial has done
+        context = process_context()
+        self.connection, theirs = context.Pipe()
+        self.steps = context.Value("q", 0, lock=False)  # that the current trial has done
         self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
-        self.process = self.context.Process(target=_work, args=(theirs, str(self.crash), self.steps))
+        self.process = context.Process(target=_work, args=(theirs, str(self.crash), self.steps))
         self.process.start()
         theirs.close()
         self.has_setup = False
@@ -388,6 +412,7 @@ def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) ->
     from ablations.training.splits import ResidentData
 
     try:
+        os.environ.update(setup.environment)
         setup.begin()
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)

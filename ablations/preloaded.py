@@ -1,4 +1,4 @@
-"""What the server of `ablations.isolation` imports, from which the processes that train are forked."""
+"""What the server of `ablations.isolation` imports, from which the processes that compute are forked."""
 
 import signal
 

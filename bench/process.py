@@ -1,6 +1,5 @@
 """A process of its own that answers, one question after another, so that what it does is not disturbed by this one."""
 
-import multiprocessing
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ablations.isolation import ProcessLost
+from ablations.isolation import ProcessLost, process_context
 
 
 @contextmanager
@@ -19,7 +18,7 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
     The process has as many threads as this one. It calls `begin(*work)`, and what that returns with the words of each
     question. Its errors are raised here, and ProcessLost where it dies; `name` is what that calls it.
     """
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(there, torch.get_num_threads(), begin, *work))
     process.start()

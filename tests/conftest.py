@@ -224,7 +224,8 @@ def written_record(trial, validation: float, test: float) -> str:
     record = Record(
         trial=trial.id, seed=trial.seed, epochs=2, parameters=1, macs=1, images_per_s=1.0, train_seconds=1.0,
         validation_accuracy=validation / 100, validation_loss=1.0, validation_images=10**9,
-        test_accuracy=test / 100, test_loss=1.0, test_images=10**9, bfloat16=False, finished="",
+        test_accuracy=test / 100, test_loss=1.0, test_images=10**9, bfloat16=False,
+        finished="2026-01-01T00:00:00+00:00",
         environment=Environment(device="cpu", threads=1, python="", versions={"torch": "2"}),
     )  # fmt: skip
     return record.model_dump_json()

@@ -30,6 +30,7 @@ STEPS = {
         "ablations.events",
         "ablations.engines",
         "ablations.isolation",
+        "ablations.gpu_sharing",
         "ablations.preloaded",
         "ablations.scheduling",
         "ablations.ray_engine",

@@ -183,7 +183,7 @@ def run(
         elif isolate:
             from ablations.isolation import isolated, jobs_for
 
-            trainer = resources.enter_context(isolated(wanted or jobs_for(device)))  # imports PyTorch beside this
+            trainer = resources.enter_context(isolated(wanted or jobs_for(device), device))  # imports PyTorch beside
         else:
             trainer = None
         with starting():

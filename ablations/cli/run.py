@@ -66,7 +66,7 @@ def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFail
     planned = plan(asked, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
     console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
-    if isinstance(how.trainer, RayEngine):
+    if how.trainer is not None and how.trainer.in_words:
         console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.race:

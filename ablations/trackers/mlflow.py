@@ -5,6 +5,7 @@ import os
 import platform
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,8 @@ class MLflow(Tracker):
         for older in self._of(run.trial):
             self.client.delete_run(older.info.run_id)  # MLflow keeps what is deleted until `mlflow gc`
         tags = {PARENT: self.parent, TRIAL: run.trial}
-        made = self.client.create_run(self.experiment, tags=tags, run_name=run.name)
+        begun = None if run.begun is None else _milliseconds(run.begun)
+        made = self.client.create_run(self.experiment, start_time=begun, tags=tags, run_name=run.name)
         self.open[run.trial] = made.info.run_id
         self._parameters(made.info.run_id, run.parameters)
 
@@ -114,7 +116,7 @@ class MLflow(Tracker):
     def end_trial(self, run: TrialRun, record: Record, metrics: dict[str, float]) -> None:
         run_id = self.open.pop(run.trial)
         self._metrics(run_id, metrics, record.epochs)
-        self.client.set_terminated(run_id, "FINISHED")
+        self.client.set_terminated(run_id, "FINISHED", _milliseconds(datetime.fromisoformat(record.finished)))
         self.client.set_tag(run_id, FINISHED, record.finished)  # last: it says that the run is whole
 
     def fail_trial(self, run: TrialRun, reason: str) -> None:
@@ -166,6 +168,11 @@ class MLflow(Tracker):
         source = f"{runs[0].info.artifact_uri}/model"
         tags = {TRIAL: exported.trial, SHA256: digest}
         self.client.create_model_version(name, source, run_id, tags=tags, description=str(exported.certificate))
+
+
+def _milliseconds(time: datetime) -> int:
+    """As MLflow has times: since 1970."""
+    return int(time.timestamp() * 1000)
 
 
 def _quoted(text: str) -> str:

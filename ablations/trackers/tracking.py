@@ -6,7 +6,8 @@ No table and no report reads what a tracker keeps. A tracker that fails is named
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -53,6 +54,7 @@ class TrialRun:
     trial: str
     name: str
     parameters: dict[str, Value]
+    begun: datetime | None = None  # of one that is shown after its end
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,9 @@ class Tracking:
         """Shows a trial to the trackers that do not hold it yet."""
         everybody, held = self.trackers, []
         if isinstance(end, TrialDone):
+            took = sum(epoch.train_seconds + epoch.validation_seconds for epoch in epochs)
+            begun = datetime.fromisoformat(end.record.finished) - timedelta(seconds=took)
+            self.runs[end.trial.id] = replace(self._run(end.trial), begun=begun)
             self._each(lambda tracker: held.append(tracker) if tracker.holds(end.record) else None)
         self.trackers = {name: tracker for name, tracker in everybody.items() if tracker not in held}
         try:

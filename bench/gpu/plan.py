@@ -45,6 +45,8 @@ class Size:
     training: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128, "steps": 100, "rounds": 5})
     stepped: tuple[str, ...] = (STEP_PRESET, "speed")  # whose step is measured: norms in the experts, after the mix
     step: Mapping[str, Any] = field(default_factory=lambda: {"batch": 128})
+    at_once: Mapping[str, str] = field(default_factory=lambda: {"speed": "speed", "macro_residual": "fast_muon"})
+    jobs: tuple[int, ...] = (1, 2, 4)  # trainings at once, of each network of `at_once` by its recipe
     execution: ExecutionOptions = ExecutionOptions()  # of trainings
     rounds: int = 5  # of the peaks
     peaks: Mapping[str, Any] = field(default_factory=lambda: {"measure_s": 1.0})
@@ -72,6 +74,8 @@ SMOKE = Size(
     training={"batch": 2, "steps": 1, "rounds": 1, "matrices": 64},
     stepped=(STEP_PRESET,),
     step={"batch": 2, "size": 8, "width": 0.0625, "steps": 1, "rounds": 1},
+    at_once={"speed": "speed"},
+    jobs=(2,),
     execution=ExecutionOptions(compile="off"),
     rounds=1,
     peaks={"measure_s": 0.01, "size": 64},

@@ -24,7 +24,7 @@ from ablations.results.tables import factor_levels, peek_table
 from ablations.study import Base, Study
 from ablations.training.splits import ResidentData
 from ablations.training.trial import Trial
-from bench.gpu import check
+from bench.gpu import at_once, check
 from bench.gpu.decoded import load_decoded
 from bench.gpu.plan import Bench, Measurement, Step, Trainings, matched_baselines
 from bench.peaks import measure_peaks
@@ -71,6 +71,7 @@ def steps(bench: Bench) -> list[Step]:
         card[0],
         _training("references", "speed", brief),
         *speed_of_trainings(bench),
+        *at_once.steps(bench),
         *speed_of_steps(bench, ("compiled",)),
         *inference(bench),
         *own_networks(bench, first=False),

@@ -118,6 +118,22 @@ def speed_rows(results: Results) -> Rows:
     ]
 
 
+def at_once_rows(results: Results) -> Rows:
+    """Several trainings at once, against one alone."""
+    found = [value for name, value in values(results, "train-speed").items() if name.startswith("at-once-")]
+    alone = {value["model"]: value["rates"][0] for value in found if value["at_once"] == 1}
+    return [
+        {
+            "network": value["model"],
+            "at once": value["at_once"],
+            "images/s of all": f"{sum(value['rates']):,.0f}",
+            "x alone": f"{sum(value['rates']) / alone[value['model']]:.2f}" if value["model"] in alone else "",
+            "without MPS": value["without_mps"] or "",
+        }
+        for value in found
+    ]
+
+
 def steps_taken(results: Results) -> list[dict[str, Any]]:
     """The steps of each network in each way that they were taken, the fastest first."""
     found = [step for name, step in values(results, "train-speed").items() if name.startswith("step-")]
@@ -386,6 +402,7 @@ def markdown(results: Results, picture: str) -> str:
         ("What works here", check_rows(results), []),
         ("What the device can do (operations and bytes a second)", peaks, []),
         ("Training speed on random images of 32x32 pixels", speed_rows(results), []),
+        ("Several trainings at once, each in its process", at_once_rows(results), []),
         ("A training step, each way that it can be taken", step_rows(results), [step_line(results)]),
         ("The kernels of the fastest", kernel_rows(results), []),
         (

@@ -4,7 +4,6 @@ What breaks the device breaks it for its process, so that the next step begins i
 imported PyTorch and holds the data does not have to do so for each step. It dies with its parent.
 """
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from ablations.isolation import end_with_parent
+from ablations.isolation import end_with_parent, process_context
 from bench.gpu.plan import Bench, Measurement, Step
 from model.errors import InputError
 
@@ -57,7 +56,7 @@ class Worker:
         raise InputError(answer)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, self.measured_by))
         self.process.start()

@@ -9,13 +9,16 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+import torch
 from networks_with_faults import networks_with_faults
 
+from ablations.engines import run_local
 from ablations.events import Stopped, TrialDone, TrialStarted
 from ablations.isolation import MOST_JOBS, Lost, Pool, ProcessLost, Setup, Trainer, isolated, jobs_for
 from ablations.records import StudyDirectory
 from ablations.study import Study
 from ablations.training.resume import read_state
+from ablations.training.splits import ResidentData
 from model.fast.execution import EAGER
 from model.machine import usable_cores
 
@@ -182,11 +185,12 @@ def test_an_error_of_no_trial_is_raised_here(digits, tmp_path):
         setup = Setup(digits, "cpu", tmp_path, _fail_at_once, EAGER)
         with pytest.raises(OSError, match="No space left on device"):
             list(trainer.run(trials, setup, directory, Event()))
-    with isolated() as trainer:
-        trainer.trainers[0].process.kill()
-        trainer.trainers[0].process.join()
-        with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
-            list(trainer.run(trials, setup, directory, Event()))
+    trainer = Trainer()
+    trainer.process.kill()
+    trainer.process.join()
+    with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
+        list(trainer.run(trials, setup, directory, Event()))
+    trainer.end()
 
 
 def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path, monkeypatch):
@@ -211,26 +215,27 @@ def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path, monk
     assert directory.failure(trials[0].id) is None
 
 
-def test_several_trials_at_once_give_the_same_records(study):
+def test_several_trials_at_once_give_the_same_records(study, digits):
     """As one at a time with as many threads, down to the last bit; their times are marked as no speeds."""
-    healthy = STUDY.replace('"with_crash", "with_hang", ', "").replace("seeds = 1", "seeds = 4")
-    found = {}
-    threads = str(max(1, usable_cores() // 2))
-    for jobs in (1, 2):
-        (study / f"jobs{jobs}.toml").write_text(healthy)
-        line = [*LINE[:4], f"jobs{jobs}.toml", *LINE[5:], "--jobs", str(jobs), "--no-adopt"]
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
-        done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr
-        directory = StudyDirectory(study / "runs" / f"jobs{jobs}")
-        trials = directory.plan.cells[0].trials
-        found[jobs] = [directory.record(trial) for trial in trials]
-        assert [record.at_once for record in found[jobs]] == [jobs] * 4
-        assert len(directory.test_reads()) == 4
-        timed = "Train images/s: each cell alone and in turns" in done.stdout
-        assert timed == (jobs > 1)
-    for one, two in zip(found[1], found[2], strict=True):
-        assert (one.trial, one.environment.threads) == (two.trial, two.environment.threads)
+    healthy = STUDY.replace('"with_crash", "with_hang", "with_none"', '"two_block"').replace("seeds = 1", "seeds = 4")
+    (study / "study.toml").write_text(healthy.replace("[set]", "[set]\nwidth = 0.0625"))
+    line = [*LINE[:-2], "--jobs", "2"]
+    done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Train images/s: each cell alone and in turns" in done.stdout
+    directory = StudyDirectory(study / "runs" / "study")
+    assert len(directory.test_reads()) == 4
+    trials = directory.study.cells(digits)[0].trials
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, usable_cores() // 2))
+    try:
+        list(run_local(trials, ResidentData(digits, torch.device("cpu")), StudyDirectory(study / "alone")))
+    finally:
+        torch.set_num_threads(before)
+    for trial in trials:
+        one, two = StudyDirectory(study / "alone").record(trial.id), directory.record(trial.id)
+        assert (one.at_once, two.at_once) == (1, 2)
+        assert one.environment.threads == two.environment.threads
         assert (one.validation_loss, one.test_loss) == (two.validation_loss, two.test_loss)
 
 
@@ -252,7 +257,7 @@ def test_an_error_of_one_process_ends_the_others_with_their_states_saved(digits,
     pool = Pool(0)
     pool.trainers = [Fake(), Fake()]
     with pytest.raises(OSError, match="No space left"):
-        list(pool.run(trials, None, StudyDirectory(tmp_path), Event()))
+        list(pool.run(trials, Setup(digits, "cpu", tmp_path, list, EAGER), StudyDirectory(tmp_path), Event()))
     assert ended == [0]
 
 

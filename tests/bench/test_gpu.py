@@ -90,9 +90,12 @@ def test_numbers_of_the_summary_are_those_of_the_files(smoke, tmp_path, capsys):
     assert [speed["model"], "2", f"{round(speed['images_per_s'])}"] in [row[:3] for row in rows]
     assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["baseline_s"]) == speed["rounds"] == 1
     assert min(speed["loop_s"] + speed["bare_s"] + speed["baseline_s"]) > 0
+    together = results["train-speed"]["steps"]["at-once-speed-2"]["value"]
+    assert len(together["rates"]) == 2
+    assert ["speed", "2", f"{sum(together['rates']):,.0f}"] in [row[:3] for row in rows]
     cell = results["fast"]["steps"]["speed-2"]["value"]["cells"][0]
     mean = statistics.mean(100 * record["test_accuracy_flip"] for record in cell["records"])
-    row = next(row for row in rows if row[:2] == ["speed", "2"])
+    row = next(row for row in rows if row[:2] == ["speed", "2"] and len(row) > 5)
     assert row[4].split(" ± ")[0] == f"{mean:.2f}"
     assert row[6] == f"{cell['records'][0]['parameters']:,}"
     card = results["card"]["steps"]["2-seeds"]["value"]

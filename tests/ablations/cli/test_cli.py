@@ -205,7 +205,7 @@ def can_be_interrupted() -> None:
 
 
 def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
-    tiny_study.write_text(TINY_STUDY.replace('"recipe.epochs" = 2', '"recipe.epochs" = 40'))
+    tiny_study.write_text(TINY_STUDY.replace('"recipe.epochs" = 2', '"recipe.epochs" = 20'))
     line = [*EXPERTGRID, "run", tiny_study]
     process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=can_be_interrupted)
     trials = tmp_path / "runs" / "tiny" / "trials"

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,9 @@ def check_is_whole(study: StudyDirectory, uri: str) -> None:
         assert run.data.params["recipe.epochs"] == "2"
         record = study.record(trial)
         assert run.data.metrics["final/test_accuracy"] == pytest.approx(record.test_accuracy)
+        trained = sum(epoch.train_seconds + epoch.validation_seconds for epoch in study.epochs(trial))
+        assert run.info.end_time == 1000 * datetime.fromisoformat(record.finished).timestamp()
+        assert run.info.end_time - run.info.start_time == pytest.approx(1000 * trained, abs=1)
         history = client.get_metric_history(run.info.run_id, "validation_accuracy")
         assert [point.step for point in history] == [1, 2]
         curve = [epoch.validation_accuracy for epoch in study.epochs(trial)]
