@@ -15,7 +15,7 @@ import numpy as np
 from bench.engines import Engine
 from bench.host import peak_bytes
 from bench.process import answers
-from bench.timing import Call, Timer, timed, warm_up
+from bench.timing import Call, Timer, rest, timed, warm_up
 
 Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
 Begin = Callable[[], object]  # what a process does first, such as to import the user's modules
@@ -45,6 +45,9 @@ class Apart(Timer):
 
     def timed(self, count: int) -> list[float]:
         return self.ask("timed", count)
+
+    def rest(self) -> None:
+        self.ask("rest")
 
 
 @contextmanager
@@ -93,6 +96,9 @@ class _Served:
     def timed(self, count: int) -> list[float]:
         assert self.run is not None
         return timed(self.run, count)
+
+    def rest(self) -> None:
+        rest()
 
     def memory(self) -> tuple[int | None, int | None]:
         return peak_bytes(), self.before

@@ -20,7 +20,7 @@ from ablations.results.rendering import Measured
 from bench.apart import Begin, Memory, apart
 from bench.engines import USUAL, Engine, Run, engines
 from bench.host import Host, Meter, watched
-from bench.timing import OPENINGS, Block, Call, Ratio, Timer, Times, compare, compare_runs, percentiles, take_turns
+from bench.timing import Block, Call, Ratio, Timer, Times, compare, compare_runs, percentiles, take_turns
 from export.graph import read_onnx
 from export.session import ORT_ERRORS, check_provider, open_session, run
 from export.to_onnx import INPUT, LOGITS
@@ -116,7 +116,7 @@ def measure(
     batches: Sequence[int] = (1, 8, 64),
     measure_s: float = 1.0,
     wanted: Sequence[str] = USUAL,
-    openings: int = OPENINGS,
+    openings: int | None = None,
     isolated: Begin | None = None,
 ) -> list[LatencyRecord]:
     """Latencies of ONNX files at each batch size, all of them in turns. Raises InputError as `engines` and `read_onnx`.
@@ -230,7 +230,7 @@ class Comparison(BaseModel):
     other: str
     engine: str
     batch: int
-    ratio: tuple[float, float, float]  # how many times as fast, and its 99% interval
+    ratio: tuple[float, float, float]  # how many times as fast, and its 98% interval
     verdict: str
 
     @classmethod
@@ -321,7 +321,7 @@ def notes(records: Sequence[LatencyRecord]) -> list[str]:
     record = records[0]
     every = [found for one in records for found in one.latencies]
     lines = [
-        f"{record.device}, {record.threads} threads. x: times as fast; ±: half of the interval, 95% and for x 99%."
+        f"{record.device}, {record.threads} threads. x: times as fast; ±: half of the interval, 95% and for x 98%."
     ]
     if len(records) > 1:
         lines.append(f"x first: against {record.file} in the same engine, or each in its own, at the same batch size.")

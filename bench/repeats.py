@@ -23,7 +23,7 @@ from bench import command
 from bench.host import watched
 from bench.kept import Out, Record
 from bench.latency import open_file, random_images
-from bench.timing import OPENINGS, Call, Ratio, compare, take_turns
+from bench.timing import Call, Ratio, compare, take_turns
 from bench.untrained import untrained_checkpoint
 from export.publish import DEFAULT_REWRITES
 from export.to_onnx import INPUT, LOGITS, to_onnx
@@ -31,6 +31,7 @@ from model.presets import network
 
 SHARE = 0.05  # of the file's time, that the operator costs
 COLUMNS = 512  # of the operator whose cost is measured first
+CALIBRATION_S = 5.0  # of each file, then
 SAME, SLOWER = "the same file", "5% slower"
 RIGHT = {SAME: "can't tell", SLOWER: "slower"}
 
@@ -82,12 +83,12 @@ def with_matmul(model: bytes, columns: int) -> bytes:
 def columns_for(share: float, model: bytes, images: np.ndarray) -> int:
     """The columns with which `with_matmul` costs that share of the model's time."""
     candidates = {count: partial(open_file, with_matmul(model, count), images) for count in (8, COLUMNS)}
-    times = take_turns({0: partial(open_file, model, images), **candidates})
+    times = take_turns({0: partial(open_file, model, images), **candidates}, CALIBRATION_S)
     least, more = (1 / compare(times[0], times[count]).value - 1 for count in candidates)
     return max(1, round(8 + (share - least) * (COLUMNS - 8) / (more - least)))
 
 
-def measure(candidates: Mapping[str, Callable[[], Call]], measure_s: float, openings: int) -> list[Repeat]:
+def measure(candidates: Mapping[str, Callable[[], Call]], measure_s: float, openings: int | None) -> list[Repeat]:
     """What one run says of the two other files."""
     begun = time.perf_counter()
     times = take_turns(candidates, measure_s, openings)
@@ -121,7 +122,7 @@ def repeats_command(
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Runs.")] = 100,
     seconds: Annotated[float, typer.Option(min=0, help="Of each file in a run.")] = 1.0,
-    openings: Annotated[int, typer.Option(min=2, help="How often each file is opened in a run.")] = OPENINGS,
+    openings: Annotated[int | None, typer.Option(min=2, help="How often each file is opened in a run.")] = None,
     out: Out = None,
 ) -> int:
     """Count how often a file is rightly not told from itself, and a slower one is found."""

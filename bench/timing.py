@@ -2,7 +2,8 @@
 
 A program runs faster or slower by some percent each time that it is opened, by where its memory happens to lie; and a
 machine's speed changes while it works. So each candidate is opened several times. In each opening the candidates run in
-short blocks in a random order, and neighbouring blocks are compared.
+short blocks in a random order, and neighbouring blocks are compared. Between blocks the threads of a candidate come to
+rest: ONNX Runtime's spin for 40 ms after a call, on cores that the next candidate needs.
 """
 
 import itertools
@@ -19,15 +20,19 @@ from scipy import stats
 Key = TypeVar("Key")
 Call = Callable[[], object]
 
-OPENINGS = 7
+OPENINGS, SLOW_OPENINGS = 15, 7  # the second where a call takes longer than a block
 BLOCK_S = 0.02
 LEAST_BLOCKS = 4  # of a candidate in an opening
 CHUNKS = 8  # of calls whose times are tested for a trend, while warming up
 CHUNK_S = 0.02
 LONGEST_WARM_UP_S = 2.0  # of a candidate in its first opening
 AGAIN_S = 0.5  # likewise in each later one
+RAMP_S = 0.005  # of the calls at the start of a block that are not counted: after the rest, caches are cold
+LOOK_S = 0.01  # between looks at the time that threads have had: a system's clock of it may tick 100 times a second
+BUSY = 0.1  # share of that time from which threads are not at rest
+LONGEST_REST_S = 0.3
 LEVEL = 0.95  # of intervals of percentiles
-VERDICT_LEVEL = 0.99  # a file against itself is then called faster or slower once in 100 times
+VERDICT_LEVEL = 0.98  # a file against itself is then called faster or slower twice in 100 times
 RESAMPLES = 400
 
 Word = Literal["faster", "slower", "can't tell"]
@@ -52,6 +57,9 @@ class Timer:
 
     def timed(self, count: int) -> list[float]:
         return timed(self.call, count)
+
+    def rest(self) -> None:
+        rest()
 
 
 @dataclass
@@ -94,36 +102,44 @@ class Ratio(NamedTuple):
 def take_turns(
     candidates: Mapping[Key, Callable[[], Call | Timer]],
     measure_s: float = 1.0,
-    openings: int = OPENINGS,
+    openings: int | None = None,
     meter: Callable[[], float | None] = lambda: None,
 ) -> dict[Key, Times]:
     """Times of each candidate's calls, about `measure_s` seconds of each.
 
-    A candidate is a function that opens it: into a call, or into what times its calls in another process. A block's
-    first call is not counted, as threads of the candidate before may still spin. `meter` gives the joules that the
-    device has used so far.
+    A candidate is a function that opens it: into a call, or into what times its calls in another process. Each is
+    opened `openings` times, or else OPENINGS or SLOW_OPENINGS times. `meter` gives the joules that the device has used
+    so far.
     """
     times: dict[Key, Times] = {key: Times() for key in candidates}
     order = random.Random(0)
-    for opening in range(openings):
+    opening = 0
+    while openings is None or opening < openings:
         timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
-        call_s = {}
+        call_s: dict[Key, float] = {}
         for key, timer in timers.items():
             call_s[key], steady = timer.warm_up(AGAIN_S if opening else LONGEST_WARM_UP_S)
             times[key].steady &= steady or opening > 0
+            timer.rest()
         block_s = max(BLOCK_S, *call_s.values())
-        measured = dict.fromkeys(timers, 0.0)
+        openings = openings or (OPENINGS if block_s == BLOCK_S else SLOW_OPENINGS)
+        measured, last = dict.fromkeys(timers, 0.0), None
         for done in itertools.count():
             if done >= LEAST_BLOCKS and min(measured.values()) >= measure_s / openings:
                 break
             for key in _shuffled(timers, order):
-                timers[key].call()
+                if last not in (None, key):
+                    timers[last].rest()
+                last = key
+                for _ in range(max(1, round(RAMP_S / call_s[key]))):
+                    timers[key].call()
                 before = meter()
                 calls_ms = timers[key].timed(max(1, round(block_s / call_s[key])))
                 after = meter()
                 joules = None if before is None or after is None else after - before
                 times[key].blocks.append(Block(opening, calls_ms, joules))
                 measured[key] += sum(calls_ms) / 1000
+        opening += 1
     return times
 
 
@@ -139,6 +155,16 @@ def timed(call: Call, count: int) -> list[float]:
         call()
         stamps[i] = clock()
     return [(after - before) / 1e6 for before, after in zip(stamps, stamps[1:])]
+
+
+def rest() -> None:
+    """Waits until no thread of this process computes, LONGEST_REST_S at most."""
+    until = time.perf_counter() + LONGEST_REST_S
+    used = LOOK_S
+    while used > BUSY * LOOK_S and time.perf_counter() < until:
+        before = time.process_time()
+        time.sleep(LOOK_S)
+        used = time.process_time() - before
 
 
 def warm_up(call: Call, longest_s: float = LONGEST_WARM_UP_S) -> tuple[float, bool]:

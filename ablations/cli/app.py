@@ -534,7 +534,7 @@ def bench(
     """Measure the latency of ONNX files.
 
     All engines get the same inputs, and all files take turns. A second file is faster or slower than the first only
-    where the 99% interval says so. The record of a file in a study's export folder is kept in the study's bench folder,
+    where the 98% interval says so. The record of a file in a study's export folder is kept in the study's bench folder,
     and its table shows it.
 
     Of a study directory, a network of each cell is exported and timed. Its tables then show latency beside accuracy,

@@ -57,30 +57,30 @@ def _tile_of_image(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl
 def _tile_statistics(
     y_PF, count_T, mean_TF, square_TF, pixels, channels, steps, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Count, mean and sum of squared distances from it of steps x ROWS pixels, for each channel."""
+    """Count, mean and sum of squared distances from it of steps x ROWS pixels, for each channel.
+
+    Distances are taken from the first pixel, so that a mean far from 0 costs no digits; they are summed over rows once.
+    """
     tile = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = cols < channels
-    count = 0.0
-    mean = tl.zeros((COLS,), tl.float32)
-    square = tl.zeros((COLS,), tl.float32)
+    first = tile * steps * ROWS
+    origin = tl.load(y_PF + first.to(tl.int64) * channels + cols, mask=known, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    square = tl.zeros((ROWS, COLS), tl.float32)
     for step in range(steps):
-        first = (tile * steps + step) * ROWS
-        rows = first + tl.arange(0, ROWS)
+        rows = first + step * ROWS + tl.arange(0, ROWS)
         inside = (rows < pixels)[:, None] & known[None, :]
         places = rows[:, None].to(tl.int64) * channels + cols[None, :]
         y = tl.load(y_PF + places, mask=inside, other=0.0).to(tl.float32)
-        more = tl.maximum(tl.minimum(pixels - first, ROWS), 0).to(tl.float32)
-        mean_here = tl.sum(y, 0) / tl.maximum(more, 1.0)
-        distance = tl.where(inside, y - mean_here[None, :], 0.0)
-        shift = mean_here - mean
-        both = count + more
-        mean += shift * (more / both)
-        square += tl.sum(distance * distance, 0) + shift * shift * (count * more / both)
-        count = both
+        distance = tl.where(inside, y - origin[None, :], 0.0)
+        total += distance
+        square += distance * distance
+    count = tl.minimum(pixels - first, steps * ROWS).to(tl.float32)
+    shift = tl.sum(total, 0) / count
     tl.store(count_T + tile, count)
-    tl.store(mean_TF + tile * channels + cols, mean, mask=known)
-    tl.store(square_TF + tile * channels + cols, square, mask=known)
+    tl.store(mean_TF + tile * channels + cols, origin + shift, mask=known)
+    tl.store(square_TF + tile * channels + cols, tl.sum(square, 0) - count * shift * shift, mask=known)
 
 
 @triton.jit
@@ -137,15 +137,16 @@ def _gradient_sums(
         scale, shift = tl.load(scale_F + f, mask=known, other=0.0), tl.load(shift_F + f, mask=known, other=0.0)
         y = tl.load(y_PF + row_starts * (K * channels) + f[None, :], mask=inside, other=0.0).to(tl.float32)
         normed = (y - mean[None, :]) * rstd[None, :]
-        z = normed * scale[None, :] + shift[None, :]
-        dz = tl.where(z > 0, dout, 0.0)
-        if GATED:
+        dz = tl.where(normed * scale[None, :] + shift[None, :] > 0, dout, 0.0)
+        of_scale, of_shift = tl.sum(dz * normed, 0), tl.sum(dz, 0)
+        if GATED:  # the sum of dz * z, from those of its two terms
             place = (tile * tl.num_programs(1) + tl.program_id(1)) * K + k
-            tl.store(gate_sums_TGK + place, tl.sum(tl.sum(dz * z, 1), 0))
-            dz *= tl.load(gate_BK + here * K + k)
+            tl.store(gate_sums_TGK + place, tl.sum(of_scale * scale + of_shift * shift, 0))
+            gate = tl.load(gate_BK + here * K + k)
+            of_scale, of_shift = of_scale * gate, of_shift * gate
         places = tile * (K * channels) + f
-        tl.store(sums_2TF + places, tl.sum(dz * normed, 0), mask=known)
-        tl.store(sums_2TF + tiles * (K * channels) + places, tl.sum(dz, 0), mask=known)
+        tl.store(sums_2TF + places, of_scale, mask=known)
+        tl.store(sums_2TF + tiles * (K * channels) + places, of_shift, mask=known)
 
 
 @triton.jit

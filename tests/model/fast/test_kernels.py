@@ -12,6 +12,7 @@ from torch import nn
 
 from model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
 from model.fast.execution import has_kernels
+from model.fast.settings import full_fp32
 from model.net import ExpertNet, Gate
 from model.presets import PRESETS
 from model.registry import build
@@ -19,6 +20,14 @@ from model.variants import vary
 
 kernels = pytest.importorskip("model.fast.kernels", reason="there is no Triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def in_full_fp32():
+    """On a GPU convolutions are in TF32 unless they are told not to, which is further off than a kernel may be."""
+    with full_fp32():
+        yield
+
 
 PARTS = {
     "three experts": (Block(channels=8), (4, 6, 6)),
