@@ -20,7 +20,9 @@ from scipy import stats
 Key = TypeVar("Key")
 Call = Callable[[], object]
 
-OPENINGS, SLOW_OPENINGS = 15, 7  # the second where a call takes longer than a block
+OPENINGS = 15
+LEAST_OPENINGS = 7  # where a call takes longer than a block, or all others differ from the first candidate by far
+FAR = 0.1  # from 1, for the whole interval of a ratio
 BLOCK_S = 0.02
 LEAST_BLOCKS = 4  # of a candidate in an opening
 CHUNKS = 8  # of calls whose times are tested for a trend, while warming up
@@ -108,13 +110,14 @@ def take_turns(
     """Times of each candidate's calls, about `measure_s` seconds of each.
 
     A candidate is a function that opens it: into a call, or into what times its calls in another process. Each is
-    opened `openings` times, or else OPENINGS or SLOW_OPENINGS times. `meter` gives the joules that the device has used
-    so far.
+    opened `openings` times, or else OPENINGS times, and LEAST_OPENINGS times where these are enough. `meter` gives the
+    joules that the device has used so far.
     """
     times: dict[Key, Times] = {key: Times() for key in candidates}
-    order = random.Random(0)
-    opening = 0
-    while openings is None or opening < openings:
+    measured = dict.fromkeys(candidates, 0.0)
+    order, most, slow = random.Random(0), openings or OPENINGS, False
+    for opening in range(most):
+        last_one = openings is None and opening + 1 >= LEAST_OPENINGS and (slow or _far_apart(times))
         timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
         call_s: dict[Key, float] = {}
         for key, timer in timers.items():
@@ -122,15 +125,15 @@ def take_turns(
             times[key].steady &= steady or opening > 0
             timer.rest()
         block_s = max(BLOCK_S, *call_s.values())
-        openings = openings or (OPENINGS if block_s == BLOCK_S else SLOW_OPENINGS)
-        measured, last = dict.fromkeys(timers, 0.0), None
+        slow |= block_s > BLOCK_S
+        goal_s, before_it = measure_s * (1.0 if last_one else (opening + 1) / most), None
         for done in itertools.count():
-            if done >= LEAST_BLOCKS and min(measured.values()) >= measure_s / openings:
+            if done >= LEAST_BLOCKS and min(measured.values()) >= goal_s:
                 break
             for key in _shuffled(timers, order):
-                if last not in (None, key):
-                    timers[last].rest()
-                last = key
+                if before_it not in (None, key):
+                    timers[before_it].rest()
+                before_it = key
                 for _ in range(max(1, round(RAMP_S / call_s[key]))):
                     timers[key].call()
                 before = meter()
@@ -139,8 +142,16 @@ def take_turns(
                 joules = None if before is None or after is None else after - before
                 times[key].blocks.append(Block(opening, calls_ms, joules))
                 measured[key] += sum(calls_ms) / 1000
-        opening += 1
+        if last_one:
+            break
     return times
+
+
+def _far_apart(times: Mapping[Key, Times]) -> bool:
+    """Whether all others are much faster or slower than the first, so that more openings would not change a verdict."""
+    first, *others = times.values()
+    ratios = [compare(first, other) for other in others]
+    return all(ratio.low > 1 + FAR or ratio.high < 1 - FAR for ratio in ratios)
 
 
 def _timer(opened: Call | Timer) -> Timer:

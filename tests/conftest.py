@@ -82,10 +82,13 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def short_warm_up(monkeypatch):
-    """Tests read no speeds, so they do not wait until speeds are steady."""
+def brief_timing(monkeypatch):
+    """Tests read no speeds, so they do not wait until speeds are steady and threads at rest."""
     monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
     monkeypatch.setattr(timing, "AGAIN_S", 0.05)
+    monkeypatch.setattr(timing, "LONGEST_REST_S", 0.0)
+    monkeypatch.setattr(timing, "OPENINGS", 4)
+    monkeypatch.setattr(timing, "LEAST_OPENINGS", 3)
 
 
 @pytest.fixture

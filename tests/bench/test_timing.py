@@ -27,6 +27,13 @@ from bench.timing import (
 )
 
 
+@pytest.fixture(autouse=True)
+def brief_timing(monkeypatch):
+    """Speeds are read here, and only warm-ups are brief."""
+    monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
+    monkeypatch.setattr(timing, "AGAIN_S", 0.05)
+
+
 class Machine:
     """A clock that only calls and sleep advance. It is slower or faster each time that a candidate is opened, drifts
     with each call, and one call in 50 takes three times as long. After a call the candidate's threads spin, on cores
@@ -102,12 +109,12 @@ def test_candidates_take_turns_in_random_order(monkeypatch):
     monkeypatch.setattr(timing, "time", machine)
     times = take_turns({name: machine.candidate(name, ms) for name, ms in (("a", 2.0), ("b", 30.0))}, measure_s=1.0)
     runs = [name for name, before in zip(machine.ran, ["", *machine.ran]) if name != before]
-    blocks = 2 * (len(times["a"].blocks) + timing.SLOW_OPENINGS)  # and the warm-ups; alike neighbours make one run
+    blocks = 2 * (len(times["a"].blocks) + timing.LEAST_OPENINGS)  # and the warm-ups; alike neighbours make one run
     assert 0.5 * blocks < len(runs) < 0.9 * blocks
     for name in "ab":
         assert [block.opening for block in times[name].blocks] == [block.opening for block in times["a"].blocks]
         assert sum(times[name].calls_ms) >= 900
-        assert len(times[name].openings) == timing.SLOW_OPENINGS
+        assert len(times[name].openings) == timing.LEAST_OPENINGS
 
 
 def test_no_call_is_counted_while_threads_of_another_spin(monkeypatch):
@@ -117,6 +124,16 @@ def test_no_call_is_counted_while_threads_of_another_spin(monkeypatch):
     assert len(times["a"].openings) == timing.OPENINGS
     for taken in times.values():
         assert max(taken.calls_ms) < 3
+
+
+def test_candidates_that_are_far_apart_need_fewer_openings(monkeypatch):
+    machine = Machine(0)
+    monkeypatch.setattr(timing, "time", machine)
+    for slower, openings in ((1.0, timing.OPENINGS), (1.5, timing.LEAST_OPENINGS)):
+        found = {name: machine.candidate(name, ms) for name, ms in (("a", 2.0), ("b", 2 * slower), ("c", 9.0))}
+        for taken in take_turns(found, measure_s=3).values():
+            assert len(taken.openings) == openings
+            assert sum(taken.calls_ms) >= 2900
 
 
 def test_energy_is_that_of_the_counted_calls(monkeypatch):
