@@ -21,7 +21,7 @@ from export.session import open_any, run
 from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError
 
-MEASURE_S, OPENINGS = 0.4, 3  # of each way
+MEASURE_S, BRIEF_S, OPENINGS = 0.4, 0.1, 3  # of each way
 FINALISTS = 3  # ways that are timed again, with options
 ENGINES: dict[str, tuple[tuple[str, Precision], ...]] = {  # by the provider that is asked for
     "cpu": (("cpu", "fp32"), ("cpu", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")),
@@ -46,28 +46,32 @@ def tune(
     outputs: Collection[str] = (LOGITS,),
     before_each_certificate: Callable[[], object] = lambda: None,
     measure_s: float = MEASURE_S,
+    brief: bool = False,
 ) -> Published:
     """The file that is fastest at this batch size among those that hold their bounds; its certificate has all that was
     tried.
 
-    Raises InputError where none is certified. An engine that is not installed is named in the certificate.
+    With `brief` ways are timed for BRIEF_S, and no options of their engines are tried. An engine that is not installed
+    is named in the certificate. Raises InputError where no file is certified.
     """
     if provider not in ENGINES:
         raise InputError(f"--tune: chooses among the engines of --provider cpu or cuda, found {provider!r}")
     models, left_out = _models(reference, provider, outputs)
     images = reference.as_input(_some(reference.images.validation, batch))
+    measure_s = BRIEF_S if brief else measure_s
     times = _by_speed(models, images, measure_s, left_out)
     if not times:
         raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")
-    finalists = {
-        replace(way, options=options): models[way]
-        for way in list(times)[:FINALISTS]
-        for options in variants(way.provider)
-    }
-    times = _by_speed(finalists, images, measure_s, left_out) | {
-        way: taken for way, taken in times.items() if way not in finalists
-    }
-    models, ranked = models | finalists, list(times)
+    if not brief:
+        finalists = {
+            replace(way, options=options): models[way]
+            for way in list(times)[:FINALISTS]
+            for options in variants(way.provider)
+        }
+        again = _by_speed(finalists, images, measure_s, left_out)
+        times = again | {way: taken for way, taken in times.items() if way not in finalists}
+        models |= finalists
+    ranked = list(times)
     for place, way in enumerate(ranked):
         tried = [
             _tried(one, batch, times.get(one), left_out.get(one, "")) for one in dict.fromkeys([*ranked, *left_out])

@@ -87,8 +87,7 @@ def brief_timing(monkeypatch):
     monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
     monkeypatch.setattr(timing, "AGAIN_S", 0.05)
     monkeypatch.setattr(timing, "LONGEST_REST_S", 0.0)
-    monkeypatch.setattr(timing, "OPENINGS", 4)
-    monkeypatch.setattr(timing, "LEAST_OPENINGS", 3)
+    monkeypatch.setattr(timing, "OPENINGS", 7)
 
 
 @pytest.fixture

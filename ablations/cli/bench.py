@@ -52,6 +52,7 @@ def bench(
     against: Against = Against(),
     isolated: Begin | None = None,
     with_peers: bool = False,
+    openings: int | None = None,
 ) -> int:
     """Prints the latency of ONNX files, and keeps the records of those in a study's export folder.
 
@@ -61,7 +62,7 @@ def bench(
     with status(f"measuring {', '.join(map(str, files))}"), TemporaryDirectory() as place:
         peers = _write_peers(files[0], Path(place)) if with_peers else []
         measured = [*files, *peers]
-        records = measure(measured, provider, batches, measure_s, engines, isolated=isolated)
+        records = measure(measured, provider, batches, measure_s, engines, openings, isolated=isolated)
         costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
     if baseline and against.baseline and not against.across_machines:
         check_comparable(baseline, records[0], against.baseline)

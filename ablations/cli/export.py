@@ -44,6 +44,7 @@ def export(
     out: Path | None = None,
     data: str | None = None,
     data_dir: Path | None = None,
+    brief: bool = False,  # the tuning takes some seconds
 ) -> int:
     """Writes the network of a study or checkpoint as ONNX; 1 where a precision fails or is not certified."""
     for name in providers:
@@ -81,7 +82,7 @@ def export(
 
     if tuned_for is not None:
         with status(f"timing engines, precisions and rewrites at batch {tuned_for}"):
-            published = tune(reference, providers[0], tuned_for, outputs, enter_test_read)
+            published = tune(reference, providers[0], tuned_for, outputs, enter_test_read, brief=brief)
         print(render(tuning_rows(published.certificate.tuning), "text"))
         print()
         return 0 if _write(published, file, checkpoint, images, trial, rows) else 1

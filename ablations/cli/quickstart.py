@@ -1,10 +1,12 @@
-"""`run` without a study: the study `quickstart`, then export, certificate, latency and report."""
+"""`run` without a study: the study `quickstart`, then export, certificate, tuning, latency and report."""
 
 from pathlib import Path
 
 from ablations.cli import bench, export, results, run
 from ablations.cli.plan import Asked
 from ablations.cli.track import tracked
+
+OPENINGS = 4  # of each file: the intervals are wider than those of `bench`, and nobody waits for them
 
 
 def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
@@ -15,7 +17,10 @@ def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
         return run.say_failures(directory, failed)
     status = export.export(directory.path, data_dir=data_dir)
     if status == 0:
-        bench.bench([directory.path / "export" / "model-uint8.onnx"])
+        status = export.export(directory.path, tuned_for=1, brief=True, data_dir=data_dir)
+    if status == 0:
+        files = [directory.path / "export" / f"model-uint8{tuned}.onnx" for tuned in ("", "-tuned")]
+        bench.bench(files, openings=OPENINGS)
         status = results.report(directory.path, data_dir=data_dir)
     with tracked(how.track, directory, None):
         pass  # the trackers that keep files get the new ones

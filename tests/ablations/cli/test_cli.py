@@ -114,7 +114,11 @@ def test_without_a_study_the_best_network_is_exported_and_timed(expertgrid, tmp_
     assert f"trial {trial}, " in outcome.out
     assert "fp32 agrees with PyTorch on 360 test images at batch sizes 64, 1, 2, 7" in outcome.out
     assert json.loads((study / "export" / "model-uint8.certificate.json").read_text())["passed"]
-    assert json.loads((study / "bench" / "model-uint8-cpu.json").read_text())["trial"] == trial
+    for name in ("model-uint8", "model-uint8-tuned"):
+        assert json.loads((study / "bench" / f"{name}-cpu.json").read_text())["trial"] == trial
+    tuned = json.loads((study / "export" / "model-uint8-tuned.certificate.json").read_text())
+    assert [one["outcome"] for one in tuned["tuning"]].count("chosen") == 1
+    assert {one["options"] for one in tuned["tuning"]} == {""}
     rows = json.loads(expertgrid("table", study, "--format", "json").out)["cells"]
     assert len(rows) == 6
     assert len([row for row in rows if row["latency ms"]]) == 1
