@@ -9,18 +9,22 @@ rest: ONNX Runtime's spin for 40 ms after a call, on cores that the next candida
 import itertools
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from scipy import stats
+from scipy.stats import mstats
 
 Key = TypeVar("Key")
 Call = Callable[[], object]
 
-OPENINGS = 15
+OPENINGS = 24
 LEAST_OPENINGS = 7  # where a call takes longer than a block, or all others differ from the first candidate by far
 FAR = 0.1  # from 1, for the whole interval of a ratio
 BLOCK_S = 0.02
@@ -28,13 +32,15 @@ LEAST_BLOCKS = 4  # of a candidate in an opening
 CHUNKS = 8  # of calls whose times are tested for a trend, while warming up
 CHUNK_S = 0.02
 LONGEST_WARM_UP_S = 2.0  # of a candidate in its first opening
-AGAIN_S = 0.5  # likewise in each later one
+AGAIN_S = 0.04  # likewise in each later one
 RAMP_S = 0.005  # of the calls at the start of a block that are not counted: after the rest, caches are cold
-LOOK_S = 0.01  # between looks at the time that threads have had: a system's clock of it may tick 100 times a second
-BUSY = 0.1  # share of that time from which threads are not at rest
+LOOK_S = 0.002  # between looks at what threads do
+TICK_S = 0.01  # in which a system's clock of the time that threads had goes on
 LONGEST_REST_S = 0.3
+TASKS = Path("/proc/self/task")  # the threads of this process, as Linux shows them
 LEVEL = 0.95  # of intervals of percentiles
 VERDICT_LEVEL = 0.98  # a file against itself is then called faster or slower twice in 100 times
+TRIM = 0.2  # of the openings, that do not count at either end
 RESAMPLES = 400
 
 Word = Literal["faster", "slower", "can't tell"]
@@ -169,13 +175,24 @@ def timed(call: Call, count: int) -> list[float]:
 
 
 def rest() -> None:
-    """Waits until no thread of this process computes, LONGEST_REST_S at most."""
+    """Waits until no other thread of this process computes, LONGEST_REST_S at most."""
     until = time.perf_counter() + LONGEST_REST_S
-    used = LOOK_S
-    while used > BUSY * LOOK_S and time.perf_counter() < until:
-        before = time.process_time()
+    while time.perf_counter() < until and _others_compute():
         time.sleep(LOOK_S)
-        used = time.process_time() - before
+
+
+def _others_compute() -> bool:
+    """Whether another thread of this process computes. Where the system does not say it, this takes TICK_S."""
+    if not TASKS.exists():
+        before = time.process_time()
+        time.sleep(TICK_S)
+        return time.process_time() - before > TICK_S / 10
+    here = str(threading.get_native_id())
+    for task in TASKS.iterdir():
+        with suppress(OSError):  # a thread that has ended meanwhile
+            if task.name != here and (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
 
 
 def warm_up(call: Call, longest_s: float = LONGEST_WARM_UP_S) -> tuple[float, bool]:
@@ -234,16 +251,15 @@ def percentiles(times: Times, wanted: Sequence[float]) -> list[Estimate | None]:
 def compare(first: Times, second: Times) -> Ratio:
     """How many times as fast `second` is as `first`, of one run of `take_turns`.
 
-    In each opening, the median over pairs of neighbouring blocks of the logarithm of their medians' ratio; then
-    Student's interval over openings, as these are what a new run would draw again.
+    In each opening, the median over pairs of neighbouring blocks of the logarithm of their medians' ratio. Then the
+    trimmed mean over openings, as these are what a new run would draw again, with Student's interval for it (Yuen's): a
+    burst of other work on the machine spoils some openings, and the others count.
     """
     per_opening = [
         float(np.median([_log_median(a) - _log_median(b) for a, b in zip(of_first, of_second, strict=True)]))
         for of_first, of_second in zip(first.openings, second.openings, strict=True)
     ]
-    count = len(per_opening)
-    error = float(np.std(per_opening, ddof=1)) / math.sqrt(count) if count > 1 else math.inf
-    return _ratio(float(np.mean(per_opening)), error, count - 1)
+    return _ratio(*_trimmed(per_opening))
 
 
 def compare_runs(first: Times, second: Times) -> Ratio:
@@ -251,12 +267,21 @@ def compare_runs(first: Times, second: Times) -> Ratio:
     logs = [
         [float(np.median(list(map(_log_median, blocks)))) for blocks in times.openings] for times in (first, second)
     ]
-    if min(map(len, logs)) < 2:
-        return _ratio(float(np.mean(logs[0]) - np.mean(logs[1])), math.inf, 1)
-    parts = [np.var(values, ddof=1) / len(values) for values in logs]
-    total = float(sum(parts))
-    df = total**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, logs)) if total else 1.0
-    return _ratio(float(np.mean(logs[0]) - np.mean(logs[1])), math.sqrt(total), float(df))
+    (mean, error, df), (other, other_error, other_df) = map(_trimmed, logs)
+    parts = error**2, other_error**2
+    total = sum(parts)
+    if not 0 < total < math.inf:
+        return _ratio(mean - other, math.sqrt(total), 1)
+    return _ratio(mean - other, math.sqrt(total), total**2 / (parts[0] ** 2 / df + parts[1] ** 2 / other_df))
+
+
+def _trimmed(values: Sequence[float]) -> tuple[float, float, int]:
+    """The mean without the lowest and highest TRIM of the values, Yuen's standard error, and the degrees of freedom."""
+    left = len(values) - 2 * int(TRIM * len(values))
+    if left < 2:
+        return float(np.mean(values)), math.inf, 1
+    squares = (len(values) - 1) * np.var(mstats.winsorize(np.asarray(values), (TRIM, TRIM)), ddof=1)
+    return float(stats.trim_mean(values, TRIM)), math.sqrt(squares / (left * (left - 1))), left - 1
 
 
 def _ratio(log: float, error: float, df: float) -> Ratio:

@@ -85,7 +85,6 @@ def pytest_configure(config):
 def brief_timing(monkeypatch):
     """Tests read no speeds, so they do not wait until speeds are steady and threads at rest."""
     monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
-    monkeypatch.setattr(timing, "AGAIN_S", 0.05)
     monkeypatch.setattr(timing, "LONGEST_REST_S", 0.0)
     monkeypatch.setattr(timing, "OPENINGS", 7)
 
