@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 SOURCE = """
-import ctypes, os, signal, time
+import ctypes, multiprocessing, os, signal, time
 import torch
 from timm.models import register_model
 

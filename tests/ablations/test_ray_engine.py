@@ -41,7 +41,7 @@ NETWORKS = networks_with_faults(
         "ray_none": "pass",
         "ray_raise": "raise RuntimeError('on purpose')",
         "ray_kill": "os.kill(os.getpid(), signal.SIGKILL)",
-        "ray_kill_task": "os.kill(os.getppid(), signal.SIGKILL)",
+        "ray_kill_task": "os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)",
     }
 )
 STUDY = """
