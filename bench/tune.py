@@ -21,7 +21,8 @@ from export.session import open_any, run
 from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError
 
-MEASURE_S, BRIEF_S, OPENINGS = 0.4, 0.1, 3  # of each way
+MEASURE_S, OPENINGS = 0.4, 3  # of each way
+BRIEF_S, BRIEF_OPENINGS = 0.05, 2
 FINALISTS = 3  # ways that are timed again, with options
 ENGINES: dict[str, tuple[tuple[str, Precision], ...]] = {  # by the provider that is asked for
     "cpu": (("cpu", "fp32"), ("cpu", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")),
@@ -58,8 +59,8 @@ def tune(
         raise InputError(f"--tune: chooses among the engines of --provider cpu or cuda, found {provider!r}")
     models, left_out = _models(reference, provider, outputs)
     images = reference.as_input(_some(reference.images.validation, batch))
-    measure_s = BRIEF_S if brief else measure_s
-    times = _by_speed(models, images, measure_s, left_out)
+    effort = (BRIEF_S, BRIEF_OPENINGS) if brief else (measure_s, OPENINGS)
+    times = _by_speed(models, images, effort, left_out)
     if not times:
         raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")
     if not brief:
@@ -68,7 +69,7 @@ def tune(
             for way in list(times)[:FINALISTS]
             for options in variants(way.provider)
         }
-        again = _by_speed(finalists, images, measure_s, left_out)
+        again = _by_speed(finalists, images, effort, left_out)
         times = again | {way: taken for way, taken in times.items() if way not in finalists}
         models |= finalists
     ranked = list(times)
@@ -124,9 +125,12 @@ def variants(provider: str) -> list[Options]:
 
 
 def _by_speed(
-    models: dict[Way, Made], images: np.ndarray, measure_s: float, left_out: dict[Way, str]
+    models: dict[Way, Made], images: np.ndarray, effort: tuple[float, int], left_out: dict[Way, str]
 ) -> dict[Way, Times]:
-    """The times of the ways that run here, the fastest first; the others enter `left_out`."""
+    """The times of the ways that run here, the fastest first; the others enter `left_out`.
+
+    `effort` is the seconds of each, and how often each is opened.
+    """
     candidates: dict[Way, Callable[[], Call]] = {}
     for way, made in models.items():
         try:
@@ -135,7 +139,7 @@ def _by_speed(
             left_out[way] = str(error)
         else:
             candidates[way] = partial(_open, made.model, way, images)
-    times = take_turns(candidates, measure_s, OPENINGS) if candidates else {}
+    times = take_turns(candidates, *effort) if candidates else {}
     return dict(sorted(times.items(), key=lambda found: np.median(found[1].calls_ms)))
 
 
