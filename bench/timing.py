@@ -31,7 +31,7 @@ BLOCK_S = 0.02
 LEAST_BLOCKS = 4  # of a candidate in an opening
 CHUNKS = 8  # of calls whose times are tested for a trend, while warming up
 CHUNK_S = 0.02
-LONGEST_WARM_UP_S = 2.0  # of a candidate in its first opening
+LONGEST_WARM_UP_S = 2.0  # of a candidate in its first opening, and at most twice what is measured
 AGAIN_S = 0.04  # likewise in each later one
 RAMP_S = 0.005  # of the calls at the start of a block that are not counted: after the rest, caches are cold
 LOOK_S = 0.002  # between looks at what threads do
@@ -122,12 +122,13 @@ def take_turns(
     times: dict[Key, Times] = {key: Times() for key in candidates}
     measured = dict.fromkeys(candidates, 0.0)
     order, most, slow = random.Random(0), openings or OPENINGS, False
+    warm_up_s = min(LONGEST_WARM_UP_S, 2 * measure_s)
     for opening in range(most):
         last_one = openings is None and opening + 1 >= LEAST_OPENINGS and (slow or _far_apart(times))
         timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
         call_s: dict[Key, float] = {}
         for key, timer in timers.items():
-            call_s[key], steady = timer.warm_up(AGAIN_S if opening else LONGEST_WARM_UP_S)
+            call_s[key], steady = timer.warm_up(AGAIN_S if opening else warm_up_s)
             times[key].steady &= steady or opening > 0
             timer.rest()
         block_s = max(BLOCK_S, *call_s.values())

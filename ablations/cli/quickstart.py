@@ -6,7 +6,11 @@ from ablations.cli import bench, export, results, run
 from ablations.cli.plan import Asked
 from ablations.cli.track import tracked
 
-BATCHES, OPENINGS = (1, 64), 3  # of each file: the intervals are wider than those of `bench`, and nobody waits for them
+BATCHES, MEASURE_S, OPENINGS = (
+    (1, 64),
+    0.3,
+    3,
+)  # of each file: the intervals are wider than those of `bench`, and nobody waits for them
 
 
 def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
@@ -20,7 +24,7 @@ def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
         status = export.export(directory.path, tuned_for=1, brief=True, data_dir=data_dir)
     if status == 0:
         files = [directory.path / "export" / f"model-uint8{tuned}.onnx" for tuned in ("", "-tuned")]
-        bench.bench(files, batches=BATCHES, openings=OPENINGS)
+        bench.bench(files, batches=BATCHES, measure_s=MEASURE_S, openings=OPENINGS)
         status = results.report(directory.path, data_dir=data_dir)
     with tracked(how.track, directory, None):
         pass  # the trackers that keep files get the new ones
