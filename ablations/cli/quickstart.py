@@ -6,11 +6,8 @@ from ablations.cli import bench, export, results, run
 from ablations.cli.plan import Asked
 from ablations.cli.track import tracked
 
-BATCHES, MEASURE_S, OPENINGS = (
-    (1, 64),
-    0.3,
-    3,
-)  # of each file: the intervals are wider than those of `bench`, and nobody waits for them
+# Of each file. The intervals are wider than those of `bench`, and nobody waits for them.
+BATCHES, MEASURE_S, OPENINGS = (1, 64), 0.3, 3
 
 
 def quickstart(asked: Asked, data_dir: Path | None, how: run.How) -> int:
