@@ -22,12 +22,6 @@ SLEEP_S = 0.02
 HELD = 2**27  # bytes
 
 
-@pytest.fixture(autouse=True)
-def short_warm_ups(monkeypatch):
-    monkeypatch.setattr("bench.timing.LONGEST_WARM_UP_S", 0.05)
-    monkeypatch.setattr("bench.timing.AGAIN_S", 0.01)
-
-
 def begin() -> None:
     os.environ["BEGUN"] = "yes"
 

@@ -14,10 +14,8 @@ SHORT = "--batch", 1, "--seconds", 0.02
 
 
 @pytest.fixture(autouse=True)
-def short_warm_ups(monkeypatch):
-    """With one thread: those of an engine wait for each other on a busy machine."""
-    monkeypatch.setattr("bench.timing.LONGEST_WARM_UP_S", 0.05)
-    monkeypatch.setattr("bench.timing.AGAIN_S", 0.01)
+def one_thread():
+    """Those of an engine wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

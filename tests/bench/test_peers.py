@@ -85,8 +85,6 @@ def test_peers_are_in_the_table(expertgrid, file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(peers, "FAMILIES", (("mobilenetv3_small_050", "mobilenetv3_small_100"), ("resnet10t",)))
     monkeypatch.setattr(peers, "_exported", exported)
-    monkeypatch.setattr("bench.timing.LONGEST_WARM_UP_S", 0.05)
-    monkeypatch.setattr("bench.timing.AGAIN_S", 0.01)
     record = tmp_path / "record.json"
     short = "--batch", 1, "--seconds", 0.02
     outcome = expertgrid("bench", file, "--peers", *short, "--format", "json", "--json", record)
