@@ -206,10 +206,11 @@ class Pool:
                     halted.set()
                 else:
                     yield event
-        except KeyboardInterrupt:  # the second: nobody waits for a step to end
-            halted.set()
-            for trainer in self.trainers:
-                trainer.process.kill()
+        except (KeyboardInterrupt, GeneratorExit):  # the latter where the caller was at work on an event
+            if stopped.is_set():  # the second signal: nobody waits for a step to end
+                halted.set()
+                for trainer in self.trainers:
+                    trainer.process.kill()
             raise
         finally:
             halted.set()

@@ -124,8 +124,9 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                     yield _fail(trial, reason, directory)
                 case BaseException():
                     raise message
-    except KeyboardInterrupt:  # the second one: nobody waits for a step to end
-        submitted.clear()
+    except (KeyboardInterrupt, GeneratorExit):  # the latter where the caller was at work on an event
+        if stopped.is_set():  # the second signal: nobody waits for a step to end
+            submitted.clear()
         raise
     finally:
         if submitted:

@@ -1,10 +1,12 @@
 """Trials in a process of their own: what ends that process, what stops it, and that the others go on."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -42,6 +44,7 @@ LINE = [sys.executable, "-m", "ablations", "run", "study.toml", "--device", "cpu
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("EXPERTGRID_ISOLATE", "1")
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     (tmp_path / "networks_of_faults.py").write_text(NETWORKS)
     (tmp_path / "study.toml").write_text(STUDY)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent.parent))
@@ -102,9 +105,31 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study):
     time.sleep(1)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        pytest.fail(f"it does not end:\n{process.communicate()[1]}")
     assert process.returncode == 130
     assert err.splitlines()[-1].endswith("the same command continues it: expertgrid " + " ".join(LINE[3:]))
+
+
+def test_a_second_signal_while_the_caller_works_on_an_event(study, digits):
+    """It closes the events. Nobody waits for the steps, which never end."""
+    begin = partial(runpy.run_path, str(study / "networks_of_faults.py"), run_name="networks_of_faults")
+    begin()
+    trials = Study(name="s", question="?", seeds=2, factors={"model": ["with_hang"]}).cells(digits)[0].trials
+    setup, directory, stopped = Setup(digits, "cpu", study, begin, EAGER), StudyDirectory(study), Event()
+    with isolated(2) as pool:
+        events = pool.run(trials, setup, directory, stopped)
+        assert isinstance(next(events), TrialStarted)
+        stopped.set()
+        closing = Thread(target=events.close)
+        closing.start()
+        closing.join(60)
+        ended = not closing.is_alive()
+    closing.join()
+    assert ended
 
 
 def test_a_signal_saves_the_state_in_the_other_process(study):

@@ -159,6 +159,16 @@ def test_states_come_here_where_a_study_is_stopped(first, tmp_path, how):
     assert cluster.stops == 1
 
 
+def test_nobody_waits_for_states_at_the_second_signal(first, tmp_path):
+    """Which closes the events where it comes while the caller is at work on one."""
+    cluster, directory, stopped = Script([started]), StudyDirectory(tmp_path), Flag()
+    events = schedule(trials_of(first, 1), directory, cluster, stopped)
+    next(events)
+    stopped.set()
+    events.close()
+    assert cluster.stops == 0
+
+
 def test_epochs_after_the_last_state_are_told_again(first, tmp_path):
     directory, (trial,) = StudyDirectory(tmp_path), trials_of(first, 1)
     keep(started(trial), directory)

@@ -101,3 +101,17 @@ def test_a_module_that_fails_is_one_line(expertgrid, place, module, text, messag
 def test_a_study_file_imports_nothing(expertgrid, place):
     (place / "mine.toml").write_text('import = "nets"\n' + STUDY)
     assert "'import'" in expertgrid("run", "mine.toml").complaint
+
+
+@pytest.mark.parametrize(("more", "status"), [([], 0), (["--import", "broken"], 2)])
+def test_the_process_ends_without_freeing_its_modules(place, more, status):
+    """What a module does at the end is done; what Python would free, one object after another, is left."""
+    (place / "late.py").write_text(
+        "import atexit\nclass Held:\n    def __del__(self):\n        print('freed')\n"
+        "held = Held()\natexit.register(print, 'at the end')\n"
+    )
+    (place / "broken.py").write_text("1 / 0")
+    line = [sys.executable, "-m", "ablations", "run", "quickstart", "--dry-run", "--import", "late", *more]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith("at the end\n")
