@@ -206,8 +206,9 @@ class Pool:
                     halted.set()
                 else:
                     yield event
-        except (KeyboardInterrupt, GeneratorExit):  # the latter where the caller was at work on an event
-            if stopped.is_set():  # the second signal: nobody waits for a step to end
+        except (KeyboardInterrupt, GeneratorExit) as error:
+            # The second signal: nobody waits for a step to end. The caller may have been at work on an event.
+            if isinstance(error, KeyboardInterrupt) or stopped.is_set():
                 halted.set()
                 for trainer in self.trainers:
                     trainer.process.kill()

@@ -124,8 +124,9 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                     yield _fail(trial, reason, directory)
                 case BaseException():
                     raise message
-    except (KeyboardInterrupt, GeneratorExit):  # the latter where the caller was at work on an event
-        if stopped.is_set():  # the second signal: nobody waits for a step to end
+    except (KeyboardInterrupt, GeneratorExit) as error:
+        # The second signal: nobody waits for a step to end. The caller may have been at work on an event.
+        if isinstance(error, KeyboardInterrupt) or stopped.is_set():
             submitted.clear()
         raise
     finally:
