@@ -31,12 +31,14 @@ ALONE = SharedGpu()  # one process, or no GPU
 
 @contextmanager
 def shared_gpu() -> Generator[SharedGpu]:
-    """A service for the processes that start within, and end within too. One that is there already is used."""
-    here = Path(os.environ.get(PIPES, USUAL))
-    if (here / "control").exists():
+    """A service for the processes that start within, and end within too. One that is there already is used.
+
+    One that was killed has left its pipes and does not answer; then a new one is started.
+    """
+    here, control = Path(os.environ.get(PIPES, USUAL)), shutil.which(CONTROL)
+    if (here / "control").exists() and not (control and _refusal([control], "get_server_list\n", here, END_S)):
         yield SharedGpu({PIPES: str(here)})
         return
-    control = shutil.which(CONTROL)
     if control is None:
         yield SharedGpu(missing=f"{CONTROL} is not there")
         return
@@ -50,20 +52,20 @@ def shared_gpu() -> Generator[SharedGpu]:
         shutil.rmtree(folder, ignore_errors=True)  # the service may still write to its log
 
 
-def _refusal(command: list[str], told: str, folder: Path, timeout_s: float) -> str | None:
-    """Why the control program of the service in `folder` failed; None where it did not."""
-    environment = os.environ | {PIPES: str(folder), LOGS: str(folder)}
-    said = folder / "said.txt"  # not a pipe, whose end would be waited for: the service may hold it
+def _refusal(command: list[str], told: str, pipes: Path, timeout_s: float) -> str | None:
+    """Why the control program of the service with these pipes failed; None where it did not."""
+    environment = os.environ | {PIPES: str(pipes), LOGS: str(pipes)}
     try:
-        with said.open("w") as out:
+        with tempfile.TemporaryFile("w+", errors="replace") as said:  # no pipe: the service may never close it
             done = subprocess.run(
-                command, input=told, env=environment, stdout=out, stderr=out, text=True, timeout=timeout_s
+                command, input=told, env=environment, stdout=said, stderr=said, text=True, timeout=timeout_s
             )
+            said.seek(0)
+            lines = said.read().strip().splitlines()
     except subprocess.TimeoutExpired:
         return f"{CONTROL} did not answer in {timeout_s:g} s"
     except OSError as error:
         return f"{CONTROL}: {error.strerror}"
     if done.returncode:
-        lines = said.read_text(errors="replace").strip().splitlines()
         return f"{CONTROL} failed: {lines[-1] if lines else f'exit status {done.returncode}'}"
     return None

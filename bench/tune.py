@@ -21,8 +21,7 @@ from export.session import open_any, run
 from export.to_onnx import INPUT, LOGITS
 from model.errors import InputError
 
-MEASURE_S, OPENINGS = 0.4, 3  # of each way
-BRIEF_S, BRIEF_OPENINGS = 0.05, 2
+EFFORT, BRIEF = (0.4, 3), (0.05, 2)  # seconds of each way, and how often it is opened
 FINALISTS = 3  # ways that are timed again, with options
 ENGINES: dict[str, tuple[tuple[str, Precision], ...]] = {  # by the provider that is asked for
     "cpu": (("cpu", "fp32"), ("cpu", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8")),
@@ -46,20 +45,19 @@ def tune(
     batch: int = 1,
     outputs: Collection[str] = (LOGITS,),
     before_each_certificate: Callable[[], object] = lambda: None,
-    measure_s: float = MEASURE_S,
     brief: bool = False,
 ) -> Published:
     """The file that is fastest at this batch size among those that hold their bounds; its certificate has all that was
     tried.
 
-    With `brief` ways are timed for BRIEF_S, and no options of their engines are tried. An engine that is not installed
-    is named in the certificate. Raises InputError where no file is certified.
+    With `brief` ways are timed for a shorter time, and no options of their engines are tried. An engine that is not
+    installed is named in the certificate. Raises InputError where no file is certified.
     """
     if provider not in ENGINES:
         raise InputError(f"--tune: chooses among the engines of --provider cpu or cuda, found {provider!r}")
     models, left_out = _models(reference, provider, outputs)
     images = reference.as_input(_some(reference.images.validation, batch))
-    effort = (BRIEF_S, BRIEF_OPENINGS) if brief else (measure_s, OPENINGS)
+    effort = BRIEF if brief else EFFORT
     times = _by_speed(models, images, effort, left_out)
     if not times:
         raise InputError(f"--tune: no engine runs the network here: {next(iter(left_out.values()))}")

@@ -24,7 +24,11 @@ if [ "$1" = -d ]; then
 else
     read line
     echo "$line" "${PIPES}" >> "$(dirname "$0")/calls"
-    rm "${PIPES}/control"
+    if [ -e "${PIPES}/killed" ]; then
+        echo Cannot find MPS control daemon process >&2
+        exit 1
+    fi
+    [ "$line" = get_server_list ] || rm "${PIPES}/control"
 fi
 """
 
@@ -74,7 +78,19 @@ def test_one_that_is_there_is_used_and_stays(control, tmp_path, monkeypatch, nam
         monkeypatch.setattr(gpu_sharing, "USUAL", place)
     with shared_gpu() as gpu:
         assert gpu == SharedGpu({PIPES: str(place)})
-    assert calls(control) == [] and (place / "control").exists()
+    assert calls(control) == [["get_server_list", str(place)]] and (place / "control").exists()
+    control.unlink()  # as in a container that shares the service of its host
+    with shared_gpu() as gpu:
+        assert gpu == SharedGpu({PIPES: str(place)})
+
+
+def test_one_that_was_killed_is_replaced(control, tmp_path, monkeypatch):
+    for name in ("control", "killed"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv(PIPES, str(tmp_path))
+    with shared_gpu() as gpu:
+        assert gpu.missing is None and gpu.environment[PIPES] != str(tmp_path)
+    assert [call[0] for call in calls(control)] == ["get_server_list", "started", "quit"]
 
 
 def test_why_there_is_none(control, monkeypatch):

@@ -68,9 +68,9 @@ def fastest(monkeypatch, *ways: Way) -> None:
 
 
 def test_the_fastest_is_taken_and_the_others_are_named(reference, made, monkeypatch):
-    monkeypatch.setattr(tuning, "OPENINGS", 2)
+    monkeypatch.setattr(tuning, "EFFORT", (0.02, 2))
     read = []
-    published = tune(reference, batch=2, before_each_certificate=lambda: read.append(1), measure_s=0.02)
+    published = tune(reference, batch=2, before_each_certificate=lambda: read.append(1))
     tried = published.certificate.tuning
     timed = [one.p50_ms for one in tried if one.p50_ms is not None]
     assert [one.outcome for one in tried if one.p50_ms is not None][: len(read) - 1] == [
