@@ -17,7 +17,7 @@ from export.openvino import OpenVinoSession, check_openvino
 from export.session import Session, open_session
 from export.to_onnx import PixelNet
 from model.errors import InputError, unknown
-from model.fast.compiled import why_unavailable
+from model.fast.compiled import compile_without_limit, why_unavailable
 from model.registry import build
 
 Run = Callable[[np.ndarray], Any]  # from a batch of inputs to logits
@@ -165,6 +165,7 @@ def _eager(metadata: Metadata, device: torch.device, dtype: torch.dtype) -> Run:
 
 @cache
 def _compiled_net(metadata_json: str, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    compile_without_limit()
     net = untrained(Metadata.model_validate_json(metadata_json), dtype)
     return torch.compile(net.to(device).to(memory_format=torch.channels_last), dynamic=False)
 

@@ -33,6 +33,7 @@ from bench.baseline import TextbookBlock
 from bench.peaks import synchronise
 from bench.training import in_turns
 from model.config import Block, GateConfig, ModelConfig
+from model.fast.compiled import compile_without_limit
 from model.fast.settings import set_for_training
 from model.fast.wide import WideBlock
 from model.machine import torch_device
@@ -153,6 +154,7 @@ def measure(
     Raises ValueError where a form does not compute what the loop does.
     """
     set_for_training()
+    compile_without_limit()
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, channels, size, size, generator=generator).to(device)
     few_BCHW = x_BCHW[:4].cpu()

@@ -82,6 +82,18 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
+def compile_without_limit() -> None:
+    """From now on PyTorch compiles one function as often as it is asked, or raises an error.
+
+    By default it runs a function eagerly that it was asked to compile more than eight times, in a log's words only.
+    Each batch size and each different block is one more compilation of the same function.
+    """
+    config = torch._dynamo.config  # ty: its options have no types, only first values
+    config.recompile_limit = 1024  # ty: ignore[invalid-assignment]
+    config.accumulated_recompile_limit = 8192  # ty: ignore[invalid-assignment]
+    config.fail_on_recompile_limit_hit = True  # ty: ignore[invalid-assignment]
+
+
 def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
     """Compiles the blocks of `net` for training on batches (B, C, H, W) like these. Returns the seconds that it took.
 
@@ -92,10 +104,7 @@ def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, ba
     parts = list(blocks(net))
     if not parts:
         return 0.0
-    # PyTorch limits how often one function is compiled, and runs it eagerly after that, without a warning. Here each
-    # different block is one more compilation of the same function. (ty: the config has no types, only first values.)
-    torch._dynamo.config.recompile_limit = 1024  # ty: ignore[invalid-assignment]
-    torch._dynamo.config.accumulated_recompile_limit = 8192  # ty: ignore[invalid-assignment]
+    compile_without_limit()
 
     def compile_all(net: nn.Module) -> None:
         for part in blocks(net):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from adam import adam
 from conftest import REPOSITORY
 from onnx import TensorProto, helper
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import step, training
@@ -31,7 +32,7 @@ from bench.baseline import (
     baseline_transform,
     textbook,
 )
-from bench.engines import ENGINES, USUAL, engines
+from bench.engines import ENGINES, USUAL, _compiled_net, engines
 from bench.experts import FORMS, TOLERANCE, build_form, difference
 from bench.floor import floor
 from bench.latency import (
@@ -216,6 +217,17 @@ def test_engines_run_the_same_network(model):
     assert len(engines(model, "model", "cpu")[0]) == len(USUAL)
     with pytest.raises(InputError, match="unknown engine 'openvno'; did you mean 'openvino'"):
         engines(model, "model", "cpu", ["openvno"])
+
+
+def test_each_batch_size_is_compiled(model, monkeypatch):
+    """PyTorch would run what passes its limit eagerly, and a log alone would say so."""
+    _compiled_net.cache_clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    run = engines(model, "model", "cpu", ["compiled"])[0]["pytorch compiled cpu"]()
+    before = counters["stats"]["unique_graphs"]
+    for batch in (1, 2, 3):
+        run(random_images(model, batch))
+    assert counters["stats"]["unique_graphs"] == before + 3
 
 
 def test_an_engine_that_is_not_here_is_an_error(model, monkeypatch):
