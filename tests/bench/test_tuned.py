@@ -1,7 +1,6 @@
 """Timing tuned files beside PyTorch: what is timed, and what is written."""
 
 import json
-from functools import partial
 
 import pytest
 
@@ -12,7 +11,7 @@ from model.variants import vary
 
 def test_command_prints_and_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuned, "network", lambda name: vary(PRESETS[name], "width", 0.0625))
-    monkeypatch.setattr(tuned, "tune", partial(tuned.tune, measure_s=0.01))
+    monkeypatch.setattr(tune, "EFFORT", (0.01, 2))
     monkeypatch.setattr(tune, "REWRITE_SETS", {"none": ()})
     monkeypatch.setitem(tune.ENGINES, "cpu", (("cpu", "fp32"),))
     monkeypatch.setattr(tuned, "COMPILED", "eager-bf16")  # a compiler takes long
