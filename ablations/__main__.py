@@ -17,8 +17,8 @@ def main() -> None:
 
     def leave() -> None:
         with suppress(OSError):  # whoever read the output has gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed before the start
+                stream.flush()
         os._exit(status)
 
     atexit.register(leave)  # the first, which Python calls last

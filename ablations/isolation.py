@@ -198,7 +198,10 @@ class Pool:
         try:
             working = len(threads)
             while working:
-                event = events.get()
+                try:
+                    event = events.get(timeout=LOOK_EVERY_S)  # a signal that another thread got does not wake this one
+                except queue.Empty:
+                    continue
                 if event is None:
                     working -= 1
                 elif isinstance(event, BaseException):
@@ -207,7 +210,7 @@ class Pool:
                 else:
                     yield event
         except (KeyboardInterrupt, GeneratorExit) as error:
-            # The second signal: nobody waits for a step to end. The caller may have been at work on an event.
+            # The second signal: nobody waits for a step to end. A caller that works on an event closes this instead.
             if isinstance(error, KeyboardInterrupt) or stopped.is_set():
                 halted.set()
                 for trainer in self.trainers:

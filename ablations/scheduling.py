@@ -125,7 +125,7 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                 case BaseException():
                     raise message
     except (KeyboardInterrupt, GeneratorExit) as error:
-        # The second signal: nobody waits for a step to end. The caller may have been at work on an event.
+        # The second signal: nobody waits for a step to end. A caller that works on an event closes this instead.
         if isinstance(error, KeyboardInterrupt) or stopped.is_set():
             submitted.clear()
         raise
