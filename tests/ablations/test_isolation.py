@@ -295,3 +295,9 @@ def test_jobs_by_themselves(monkeypatch):
     assert jobs_for("cuda:0", 4, 100 * gib) == jobs_for("mps", 4, 100 * gib) == 1
     monkeypatch.setattr("ablations.isolation.gpu_driver", lambda: "570.1")
     assert jobs_for("auto", 4, 100 * gib) == 1
+
+
+def test_only_the_server_ignores_sigterm():
+    """Another process that imports what the server does keeps its signals, and its exit status."""
+    code = "import signal, sys, ablations.preloaded; sys.exit(3 + (signal.getsignal(signal.SIGTERM) != signal.SIG_DFL))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
