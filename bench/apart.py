@@ -6,31 +6,19 @@ has the clock. Times are sent when a block is done.
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench.engines import Engine
-from bench.host import peak_bytes
-from bench.process import answers
-from bench.timing import Call, Timer, rest, timed, warm_up
+from expertgrid.bench.engines import Engine
+from expertgrid.bench.host import peak_bytes
+from expertgrid.bench.record import Memory
+from expertgrid.bench.timing import Call, Timer, rest, timed, warm_up
+from expertgrid.model.system.processes import answers
 
 Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
 Begin = Callable[[], object]  # what a process does first, such as to import the user's modules
-
-
-@dataclass
-class Memory:
-    """Bytes that an engine's process has had at once at most."""
-
-    peak: int | None = None  # None on a system that does not say
-    before: int | None = None  # likewise, before the engine was opened: Python with its libraries
-
-    @property
-    def added(self) -> int | None:
-        return None if self.peak is None or self.before is None else self.peak - self.before
 
 
 class Apart(Timer):

@@ -30,10 +30,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from bench.peaks import synchronise
-from bench.process import answers
-from model.machine import usable_cores
-from model.net import ExpertBlock
+from expertgrid.bench.peaks import synchronise
+from expertgrid.model.net import ExpertBlock
+from expertgrid.model.system.machine import usable_cores
+from expertgrid.model.system.processes import answers
 
 PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
 

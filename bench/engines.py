@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.metadata import AS_IT_IS, Metadata, Options, is_expertgrid_file, read_metadata
-from export.openvino import OpenVinoSession, check_openvino
-from export.session import Session, open_session
-from export.to_onnx import PixelNet
-from model.errors import InputError, unknown
-from model.fast.compiled import compile_without_limit, why_unavailable
-from model.registry import build
+from expertgrid.export.metadata import AS_IT_IS, Metadata, Options, is_expertgrid_file, read_metadata
+from expertgrid.export.openvino import OpenVinoSession, check_openvino
+from expertgrid.export.session import Session, open_session
+from expertgrid.export.to_onnx import PixelNet
+from expertgrid.model.fast.compiled import compile_without_limit, why_unavailable
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError, unknown
 
 Run = Callable[[np.ndarray], Any]  # from a batch of inputs to logits
 

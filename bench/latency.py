@@ -14,88 +14,22 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from ablations.results.rendering import Measured
-from bench.apart import Begin, Memory, apart
-from bench.engines import USUAL, Engine, Run, engines
-from bench.host import Host, Meter, watched
-from bench.timing import Block, Call, Ratio, Timer, Times, compare, compare_runs, percentiles, take_turns
-from export.graph import read_onnx
-from export.session import ORT_ERRORS, check_provider, open_session, run
-from export.to_onnx import INPUT, LOGITS
-from model.errors import InputError, invalid
-from model.files import now
-from model.machine import cpu_name, device_name, usable_cores
+from expertgrid.bench.apart import Begin, apart
+from expertgrid.bench.engines import USUAL, Engine, Run, engines
+from expertgrid.bench.host import Meter, watched
+from expertgrid.bench.record import Latency, LatencyRecord, Memory
+from expertgrid.bench.timing import Call, Ratio, Timer, compare, compare_runs, take_turns
+from expertgrid.export.describe import read_onnx
+from expertgrid.export.session import ORT_ERRORS, check_provider, open_session, run
+from expertgrid.export.to_onnx import INPUT, LOGITS
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import now
+from expertgrid.model.system.machine import cpu_name, device_name, usable_cores
+from expertgrid.model.system.text import Measured
 
-PERCENTILES = (50, 90, 99)
 EAGER = ("pytorch eager cpu", "pytorch eager cuda")
-
-
-class Latency(BaseModel):
-    """One engine at one batch size. Intervals are bootstrap intervals at 95%."""
-
-    engine: str
-    batch: int
-    calls: int
-    p50_ms: float
-    p90_ms: float | None  # None where there were too few calls
-    p99_ms: float | None
-    intervals_ms: dict[str, tuple[float, float]] = {}  # of "p50" and so on
-    images_per_s: float
-    joules_per_image: float | None = None
-    peak_bytes: int | None = None  # of the engine's process, where it had one of its own
-    added_bytes: int | None = None  # to what the process had with Python and its libraries alone
-    steady: bool = True  # after its warm-up
-    blocks: list[tuple[int, int]] = []  # of calls in a row: in which opening, and how many calls
-    calls_ms: list[float]
-
-    @classmethod
-    def of(cls, engine: str, batch: int, times: Times, memory: Memory | None = None) -> "Latency":
-        calls_ms = times.calls_ms
-        found = dict(zip(("p50", "p90", "p99"), percentiles(times, PERCENTILES)))
-        joules = [block.joules for block in times.blocks if block.joules is not None]
-        return cls(
-            engine=engine,
-            batch=batch,
-            calls=len(calls_ms),
-            p50_ms=float(np.median(calls_ms)),
-            **{f"{name}_ms": one.value if one else None for name, one in found.items() if name != "p50"},
-            intervals_ms={name: (one.low, one.high) for name, one in found.items() if one},
-            images_per_s=1000 * batch * len(calls_ms) / sum(calls_ms),
-            joules_per_image=sum(joules) / (batch * len(calls_ms)) if len(joules) == len(times.blocks) else None,
-            peak_bytes=memory.peak if memory else None,
-            added_bytes=memory.added if memory else None,
-            steady=times.steady,
-            blocks=[(block.opening, len(block.calls_ms)) for block in times.blocks],
-            calls_ms=[round(ms, 5) for ms in calls_ms],
-        )
-
-    @property
-    def times(self) -> Times:
-        """The calls in their blocks."""
-        left = iter(self.calls_ms)
-        return Times([Block(opening, [next(left) for _ in range(count)]) for opening, count in self.blocks])
-
-
-class LatencyRecord(BaseModel):
-    """The latencies of one ONNX file on one provider, and where they were measured."""
-
-    file: str
-    sha256: str
-    trial: str  # "" for a file that expertgrid did not export
-    model: str
-    precision: str  # "" likewise
-    pruned: bool
-    provider: str
-    device: str
-    threads: int
-    machine: dict[str, str | int] = {}
-    versions: dict[str, str]
-    host: Host = Host()
-    finished: str
-    cells: int = 0  # of a study that took turns in the run; 0 for files by themselves
-    latencies: list[Latency]
 
 
 def random_images(model: bytes, batch: int) -> np.ndarray:
@@ -192,20 +126,6 @@ def machine() -> dict[str, str | int]:
     """What another machine differs in. Processors of several generations have one name, so their instructions count."""
     instructions = torch.backends.cpu.get_cpu_capability()
     return {"cpu": cpu_name(), "instructions": instructions, "cores": usable_cores()}
-
-
-def read_latency(file: Path) -> LatencyRecord:
-    """A record that --json wrote. Raises InputError for a file that is not one, or that has no blocks."""
-    try:
-        record = LatencyRecord.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise invalid(str(file), error) from None
-    for found in record.latencies:
-        if not found.blocks or sum(count for _, count in found.blocks) != len(found.calls_ms):
-            raise InputError(f"{file}: does not say in which blocks its calls were; measure it again")
-    return record
 
 
 def check_comparable(baseline: LatencyRecord, here: LatencyRecord, file: Path) -> None:

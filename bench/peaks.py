@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.machine import computes_bfloat16
+from expertgrid.model.system.machine import computes_bfloat16
 
 MEASURE_S = 0.3
 SIZES = {"cuda": 8192}  # of square matrices

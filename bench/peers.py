@@ -11,16 +11,16 @@ import onnx
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-from bench.engines import engines
-from bench.untrained import fresh_weights
-from export.graph import read_onnx
-from export.metadata import Metadata
-from export.publish import DEFAULT_REWRITES
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint
-from model.config import TimmModel
-from model.cost import cost
-from model.errors import InputError
+from expertgrid.bench.engines import engines
+from expertgrid.bench.untrained import fresh_weights
+from expertgrid.export.certify import DEFAULT_REWRITES
+from expertgrid.export.describe import read_onnx
+from expertgrid.export.metadata import Metadata
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.config import TimmModel
+from expertgrid.model.cost import cost
+from expertgrid.model.system.errors import InputError
 
 FAMILIES = (  # of each, the member whose parameters are nearest to the file's is taken
     ("resnet10t", "resnet14t", "resnet18", "resnet26", "resnet34", "resnet50"),

@@ -23,13 +23,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from bench.engines import Engine, Run, engines
-from bench.host import Host, watched
-from bench.latency import open_run, random_images
-from bench.timing import calls_needed, timed
-from export.graph import read_onnx
-from export.session import check_provider
-from model.errors import InputError
+from expertgrid.bench.engines import Engine, Run, engines
+from expertgrid.bench.host import Host, watched
+from expertgrid.bench.latency import open_run, random_images
+from expertgrid.bench.timing import calls_needed, timed
+from expertgrid.export.describe import read_onnx
+from expertgrid.export.session import check_provider
+from expertgrid.model.system.errors import InputError
 
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 

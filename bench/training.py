@@ -1,6 +1,6 @@
 """Training throughput: expertgrid's loop beside a PyTorch baseline of the same network, and beside bare steps.
 
-The baseline is that of `bench.baseline`. Bare steps are the loop's own training step (`ablations.training.step`) on one
+The baseline is that of `bench.baseline`. Bare steps are the loop's own training step (`model.training.step`) on one
 batch that is ready on the device: the loop's overhead is its time over theirs. All are measured in short rounds, in
 turns, so that a change of the machine's speed hits all of them.
 """
@@ -16,23 +16,23 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 
-from ablations.engines import prepare
-from ablations.study import check_fit
-from ablations.training.augment import augment
-from ablations.training.data import ImageData
-from ablations.training.loop import Training, TrainingError, start, train, uses_bfloat16
-from ablations.training.optimise import make_optimizer
-from ablations.training.recipe import RECIPES, Recipe
-from ablations.training.splits import Splits
-from ablations.training.step import training_step
-from ablations.training.trial import Trial
-from bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
-from bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
-from model.cost import cost
-from model.errors import InputError
-from model.fast.execution import ExecutionOptions, ExecutionPlan
-from model.machine import device_name, usable_cores
-from model.presets import network
+from expertgrid.bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
+from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
+from expertgrid.model.cost import cost
+from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.model.fit import check_fit
+from expertgrid.model.presets import network
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.machine import device_name, usable_cores
+from expertgrid.model.training.augment import augment
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.loop import Training, TrainingError, start, train, uses_bfloat16
+from expertgrid.model.training.optimise import make_optimizer
+from expertgrid.model.training.prepare import prepare
+from expertgrid.model.training.recipe import RECIPES, Recipe
+from expertgrid.model.training.splits import Splits
+from expertgrid.model.training.step import training_step
+from expertgrid.model.training.trial import Trial
 
 Key = TypeVar("Key")
 

@@ -11,15 +11,15 @@ from functools import cache, partial
 import numpy as np
 import torch
 
-from bench.timing import Call, Times, percentiles, take_turns
-from export.certificate import Tried
-from export.metadata import AS_IT_IS, Options, Precision
-from export.openvino import check_openvino
-from export.precision import PrecisionError
-from export.publish import REWRITE_SETS, Made, Published, Reference, certified, rewritten
-from export.session import open_any, run
-from export.to_onnx import INPUT, LOGITS
-from model.errors import InputError
+from expertgrid.bench.timing import Call, Times, percentiles, take_turns
+from expertgrid.export.certificate import Tried
+from expertgrid.export.certify import REWRITE_SETS, Made, Published, Reference, certified, rewritten
+from expertgrid.export.metadata import AS_IT_IS, Options, Precision
+from expertgrid.export.openvino import check_openvino
+from expertgrid.export.precision import PrecisionError
+from expertgrid.export.session import open_any, run
+from expertgrid.export.to_onnx import INPUT, LOGITS
+from expertgrid.model.system.errors import InputError
 
 EFFORT, BRIEF = (0.4, 3), (0.05, 2)  # seconds of each way, and how often it is opened
 FINALISTS = 3  # ways that are timed again, with options

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, Trained
-from model.config import Network
-from model.registry import build
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import Network
+from expertgrid.model.registry import build
 
 SIZE = 32  # height and width of the images, in pixels
 

@@ -12,10 +12,10 @@ from types import MappingProxyType
 
 from tabulate import tabulate
 
-from export.certificate import Certificate
-from export.graph import Description
-from export.metadata import Metadata, read_metadata
-from model.errors import InputError
+from expertgrid.export.certificate import Certificate
+from expertgrid.export.describe import Description
+from expertgrid.export.metadata import Metadata, read_metadata
+from expertgrid.model.system.errors import InputError
 
 JPEG_COPIES = "cifar10-jpeg"
 LISTED_CLASSES = 100

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from export.metadata import Precision, without_certificate
+from expertgrid.export.metadata import Precision, without_certificate
 
 CHANCE = 0.01  # McNemar's p-value, below which a loss of accuracy on a sample of images is not by chance
 
@@ -57,7 +57,7 @@ class Agreement(BaseModel):
 class Tried(BaseModel):
     """A way to serve the network that was timed for `expertgrid export --tune`."""
 
-    rewrites: str  # a name of `export.publish.REWRITE_SETS`
+    rewrites: str  # a name of `export.certify.REWRITE_SETS`
     precision: Precision
     provider: str
     options: str = ""  # of the engine; "" for its own way

@@ -15,11 +15,11 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from export.certificate import BOUNDS, Agreement, Certificate
-from export.metadata import AS_IT_IS, Options, Precision
-from export.session import Session, open_any, run
-from export.to_onnx import INPUT, LOGITS, NAME_SCOPES
-from model.mcnemar import mcnemar
+from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
+from expertgrid.export.mcnemar import mcnemar
+from expertgrid.export.metadata import AS_IT_IS, Options, Precision
+from expertgrid.export.session import Session, open_any, run
+from expertgrid.export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 
 BATCH = 64  # of PyTorch, and of the model on all images
 SAMPLED_BATCHES = (1, 2, 7)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.certificate import Certificate, certificate_problem
-from export.graph import Description, describe, read_onnx
-from export.metadata import Metadata, is_expertgrid_file, read_metadata
-from model.errors import InputError
+from expertgrid.export.certificate import Certificate, certificate_problem
+from expertgrid.export.describe import Description, describe, read_onnx
+from expertgrid.export.metadata import Metadata, is_expertgrid_file, read_metadata
+from expertgrid.model.system.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.errors import unknown
-from model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
+from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
+from expertgrid.model.system.errors import unknown
 
 # Speed of a block with merged kernels, relative to the unfused block, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.

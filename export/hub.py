@@ -6,7 +6,7 @@ model.safetensors    the checkpoint as it was trained
 *.onnx               the exported files, each with its certificate beside it
 
 `timm.create_model` loads it, given "hf-hub:OWNER/NAME" or "local-dir:FOLDER", and `pretrained=True`. A network of timm
-needs nothing else. A soft-expert network needs `import model`, which registers its architecture.
+needs nothing else. A soft-expert network needs `import expertgrid.model`, which registers its architecture.
 """
 
 import json
@@ -19,10 +19,10 @@ from typing import Any
 import timm
 import torch
 
-from model.checkpoint import Checkpoint
-from model.config import ModelConfig
-from model.errors import InputError, reason_of
-from model.files import make_folder, sync_folder, sync_tree, write_whole
+from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.config import ModelConfig
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.files import make_folder, sync_folder, sync_tree, write_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # What timm needs to fit a network to other images or classes.
@@ -91,7 +91,7 @@ def front_matter(checkpoint: Checkpoint, accuracy: float, images: int) -> str:
 def loading(checkpoint: Checkpoint, place: str) -> str:
     """Code that loads the folder with timm and says what it needs; `place` is what `timm.create_model` is given."""
     ours = isinstance(checkpoint.config, ModelConfig)
-    needed = ["import model  # of expertgrid; it registers the architecture"] if ours else []
+    needed = ["import expertgrid.model  # of expertgrid; it registers the architecture"] if ours else []
     lines = ["import timm", *needed, "", f"net = timm.create_model({place!r}, pretrained=True).eval()"]
     lines.append("transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))")
     return "\n".join(["```python", *lines, "```"])

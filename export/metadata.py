@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.checkpoint import Trained, parse_config
-from model.config import Network
-from model.errors import InputError, invalid
+from expertgrid.model.checkpoint import Trained, parse_config
+from expertgrid.model.config import Network
+from expertgrid.model.system.errors import InputError, invalid
 
 Input = Literal["uint8", "float"]
 Precision = Literal["fp32", "fp16", "int8", "bf16"]  # bf16: weights in fp32, computed in bf16 by the provider

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from export.metadata import AS_IT_IS, Options
-from model.errors import InputError
+from expertgrid.export.metadata import AS_IT_IS, Options
+from expertgrid.model.system.errors import InputError
 
 HINTS = {"fp32": "f32", "fp16": "f32", "int8": "f32", "bf16": "bf16"}  # what is not reduced in the file
 

@@ -26,10 +26,10 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from export.compare import onnx_logits
-from export.session import open_session
-from export.to_onnx import INPUT, NAME_SCOPES
-from model.errors import InputError, unknown
+from expertgrid.export.compare import onnx_logits
+from expertgrid.export.session import open_session
+from expertgrid.export.to_onnx import INPUT, NAME_SCOPES
+from expertgrid.model.system.errors import InputError, unknown
 
 Reduced = Literal["fp16", "int8"]
 

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 from scipy.special import softmax
 
-from export.metadata import AS_IT_IS, Metadata, read_metadata
-from export.session import open_any, open_session, run
-from export.to_onnx import INPUT, LOGITS, normalised
-from model.errors import InputError
-from model.pixels import FORMATS, TooManyPixels, fitted, opened
+from expertgrid.export.metadata import AS_IT_IS, Metadata, read_metadata
+from expertgrid.export.session import open_any, open_session, run
+from expertgrid.export.to_onnx import INPUT, LOGITS, normalised
+from expertgrid.model.pixels import FORMATS, TooManyPixels, fitted, opened
+from expertgrid.model.system.errors import InputError
 
 BATCH = 64
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.compare import pytorch_logits
-from export.to_onnx import as_input
-from model.checkpoint import Checkpoint
-from model.config import Block, Layer, Residual
-from model.errors import InputError
-from model.gates import gates, recorded_gates
-from model.net import ExpertNet, Gate
+from expertgrid.export.compare import pytorch_logits
+from expertgrid.export.to_onnx import as_input
+from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.config import Block, Layer, Residual
+from expertgrid.model.gates import gates, recorded_gates
+from expertgrid.model.net import ExpertNet, Gate
+from expertgrid.model.system.errors import InputError
 
 
 def pruned(

@@ -11,9 +11,9 @@ import onnxruntime
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
-from export.metadata import AS_IT_IS, Options
-from export.openvino import OpenVinoSession, check_openvino
-from model.errors import InputError, unknown
+from expertgrid.export.metadata import AS_IT_IS, Options
+from expertgrid.export.openvino import OpenVinoSession, check_openvino
+from expertgrid.model.system.errors import InputError, unknown
 
 Session = onnxruntime.InferenceSession | OpenVinoSession
 

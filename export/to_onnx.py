@@ -11,12 +11,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.fuse import fuse
-from export.metadata import Input, Metadata
-from model.checkpoint import Checkpoint, Trained
-from model.errors import InputError
-from model.gates import gates, recorded_gates
-from model.pixels import normalise
+from expertgrid.export.fuse import fuse
+from expertgrid.export.metadata import Input, Metadata
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.gates import gates, recorded_gates
+from expertgrid.model.pixels import normalise
+from expertgrid.model.system.errors import InputError
 
 INPUT, LOGITS, PROBABILITIES, GATES = "images", "logits", "probabilities", "gates"
 OUTPUTS = (LOGITS, PROBABILITIES, GATES)

@@ -26,13 +26,13 @@ class _AfterTimm:
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module("model.registry")
+            importlib.import_module("expertgrid.model.registry")
 
         loader.exec_module = run_and_register  # type: ignore[method-assign]  # of this loader, which has loaded no other
         return spec
 
 
 if "timm" in sys.modules:
-    importlib.import_module("model.registry")
+    importlib.import_module("expertgrid.model.registry")
 else:
     sys.meta_path.insert(0, _AfterTimm())

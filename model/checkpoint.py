@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from model.config import ModelConfig, Network, TimmModel
-from model.errors import InputError, invalid
-from model.pixels import RESIZE
-from model.registry import build
+from expertgrid.model.config import ModelConfig, Network, TimmModel
+from expertgrid.model.pixels import RESIZE
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError, invalid
 
 FORMAT = "expertgrid-2"
 

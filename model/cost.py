@@ -9,7 +9,18 @@ operations each). The cost of a `ModelConfig` is worked out from the config alon
 
 from collections.abc import Iterable
 
-from model.config import Block, Conv, GateConfig, HeadConfig, Layer, ModelConfig, Network, NormConfig, Residual, Whiten
+from expertgrid.model.config import (
+    Block,
+    Conv,
+    GateConfig,
+    HeadConfig,
+    Layer,
+    ModelConfig,
+    Network,
+    NormConfig,
+    Residual,
+    Whiten,
+)
 
 Size = tuple[int, int]  # height and width
 Cost = tuple[int, int]  # parameters and multiply-accumulates
@@ -107,7 +118,7 @@ def _counted(config: Network, height: int, width: int) -> Cost:
     import torch  # here, so that the cost of our own networks is known without it
     from torch.utils.flop_counter import FlopCounterMode
 
-    from model.registry import build
+    from expertgrid.model.registry import build
 
     with torch.device("meta"), torch.no_grad():
         net = build(config).eval()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from model.net import Gate
+from expertgrid.model.net import Gate
 
 
 def gates(net: nn.Module) -> dict[str, Gate]:

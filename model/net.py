@@ -11,7 +11,7 @@ from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from model.config import (
+from expertgrid.model.config import (
     Block,
     Conv,
     Dropout,

@@ -5,7 +5,7 @@ is ours. Unstated in all five, and chosen alike: convolutions before a batch nor
 norm with PyTorch's defaults, and weights start as `ModelConfig.init` says.
 """
 
-from model.config import (
+from expertgrid.model.config import (
     Block,
     Conv,
     Dropout,
@@ -20,7 +20,7 @@ from model.config import (
     TimmModel,
     Whiten,
 )
-from model.errors import unknown
+from expertgrid.model.system.errors import unknown
 
 
 def _of_speed_runs(layers: tuple[Layer, ...]) -> ModelConfig:

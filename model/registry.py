@@ -1,7 +1,7 @@
 """Presets as networks of timm, and networks from their configs.
 
-Importing this module registers the presets with timm. `import model` has it imported as soon as timm is there, possibly
-while `model.net` itself imports timm: so the modules are imported when a network is built.
+Importing this module registers the presets with timm. `import expertgrid.model` has it imported as soon as timm is
+there, possibly while `model.net` itself imports timm: so the modules are imported when a network is built.
 """
 
 import sys
@@ -12,14 +12,14 @@ import timm
 from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from model.config import Block, Conv, ModelConfig, Network, Whiten
-from model.errors import InputError, invalid, reason_of
-from model.presets import PRESETS
+from expertgrid.model.config import Block, Conv, ModelConfig, Network, Whiten
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.system.errors import InputError, invalid, reason_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from model.net import ExpertNet
+    from expertgrid.model.net import ExpertNet
 
 
 def build(config: Network) -> "nn.Module":
@@ -28,7 +28,7 @@ def build(config: Network) -> "nn.Module":
     Raises InputError for a network that is not registered with timm, and for one that timm does not make so.
     """
     if isinstance(config, ModelConfig):
-        from model.net import ExpertNet
+        from expertgrid.model.net import ExpertNet
 
         return ExpertNet(config)
     if not timm.is_model(config.timm):
@@ -69,7 +69,7 @@ default_cfgs = generate_default_cfgs({f"expertnet_{name}.untrained": _default_cf
 
 
 def _create(name: str, config: ModelConfig, pretrained: bool, **kwargs: Any) -> "ExpertNet":
-    from model.net import ExpertNet
+    from expertgrid.model.net import ExpertNet
 
     features = {"out_indices": tuple(range(len(config.feature_layers()))), "feature_cls": "getter"}
     return build_model_with_cfg(ExpertNet, name, pretrained, model_cfg=config, feature_cfg=features, **kwargs)

@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Residual
-from model.cost import cost
-from model.errors import InputError
+from expertgrid.model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Residual
+from expertgrid.model.cost import cost
+from expertgrid.model.system.errors import InputError
 
 GATES = {
     "linear": GateConfig(kind="linear"),

@@ -23,17 +23,17 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from ablations.cli import entry as cli
-from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
-from ablations.study import parse_study
-from ablations.training.data import ImageData, load_data
-from ablations.training.holdout import HoldOut
-from ablations.training.splits import ResidentData, Splits
-from ablations.training.trial import Epoch
-from bench import timing
-from model.checkpoint import Checkpoint, Trained
-from model.files import write_whole
-from model.registry import build
+from expertgrid.ablations.cli import entry as cli
+from expertgrid.ablations.records.directory import Environment, Failure, Predictions, Record, StudyDirectory
+from expertgrid.ablations.study.study import parse_study
+from expertgrid.bench import timing
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.registry import build
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.training.data import ImageData, load_data
+from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.splits import ResidentData, Splits
+from expertgrid.model.training.trial import Epoch
 
 REPOSITORY = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

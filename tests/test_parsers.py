@@ -24,26 +24,25 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ablations.cells import find_cell, groups
-from ablations.cli import options
-from ablations.results.evidence import read_evidence
-from ablations.study import Base, Study, changed_recipe, load_study, parse_study
-from ablations.training import optimise, policies  # noqa: F401  # imported now, so that no input's time has it
-from ablations.training.data import SOURCES, ImageData, load_data
-from ablations.training.recipe import RECIPES, Recipe
-from bench.engines import engines
-from bench.latency import random_images
-from export.certificate import certificate_problem
-from export.graph import describe, read_onnx
-from export.picture import draw
-from export.predict import predict, read_pixels
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained, load
-from model.config import Block, Conv, ModelConfig
-from model.errors import InputError
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import VARIANTS
+from expertgrid.ablations.cli import options
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.study.cells import find_cell, groups
+from expertgrid.ablations.study.study import Base, Study, changed_recipe, load_study, parse_study
+from expertgrid.bench.engines import engines
+from expertgrid.bench.latency import random_images
+from expertgrid.export.certificate import certificate_problem
+from expertgrid.export.describe import describe, read_onnx
+from expertgrid.export.predict import predict, read_pixels
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained, load
+from expertgrid.model.config import Block, Conv, ModelConfig
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training import optimise, policies  # noqa: F401  # imported now, so that no input's time has it
+from expertgrid.model.training.data import SOURCES, ImageData, load_data
+from expertgrid.model.training.recipe import RECIPES, Recipe
+from expertgrid.model.variants import VARIANTS
 
 RUNS = pytest.mark.parametrize(
     "cases", [200, pytest.param(int(os.environ.get("PARSER_CASES", "10000")), marks=pytest.mark.nightly, id="nightly")]
@@ -284,7 +283,6 @@ def test_onnx_files(cases, tmp_path):
         file.write_bytes(content)
         model = read_onnx(file)
         describe(model, "model.onnx")
-        draw(model)
         certificate_problem(model, file)
         try:
             predict(model, "model.onnx", [tmp_path / "image.png"])

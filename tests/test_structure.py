@@ -1,6 +1,7 @@
 """The rules that the source keeps: who imports whom, and what the README promises."""
 
 import ast
+import graphlib
 import importlib
 import importlib.util
 import itertools
@@ -14,47 +15,28 @@ import pytest
 import typer
 from conftest import REPOSITORY
 
-from ablations.cli.app import app
+from expertgrid.ablations.cli.app import app
 
-PACKAGES = ("model", "export", "ablations", "bench")
-SOURCES = [path for package in PACKAGES for path in sorted((REPOSITORY / package).rglob("*.py"))]
+FOLDERS = ("model", "export", "bench", "ablations")  # a line: each may import itself and those before it
+SOURCES = [path for folder in FOLDERS for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 
-# Each step with the modules on it, from the lowest. A step imports itself and the steps that are named for it.
-STEPS = {
-    "model": ("model",),
-    "export": ("export",),
-    "training": ("ablations.training",),
-    "study": ("ablations.cells", "ablations.study", "ablations.records"),
-    "results": ("ablations.results",),
-    "engines": (
-        "ablations.events",
-        "ablations.engines",
-        "ablations.isolation",
-        "ablations.gpu_sharing",
-        "ablations.preloaded",
-        "ablations.scheduling",
-        "ablations.ray_engine",
-        "ablations.racing",
-        "ablations.rerun",
-        "ablations.verify",
-        "ablations.progress",
-        "ablations.check",
-        "ablations.clean",
-        "ablations.disk",
-        "ablations.trackers",
-    ),
-    "bench": ("bench",),
-    "cli": ("ablations.cli", "ablations.__main__"),
-}
-MAY_IMPORT = {
-    "model": {"model"},
-    "export": {"export", "model"},
-    "training": {"training", "model"},
-    "study": {"study", "training", "model"},
-    "results": {"results", "study", "training", "model"},
-    "engines": {"engines", "results", "study", "training", "export", "model"},
-    "bench": set(STEPS) - {"cli"},
-    "cli": set(STEPS),
+# Within a folder of the line: each folder in it may import itself, and those that are named for it.
+WITHIN = {
+    "model": {
+        "system": (),
+        "": ("system", "training"),  # the files that lie in `model` itself
+        "fast": ("", "system"),
+        "training": ("", "fast", "system"),
+    },
+    "ablations": {
+        "study": (),
+        "records": ("study",),
+        "engines": ("records", "study"),
+        "results": ("records", "study"),
+        "speed": ("engines", "results", "records", "study"),
+        "trackers": ("results", "engines", "records", "study"),
+        "cli": ("trackers", "speed", "results", "engines", "records", "study"),
+    },
 }
 COMMANDS = typer.main.get_command(app).commands
 AT_ONCE = (
@@ -66,18 +48,13 @@ AT_ONCE = (
 )  # files of the command line that are imported for help and errors
 
 
-def step_of(module: str) -> str | None:
-    """The step that a module is on, None for a package that is none: `ablations` itself, whose file is empty."""
-    for step, places in STEPS.items():
-        if any(module == place or module.startswith(f"{place}.") for place in places):
-            return step
-    assert module == "ablations", f"{module}: on no step"
-    return None
-
-
 def is_module(name: str) -> bool:
-    place = REPOSITORY.joinpath(*name.split("."))
-    return place.with_suffix(".py").is_file() or (place.is_dir() and name.split(".")[0] in PACKAGES)
+    place = REPOSITORY.joinpath("src", *name.split("."))
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] == "expertgrid"
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -85,16 +62,16 @@ def imported(tree: ast.AST) -> Iterator[str]:
     prose = {id(node.body[0].value) for node in ast.walk(tree) if _has_docstring(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in PACKAGES)
+            yield from (alias.name for alias in node.names if is_ours(alias.name))
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            if node.module.split(".")[0] in PACKAGES:
+            if is_ours(node.module):
                 full = [f"{node.module}.{alias.name}" for alias in node.names]
                 yield from (name if is_module(name) else node.module for name in full)
         elif isinstance(node, ast.List | ast.Tuple):
             yield from _called(node.elts)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (word for word in _texts(node.args) if word.split(".")[0] in PACKAGES)
+            yield from filter(is_ours, _texts(node.args))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             yield from _in_text(node.value)
 
@@ -109,49 +86,69 @@ def _texts(nodes: list[ast.expr]) -> list[str]:
 
 
 def _called(elements: list[ast.expr]) -> Iterator[str]:
-    """What a command, as a list of words, runs: `-m` and a module, or the command line itself."""
+    """What a command, as a list of words, runs: the command line, which is the last folder."""
     words = _texts(elements)
-    yield from (word for flag, word in zip(words, words[1:]) if flag == "-m" and word.split(".")[0] in PACKAGES)
     if words[:1] == ["expertgrid"] and words[1:2] and words[1] in COMMANDS:
-        yield "ablations.cli"
+        yield "expertgrid.ablations.cli"
+    yield from (word for flag, word in zip(words, words[1:]) if flag == "-m" and is_ours(word))
 
 
 def _in_text(text: str) -> Iterator[str]:
     """Modules in a string: a dotted name that is one, code that imports, a shell's command."""
-    if re.fullmatch(r"\w+(\.\w+)+", text) and text.split(".")[0] in PACKAGES and is_module(text):
+    if re.fullmatch(r"\w+(\.\w+)+", text) and is_ours(text) and is_module(text):
         yield text
-    found = re.findall(r"(?:^|[\n;])\s*(?:from|import)\s+([\w.]+)|(?:^|\s)-m\s+([\w.]+)", text)
-    yield from (name for pair in found for name in pair if name.split(".")[0] in PACKAGES)
+    matches = re.findall(r"(?:^|[\n;])\s*(?:from|import)\s+([\w.]+)|(?:^|\s)-m\s+([\w.]+)", text)
+    yield from (name for pair in matches for name in pair if is_ours(name))
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    parts = ("expertgrid", *path.relative_to(REPOSITORY).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def rooms(module: str) -> tuple[str, str]:
+    """The folder of the line that a module is in, and the folder in that: "" for a file in the first itself.
+
+    The front and the command's start, `expertgrid` and `expertgrid.__main__`, belong to the end of the line.
+    """
+    parts = module.split(".")[1:]
+    if parts[:1] in ([], ["__main__"]):
+        return "ablations", "cli"
+    inner = parts[1] if len(parts) > 1 and parts[1] in WITHIN.get(parts[0], ()) else ""
+    return parts[0], inner
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_no_step_imports_a_higher_one(path):
-    step = step_of(module_of(path))
-    found = {module: step_of(module) for module in imported(ast.parse(path.read_text()))}
-    if step is None:
-        assert not found
-        return
-    wrong = {module: other for module, other in found.items() if other and other not in MAY_IMPORT[step]}
-    assert not wrong, f"{path.relative_to(REPOSITORY)} is on the step {step}"
+def test_no_folder_imports_a_later_one(path):
+    outer, inner = rooms(module_of(path))
+    for module in imported(ast.parse(path.read_text())):
+        to, inner_to = rooms(module)
+        assert FOLDERS.index(to) <= FOLDERS.index(outer), f"{path}: imports {module}"
+        if to == outer and to in WITHIN and module != f"expertgrid.{to}":
+            assert inner_to in (inner, *WITHIN[to][inner]), f"{path}: imports {module}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """At the top level of a module or in a function."""
+    graph = {module_of(path): set(imported(ast.parse(path.read_text()))) for path in SOURCES}
+    ours = {
+        module: {other for other in others if other in graph and other != module} for module, others in graph.items()
+    }
+    graphlib.TopologicalSorter(ours).prepare()  # which raises CycleError
 
 
 @pytest.mark.parametrize(
     ("code", "module"),
     [
-        ("def f():\n    from bench.latency import measure", "bench.latency"),
-        ("from ablations import records, racing", "ablations.racing"),
-        ("import ablations.cli.app as app", "ablations.cli.app"),
-        ("subprocess.run([sys.executable, '-m', 'ablations', 'run'])", "ablations"),
-        ("CODE = 'import sys; from ablations.cli.entry import main'", "ablations.cli.entry"),
-        ("run(f'{python} -m bench.gpu --size {size}', shell=True)", "bench.gpu"),
-        ("subprocess.run(('expertgrid', 'run', study))", "ablations.cli"),
-        ("importlib.import_module('bench')", "bench"),
-        ("PIECES = {'step': 'bench.step'}", "bench.step"),
+        ("def f():\n    from expertgrid.bench.latency import measure", "expertgrid.bench.latency"),
+        ("from expertgrid.ablations.records import directory, plan", "expertgrid.ablations.records.directory"),
+        ("import expertgrid.ablations.cli.app as app", "expertgrid.ablations.cli.app"),
+        ("subprocess.run([sys.executable, '-m', 'expertgrid', 'run'])", "expertgrid"),
+        ("CODE = 'import sys; from expertgrid.bench.host import Host'", "expertgrid.bench.host"),
+        ("run(f'{python} -m expertgrid --size {size}', shell=True)", "expertgrid"),
+        ("subprocess.run(('expertgrid', 'run', study))", "expertgrid.ablations.cli"),
+        ("importlib.import_module('expertgrid.bench')", "expertgrid.bench"),
+        ("PIECES = {'step': 'expertgrid.bench.timing'}", "expertgrid.bench.timing"),
     ],
 )
 def test_each_way_to_import_is_seen(code, module):
@@ -160,9 +157,9 @@ def test_each_way_to_import_is_seen(code, module):
 
 def test_prose_and_folders_are_no_imports():
     lines = [
-        '"""See bench.step, or python -m bench.gpu."""',
+        '"""See expertgrid.bench.step, or python -m bench.gpu."""',
         'place = study / "bench"',
-        'note = "the model bench.step"',
+        'note = "the model expertgrid.bench.step"',
     ]
     code = "\n".join([*lines, 'packages = ("expertgrid", "torch")'])
     assert set(imported(ast.parse(code))) == set()
@@ -177,23 +174,23 @@ def test_the_door_imports_nothing_that_takes_long(name):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {module for module in found if module.split(".")[0] in PACKAGES}
-    others = {module.split(".")[0] for module in found - ours}
+    ours = {module.removeprefix("expertgrid.") for module in found if is_ours(module)}
+    others = {module.split(".")[0] for module in found if not is_ours(module)}
     assert ours <= {
         "ablations.cli.interrupt",
         "ablations.cli.interrupt.INTERRUPTED",
         "ablations.cli.options",
-        "model.errors.InputError",
-        "model.errors.unknown",
-        "model.files.write_whole",
+        "model.system.errors.InputError",
+        "model.system.errors.unknown",
+        "model.system.files.write_whole",
     }
     assert others - set(sys.stdlib_module_names) <= {"app": {"typer"}, "terminal": {"rich"}}.get(name, set())
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_module_is_imported(package):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_module_is_imported(folder):
     """With the versions that are installed: `.ci/run` has the lowest that are allowed, too."""
-    for path in (path for path in SOURCES if path.parts[len(REPOSITORY.parts)] == package):
+    for path in (path for path in SOURCES if path.parts[len(REPOSITORY.parts)] == folder):
         if path.name != "kernels.py" or importlib.util.find_spec("triton"):
             importlib.import_module(module_of(path))
 
@@ -212,7 +209,7 @@ def test_every_import_is_a_declared_dependency():
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for module in {module.split(".")[0] for module in modules} - set(PACKAGES) - set(sys.stdlib_module_names):
+            for module in {module.split(".")[0] for module in modules} - {"expertgrid"} - set(sys.stdlib_module_names):
                 assert names.get(module, module) in declared, f"{path}: {module}"
 
 

@@ -19,16 +19,16 @@ import pytest
 from conftest import REPOSITORY, write_study
 from PIL import Image
 
-from ablations.records import StudyDirectory
-from ablations.results.evidence import read_evidence
-from ablations.results.rendering import render
-from ablations.study import parse_study
-from ablations.training import data
-from ablations.training.data import load_data
-from export.graph import describe, read_onnx
-from export.predict import read_pixels
-from model.errors import InputError
-from model.pixels import LARGEST_IMAGE
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.study.study import parse_study
+from expertgrid.export.describe import describe, read_onnx
+from expertgrid.export.predict import read_pixels
+from expertgrid.model.pixels import LARGEST_IMAGE
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import render
+from expertgrid.model.training import data
+from expertgrid.model.training.data import load_data
 
 # --- Nothing runs ---
 
@@ -318,8 +318,8 @@ def study_that_says(words: str, place: Path, digits) -> Path:
 
 def test_a_report_shows_text_as_text(tmp_path, digits):
     """The same page as of plain words, tag by tag: none comes from a question, a claim, a name or a record."""
-    from ablations.results import report
-    from ablations.results.findings import read_findings
+    from expertgrid.ablations.results.report import report
+    from expertgrid.ablations.results.report.findings import read_findings
 
     pages = {}
     for words in ("plain", TAG):
@@ -351,7 +351,7 @@ def test_a_picture_shows_text_as_text(tmp_path, digits):
     """SVG: the parts of a picture are those of plain words, and `$` begins no formula."""
     from xml.etree import ElementTree
 
-    from ablations.results.plots import accuracy_plot
+    from expertgrid.ablations.results.report.plots import accuracy_plot
 
     for words in (TAG, "$\\frac{$", "]]> <!-- &lt;"):
         (tmp_path / str(len(words))).mkdir()

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ablations.cli import options
-from model.errors import InputError
+from expertgrid.ablations.cli import options
+from expertgrid.model.system.errors import InputError
 
 
 class Grouped(TyperGroup):
@@ -157,10 +157,10 @@ def run(
     network is exported and timed, and a report is written. A race begins with the study's seeds.
     """
     settings = options.settings(set_ or [])
-    from ablations.cli.terminal import starting, status
+    from expertgrid.ablations.cli.terminal import starting, status
 
     with status("starting"):
-        from ablations.cli import plan, sources
+        from expertgrid.ablations.cli import plan, sources
     if trial_timeout is not None and not isolate:
         raise InputError(f"--trial-timeout {trial_timeout:g}: needs a process apart; it does not go with --no-isolate")
     if jobs not in ("auto", "1") and not isolate:
@@ -176,19 +176,19 @@ def run(
     with ExitStack() as resources:
         if engine == "ray":
             with status("starting Ray"):
-                from ablations.ray_engine import ray_engine
+                from expertgrid.ablations.engines.ray import ray_engine
 
                 needs = cpus_per_trial or 1, gpus_per_trial
                 trainer = resources.enter_context(ray_engine(address or "auto", *needs, device, modules or []))
         elif isolate:
-            from ablations.isolation import isolated, jobs_for
+            from expertgrid.ablations.engines.isolation import isolated, jobs_for
 
             trainer = resources.enter_context(isolated(wanted or jobs_for(device), device))  # imports PyTorch beside
         else:
             trainer = None
         with starting():
-            from ablations.cli.run import How, train_and_show
-            from model.fast.execution import ExecutionOptions
+            from expertgrid.ablations.cli.run import How, train_and_show
+            from expertgrid.model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(
             device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
@@ -196,7 +196,7 @@ def run(
         if study is not None:
             return train_and_show(asked, data_dir, how)
         with starting():
-            from ablations.cli.quickstart import quickstart
+            from expertgrid.ablations.cli.quickstart import quickstart
         return quickstart(asked, data_dir, how)
 
 
@@ -214,10 +214,10 @@ def rerun(
 
     The record stays as it is. The ledger gets a line, because the test split is read once more.
     """
-    from ablations.cli.terminal import status
+    from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
-        from ablations.cli.rerun import rerun
+        from expertgrid.ablations.cli.rerun import rerun
     return rerun(directory, trial, data, data_dir, device, modules or [], format)
 
 
@@ -234,10 +234,10 @@ def table(
     peek: Annotated[bool, typer.Option("--peek", help="What the best epoch and seed would claim.")] = False,
 ) -> int:
     """Print the table of one study or several."""
-    from ablations.cli.terminal import status
+    from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
-        from ablations.cli import results
+        from expertgrid.ablations.cli import results
     return results.table(directories, format, by, contrast, peek)
 
 
@@ -255,11 +255,11 @@ def report(
 
     The page needs no other file. The best network is run on the validation images; the test split is not read.
     """
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.results import report
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.results import report
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     return report(directory, out, format, data_dir)
 
@@ -277,10 +277,10 @@ def track(
     gets in DIR/tensorboard, DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for
     the contact sheets.
     """
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.track import track
+        from expertgrid.ablations.cli.track import track
     return track(directory, to, data, data_dir)
 
 
@@ -290,11 +290,11 @@ def verify(directory: StudyDir, modules: Import = None) -> int:
 
     They are computed again from what is kept beside them. Each that differs is named.
     """
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.results import verify
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.results import verify
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     return verify(directory)
 
@@ -309,10 +309,10 @@ def check(
     Each file that is missing or damaged gets a line: what is wrong, and what to do. After --repair the command that
     trained the study trains just the trials that were moved. Nothing is deleted.
     """
-    from ablations.cli.terminal import status
+    from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
-        from ablations.cli.files import check
+        from expertgrid.ablations.cli.files import check
     return check(directory, repair)
 
 
@@ -327,10 +327,10 @@ def clean(
     The list is shown first, with sizes: what crashes left, the states of trainings that are finished, and what
     `check --repair` moved away. Records, weights, exports and the states of unfinished trainings stay.
     """
-    from ablations.cli.terminal import status
+    from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
-        from ablations.cli.files import clean
+        from expertgrid.ablations.cli.files import clean
     return clean(directory, yes, trials)
 
 
@@ -393,11 +393,11 @@ def export(
         raise InputError("--batch: is for --tune; other files run at any batch size")
     if (precision == "bf16") != (providers == ["openvino"]) and "bf16" in (precision, *providers):
         raise InputError("--precision bf16: is computed by OpenVINO alone; add --provider openvino")
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.export import export
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.export import export
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     tuned_for = batch or 1 if tune else None
     return export(source, input, precision, wanted, fuse, prune_gates, providers, tuned_for, out, data, data_dir)
@@ -422,11 +422,11 @@ def publish(
     """
     if options.hub_repository(target) is None and private:
         raise InputError("--private: is for hf-hub:OWNER/NAME; a folder is not uploaded")
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.hub import publish
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.hub import publish
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     return publish(directory, target, private, data, data_dir)
 
@@ -445,30 +445,27 @@ def predict(
     format: Format = "text",
 ) -> int:
     """Classify images with an exported network."""
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.export import predict
+        from expertgrid.ablations.cli.export import predict
     return predict(file, images, top, provider, format)
 
 
 @app.command("show-model", rich_help_panel=NETWORKS)
 def show_model(
     file: OnnxFile,
-    picture: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.svg", help="Draw the graph, too.", callback=options.file_named("--picture", ".svg")),
-    ] = None,
 ) -> int:
     """Describe an ONNX file.
 
-    Its input, outputs, operators, size, multiply-accumulates and metadata.
+    Its input, outputs, operators, size, multiply-accumulates and metadata. Netron (netron.app) opens the file and draws
+    its graph.
     """
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.export import show_model
-    return show_model(file, picture)
+        from expertgrid.ablations.cli.export import show_model
+    return show_model(file)
 
 
 @app.command(rich_help_panel=SPEED)
@@ -573,11 +570,11 @@ def bench(
     if study and (json is not None or baseline is not None):
         option = "--json" if json is not None else "--baseline"
         raise InputError(f"{option}: is for one file; the records of a study's cells are kept in {study / 'bench'}")
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.bench import Against, bench, bench_cells, bench_scenario
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.bench import Against, bench, bench_cells, bench_scenario
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     if scenario is not None:
         return bench_scenario(files, scenario, provider, engines, seconds, bound_ms or 10.0, format)
@@ -623,12 +620,12 @@ def bench_train(
         raise InputError("--batch: a study's recipes have the batch sizes")
     if not of_study and (data is not None or data_dir is not None):
         raise InputError("--data: is for a study directory; a model is trained on random images")
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.bench import bench_study, bench_train
-        from ablations.cli.sources import import_modules
-        from model.fast.execution import ExecutionOptions
+        from expertgrid.ablations.cli.bench import bench_study, bench_train
+        from expertgrid.ablations.cli.sources import import_modules
+        from expertgrid.model.fast.execution import ExecutionOptions
     import_modules(modules or [])
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
@@ -645,11 +642,11 @@ def list_(
     """List models, recipes, studies or data."""
     if modules and what != "models":
         raise InputError(f"--import {modules[0]}: is for the list of models; {what} were asked for")
-    from ablations.cli.terminal import status
+    from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
-        from ablations.cli.lists import list_
-        from ablations.cli.sources import import_modules
+        from expertgrid.ablations.cli.lists import list_
+        from expertgrid.ablations.cli.sources import import_modules
     import_modules(modules or [])
     return list_(what, modules or [], format)
 
@@ -672,8 +669,8 @@ def show_augment(
     Train images are shown as the network gets them in several epochs, each beside its original.
     """
     settings = options.settings(set_ or [])
-    from ablations.cli.terminal import starting
+    from expertgrid.ablations.cli.terminal import starting
 
     with starting():
-        from ablations.cli.augment import show_augment
+        from expertgrid.ablations.cli.augment import show_augment
     return show_augment(recipe, out, data, data_dir, settings, seed, images)

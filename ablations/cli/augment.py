@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ablations.cli.options import write_out
-from ablations.cli.sources import read_data
-from ablations.study import Level, changed_recipe
-from ablations.training.contact_sheet import as_png, contact_sheet
+from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.study.study import Level, changed_recipe
+from expertgrid.model.training.contact_sheet import as_png, contact_sheet
 
 
 def show_augment(

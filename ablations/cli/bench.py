@@ -6,25 +6,26 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ablations.cli.devices import device
-from ablations.cli.options import write_out
-from ablations.cli.sources import read_data
-from ablations.cli.terminal import console, status
-from ablations.records import StudyDirectory
-from ablations.results.rendering import Format, render
-from ablations.results.rows import read_results
-from bench import scenarios, training
-from bench.apart import Begin
-from bench.cell_latency import by_cell, measure_latencies, write_latencies
-from bench.cells import measure_cells
-from bench.engines import USUAL
-from bench.latency import check_comparable, measure, notes, read_latency, rows, with_baseline, with_first
-from bench.peers import peers_of
-from bench.scenarios import Scenario
-from bench.training import measure_training
-from export.graph import Description, describe, read_onnx
-from model.fast.execution import ExecutionOptions
-from model.files import write_whole
+from expertgrid.ablations.cli.devices import device
+from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.rows import read_results
+from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
+from expertgrid.ablations.speed.training import measure_cells
+from expertgrid.bench import scenarios, training
+from expertgrid.bench.apart import Begin
+from expertgrid.bench.engines import USUAL
+from expertgrid.bench.latency import check_comparable, measure, notes, rows, with_baseline, with_first
+from expertgrid.bench.peers import peers_of
+from expertgrid.bench.record import read_latency
+from expertgrid.bench.scenarios import Scenario
+from expertgrid.bench.training import measure_training
+from expertgrid.export.describe import Description, describe, read_onnx
+from expertgrid.model.fast.execution import ExecutionOptions
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.text import Format, render
 
 PEERS_NOTE = (
     "Peers: untrained networks of timm for the same images and classes, in fp32, RepVGG in its deployed form. Their "

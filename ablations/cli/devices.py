@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ablations.cli.terminal import console
-from model.errors import unknown
-from model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.ablations.cli.terminal import console
+from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.model.system.errors import unknown
 
 
 def device(name: str) -> torch.device:

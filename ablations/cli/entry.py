@@ -8,8 +8,8 @@ import os
 import shlex
 import sys
 
-from ablations.cli import interrupt
-from ablations.cli.interrupt import INTERRUPTED
+from expertgrid.ablations.cli import interrupt
+from expertgrid.ablations.cli.interrupt import INTERRUPTED
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def _run(arguments: list[str]) -> int:
     """
     import typer
 
-    from ablations.cli.app import app
-    from model.errors import InputError
+    from expertgrid.ablations.cli.app import app
+    from expertgrid.model.system.errors import InputError
 
     try:
         return app(arguments, standalone_mode=False)
@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _in_words(error: OSError) -> str:
-    from model.files import disk_full
+    from expertgrid.model.system.files import disk_full
 
     if not disk_full(error):
         return str(error)

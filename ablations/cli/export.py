@@ -6,30 +6,29 @@ from typing import Literal
 
 import torch
 
-from ablations.cli.options import check_can_be_written, write_out
-from ablations.cli.sources import read_data
-from ablations.cli.terminal import status
-from ablations.records import StudyDirectory, read_record
-from ablations.results.rendering import Format, render, shown
-from ablations.results.rows import Row, best_record, best_row, read_results
-from ablations.results.tables import columns
-from ablations.training.data import ImageData
-from ablations.training.splits import ResidentData
-from ablations.training.trial import Trial
-from bench.tune import rows as tuning_rows
-from bench.tune import tune
-from export.card import card
-from export.graph import describe, read_onnx
-from export.metadata import Input, Precision
-from export.picture import draw
-from export.precision import PrecisionError
-from export.predict import predict as predict_images
-from export.prune import pruned
-from export.publish import DEFAULT_REWRITES, Images, Published, Reference, publish
-from export.session import check_provider
-from model.checkpoint import Checkpoint, load
-from model.errors import InputError
-from model.files import write_whole
+from expertgrid.ablations.cli.options import check_can_be_written
+from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.cli.terminal import status
+from expertgrid.ablations.records.directory import StudyDirectory, read_record
+from expertgrid.ablations.results.rows import Row, best_record, best_row, read_results
+from expertgrid.ablations.results.tables.tables import columns
+from expertgrid.bench.tune import rows as tuning_rows
+from expertgrid.bench.tune import tune
+from expertgrid.export.card import card
+from expertgrid.export.certify import DEFAULT_REWRITES, Images, Published, Reference, publish
+from expertgrid.export.describe import describe, read_onnx
+from expertgrid.export.metadata import Input, Precision
+from expertgrid.export.precision import PrecisionError
+from expertgrid.export.predict import predict as predict_images
+from expertgrid.export.prune import pruned
+from expertgrid.export.session import check_provider
+from expertgrid.model.checkpoint import Checkpoint, load
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.text import Format, render, shown
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.training.trial import Trial
 
 
 def export(
@@ -166,10 +165,7 @@ def predict(file: Path, images: Sequence[Path], top: int, provider: str | None, 
     return 0
 
 
-def show_model(file: Path, picture: Path | None) -> int:
-    """Prints what an ONNX file is, and draws its graph."""
-    model = read_onnx(file)
-    print(describe(model, str(file)))
-    if picture is not None:
-        write_out("--picture", picture, draw(model, str(file)))
+def show_model(file: Path) -> int:
+    """Prints what an ONNX file is."""
+    print(describe(read_onnx(file), str(file)))
     return 0

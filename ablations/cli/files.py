@@ -4,10 +4,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ablations.check import Found, check_files, repair
-from ablations.clean import needless, remove
-from ablations.disk import in_words
-from ablations.records import StudyDirectory
+from expertgrid.ablations.records.check import Found, check_files, repair
+from expertgrid.ablations.records.clean import needless, remove
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.disk import in_words
 
 
 def check(path: Path, repairs: bool) -> int:

@@ -3,21 +3,21 @@
 import tempfile
 from pathlib import Path
 
-from ablations.cli.export import best_checkpoint, export
-from ablations.cli.options import hub_repository
-from ablations.cli.terminal import status
-from ablations.records import Record, StudyDirectory, read_record
-from ablations.results.answer import answer
-from ablations.results.evidence import read_evidence
-from ablations.results.rendering import render_tables, shown
-from ablations.results.rows import Row
-from ablations.results.tables import columns, study_tables
-from ablations.training.trial import Trial
-from export.card import card, escaped
-from export.exported import Exported, exported_files
-from export.hub import check_free, front_matter, loading, upload, write_folder
-from model.checkpoint import Checkpoint, load
-from model.errors import InputError
+from expertgrid.ablations.cli.export import best_checkpoint, export
+from expertgrid.ablations.cli.options import hub_repository
+from expertgrid.ablations.cli.terminal import status
+from expertgrid.ablations.records.directory import Record, StudyDirectory, read_record
+from expertgrid.ablations.results.answer import answer
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.rows import Row
+from expertgrid.ablations.results.tables.tables import columns, study_tables
+from expertgrid.export.card import card, escaped
+from expertgrid.export.exported import Exported, exported_files
+from expertgrid.export.hub import check_free, front_matter, loading, upload, write_folder
+from expertgrid.model.checkpoint import Checkpoint, load
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import render_tables, shown
+from expertgrid.model.training.trial import Trial
 
 
 def publish(directory: Path, target: str, private: bool, data: str | None, data_dir: Path | None) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ablations.results.rendering import Format, render
+from expertgrid.model.system.text import Format, render
 
 
 def list_(what: str, modules: Sequence[str], format: Format) -> int:
@@ -13,8 +13,8 @@ def list_(what: str, modules: Sequence[str], format: Format) -> int:
 
 
 def _models(modules: Sequence[str]) -> list[dict[str, object]]:
-    from model.cost import cost
-    from model.presets import PRESETS
+    from expertgrid.model.cost import cost
+    from expertgrid.model.presets import PRESETS
 
     rows: list[dict[str, object]] = []
     for name, config in PRESETS.items():
@@ -36,10 +36,10 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
     from timm import list_models
     from timm.models import model_entrypoint
 
-    from ablations.study import check_fit
-    from model.cost import cost
-    from model.errors import InputError
-    from model.presets import network
+    from expertgrid.model.cost import cost
+    from expertgrid.model.fit import check_fit
+    from expertgrid.model.presets import network
+    from expertgrid.model.system.errors import InputError
 
     rows: list[dict[str, object]] = []
     for name in list_models():
@@ -57,7 +57,7 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
 
 
 def _recipes() -> list[dict[str, object]]:
-    from ablations.training.recipe import RECIPES
+    from expertgrid.model.training.recipe import RECIPES
 
     fields = ("epochs", "batch_size", "opt", "lr", "weight_decay", "sched", "hflip", "crop_padding", "cutout")
     return [
@@ -66,7 +66,7 @@ def _recipes() -> list[dict[str, object]]:
 
 
 def _studies() -> list[dict[str, object]]:
-    from ablations.study import load_study, shipped_studies
+    from expertgrid.ablations.study.study import load_study, shipped_studies
 
     studies = [load_study(name) for name in shipped_studies()]
     return [
@@ -76,6 +76,6 @@ def _studies() -> list[dict[str, object]]:
 
 
 def _sources() -> list[dict[str, object]]:
-    from ablations.training.data import SOURCES
+    from expertgrid.model.training.data import SOURCES
 
     return [{"data": source, "what": what} for source, what in SOURCES.items()]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import InputError, unknown
-from model.files import write_whole
+from expertgrid.model.system.errors import InputError, unknown
+from expertgrid.model.system.files import write_whole
 
 HUB = "hf-hub:"
 LARGEST_BATCH = 65_536

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ablations.cli.sources import read_data
-from ablations.records import Race, StudyDirectory
-from ablations.study import Cell, Level, Study, level_name, load_study
-from ablations.training.data import ImageData
-from ablations.training.holdout import HoldOut
-from model.errors import InputError
+from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.records.directory import Race, StudyDirectory
+from expertgrid.ablations.study.study import Cell, Level, Study, level_name, load_study
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.holdout import HoldOut
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ def ask(
 ) -> Asked:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
     changed = load_study(study).change(seeds, data, settings, first_seed)
-    from ablations import racing  # a wrong name of a study is an error before its statistics are imported
+    from expertgrid.ablations.results import (
+        racing,  # a wrong name of a study is an error before its statistics are imported
+    )
 
     racing.check_options(until, max_seeds, changed)
     directory = StudyDirectory(out or Path("runs") / changed.name)
@@ -66,7 +68,7 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
     cells = study.change(seeds=asked.last_seed).cells(data)
     race = None
     if asked.last_seed is not None:
-        from ablations import racing
+        from expertgrid.ablations.results import racing
 
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
@@ -79,10 +81,10 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
 
 def plan_table(plan: Plan) -> str:
     """The cells with their costs, for a person to read before the training."""
-    from ablations.results.evidence import foresee
-    from ablations.results.rendering import render
-    from ablations.results.tables import plan_lines
-    from model.cost import cost
+    from expertgrid.ablations.results.evidence import foresee
+    from expertgrid.ablations.results.tables.tables import plan_lines
+    from expertgrid.model.cost import cost
+    from expertgrid.model.system.text import render
 
     rows: list[dict[str, object]] = []
     for cell in plan.cells:

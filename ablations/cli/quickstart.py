@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ablations.cli import bench, export, results, run
-from ablations.cli.plan import Asked
-from ablations.cli.track import tracked
+from expertgrid.ablations.cli import bench, export, results, run
+from expertgrid.ablations.cli.plan import Asked
+from expertgrid.ablations.cli.track import tracked
 
 # Of each file. The intervals are wider than those of `bench`, and nobody waits for them.
 BATCHES, MEASURE_S, OPENINGS = (1, 64), 0.3, 3

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 
-from ablations.cli.sources import import_modules, read_data
-from ablations.cli.terminal import starting, status
-from ablations.records import Record, StudyDirectory
-from ablations.results.rendering import Format, render
-from ablations.training.trial import Trial
-from model.errors import InputError
+from expertgrid.ablations.cli.sources import import_modules, read_data
+from expertgrid.ablations.cli.terminal import starting, status
+from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import Format, render
+from expertgrid.model.training.trial import Trial
 
 
 def rerun(
@@ -26,9 +26,9 @@ def rerun(
     study = StudyDirectory(directory)
     trial, record = _finished_trial(study, trial_id)
     with starting():
-        from ablations.cli.devices import device
-        from ablations.rerun import train_again
-        from ablations.training.splits import ResidentData
+        from expertgrid.ablations.cli.devices import device
+        from expertgrid.ablations.engines.rerun import train_again
+        from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
     on = device(device_name)
     images = read_data(data or trial.source, data_dir, study.plan.image_size)

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablations.cli.options import write_out
-from ablations.cli.terminal import starting, status
-from ablations.records import StudyDirectory
-from ablations.results import tables
-from ablations.results.evidence import compare, marginals, read_evidence
-from ablations.results.rendering import Format, render_tables
-from ablations.results.rows import read_results, study_name
-from model.errors import InputError
+from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.terminal import starting, status
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.evidence import compare, marginals, read_evidence
+from expertgrid.ablations.results.rows import read_results, study_name
+from expertgrid.ablations.results.tables import tables
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import Format, render_tables
 
 
 def table(
@@ -60,7 +60,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
     with starting():
-        from ablations.results import findings, report
+        from expertgrid.ablations.results.report import findings, report
     with status("reading the study; its best network predicts the validation images"):
         found = findings.read_findings(StudyDirectory(directory), data_dir)
     with status("drawing"):
@@ -78,9 +78,9 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
 def verify(directory: Path) -> int:
     """Prints each number and file of a study that does not fit the others; 1 where there is one."""
     with starting():
-        from ablations.verify import check_study
-        from export.certificate import certificate_problem
-        from export.graph import read_onnx
+        from expertgrid.ablations.results.verify import check_study
+        from expertgrid.export.certificate import certificate_problem
+        from expertgrid.export.describe import read_onnx
     with status("recomputing the numbers of the study"):
         found = check_study(StudyDirectory(directory))
         files = sorted((directory / "export").glob("*.onnx"))

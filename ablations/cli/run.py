@@ -8,34 +8,34 @@ from pathlib import Path
 
 import torch
 
-from ablations import racing
-from ablations.cli import interrupt
-from ablations.cli.devices import device, usable
-from ablations.cli.plan import Asked, plan
-from ablations.cli.sources import import_modules
-from ablations.cli.terminal import console, status
-from ablations.cli.track import tracked
-from ablations.disk import check_space
-from ablations.engines import planned_steps, run_local
-from ablations.events import Event, TrialFailed, by_seed
-from ablations.isolation import Pool, Setup
-from ablations.progress import StudyProgress
-from ablations.ray_engine import RayEngine
-from ablations.records import StudyDirectory
-from ablations.results.answer import answer
-from ablations.results.evidence import read_evidence
-from ablations.results.plots import accuracy_plot
-from ablations.results.rendering import render_tables
-from ablations.results.rows import read_results
-from ablations.results.tables import study_tables
-from ablations.study import Cell
-from ablations.trackers.tracking import Tracking
-from ablations.training.data import ImageData
-from ablations.training.splits import ResidentData
-from ablations.training.trial import Trial
-from model.fast.execution import ExecutionOptions
-from model.files import write_whole
-from model.machine import deterministic
+from expertgrid.ablations.cli import interrupt
+from expertgrid.ablations.cli.devices import device, usable
+from expertgrid.ablations.cli.plan import Asked, plan
+from expertgrid.ablations.cli.sources import import_modules
+from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.track import tracked
+from expertgrid.ablations.engines.events import Event, TrialFailed, by_seed
+from expertgrid.ablations.engines.isolation import Pool, Setup
+from expertgrid.ablations.engines.local import planned_steps, run_local
+from expertgrid.ablations.engines.progress import StudyProgress
+from expertgrid.ablations.engines.ray import RayEngine
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results import racing
+from expertgrid.ablations.results.answer import answer
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.report.plots import accuracy_plot
+from expertgrid.ablations.results.rows import read_results
+from expertgrid.ablations.results.tables.tables import study_tables
+from expertgrid.ablations.study.disk import check_space
+from expertgrid.ablations.study.study import Cell
+from expertgrid.ablations.trackers.tracking import Tracking
+from expertgrid.model.fast.execution import ExecutionOptions
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.machine import deterministic
+from expertgrid.model.system.text import render_tables
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.training.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _is_known(on: torch.device) -> bool:
 
 def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How) -> None:
     """Measures the training speed of each cell, as trials that were trained at once have none."""
-    from bench.cells import measure_cells
+    from expertgrid.ablations.speed.training import measure_cells
 
     with status("timing the training of each cell alone"):
         rates = measure_cells(

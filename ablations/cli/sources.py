@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations.cli.options import working_directory_first
-from ablations.cli.terminal import status
-from model.errors import InputError, reason_of
+from expertgrid.ablations.cli.options import working_directory_first
+from expertgrid.ablations.cli.terminal import status
+from expertgrid.model.system.errors import InputError, reason_of
 
 if TYPE_CHECKING:
-    from ablations.training.data import ImageData
+    from expertgrid.model.training.data import ImageData
 
 
 def read_data(source: str, data_dir: Path | None, image_size: int | None = None) -> "ImageData":
@@ -19,7 +19,7 @@ def read_data(source: str, data_dir: Path | None, image_size: int | None = None)
 
     Raises InputError for a source that is unknown, missing or damaged.
     """
-    from ablations.training.data import load_data
+    from expertgrid.model.training.data import load_data
 
     with status(f"reading {source}"):
         return load_data(source, data_dir, image_size)

@@ -5,13 +5,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from ablations.cli.sources import read_data
-from ablations.cli.terminal import console, status
-from ablations.records import StudyDirectory
-from ablations.trackers.opening import open_trackers
-from ablations.trackers.tracking import Tracking
-from ablations.training.data import ImageData
-from model.errors import InputError
+from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.trackers.opening import open_trackers
+from expertgrid.ablations.trackers.tracking import Tracking
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import ImageData
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ablations.results.evidence import Effect, Evidence
-from ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
+from expertgrid.ablations.results.evidence import Effect, Evidence
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 
 MOST_NAMED = 6  # changes in one list; the others are counted
 ALIKE = 0.05  # costs that differ by less are the same

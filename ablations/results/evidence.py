@@ -17,10 +17,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ablations import records
-from ablations.cells import CellName
-from ablations.records import FAILED, Record, StudyDirectory, cell_names
-from ablations.results.rows import (
+from expertgrid.ablations.records import directory as records
+from expertgrid.ablations.records.directory import FAILED, Record, StudyDirectory, cell_names
+from expertgrid.ablations.results.rows import (
     Results,
     Row,
     latency_run,
@@ -30,14 +29,15 @@ from ablations.results.rows import (
     right_on_test,
     smallest,
 )
-from ablations.results.stats import contrasts, factors, planning
-from ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
-from ablations.results.stats.planning import Plan
-from ablations.results.stats.race import Race, race
-from ablations.results.stats.selection import Interval, accuracy_interval
-from ablations.study import Study, level_name
-from model.errors import InputError, unknown
-from model.mcnemar import McNemar, mcnemar
+from expertgrid.ablations.results.stats import contrasts, factors, planning
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Family, Judgement
+from expertgrid.ablations.results.stats.planning import Plan
+from expertgrid.ablations.results.stats.race import Race, race
+from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
+from expertgrid.ablations.study.cells import CellName
+from expertgrid.ablations.study.study import Study, level_name
+from expertgrid.export.mcnemar import McNemar, mcnemar
+from expertgrid.model.system.errors import InputError, unknown
 
 DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained

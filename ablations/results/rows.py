@@ -14,13 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ablations.cells import Group, find_cell, groups
-from ablations.records import (
+from expertgrid.ablations.records.directory import (
     FAILED,
     Adopted,
-    Benched,
     Failure,
-    LatencySummary,
     Plan,
     PlannedCell,
     Predictions,
@@ -29,10 +26,12 @@ from ablations.records import (
     TrainingRates,
     cell_names,
 )
-from ablations.results.stats import selection
-from ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
-from ablations.study import Study
-from model.errors import InputError
+from expertgrid.ablations.results.stats import selection
+from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
+from expertgrid.ablations.study.cells import Group, find_cell, groups
+from expertgrid.ablations.study.study import Study
+from expertgrid.bench.record import Latency, LatencyRecord
+from expertgrid.model.system.errors import InputError
 
 Score = Callable[[Record], float]
 
@@ -64,7 +63,7 @@ class Row:
     by_seed: dict[int, Record]  # that are finished
     failures: dict[str, Failure]  # by trial, of those that have not finished since
     adopted: dict[str, Adopted]  # by trial, of those that another study trained
-    latency: LatencySummary | None  # of one of its trials
+    latency: LatencyRecord | None  # of one of its trials
     alone: float | None = None  # images/s in training, measured alone
     reported: str = ""
     control: bool = False
@@ -180,7 +179,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 adopted={trials[seed]: taken for seed in found if (taken := directory.adopted(trials[seed]))},
                 latency=max(
                     (latencies[trial] for trial in trials.values() if trial in latencies),
-                    key=LatencySummary.rank,
+                    key=LatencyRecord.rank,
                     default=None,
                 ),
                 alone=next((alone[trial] for trial in trials.values() if trial in alone), None),
@@ -281,12 +280,12 @@ def winner(rows: Sequence[Row]) -> Winner | None:
 # --- Accuracy against latency ---
 
 
-def smallest(latency: LatencySummary) -> Benched:
+def smallest(latency: LatencyRecord) -> Latency:
     """ONNX Runtime at the smallest batch size that was measured."""
     return min(latency.latencies, key=lambda found: (not found.engine.startswith("onnxruntime"), found.batch))
 
 
-def latency_run(latency: LatencySummary) -> tuple[str | int, ...]:
+def latency_run(latency: LatencyRecord) -> tuple[str | int, ...]:
     """What two latencies have in common where they were measured in turns."""
     found = smallest(latency)
     return latency.finished, latency.provider, latency.threads, found.engine, found.batch

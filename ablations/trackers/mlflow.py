@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ablations.records import Record
-from ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
-from export.exported import Exported
-from export.graph import read_onnx
-from model.errors import InputError, reason_of
-from model.files import make_folder
+from expertgrid.ablations.records.directory import Record
+from expertgrid.ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
+from expertgrid.export.describe import read_onnx
+from expertgrid.export.exported import Exported
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.files import make_folder
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from ablations.records import StudyDirectory
-from ablations.trackers.tracking import StudyRun, Tracker, Tracking, study_run
-from ablations.training.data import ImageData
-from model.errors import unknown
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.trackers.tracking import StudyRun, Tracker, Tracking, study_run
+from expertgrid.model.system.errors import unknown
+from expertgrid.model.training.data import ImageData
 
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 
@@ -26,15 +26,15 @@ def _tracker(text: str, study: StudyRun) -> Tracker:
     name, _, uri = text.partition(":")
     match name:
         case "tensorboard":
-            from ablations.trackers.tensorboard import TensorBoard
+            from expertgrid.ablations.trackers.tensorboard import TensorBoard
 
             return TensorBoard(study)
         case "mlflow":
-            from ablations.trackers.mlflow import MLflow
+            from expertgrid.ablations.trackers.mlflow import MLflow
 
             return MLflow(study, uri or None)
         case "wandb":
-            from ablations.trackers.wandb import WeightsAndBiases
+            from expertgrid.ablations.trackers.wandb import WeightsAndBiases
 
             return WeightsAndBiases(study)
     raise unknown("tracker", name, TRACKERS)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ablations.records import Record
-from ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
-from model.files import make_folder
+from expertgrid.ablations.records.directory import Record
+from expertgrid.ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
+from expertgrid.model.system.files import make_folder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter as Writer

@@ -15,15 +15,23 @@ from threading import Thread
 
 from PIL import Image
 
-from ablations.cells import groups
-from ablations.events import EpochDone, Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
-from ablations.records import Record, StudyDirectory, cell_names
-from ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
-from ablations.training.contact_sheet import contact_sheet
-from ablations.training.data import ImageData
-from ablations.training.trial import Epoch, Trial
-from export.exported import Exported, exported_files
-from model.errors import InputError, reason_of
+from expertgrid.ablations.engines.events import (
+    EpochDone,
+    Event,
+    StateSaved,
+    TrialDone,
+    TrialFailed,
+    TrialNote,
+    TrialStarted,
+)
+from expertgrid.ablations.records.directory import Record, StudyDirectory, cell_names
+from expertgrid.ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
+from expertgrid.ablations.study.cells import groups
+from expertgrid.export.exported import Exported, exported_files
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.training.contact_sheet import contact_sheet
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.trial import Epoch, Trial
 
 Value = bool | int | float | str
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ablations.records import Record
-from ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
-from model.files import make_folder
+from expertgrid.ablations.records.directory import Record
+from expertgrid.ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
+from expertgrid.model.system.files import make_folder
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -2,7 +2,7 @@
 
 Equal blocks are compiled once, in whichever networks of a study they are. The names of the weights stay as they are.
 Everything between the blocks (pooling, dropout, sums, the head) runs eagerly. So does evaluation, whose batches have
-other sizes: see `ablations.training.loop.predict`.
+other sizes: see `model.training.loop.predict`.
 """
 
 import copy
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.config import Block
-from model.fast.wide import WideBlock, can_be_wide
-from model.net import ConvNormAct, ExpertBlock
+from expertgrid.model.config import Block
+from expertgrid.model.fast.wide import WideBlock, can_be_wide
+from expertgrid.model.net import ConvNormAct, ExpertBlock
 
 # Seconds: to compile one block, to start the compiler, and saved by each block in each step.
 # For CPUs with matrix units: at 64 channels and batches of 128 images of 32x32 pixels.

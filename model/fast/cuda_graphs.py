@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model.errors import reason_of
+from expertgrid.model.system.errors import reason_of
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from model.config import Block, ModelConfig
-from model.errors import InputError, unknown
+from expertgrid.model.config import Block, ModelConfig
+from expertgrid.model.system.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy f
 
 def why_unavailable(feature: str, device: "torch.device") -> str | None:
     """The reason why a feature (a key of `LABELS`) cannot work on the device; None where no reason is found."""
-    from model.fast import compiled
+    from expertgrid.model.fast import compiled
 
     if feature == "compile":
         return compiled.why_unavailable(device)
@@ -80,8 +80,8 @@ class ExecutionOptions:
 
         It depends on the trial and the kind of device alone, so that a repeated trial is trained in the same way.
         """
-        from model.fast import compiled
-        from model.fast.cuda_graphs import recordable
+        from expertgrid.model.fast import compiled
+        from expertgrid.model.fast.cuda_graphs import recordable
 
         on_cuda, kernels, left = device.type == "cuda", False, []
         if isinstance(config, ModelConfig):

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from model.fast.compiled import apply_tested
-from model.fast.execution import has_kernels
-from model.fast.wide import experts_by_kernel, tracked, wide_conv
-from model.net import ConvNormAct, ExpertBlock, Gate
+from expertgrid.model.fast.compiled import apply_tested
+from expertgrid.model.fast.execution import has_kernels
+from expertgrid.model.fast.wide import experts_by_kernel, tracked, wide_conv
+from expertgrid.model.net import ConvNormAct, ExpertBlock, Gate
 
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model.fast.memory import keep_freed_memory
+from expertgrid.model.fast.memory import keep_freed_memory
 
 
 def set_for_training() -> None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import Block
-from model.net import ConvNormAct, ExpertBlock
+from expertgrid.model.config import Block
+from expertgrid.model.net import ConvNormAct, ExpertBlock
 
 
 def experts_by_kernel(block: ExpertBlock) -> list[list[ConvNormAct]]:

@@ -10,12 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ablations.isolation import ProcessLost
-from bench.apart import Memory, apart
-from bench.engines import Engine
-from bench.latency import measure, notes, rows
-from bench.timing import take_turns
-from model.errors import InputError
+from expertgrid.ablations.engines.isolation import ProcessLost
+from expertgrid.bench.apart import Memory, apart
+from expertgrid.bench.engines import Engine
+from expertgrid.bench.latency import measure, notes, rows
+from expertgrid.bench.timing import take_turns
+from expertgrid.model.system.errors import InputError
 
 ENGINE = Engine("onnxruntime", b"", "file", "cpu", "x", "y", None)
 SLEEP_S = 0.02

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from adam import adam
 from conftest import REPOSITORY
+from expertgrid.bench.experts import FORMS, TOLERANCE, build_form, difference
+from expertgrid.bench.floor import floor
 from onnx import TensorProto, helper
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import step, training
-from bench.baseline import (
+from expertgrid.bench import step, training
+from expertgrid.bench.baseline import (
     BaselineImages,
     TextbookBlock,
     _baseline_rounds,
@@ -32,10 +34,8 @@ from bench.baseline import (
     baseline_transform,
     textbook,
 )
-from bench.engines import ENGINES, USUAL, _compiled_net, engines
-from bench.experts import FORMS, TOLERANCE, build_form, difference
-from bench.floor import floor
-from bench.latency import (
+from expertgrid.bench.engines import ENGINES, USUAL, _compiled_net, engines
+from expertgrid.bench.latency import (
     Latency,
     LatencyRecord,
     check_comparable,
@@ -47,17 +47,17 @@ from bench.latency import (
     with_baseline,
     with_first,
 )
-from bench.peaks import Peaks, largest_convolutions, measure_peaks
-from bench.timing import Block, Times, compare, take_turns, timed
-from bench.training import TrainingSpeed, in_turns
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.errors import InputError
-from model.fast.execution import ExecutionPlan
-from model.pixels import normalise
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
+from expertgrid.bench.timing import Block, Times, compare, take_turns, timed
+from expertgrid.bench.training import TrainingSpeed, in_turns
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.fast.execution import ExecutionPlan
+from expertgrid.model.pixels import normalise
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import vary
 
 TRAINED = Trained(
     trial="abc", model="two_block", data="digits",
@@ -234,7 +234,7 @@ def test_an_engine_that_is_not_here_is_an_error(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match="provider 'openvino': is not installed"):
         engines(model, "model", "cpu", ["openvino"])
-    monkeypatch.setattr("bench.engines.why_unavailable", lambda device: "there is no C++ compiler (g++)")
+    monkeypatch.setattr("expertgrid.bench.engines.why_unavailable", lambda device: "there is no C++ compiler (g++)")
     with pytest.raises(InputError, match="engine 'compiled': there is no C"):
         engines(model, "model", "cpu", ["compiled"])
 
@@ -362,7 +362,7 @@ def test_forms_of_a_block_are_one_function(form):
 
 
 def test_peaks_are_of_the_device(monkeypatch):
-    monkeypatch.setattr("bench.peaks.SIZE", 64)
+    monkeypatch.setattr("expertgrid.bench.peaks.SIZE", 64)
     peaks = measure_peaks(torch.device("cpu"), measure_s=0.01)
     assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
     assert peaks.best(peaks.model_copy(update={"fp32_flops": 1e30})) == peaks.model_copy(update={"fp32_flops": 1e30})
@@ -371,7 +371,7 @@ def test_peaks_are_of_the_device(monkeypatch):
 def test_peaks_are_of_a_networks_convolutions_too(monkeypatch):
     """Their operations are those that PyTorch counts. A peak is that of the fastest."""
     net = build(vary(PRESETS["segmented"], "width", 0.125)).eval()
-    monkeypatch.setattr("bench.peaks.LARGEST", 1000)
+    monkeypatch.setattr("expertgrid.bench.peaks.LARGEST", 1000)
     found = largest_convolutions(net, (2, 3, 32, 32))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(2, 3, 32, 32))
@@ -379,7 +379,7 @@ def test_peaks_are_of_a_networks_convolutions_too(monkeypatch):
     of_convolutions = counts[torch.ops.aten.convolution]
     times = Counter((tuple(x.shape), tuple(w.shape)) for x, w in _convolved(net, torch.zeros(2, 3, 32, 32)))
     assert sum(one.operations * times[one.x, one.weight] for one in found) == of_convolutions
-    monkeypatch.setattr("bench.peaks._rate", lambda found, device, dtype, measure_s: 1e30 * found.operations)
+    monkeypatch.setattr("expertgrid.bench.peaks._rate", lambda found, device, dtype, measure_s: 1e30 * found.operations)
     peaks = measure_peaks(torch.device("cpu"), measure_s=0, size=8, convolutions=found[-2:])
     assert peaks.fp32_flops == 1e30 * found[-1].operations
 
@@ -400,8 +400,8 @@ def _convolved(net, x_BCHW):
 
 def test_what_is_copied_cannot_be_compressed(monkeypatch):
     sources = []
-    monkeypatch.setattr("bench.peaks.SIZE", 8)
-    monkeypatch.setattr("bench.peaks.SOME_BYTES", 2**16)
+    monkeypatch.setattr("expertgrid.bench.peaks.SIZE", 8)
+    monkeypatch.setattr("expertgrid.bench.peaks.SOME_BYTES", 2**16)
     copy_ = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: sources.append(source) or copy_(self, source))
     measure_peaks(torch.device("cpu"), measure_s=0)

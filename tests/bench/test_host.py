@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import host
-from bench.host import Host, Meter, watched
+from expertgrid.bench import host
+from expertgrid.bench.host import Host, Meter, watched
 
 
 def test_the_share_of_other_processes(tmp_path, monkeypatch):

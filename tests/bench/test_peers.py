@@ -9,18 +9,18 @@ import pytest
 import timm
 import torch
 
-from bench import peers
-from bench.peers import _exported, _nearest, peers_of
-from export.graph import describe
-from export.metadata import Metadata
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import TimmModel
-from model.cost import cost
-from model.errors import InputError
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.bench import peers
+from expertgrid.bench.peers import _exported, _nearest, peers_of
+from expertgrid.export.describe import describe
+from expertgrid.export.metadata import Metadata
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import TimmModel
+from expertgrid.model.cost import cost
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import vary
 
 CONFIG = vary(PRESETS["two_block"], "width", 0.125)
 TRAINED = Trained(

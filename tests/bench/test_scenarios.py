@@ -8,9 +8,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bench import scenarios
-from bench.scenarios import Found, Loaded, _Queue, best_batch, fixed_batch, generate, highest_rate, measure_scenario
-from model.errors import InputError
+from expertgrid.bench import scenarios
+from expertgrid.bench.scenarios import (
+    Found,
+    Loaded,
+    _Queue,
+    best_batch,
+    fixed_batch,
+    generate,
+    highest_rate,
+    measure_scenario,
+)
+from expertgrid.model.system.errors import InputError
 
 IMAGES = np.arange(64, dtype=np.float32)[:, None]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expertgrid.bench.resident import bound
 from onnx import TensorProto, helper
 from scipy import stats
 
-from bench import timing
-from bench.engines import engines
-from bench.latency import open_engine, random_images
-from bench.resident import bound
-from bench.timing import (
+from expertgrid.bench import timing
+from expertgrid.bench.engines import engines
+from expertgrid.bench.latency import open_engine, random_images
+from expertgrid.bench.timing import (
     Block,
     Times,
     calls_needed,

@@ -14,21 +14,21 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-from bench import tune as tuning
-from bench.engines import engines
-from bench.timing import Block, Times
-from bench.tune import Way, rows, tune
-from export.certificate import BOUNDS, Bound
-from export.metadata import Options, entries_of, read_metadata
-from export.predict import predict
-from export.publish import Images, Made, Reference, rewritten
-from export.session import session_options
-from export.to_onnx import LOGITS
-from model.checkpoint import Checkpoint, Trained
-from model.errors import InputError
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.bench import tune as tuning
+from expertgrid.bench.engines import engines
+from expertgrid.bench.timing import Block, Times
+from expertgrid.bench.tune import Way, rows, tune
+from expertgrid.export.certificate import BOUNDS, Bound
+from expertgrid.export.certify import Images, Made, Reference, rewritten
+from expertgrid.export.metadata import Options, entries_of, read_metadata
+from expertgrid.export.predict import predict
+from expertgrid.export.session import session_options
+from expertgrid.export.to_onnx import LOGITS
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import vary
 
 TRAINED = Trained(
     trial="abc", model="two_block", data="digits", fingerprint="0123abcd", classes=tuple("0123456789"),
@@ -111,7 +111,7 @@ def test_the_file_runs_as_was_chosen(reference, made, monkeypatch, tmp_path, cho
     Image.fromarray(reference.images.test[0]).save(image)
     opened = []
     monkeypatch.setattr(
-        "export.predict.open_any",
+        "expertgrid.export.predict.open_any",
         lambda *given, options: opened.append((given[1], options)) or tuning.open_any(*given, options=options),
     )
     by_file = predict(published.model, "model", [image])
@@ -175,8 +175,8 @@ def test_an_engine_that_is_not_here_is_named(reference, monkeypatch):
 
 
 def test_bfloat16_is_refused_where_the_processor_has_none(reference, monkeypatch):
-    from export.openvino import OpenVinoSession
-    from export.to_onnx import to_onnx
+    from expertgrid.export.openvino import OpenVinoSession
+    from expertgrid.export.to_onnx import to_onnx
 
     openvino = pytest.importorskip("openvino")
     model, here = (
@@ -201,7 +201,7 @@ def test_a_signal_after_two_sessions_of_openvino_does_no_harm(reference, tmp_pat
     (tmp_path / "model.onnx").write_bytes(rewritten(reference, "fp32", ()).model)
     code = """
 import faulthandler, os, pathlib, signal
-from export.openvino import OpenVinoSession
+from expertgrid.export.openvino import OpenVinoSession
 faulthandler.enable()
 signal.signal(signal.SIGUSR1, lambda *given: print("handled"))
 model = pathlib.Path("model.onnx").read_bytes()
@@ -210,6 +210,6 @@ del first
 del second
 os.kill(os.getpid(), signal.SIGUSR1)
 """
-    paths = {"PYTHONPATH": str(REPOSITORY)}
+    paths = {"PYTHONPATH": str(REPOSITORY / "src")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"handled\n"), done.stderr

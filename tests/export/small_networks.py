@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import torch
 
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, ModelConfig
-from model.registry import build
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import Block, Conv, ModelConfig
+from expertgrid.model.registry import build
 
 CLASSES = ("a cat", "b_dog*", "<c> | `d`")
 HEIGHT, WIDTH = 6, 8

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from small_networks import CLASSES, small_checkpoint, small_model
 
-from export.card import card, escaped
-from export.certificate import Certificate
-from export.compare import certify
-from export.graph import Description, describe
-from export.predict import read_pixels
-from export.to_onnx import example, served
-from model.checkpoint import Checkpoint
-from model.errors import InputError
+from expertgrid.export.card import card, escaped
+from expertgrid.export.certificate import Certificate
+from expertgrid.export.compare import certify
+from expertgrid.export.describe import Description, describe
+from expertgrid.export.predict import read_pixels
+from expertgrid.export.to_onnx import example, served
+from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.system.errors import InputError
 
 GIVEN = {
     "data_name": "my_data",

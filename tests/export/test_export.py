@@ -10,16 +10,16 @@ import pytest
 import torch
 from small_networks import weights, with_weights
 
-from export import compare
-from export.certificate import BOUNDS, Agreement, Certificate
-from export.compare import certify
-from export.metadata import Metadata, entries_of, read_metadata
-from export.session import open_session
-from export.to_onnx import example, served, to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
-from model.errors import InputError
-from model.registry import build
+from expertgrid.export import compare
+from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
+from expertgrid.export.compare import certify
+from expertgrid.export.metadata import Metadata, entries_of, read_metadata
+from expertgrid.export.session import open_session
+from expertgrid.export.to_onnx import example, served, to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
 
 TRAINED = Trained(
     trial="abc", model="small", data="digits",

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from export import fuse as fusing
-from export.fuse import REWRITES, fuse
-from export.prune import largest_gate_weights, prune_gates
-from export.session import open_session
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
-from model.errors import InputError
-from model.net import ExpertBlock, ExpertNet, Gate
+from expertgrid.export import fuse as fusing
+from expertgrid.export.fuse import REWRITES, fuse
+from expertgrid.export.prune import largest_gate_weights, prune_gates
+from expertgrid.export.session import open_session
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
+from expertgrid.model.net import ExpertBlock, ExpertNet, Gate
+from expertgrid.model.system.errors import InputError
 
 SIZE = (9, 8)
 FEW = settings(max_examples=12, derandomize=True, deadline=None)

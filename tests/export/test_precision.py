@@ -9,13 +9,13 @@ from sklearn.datasets import load_digits
 from small_networks import weights, with_weights
 from torch.nn import functional
 
-from export.precision import PrecisionError, Reduction, lowered
-from export.session import open_session
-from export.to_onnx import to_onnx
-from model.checkpoint import Checkpoint, Trained
-from model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Pool, Residual
-from model.errors import InputError
-from model.registry import build
+from expertgrid.export.precision import PrecisionError, Reduction, lowered
+from expertgrid.export.session import open_session
+from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Pool, Residual
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
 
 TRAINED = Trained(
     trial="abc",

@@ -8,11 +8,11 @@ from PIL import Image
 from small_networks import CLASSES, HEIGHT, WIDTH, small_checkpoint, small_model
 from timm.data import create_transform
 
-from export.metadata import entries_of
-from export.predict import BATCH, predict, read_pixels
-from export.to_onnx import served
-from model.checkpoint import Checkpoint
-from model.errors import InputError
+from expertgrid.export.metadata import entries_of
+from expertgrid.export.predict import BATCH, predict, read_pixels
+from expertgrid.export.to_onnx import served
+from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.system.errors import InputError
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
@@ -168,7 +168,7 @@ def test_files_that_are_no_images(rgb, picture, tmp_path):
 
 
 def test_images_that_are_too_large(rgb, picture, monkeypatch):
-    monkeypatch.setattr("model.pixels.LARGEST_IMAGE", 10)
+    monkeypatch.setattr("expertgrid.model.pixels.LARGEST_IMAGE", 10)
     with pytest.raises(InputError, match="fine.png: 8 x 6 are more than 10 pixels, which is the limit"):
         predict(rgb, "model.onnx", [picture])
 

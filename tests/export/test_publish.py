@@ -9,22 +9,22 @@ import openvino
 import pytest
 import torch
 
-from ablations.engines import run_local
-from ablations.records import StudyDirectory
-from ablations.study import Study
-from ablations.training.splits import Splits
-from export.certificate import BOUNDS, certificate_problem
-from export.compare import BATCH
-from export.fuse import REWRITES
-from export.metadata import entries_of, with_entries
-from export.prune import pruned
-from export.publish import Images, Reference, publish
-from export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, example, served
-from model.checkpoint import Checkpoint, load
-from model.config import TimmModel
-from model.errors import InputError
-from model.gates import recorded_gates
-from model.registry import build
+from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.study import Study
+from expertgrid.export.certificate import BOUNDS, certificate_problem
+from expertgrid.export.certify import Images, Reference, publish
+from expertgrid.export.compare import BATCH
+from expertgrid.export.fuse import REWRITES
+from expertgrid.export.metadata import entries_of, with_entries
+from expertgrid.export.prune import pruned
+from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, example, served
+from expertgrid.model.checkpoint import Checkpoint, load
+from expertgrid.model.config import TimmModel
+from expertgrid.model.gates import recorded_gates
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.splits import Splits
 
 RECIPE = {"epochs": 4, "batch_size": 32, "lr": 0.005, "hflip": 0.0, "crop_padding": 1}
 

@@ -7,13 +7,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from model.checkpoint import Checkpoint, Trained, load
-from model.config import TimmModel
-from model.errors import InputError
-from model.pixels import RESIZE
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.model.checkpoint import Checkpoint, Trained, load
+from expertgrid.model.config import TimmModel
+from expertgrid.model.pixels import RESIZE
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import vary
 
 TRAINED = Trained(
     trial="abc",

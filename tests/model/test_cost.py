@@ -4,11 +4,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Network, Residual, TimmModel, Whiten
-from model.cost import cost
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import VARIANTS, vary
+from expertgrid.model.config import (
+    Block,
+    Conv,
+    GateConfig,
+    HeadConfig,
+    ModelConfig,
+    Network,
+    Residual,
+    TimmModel,
+    Whiten,
+)
+from expertgrid.model.cost import cost
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.variants import VARIANTS, vary
 
 LEVELS = {
     "depth": [0.5],

@@ -8,12 +8,23 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
-from model.fast.wide import WideBlock
-from model.net import ExpertNet, pixel_mean
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.model.config import (
+    Block,
+    Conv,
+    Dropout,
+    GateConfig,
+    HeadConfig,
+    ModelConfig,
+    NormConfig,
+    Pool,
+    Residual,
+    Whiten,
+)
+from expertgrid.model.fast.wide import WideBlock
+from expertgrid.model.net import ExpertNet, pixel_mean
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.variants import vary
 
 MLP = GateConfig(kind="mlp", reduction=4)
 

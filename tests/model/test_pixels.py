@@ -7,8 +7,8 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from timm.data import create_transform
 
-from model import pixels
-from model.pixels import fitted, normalise
+from expertgrid.model import pixels
+from expertgrid.model.pixels import fitted, normalise
 
 
 def test_normalise_is_torchvisions():

@@ -8,12 +8,12 @@ import timm
 import torch
 from timm.models import group_parameters
 
-from model.config import Block, Pool, TimmModel
-from model.errors import InputError
-from model.net import ExpertNet
-from model.presets import PRESETS, network
-from model.registry import build
-from model.variants import matched_difference, vary
+from expertgrid.model.config import Block, Pool, TimmModel
+from expertgrid.model.net import ExpertNet
+from expertgrid.model.presets import PRESETS, network
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import matched_difference, vary
 
 
 def conv(in_chs: int, out_chs: int, kernel: int) -> int:

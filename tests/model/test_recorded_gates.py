@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model.config import Block, Conv, GateConfig, ModelConfig
-from model.gates import gates, recorded_gates
-from model.net import ExpertNet
+from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig
+from expertgrid.model.gates import gates, recorded_gates
+from expertgrid.model.net import ExpertNet
 
 CONFIG = ModelConfig(
     num_classes=3,

@@ -9,24 +9,26 @@ import importlib, importlib.util, json, sys
 
 found = {}
 
-import model, model.errors
+import expertgrid.model.system.errors
 found["errors"] = sorted({"pydantic", "torch", "timm", "numpy"} & set(sys.modules))
-import model.config, model.cost, model.files, model.presets, model.variants
-config = model.presets.network("eight_block")
-model.cost.cost(model.variants.vary(config, "matched", "params"), 32, 32)
+for name in ("config", "cost", "system.files", "presets", "variants"):
+    importlib.import_module(f"expertgrid.model.{name}")
+config = expertgrid.model.presets.network("eight_block")
+expertgrid.model.cost.cost(expertgrid.model.variants.vary(config, "matched", "params"), 32, 32)
 found["data"] = sorted({"torch", "timm", "numpy"} & set(sys.modules))
 import timm
 found["same"] = timm.create_model("expertnet_eight_block").config == config
 found["loader"] = type(timm.__spec__.loader).__name__
 
-for order in ("model, timm", "timm, model", "model, timm.layers", "model.net"):
-    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "model")]:
+PACKAGE = "expertgrid.model"
+for order in (f"{PACKAGE}, timm", f"timm, {PACKAGE}", f"{PACKAGE}, timm.layers", f"{PACKAGE}.net"):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "expertgrid")]:
         del sys.modules[name]  # torch stays, which takes seconds to import
     for name in order.split(", "):
         assert importlib.util.find_spec(name.split(".")[0])  # looking for a package changes nothing
         importlib.import_module(name)
     found[order] = sys.modules["timm"].is_model("expertnet_eight_block")
-    found[order] &= not [finder for finder in sys.meta_path if type(finder).__module__ == "model"]
+    found[order] &= not [finder for finder in sys.meta_path if type(finder).__module__ == PACKAGE]
 print(json.dumps(found))
 """
 
@@ -39,8 +41,8 @@ def test_data_imports_no_torch_and_presets_are_registered_when_timm_is_imported(
         "data": [],
         "same": True,
         "loader": "SourceFileLoader",
-        "model, timm": True,
-        "timm, model": True,
-        "model, timm.layers": True,
-        "model.net": True,
+        "expertgrid.model, timm": True,
+        "timm, expertgrid.model": True,
+        "expertgrid.model, timm.layers": True,
+        "expertgrid.model.net": True,
     }

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import Block, Conv, GateConfig, ModelConfig, Residual
-from model.cost import cost
-from model.errors import InputError
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import MATCHED, VARIANTS, matched_difference, vary
+from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig, Residual
+from expertgrid.model.cost import cost
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import MATCHED, VARIANTS, matched_difference, vary
 
 LEVELS = {
     "experts": [1, 2, 5],

@@ -37,7 +37,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ablations.results.stats.critical import LEVEL, JointT, joint_t
+from expertgrid.ablations.results.stats.critical import LEVEL, JointT, joint_t
 
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)

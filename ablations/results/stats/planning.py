@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import ndtr
 
-from ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
-from ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
+from expertgrid.ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
+from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
 POWER = 0.8
 MOST_SEEDS = 1000

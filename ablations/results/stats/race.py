@@ -18,8 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ablations.results.stats.contrasts import OPEN, Judgement, checked, errors, judged, without_verdict
-from ablations.results.stats.critical import LEVEL, JointT, correlation, joint_t
+from expertgrid.ablations.results.stats.contrasts import OPEN, Judgement, checked, errors, judged, without_verdict
+from expertgrid.ablations.results.stats.critical import LEVEL, JointT, correlation, joint_t
 
 FIRST = 4  # seeds of the first look: fewer know the spread too badly
 # between Pocock's boundaries, which stop early, and those of O'Brien and Fleming, which keep all for the end

@@ -8,18 +8,11 @@ Shapes: C cells, S seeds, E epochs, X any.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
-
-class Interval(NamedTuple):
-    """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
+from expertgrid.model.system.text import Interval
 
 
 def mean_interval(values_S: Sequence[float], level: float = 0.95) -> Interval:

@@ -9,15 +9,15 @@ from typing import get_args, get_type_hints
 
 import typer
 
-from ablations.cli import options
-from ablations.cli.app import app
+from expertgrid.ablations.cli import options
+from expertgrid.ablations.cli.app import app
 
 COMMANDS = typer.main.get_command(app).commands
 LONGEST = 45  # characters of a first sentence, so that the list of commands cuts none
 
 IMPORTED = """
 import contextlib, io, json, sys
-from ablations.cli import entry
+from expertgrid.ablations.cli import entry
 
 status = {}
 for arguments in json.loads(sys.argv.pop()):
@@ -70,14 +70,15 @@ def test_the_list_of_commands_cuts_no_help(expertgrid):
 
 def test_the_words_of_the_options_are_those_of_the_code():
     """They are written out beside the signatures, where importing them would take seconds."""
-    from ablations.results import report, tables
-    from ablations.trackers import opening
-    from ablations.training.contact_sheet import MOST_IMAGES
-    from bench.engines import ENGINES
-    from export.certificate import BOUNDS
-    from export.session import ORT_PROVIDERS, PROVIDERS
-    from export.to_onnx import OUTPUTS
-    from model.fast.execution import CHOICES
+    from expertgrid.ablations.results.report import report
+    from expertgrid.ablations.results.tables import tables
+    from expertgrid.ablations.trackers import opening
+    from expertgrid.bench.engines import ENGINES
+    from expertgrid.export.certificate import BOUNDS
+    from expertgrid.export.session import ORT_PROVIDERS, PROVIDERS
+    from expertgrid.export.to_onnx import OUTPUTS
+    from expertgrid.model.fast.execution import CHOICES
+    from expertgrid.model.training.contact_sheet import MOST_IMAGES
 
     def words(command, option):
         callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == command)
@@ -100,7 +101,7 @@ def test_the_start_is_announced_before_torch_is_imported():
     """On a terminal; a file gets nothing of it."""
     interrupted_import = """
 import sys
-from ablations.cli import entry
+from expertgrid.ablations.cli import entry
 
 class Interrupted:
     def find_spec(self, name, path, target=None):

@@ -17,14 +17,14 @@ import torch
 from conftest import REPOSITORY
 from huggingface_hub import ModelCard
 
-from ablations.records import StudyDirectory
-from ablations.results.rows import best_record, best_row, read_results
-from export.certificate import certificate_problem
-from export.hub import front_matter, write_folder
-from model.checkpoint import Checkpoint, Trained, load
-from model.config import TimmModel
-from model.errors import InputError
-from model.registry import build
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.rows import best_record, best_row, read_results
+from expertgrid.export.certificate import certificate_problem
+from expertgrid.export.hub import front_matter, write_folder
+from expertgrid.model.checkpoint import Checkpoint, Trained, load
+from expertgrid.model.config import TimmModel
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
 
 ALONE = """
 import json, sys
@@ -32,15 +32,15 @@ import timm, torch
 
 found = {}
 for folder in json.loads(sys.argv[1]):
-    if folder == "import model":
-        before = sorted({"model", "export", "ablations"} & set(sys.modules))
-        import model
+    if folder == "import expertgrid.model":
+        before = [name for name in sys.modules if name.startswith("expertgrid")]
+        import expertgrid.model
         continue
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x_BCHW = torch.linspace(-1, 1, 2 * 1 * 8 * 8).reshape(2, 1, 8, 8)
     about = timm.data.resolve_data_config(model=net)
     found[folder] = [net(x_BCHW).tolist(), net.pretrained_cfg["label_names"], about["mean"], about["input_size"]]
-print(json.dumps([found, before, sorted({"export", "ablations"} & set(sys.modules))]))
+print(json.dumps([found, before, [f for f in ("export", "ablations") if f"expertgrid.{f}" in sys.modules]]))
 """
 
 
@@ -64,15 +64,22 @@ def baseline(name: str) -> Checkpoint:
 
 
 def test_timm_alone_loads_what_was_published(expertgrid, study, tmp_path):
-    """A baseline without anything of ours; a soft-expert network with `import model`, and never `ablations`."""
+    """A baseline without anything of ours; a soft-expert network with `expertgrid.model`, and never the rest."""
     folder, other = tmp_path / "published", tmp_path / "baseline"
     outcome = expertgrid("publish", study.path, folder)  # exports it first
     assert outcome.status == 0, outcome.err
     resnet = baseline("test_resnet.r160_in1k")
     write_folder(other, resnet, "# A card", [], {})
-    call = [sys.executable, "-W", "ignore", "-c", ALONE, json.dumps([str(other), "import model", str(folder)])]
+    call = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        ALONE,
+        json.dumps([str(other), "import expertgrid.model", str(folder)]),
+    ]
     done = subprocess.run(
-        call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     )
     assert done.returncode == 0, done.stderr
     found, before, after = json.loads(done.stdout)

@@ -36,7 +36,7 @@ model = "NAME"
 """
 ELSEWHERE = """
 import sys
-from ablations.cli.entry import main
+from expertgrid.ablations.cli.entry import main
 
 for line in (["run", "mine.toml"], ["export", "runs/mine"]):
     sys.argv = ["expertgrid", *line]
@@ -111,7 +111,7 @@ def test_the_process_ends_without_freeing_its_modules(place, more, status):
         "held = Held()\natexit.register(print, 'at the end')\n"
     )
     (place / "broken.py").write_text("1 / 0")
-    line = [sys.executable, "-m", "ablations", "run", "quickstart", "--dry-run", "--import", "late", *more]
+    line = [sys.executable, "-m", "expertgrid", "run", "quickstart", "--dry-run", "--import", "late", *more]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert done.stdout.endswith("at the end\n")

@@ -11,17 +11,17 @@ import pytest
 import scipy.stats
 from conftest import write_study, written_epochs
 
-from ablations.records import Plan, Predictions, Race, StudyDirectory, TrainingRates
-from ablations.results.answer import answer
-from ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
-from ablations.results.rendering import render_tables
-from ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
-from ablations.results.stats.contrasts import judge
-from ablations.results.stats.race import race
-from ablations.results.tables import comparison_tables, plan_lines, study_tables, study_text
-from ablations.study import parse_study
-from model.errors import InputError
-from model.files import write_whole
+from expertgrid.ablations.records.directory import Plan, Predictions, Race, StudyDirectory, TrainingRates
+from expertgrid.ablations.results.answer import answer
+from expertgrid.ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
+from expertgrid.ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
+from expertgrid.ablations.results.stats.contrasts import judge
+from expertgrid.ablations.results.stats.race import race
+from expertgrid.ablations.results.tables.tables import comparison_tables, plan_lines, study_tables, study_text
+from expertgrid.ablations.study.study import parse_study
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.text import render_tables
 
 GRID = """
 question = "?"

@@ -5,19 +5,19 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score
 
-from ablations.records import StudyDirectory
-from ablations.results.gates import (
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.report.gates import (
     block_gate,
     collapsed,
     mean_by_class,
     mutual_information,
     predict_watched,
 )
-from ablations.training.loop import score
-from ablations.training.splits import ResidentData
-from model.checkpoint import load
-from model.net import Gate
-from model.pixels import normalise
+from expertgrid.model.checkpoint import load
+from expertgrid.model.net import Gate
+from expertgrid.model.pixels import normalise
+from expertgrid.model.training.loop import score
+from expertgrid.model.training.splits import ResidentData
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
 

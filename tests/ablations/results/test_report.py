@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from ablations.records import Environment, Failure, Predictions, Record, StudyDirectory
-from ablations.results import plots, report
-from ablations.results.evidence import read_evidence
-from ablations.results.findings import Examined, Mistake, read_findings, worst
-from ablations.results.gates import block_gate
-from ablations.results.rows import pareto
-from ablations.results.stats.images import class_accuracies
-from ablations.results.tables import cell_table
-from model.errors import InputError
+from expertgrid.ablations.records.directory import Environment, Failure, Predictions, Record, StudyDirectory
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.report import plots, report
+from expertgrid.ablations.results.report.findings import Examined, Mistake, read_findings, worst
+from expertgrid.ablations.results.report.gates import block_gate
+from expertgrid.ablations.results.rows import pareto
+from expertgrid.ablations.results.stats.images import class_accuracies
+from expertgrid.ablations.results.tables.tables import cell_table
+from expertgrid.model.system.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
 HERE = Environment(device="cpu", threads=2, python="3.11", versions={"torch": "2.15.0"})

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.engines import run_local
-from ablations.records import StudyDirectory
-from ablations.results.evidence import marginals, read_evidence
-from ablations.results.rendering import Points, Signed, Span, Times, Verdict, render, shown
-from ablations.results.rows import best_record, best_row, read_results
-from ablations.results.stats.contrasts import Judgement
-from ablations.results.stats.selection import Interval, accuracy_interval
-from ablations.results.tables import columns, study_text
-from ablations.study import parse_study
-from ablations.training.splits import ResidentData
-from model.errors import InputError
+from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.evidence import marginals, read_evidence
+from expertgrid.ablations.results.rows import best_record, best_row, read_results
+from expertgrid.ablations.results.stats.contrasts import Judgement
+from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
+from expertgrid.ablations.results.tables.tables import columns, study_text
+from expertgrid.ablations.results.verdict import Verdict
+from expertgrid.ablations.study.study import parse_study
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import Points, Signed, Span, Times, render, shown
+from expertgrid.model.training.splits import ResidentData
 
 ROWS = [
     {

@@ -18,9 +18,9 @@ import onnxruntime
 import pytest
 from conftest import finished_study
 
-from ablations.records import StudyDirectory
-from ablations.results.rows import best_record, best_row, read_results
-from model.files import write_whole
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.rows import best_record, best_row, read_results
+from expertgrid.model.system.files import write_whole
 
 START_S = 600  # on a busy machine
 

@@ -4,7 +4,7 @@ import json
 
 from conftest import finished_study
 
-from ablations.records import StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
 
 
 def test_scalars_hyperparameters_and_the_contact_sheet(expertgrid, tmp_path, digits):

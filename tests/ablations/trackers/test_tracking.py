@@ -4,10 +4,10 @@ import pytest
 from conftest import finished_study, written_epochs
 from PIL import Image
 
-from ablations.events import EpochDone, TrialDone, TrialFailed, TrialStarted
-from ablations.records import Failure, StudyDirectory
-from ablations.trackers.opening import open_trackers
-from ablations.trackers.tracking import Ended, Tracker, Tracking, TrialRun
+from expertgrid.ablations.engines.events import EpochDone, TrialDone, TrialFailed, TrialStarted
+from expertgrid.ablations.records.directory import Failure, StudyDirectory
+from expertgrid.ablations.trackers.opening import open_trackers
+from expertgrid.ablations.trackers.tracking import Ended, Tracker, Tracking, TrialRun
 
 ONE_TRIAL = """
 question = "Does it go on?"
@@ -172,7 +172,7 @@ def test_a_study_goes_on_without_a_tracker_that_fails(expertgrid, tiny_study, mo
         tracking.trackers |= {text: Kept("epoch") for text in texts}
         return tracking
 
-    monkeypatch.setattr("ablations.cli.track.open_trackers", open_broken)
+    monkeypatch.setattr("expertgrid.ablations.cli.track.open_trackers", open_broken)
     outcome = expertgrid("run", tiny_study, "--track", "tensorboard", "--device", "cpu")
     assert outcome.status == 0
     assert outcome.err.count("tracker tensorboard: OSError: the server has gone") == 1

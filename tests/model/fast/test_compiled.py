@@ -6,21 +6,22 @@ import json
 import pytest
 import torch
 
-from ablations import engines
-from ablations.cli.devices import usable
-from ablations.engines import prepare, run_local
-from ablations.events import TrialDone, TrialNote
-from ablations.records import StudyDirectory
-from ablations.study import Study
-from ablations.training.loop import predict, start, train
-from ablations.training.trial import Trial
-from model.checkpoint import load
-from model.config import Block, ModelConfig, TimmModel
-from model.fast.compiled import blocks, compile_blocks, pays_off, why_unavailable
-from model.fast.execution import ExecutionOptions, ExecutionPlan
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.ablations.cli.devices import usable
+from expertgrid.ablations.engines.events import TrialDone, TrialNote
+from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.study import Study
+from expertgrid.model.checkpoint import load
+from expertgrid.model.config import Block, ModelConfig, TimmModel
+from expertgrid.model.fast.compiled import blocks, compile_blocks, pays_off, why_unavailable
+from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.training import prepare as preparation
+from expertgrid.model.training.loop import predict, start, train
+from expertgrid.model.training.prepare import prepare
+from expertgrid.model.training.trial import Trial
+from expertgrid.model.variants import vary
 
 CPU = torch.device("cpu")
 
@@ -145,7 +146,7 @@ def fails_to_compile(*arguments) -> float:
 
 
 def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
-    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile)
+    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
     outcome = expertgrid(*small, "--format", "json")
@@ -160,7 +161,7 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
+    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     directory = StudyDirectory(tmp_path / "study")
     events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))

@@ -16,17 +16,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ablations import engines
-from ablations.engines import prepare, run_local
-from ablations.events import TrialDone, TrialNote
-from ablations.records import StudyDirectory
-from ablations.study import Study
-from ablations.training import loop, optimise
-from ablations.training.loop import start, train
-from ablations.training.recipe import RECIPES, Recipe
-from ablations.training.trial import Trial
-from model.fast.cuda_graphs import WARM_UP, Recorder, recordable
-from model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.ablations.engines.events import TrialDone, TrialNote
+from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.study import Study
+from expertgrid.model.fast.cuda_graphs import WARM_UP, Recorder, recordable
+from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.model.training import loop, optimise
+from expertgrid.model.training import prepare as preparation
+from expertgrid.model.training.loop import start, train
+from expertgrid.model.training.prepare import prepare
+from expertgrid.model.training.recipe import RECIPES, Recipe
+from expertgrid.model.training.trial import Trial
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -104,7 +105,7 @@ def on_cpu(monkeypatch) -> Callable[[Recipe, nn.Module], torch.optim.Optimizer]:
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", make)
-    monkeypatch.setattr(engines, "Recorder", TapeRecorder)
+    monkeypatch.setattr(preparation, "Recorder", TapeRecorder)
     return make
 
 
@@ -352,7 +353,7 @@ def test_what_cannot_be_recorded_is_an_error_or_goes_on(digits, resident_digits,
 def test_an_optimiser_that_counts_on_the_host_is_not_recorded(digits, digits_splits):
     trial = trial_of(digits, **{"recipe.opt": "lion"})
     training = start(trial, digits_splits)
-    with pytest.raises(engines.TrainingError, match="--graphs on: the optimiser lion cannot be recorded"):
+    with pytest.raises(loop.TrainingError, match="--graphs on: the optimiser lion cannot be recorded"):
         prepare(trial, digits_splits, training, ExecutionOptions(graphs="on"), steps=2)
     prepare(trial, digits_splits, training, ExecutionOptions(), steps=2)
     assert training.recorder is None

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import Block, TimmModel
-from model.errors import InputError
-from model.fast.execution import EAGER, ExecutionOptions, ExecutionPlan, why_unavailable
-from model.presets import PRESETS
-from model.variants import vary
+from expertgrid.model.config import Block, TimmModel
+from expertgrid.model.fast.execution import EAGER, ExecutionOptions, ExecutionPlan, why_unavailable
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import vary
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = 100 * 351

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
-from model.fast.execution import has_kernels
-from model.fast.settings import full_fp32
-from model.net import ExpertNet, Gate
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
+from expertgrid.model.fast.execution import has_kernels
+from expertgrid.model.fast.settings import full_fp32
+from expertgrid.model.net import ExpertNet, Gate
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.variants import vary
 
-kernels = pytest.importorskip("model.fast.kernels", reason="there is no Triton", exc_type=ImportError)
+kernels = pytest.importorskip("expertgrid.model.fast.kernels", reason="there is no Triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import Block, GateConfig, ModelConfig
-from model.fast.compiled import compile_blocks
-from model.fast.wide import WideBlock, can_be_wide
-from model.net import ExpertNet
-from model.presets import PRESETS
-from model.registry import build
-from model.variants import vary
+from expertgrid.model.config import Block, GateConfig, ModelConfig
+from expertgrid.model.fast.compiled import compile_blocks
+from expertgrid.model.fast.wide import WideBlock, can_be_wide
+from expertgrid.model.net import ExpertNet
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.variants import vary
 
 BLOCKS = {
     "three experts": Block(channels=6),

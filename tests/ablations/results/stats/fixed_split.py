@@ -13,12 +13,12 @@ import numpy as np
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 
-from ablations.records import StudyDirectory
-from ablations.results.evidence import Evidence, read_evidence
-from ablations.results.rendering import render
-from ablations.results.rows import on_test
-from ablations.results.stats.contrasts import judge
-from ablations.results.stats.planning import binomial_spread
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.results.evidence import Evidence, read_evidence
+from expertgrid.ablations.results.rows import on_test
+from expertgrid.ablations.results.stats.contrasts import judge
+from expertgrid.ablations.results.stats.planning import binomial_spread
+from expertgrid.model.system.text import render
 
 
 def spreads(directory: StudyDirectory, found: Evidence) -> dict[str, float]:

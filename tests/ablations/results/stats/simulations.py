@@ -1,6 +1,6 @@
 """What the verdicts are worth, by simulated studies whose truth is known: the tables of the note.
 
-    PYTHONPATH=. python tests/ablations/results/stats/simulations.py [STUDIES]
+    python tests/ablations/results/stats/simulations.py [STUDIES]
 
 All tables as Markdown; 2000 studies take half an hour.
 
@@ -17,7 +17,7 @@ from itertools import product
 import numpy as np
 from scipy.special import expit
 
-from ablations.results.stats.contrasts import (
+from expertgrid.ablations.results.stats.contrasts import (
     Estimates,
     by_seeds_constant,
     errors,
@@ -25,9 +25,9 @@ from ablations.results.stats.contrasts import (
     residual_variances,
     verdicts,
 )
-from ablations.results.stats.critical import correlation, joint_t
-from ablations.results.stats.factors import against, main_effects
-from ablations.results.stats.race import race
+from expertgrid.ablations.results.stats.critical import correlation, joint_t
+from expertgrid.ablations.results.stats.factors import against, main_effects
+from expertgrid.ablations.results.stats.race import race
 
 MARGIN = 0.5
 SPREAD = 0.3

@@ -9,8 +9,15 @@ import pytest
 import scipy.stats
 from statsmodels.formula.api import ols
 
-from ablations.results.stats.contrasts import Judgement, estimate, judge, residual_variances, surcharge, verdicts
-from ablations.results.stats.factors import against, difference
+from expertgrid.ablations.results.stats.contrasts import (
+    Judgement,
+    estimate,
+    judge,
+    residual_variances,
+    surcharge,
+    verdicts,
+)
+from expertgrid.ablations.results.stats.factors import against, difference
 
 BOTH = np.array([[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, -0.5, 0.5]])  # the main effects of a 2 x 2
 SCORES = np.array([[90, 91, 92], [91, 92, 94], [90, 92, 92], [93, 93, 96.0]])

@@ -6,8 +6,8 @@ import scipy.stats
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from ablations.results.stats.critical import JointT, correlation, joint_t
-from ablations.results.stats.factors import against
+from expertgrid.ablations.results.stats.critical import JointT, correlation, joint_t
+from expertgrid.ablations.results.stats.factors import against
 
 
 def dunnett_constant(contrasts, df, alpha=0.05):

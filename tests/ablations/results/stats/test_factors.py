@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ablations.results.stats.factors import Change, against, difference, interactions, main_effects
+from expertgrid.ablations.results.stats.factors import Change, against, difference, interactions, main_effects
 
 CARD = {"experts": (1, 2, 4), "gate": ("linear", "mlp"), "cutout": (0, 8)}
 

@@ -5,12 +5,7 @@ import pytest
 from sklearn.metrics import confusion_matrix as sklearns_confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
-from ablations.results.stats.images import (
-    class_accuracies,
-    confusion_matrix,
-    consistent_images,
-    wilson,
-)
+from expertgrid.ablations.results.stats.images import class_accuracies, confusion_matrix, consistent_images, wilson
 
 
 def test_images_that_tell_cells_apart_by_hand():

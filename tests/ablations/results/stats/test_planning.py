@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from statsmodels.stats.power import TTestPower
 
-from ablations.results.stats.contrasts import estimate, judge, verdicts
-from ablations.results.stats.factors import against
-from ablations.results.stats.planning import Plan, binomial_spread, seeds_to_decide
+from expertgrid.ablations.results.stats.contrasts import estimate, judge, verdicts
+from expertgrid.ablations.results.stats.factors import against
+from expertgrid.ablations.results.stats.planning import Plan, binomial_spread, seeds_to_decide
 
 EIGHT = np.array([[-1, -1, -1, -1, 1, 1, 1, 1], [-1, -1, 1, 1] * 2, [-1, 1] * 4]) / 4  # main effects of a 2 x 2 x 2
 

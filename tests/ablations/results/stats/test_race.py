@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ablations.results.stats.contrasts import estimate, judge
-from ablations.results.stats.critical import JointT, correlation
-from ablations.results.stats.factors import against
-from ablations.results.stats.race import look_levels, race
+from expertgrid.ablations.results.stats.contrasts import estimate, judge
+from expertgrid.ablations.results.stats.critical import JointT, correlation
+from expertgrid.ablations.results.stats.factors import against
+from expertgrid.ablations.results.stats.race import look_levels, race
 
 BASE = against(0, 4)
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from scipy.special import expit, logit
 
-from ablations.results.stats.selection import accuracy_interval, mean_interval, peek, winner
+from expertgrid.ablations.results.stats.selection import accuracy_interval, mean_interval, peek, winner
 
 
 def test_mean_interval_is_students():

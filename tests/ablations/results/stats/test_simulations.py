@@ -5,7 +5,7 @@ import pytest
 import simulations
 from simulations import KINDS, LIKENESS, families
 
-from ablations.results.stats.contrasts import estimate
+from expertgrid.ablations.results.stats.contrasts import estimate
 
 
 def most(percent, studies):

@@ -1,0 +1,243 @@
+"""The local engine: it trains trials and writes their records, and yields an event for each thing that happens."""
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from expertgrid.ablations.engines.events import (
+    EpochDone,
+    Event,
+    Stopped,
+    TrialDone,
+    TrialFailed,
+    TrialNote,
+    TrialStarted,
+    by_seed,
+)
+from expertgrid.ablations.records.directory import Environment, Failure, Predictions, Record, StudyDirectory
+from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.cost import cost
+from expertgrid.model.fast.execution import EAGER, ExecutionOptions
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.files import disk_full, now
+from expertgrid.model.training.loop import (
+    Diverged,
+    Training,
+    mirrored,
+    predict,
+    score,
+    start,
+    train,
+    uses_bfloat16,
+)
+from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
+from expertgrid.model.training.resume import read_state, write_state
+from expertgrid.model.training.splits import ResidentData, Split, Splits
+from expertgrid.model.training.trial import Trial
+
+SAVE_EVERY_S = 10.0  # of a training's state
+CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
+DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
+SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
+
+
+@dataclass
+class Saver:
+    """Keeps a training's state in resume.pt, and ends the training where the user stopped it. Called after each step.
+
+    After a crash at most SAVE_EVERY_S seconds of training are lost, or 100 times what one save takes, if that is more.
+    """
+
+    directory: StudyDirectory
+    trial: Trial
+    training: Training
+    every_s: float
+    stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
+    saved: Callable[[Trial], None] = lambda trial: None  # called after each save
+    due: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.due = time.monotonic() + self.every_s
+
+    def __call__(self) -> None:
+        so_far = self.training.so_far
+        assert so_far is not None  # a step was just done
+        stopped = self.stop(self.training.epoch * len(so_far.losses_S) + len(so_far.rates))
+        if stopped or time.monotonic() >= self.due:
+            self.save()
+        if stopped:
+            raise Stopped
+
+    def save(self) -> None:
+        begun = time.monotonic()
+        state = self.training.state_dict()
+        epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
+        write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
+        now = time.monotonic()
+        self.due = now + max(self.every_s, (now - begun) / SAVING_SHARE)
+        self.saved(self.trial)
+
+
+def run_local(
+    trials: list[Trial],
+    data: ResidentData,
+    directory: StudyDirectory,
+    save_every_s: float = SAVE_EVERY_S,
+    execution: ExecutionOptions = EAGER,
+    stop: Callable[[int], bool] = lambda step: False,
+    at_once: int = 1,
+    saved: Callable[[Trial], None] = lambda trial: None,
+) -> Iterator[Event]:
+    """Trains trials one after another on the data's device, each from where it was interrupted.
+
+    Where a trial fails, its reason is written to failure.json and the other trials go on. Where the disk is full, none
+    can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen fails, the
+    trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number of the
+    trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
+    trial too. `saved` is called after each save of a trial's state. The records say that `at_once` trials were trained
+    at once, here and in other processes.
+    """
+    for trial in by_seed(trials):
+        if stop(0):
+            raise Stopped
+        yield TrialStarted(trial)
+        try:
+            yield from _run(trial, data, directory, save_every_s, execution, stop, at_once, saved)
+        except Exception as error:  # the other trials go on, whatever this one failed of
+            if disk_full(error):
+                raise
+            try:
+                if isinstance(error, ConnectionError | EOFError):
+                    time.sleep(DEATH_S)
+                failure = _failure(trial, error, data)
+            except RuntimeError as later:  # PyTorch's handler of SIGCHLD, which raises at any place
+                failure = _failure(trial, later, data)
+            directory.write_failure(trial.id, failure)
+            yield TrialFailed(trial, str(failure))
+
+
+def _run(
+    trial: Trial,
+    data: ResidentData,
+    directory: StudyDirectory,
+    save_every_s: float,
+    execution: ExecutionOptions,
+    stop: Callable[[int], bool],
+    at_once: int,
+    saved: Callable[[Trial], None],
+) -> Iterator[Event]:
+    directory.write_config(trial)
+    splits = data.splits(trial.hold_out, trial.seed)
+    training, epochs = start(trial, splits), []
+    resume = directory.resume_file(trial.id)
+    if resume.exists():
+        try:
+            state = read_state(resume)
+        except InputError as error:
+            yield TrialNote(trial, f"trained from the start, because {error}")
+        else:
+            training.load_state_dict(state["training"])
+            epochs = state["epochs"]
+    directory.write_epochs(trial.id, epochs)
+    prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
+    yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
+    saver = Saver(directory, trial, training, save_every_s, stop, saved)
+    for epoch in train(trial, splits, training, after_step=saver):
+        directory.append_epoch(trial.id, epoch)
+        yield EpochDone(trial, epoch)
+    if training.recorder and training.recorder.refused:
+        yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
+    record = _finish(trial, splits, directory, training, prepared, at_once)
+    resume.unlink(missing_ok=True)
+    (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
+    yield TrialDone(trial, record)
+
+
+def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
+    """The record of a trial that failed. The trial is not tried again with other values."""
+    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
+    if isinstance(error, Diverged):
+        return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
+    cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_message:
+        size = trial.recipe.batch_size
+        reason = f"no memory left at batch size {size}: {reason_of(error)}"
+        if isinstance(error, torch.OutOfMemoryError):  # of a device: nothing else is lost where it is tried again
+            traceback.clear_frames(error.__traceback__)  # they hold the network
+            fits = fitting_batch_size(trial, data)
+            reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
+        return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
+    return Failure(error=reason_of(error), **found)
+
+
+def _finish(
+    trial: Trial, splits: Splits, directory: StudyDirectory, training: Training, prepared: Prepared, at_once: int
+) -> Record:
+    """Measures the trained network in fp32 and writes checkpoint, predictions and record. Reads the test split once."""
+    data, device = splits.data, splits.device
+    mean, std = trial.recipe.mean_std(data)
+    mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    flip = trial.recipe.tta == "flip"
+
+    kept = {}
+
+    def measure(split: Split, name: str) -> tuple[float, float, float | None]:
+        """Loss and accuracy, and the accuracy with the mirror images; keeps the predicted classes."""
+        logits_BN = predict(training.result, split, mean_C, std_C)
+        loss, accuracy = score(logits_BN, split.labels_B)
+        kept[name], kept[f"{name}_labels"] = logits_BN.argmax(1).cpu().numpy(), split.labels_B.cpu().numpy()
+        if not flip:
+            return loss, accuracy, None
+        both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
+        kept[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
+        return loss, accuracy, score(both_BN, split.labels_B)[1]
+
+    validation = measure(splits.validation, "validation")
+    directory.enter_test_read(trial.id, "training", len(splits.test), tta="flip" if flip else None)
+    test = measure(splits.test, "test")
+    trained = Trained(
+        trial=trial.id,
+        model=trial.model_name,
+        data=data.name,
+        fingerprint=data.fingerprint,
+        classes=data.classes,
+        image_size=data.image_size,
+        mean=mean,
+        std=std,
+    )
+    checkpoint = Checkpoint(trial.model, trained, training.result.state_dict())
+    parameters, macs = cost(trial.model, *data.image_size)
+    epochs = directory.epochs(trial.id)
+    record = Record(
+        trial=trial.id,
+        seed=trial.seed,
+        validation_loss=validation[0],
+        validation_accuracy=validation[1],
+        validation_accuracy_flip=validation[2],
+        validation_images=len(splits.validation),
+        test_loss=test[0],
+        test_accuracy=test[1],
+        test_accuracy_flip=test[2],
+        test_images=len(splits.test),
+        parameters=parameters,
+        macs=macs,
+        epochs=len(epochs),
+        images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
+        train_seconds=sum(epoch.train_seconds for epoch in epochs),
+        bfloat16=uses_bfloat16(trial.recipe, device),
+        kernels=prepared.means.kernels,
+        compiled=prepared.means.compile,
+        graphs=training.recorded,
+        at_once=at_once,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        compile_seconds=prepared.seconds,
+        environment=Environment.here(device),
+        finished=now(),
+    )
+    directory.finish(trial.id, record, checkpoint.to_bytes(), Predictions(**kept))
+    return record

@@ -1,0 +1,445 @@
+"""Trials as tasks of a Ray cluster, whose nodes share no file system with this process, the driver.
+
+A task trains one trial in a process apart, as the local engine does, and in a study directory of its own. It streams
+what happens, and the files that change, to the driver. Ray chooses the node.
+
+The packages of expertgrid are sent to the nodes (runtime_env's py_modules), so that all records come from the driver's
+code, whatever version a node has. What expertgrid depends on must be installed there. No usage statistics are sent,
+and an embedded cluster shows no dashboard.
+"""
+
+import asyncio
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from threading import Event as Flag
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
+from expertgrid.ablations.engines.isolation import ProcessLost, Setup, Trainer
+from expertgrid.ablations.engines.scheduling import Ended, Lost, Message, Report, schedule
+from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.machine import checkout_commit, usable_cores
+from expertgrid.model.training.trial import Trial
+
+if TYPE_CHECKING:
+    from ray import ObjectRef, ObjectRefGenerator
+    from ray.actor import ActorHandle
+
+# Read when Ray is imported. Else, where `uv run` started the driver, Ray runs that command on all nodes, and it fails.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
+NOT_SENT = ["__pycache__", "/ablations/studies/*/", "/bench/results"]  # of the package: records
+WAITING = 16  # tasks, at least, that are submitted beyond those that run: the next ones, and a call for more nodes
+LOOK_AT_NODES_S = 2.0
+ANSWER_S = 5.0  # in which a node that is there accepts a connection
+ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+NODE_LOST = "its node was lost"
+
+
+@contextmanager
+def ray_engine(
+    address: str, cpus: int, gpus: float | None, device: str, modules: Sequence[str]
+) -> Generator["RayEngine"]:
+    """An engine on the cluster at `address`; with "auto" on the one that this machine belongs to, or an embedded one.
+
+    A trial gets so many CPUs, and so much of a GPU: with None a whole one where the cluster has some and `device`
+    allows it. `modules` that lie in the working directory are sent to the nodes. Raises InputError where Ray is not
+    installed, where no cluster is found, and for what a trial needs and `device` or the cluster do not give.
+    """
+    if address != "auto" and not ADDRESS.fullmatch(address):
+        raise InputError(f"--address {address}: auto or HOST:PORT is needed, as in 10.0.0.1:6379")
+    with ExitStack() as resources:
+        # Ray's threads print what happens to nodes on stdout, which is for results. Events say it on stderr.
+        nowhere = resources.enter_context(open(os.devnull, "w"))
+        resources.enter_context(redirect_stdout(nowhere))
+        embedded = _connect(address, modules)
+        import ray
+
+        resources.callback(ray.shutdown)
+        needs = Needs(cpus, _gpus(gpus, device))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if embedded and not needs.slots(nodes[0]):
+            there = f"{nodes[0].get('CPU', 0):g} CPUs and {nodes[0].get('GPU', 0):g} GPUs"
+            raise InputError(f"--cpus-per-trial {cpus}, --gpus-per-trial {needs.gpus:g}: this machine has {there}")
+        loop = resources.enter_context(_event_loop())
+        yield RayEngine(needs, embedded, loop, resources.close, nodes)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a trial takes of a node."""
+
+    cpus: int
+    gpus: float
+
+    def slots(self, resources: Mapping[str, float]) -> int:
+        """How many trials a node with these resources trains at once."""
+        has = [(resources.get("CPU", 0), self.cpus), (resources.get("GPU", 0), self.gpus)]
+        return min(int(there / needed + 1e-6) for there, needed in has if needed)
+
+
+class RayEngine:
+    """Trains the trials of one study on a Ray cluster, in calls with the same setup."""
+
+    def __init__(
+        self,
+        needs: Needs,
+        embedded: bool,
+        loop: asyncio.AbstractEventLoop,
+        end: Callable[[], None],
+        nodes: Sequence[Mapping[str, float]],
+    ) -> None:
+        self.needs, self.embedded, self.loop, self.end = needs, embedded, loop, end
+        self.device = "cuda" if needs.gpus else "cpu"
+        self.threads = needs.cpus
+        self.at_once = 1  # each task says what its node has room for
+        self.in_words = _in_words(nodes, needs, embedded)
+        self.shared: _Shared | None = None
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        setup: Setup,
+        directory: StudyDirectory,
+        stopped: Flag,
+        timeout_s: float | None = None,
+    ) -> Iterator[Event]:
+        """Trains trials and yields the engine's events, as `isolation.Pool.run` does."""
+        if self.shared is None:
+            self.shared = _Shared.put(setup)
+        cluster = _RayCluster(self, self.shared, timeout_s, len(trials))
+        try:
+            yield from schedule(trials, directory, cluster, stopped)
+        finally:
+            cluster.close()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all tasks get."""
+
+    setup: "ObjectRef"  # with the data: put into the object store once, from where each node gets it once
+    stop: "ActorHandle"
+    commit: str | None  # of the driver's code
+    version: str | None
+
+    @classmethod
+    def put(cls, setup: Setup) -> "_Shared":
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        stop: Any = ray.remote(_Stop).options(num_cpus=0, max_concurrency=10**6, scheduling_strategy=here)
+        try:
+            installed = version("expertgrid")
+        except PackageNotFoundError:  # it runs from a folder of source code
+            installed = None
+        return cls(ray.put(setup), stop.remote(), checkout_commit(), installed)
+
+
+class _Stop:
+    """An actor at which the nodes wait for the driver's word to stop."""
+
+    def __init__(self) -> None:
+        self.said = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self.said.wait()
+
+    async def say(self) -> None:
+        self.said.set()
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What one task gets."""
+
+    trial: Trial
+    state: bytes | None
+    timeout_s: float | None
+    shared: _Shared
+    needs: Needs
+    most_at_once: int
+
+
+class _RayCluster:
+    """The `scheduling.Cluster` of one call of `RayEngine.run`."""
+
+    def __init__(self, engine: RayEngine, shared: _Shared, timeout_s: float | None, trials: int) -> None:
+        import ray
+
+        self.loop, self.needs, self.shared, self.timeout_s, self.trials = (
+            engine.loop, engine.needs, shared, timeout_s, trials,
+        )  # fmt: skip
+        self.task: Any = ray.remote(_train).options(num_cpus=self.needs.cpus, num_gpus=self.needs.gpus, max_retries=0)
+        self.messages: queue.Queue[tuple[Trial, Message]] = queue.Queue()
+        self.tasks: dict[str, _Task] = {}  # by the ids of their trials; changed by the loop alone
+        self.slots = 0
+        self.watch = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)
+
+    def room(self) -> int:
+        return 2 * self.slots + WAITING
+
+    def submit(self, trial: Trial, state: bytes | None) -> None:
+        generator = self.task.remote(_Order(trial, state, self.timeout_s, self.shared, self.needs, self.trials))
+        asyncio.run_coroutine_threadsafe(self._follow(trial, generator), self.loop)
+
+    def next(self, timeout_s: float) -> tuple[Trial, Message] | None:
+        try:
+            return self.messages.get(timeout=timeout_s)
+        except queue.Empty:
+            if self.watch.done():
+                self.watch.result()  # raises its error
+            return None
+
+    def stop(self) -> None:
+        import ray
+
+        self.shared.stop.say.remote()
+
+        async def cancel_waiting() -> None:
+            for task in self.tasks.values():
+                if task.node is None:
+                    ray.cancel(task.generator)
+
+        asyncio.run_coroutine_threadsafe(cancel_waiting(), self.loop)
+
+    def close(self) -> None:
+        """Ends what follows the tasks, whatever they do."""
+
+        async def end() -> None:
+            for task in self.tasks.values():
+                task.follower.cancel()
+
+        self.watch.cancel()
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+
+    async def _follow(self, trial: Trial, generator: "ObjectRefGenerator") -> None:
+        """Takes in what a task sends until it ends."""
+        import ray.exceptions as failures
+
+        follower = asyncio.current_task()
+        assert follower is not None
+        task = self.tasks[trial.id] = _Task(generator, follower)
+        message: Message = Ended()
+        try:
+            async for reference in generator:
+                sent = await reference
+                if isinstance(sent, Report):
+                    self.messages.put((trial, sent))
+                else:
+                    task.node = sent
+        except failures.TaskCancelledError:
+            pass
+        except failures.RayTaskError as error:
+            message = error.cause if isinstance(error.cause, Exception) else error
+        except failures.OutOfMemoryError:
+            message = Lost("process", "Ray ended the training process, as its node ran out of memory")
+        except (failures.NodeDiedError, failures.ObjectLostError, asyncio.CancelledError):  # the last by `_watch`
+            message = Lost("node", NODE_LOST)
+        except failures.WorkerCrashedError:
+            crashed = task.node is not None and await self.loop.run_in_executor(None, _answers, task.node)
+            message = Lost("process", "the process of its task was killed") if crashed else Lost("node", NODE_LOST)
+        except failures.RayError as error:
+            message = ProcessLost(f"Ray cannot run a task: {reason_of(error)}")
+        self.tasks.pop(trial.id, None)
+        self.messages.put((trial, message))
+
+    async def _watch(self) -> None:
+        """Counts the slots, and gives up tasks on nodes that are lost: Ray says nothing of a task whose node's daemon
+        was killed and whose own process goes on."""
+        import ray
+
+        while True:
+            nodes = await self.loop.run_in_executor(None, ray.nodes)
+            self.slots = sum(self.needs.slots(node["Resources"]) for node in nodes if node["Alive"])
+            dead = {node["NodeID"] for node in nodes if not node["Alive"]}
+            for task in self.tasks.values():
+                if task.node in dead:
+                    task.follower.cancel()
+            await asyncio.sleep(LOOK_AT_NODES_S)
+
+
+@dataclass
+class _Task:
+    generator: "ObjectRefGenerator"
+    follower: asyncio.Task
+    node: str | None = None  # its id; None while the task waits
+
+
+def _answers(node_id: str) -> bool:
+    """Whether a node's daemon accepts a connection."""
+    import ray
+
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), ANSWER_S):
+            return node["Alive"]
+    except OSError:
+        return False
+
+
+_workplace: "_Workplace | None" = None  # of this process, which Ray uses for one task after another
+
+
+def _train(order: _Order) -> Iterator[str | Report]:
+    """The task: its node's id, then what happens."""
+    import ray
+
+    global _workplace
+    yield ray.get_runtime_context().get_node_id()
+    if _workplace is None:
+        _workplace = _Workplace(order)
+    yield from _workplace.train(order)
+
+
+class _Workplace:
+    """A process of a node: it has a process apart that trains, and a study directory for one trial at a time."""
+
+    def __init__(self, order: _Order) -> None:
+        import ray
+
+        self.trainer = Trainer()  # which begins to import PyTorch, while the data come
+        self.path = Path(tempfile.mkdtemp(prefix="expertgrid-"))
+        here = ray.get_runtime_context().get_node_id()
+        (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        at_once = min(order.needs.slots(resources), order.most_at_once)
+        self.setup = replace(ray.get(order.shared.setup), directory=self.path, at_once=max(1, at_once))
+        self.stopped = Flag()
+        Thread(target=self._wait, args=(order.shared.stop,), daemon=True).start()
+
+    def _wait(self, stop: "ActorHandle") -> None:
+        """Until the driver says stop, or is lost."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.get(stop.wait.remote())
+        self.stopped.set()
+
+    def train(self, order: _Order) -> Iterator[Report]:
+        directory, trial = StudyDirectory(self.path), order.trial.id
+        if order.state is not None:
+            write_whole(directory.resume_file(trial), order.state)
+        try:
+            for event in self.trainer.run([order.trial], self.setup, directory, self.stopped, order.timeout_s):
+                with suppress(FileNotFoundError):  # the state of a trial that was done meanwhile
+                    yield _report(event, directory, order.shared)
+        except Stopped:  # its state is sent
+            return
+        except OSError as error:
+            raise ProcessLost(f"on node {socket.gethostname()}: {error}") from error
+        finally:
+            shutil.rmtree(directory.trial(trial), ignore_errors=True)
+
+
+def _report(event: Event, directory: StudyDirectory, shared: _Shared) -> Report:
+    """An event with the files that it is about. Raises FileNotFoundError where a state is not there any more."""
+    trial = event.trial.id
+    place = directory.trial(trial)
+    match event:
+        case StateSaved():
+            return Report(event, {"resume.pt": directory.resume_file(trial).read_bytes()})
+        case TrialFailed():
+            return Report(event, {"failure.json": (place / "failure.json").read_bytes()})
+        case TrialDone(_, record):
+            files = {name: (place / name).read_bytes() for name in ("epochs.jsonl", "model.safetensors")}
+            reads = [read for read in directory.test_reads() if read.trial == trial]
+            done = TrialDone(event.trial, _of_the_driver(record, shared))
+            return Report(done, files, directory.predictions(trial), reads)
+    return Report(event)
+
+
+def _of_the_driver(record: Record, shared: _Shared) -> Record:
+    """A node's record with the version and the commit of the code that the driver sent there."""
+    versions = {name: number for name, number in record.environment.versions.items() if name != "expertgrid"}
+    if shared.version is not None:
+        versions = {"expertgrid": shared.version} | versions
+    environment = record.environment.model_copy(update={"versions": versions, "commit": shared.commit})
+    return record.model_copy(update={"environment": environment})
+
+
+def _connect(address: str, modules: Sequence[str]) -> bool:
+    """Joins a cluster, or starts an embedded one. Returns whether it is embedded."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported and when it starts a cluster
+    # Of an embedded cluster: trials are no work for idle times, and a busy machine starts processes slowly.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--engine ray: Ray is not installed; `uv sync --extra ray` brings it") from None
+    options: dict[str, Any] = {
+        "runtime_env": {"py_modules": _sent(modules), "excludes": NOT_SENT},
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+    }
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if address == "auto":
+            with suppress(ValueError):  # which Ray raises for num_cpus where there is a cluster
+                ray.init(num_cpus=usable_cores(), include_dashboard=False, **options)
+                return True
+        ray.init(address=address, **options)
+        return False
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise InputError(f"--address {address}: no cluster can be joined: {reason_of(error)}") from error
+    finally:
+        for signum, handler in handlers.items():  # Ray has put its own there
+            signal.signal(signum, handler)
+
+
+def _sent(modules: Sequence[str]) -> list[str]:
+    """The files and folders of the packages and modules that are sent to the nodes."""
+    ours = [str(Path(__file__).parents[2])]
+    named = {Path.cwd() / name.partition(".")[0] for name in modules}
+    beside = [path if path.is_dir() else path.with_suffix(".py") for path in sorted(named)]
+    return ours + [str(path) for path in beside if path.exists()]
+
+
+def _gpus(asked: float | None, device: str) -> float:
+    """How much of a GPU a trial gets. Raises InputError where that does not fit the device."""
+    import ray
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: Ray chooses the GPU; --engine ray takes auto, cpu or cuda")
+    if device == "cpu" and asked:
+        raise InputError(f"--gpus-per-trial {asked:g}: does not go with --device cpu")
+    if device == "cuda" and asked == 0:
+        raise InputError("--gpus-per-trial 0: does not go with --device cuda")
+    if asked is not None or device == "cpu":
+        return asked or 0.0
+    return 1.0 if device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _in_words(nodes: Sequence[Mapping[str, float]], needs: Needs, embedded: bool) -> str:
+    slots = sum(map(needs.slots, nodes))
+    place = "embedded on this machine" if embedded else f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
+    waits = "" if slots else "; trials wait for a node that has what they need"
+    return f"Ray, {place}: room for {slots} {'trial' if slots == 1 else 'trials'} at once{waits}"
+
+
+@contextmanager
+def _event_loop() -> Generator[asyncio.AbstractEventLoop]:
+    """A loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

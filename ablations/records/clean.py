@@ -1,0 +1,79 @@
+"""What a study directory holds that nothing needs any more."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertgrid.ablations.records.directory import ADOPTS, StudyDirectory
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import LEFT_BY_A_CRASH
+
+AGE_S = 600  # of a temporary file that no process is writing any more: exports and reports are written without the lock
+
+
+@dataclass(frozen=True)
+class Needless:
+    """A file or folder that can go."""
+
+    path: Path
+    size: int  # in bytes, of all its files
+    why: str
+
+
+def needless(directory: StudyDirectory, unplanned: bool = False) -> list[Needless]:
+    """What no table, report, check, export or training reads; with `unplanned`, trials that are not planned as well.
+
+    Raises InputError where the plan cannot be read, with `unplanned`.
+    """
+    return [Needless(path, _size(path), why) for path, why in sorted(_paths(directory, unplanned))]
+
+
+def remove(found: list[Needless]) -> None:
+    """Deletes these files and folders. The caller holds the directory. Raises OSError."""
+    for item in found:
+        if item.path.is_dir() and not item.path.is_symlink():
+            shutil.rmtree(item.path)
+        else:
+            item.path.unlink(missing_ok=True)
+
+
+def _paths(directory: StudyDirectory, unplanned: bool) -> Iterator[tuple[Path, str]]:
+    path = directory.path
+    planned = {trial for cell in directory.plan.cells for trial in cell.trials} if unplanned else set()
+    gone = set()
+    for place in path.glob("trials/*"):
+        if unplanned and place.name not in planned:
+            gone.add(place)
+            yield place, "a trial that is not planned"
+        elif (place / "resume.pt").is_file() and _is_finished(directory, place.name):
+            yield place / "resume.pt", "the state of a training that is finished"
+    for place in path.glob(f"{ADOPTS}*"):
+        if place.is_dir():
+            yield place, "left by a crash"
+    for folder in (path, *path.glob("trials/*"), *(path / name for name in ("export", "bench", "figures"))):
+        if folder.is_dir() and folder not in gone:
+            yield from ((file, "left by a crash") for file in folder.iterdir() if _is_left(file))
+    if (path / "damaged").is_dir():
+        yield path / "damaged", "moved away by `expertgrid check --repair`"
+
+
+def _is_finished(directory: StudyDirectory, trial: str) -> bool:
+    try:
+        return directory.record(trial) is not None
+    except InputError:
+        return False
+
+
+def _is_left(file: Path) -> bool:
+    return (
+        LEFT_BY_A_CRASH.fullmatch(file.name) is not None
+        and file.is_file()
+        and time.time() - file.lstat().st_mtime > AGE_S
+    )
+
+
+def _size(path: Path) -> int:
+    files = [path] if not path.is_dir() or path.is_symlink() else path.rglob("*")
+    return sum(file.lstat().st_size for file in files if file.is_symlink() or file.is_file())

@@ -1,0 +1,294 @@
+"""What a report says of a study, from its records, its best network and its validation images; nothing is drawn here.
+
+What is not there is left out with a reason, never guessed. No image of the test split is looked at: the confusion
+matrix on it is of the predictions that were kept when the split was read.
+
+Shapes: B images, H x W pixels, C channels, N classes, S seeds, E epochs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+
+from expertgrid.ablations.records.directory import Plan, StudyDirectory, TestRead, read_record
+from expertgrid.ablations.results.evidence import Evidence, read_evidence
+from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
+from expertgrid.ablations.results.rows import Row, best_record, ranking
+from expertgrid.ablations.results.stats.images import Share, class_accuracies, confusion_matrix, consistent_images
+from expertgrid.ablations.study.study import Study
+from expertgrid.model.checkpoint import Checkpoint, load
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import CACHE, load_data, split_share
+from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.training.trial import Epoch, Trial
+
+MOST_CURVES = 6  # cells whose curves are drawn
+MOST_MISTAKES = 24
+MOST_IMAGES = 40  # on which two cells differ at every seed
+SEARCHED_FOR_GATES = 10  # cells, best first
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A validation image that was taken for another class, surely."""
+
+    pixels_HWC: np.ndarray  # uint8
+    truth: str
+    taken: str
+    probability: float  # of the class that it was taken for
+    loss: float  # nats
+
+
+@dataclass
+class Examined:
+    """What the best network does, image by image; None with a reason in `missing` for what could not be had."""
+
+    row: Row | None = None
+    trial: str = ""
+    classes: tuple[str, ...] = ()
+    confusion_NN: np.ndarray | None = None
+    confusion_split: str = ""
+    shares: list[Share] = field(default_factory=list)  # by class
+    mistakes: list[Mistake] | None = None
+    wrong: int = 0  # validation images
+    images: int = 0  # of the validation split
+    gates: list[BlockGate] = field(default_factory=list)
+    gates_row: Row | None = None
+    gates_trial: str = ""
+    missing: dict[str, str] = field(default_factory=dict)  # reasons, by "confusion", "mistakes" and "gates"
+
+
+@dataclass(frozen=True)
+class DifferentImage:
+    """An image that one cell recognises at every seed and another cell at none."""
+
+    number: int  # in the split, from 0
+    truth: str
+    first: str  # what the networks of the first cell take it for, most frequent first
+    second: str
+
+
+@dataclass(frozen=True)
+class ImageDifferences:
+    """On which images two cells differ at every seed, from predictions that were kept."""
+
+    first: Row
+    second: Row
+    seeds: int
+    split: str  # "test", or "validation" where all seeds hold out the same images
+    only_first: list[DifferentImage]
+    only_second: list[DifferentImage]
+    counts: tuple[int, int]  # of all, also those that are not listed
+    by_chance: float  # images of both kinds together, of two cells that are equal
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a report says of a study. Accuracies are in percent."""
+
+    evidence: Evidence
+    best: Row | None
+    others: list[Row]  # with a finished trial, best on validation first
+    images: ImageDifferences | None
+    images_missing: str
+    curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
+    reads: list[TestRead]
+    examined: Examined
+
+    @property
+    def name(self) -> str:
+        return self.evidence.results.name
+
+    @property
+    def path(self) -> Path:
+        return self.evidence.results.path
+
+    @property
+    def study(self) -> Study:
+        return self.evidence.results.study
+
+    @property
+    def plan(self) -> Plan:
+        return self.evidence.results.plan
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.evidence.results.rows
+
+
+def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
+    """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
+    evidence = read_evidence(directory)
+    ranked = ranking(evidence.results.rows)
+    examined = examine(directory, evidence.results.plan, ranked, data_dir)
+    images, images_missing = _different_images(directory, evidence, ranked, examined.classes)
+    return Findings(
+        evidence=evidence,
+        best=ranked[0] if ranked else None,
+        others=ranked[1:],
+        images=images,
+        images_missing=images_missing,
+        curves=[(row, [directory.epochs(record.trial) for record in row.records]) for row in ranked[:MOST_CURVES]],
+        reads=directory.test_reads(),
+        examined=examined,
+    )
+
+
+# --- Two cells, image by image ---
+
+
+def _different_images(
+    directory: StudyDirectory, evidence: Evidence, ranked: Sequence[Row], classes: Sequence[str]
+) -> tuple[ImageDifferences | None, str]:
+    """The best cell against the base (against the next best where the base is the best), or why there is nothing."""
+    base = evidence.results.base
+    if len(ranked) < 2:
+        return None, "There are no two cells with finished trials."
+    first = ranked[0]
+    second = base if base is not None and base is not first and base in ranked else ranked[1]
+    split = "validation" if evidence.fixed_split else "test"
+    seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
+    if len(seeds) < 2:
+        return None, "Two seeds of both cells are needed to tell what a cell does from what a seed does."
+    kept = [[directory.predictions(row.by_seed[seed].trial) for seed in seeds] for row in (first, second)]
+    if not all(all(row) for row in kept):
+        return None, "The predictions of these trials were not kept."
+    taken = [[getattr(predictions, split) for predictions in row] for row in kept]
+    labels_B = getattr(kept[0][0], f"{split}_labels")
+    right = [np.array([predicted_B == labels_B for predicted_B in row]) for row in taken]
+    found = consistent_images(*right)
+
+    def listed(places_B: np.ndarray) -> list[DifferentImage]:
+        return [
+            DifferentImage(
+                int(place),
+                _class_name(classes, labels_B[place]),
+                *(_taken_for([predicted_B[place] for predicted_B in row], classes) for row in taken),
+            )
+            for place in places_B[:MOST_IMAGES]
+        ]
+
+    counts = len(found.only_first), len(found.only_second)
+    lists = listed(found.only_first), listed(found.only_second)
+    return ImageDifferences(first, second, len(seeds), split, *lists, counts, found.by_chance), ""
+
+
+def _class_name(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else str(label)
+
+
+def _taken_for(labels: Sequence[int], classes: Sequence[str]) -> str:
+    values, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return ", ".join(_class_name(classes, values[place]) for place in order)
+
+
+# --- The best network, image by image ---
+
+
+def examine(directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], data_dir: Path | None = None) -> Examined:
+    """The best trial of the best row on the validation images, and its kept predictions of the test images.
+
+    Where that network has no gate, the gates are those of the best row that has some. Raises InputError for damaged
+    files, and for a `data_dir` without the data.
+    """
+    found = Examined()
+    if not ranked:
+        found.missing = dict.fromkeys(("confusion", "mistakes", "gates"), "No trial is finished.")
+        return found
+    found.row, found.trial = ranked[0], best_record(ranked[0]).trial
+    checkpoint = _checkpoint(directory, found.trial)
+    kept = directory.predictions(found.trial)
+    if checkpoint:
+        found.classes = checkpoint.trained.classes
+    elif kept:
+        found.classes = tuple(str(label) for label in range(int(max(kept.test_labels.max(), kept.test.max())) + 1))
+    if kept:
+        _count(found, kept.test_labels, kept.test, "test")
+    if checkpoint is None:
+        reason = f"The checkpoint of trial {found.trial} is not in the study directory."
+        found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
+        return found
+    resident, reason = _images(directory, plan, found.trial, data_dir)
+    if resident is None:
+        found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
+        return found
+    validation = resident.splits(plan.hold_out, best_record(ranked[0]).seed).validation
+    labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels_BHWC.numpy()
+    logits_BN, weights = predict_watched(checkpoint, validation)
+    found.images, found.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
+    found.mistakes = worst(logits_BN, labels_B, pixels_BHWC, found.classes)
+    if not kept:
+        _count(found, labels_B, logits_BN.argmax(1), "validation")
+    found.gates_row, found.gates_trial = ranked[0], found.trial
+    for row in ranked[1:SEARCHED_FOR_GATES]:
+        if weights:
+            break
+        record = best_record(row)
+        found.gates_row, found.gates_trial = row, record.trial
+        other = _checkpoint(directory, found.gates_trial)
+        if other and _has_gates(other):
+            validation = resident.splits(plan.hold_out, record.seed).validation
+            weights = predict_watched(other, validation)[1]
+    labels_B = validation.labels_B.numpy()
+    found.gates = [block_gate(name, weights_BK, labels_B, len(found.classes)) for name, weights_BK in weights.items()]
+    if not found.gates:
+        found.missing["gates"] = "No network has a gate" + (
+            "." if len(ranked) <= SEARCHED_FOR_GATES else f" among the {SEARCHED_FOR_GATES} best."
+        )
+    return found
+
+
+def worst(
+    logits_BN: np.ndarray, labels_B: np.ndarray, pixels_BHWC: np.ndarray, classes: Sequence[str]
+) -> list[Mistake]:
+    """The images that were taken for another class, those with the highest cross entropy first."""
+    log_BN = log_softmax(logits_BN.astype(float), axis=1)
+    loss_B, taken_B = -log_BN[np.arange(len(labels_B)), labels_B], logits_BN.argmax(1)
+    places = [place for place in np.argsort(-loss_B, kind="stable") if taken_B[place] != labels_B[place]]
+    return [
+        Mistake(
+            pixels_BHWC[place],
+            classes[labels_B[place]],
+            classes[taken_B[place]],
+            float(np.exp(log_BN[place, taken_B[place]])),
+            float(loss_B[place]),
+        )
+        for place in places[:MOST_MISTAKES]
+    ]
+
+
+def _count(found: Examined, labels_B: np.ndarray, predicted_B: np.ndarray, split: str) -> None:
+    found.confusion_NN = confusion_matrix(labels_B, predicted_B, len(found.classes))
+    found.confusion_split, found.shares = split, class_accuracies(found.confusion_NN)
+
+
+def _checkpoint(directory: StudyDirectory, trial: str) -> Checkpoint | None:
+    file = directory.checkpoint(trial)
+    return load(file) if file.exists() else None
+
+
+def _has_gates(checkpoint: Checkpoint) -> bool:
+    return any(".gate." in name for name in checkpoint.weights)
+
+
+def _images(
+    directory: StudyDirectory, plan: Plan, trial: str, data_dir: Path | None
+) -> tuple[ResidentData | None, str]:
+    """The images that a trial was trained on, or why they cannot be had here. Nothing is downloaded."""
+    source, image_size = plan.source, plan.image_size
+    cifar = split_share(source)[0] in ("cifar10", "cifar100")
+    try:
+        data = load_data(source, (data_dir or CACHE) if cifar else data_dir, image_size)
+    except InputError as error:
+        if data_dir is not None:
+            raise
+        return None, f"The images are not available on this machine: {error}."
+    config = read_record(Trial, directory.trial(trial) / "config.json")
+    if config is not None and config.fingerprint != data.fingerprint:
+        return None, f"The data source {source!r} no longer has the images that this study was trained on."
+    return ResidentData(data, torch.device("cpu")), ""

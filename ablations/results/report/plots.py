@@ -1,0 +1,287 @@
+"""Pictures of a study, from numbers that are ready: each function draws one, `save` makes a file of it.
+
+They are narrow, so that a phone shows them without shrinking their letters. matplotlib is loaded when one is drawn.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from expertgrid.ablations.results.rows import Row, Score, on_test, on_validation
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
+from expertgrid.model.training.trial import Epoch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from expertgrid.ablations.results.report.gates import BlockGate
+
+TEST, VALIDATION, TRAIN = "#0b6e8a", "#9aa1a7", "#c2703d"
+DECIDED, UNDECIDED = "#0b6e8a", "#8b9196"
+WIDTH = 4.1  # inches
+LARGEST_MATRIX = 20  # classes whose numbers are written out
+LONGEST_LABEL = 56  # characters
+
+Kind = Literal["svg", "pdf", "png"]
+
+
+def save(figure: "Figure", kind: Kind = "svg") -> bytes:
+    """A picture as the content of a file, the same for the same picture."""
+    import matplotlib
+
+    picture = io.BytesIO()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
+    with matplotlib.rc_context({"svg.hashsalt": "expertgrid", "pdf.fonttype": 42}):
+        figure.savefig(picture, format=kind, metadata=metadata, dpi=200)
+    return picture.getvalue()
+
+
+def _figure(height: float, width: float = WIDTH) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _bare(axes: "Axes", grid: Literal["x", "y", "both"] = "x") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5)
+
+
+def _short(text: str, most: int = LONGEST_LABEL) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _listed(axes: "Axes", labels: Sequence[str]) -> None:
+    """Rows from the top, each with its label above it, so that long ones find room."""
+    axes.set_ylim(len(labels) - 0.45, -0.75)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    for place, label in enumerate(labels):
+        axes.text(
+            0.0, place - 0.36, _short(label), transform=axes.get_yaxis_transform(), fontsize=8.5, va="center",
+            parse_math=False, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _under(figure: "Figure", axes: "Axes", columns: int = 2) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+
+
+def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
+    """Each row's test and validation accuracy with 95% intervals, best on validation first.
+
+    Rows without a finished trial are left out.
+    """
+    done = [row for row in rows if row.by_seed]
+    done.sort(key=lambda row: -row.mean(on_validation))
+    figure = _figure(1.2 + 0.46 * len(done))
+    axes = figure.add_subplot()
+    series = {
+        "validation (selects)": (VALIDATION, 0.0, on_validation),
+        "test": (TEST, 0.22, on_test),
+    }
+    for label, (colour, shift, value) in series.items():
+        intervals = _accuracies(done, value)
+        axes.errorbar(
+            [interval.mean for interval in intervals],
+            [y + shift for y in range(len(done))],
+            xerr=_reach(intervals),
+            fmt="o", markersize=4.5, capsize=2, linewidth=1.4, color=colour, label=label,
+        )  # fmt: skip
+    _listed(axes, [row.name for row in done])
+    axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
+    _bare(axes)
+    if title:
+        figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
+    _under(figure, axes)
+    return figure
+
+
+def _accuracies(rows: Sequence[Row], value: Score) -> list[Interval]:
+    """Of rows that each have a finished trial."""
+    return [accuracy_interval([value(record) for record in row.records]) for row in rows]
+
+
+def _reach(intervals: Sequence[Interval]) -> np.ndarray:
+    """How far intervals reach below and above their means (2, X); 0 where there is none."""
+    ends = [(0.0, 0.0) if low is None or high is None else (mean - low, high - mean) for mean, low, high in intervals]
+    return np.array(ends).reshape(-1, 2).T
+
+
+def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
+    """`accuracy_figure` as an SVG."""
+    return save(accuracy_figure(title, rows))
+
+
+def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "Figure":
+    """Differences in points with their intervals; filled where there is a verdict, the margin shaded."""
+    figure = _figure(1.0 + 0.44 * len(effects))
+    axes = figure.add_subplot()
+    axes.axvspan(-margin, margin, color="#e9edf0", linewidth=0, zorder=0)
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    for place, (_, judgement) in enumerate(effects):
+        decided = judgement.verdict not in (OPEN, NONE)
+        colour = DECIDED if decided else UNDECIDED
+        mean, low, high = judgement.mean, judgement.low, judgement.high
+        reach = None if mean is None or low is None or high is None else [[mean - low], [high - mean]]
+        axes.errorbar(
+            [mean], [place], xerr=reach, fmt="o", markersize=5, capsize=2, linewidth=1.4, color=colour,
+            markerfacecolor=colour if decided else "white",
+        )  # fmt: skip
+    _listed(axes, [label for label, _ in effects])
+    axes.set_xlabel("change in validation accuracy, points", fontsize=8.5)
+    _bare(axes)
+    return figure
+
+
+def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
+    """The best row's validation accuracy less that of others, a dot for each seed that both have, and the mean."""
+    figure = _figure(1.0 + 0.44 * len(others))
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    ours = best.by_seed
+    for place, row in enumerate(others):
+        common = sorted(ours.keys() & row.by_seed.keys())
+        differences = [on_validation(ours[seed]) - on_validation(row.by_seed[seed]) for seed in common]
+        label = place == 0
+        axes.plot(
+            differences, [place] * len(differences), "o", color=TEST, markersize=5, alpha=0.45, markeredgewidth=0,
+            label="one seed" if label else None,
+        )  # fmt: skip
+        if differences:
+            mean = float(np.mean(differences))
+            axes.plot(
+                [mean], [place], "|", color="black", markersize=11, markeredgewidth=1.6,
+                label="mean over seeds" if label else None,
+            )  # fmt: skip
+    _listed(axes, [row.name for row in others])
+    axes.set_xlabel("best less this cell, validation accuracy in points", fontsize=8.5)
+    _bare(axes)
+    _under(figure, axes)
+    return figure
+
+
+def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
+    """Loss and accuracy after each epoch, of train and validation images: a thin line a seed, and their mean."""
+    figure = _figure(3.7, 3.7)
+    loss, accuracy = figure.subplots(2, 1, sharex=True)
+    most = max(map(len, by_seed))
+    for axes, what, factor in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        for split, colour in (("train", TRAIN), ("validation", TEST)):
+            lines = [[factor * getattr(epoch, f"{split}_{what}") for epoch in epochs] for epochs in by_seed]
+            style = "o-" if most == 1 else "-"
+            for line in lines if len(lines) > 1 else []:
+                axes.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=0.7, alpha=0.4, markersize=2)
+            whole = [line for line in lines if len(line) == most]
+            axes.plot(
+                range(1, most + 1),
+                np.mean(whole, axis=0),
+                style,
+                color=colour,
+                linewidth=1.7,
+                markersize=4,
+                label=split,
+            )
+        axes.set_ylabel("loss, nats" if what == "loss" else "accuracy, %", fontsize=8.5)
+        _bare(axes, "y")
+    accuracy.set_xlabel("epoch", fontsize=8.5)
+    accuracy.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.suptitle(_short(title, 50), fontsize=9, parse_math=False)
+    _under(figure, accuracy)
+    return figure
+
+
+def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[int], what: str) -> "Figure":
+    """Validation accuracy against a cost; those on the front, if any, are joined and numbered in their order."""
+    figure = _figure(3.4)
+    axes = figure.add_subplot()
+    intervals = _accuracies(rows, on_validation)
+    axes.errorbar(
+        costs, [interval.mean for interval in intervals], yerr=_reach(intervals), fmt="o",
+        markersize=4.5, capsize=2, linewidth=0.9, color=UNDECIDED, label="cell, with its 95% interval",
+    )  # fmt: skip
+    if front:
+        axes.plot(
+            [costs[place] for place in front], [intervals[place].mean for place in front], "o-", color=TEST,
+            markersize=5.5, linewidth=1.4, label="Pareto front",
+        )  # fmt: skip
+    for number, place in enumerate(front, 1):
+        axes.annotate(
+            str(number), (costs[place], intervals[place].mean), xytext=(-6, 5) if number % 2 else (6, -11),
+            textcoords="offset points", fontsize=9, fontweight="bold", ha="right" if number % 2 else "left",
+        )  # fmt: skip
+    axes.margins(x=0.1)
+    if min(costs) > 0 and max(costs) > 5 * min(costs):
+        axes.set_xscale("log")
+    else:
+        axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel(what, fontsize=8.5)
+    axes.set_ylabel("validation accuracy, %", fontsize=8.5)
+    _bare(axes, "both")
+    _under(figure, axes)
+    return figure
+
+
+def _matrix(
+    axes: "Axes", values: np.ndarray, written: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float
+) -> None:
+    """A heat map, with what is `written` in its cells where there is room; of many rows or columns some are named."""
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        places = range(0, len(names), -(-len(names) // LARGEST_MATRIX))
+        labels = [_short(names[place], 14) for place in places]
+        upright = axis is axes.xaxis and max(map(len, labels)) * len(labels) > 44
+        axis.set_ticks(places, labels, fontsize=8, rotation=90 if upright else 0, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if max(values.shape) <= LARGEST_MATRIX:
+        size = 8 if values.shape[1] <= 12 else 6
+        for (i, j), text in np.ndenumerate(written):
+            colour = "white" if values[i, j] > 0.55 * top else "#333333"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def _decimals(values: np.ndarray) -> np.ndarray:
+    return np.array([["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values])
+
+
+def gate_figure(gate: "BlockGate", classes: Sequence[str]) -> "Figure":
+    """Mean weight of each expert on the images of each class."""
+    figure = _figure(1.0 + 0.24 * min(len(classes), LARGEST_MATRIX), 3.7)
+    axes = figure.add_subplot()
+    experts = [str(k) for k in range(gate.experts)]
+    _matrix(
+        axes, gate.mean_NK, _decimals(gate.mean_NK), classes, experts, max(2 / gate.experts, np.nanmax(gate.mean_NK))
+    )
+    axes.set_xlabel("expert", fontsize=8.5)
+    axes.set_ylabel("class", fontsize=8.5)
+    axes.set_title(gate.block, fontsize=9, parse_math=False)
+    return figure
+
+
+def entropy_figure(gates: Sequence["BlockGate"], classes: Sequence[str]) -> "Figure":
+    """Entropy of the gate by block and class, as a share of that of equal weights."""
+    values = np.array([gate.entropy_N / (gate.most_entropy or 1) for gate in gates])
+    figure = _figure(0.9 + 0.3 * len(gates))
+    axes = figure.add_subplot()
+    _matrix(axes, values, _decimals(values), [gate.block for gate in gates], classes, 1.0)
+    axes.set_xlabel("class", fontsize=8.5)
+    return figure
+
+
+def confusion_figure(confusion_NN: np.ndarray, classes: Sequence[str]) -> "Figure":
+    """Counts of images: rows are what they are, columns what they were taken for. Colours are shares of a row."""
+    figure = _figure(1.0 + (0.3 * len(classes) if len(classes) <= LARGEST_MATRIX else 3.6))
+    axes = figure.add_subplot()
+    share_NN = confusion_NN / np.maximum(confusion_NN.sum(1, keepdims=True), 1)
+    _matrix(axes, share_NN, np.where(confusion_NN, confusion_NN.astype(str), ""), classes, classes, 1.0)
+    axes.set_xlabel("taken for", fontsize=8.5)
+    axes.set_ylabel("is", fontsize=8.5)
+    return figure

@@ -1,0 +1,188 @@
+"""Checks that the numbers of a study follow from the files beside them."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from expertgrid.ablations.records.directory import Predictions, Record, StudyDirectory
+from expertgrid.ablations.results import evidence
+from expertgrid.ablations.results.rows import measured
+from expertgrid.ablations.results.tables import tables
+from expertgrid.ablations.study.study import CONTROL_SEEDS
+from expertgrid.model.checkpoint import load
+from expertgrid.model.config import Network
+from expertgrid.model.cost import cost
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import render_tables
+from expertgrid.model.training.trial import Trial
+
+NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The result of a check."""
+
+    checked: int  # numbers and files
+    problems: list[str]  # numbers and files that do not fit the others
+    skipped: list[str]  # what could not be checked, and why
+
+
+def check_study(directory: StudyDirectory) -> Verified:
+    """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
+    check = _Check()
+    plan = directory.plan
+    labels: dict[tuple[int, bytes], str] = {}
+    fingerprints: dict[str, str] = {}
+    without = 0
+    has_weights = any(directory.path.glob("trials/*/model.safetensors"))
+    seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
+    for trial_id, seed in seeds.items():
+        with check.of(f"trial {trial_id}"):
+            record, trial = directory.record(trial_id), directory.config(trial_id)
+            if record is None:
+                continue
+            check.equal("trial in record.json", record.trial, trial_id)
+            check.equal("seed", record.seed, seed)
+            check.true("there is no config.json", trial is not None)
+            check.epochs(directory, record, trial)
+            if trial is not None:
+                check.equal("hash of config.json", trial.id, trial_id)
+                check.equal("seed in config.json", trial.seed, seed)
+                fingerprints.setdefault(trial.fingerprint, trial_id)
+            if has_weights:
+                check.checkpoint(directory, record, trial)
+            elif trial is not None and plan.pixels is not None:
+                check.cost(record, trial.model, plan.pixels)
+            kept = directory.predictions(trial_id)
+            without += kept is None
+            if kept is not None:
+                check.predictions(record, kept)
+                block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
+                labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
+    for block in {block for block, _ in labels}:
+        trials = [trial for (other, _), trial in labels.items() if other == block]
+        check.true(f"trials of one hold-out have different labels: {', '.join(trials)}", len(trials) < 2)
+    trials = list(fingerprints.values())
+    check.true(f"trials have different data: {', '.join(trials)}", len(trials) < 2)
+    with check.of("ledger.jsonl"):
+        check.ledger(directory, list(seeds))
+    with check.of("report.html"):
+        check.report(directory)
+    if without:
+        check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
+    if not has_weights:
+        check.skipped.append("No trial keeps its weights: they were not compared with config.json")
+    return Verified(check.count, check.problems, check.skipped)
+
+
+class _Check:
+    """Counts the checks and collects the problems, each with its place."""
+
+    def __init__(self) -> None:
+        self.count, self.place = 0, ""
+        self.problems: list[str] = []
+        self.skipped: list[str] = []
+
+    @contextmanager
+    def of(self, place: str) -> Generator[None]:
+        """Problems that are found within get this place. A damaged file is such a problem; the check goes on."""
+        self.place = place
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(f"{place}: {error}")
+        self.place = ""
+
+    def true(self, problem: str, fits: bool) -> None:
+        self.count += 1
+        if not fits:
+            self.problems.append(f"{self.place}: {problem}" if self.place else problem)
+
+    def equal(self, what: str, kept: object, found: object) -> None:
+        near = isinstance(kept, float) and isinstance(found, float) and math.isclose(kept, found, rel_tol=1e-6)
+        self.true(f"{what} is {kept}, but {found} follows from the rest", near or kept == found)
+
+    def epochs(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
+        epochs = directory.epochs(record.trial)
+        self.equal("epochs", record.epochs, len(epochs))
+        if trial is not None:
+            self.equal("epochs", record.epochs, trial.recipe.epochs)
+        self.equal("numbers in epochs.jsonl", [epoch.epoch for epoch in epochs], list(range(1, len(epochs) + 1)))
+        if epochs:
+            rates = [epoch.images_per_s for epoch in (epochs[1:] or epochs)]
+            self.equal("images_per_s", record.images_per_s, statistics.median(rates))
+            self.equal("train_seconds", record.train_seconds, float(sum(epoch.train_seconds for epoch in epochs)))
+
+    def checkpoint(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
+        checkpoint = load(directory.checkpoint(record.trial))
+        self.equal("trial in model.safetensors", checkpoint.trained.trial, record.trial)
+        if trial is not None:
+            self.true("model.safetensors has another network than config.json", checkpoint.config == trial.model)
+        self.cost(record, checkpoint.config, checkpoint.trained.image_size)
+
+    def cost(self, record: Record, network: Network, pixels: tuple[int, int]) -> None:
+        parameters, macs = cost(network, *pixels)
+        self.equal("parameters", record.parameters, parameters)
+        self.equal("macs", record.macs, macs)
+
+    def predictions(self, record: Record, kept: Predictions) -> None:
+        for split in ("validation", "test"):
+            labels_B = getattr(kept, f"{split}_labels")
+            self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
+            for suffix in ("", "_flip"):
+                predicted_B, accuracy = getattr(kept, split + suffix), getattr(record, f"{split}_accuracy{suffix}")
+                found = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
+                self.equal(f"{split}_accuracy{suffix}", accuracy, found)
+
+    def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
+        reads = directory.test_reads()
+        training = {read.trial: read for read in reads if read.reader == "training"}
+        for trial in trials:
+            record = directory.record(trial) if (directory.trial(trial) / "record.json").exists() else None
+            if record is not None:
+                self.true(f"has no read of the test split by the training of {trial}", trial in training)
+                if trial in training:
+                    self.equal(f"images in the read of {trial}", training[trial].images, record.test_images)
+        exports = sum(read.reader == "export" for read in reads)
+        certificates = len(list((directory.path / "export").glob("*.certificate.json")))
+        self.true(f"has {exports} reads by exports, of which there are {certificates}", exports >= certificates)
+
+    def report(self, directory: StudyDirectory) -> None:
+        file = directory.path / "report.html"
+        if not file.exists():
+            return
+        found = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
+        if found is None:
+            self.skipped.append("report.html embeds no numbers, and was not compared")
+            return
+        try:
+            kept = json.loads(found[1])
+            of, kept = kept["measured"], kept["tables"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError("the numbers embedded in it have no tables") from None
+        found = evidence.read_evidence(directory)
+        if of != measured(found.results.rows):
+            self.true("the study has changed since it was written; expertgrid report writes it again", False)
+            return
+        fresh = json.loads(render_tables(tables.study_tables(directory, found), "json"))
+        self.equal("tables", sorted(kept), sorted(fresh))
+        for key in sorted(kept.keys() & fresh.keys()):
+            self.equal(f"number of rows of {key}", len(kept[key]), len(fresh[key]))
+            for place, (row, again) in enumerate(zip(kept[key], fresh[key]), 1):
+                for title, value in _leaves(again):
+                    self.equal(f"{title} in row {place} of {key}", dict(_leaves(row)).get(title), value)
+
+
+def _leaves(row: dict[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    for title, value in row.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{title} ")
+        else:
+            yield f"{path}{title}", value

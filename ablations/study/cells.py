@@ -1,0 +1,82 @@
+"""The names of a study's cells: which of them are one network, and which cell a text means. Imports no torch."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expertgrid.model.system.errors import InputError, unknown
+
+EACH_LEVEL = "-"  # of a factor that changes nothing: the network is the same at each level
+CONTROL = "base again"  # the name of the control cell
+
+
+@dataclass(frozen=True)
+class CellName:
+    """What is known of a cell by its plan alone."""
+
+    model: str
+    levels: Mapping[str, str]  # by factor, as tables show them; none for a baseline and the control
+    network: str  # the id of its first trial: cells with the same one are one network
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that are one network, with the levels that they have together. A baseline stands for itself."""
+
+    model: str
+    levels: dict[str, str]
+    places: tuple[int, ...]  # among the cells
+
+    @property
+    def name(self) -> str:
+        """The group in a few words: its levels without the factors that change nothing; a baseline's network."""
+        levels = [f"{name} {level}" for name, level in self.levels.items() if level != EACH_LEVEL]
+        return ", ".join(levels) or self.model
+
+
+def groups(cells: Sequence[CellName], levels: Mapping[str, int]) -> list[Group]:
+    """The networks among the cells, in their order. `levels` is how many each factor has, where all are combined."""
+    same: dict[tuple[str, bool], list[int]] = {}
+    for place, cell in enumerate(cells):
+        same.setdefault((cell.network, not cell.levels), []).append(place)
+    found = []
+    for places in same.values():
+        first = cells[places[0]]
+        shared = {}
+        for factor in first.levels:
+            names = list(dict.fromkeys(cells[place].levels[factor] for place in places))
+            shared[factor] = EACH_LEVEL if 1 < len(names) == levels.get(factor) else " / ".join(names)
+        found.append(Group(CONTROL if first.control else first.model, shared, tuple(places)))
+    return found
+
+
+def find_cell(cells: Sequence[CellName], named: Sequence[Group], text: str) -> int:
+    """The place among the groups of the cell that a text names, or whose levels it gives.
+
+    `experts 2, gate mlp`, `experts=2,gate=mlp`, and `experts=4` where only one network has this level. Raises
+    InputError, with the names there are, where the text means no network or several.
+    """
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\s=,]+", " ", name).strip()
+
+    for place, group in enumerate(named):
+        if plain(group.name) == plain(text):
+            return place
+    factors = sorted({name for cell in cells for name in cell.levels}, key=len, reverse=True)
+    parts = re.split(rf"(?:^|[,\s]+)({'|'.join(map(re.escape, factors))})[=\s]", text) if factors else [text]
+    wanted = dict(zip(parts[1::2], (level.strip(" ,") for level in parts[2::2])))
+    meant = {
+        place
+        for place, cell in enumerate(cells)
+        if wanted and not parts[0].strip() and cell.levels and wanted.items() <= dict(cell.levels).items()
+    }
+    matching = [place for place, group in enumerate(named) if meant & set(group.places)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise InputError(
+            f"cell {text!r} is {len(matching)} cells: {'; '.join(named[place].name for place in matching)}"
+        )
+    raise unknown("cell", text, [group.name for group in named])

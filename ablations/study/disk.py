@@ -1,0 +1,58 @@
+"""The space that a study needs on its disk. Only counting a network's weights imports torch."""
+
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from expertgrid.model.config import Network
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.trial import Trial
+
+TEXT = 32_768  # bytes of a trial's config, record, checksums and headers, in whole blocks of a file system
+EPOCH = 320  # bytes of a line of epochs.jsonl
+SPARE = 1.05
+
+
+def check_space(trials: Sequence[Trial], data: ImageData, path: Path) -> None:
+    """Raises InputError where the disk of the directory `path` has no room for these trials."""
+    needed, free = bytes_needed(trials, data), shutil.disk_usage(path).free
+    if free < needed:
+        raise InputError(
+            f"--out {path}: {len(trials)} trials need {in_words(needed)}, and the disk has {in_words(free)} left; "
+            "make room, or give a directory on another disk"
+        )
+
+
+def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
+    """What trials will take: their files, and the state of one that goes on, which is twice there while it is written.
+
+    The state has the weights, their average, and at most two numbers of the optimiser for each parameter.
+    """
+    weights = {trial.model: stored_bytes(trial.model) for trial in trials}
+    files = states = 0
+    for trial in trials:
+        both = 3 if trial.recipe.tta == "flip" else 2  # predictions, labels, predictions of the mirror images
+        held_out = len(data.train) - data.trained_on(trial.hold_out)
+        predictions = both * (held_out + len(data.test)) * (1 if len(data.classes) <= 256 else 2)
+        files += weights[trial.model] + predictions + TEXT + EPOCH * trial.recipe.epochs
+        states = max(states, (4 if trial.recipe.ema_decay else 3) * weights[trial.model] + TEXT)
+    return int(SPARE * (files + 2 * states))
+
+
+@cache
+def stored_bytes(network: Network) -> int:
+    """The bytes of a network's weights and buffers, which is made without their values."""
+    import torch
+
+    from expertgrid.model.registry import build
+
+    with torch.device("meta"):
+        return sum(tensor.numel() * tensor.element_size() for tensor in build(network).state_dict().values())
+
+
+def in_words(size: int) -> str:
+    """A number of bytes, as 1.2 MB."""
+    power = min(4, (len(str(size)) - 1) // 3)
+    return f"{size} bytes" if power == 0 else f"{size / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

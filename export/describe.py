@@ -1,0 +1,403 @@
+"""What an ONNX file holds, of whatever origin, in numbers."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.inliner import inline_local_functions
+from pydantic import BaseModel
+
+from expertgrid.export.metadata import entries_of
+from expertgrid.model.system.errors import InputError, printable
+
+Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
+Shape = Sizes | None  # None: not even the rank is known
+
+# What a quantized or fused operator is when scales, zero points and biases are left out: its name, the inputs it keeps.
+PLAIN = {
+    "QLinearConv": ("Conv", (0, 3)),
+    "ConvInteger": ("Conv", (0, 1)),
+    "FusedConv": ("Conv", (0, 1)),
+    "QLinearMatMul": ("MatMul", (0, 3)),
+    "MatMulInteger": ("MatMul", (0, 1)),
+    "QGemm": ("Gemm", (0, 3)),
+    "FusedGemm": ("Gemm", (0, 1)),
+    "QLinearAdd": ("Add", (0, 3)),
+    "QLinearMul": ("Mul", (0, 3)),
+    "QLinearSoftmax": ("Softmax", (0,)),
+    "QLinearSigmoid": ("Sigmoid", (0,)),
+    "QLinearLeakyRelu": ("LeakyRelu", (0,)),
+    "QLinearAveragePool": ("AveragePool", (0,)),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", (0,)),
+}
+STANDARD = ("", "ai.onnx")  # domains
+NOT_COUNTED = {"Attention", "DFT", "DeformConv", "GRU", "LSTM", "RNN", "STFT"}  # they multiply, but not as those below
+NAMELESS = "unk__"  # how ONNX starts the names of dimensions that it does not know
+LARGEST_MODEL = 2**31 - 1  # bytes of a message of protobuf
+PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+
+
+class Tensor(BaseModel):
+    """An input or output of a model."""
+
+    name: str
+    type: str  # "uint8", "float32"; "sequence" and the like where it is no tensor, "undefined" where the file is silent
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type} {shape_text(self.shape)}"
+
+
+class Description(BaseModel):
+    """The numbers of an ONNX file. The bodies of If, Loop and Scan count once, functions wherever they are called."""
+
+    name: str
+    file_bytes: int
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    opsets: dict[str, int]  # by domain; "" is that of the standard operators
+    producer: str
+    metadata: dict[str, str]
+    operators: dict[str, int]  # the most frequent first; with their domain where it is not the standard one
+    parameters: int  # the numbers in all tensors that the file holds, those for shapes and scales too
+    parameter_bytes: int
+    macs: int | None  # multiply-accumulates of convolutions and matrix products for one image, None if not known
+    macs_unknown: str  # why not
+
+    def __str__(self) -> str:
+        opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in self.opsets.items())
+        operators = ", ".join(f"{count} {operator}" for operator, count in self.operators.items())
+        lines = [
+            ("file", f"{self.name}, {self.file_bytes:,} bytes, from {self.producer or 'an unknown producer'}"),
+            *(("input", tensor) for tensor in self.inputs),
+            *(("output", tensor) for tensor in self.outputs),
+            ("opset", opsets),
+            ("parameters", f"{self.parameters:,} ({self.parameter_bytes:,} bytes)"),
+            ("MACs", f"not known: {self.macs_unknown}" if self.macs is None else f"{self.macs:,} for one image"),
+            ("operators", f"{sum(self.operators.values()):,}: {operators}"),
+            *((key, value) for key, value in self.metadata.items()),
+        ]
+        width = max(len(title) for title, _ in lines)
+        return printable("\n".join(f"{title:{width}}  {value}" for title, value in lines))
+
+
+def shape_text(shape: Shape) -> str:
+    """A shape as people read it: "batch×64×32×32", "scalar", "?" where not even the rank is known."""
+    return "?" if shape is None else "×".join(map(str, shape)) or "scalar"
+
+
+def describe(model: bytes, name: str) -> Description:
+    """What an ONNX file holds; `name` is what the description and errors call it.
+
+    Multiply-accumulates are those of a batch of one image, or one image's share where the file fixes a larger batch.
+    Raises InputError for bytes that are not ONNX.
+    """
+    parsed = parse(model, name)
+    all_graphs = list(graphs(parsed.graph))
+    tensors = [tensor for graph in all_graphs for tensor in _tensors(graph)]
+    operators = Counter(
+        operator_name(node) for graph in all_graphs for node in graph.node if node.op_type != "Constant"
+    )
+    macs, macs_unknown = _macs(parsed)
+    return Description(
+        name=name,
+        file_bytes=len(model),
+        inputs=[interface(value) for value in inputs_of(parsed.graph)],
+        outputs=[interface(value) for value in parsed.graph.output],
+        opsets={"" if opset.domain in STANDARD else opset.domain: opset.version for opset in parsed.opset_import},
+        producer=f"{parsed.producer_name} {parsed.producer_version}".strip(),
+        metadata=entries_of(parsed),
+        operators=dict(operators.most_common()),
+        parameters=sum(math.prod(tensor.dims) for tensor in tensors),
+        parameter_bytes=sum(map(_bytes, tensors)),
+        macs=macs,
+        macs_unknown=macs_unknown,
+    )
+
+
+def read_onnx(path: Path) -> bytes:
+    """The content of an ONNX file, with the values that it keeps in other files of its folder.
+
+    Every command that is given an ONNX file opens it here. Raises InputError for a missing file, for content that is
+    not ONNX, and for values that are kept in no file of its folder.
+    """
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    whole = _parsed(model, str(path))
+    outside = [tensor for tensor in held_tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
+    if not outside:
+        return model
+    total = len(model)
+    for tensor in outside:
+        file, offset, length = _place_of(tensor, path)
+        total += length
+        if total > LARGEST_MODEL:
+            raise InputError(
+                f"{path}: with its values it has more than {LARGEST_MODEL:,} bytes, which ONNX cannot hold"
+            )
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            tensor.raw_data = opened.read(length)
+        tensor.data_location = TensorProto.DEFAULT
+        del tensor.external_data[:]
+    return whole.SerializeToString()
+
+
+def _place_of(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
+    """The file that has a tensor's values, and where in it they are: the offset and the number of bytes.
+
+    Raises InputError for a file that is not in the folder of `path`, also where a link leads out of it.
+    """
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    location, folder = said.get("location", ""), path.resolve().parent
+    where = f"{path}: the values of {tensor.name!r} are in {location!r}"
+    if "\0" in location or not (folder / location).resolve().is_relative_to(folder) or Path(location).is_absolute():
+        raise InputError(f"{where}; they are read from the folder of the ONNX file alone")
+    file = folder / location
+    if not file.is_file():
+        raise InputError(f"{where}, and there is no such file")
+    size = file.stat().st_size
+    try:
+        offset = int(said.get("offset", 0))
+        length = int(said.get("length", size - offset))
+    except ValueError:
+        offset = length = -1
+    if offset < 0 or length < 0 or offset + length > size:
+        raise InputError(f"{where}, at no place that the file has: it has {size:,} bytes")
+    return file, offset, length
+
+
+def held_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors that a model holds: of its graphs, functions and attributes."""
+    yield from _held(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _held_by(node.attribute)
+        yield from _held_by(function.attribute_proto)
+    for training in model.training_info:
+        yield from _held(training.initialization)
+        yield from _held(training.algorithm)
+
+
+def _held(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _held_by(node.attribute)
+
+
+def _held_by(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    for given in attributes:
+        yield from (given.t, *given.tensors)
+        for sparse in (given.sparse_tensor, *given.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (given.g, *given.graphs):
+            yield from _held(graph)
+
+
+def parse(model: bytes, name: str) -> ModelProto:
+    """The model, its functions opened; `name` is what errors call it. Raises InputError for bytes that are not ONNX."""
+    parsed = _parsed(model, name)
+    return inline_local_functions(parsed) if parsed.functions else parsed
+
+
+def _parsed(model: bytes, name: str) -> ModelProto:
+    try:
+        parsed = onnx.load_from_string(model)
+    except Exception as error:  # protobuf's errors have no public type of their own
+        raise InputError(f"{name}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
+    if any(isinstance(text, bytes) for text in _strings(parsed)):
+        raise InputError(f"{name}: not an ONNX file, or a damaged one (a name in it is not UTF-8)")
+    if not parsed.graph.output:
+        raise InputError(f"{name}: not an ONNX file: it has no graph")
+    return parsed
+
+
+def _strings(message: Any) -> Iterator[str | bytes]:
+    """All texts in a message of protobuf, which gives those that are not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _strings(inner)
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph, and the bodies of its nodes."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from graphs(body)
+
+
+def bodies(node: NodeProto) -> list[GraphProto]:
+    return [body for attribute in node.attribute for body in (attribute.g, *attribute.graphs) if body.output]
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """The tensors that the graph holds: initializers and constants."""
+    yield from graph.initializer
+    yield from (sparse.values for sparse in graph.sparse_initializer)
+    yield from (
+        attribute.sparse_tensor.values if attribute.name == "sparse_value" else attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name in ("value", "sparse_value")
+    )
+
+
+def _bytes(tensor: TensorProto) -> int:
+    """The tensor's size, wherever its values are."""
+    if tensor.data_type == TensorProto.STRING:
+        return sum(map(len, tensor.string_data))
+    type_name = TensorProto.DataType.Name(tensor.data_type)
+    bits = PACKED_BITS.get(type_name) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.ceil(math.prod(tensor.dims) * bits / 8)
+
+
+def operator_name(node: NodeProto) -> str:
+    return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
+
+
+def inputs_of(graph: GraphProto) -> list[ValueInfoProto]:
+    """The inputs that a caller gives; old files list initializers too."""
+    held = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in held]
+
+
+def interface(value: ValueInfoProto) -> Tensor:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return Tensor(name=value.name, type=(kind or "undefined").removesuffix("_type"), shape=None)
+    name = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+    return Tensor(name=value.name, type={"float": "float32", "double": "float64"}.get(name, name), shape=_shape(value))
+
+
+def _shape(value: ValueInfoProto) -> Shape:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") else _dimension(dim.dim_param) for dim in tensor.shape.dim)
+
+
+def _dimension(name: str) -> str:
+    return "?" if not name or name.startswith(NAMELESS) else name
+
+
+def with_plain_operators(model: ModelProto) -> ModelProto:
+    """A copy with plain operators in place of quantized and fused ones, so that ONNX can infer the shapes."""
+    plain = ModelProto()
+    plain.CopyFrom(model)
+    for node in plain.graph.node:
+        if node.op_type in PLAIN:
+            node.op_type, kept = PLAIN[node.op_type]
+            node.domain = ""
+            inputs = [node.input[i] for i in kept if i < len(node.input)]
+            del node.input[:]
+            node.input.extend(inputs)
+    return plain
+
+
+def shapes_of(plain: ModelProto) -> dict[str, Sizes]:
+    """Each tensor's shape, as inferred, else as the file states it; of those that have one."""
+    bare = ModelProto()
+    bare.CopyFrom(plain)
+    del bare.graph.value_info[:]  # what it states may be out of date, and then nothing would be inferred
+    try:
+        bare = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        bare = plain
+    values = [*plain.graph.value_info, *bare.graph.value_info, *bare.graph.input, *bare.graph.output]
+    found = {value.name: shape for value in values if (shape := _shape(value)) is not None}
+    return found | {tensor.name: tuple(tensor.dims) for tensor in bare.graph.initializer}
+
+
+def _one_image(plain: ModelProto) -> int:
+    """Closes the open batch dimension to one image, in place; returns the batch size that the file then has."""
+    graph, batch = plain.graph, 1
+    names = set()
+    for value in inputs_of(graph):
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            if dim.HasField("dim_value"):
+                batch = max(batch, dim.dim_value)
+            else:
+                names |= {dim.dim_param} - {""}
+                dim.dim_value = 1
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_value = 1
+    return batch
+
+
+def _macs(model: ModelProto) -> tuple[int | None, str]:
+    """Multiply-accumulates for one image and "", or None and why they are not known."""
+    plain = with_plain_operators(model)
+    batch = _one_image(plain)
+    shapes = shapes_of(plain)
+    total = 0
+    for node in plain.graph.node:
+        if node.op_type in NOT_COUNTED or node.domain not in STANDARD:
+            return None, f"those of the operator {operator_name(node)} are not counted"
+        if any(body_node.op_type in _PRODUCTS for body in bodies(node) for g in graphs(body) for body_node in g.node):
+            return None, f"the body of {node.op_type} has some, and may run any number of times"
+        if node.op_type in _PRODUCTS:
+            try:
+                total += _PRODUCTS[node.op_type](node, shapes)
+            except (TypeError, KeyError, IndexError, ValueError):  # an open dimension, or a tensor without a shape
+                return None, f"the shapes of {node.op_type} {node.name!r} are open"
+    return round(total / batch), ""
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, of the type that the operator gives it, or `default` where it has none."""
+    found = [onnx.helper.get_attribute_value(given) for given in node.attribute if given.name == name]
+    return found[0] if found else default
+
+
+def _size(shape: Sizes) -> int:
+    """The product of a shape's numbers. Raises TypeError where one is open."""
+    known = [size for size in shape if isinstance(size, int)]
+    if len(known) < len(shape):
+        raise TypeError(f"open shape {shape}")
+    return math.prod(known)
+
+
+def _conv(node: NodeProto, shapes: dict[str, Sizes]) -> int:
+    return _size(shapes[node.output[0]]) * _size(shapes[node.input[1]][1:])  # weight: out, in / groups, kernel
+
+
+def _conv_transpose(node: NodeProto, shapes: dict[str, Sizes]) -> int:
+    return _size(shapes[node.input[0]]) * _size(shapes[node.input[1]][1:])  # weight: in, out / groups, kernel
+
+
+def _gemm(node: NodeProto, shapes: dict[str, Sizes]) -> int:
+    inner = shapes[node.input[0]][0 if attribute(node, "transA") else 1]
+    return _size((*shapes[node.output[0]], inner))
+
+
+def _matmul(node: NodeProto, shapes: dict[str, Sizes]) -> int:
+    return _size((*shapes[node.output[0]], shapes[node.input[0]][-1]))
+
+
+def _einsum(node: NodeProto, shapes: dict[str, Sizes]) -> int:
+    """The products of two operands; one operand needs no product. Raises ValueError for more, and for an ellipsis."""
+    terms = attribute(node, "equation").decode().replace(" ", "").split("->")[0].split(",")
+    if len(terms) == 1:
+        return 0
+    if len(terms) > 2 or any("." in term for term in terms):
+        raise ValueError("an order of products is not given")
+    sizes = {label: size for term, name in zip(terms, node.input) for label, size in zip(term, shapes[name])}
+    return _size(tuple(sizes.values()))
+
+
+_PRODUCTS = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul, "Einsum": _einsum}

@@ -1,0 +1,223 @@
+"""Augmentation as batch arithmetic: pure functions of a batch and a `torch.Generator`, on the batch's device.
+
+Each draws from `generator`, which is on the same device, and does not change its input. Nothing waits for the device:
+random numbers that decide a shape (the box of a CutMix) are drawn on the CPU. Shapes: B images, C channels, H x W
+pixels, N classes.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from expertgrid.model.pixels import normalise
+from expertgrid.model.training.recipe import Recipe
+
+ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
+ERASED_ASPECT = 0.3  # height / width of what is erased: from this to its inverse
+ERASING_ATTEMPTS = 10
+
+
+def hflip(x_BCHW: Tensor, p: float, generator: Generator) -> Tensor:
+    """Each image mirrored left to right with probability `p`."""
+    return mirror(x_BCHW, torch.rand(len(x_BCHW), device=x_BCHW.device, generator=generator) < p)
+
+
+def mirror(x_BCHW: Tensor, mirrored_B: Tensor) -> Tensor:
+    """The images for which `mirrored_B` is true, mirrored left to right, among the others."""
+    return torch.where(mirrored_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
+
+
+def alternately_mirrored(images: int, p: float, epoch: int, generator: Generator) -> Tensor:
+    """Which of `images` are mirrored in an epoch (from 0): each at random in the first, then in turns (2404.00498).
+
+    `generator` must be in the same state in each epoch. In any two epochs after each other an image is seen both ways.
+    """
+    first_B = torch.rand(images, device=generator.device, generator=generator) < p
+    return first_B ^ bool(epoch % 2)
+
+
+def translate(x_BCHW: Tensor, pixels: int, generator: Generator) -> Tensor:
+    """Each image shifted by up to `pixels` in both directions, filled with its reflection at the border.
+
+    `pixels` is less than height and width.
+    """
+    batch, _, height, width = x_BCHW.shape
+    device = x_BCHW.device
+    down_B, right_B = torch.randint(-pixels, pixels + 1, (2, batch, 1, 1), device=device, generator=generator)
+    rows_BH1 = _reflected(torch.arange(height, device=device)[:, None] - down_B, height)
+    columns_B1W = _reflected(torch.arange(width, device=device) - right_B, width)
+    return _pixels_at(x_BCHW, rows_BH1, columns_B1W)
+
+
+def _pixels_at(x_BCHW: Tensor, rows_BH1: Tensor, columns_B1W: Tensor) -> Tensor:
+    """The pixels of each image at its own rows and columns."""
+    images_B11 = torch.arange(len(x_BCHW), device=x_BCHW.device)[:, None, None]
+    return x_BCHW.permute(0, 2, 3, 1)[images_B11, rows_BH1, columns_B1W].permute(0, 3, 1, 2)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Indices outside of 0 to `size` - 1 reflected at the first and the last pixel."""
+    return (size - 1) - ((size - 1) - places.abs()).abs()
+
+
+def padded_crop(x_BCHW: Tensor, padding: int, generator: Generator) -> Tensor:
+    """Each image padded with zeros on all sides and cropped to its old size at a random place."""
+    batch, _, height, width = x_BCHW.shape
+    device = x_BCHW.device
+    top_B, left_B = torch.randint(2 * padding + 1, (2, batch, 1, 1), device=device, generator=generator)
+    rows_BH1 = top_B + torch.arange(height, device=device)[:, None]
+    columns_B1W = left_B + torch.arange(width, device=device)
+    return _pixels_at(F.pad(x_BCHW, (padding,) * 4), rows_BH1, columns_B1W)
+
+
+def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
+    """A square of `size` pixels set to zero in each image, its centre anywhere in the image (Cutout, 1708.04552).
+
+    Zero is the mean colour of a normalised image. At the border less than the whole square is inside.
+    """
+    batch, _, height, width = x_BCHW.shape
+    device = x_BCHW.device
+    y_B1 = torch.randint(height, (batch, 1), device=device, generator=generator) - size // 2
+    x_B1 = torch.randint(width, (batch, 1), device=device, generator=generator) - size // 2
+    rows_H, columns_W = torch.arange(height, device=device), torch.arange(width, device=device)
+    in_rows_BH = (rows_H >= y_B1) & (rows_H < y_B1 + size)
+    in_columns_BW = (columns_W >= x_B1) & (columns_W < x_B1 + size)
+    return x_BCHW.masked_fill((in_rows_BH[:, :, None] & in_columns_BW[:, None, :])[:, None], 0)
+
+
+def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The images resized to `size` (height, width): bilinear and antialiased."""
+    return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
+
+
+def random_erasing(
+    x_BCHW: Tensor, p: float, mode: Literal["const", "rand", "pixel"], count: int, generator: Generator
+) -> Tensor:
+    """Rectangles of normalised images erased with probability `p`: timm's `RandomErasing` as batch arithmetic.
+
+    An image that is chosen loses 1 to `count` rectangles, which share the area between them. They become zero
+    ("const"), one normal colour each ("rand") or normal noise ("pixel"). (1708.04896)
+    """
+    batch, channels, height, width = x_BCHW.shape
+    device = x_BCHW.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device, generator=generator)
+
+    chosen_B = uniform(batch) < p
+    count_B = torch.randint(1, count + 1, (batch,), device=device, generator=generator)
+    rows_H, columns_W = torch.arange(height, device=device), torch.arange(width, device=device)
+    low, high = ERASED_AREA
+    for i in range(count):
+        # Ten rectangles are drawn for each image, of which the first that is smaller than the image is taken.
+        area_BA = (low + (high - low) * uniform(batch, ERASING_ATTEMPTS)) * height * width / count_B[:, None]
+        root_BA = torch.exp((0.5 - uniform(batch, ERASING_ATTEMPTS)) * -math.log(ERASED_ASPECT))
+        h_BA, w_BA = (area_BA.sqrt() * root_BA).round(), (area_BA.sqrt() / root_BA).round()
+        fits_BA = (h_BA < height) & (w_BA < width)
+        first_B1 = fits_BA.int().argmax(1, keepdim=True)
+        h_B1, w_B1 = h_BA.gather(1, first_B1), w_BA.gather(1, first_B1)
+        top_B1 = (uniform(batch, 1) * (height - h_B1 + 1)).floor()
+        left_B1 = (uniform(batch, 1) * (width - w_B1 + 1)).floor()
+        in_rows_BH = (rows_H >= top_B1) & (rows_H < top_B1 + h_B1)
+        in_columns_BW = (columns_W >= left_B1) & (columns_W < left_B1 + w_B1)
+        erased_B = chosen_B & (i < count_B) & fits_BA.any(1)
+        hole_B1HW = (in_rows_BH[:, :, None] & in_columns_BW[:, None, :] & erased_B[:, None, None])[:, None]
+        if mode == "const":
+            x_BCHW = x_BCHW.masked_fill(hole_B1HW, 0)
+        else:
+            shape = (batch, channels, height, width) if mode == "pixel" else (batch, channels, 1, 1)
+            noise = torch.randn(shape, device=device, dtype=x_BCHW.dtype, generator=generator)
+            x_BCHW = torch.where(hole_B1HW, noise, x_BCHW)
+    return x_BCHW
+
+
+class Mix(NamedTuple):
+    """How a batch is mixed with the same batch in reverse order."""
+
+    share: float  # weight of each image in its own place; 1: no mixing
+    box: tuple[int, int, int, int] | None = None  # of CutMix: first row, row after the last, the same of columns
+
+    @classmethod
+    def draw(
+        cls,
+        random: np.random.RandomState,
+        height: int,
+        width: int,
+        mixup: float,
+        cutmix: float,
+        prob: float,
+        switch_prob: float,
+    ) -> "Mix":
+        """One draw for a batch as timm's `Mixup` makes it, in the same order; `mixup` and `cutmix` are its alphas."""
+        if random.rand() >= prob:
+            return cls(1.0)
+        use_cutmix = random.rand() < switch_prob if mixup and cutmix else cutmix > 0
+        alpha = cutmix if use_cutmix else mixup
+        share = float(random.beta(alpha, alpha))
+        if not use_cutmix or share == 1:
+            return cls(share)
+        cut_h, cut_w = (int(side * np.sqrt(1 - share)) for side in (height, width))
+        y, x = int(random.randint(0, height)), int(random.randint(0, width))
+        top, bottom = (min(max(place, 0), height) for place in (y - cut_h // 2, y + (cut_h + 1) // 2))
+        left, right = (min(max(place, 0), width) for place in (x - cut_w // 2, x + (cut_w + 1) // 2))
+        return cls(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def mix_images(x_BCHW: Tensor, mix: Mix) -> Tensor:
+    """Mixup (1710.09412), or CutMix (1905.04899) where the mix has a box, of a batch and its reverse."""
+    if mix.box is None:
+        return x_BCHW if mix.share == 1 else x_BCHW * mix.share + x_BCHW.flip(0) * (1 - mix.share)
+    top, bottom, left, right = mix.box
+    mixed_BCHW = x_BCHW.clone()
+    mixed_BCHW[:, :, top:bottom, left:right] = x_BCHW[:, :, top:bottom, left:right].flip(0)
+    return mixed_BCHW
+
+
+def mix_labels(labels_B: Tensor, classes: int, mix: Mix) -> Tensor:
+    """The shares (B, N) of the classes in the mixed images."""
+    one_hot_BN = torch.zeros(len(labels_B), classes, device=labels_B.device).scatter_(1, labels_B[:, None], 1.0)
+    return one_hot_BN * mix.share + one_hot_BN.flip(0) * (1 - mix.share)
+
+
+def augment(
+    recipe: Recipe,
+    pixels_BHWC: Tensor,
+    mean_C: Tensor,
+    std_C: Tensor,
+    generator: Generator,
+    mirrored_B: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """A batch of uint8 pixels, augmented as the recipe says: normalised floats (B, C, H, W), channels last.
+
+    `mirrored_B` says which images are mirrored, where `alternating_flip` has decided that. `size` is the height and
+    width of the result; without it they stay.
+    """
+    x_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
+    if mirrored_B is not None:
+        x_BCHW = mirror(x_BCHW, mirrored_B)
+    elif recipe.hflip:
+        x_BCHW = hflip(x_BCHW, recipe.hflip, generator)
+    if recipe.crop_padding:
+        x_BCHW = padded_crop(x_BCHW, recipe.crop_padding, generator)
+    if recipe.translate:
+        x_BCHW = translate(x_BCHW, recipe.translate, generator)
+    x_BCHW = normalise(x_BCHW, mean_C, std_C)
+    if recipe.cutout:
+        x_BCHW = cutout(x_BCHW, recipe.cutout, generator)
+    if recipe.reprob:
+        x_BCHW = random_erasing(x_BCHW, recipe.reprob, recipe.remode or "pixel", recipe.recount or 1, generator)
+    if size is not None and size != x_BCHW.shape[2:]:
+        x_BCHW = scaled_down(x_BCHW, size)
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+def draw_mix(recipe: Recipe, random: np.random.RandomState, height: int, width: int) -> Mix:
+    """How a batch is mixed by mixup or CutMix."""
+    prob = 1.0 if recipe.mixup_prob is None else recipe.mixup_prob
+    switch_prob = 0.5 if recipe.mixup_switch_prob is None else recipe.mixup_switch_prob
+    return Mix.draw(random, height, width, recipe.mixup, recipe.cutmix, prob, switch_prob)

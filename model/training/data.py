@@ -1,0 +1,412 @@
+"""Images to train on: sources of several kinds, one form.
+
+A source is decoded once into uint8 arrays. `training.splits` brings them to the training device, and
+`training.holdout` says which train images a seed holds out. The test split is left as the source has it. This file
+imports no torch unless a source needs torchvision. Shapes: B images, H x W pixels, C channels.
+"""
+
+import hashlib
+import io
+import json
+import os.path
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import Unpickler, UnpicklingError
+from threading import Lock
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from expertgrid.model.pixels import FORMATS, fitted, opened
+from expertgrid.model.system.errors import InputError, unknown
+from expertgrid.model.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SOURCES = {
+    "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
+    "cifar10": "60,000 photographs of 32x32 pixels in 10 classes: downloaded once, or found in --data-dir",
+    "cifar100": "60,000 photographs of 32x32 pixels in 100 classes: downloaded once, or found in --data-dir",
+    "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet in the Hugging Face image layout",
+    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files",
+    "SOURCE@SHARE": "one of these, of which each seed holds out another share than a tenth: cifar10@0.02",
+}
+DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
+DIGITS_SPLIT_SEED = 0
+LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
+MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
+MOST_CLASSES = 100_000  # of data that do not name them
+LARGE = 4_000_000  # pixels; larger images are decoded one at a time, so that memory holds one of them
+Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and what reads its file
+
+# What a pickle of an array calls, by module and name. `numpy.core` is the module's name in older files.
+ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
+    (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+}
+CACHE = Path.home() / ".cache" / "expertgrid"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images and their class numbers."""
+
+    pixels_BHWC: np.ndarray  # uint8
+    labels_B: np.ndarray  # int64
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A source, decoded. Its share says how much of the train images a seed holds out."""
+
+    source: str  # as the user gave it
+    name: str  # as a table calls it
+    classes: tuple[str, ...]
+    train: Images  # with the images that a seed holds out
+    test: Images
+    mean: tuple[float, ...]  # of the train images' pixels from 0 to 1, one for each channel
+    std: tuple[float, ...]
+    fingerprint: str  # of the pixels and the labels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.train.pixels_BHWC.shape[1:3]
+        return height, width
+
+    @property
+    def channels(self) -> int:
+        return self.train.pixels_BHWC.shape[3]
+
+    @property
+    def size_in_words(self) -> str:
+        """Height x width, as errors name it."""
+        return "x".join(map(str, self.image_size))
+
+    def hold_out(self, kind: Kind = "rotating") -> HoldOut:
+        """The hold-out of this kind and of the source's share. Raises InputError where a class is too small for it."""
+        hold_out = HoldOut(kind=kind, share=split_share(self.source)[1])
+        hold_out.check_fits(self.train.labels_B, self.classes, self.name)
+        return hold_out
+
+    def trained_on(self, hold_out: HoldOut) -> int:
+        """The number of images that a seed trains on, of the first seed."""
+        return len(self.train) - hold_out.size(self.train.labels_B, self.fingerprint)
+
+    def in_words(self, hold_out: HoldOut) -> str:
+        """The source in a line, with the numbers of images."""
+        height, width = self.image_size
+        train = self.trained_on(hold_out)
+        counts = f"{train:,} train, {len(self.train) - train:,} validation, {len(self.test):,} test images"
+        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+
+    @classmethod
+    def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
+        """Random RGB images to measure speed with: `train` train images, and one test image of each class."""
+        rng = np.random.default_rng(0)
+
+        def images(count: int) -> Images:
+            pixels_BHWC = rng.integers(256, size=(count, height, width, 3), dtype=np.uint8)
+            return Images(pixels_BHWC, np.arange(count) % classes)
+
+        names = tuple(str(label) for label in range(classes))
+        half = (0.5,) * 3
+        return cls("random", "random", names, images(train), images(classes), half, half, "random")
+
+
+def load_data(source: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageData:
+    """Reads a source of `SOURCES` into memory.
+
+    Of a source that ends in @SHARE, a seed holds out this share of the train images (0.01 to 0.5): a small one for
+    networks whose recipe was chosen before. With `image_size` each image is brought to so many pixels in height and
+    width: its shorter side is resized (bicubic, antialiased), and the centre is cropped, as in timm's evaluation.
+
+    `data_dir` is where torchvision's copy of CIFAR is; without it, one is downloaded to the user's cache and its
+    checksum verified. Raises InputError for an unknown source and for data that is missing, damaged or of mixed sizes.
+    """
+    without_share, _ = split_share(source)
+    kind, _, place = without_share.partition(":")
+    if data_dir is not None and kind not in ("cifar10", "cifar100"):
+        raise InputError(f"--data-dir is for cifar10 and cifar100; the data source is {source!r}")
+    if without_share == "digits":
+        return _digits(source, image_size)
+    if without_share in ("cifar10", "cifar100"):
+        return _cifar(source, without_share, data_dir, image_size)
+    if kind in ("parquet", "folder") and place:
+        directory = Path(os.path.expanduser(place))  # which leaves the ~ of an unknown user as it is
+        if not os.path.isdir(directory):  # False also where a name is too long for a file
+            raise InputError(f"data source {source!r}: there is no directory {directory}")
+        return (_parquet if kind == "parquet" else _folder)(source, directory, image_size)
+    if "@" in source and without_share == source:
+        raise InputError(f"data source {source!r}: what follows @ is a share of its train images, as in cifar10@0.02")
+    raise unknown("data source", source, SOURCES)
+
+
+def split_share(source: str) -> tuple[str, float]:
+    """The source without its @SHARE, and the share."""
+    found = re.fullmatch(r"(.+)@(\d*\.\d+)", source)
+    if found is None:
+        return source, SHARE
+    share = float(found[2])
+    if not SMALLEST_SHARE <= share <= LARGEST_SHARE:
+        raise InputError(
+            f"data source {source!r}: {found[2]} of the train images cannot be held out; "
+            f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
+        )
+    return found[1], share
+
+
+def _assemble(
+    source: str,
+    name: str,
+    classes: Sequence[str],
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+) -> ImageData:
+    pixels_BHWC, labels_B = train
+    if pixels_BHWC.shape[1:] != test[0].shape[1:]:
+        sizes = ["x".join(map(str, pixels.shape[1:3])) for pixels in (pixels_BHWC, test[0])]
+        raise InputError(
+            f"data source {source!r}: train images have {sizes[0]} pixels, test images {sizes[1]}; "
+            "image_size = N in [base] brings all to N x N pixels"
+        )
+    if len(classes) < 2:
+        raise InputError(f"data source {source!r}: has {len(classes)} class; at least 2 are needed")
+    digest = hashlib.sha256()
+    for pixels, labels in (train, test):
+        digest.update(f"{pixels.shape}{len(classes)}".encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(labels.astype("<i8").data)
+    mean, std = _pixel_statistics(pixels_BHWC)
+    parts = (Images(np.ascontiguousarray(pixels), labels.astype(np.int64)) for pixels, labels in (train, test))
+    return ImageData(source, name, tuple(classes), *parts, mean, std, digest.hexdigest()[:16])
+
+
+def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, exactly, from counts of the 256 values."""
+    values = np.arange(256) / 255
+    shares = [
+        np.bincount(pixels_BHWC[..., c].ravel(), minlength=256) / pixels_BHWC[..., c].size
+        for c in range(pixels_BHWC.shape[3])
+    ]
+    means = [float(share @ values) for share in shares]
+    stds = [float(np.sqrt(share @ (values - mean) ** 2)) for share, mean in zip(shares, means)]
+    return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
+
+
+def _digits(source: str, image_size: int | None) -> ImageData:
+    # Loading them takes longer than most commands.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    pixels_BHWC = _all_resized((bunch.images * (255 / 16)).round().astype(np.uint8)[..., None], image_size)
+    labels_B = bunch.target
+    train, test = train_test_split(
+        np.arange(len(labels_B)), test_size=DIGITS_TEST_SHARE, stratify=labels_B, random_state=DIGITS_SPLIT_SEED
+    )
+    classes = [str(name) for name in bunch.target_names]
+    return _assemble(
+        source, "digits", classes, (pixels_BHWC[train], labels_B[train]), (pixels_BHWC[test], labels_B[test])
+    )
+
+
+def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None) -> ImageData:
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    about = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    root = data_dir or CACHE
+    place = root / about.base_folder
+
+    def read_all() -> tuple[list[dict], list[dict], dict]:
+        train, test = (
+            [_unpickled(place / file, md5) for file, md5 in files] for files in (about.train_list, about.test_list)
+        )
+        return train, test, _unpickled(place / about.meta["filename"], about.meta["md5"])
+
+    try:
+        train, test, meta = read_all()
+    except (OSError, UnpicklingError):
+        if data_dir is not None:
+            raise InputError(
+                f"{name}: no complete copy in {root}: files are missing or have another checksum"
+            ) from None
+        try:
+            download_and_extract_archive(about.url, str(root), filename=about.filename, md5=about.tgz_md5)
+            train, test, meta = read_all()
+        except (URLError, OSError, RuntimeError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
+    labels = "labels" if name == "cifar10" else "fine_labels"
+    arrays = []
+    for batches in (train, test):
+        pixels_BHWC = np.vstack([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels_B = np.array([label for batch in batches for label in batch[labels]])
+        arrays.append((_all_resized(pixels_BHWC, image_size), labels_B))
+    return _assemble(source, name, meta[about.meta["key"]], *arrays)
+
+
+class _ArraysOnly(Unpickler):
+    """Reads what the files of CIFAR hold: text, numbers, lists, and arrays of NumPy. Nothing else is made or called."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in ARRAYS:
+            raise UnpicklingError(f"the file asks for {module}.{name}; files of CIFAR hold arrays alone")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _unpickled(file: Path, md5: str) -> dict:
+    """A file of CIFAR, which is a pickle. Raises UnpicklingError for another checksum and for what is no array."""
+    content = file.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise UnpicklingError(f"{file} has another checksum")
+    return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+
+
+def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    parts = []
+    for split in ("train", "test"):
+        try:
+            parts.append(ImageFolder(directory / split))
+        except OSError as error:
+            reason = " ".join(str(error).split()).split(". Supported")[0]
+            raise InputError(f"data source {source!r}: no images in {split}/CLASS/: {reason}") from None
+    train, test = parts
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"data source {source!r}: train/ and test/ differ in the classes {', '.join(differing)}")
+    arrays = []
+    for part in parts:
+        readers: list[Reader] = [(path, Path(path).read_bytes) for path, _ in part.samples]
+        arrays.append((_decode(source, readers, image_size), np.array(part.targets)))
+    return _assemble(source, directory.resolve().name, train.classes, *arrays)
+
+
+def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
+    import pyarrow
+    import pyarrow.compute
+
+    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    classes: tuple[str, ...] = ()
+    for split in ("train", "test"):
+        files = sorted(directory.glob(f"{split}*.parquet"))
+        if not files:
+            raise InputError(f"data source {source!r}: no {split}*.parquet in {directory}")
+        tables = [_read_table(source, file) for file in files]
+        image_column, label_column = _columns(source, files[0], tables[0].schema)
+        try:
+            table = pyarrow.concat_tables(table.select([image_column, label_column]) for table in tables)
+        except (pyarrow.ArrowInvalid, KeyError) as error:
+            raise InputError(
+                f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}"
+            ) from None
+        labels_B = table[label_column].cast("int64", safe=False).fill_null(-1).to_numpy()
+        if split == "train":
+            classes = _class_names(tables[0].schema, label_column, labels_B)
+        if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
+            found = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
+            needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
+            raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
+        images = table[image_column].combine_chunks()
+        blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
+        readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
+        arrays.append((_decode(source, readers, image_size), labels_B))
+    return _assemble(source, directory.resolve().name, classes, *arrays)
+
+
+def _read_table(source: str, file: Path) -> "pyarrow.Table":
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"data source {source!r}: {file} is not Parquet, or is truncated: {reason}") from None
+
+
+def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, str]:
+    """The names of the image column (a struct with `bytes`) and of the label column (integers)."""
+    import pyarrow.types
+
+    structs = [f.name for f in schema if pyarrow.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    integers = [f.name for f in schema if pyarrow.types.is_integer(f.type)]
+    structs = [name for name in ("image", "img") if name in structs] or structs
+    integers = [name for name in ("label", "labels", "fine_label") if name in integers] or integers
+    if len(structs) != 1 or len(integers) != 1:
+        found = ", ".join(f"{f.name}: {f.type}" for f in schema)
+        needs = "a column of structs with the field 'bytes', and one column of integers, or one called label"
+        raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {found}")
+    return structs[0], integers[0]
+
+
+def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarray) -> tuple[str, ...]:
+    """The names that the `huggingface` metadata gives, else the label numbers."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[label_column]["names"]))
+    except (LookupError, TypeError, ValueError, RecursionError):  # ValueError: no JSON, or no text
+        largest = int(labels_B.max(initial=-1))
+        return tuple(map(str, range(largest + 1))) if largest < MOST_CLASSES else ()
+
+
+def _decode(source: str, readers: list[Reader], image_size: int | None = None) -> np.ndarray:
+    """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
+
+    alone = Lock()
+
+    def decode(reader: Reader) -> np.ndarray:
+        name, read = reader
+        try:
+            content = read()
+            if content is None:  # the row of a Parquet file has the image's path alone, which is not followed
+                raise ValueError("it has no bytes")
+            with opened(io.BytesIO(content)) as image, alone if image.width * image.height > LARGE else nullcontext():
+                if image.mode not in MODES:
+                    raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
+                image = image.convert("RGB")
+                return np.asarray(image if image_size is None else resized(image, image_size))
+        except Exception as error:  # each format's decoder has errors of its own
+            known = f"its format is none of {', '.join(FORMATS)}"
+            reason = known if isinstance(error, UnidentifiedImageError) else error
+            raise InputError(f"data source {source!r}: {name} does not decode as an image: {reason}") from None
+
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(decode, readers))
+    for (name, _), array in zip(readers, arrays):
+        if array.shape != arrays[0].shape:
+            sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (arrays[0], array)]
+            first = readers[0][0]
+            raise InputError(
+                f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; "
+                "image_size = N in [base] brings all to N x N pixels"
+            )
+    return np.stack(arrays)
+
+
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """An image at side x side pixels: its shorter side resized (bicubic, antialiased), then the centre cropped.
+
+    What timm's evaluation transform does with `crop_pct` 1 and torchvision's Resize and CenterCrop.
+    """
+    return fitted(image, side, side)
+
+
+def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:
+    if side is None or pixels_BHWC.shape[1:3] == (side, side):
+        return pixels_BHWC
+    grey = pixels_BHWC.shape[3] == 1
+    images = (Image.fromarray(pixels_HWC[..., 0] if grey else pixels_HWC) for pixels_HWC in pixels_BHWC)
+    return np.stack([np.asarray(resized(image, side)).reshape(side, side, -1) for image in images])

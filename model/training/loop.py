@@ -1,0 +1,257 @@
+"""Training: one visible loop.
+
+`train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
+or takes the time; the loop does none of these.
+
+Precision: networks train in bfloat16 (`recipe.amp`). Where that is off, convolutions are in TF32 on CUDA devices that
+have it. Accuracies and losses of the trained network are measured in full fp32.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from expertgrid.model.fast.cuda_graphs import Recorder
+from expertgrid.model.fast.settings import full_fp32, set_for_training, untuned
+from expertgrid.model.net import ExpertNet
+from expertgrid.model.pixels import normalise
+from expertgrid.model.registry import build
+from expertgrid.model.system.machine import computes_bfloat16
+from expertgrid.model.training.loader import Loader, batches
+from expertgrid.model.training.optimise import make_average, make_optimizer, make_scheduler
+from expertgrid.model.training.recipe import Recipe
+from expertgrid.model.training.splits import Split, Splits
+from expertgrid.model.training.step import training_step
+from expertgrid.model.training.trial import Epoch, Trial
+
+EVALUATION_BATCH = 500
+STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
+
+
+class TrainingError(RuntimeError):
+    """A trial cannot go on. The other trials can."""
+
+
+class Diverged(TrainingError):
+    """A loss is not finite. Step and epoch count from 1; `lr` is the learning rate of that step."""
+
+    def __init__(self, what: str, loss: float, step: int, epoch: int, lr: float):
+        super().__init__(f"the {what} is {loss} at step {step} (epoch {epoch}, learning rate {lr:.3g})")
+        self.step, self.epoch, self.lr = step, epoch, lr
+
+
+@dataclass
+class EpochSoFar:
+    """An epoch that is being trained: what its first steps gave, and where its random numbers are."""
+
+    loader: Loader
+    losses_S: Tensor
+    correct: Tensor
+    rates: list[float]  # one for each step that was done
+    started: float  # as `seconds` counts, less the time of the epoch before an interruption
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for the device."""
+        device = self.losses_S.device
+        return {
+            "losses": self.losses_S,
+            "correct": self.correct,
+            "rates": self.rates,
+            "seconds": seconds(device) - self.started,
+            "loader": self.loader.state_dict(),
+            "random": {name: module.get_rng_state() for name, module in _generators(device).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the steps that `state` has. The loader is told by its caller."""
+        device = self.losses_S.device
+        self.losses_S.copy_(state["losses"])
+        self.correct.copy_(state["correct"])
+        self.rates.extend(state["rates"])
+        self.started -= state["seconds"]
+        for name, module in _generators(device).items():
+            module.set_rng_state(state["random"][name])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The modules of PyTorch that have the global random numbers: the CPU's, and the device's."""
+    return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
+
+
+@dataclass
+class Training:
+    """The state of a trial that trains."""
+
+    net: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler | None
+    average: ModelEmaV3 | None = None
+    epoch: int = 0  # epochs done
+    recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
+    so_far: EpochSoFar | None = None  # within an epoch
+    resumed: dict[str, Any] | None = None  # the state of the epoch that the training was interrupted in
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated, tested and saved: the moving average where the recipe has one."""
+        return self.net if self.average is None else self.average.module
+
+    @property
+    def recorded(self) -> bool:
+        """Whether its steps are CUDA graphs."""
+        return self.recorder is not None and self.recorder.refused is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the training depends on, after any step: network, average, optimiser, epoch so far."""
+        average = {} if self.average is None else {"average": self.average.module.state_dict()}
+        so_far = {} if self.so_far is None else {"so_far": self.so_far.state_dict()}
+        net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
+        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average, **so_far}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.epoch = state["epoch"]
+        self.resumed = state.get("so_far")
+
+
+def start(trial: Trial, splits: Splits) -> Training:
+    """A trial before its first step: network, optimiser and schedule, on the splits' device.
+
+    The initial weights follow from the trial's seed.
+    """
+    device = splits.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton starts its kernels
+    set_for_training()
+    torch.manual_seed(trial.seed)  # weights start from torch's global generator
+    net = build(trial.model).to(device)
+    net = net.to(memory_format=torch.channels_last)
+    if isinstance(net, ExpertNet):
+        mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
+        net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+    optimizer = make_optimizer(trial.recipe, net)
+    _, steps = batches(trial.recipe, len(splits.train))
+    return Training(net, optimizer, make_scheduler(trial.recipe, optimizer, steps), make_average(trial.recipe, net))
+
+
+def train(
+    trial: Trial, splits: Splits, training: Training, after_step: Callable[[], None] = lambda: None
+) -> Iterator[Epoch]:
+    """Trains from the state of `training` to the recipe's last epoch, and yields the numbers of each epoch.
+
+    Nothing waits for a CUDA device within an epoch, unless `after_step` does: it is called after each step, and may
+    keep the state of `training` or raise to end it. The random numbers of an epoch follow from the trial's seed and
+    the epoch's number, so that a resumed trial ends as if it had never stopped. Raises Diverged where a loss is not
+    finite: at that step on a CPU, after its epoch elsewhere.
+    """
+    recipe, net, optimizer = trial.recipe, training.net, training.optimizer
+    device = splits.device
+    loader = Loader(recipe, splits, trial.seed)
+    batch, steps = batches(recipe, len(splits.train))
+    amp = uses_bfloat16(recipe, device)
+    losses_S = torch.zeros(steps, device=device)
+    step = training_step(net, optimizer, amp, recipe.smoothing)
+    take = partial(training.recorder, step) if training.recorder else step
+    for epoch in range(training.epoch, recipe.epochs):
+        torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
+        correct = torch.zeros((), device=device, dtype=torch.int64)
+        so_far = training.so_far = EpochSoFar(loader, losses_S, correct, [], seconds(device))
+        resumed, training.resumed = training.resumed, None
+        if resumed is not None:
+            so_far.load_state_dict(resumed)
+        rates = so_far.rates
+        net.train()
+        for images in loader.epoch(epoch, len(rates), resumed and resumed["loader"]):
+            i = len(rates)
+            rate = optimizer.param_groups[0]["lr"]
+            losses_S[i], right = take(images.x_BCHW, images.targets, images.labels_B)
+            rates.append(rate)
+            if device.type == "cpu" and not math.isfinite(losses_S[i]):
+                break
+            correct += right
+            done = epoch * steps + i + 1
+            if training.average is not None:
+                training.average.update(net, done)
+            if training.scheduler is not None:
+                training.scheduler.step_update(done)
+            after_step()
+        trained = seconds(device)
+        training.so_far = None
+        _check_finite(losses_S, epoch * steps, epoch, rates)
+        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
+        validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
+        if not math.isfinite(validation_loss):
+            raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
+        training.epoch = epoch + 1
+        yield Epoch(
+            epoch=epoch + 1,
+            lr=optimizer.param_groups[0]["lr"],
+            train_loss=losses_S.mean().item(),
+            train_accuracy=correct.item() / (steps * batch),
+            validation_loss=validation_loss,
+            validation_accuracy=validation_accuracy,
+            images_per_s=steps * batch / (trained - so_far.started),
+            train_seconds=trained - so_far.started,
+            validation_seconds=seconds(device) - trained,
+        )
+
+
+def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[float]) -> None:
+    """Raises Diverged for the first of an epoch's losses that is not finite. Waits for the device."""
+    if not torch.isfinite(losses_S).all():
+        first = int(torch.isfinite(losses_S).logical_not().int().argmax())
+        raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, rates[first])
+
+
+@torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for
+@untuned()
+@full_fp32()
+@torch.inference_mode()
+def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
+    """Logits (B, N) of all images of a split, in their order and without augmentation.
+
+    Sets the network to evaluation mode.
+    """
+    net.eval()
+    parts = []
+    for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):
+        x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
+        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
+            parts.append(net(x_BCHW).float())
+    return torch.cat(parts)
+
+
+def mirrored(split: Split) -> Split:
+    """The split with its images mirrored left to right."""
+    return Split(split.pixels_BHWC.flip(2), split.labels_B)
+
+
+def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:
+    """Mean cross entropy in nats, and the share of images whose largest logit is their class."""
+    loss = F.cross_entropy(logits_BN, labels_B)
+    return loss.item(), (logits_BN.argmax(1) == labels_B).sum().item() / len(labels_B)
+
+
+def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the forward pass runs in bfloat16: as the recipe says, or where the device computes it natively."""
+    return recipe.amp == "on" if recipe.amp != "auto" else computes_bfloat16(device)
+
+
+def seconds(device: torch.device) -> float:
+    """The time, once all work queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

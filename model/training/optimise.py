@@ -1,0 +1,115 @@
+"""The optimiser, the schedule and the average of weights that a recipe names, built with timm's factories."""
+
+import inspect
+import math
+from typing import Any
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.muon import StackedMuon
+from expertgrid.model.training.recipe import Recipe
+
+FUSED_ON = ("cpu", "cuda")
+ONE_CYCLE_RISE = 0.3  # share of the steps, as in PyTorch
+ONE_CYCLE_START = 1 / 25  # of the peak rate, as in PyTorch
+
+
+def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
+    """timm's optimiser of the parameters that need gradients.
+
+    PyTorch's fused implementation is used where the optimiser is one of PyTorch's that has it and the parameters
+    are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
+    recorded in a graph counts its steps on the device, whether it is recorded or not. Muon takes weights of one shape
+    together.
+    """
+    chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
+    kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
+    knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
+    if "fused" in knows and device in FUSED_ON:
+        chosen["fused"] = True
+    if "capturable" in knows and device == "cuda":
+        chosen["capturable"] = True
+    optimizer = timm.optim.create_optimizer_v2(
+        net,
+        opt=recipe.opt,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=0.9 if recipe.momentum is None else recipe.momentum,
+        filter_bias_and_bn=recipe.filter_bias_and_bn,
+        **chosen,
+    )
+    if type(optimizer) is timm.optim.Muon and optimizer.defaults["algo"] == "muon":
+        optimizer.__class__ = StackedMuon
+    return optimizer
+
+
+def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler | None:
+    """timm's scheduler, to be stepped with `step_update(steps done)`; None for a constant rate."""
+    if recipe.sched == "none":
+        return None
+    if recipe.sched == "onecycle":
+        rise = ONE_CYCLE_RISE if recipe.warmup is None else recipe.warmup
+        return OneCycle(optimizer, recipe.epochs * steps_per_epoch, rise)
+    rate = 0.1 if recipe.decay_rate is None else recipe.decay_rate
+    scheduler, _ = timm.scheduler.create_scheduler_v2(
+        optimizer,
+        sched=recipe.sched,
+        num_epochs=recipe.epochs,
+        # timm computes with fractions of an epoch, although it declares whole ones.
+        decay_epochs=30 if recipe.decay_epochs is None else recipe.decay_epochs,
+        decay_rate=1.0 if recipe.sched == "poly" else rate,
+        warmup_epochs=(recipe.warmup or 0.0) * recipe.epochs,  # ty: ignore[invalid-argument-type]
+        warmup_lr=0.0,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def make_average(recipe: Recipe, net: nn.Module) -> ModelEmaV3 | None:
+    """The moving average of a network's weights and statistics, None without `ema_decay`.
+
+    Its decay rises to `ema_decay` by timm's warm-up: 1 - (steps done)^(-2/3).
+    """
+    return ModelEmaV3(net, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raises InputError where the optimiser cannot be made from the recipe's values."""
+    try:
+        optimizer = make_optimizer(recipe, torch.nn.Linear(1, 1))
+    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"recipe.opt: {recipe.opt!r} cannot be made here with this recipe: {reason}") from None
+    for field, name in (("opt_betas", "betas"), ("momentum", "momentum")):
+        if getattr(recipe, field) is not None and name not in optimizer.defaults:
+            raise InputError(f"recipe.{field}: optimiser {recipe.opt!r} has none")
+
+
+class OneCycle(Scheduler):
+    """The rate of PyTorch's OneCycleLR (1708.07120), ending at zero, as a function of the steps done.
+
+    In `rise` of the steps it goes along a cosine from a 25th of the peak to the peak, then down to zero in the last
+    step. Momentum stays as it is.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, rise: float):
+        self.last, self.peak = steps - 1, rise * steps - 1
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.step_update(0)
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t <= self.peak:
+            low, done = ONE_CYCLE_START, t / self.peak if self.peak else 1.0
+        else:
+            low, done = 0.0, 1 - (min(t, self.last) - self.peak) / max(self.last - self.peak, 1e-9)
+        share = low + (1 - low) * (1 - math.cos(math.pi * done)) / 2
+        return [share * value for value in self.base_values]

@@ -1,0 +1,439 @@
+"""Nothing is lost: by crashes, full disks, two writers, and files that were cut short."""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, finished_study, snapshot
+
+from expertgrid.ablations.engines.events import TrialDone
+from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.records.directory import OF_A_TRIAL, SUMS, WRITER, StudyDirectory, changed_files
+from expertgrid.ablations.study import disk
+from expertgrid.ablations.study.disk import bytes_needed, check_space, stored_bytes
+from expertgrid.ablations.study.study import Study
+from expertgrid.model.checkpoint import load
+from expertgrid.model.config import GateConfig, NormConfig
+from expertgrid.model.presets import PRESETS, network
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import append_line, cut_incomplete_line, whole_lines, write_whole
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits) -> Path:
+    return finished_study(tmp_path_factory.mktemp("finished") / "tiny", digits).path
+
+
+@pytest.fixture
+def study(finished, tmp_path) -> StudyDirectory:
+    return StudyDirectory(shutil.copytree(finished, tmp_path / "runs" / "tiny"))
+
+
+def trial_of(study: StudyDirectory) -> str:
+    return study.plan.cells[-1].trials[1]
+
+
+# --- Writes ---
+
+
+def test_the_names_of_a_file_and_of_its_new_folders_reach_the_disk(tmp_path, monkeypatch):
+    happened, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (happened.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (happened.append("replace"), replace(a, b)))
+    file = tmp_path / "a" / "b" / "file"
+    write_whole(file, b"content")
+    *folders, content, replaced, name = happened
+    assert folders == [path.stat().st_ino for path in (tmp_path, tmp_path / "a")]
+    assert (content, replaced, name) == (file.stat().st_ino, "replace", file.parent.stat().st_ino)
+
+
+@pytest.mark.parametrize("torn", [b"", b"half a li", b"x" * 9000])
+def test_a_line_is_added_to_whole_lines(tmp_path, torn):
+    file = tmp_path / "lines"
+    file.write_bytes(b"first\n" + torn)
+    assert whole_lines(file) == [b"first"]
+    append_line(file, "second")
+    assert file.read_bytes() == b"first\nsecond\n"
+    file.write_bytes(b"first\n" + torn)
+    assert cut_incomplete_line(file) == len(torn)
+    assert file.read_bytes() == b"first\n"
+    assert whole_lines(tmp_path / "none") == []
+
+
+def test_a_line_that_finds_no_space_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file, write = tmp_path / "lines", os.write
+    append_line(file, "first")
+
+    def half(handle, content):
+        if len(content) < 5:
+            raise FULL
+        return write(handle, content[:4])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space"):
+        append_line(file, "second")
+    assert file.read_bytes() == b"first\n"
+
+
+# --- The ledger ---
+
+
+def test_each_changed_character_of_a_ledger_is_seen(tmp_path):
+    study = StudyDirectory(tmp_path)
+    study.enter_test_read("abc", "training", 360, tta="flip")
+    (read,) = study.test_reads()
+    assert (read.trial, read.images, read.tta) == ("abc", 360, "flip")
+    ledger = tmp_path / "ledger.jsonl"
+    line = ledger.read_bytes()
+    for place in range(len(line) - 1):
+        ledger.write_bytes(line[:place] + bytes([line[place] ^ 1]) + line[place + 1 :])
+        with pytest.raises(InputError, match=r"ledger.jsonl: line 1.*; the file is damaged: delete the damaged line"):
+            study.test_reads()
+
+
+def test_lines_of_older_versions_have_no_checksum(tmp_path):
+    study, ledger = StudyDirectory(tmp_path), tmp_path / "ledger.jsonl"
+    ledger.write_text('{"time": "t", "trial": "abc", "reader": "export", "images": 3}\n')
+    study.enter_test_read("def", "export", 4)
+    assert [(read.trial, read.images) for read in study.test_reads()] == [("abc", 3), ("def", 4)]
+    assert "crc32" in json.loads(ledger.read_text().splitlines()[1])
+
+
+# --- Checksums ---
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_sha256sum_checks_a_trial_and_a_study(study):
+    for place, count in ((study.path, 2), (study.trial(trial_of(study)), len(OF_A_TRIAL))):
+        line = ["sha256sum", "--check", "--strict", SUMS]
+        done = subprocess.run(line, cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(": OK\n") == count
+
+
+def test_the_record_is_the_last_file_of_a_trial(study, monkeypatch):
+    trial, written, replace = trial_of(study), [], os.replace
+    record, predictions = study.record(trial), study.predictions(trial)
+    checkpoint = study.checkpoint(trial).read_bytes()
+    before = snapshot(study.trial(trial))
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append(Path(b).name), replace(a, b)))
+    study.finish(trial, record, checkpoint, predictions)
+    assert written == ["model.safetensors", "predictions.npz", SUMS, "record.json"]
+    monkeypatch.undo()
+    assert changed_files(study.trial(trial), OF_A_TRIAL) == {}
+    after = snapshot(study.trial(trial))
+    assert {name for name in before if before[name] != after[name]} <= {SUMS, "record.json"}  # indented otherwise
+
+
+def test_a_neighbours_trial_is_copied_with_its_checksums_unless_it_changed(study, tmp_path):
+    whole, changed = study.plan.cells[0].trials
+    other = StudyDirectory(tmp_path / "runs" / "other")
+    other.path.mkdir()
+    epochs = study.trial(changed) / "epochs.jsonl"
+    epochs.write_bytes(epochs.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
+    assert len(study.epochs(changed)) == 2
+    assert [other.adopt(trial) for trial in (whole, changed)] == ["tiny", None]
+    assert changed_files(other.trial(whole), OF_A_TRIAL) == {}
+    assert (other.trial(whole) / SUMS).exists()
+    shutil.rmtree(other.trial(whole))  # as if the copy had been interrupted after the ledger's line
+    assert other.adopt(whole) == "tiny"
+    assert len(other.test_reads()) == 1
+
+
+# --- Files that were cut short ---
+
+
+def lengths(size: int, most: int = 120) -> list[int]:
+    """Each length of a file of lines or JSON, and of others a sample with both ends."""
+    if size <= most:
+        return list(range(size))
+    return sorted({0, 1, 7, 8, 9, size - 1, size - 2, *random.Random(0).sample(range(size), most)})
+
+
+@pytest.mark.parametrize("name", ["record.json", "epochs.jsonl", "predictions.npz", "model.safetensors", SUMS])
+def test_a_trial_that_was_cut_short_is_damaged_or_shorter(study, name):
+    trial = trial_of(study)
+    file = study.trial(trial) / name
+    whole, epochs = file.read_bytes(), study.epochs(trial)
+    read = {
+        "record.json": lambda: study.record(trial),
+        "epochs.jsonl": lambda: study.epochs(trial),
+        "predictions.npz": lambda: study.predictions(trial),
+        "model.safetensors": lambda: load(file),
+        SUMS: lambda: changed_files(file.parent, OF_A_TRIAL),
+    }[name]
+    for length in lengths(
+        len(whole), 40 if name == "model.safetensors" else 200 if name == "predictions.npz" else 1000
+    ):
+        file.write_bytes(whole[:length])
+        if name == "epochs.jsonl":
+            assert read() == epochs[: whole[:length].count(b"\n")]
+            continue
+        with pytest.raises(InputError) as error:
+            read()
+        assert str(error.value).startswith(str(file))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "ledger.jsonl", "study.toml"])
+def test_a_study_that_was_cut_short_is_damaged_or_shorter(study, name):
+    file = study.path / name
+    whole, reads = file.read_bytes(), study.test_reads()
+    for length in lengths(len(whole), 200):
+        file.write_bytes(whole[:length])
+        if name == "ledger.jsonl":
+            assert study.test_reads() == reads[: whole[:length].count(b"\n")]
+        else:
+            try:
+                _ = study.plan
+            except InputError as error:
+                assert "\n" not in str(error)  # noqa: PT017 (a TOML file that is cut at a line's end can be whole)
+            else:
+                assert name == "study.toml"
+
+
+def test_arrays_with_changed_bytes_are_read_or_refused(study):
+    file, random_ = study.trial(trial_of(study)) / "predictions.npz", random.Random(1)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(300):
+        place = random_.randrange(len(whole))
+        file.write_bytes(whole[:place] + bytes([random_.randrange(256)]) + whole[place + 1 :])
+        try:
+            study.predictions(trial_of(study))
+        except InputError:
+            refused += 1
+    assert refused > 100
+
+
+# --- One writer ---
+
+WRITES = """
+import sys
+from pathlib import Path
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.study import parse_study
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.system.errors import InputError
+
+study, data = parse_study('question = "?"', Path("s.toml")), ImageData.random(100, 8, 8)
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        with StudyDirectory(Path(line.strip())).written(study, data, []):
+            print("writes", flush=True)
+            sys.stdin.readline()
+        print("done", flush=True)
+    except InputError as error:
+        print(error, flush=True)
+        sys.stdin.readline()
+        print("done", flush=True)
+"""
+
+
+def test_of_two_processes_one_writes_and_the_other_names_it(tmp_path):
+    def start() -> subprocess.Popen:
+        line = [sys.executable, "-c", WRITES]
+        return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+
+    with start() as one, start() as two:
+        both = (one, two)
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for number in range(20):
+            place = tmp_path / str(number)
+            for process in both:
+                process.stdin.write(f"{place}\n")
+                process.stdin.flush()
+            said = [process.stdout.readline().strip() for process in both]
+            writer = said.index("writes")
+            start_of_error = f"--out {place}: process {both[writer].pid} on host {os.uname().nodename} is writing this"
+            assert said[1 - writer].startswith(f"{start_of_error} study since 2")
+            assert (place / WRITER).exists()
+            for process in both:
+                process.stdin.write("\n")
+                process.stdin.flush()
+            assert [process.stdout.readline() for process in both] == ["done\n"] * 2
+            assert not (place / WRITER).exists()
+        for process in both:
+            process.stdin.close()
+
+
+def test_what_a_killed_writer_left_means_nothing(tmp_path):
+    study = StudyDirectory(tmp_path)
+    write_whole(tmp_path / WRITER, b'{"host": "elsewhere", "process": 1, "since": ""}')
+    with study.held():
+        assert json.loads((tmp_path / WRITER).read_bytes())["process"] == os.getpid()
+    assert not (tmp_path / WRITER).exists()
+
+
+def test_a_crash_before_the_first_file_was_whole_leaves_no_other_study(tmp_path, digits):
+    study = Study(name="test", question="?")
+    (tmp_path / ".study.toml.abcd1234").write_bytes(b"ques")
+    with StudyDirectory(tmp_path).written(study, digits, study.cells(digits)):
+        pass
+    assert StudyDirectory(tmp_path).study.question == "?"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.markdown").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        StudyDirectory(tmp_path / "other").check_holds(study)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match="this file system keeps no locks"), StudyDirectory(tmp_path).held():
+        pass
+
+
+# --- Full disks ---
+
+
+def same_weights(config) -> bool:
+    tensors = build(config).state_dict().values()
+    return stored_bytes(config) == sum(tensor.numpy().nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "resnet18"])
+def test_the_bytes_of_a_network_are_those_of_its_state(name):
+    config = network(name)
+    assert same_weights(config)
+    if name in PRESETS:
+        gate = GateConfig(kind="mlp", hidden=(8,), frozen=True)
+        frozen = config.map_blocks(lambda block: block.change(gate=gate if len(block.kernels) > 1 else None))
+        assert same_weights(frozen.change(norm=NormConfig(scale=False)))
+
+
+def test_a_trial_takes_no_more_than_was_estimated(study, digits):
+    trials = [study.config(trial) for cell in study.plan.cells for trial in cell.trials]
+    kept = sum(file.stat().st_size for file in (study.path / "trials").rglob("*") if file.is_file())
+    assert kept <= bytes_needed(trials, digits) <= kept + 10**6
+    assert bytes_needed([], digits) == 0
+
+
+def test_a_study_that_has_no_room_is_refused(study, digits, monkeypatch):
+    trials = [study.config(trial) for cell in study.plan.cells for trial in cell.trials]
+    needed = bytes_needed(trials, digits)
+    for free in (needed, needed - 1):
+        usage = shutil.disk_usage(study.path)._replace(free=free)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _, usage=usage: usage)
+        if free == needed:
+            check_space(trials, digits, study.path)
+            continue
+        with pytest.raises(InputError, match=rf"--out {study.path}: {len(trials)} trials need .* kB, and the disk has"):
+            check_space(trials, digits, study.path)
+
+
+def one_trial(digits) -> Study:
+    fields = {"width": 0.0625, "recipe.epochs": 2, "recipe.amp": "off", "experts": 1}
+    return Study(name="test", question="?", seeds=1, set=fields)
+
+
+TIMED = {"images_per_s", "train_seconds", "validation_seconds", "finished"}
+
+
+def result(directory: StudyDirectory, trial: str) -> tuple:
+    epochs = [epoch.model_dump(exclude=TIMED) for epoch in directory.epochs(trial)]
+    record = directory.record(trial).model_dump(exclude=TIMED)
+    return record, epochs, directory.checkpoint(trial).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits, resident_digits):
+    """A trial, and what it gives where nothing fails."""
+    study = one_trial(digits)
+    (trial,) = (trial for cell in study.cells(digits) for trial in cell.trials)
+    directory = StudyDirectory(tmp_path_factory.mktemp("undisturbed"))
+    list(run_local([trial], resident_digits, directory, save_every_s=0))
+    return trial, result(directory, trial.id)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_digits, undisturbed, monkeypatch):
+    """At random writes a call of the system fails, up to three times; then the study is done as if nothing had been."""
+    trial, expected = undisturbed
+    directory, random_ = StudyDirectory(tmp_path), random.Random(seed)
+    for _ in range(3):
+        left = [random_.randrange(30)]
+        for name in ("write", "fsync", "replace"):
+            real = getattr(os, name)
+
+            def fails(*given, real=real, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(random_.choice([errno.ENOSPC, errno.EDQUOT]), "full")
+                return real(*given)
+
+            monkeypatch.setattr(os, name, fails)
+        try:
+            list(run_local([trial], resident_digits, directory, save_every_s=0))
+        except OSError as error:
+            assert error.errno in (errno.ENOSPC, errno.EDQUOT)  # noqa: PT017 (the trial may be done before)
+        monkeypatch.undo()
+        assert directory.failure(trial.id) is None
+        if directory.record(trial.id):
+            break
+    if directory.record(trial.id) is None:
+        assert isinstance(list(run_local([trial], resident_digits, directory))[-1], TrialDone)
+    assert result(directory, trial.id) == expected
+    assert changed_files(directory.trial(trial.id), OF_A_TRIAL) == {}
+
+
+def test_a_full_disk_is_one_line(expertgrid, tiny_study, tmp_path, monkeypatch):
+    real = os.replace
+
+    def fails(source, target):
+        if Path(target).name == "predictions.npz":
+            raise FULL
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--set", "recipe.epochs=1")
+    assert outcome.status == 1
+    assert outcome.complaint.startswith("error: disk full: ")
+    assert outcome.complaint.endswith("finished trials are kept, and the same command continues once there is space")
+    assert not list((tmp_path / "runs").rglob("failure.json"))
+
+
+def mount(place: Path, options: bytes, flags: int = 0) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.mount(b"none", bytes(place), b"tmpfs", flags, options) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root, to mount a disk")
+def test_a_disk_of_a_few_pages(tmp_path, resident_digits, undisturbed):
+    trial, expected = undisturbed
+    if not mount(tmp_path, b"size=48k"):
+        pytest.skip("no disk can be mounted here")
+    try:
+        directory = StudyDirectory(tmp_path)
+        with pytest.raises(OSError, match="No space left"):
+            list(run_local([trial], resident_digits, directory, save_every_s=0))
+        assert directory.record(trial.id) is None
+        assert mount(tmp_path, b"size=4m", 32)  # MS_REMOUNT
+        assert isinstance(list(run_local([trial], resident_digits, directory))[-1], TrialDone)
+        assert result(directory, trial.id) == expected
+    finally:
+        ctypes.CDLL(None).umount2(bytes(tmp_path), 2)
+
+
+def test_the_id_of_a_trial_cannot_be_a_path(tmp_path, digits):
+    """A plan leads to folders below the study's own alone."""
+    directory = finished_study(tmp_path / "tiny", digits)
+    plan = json.loads((directory.path / "plan.json").read_text())
+    plan["cells"][0]["trials"][0] = "../../../etc"
+    (directory.path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match=r"plan.json.cells.0.trials.0: .*found '../../../etc'"):
+        _ = directory.plan

@@ -1,0 +1,317 @@
+"""Studies: designs, ids, and what a wrong study file says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from expertgrid.ablations.study.study import Study, load_study, parse_study, shipped_studies
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.trial import Trial
+
+HEAD = 'question = "?"\n'
+CIFAR_LIKE = ImageData.random(train=1200, height=32, width=32)
+
+
+def study(text: str) -> Study:
+    return parse_study(HEAD + text, Path("my.toml"))
+
+
+def ids(asked: Study, data: ImageData) -> list[str]:
+    return [trial.id for cell in asked.cells(data) for trial in cell.trials]
+
+
+def test_shipped_studies():
+    expected = {
+        "card": (36, 140),
+        "card-small": (24, 100),
+        "references": (5, 15),
+        "routing": (90, 200),
+        "routing-small": (15, 35),
+        "spread": (12, 36),
+    }
+    assert shipped_studies() == sorted([*expected, "quickstart"])
+    for name, (cells, trials) in expected.items():
+        found = load_study(name).cells(CIFAR_LIKE)
+        assert len(found) == cells
+        assert len({trial.id for cell in found for trial in cell.trials}) == trials
+
+
+def test_quickstart_trains_one_expert_once(digits):
+    found = ids(load_study("quickstart"), digits)
+    assert len(found) == 2 * 2 * 2 * 6
+    assert len(set(found)) == 36
+
+
+def test_references_have_their_own_recipes():
+    cells = load_study("references").cells(CIFAR_LIKE)
+    assert [(cell.trials[0].model_name, cell.trials[0].recipe.epochs) for cell in cells] == [
+        ("two_block", 100), ("eight_block", 100), ("segmented", 50), ("macro_residual", 70), ("mixed_kernel", 60),
+    ]  # fmt: skip
+
+
+def test_factorial_is_all_combinations(digits):
+    asked = study('seeds = 2\n[factors]\nexperts = [2, 3]\n"recipe.lr" = [0.1, 0.2]')
+    assert [cell.levels for cell in asked.cells(digits)] == [
+        {"experts": k, "recipe.lr": lr} for k in (2, 3) for lr in (0.1, 0.2)
+    ]
+    trials = [trial for cell in asked.cells(digits) for trial in cell.trials]
+    assert [trial.seed for trial in trials] == [0, 1] * 4
+    assert {(len(next(t.model.blocks()).kernels), t.recipe.lr) for t in trials} == {
+        (2, 0.1),
+        (2, 0.2),
+        (3, 0.1),
+        (3, 0.2),
+    }
+
+
+def test_one_at_a_time_leaves_the_base(digits):
+    asked = study('design = "one_at_a_time"\n[factors]\nexperts = [4, 2]\ncutout = [0, 2]')
+    cells = asked.cells(digits)
+    assert [tuple(cell.levels.values()) for cell in cells] == [(None, None), (4, None), (2, None), (None, 0), (None, 2)]
+    assert cells[0].trials[0].id == cells[1].trials[0].id == cells[3].trials[0].id
+    assert len(set(ids(asked, digits))) == 9
+
+
+def test_ids_are_of_what_is_trained(digits):
+    base = ids(study("[factors]\nexperts = [2]"), digits)
+    assert ids(study("[factors]\nexperts = [2]\n[set]\n'recipe.cutout' = 0"), digits) == base
+    assert ids(study("[set]\nexperts = 2"), digits) == base
+    for change in ("'recipe.lr' = 0.5", "gate = 'uniform'", "'model.head.dropout' = 0.4"):
+        assert not set(ids(study(f"[factors]\nexperts = [2]\n[set]\n{change}"), digits)) & set(base)
+    assert ids(study("seeds = 4\n[factors]\nexperts = [2]"), digits)[:3] == base
+
+
+def test_ids_depend_on_the_data():
+    asked = study("[factors]\nexperts = [2]")
+    other = ImageData.random(train=160, height=32, width=32)
+    assert ids(asked, CIFAR_LIKE) == ids(asked, other)
+    changed = ImageData(**{**vars(other), "fingerprint": "other"})
+    assert not set(ids(asked, CIFAR_LIKE)) & set(ids(asked, changed))
+
+
+def test_the_default_hold_out_changes_no_id_and_another_does(digits):
+    """So that a trial whose record was written before there was a choice keeps its id."""
+    default, written, fixed, share = (
+        ids(study(base), data)
+        for base, data in (
+            ("", digits),
+            ("[base]\nhold_out = 'rotating'", digits),
+            ("[base]\nhold_out = 'fixed'", digits),
+            ("[base]\ndata = 'digits@0.2'", replace(digits, source="digits@0.2")),
+        )
+    )
+    assert default == written
+    assert len({*default, *fixed, *share}) == len(default) + len(fixed) + len(share) == 9
+    trial = study("").cells(digits)[0].trials[0]
+    kept = json.loads(trial.model_dump_json())
+    assert kept.pop("hold_out") == {"kind": "rotating", "share": 0.1, "offset": 0}
+    assert Trial.model_validate(kept).id == trial.id == default[0]
+
+
+def test_all_cells_of_a_study_have_its_hold_out(digits):
+    asked = study("baselines = ['resnet10t']\n[base]\nhold_out = 'fixed'\n[factors]\nexperts = [1, 2]")
+    held_out = {trial.hold_out for cell in asked.cells(digits) for trial in cell.trials}
+    assert held_out == {HoldOut(kind="fixed")}
+
+
+def test_a_study_of_too_few_images_for_its_hold_out_is_refused():
+    few = ImageData.random(train=95, height=32, width=32)
+    with pytest.raises(InputError, match="hold-out of random: class '5' has 9 train images, and 10 parts need"):
+        study("[set]\n'recipe.batch_size' = 8").cells(few)
+    halves = replace(few, source="random@0.5")
+    (cell,) = study("[set]\n'recipe.batch_size' = 47").cells(halves)
+    assert cell.trials[0].hold_out.parts == 2
+    with pytest.raises(InputError, match="recipe.batch_size: 48, and random has 47 images to train on"):
+        study("[set]\n'recipe.batch_size' = 48").cells(halves)
+
+
+def test_order_of_factors_does_not_change_the_trials(digits):
+    a = study("[factors]\nexperts = [1, 2]\ngate = ['mlp']\nwidth = [0.5]")
+    b = study("[factors]\nwidth = [0.5]\ngate = ['mlp']\nexperts = [1, 2]")
+    assert ids(a, digits) == ids(b, digits)
+
+
+def test_network_follows_the_data(digits):
+    trial = study("").cells(digits)[0].trials[0]
+    assert (trial.model.in_chans, trial.model.num_classes) == (1, 10)
+
+
+def test_timm_models_stand_as_baselines(digits):
+    asked = study("baselines = ['resnet18']\n[factors]\nexperts = [1, 2]")
+    cells = asked.cells(digits)
+    assert [cell.model_name for cell in cells] == ["two_block", "two_block", "resnet18"]
+    assert cells[-1].trials[0].model.model_dump() == {"timm": "resnet18", "in_chans": 1, "num_classes": 10}
+
+
+def test_ids_stay(digits):
+    """Networks, recipes and data that are the same are the same trials in the next version too."""
+    assert ids(study(""), digits)[0] == "4fc29465abec"
+    (first,) = study("seeds = 1\n[base]\nmodel = 'eight_block'\nrecipe = 'segmented'\n[set]\ncutout = 3").cells(digits)
+    assert first.trials[0].id == "b5cced766f9c"
+
+
+def test_a_study_grows_by_levels_and_seeds():
+    older = study("[factors]\nexperts = [1, 2]")
+    for text in ("[factors]\nexperts = [1, 2]", "seeds = 5\n[factors]\nexperts = [4, 1, 2]"):
+        assert study(text).apart_from(older) == ""
+    others = ("[factors]\nexperts = [1, 4]", "seeds = 2\n[factors]\nexperts = [1, 2]", "[factors]\ngate = ['mlp']")
+    for text in (*others, "[factors]\nexperts = [1, 2]\n[base]\nmodel = 'eight_block'"):
+        assert study(text).apart_from(older)
+    assert study("[set]\nwidth = 2.0").apart_from(study("")) == "set.width is not given there, and 2.0 here"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = 0", "my.toml.seeds: input should be greater than or equal to 1, found 0"),
+        ("sedes = 3", "unknown field of my.toml: 'sedes'; did you mean 'seeds'?"),
+        ("[base]\nmodle = 'x'", "unknown field of my.toml.base: 'modle'; did you mean 'model'?"),
+        ("[base]\nimage_size = 0", "my.toml.base.image_size: input should be greater than or equal to 1, found 0"),
+        (
+            "[base]\nimage_size = 1025",
+            "my.toml.base.image_size: input should be less than or equal to 1024, found 1025",
+        ),
+        ("[base]\nimage_size = 'big'", "my.toml.base.image_size: input should be a valid integer, found 'big'"),
+        ("[base]\nimage_size = 64.0", "my.toml.base.image_size: input should be a valid integer, found 64.0"),
+        ("[base]\nhold_out = 'rotate'", "my.toml.base.hold_out: input should be 'rotating' or 'fixed', found 'rotate'"),
+        ("design = 'full'", "my.toml.design: input should be 'factorial' or 'one_at_a_time', found 'full'"),
+        ("[factors]\nexpert = [1]", "unknown name in my.toml: 'expert'; did you mean 'experts'?"),
+        ("[factors]\nexperts = []", "my.toml.factors.experts: value should have at least 1 item"),
+        ("[factors]\nexperts = 3", "my.toml.factors.experts: input should be a valid list"),
+        ("[factors]\nexperts = [3, 3]", "my.toml.factors.experts: a level is given twice"),
+        ("[set]\nreference = 'two_block'", "unknown name in my.toml: 'reference'"),
+        ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
+        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: recipe.cutout is set twice"),
+        (
+            "[set]\n'recipe.lr' = nan",
+            "my.toml.set.recipe.lr: a finite number, text, true, false, a list or a table is n",
+        ),
+        ("[factors]\nlr = [0.1, inf]", "my.toml.factors.lr.1: a finite number, text, true, false, a list or a table"),
+        ("margin = true", "my.toml.margin: a number is needed, found True"),
+        ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
+        ("[factors", "my.toml: not TOML"),
+        ("name = 'x'", "unknown field of my.toml: 'name'. Accepted: base, baselines, contrasts, control, design,"),
+        ("seeds = true", "my.toml.seeds: input should be a valid integer, found True"),
+        (
+            "[set]\nexperts = 2\n[factors]\nexperts = [1]",
+            "my.toml: experts is a factor, with levels [1], and is set as well",
+        ),
+        ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "cutout is given twice among the factors"),
+        ("[factors]\nreference = ['two_block']\nmodel = ['two_block']", "factor reference is a model and a recipe"),
+        ("[factors]\nexperts = [1]\n[reported]\n2 = '90'", "unknown level in my.toml, reported: '2'. Accepted: 1"),
+    ],
+)
+def test_wrong_study_files(text, message):
+    with pytest.raises(InputError) as error:
+        study(text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[base]\nmodel = 'eight_blocks'", "unknown model 'eight_blocks'; did you mean 'eight_block'?"),
+        ("[base]\nrecipe = 'slow'", "unknown recipe 'slow'"),
+        ("[factors]\nmodel = [3]", "factor model: level 3 is not a name"),
+        ("[factors]\nmodel = ['']", "unknown model ''"),
+        ("[factors]\nrecipe = [false]", "factor recipe: level False is not a name"),
+        ("[set]\nrecipe.epochs = true", "recipe.epochs: input should be a valid integer, found True"),
+        ("[set]\nrecipe.lr = inf", "my.toml"),
+        ("[set]\nopt = 'sgd'\nopt_betas = [0.9, 0.9]", "recipe.opt_betas: optimiser 'sgd' has none"),
+        ("[set]\nopt_betas = [1.0, 1.0]", "recipe.opt: 'adamw' cannot be made here with this recipe: Invalid beta"),
+        ("[factors]\nexperts = [0]", "experts: 0 is not accepted"),
+        ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
+        ("[set]\n'recipe.lr' = -3", "recipe.lr: input should be greater than 0, found -3"),
+        ("[set]\n'recpe.lr' = 3", "unknown path 'recpe.lr'"),
+        ("[set]\n'model.num_classes' = 3", "model.num_classes follows from the data and cannot be set"),
+        ("[set]\n'model.layers.7.channels' = 3", "unknown field of model.layers: '7'. Accepted: 0, 1, 2"),
+        ("[set]\n'model.head.dropout.p' = 3", "model.head.dropout has no fields"),
+        ("[base]\nmodel = 'macro_residual'", "model macro_residual does not take the 8x8 images of digits"),
+        (
+            "[base]\nmodel = 'mixed_kernel'\n[set]\n'recipe.small_size' = 4",
+            "model mixed_kernel does not take the 4x4 images of digits",
+        ),
+        (
+            "[base]\nmodel = 'resnet18'\n[factors]\nexperts = [1]",
+            "factor experts does not apply to timm model 'resnet18'",
+        ),
+        ("baselines = ['vit_tiny_patch16_224']", "vit_tiny_patch16_224 does not take the 8x8 images of digits"),
+    ],
+)
+def test_studies_that_cannot_be(text, message, digits):
+    with pytest.raises(InputError) as error:
+        study(text).cells(digits)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_that_is_not_text(tmp_path):
+    (tmp_path / "my.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="my.toml: not TOML: 'utf-8' codec"):
+        load_study(str(tmp_path / "my.toml"))
+
+
+def test_settings_have_one_name(digits):
+    quoted, table, bare = (
+        study(f"[set]\n{line}") for line in ("'recipe.epochs' = 5", "recipe.epochs = 5", "epochs = 5")
+    )
+    assert quoted == table == bare
+    changed = quoted.change(settings={"epochs": 7})
+    assert changed.set == {"recipe.epochs": 7}
+    assert changed.cells(digits)[0].trials[0].recipe.epochs == 7
+
+
+def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
+    asked = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
+    *_, resnet, plain = asked.cells(digits)
+    assert (resnet.levels, plain.levels) == ({}, {})
+    assert resnet.trials[0].recipe.epochs == 5
+    assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
+
+
+def test_depth_goes_before_gates_that_differ_by_channels():
+    sizes = {}
+    for gate in ("linear", "mlp"):
+        asked = study(f"[base]\nmodel = 'segmented'\n[factors]\ngate = ['{gate}']\ndepth = [0.5, 1, 2]")
+        sizes[gate] = [len(list(cell.trials[0].model.blocks())) for cell in asked.cells(CIFAR_LIKE)]
+    assert sizes["linear"] == sizes["mlp"]
+    assert len(set(sizes["mlp"])) >= 2
+
+
+def test_the_readmes_study_is_one():
+    readme = (REPOSITORY / "README.md").read_text()
+    text = readme.split("```toml\n")[1].split("```")[0]
+    cells = parse_study(text, Path("my.toml")).cells(CIFAR_LIKE)
+    assert len(cells) == 3 * 2
+
+
+def test_unknown_study():
+    with pytest.raises(InputError, match="unknown study 'quickstrat'; did you mean 'quickstart'?"):
+        load_study("quickstrat")
+
+
+def test_a_factor_is_not_set_as_well():
+    asked = study("[factors]\ncutout = [0, 2]")
+    with pytest.raises(InputError, match=r"study my: cutout is a factor, with levels \[0, 2\], and is set as well"):
+        asked.change(settings={"recipe.cutout": 2})
+
+
+def test_a_study_is_resolved_without_torch():
+    """Importing torch takes seconds, which a table and a dry run need not wait for."""
+    code = (
+        "import sys, expertgrid.ablations.study.study, expertgrid.ablations.records.directory\n"
+        "from expertgrid.model.training.data import load_data\n"
+        "cells = expertgrid.ablations.study.study.load_study('quickstart').cells(load_data('digits'))\n"
+        "print(len(cells), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "8 False\n"

@@ -1,0 +1,196 @@
+"""Optimisers, schedules and averages: against PyTorch's own, and that they are what the reports say."""
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+
+from expertgrid.ablations.study.study import changed_recipe
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.optimise import check_optimizer, make_average, make_optimizer, make_scheduler
+from expertgrid.model.training.recipe import KNOWN_OPTIMISERS, RECIPES, Recipe
+
+STEPS = 5
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+
+def rates(recipe: Recipe) -> list[float]:
+    """The learning rate of each step."""
+    optimizer = make_optimizer(recipe, net())
+    scheduler = make_scheduler(recipe, optimizer, STEPS)
+    found = []
+    for step in range(recipe.epochs * STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        if scheduler is not None:
+            scheduler.step_update(step + 1)
+    return found
+
+
+def reference_rates(recipe: Recipe, schedule: type, *arguments: float) -> list[float]:
+    """The same from PyTorch's schedule, stepped once an epoch."""
+    optimizer = torch.optim.SGD(net().parameters(), lr=recipe.lr)
+    scheduler = schedule(optimizer, *arguments)
+    found = []
+    for _ in range(recipe.epochs):
+        found += [optimizer.param_groups[0]["lr"]] * STEPS
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["two_block", "segmented"])
+def test_step_schedule_is_pytorchs(name):
+    recipe = RECIPES[name]
+    assert rates(recipe) == pytest.approx(reference_rates(recipe, StepLR, int(recipe.decay_epochs), recipe.decay_rate))
+
+
+@pytest.mark.parametrize("name", ["eight_block", "macro_residual"])
+def test_cosine_schedule_is_pytorchs_at_each_epochs_start(name):
+    recipe = RECIPES[name]
+    expected = reference_rates(recipe, CosineAnnealingLR, recipe.epochs)
+    assert rates(recipe)[::STEPS] == pytest.approx(expected[::STEPS], abs=1e-8)
+
+
+def test_fast_rises_and_falls_to_zero():
+    found = rates(RECIPES["fast"])
+    peak = found.index(max(found))
+    assert found[0] == 0
+    assert found[:peak] == sorted(found[:peak])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+    assert found[-1] < 0.02 * max(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lr", "decay"),
+    [
+        ("two_block", torch.optim.Adam, 1e-3, 0),
+        ("eight_block", torch.optim.AdamW, 3e-4, 1e-3),
+        ("segmented", torch.optim.Adam, 1e-3, 1e-4),
+        ("macro_residual", torch.optim.AdamW, 1e-3, 0.02),
+        ("mixed_kernel", torch.optim.Adam, 2e-3, 1e-5),
+    ],
+)
+def test_optimisers_are_the_reports(name, kind, lr, decay):
+    network = build(PRESETS[name])
+    optimizer = make_optimizer(RECIPES[name], network)
+    assert type(optimizer) is kind
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(lr, decay)]
+    assert len(optimizer.param_groups[0]["params"]) == len(list(network.parameters()))
+
+
+def test_weight_decay_is_kept_off_norms_and_biases():
+    groups = make_optimizer(RECIPES["fast"], net()).param_groups
+    decayed = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]] for group in groups}
+    assert decayed == {0.0: [(2,), (2,), (2,)], 0.05: [(2, 2)]}
+
+
+@pytest.mark.parametrize("warmup", [None, 0.2, 0.5])
+def test_one_cycle_is_pytorchs_with_zero_at_its_end(warmup):
+    fields = {**dict(RECIPES["fast"]), "sched": "onecycle", "warmup": warmup}
+    recipe = Recipe(**fields)
+    optimizer = torch.optim.SGD(net().parameters(), lr=recipe.lr)
+    total = recipe.epochs * STEPS
+    rise = 0.3 if warmup is None else warmup
+    schedule = OneCycleLR(
+        optimizer, recipe.lr, total, pct_start=rise, final_div_factor=float("inf"), cycle_momentum=False
+    )
+    expected = []
+    for step in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < total - 1:
+            schedule.step()
+    assert rates(recipe) == pytest.approx(expected, abs=1e-12)
+    assert rates(recipe)[-1] == 0
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw"])
+def test_fused_optimisers_step_as_the_plain_ones(opt):
+    recipe = Recipe(epochs=1, batch_size=2, opt=opt, lr=0.1, weight_decay=0.01)
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 3)
+        optimizer = make_optimizer(recipe, module)
+        assert optimizer.defaults["fused"] is True
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        for _ in range(3):
+            module(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+        weights.append(module.weight)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("opt", ["lion", "muon", "adamp", "lamb", "rmsprop"])
+def test_other_optimisers_of_timm_leave_frozen_parameters_alone(opt):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in module.parameters()]
+    optimizer = make_optimizer(Recipe(epochs=1, batch_size=2, opt=opt, lr=0.1, weight_decay=0.1), module)
+    module(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+    changed = [not torch.equal(old, new) for old, new in zip(before, module.parameters())]
+    assert changed == [False, False, True, True]
+
+
+def test_average_follows_the_weights_with_timms_warm_up():
+    module = net()
+    average = make_average(Recipe(**{**dict(RECIPES["fast"]), "ema_decay": 0.9}), module)
+    kept = module[0].weight.detach().clone()
+    for step in range(1, 6):
+        with torch.no_grad():
+            module[0].weight += 1
+        average.update(module, step)
+        decay = min(0.9, 1 - step ** (-2 / 3)) if step > 1 else 0.0
+        kept = decay * kept + (1 - decay) * module[0].weight.detach()
+    torch.testing.assert_close(average.module[0].weight, kept)
+
+
+@pytest.mark.parametrize("name", KNOWN_OPTIMISERS)
+def test_timm_has_the_optimisers_that_are_accepted_without_asking_it(name):
+    assert name in timm.optim.list_optimizers()
+    assert not timm.optim.get_optimizer_info(name).second_order
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_optimiser_of_each_recipe_can_be_made(name):
+    """Which a study of that recipe takes for granted, so that it need not import torch to try."""
+    check_optimizer(RECIPES[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"opt": "sgd", "opt_betas": [0.9, 0.9]}, "recipe.opt_betas: optimiser 'sgd' has none"),
+        ({"momentum": 0.5}, "recipe.momentum: optimiser 'adamw' has none"),
+        ({"opt_betas": [1.0, 1.0]}, "recipe.opt: 'adamw' cannot be made here with this recipe: Invalid beta"),
+        (
+            {"opt": "adam", "opt_betas": [1.0, 1.0]},
+            "recipe.opt: 'adam' cannot be made here with this recipe: Invalid beta",
+        ),
+    ],
+)
+def test_optimisers_that_cannot_be_made_are_one_line(changes, message):
+    with pytest.raises(InputError) as error:
+        changed_recipe("fast", changes)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimiser_of_no_shipped_recipe_is_tried(monkeypatch):
+    """So that one whose package is not installed is an error of the study, not of each of its trials."""
+
+    def missing(*arguments, **options):
+        raise ImportError("bitsandbytes is not there\nand more")
+
+    monkeypatch.setattr(timm.optim, "create_optimizer_v2", missing)
+    assert changed_recipe("fast", {"lr": 0.5}).opt == "adamw"
+    with pytest.raises(InputError, match="recipe.opt: 'lion' cannot be made here with .*: bitsandbytes is not there$"):
+        changed_recipe("fast", {"opt": "lion"})
