@@ -445,7 +445,7 @@ def test_parquet_files(cases, tmp_path):
 def test_records(cases, tmp_path, digits):
     text = 'question = "?"\nseeds = 1\n[factors]\nexperts = [1, 2]'
     directory = write_study(tmp_path / "study", text, digits, lambda levels, seed: (90 + levels["experts"], 90))
-    trial = directory.plan.cells[0].trials[0]
+    trial = directory.read_plan().cells[0].trials[0]
     directory.enter_test_read(trial, "training", 9)
     files = ["plan.json", "ledger.jsonl", "study.toml", f"trials/{trial}/record.json", f"trials/{trial}/config.json"]
     whole = {name: (directory.path / name).read_bytes() for name in files}
@@ -454,8 +454,8 @@ def test_records(cases, tmp_path, digits):
         name, content = found
         (directory.path / name).write_bytes(content)
         try:
-            _ = directory.plan, directory.test_reads(), directory.latencies(), directory.race
-            for trial in directory.plan.cells[0].trials:
+            _ = directory.read_plan(), directory.test_reads(), directory.latencies(), directory.read_race()
+            for trial in directory.read_plan().cells[0].trials:
                 _ = directory.record(trial), directory.config(trial), directory.failure(trial)
                 _ = directory.hold_out(trial), directory.epochs(trial), directory.predictions(trial)
             read_evidence(directory)

@@ -299,7 +299,7 @@ def study_that_says(words: str, place: Path, digits) -> Path:
     text = f"""question = {said}\nseeds = 2\ncontrasts = [["experts=1", "experts=2"]]
     [factors]\nexperts = [1, 2]\n[reported]\n1 = {said}"""
     directory = write_study(place / "study", text, digits, lambda levels, seed: (90 + levels["experts"] + seed, 90))
-    trials = [trial for cell in directory.plan.cells for trial in cell.trials]
+    trials = directory.read_plan().trials
     with (directory.path / "ledger.jsonl").open("w") as ledger:
         for trial in trials:
             ledger.write(json.dumps({"time": words, "trial": trial, "reader": words, "images": 9}) + "\n")

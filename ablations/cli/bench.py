@@ -167,7 +167,7 @@ def bench_study(
     """Measures the training speed of each cell of a study, keeps it in its directory, and prints it."""
     directory, on = StudyDirectory(path), device(device_name)
     execution.check(on)
-    plan = directory.plan
+    plan = directory.read_plan()
     images = read_data(data or plan.source, data_dir, plan.image_size)
     with directory.held(), status(f"training the cells of {path}"):
         rates = measure_cells(directory, images, on, execution, steps, rounds, partial(console.print, soft_wrap=True))

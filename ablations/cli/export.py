@@ -9,7 +9,8 @@ import torch
 from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import status
-from expertgrid.ablations.records.directory import StudyDirectory, read_record
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.reading import read_record
 from expertgrid.ablations.results.rows import Row, best_record, best_row, read_results
 from expertgrid.ablations.results.tables.tables import columns
 from expertgrid.bench.tune import rows as tuning_rows
@@ -63,7 +64,7 @@ def export(
     if trial is None and (prune_gates is not None or tuned_for is not None or precision != "fp32"):
         missing = path.parent / "config.json"
         raise InputError(f"{held_out_for}: {missing} is missing; it says which images the training held out")
-    plan = ledger.plan if ledger else None
+    plan = ledger.read_plan() if ledger else None
     given = data or (plan.source if plan else checkpoint.trained.data)
     images = read_data(given, data_dir, plan.image_size if plan else None)
     _check_data(images, path, checkpoint, trial)

@@ -6,7 +6,9 @@ from pathlib import Path
 from expertgrid.ablations.cli.export import best_checkpoint, export
 from expertgrid.ablations.cli.options import hub_repository
 from expertgrid.ablations.cli.terminal import status
-from expertgrid.ablations.records.directory import Record, StudyDirectory, read_record
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.reading import read_record
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
@@ -79,7 +81,7 @@ def _card(
     row = next(row for row in found.results.rows if any(its.trial == trial.id for its in row.records))
     tables = render_tables(study_tables(study, found), "github")
     of_study = [
-        f"The network is the best of a study that asked: {escaped(study.study.question)}",
+        f"The network is the best of a study that asked: {escaped(found.results.study.question)}",
         escaped(answer(found)),
         tables,
         f"This very network, of seed {record.seed}: {100 * record.validation_accuracy:.2f}% of "
@@ -97,7 +99,7 @@ def _card(
         first.certificate,
         data_name=checkpoint.trained.data,
         network=checkpoint.config.model_dump(mode="json"),
-        data={"Images": study.plan.data},
+        data={"Images": found.results.plan.data},
         recipe=trial.recipe.model_dump(mode="json"),
         table_row=[(title, shown(value)) for values in columns([row]) for title, value in values.items()],
         latency=_latency(row, trial.id),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertgrid.ablations.cli.sources import read_data
-from expertgrid.ablations.records.directory import Race, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RaceRules
 from expertgrid.ablations.study.study import Cell, Level, Study, level_name, load_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
@@ -40,7 +41,7 @@ def ask(
     racing.check_options(until, max_seeds, changed)
     directory = StudyDirectory(out or Path("runs") / changed.name)
     directory.check_holds(changed)
-    begun = directory.race
+    begun = directory.read_race()
     if begun and until is None:
         raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
     return Asked(changed, directory, max_seeds)
@@ -54,7 +55,7 @@ class Plan:
     directory: StudyDirectory
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
-    race: Race | None
+    race: RaceRules | None
 
     @property
     def hold_out(self) -> HoldOut:
@@ -73,7 +74,7 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
         race = racing.new_race(cells, study, asked.last_seed, seen)
-        if before := directory.race:
+        if before := directory.read_race():
             racing.check_same(before, race)
             race = before
     return Plan(study, directory, data, cells, race)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from expertgrid.ablations.cli.sources import import_modules, read_data
 from expertgrid.ablations.cli.terminal import starting, status
-from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
 from expertgrid.model.training.trial import Trial
@@ -31,7 +32,7 @@ def rerun(
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
     on = device(device_name)
-    images = read_data(data or trial.source, data_dir, study.plan.image_size)
+    images = read_data(data or trial.source, data_dir, study.read_plan().image_size)
     with status(f"training trial {trial_id} again"):
         found = train_again(study, trial, record, ResidentData(images, on))
     if found.compared:
@@ -46,7 +47,7 @@ def rerun(
 
 def _finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
     """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
-    trials = list(dict.fromkeys(trial for cell in directory.plan.cells for trial in cell.trials))
+    trials = directory.read_plan().trials
     if trial_id not in trials:
         near = get_close_matches(trial_id, trials, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."

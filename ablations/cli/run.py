@@ -69,8 +69,8 @@ def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFail
     if how.trainer is not None and how.trainer.in_words:
         console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
-    if directory.race:
-        counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.plan.cells}
+    if directory.read_race():
+        counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         with tracked(how.track, directory, planned.data) as tracking:
             failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
@@ -191,6 +191,6 @@ def show_study(directory: StudyDirectory) -> None:
     """The study's question, its tables and the answer on stdout, and its picture in its directory."""
     found = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(directory.study.question, found.results.rows))
+    write_whole(picture, accuracy_plot(found.results.study.question, found.results.rows))
     print(f"{found.results.study.question}\n\n{render_tables(study_tables(directory, found), 'text')}\n")
     print(f"Picture: {picture}\n\n{answer(found)}", flush=True)

@@ -42,7 +42,7 @@ def track(directory: Path, names: Sequence[str], data: str | None, data_dir: Pat
 
 def _images(study: StudyDirectory, data: str | None, data_dir: Path | None) -> ImageData | None:
     """The study's images, for the contact sheets; None where none were asked for and they are not there any more."""
-    plan = study.plan
+    plan = study.read_plan()
     try:
         images = read_data(data or plan.source, data_dir, plan.image_size)
         trial = study.config(plan.cells[0].trials[0])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from expertgrid.ablations.records.directory import Record
+    from expertgrid.ablations.records.record import Record
     from expertgrid.model.training.trial import Epoch, Trial
 
 

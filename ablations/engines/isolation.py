@@ -357,7 +357,7 @@ class Lost:
 def _failed(trial: "Trial", lost: Lost, steps: int, directory: "StudyDirectory") -> "TrialFailed":
     """Writes the failure of the trial that a process was training when it was lost."""
     from expertgrid.ablations.engines.events import TrialFailed
-    from expertgrid.ablations.records.directory import Failure
+    from expertgrid.ablations.records.record import Failure
 
     error = lost.reason if lost.kind == "timeout" else f"the training process was ended by {lost.reason}"
     failure = Failure(kind=lost.kind, error=error, traceback=lost.traceback, time=now(), step=steps)

@@ -19,7 +19,9 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
     by_seed,
 )
-from expertgrid.ablations.records.directory import Environment, Failure, Predictions, Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import Environment, Failure, Record
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import ProcessLost, Setup, Trainer
 from expertgrid.ablations.engines.scheduling import Ended, Lost, Message, Report, schedule
-from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from expertgrid.ablations.engines.events import TrialFailed
 from expertgrid.ablations.engines.local import run_local
-from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
 from expertgrid.model.checkpoint import load
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.system import machine
@@ -87,7 +88,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
             for read in beside.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
         failures = [event.reason for event in events if isinstance(event, TrialFailed)]
-        margin = directory.study.margin
+        margin = directory.read_study().margin
         if failures:
             return Rerun([], [], margin, failures[0])
         again = beside.record(trial.id)

@@ -21,7 +21,10 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
     by_seed,
 )
-from expertgrid.ablations.records.directory import Failure, Predictions, StudyDirectory, TestRead
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import Failure
 from expertgrid.model.system.files import now, whole_lines, write_whole
 from expertgrid.model.training.trial import Trial
 

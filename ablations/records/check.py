@@ -7,17 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.directory import (
-    OF_A_STUDY,
-    OF_A_TRIAL,
-    SUMS,
-    TRAINING,
-    StudyDirectory,
-    TestRead,
-    TrainingRates,
-    changed_files,
-    read_record,
-)
+from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
+from expertgrid.ablations.records.reading import SUMS, TRAINING, read_record
+from expertgrid.ablations.records.record import TrainingRates
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import cut_incomplete_line, make_folder, sync_folder, whole_lines
@@ -59,10 +53,9 @@ def check_files(directory: StudyDirectory) -> Checked:
     """Reads all files of a study. What is damaged is in the result: nothing is raised for it."""
     found = list(_study_files(directory))
     try:
-        planned = [trial for cell in directory.plan.cells for trial in cell.trials]
+        planned = directory.read_plan().trials
     except InputError:  # it is named already; the trials are still looked at
         planned = sorted(place.name for place in directory.path.glob("trials/*"))
-    planned = list(dict.fromkeys(planned))
     for trial in planned:
         found += _trial_files(directory, trial)
     others = {place.name for place in directory.path.glob("trials/*")} - set(planned)
@@ -100,13 +93,13 @@ def _study_files(directory: StudyDirectory) -> Iterator[Found]:
     if not (path / "study.toml").exists():
         yield Found("damaged", "study.toml", "missing", f"{AGAIN}, which writes it again")
         wrong.add("study.toml")
-    elif problem := _problem(lambda: directory.study):
+    elif problem := _problem(lambda: directory.read_study()):
         yield Found("damaged", "study.toml", problem, f"move it away and {AGAIN}, which writes it again")
         wrong.add("study.toml")
     if not (path / "plan.json").exists():
         yield Found("damaged", "plan.json", "missing", f"{AGAIN}, which writes it again")
         wrong.add("plan.json")
-    elif not wrong and (problem := _problem(lambda: directory.plan)):
+    elif not wrong and (problem := _problem(lambda: directory.read_plan())):
         yield Found("damaged", "plan.json", problem, f"move it away and {AGAIN}, which writes it again")
         wrong.add("plan.json")
     try:

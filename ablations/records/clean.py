@@ -41,7 +41,7 @@ def remove(found: list[Needless]) -> None:
 
 def _paths(directory: StudyDirectory, unplanned: bool) -> Iterator[tuple[Path, str]]:
     path = directory.path
-    planned = {trial for cell in directory.plan.cells for trial in cell.trials} if unplanned else set()
+    planned = set(directory.read_plan().trials) if unplanned else set()
     gone = set()
     for place in path.glob("trials/*"):
         if unplanned and place.name not in planned:

@@ -17,8 +17,9 @@ from functools import cached_property
 
 import numpy as np
 
-from expertgrid.ablations.records import directory as records
-from expertgrid.ablations.records.directory import FAILED, Record, StudyDirectory, cell_names
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RaceRules, cell_names
+from expertgrid.ablations.records.record import FAILED, Record
 from expertgrid.ablations.results.rows import (
     Results,
     Row,
@@ -276,7 +277,7 @@ class _Model:
         scores_US = self.scores_US if scores_US is None else scores_US
         return contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
 
-    def race(self, plan: records.Race) -> Race:
+    def race(self, plan: RaceRules) -> Race:
         return race(self.asked.race_QU, self.scores_US, plan.margin, plan.last, plan.first, self.no_verdict)
 
     @cached_property

@@ -7,7 +7,7 @@ stands follows from the records alone, so that an interrupted race goes on.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from expertgrid.ablations.records.directory import Race
+from expertgrid.ablations.records.plan import RaceRules
 from expertgrid.ablations.results.evidence import Evidence, questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
@@ -40,7 +40,7 @@ def check_options(until: str | None, max_seeds: int | None, study: Study) -> Non
         )
 
 
-def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> Race:
+def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> RaceRules:
     """The race of a study: all that must be fixed before its first look. `seen` trials have results already.
 
     Raises InputError for a study with one network.
@@ -48,10 +48,10 @@ def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> Race:
     contrasts = len(questions(study, study.names(cells)).race_QU)
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
-    return Race(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
+    return RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
 
 
-def check_same(begun: Race, asked: Race) -> None:
+def check_same(begun: RaceRules, asked: RaceRules) -> None:
     """Raises InputError where a race would be another one than was begun."""
     for field in ("margin", "first", "last", "contrasts", "alpha"):
         there, here = getattr(begun, field), getattr(asked, field)

@@ -14,18 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from expertgrid.ablations.records.directory import (
-    FAILED,
-    Adopted,
-    Failure,
-    Plan,
-    PlannedCell,
-    Predictions,
-    Record,
-    StudyDirectory,
-    TrainingRates,
-    cell_names,
-)
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import Plan, PlannedCell, cell_names
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import FAILED, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
@@ -148,7 +140,8 @@ class Results:
 
 def read_results(directory: StudyDirectory) -> Results:
     """Reads a study directory. Raises InputError where it is none, is damaged, or mixes records of hold-outs."""
-    study, plan, latencies = directory.study, directory.plan, directory.latencies()
+    study = directory.read_study()
+    plan, latencies = directory.read_plan(study), directory.latencies()
     timed = directory.training_rates()
     alone = timed.images_per_s if timed else {}
     cells = [cell for cell in plan.cells if cell.trials]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertgrid.ablations.records.directory import Predictions, Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results import evidence
 from expertgrid.ablations.results.rows import measured
 from expertgrid.ablations.results.tables import tables
@@ -37,7 +39,7 @@ class Verified:
 def check_study(directory: StudyDirectory) -> Verified:
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
-    plan = directory.plan
+    plan = directory.read_plan()
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = 0

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from expertgrid.ablations.engines.local import planned_steps, prepare
-from expertgrid.ablations.records.directory import StudyDirectory, TrainingRates
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import TrainingRates
 from expertgrid.ablations.results.rows import Row, read_results
 from expertgrid.bench.host import watched
 from expertgrid.bench.training import in_turns

@@ -24,9 +24,11 @@ from expertgrid.ablations.engines.events import (
     TrialNote,
     TrialStarted,
 )
-from expertgrid.ablations.records.directory import Record, StudyDirectory, cell_names
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import cell_names
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
-from expertgrid.ablations.study.cells import groups
+from expertgrid.ablations.study.cells import Group, groups
 from expertgrid.export.exported import Exported, exported_files
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.contact_sheet import contact_sheet
@@ -116,6 +118,7 @@ class Tracking:
     trackers: dict[str, Tracker]  # by name; one that fails is taken out
     say: Callable[[str], None]
     lost: list[str] = field(default_factory=list)  # that failed
+    networks: dict[str, Group] = field(default_factory=dict)  # of the plan, by trial
     runs: dict[str, TrialRun] = field(default_factory=dict)  # by trial
     shown: dict[str, int] = field(default_factory=dict)  # epochs, of the trials that are under way
     done: set[str] = field(default_factory=set)  # trials that were shown to their end
@@ -139,7 +142,7 @@ class Tracking:
         """
         if not self.trackers:
             return
-        for trial_id in dict.fromkeys(trial for cell in self.directory.plan.cells for trial in cell.trials):
+        for trial_id in self.directory.read_plan().trials:
             trial = self.directory.config(trial_id)
             if trial is None or trial_id in self.done:
                 continue
@@ -232,8 +235,12 @@ class Tracking:
             self.shown[trial.id] = number
 
     def _run(self, trial: Trial) -> TrialRun:
+        if trial.id not in self.networks:  # nothing was shown yet, or a race went on to further seeds
+            self.networks = _planned_networks(self.directory)
+        if trial.id not in self.networks:
+            raise InputError(f"{self.directory.path / 'plan.json'}: trial {trial.id} is not planned")
         if trial.id not in self.runs:
-            self.runs[trial.id] = _trial_run(self.directory, trial)
+            self.runs[trial.id] = _trial_run(trial, self.networks[trial.id])
         return self.runs[trial.id]
 
     def _each(self, call: Callable[[Tracker], object]) -> None:
@@ -252,28 +259,32 @@ class Tracking:
 
 def study_run(directory: StudyDirectory) -> StudyRun:
     """A study that is written, or begun. Raises InputError for a damaged one."""
-    study, plan = directory.study, directory.plan
+    study = directory.read_study()
+    plan = directory.read_plan(study)
     parameters: dict[str, Value] = {"data": plan.source, "design": study.design, "seeds": study.seeds}
     parameters |= {f"factor.{name}": _value(list(levels)) for name, levels in study.factors.items()}
     return StudyRun(directory.path.resolve(), study_name(directory), study.question, parameters)
 
 
-def _trial_run(directory: StudyDirectory, trial: Trial) -> TrialRun:
-    """Raises InputError for a trial that the study does not plan."""
-    plan = directory.plan
+def _planned_networks(directory: StudyDirectory) -> dict[str, Group]:
+    """The network of each planned trial, by the trial's id. Raises InputError for a damaged plan."""
+    study = directory.read_study()
+    plan = directory.read_plan(study)
     cells = [cell for cell in plan.cells if cell.trials]
-    for group in groups(cell_names(plan), directory.study.combined_levels):
-        if trial.id in cells[group.places[0]].trials:
-            parameters: dict[str, Value] = {
-                "model": trial.model_name,
-                **group.levels,
-                "seed": trial.seed,
-                "data": trial.source,
-            }
-            recipe = trial.recipe.model_dump(mode="json", exclude_none=True)
-            parameters |= {f"recipe.{name}": _value(value) for name, value in recipe.items()}
-            return TrialRun(trial.id, f"{group.name}, seed {trial.seed}", parameters)
-    raise InputError(f"{directory.path / 'plan.json'}: trial {trial.id} is not planned")
+    networks = groups(cell_names(plan), study.combined_levels)
+    return {trial: network for network in networks for trial in cells[network.places[0]].trials}
+
+
+def _trial_run(trial: Trial, network: Group) -> TrialRun:
+    parameters: dict[str, Value] = {
+        "model": trial.model_name,
+        **network.levels,
+        "seed": trial.seed,
+        "data": trial.source,
+    }
+    recipe = trial.recipe.model_dump(mode="json", exclude_none=True)
+    parameters |= {f"recipe.{name}": _value(value) for name, value in recipe.items()}
+    return TrialRun(trial.id, f"{network.name}, seed {trial.seed}", parameters)
 
 
 def _value(value: object) -> Value:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from expertgrid.ablations.records.directory import Record
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
 from expertgrid.model.system.files import make_folder
 

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
-from expertgrid.ablations.records.directory import Plan, StudyDirectory, TestRead, read_record
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
+from expertgrid.ablations.records.plan import Plan
+from expertgrid.ablations.records.reading import read_record
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
 from expertgrid.ablations.results.rows import Row, best_record, ranking

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from expertgrid.ablations.records.directory import Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Effect, Evidence, Marginal, Sight, TwoCells
 from expertgrid.ablations.results.rows import (

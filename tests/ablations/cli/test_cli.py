@@ -180,7 +180,7 @@ def test_deterministic_training_is_recorded(expertgrid, tiny_study, trained_stud
     line = ["run", tiny_study, "--seeds", 1, "--device", "cpu", "--deterministic", "--fail-fast"]
     assert expertgrid(*line).status == 0
     directory = StudyDirectory(tmp_path / "runs" / "tiny")
-    ((trial,),) = (cell.trials for cell in directory.plan.cells)
+    ((trial,),) = (cell.trials for cell in directory.read_plan().cells)
     assert directory.record(trial).deterministic
     assert not torch.are_deterministic_algorithms_enabled()
     whole = StudyDirectory(trained_study)

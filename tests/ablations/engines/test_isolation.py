@@ -79,7 +79,7 @@ def test_what_ends_one_of_several_processes_ends_one_trial(study):
     done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     directory = StudyDirectory(study / "runs" / "study")
-    crashed, hung, trained = (cell.trials[0] for cell in directory.plan.cells)
+    crashed, hung, trained = (cell.trials[0] for cell in directory.read_plan().cells)
     assert directory.record(trained).epochs == 2
 
     failure = directory.failure(crashed)
@@ -154,7 +154,7 @@ def test_a_signal_saves_the_state_in_the_other_process(study):
     process.wait(timeout=20)
     assert process.returncode == 130
     directory = StudyDirectory(study / "runs" / "study")
-    ((trial,),) = (cell.trials for cell in directory.plan.cells)
+    ((trial,),) = (cell.trials for cell in directory.read_plan().cells)
     state = read_state(directory.resume_file(trial))
     assert 1 <= len(state["epochs"]) == state["training"]["epoch"] < 3000
 
@@ -259,7 +259,7 @@ def test_several_trials_at_once_give_the_same_records(study, digits):
     assert "Train images/s: each cell alone and in turns" in done.stdout
     directory = StudyDirectory(study / "runs" / "study")
     assert len(directory.test_reads()) == 4
-    trials = directory.study.cells(digits)[0].trials
+    trials = directory.read_study().cells(digits)[0].trials
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, usable_cores() // 2))
     try:

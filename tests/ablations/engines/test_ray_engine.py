@@ -27,7 +27,8 @@ from expertgrid.ablations.engines.events import EpochDone, Event, StateSaved, Tr
 from expertgrid.ablations.engines.isolation import Pool, Setup, isolated
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.engines.ray import RayEngine, ray_engine
-from expertgrid.ablations.records.directory import Predictions, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.study.study import parse_study
 from expertgrid.model.fast.execution import EAGER
 from expertgrid.model.training.data import ImageData
@@ -336,7 +337,7 @@ def test_empty_trials_are_scheduled_at_100_a_second(digits, tmp_path, monkeypatc
 
         from expertgrid.ablations.engines.events import TrialDone, TrialStarted
         from expertgrid.ablations.engines.scheduling import Report
-        from expertgrid.ablations.records.directory import Record
+        from expertgrid.ablations.records.record import Record
 
         yield ray.get_runtime_context().get_node_id()
         yield Report(TrialStarted(order.trial))

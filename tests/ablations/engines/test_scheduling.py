@@ -24,7 +24,10 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
 )
 from expertgrid.ablations.engines.scheduling import MOST_LOSSES, Ended, Lost, Report, keep, schedule
-from expertgrid.ablations.records.directory import Predictions, Record, StudyDirectory, TestRead
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.training.trial import Epoch, Trial
 

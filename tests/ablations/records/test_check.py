@@ -13,7 +13,10 @@ import pytest
 from conftest import REPOSITORY, finished_study, snapshot
 
 from expertgrid.ablations.records.check import check_files
-from expertgrid.ablations.records.directory import SUMS, Failure, StudyDirectory, write_sums
+from expertgrid.ablations.records.checksums import write_sums
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.reading import SUMS
+from expertgrid.ablations.records.record import Failure
 from expertgrid.model.training.resume import write_state
 
 
@@ -28,7 +31,7 @@ def study(finished, tmp_path) -> StudyDirectory:
 
 
 def trial_of(study: StudyDirectory) -> str:
-    return study.plan.cells[-1].trials[1]
+    return study.read_plan().cells[-1].trials[1]
 
 
 def unfinished(study: StudyDirectory, trial: str) -> Path:
@@ -73,7 +76,7 @@ OF_TRIALS: dict[str, tuple[Callable[[StudyDirectory, Path], object], str]] = {
     "predictions cut": (lambda s, p: cut(p / "predictions.npz", 100), "predictions.npz"),
     "weights cut": (lambda s, p: cut(p / "model.safetensors"), "model.safetensors"),
     "weights of another": (
-        lambda s, p: shutil.copy(s.checkpoint(s.plan.cells[0].trials[0]), p), "model.safetensors"
+        lambda s, p: shutil.copy(s.checkpoint(s.read_plan().cells[0].trials[0]), p), "model.safetensors"
     ),
     "sums cut": (lambda s, p: cut(p / SUMS, 200), SUMS),
     "adopted": (lambda s, p: (p / "adopted.json").write_text("{"), "adopted.json"),
@@ -144,7 +147,7 @@ def test_a_damaged_file_of_the_study_is_named(expertgrid, study, damage):
 
 @pytest.mark.parametrize("name", ["study.toml", "plan.json", SUMS])
 def test_the_same_command_writes_what_the_study_lost(study, digits, name):
-    asked, before = study.study, snapshot(study.path)
+    asked, before = study.read_study(), snapshot(study.path)
     (study.path / name).unlink()
     with study.written(asked, digits, asked.cells(digits)):
         pass
@@ -152,8 +155,7 @@ def test_the_same_command_writes_what_the_study_lost(study, digits, name):
 
 
 def test_an_unfinished_study_is_not_damaged(expertgrid, study):
-    every = dict.fromkeys(trial for cell in study.plan.cells for trial in cell.trials)  # equal cells share trials
-    begun, failed, never, weightless, *_ = every
+    begun, failed, never, weightless, *_ = study.read_plan().trials
     unfinished(study, begun)
     unfinished(study, failed).unlink()
     study.write_failure(failed, Failure(kind="diverged", error="the loss is nan", traceback="", time=""))
@@ -209,7 +211,7 @@ def test_what_is_no_study_is_refused(expertgrid, tmp_path):
 
 def litter(study: StudyDirectory) -> set[str]:
     """Adds all that can be removed. Returns the files."""
-    trial, other = study.plan.cells[0].trials
+    trial, other = study.read_plan().cells[0].trials
     unfinished(study, other)
     made = [
         study.trial(trial) / "resume.pt",
@@ -262,7 +264,7 @@ def test_trials_that_are_not_planned_go_where_that_is_asked_for(expertgrid, stud
     assert expertgrid("clean", study.path, "--yes", "--trials").status == 0
     gone = before.keys() - snapshot(study.path).keys()
     assert "trials/elsewhere/record.json" in gone
-    planned = {trial for cell in study.plan.cells for trial in cell.trials}
+    planned = set(study.read_plan().trials)
     assert {path.name for path in study.path.glob("trials/*")} == planned
 
 

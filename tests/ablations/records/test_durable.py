@@ -16,7 +16,10 @@ from conftest import REPOSITORY, finished_study, snapshot
 
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
-from expertgrid.ablations.records.directory import OF_A_TRIAL, SUMS, WRITER, StudyDirectory, changed_files
+from expertgrid.ablations.records.checksums import OF_A_TRIAL, changed_files
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.lock import WRITER
+from expertgrid.ablations.records.reading import SUMS
 from expertgrid.ablations.study import disk
 from expertgrid.ablations.study.disk import bytes_needed, check_space, stored_bytes
 from expertgrid.ablations.study.study import Study
@@ -41,7 +44,7 @@ def study(finished, tmp_path) -> StudyDirectory:
 
 
 def trial_of(study: StudyDirectory) -> str:
-    return study.plan.cells[-1].trials[1]
+    return study.read_plan().cells[-1].trials[1]
 
 
 # --- Writes ---
@@ -137,7 +140,7 @@ def test_the_record_is_the_last_file_of_a_trial(study, monkeypatch):
 
 
 def test_a_neighbours_trial_is_copied_with_its_checksums_unless_it_changed(study, tmp_path):
-    whole, changed = study.plan.cells[0].trials
+    whole, changed = study.read_plan().cells[0].trials
     other = StudyDirectory(tmp_path / "runs" / "other")
     other.path.mkdir()
     epochs = study.trial(changed) / "epochs.jsonl"
@@ -196,7 +199,7 @@ def test_a_study_that_was_cut_short_is_damaged_or_shorter(study, name):
             assert study.test_reads() == reads[: whole[:length].count(b"\n")]
         else:
             try:
-                _ = study.plan
+                _ = study.read_plan()
             except InputError as error:
                 assert "\n" not in str(error)  # noqa: PT017 (a TOML file that is cut at a line's end can be whole)
             else:
@@ -281,7 +284,7 @@ def test_a_crash_before_the_first_file_was_whole_leaves_no_other_study(tmp_path,
     (tmp_path / ".study.toml.abcd1234").write_bytes(b"ques")
     with StudyDirectory(tmp_path).written(study, digits, study.cells(digits)):
         pass
-    assert StudyDirectory(tmp_path).study.question == "?"
+    assert StudyDirectory(tmp_path).read_study().question == "?"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".notes.markdown").touch()
     with pytest.raises(InputError, match="is not empty"):
@@ -317,14 +320,14 @@ def test_the_bytes_of_a_network_are_those_of_its_state(name):
 
 
 def test_a_trial_takes_no_more_than_was_estimated(study, digits):
-    trials = [study.config(trial) for cell in study.plan.cells for trial in cell.trials]
+    trials = [study.config(trial) for cell in study.read_plan().cells for trial in cell.trials]
     kept = sum(file.stat().st_size for file in (study.path / "trials").rglob("*") if file.is_file())
     assert kept <= bytes_needed(trials, digits) <= kept + 10**6
     assert bytes_needed([], digits) == 0
 
 
 def test_a_study_that_has_no_room_is_refused(study, digits, monkeypatch):
-    trials = [study.config(trial) for cell in study.plan.cells for trial in cell.trials]
+    trials = [study.config(trial) for cell in study.read_plan().cells for trial in cell.trials]
     needed = bytes_needed(trials, digits)
     for free in (needed, needed - 1):
         usage = shutil.disk_usage(study.path)._replace(free=free)
@@ -436,4 +439,4 @@ def test_the_id_of_a_trial_cannot_be_a_path(tmp_path, digits):
     plan["cells"][0]["trials"][0] = "../../../etc"
     (directory.path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(InputError, match=r"plan.json.cells.0.trials.0: .*found '../../../etc'"):
-        _ = directory.plan
+        _ = directory.read_plan()

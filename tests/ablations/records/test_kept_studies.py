@@ -26,7 +26,7 @@ def test_each_number_follows_from_the_records(path):
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_what_was_run_is_the_study_that_ships(path):
-    shipped, kept = load_study(path.name), StudyDirectory(path).study
+    shipped, kept = load_study(path.name), StudyDirectory(path).read_study()
     assert kept.model_dump() == shipped.change(data=kept.base.data).model_dump()
 
 

@@ -11,7 +11,9 @@ import filelock
 import pytest
 import torch
 
-from expertgrid.ablations.records.directory import LOCK, Environment, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.lock import LOCK
+from expertgrid.ablations.records.record import Environment
 from expertgrid.ablations.study.study import parse_study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.bench.timing import Block, Times
@@ -36,8 +38,8 @@ def test_study_comes_back_as_it_was(tmp_path, digits):
     directory = StudyDirectory(tmp_path / "runs" / "study")
     with directory.written(STUDY, digits, STUDY.cells(digits)):
         pass
-    assert directory.study.model_dump() == STUDY.model_dump()
-    assert [cell.levels for cell in directory.plan.cells] == [{"experts": 1}, {"experts": 2}]
+    assert directory.read_study().model_dump() == STUDY.model_dump()
+    assert [cell.levels for cell in directory.read_plan().cells] == [{"experts": 1}, {"experts": 2}]
 
 
 def test_another_process_keeps_out(tmp_path, digits):
@@ -60,7 +62,7 @@ def test_another_process_keeps_out(tmp_path, digits):
         assert other.wait(timeout=60) == 0
     with directory.written(STUDY, digits, []), pytest.raises(filelock.Timeout):
         filelock.FileLock(directory.path / LOCK).acquire(timeout=0)
-    assert directory.study == STUDY
+    assert directory.read_study() == STUDY
 
 
 def test_another_study_keeps_its_directory(tmp_path, digits):
@@ -74,7 +76,7 @@ def test_another_study_keeps_its_directory(tmp_path, digits):
     assert (directory.path / "study.toml").read_bytes() == before
     with directory.written(STUDY.model_copy(update={"seeds": 5}), digits, []):
         pass
-    assert directory.study.seeds == 5
+    assert directory.read_study().seeds == 5
 
 
 def test_directories_that_are_no_study(tmp_path):
@@ -85,7 +87,7 @@ def test_directories_that_are_no_study(tmp_path):
         with pytest.raises(InputError, match=message):
             StudyDirectory(tmp_path / name).check_holds(STUDY)
     with pytest.raises(InputError, match="not a study directory"):
-        _ = StudyDirectory(tmp_path).study
+        _ = StudyDirectory(tmp_path).read_study()
 
 
 def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
@@ -134,7 +136,7 @@ def test_whatever_is_damaged_is_named(name, content, tmp_path):
     write_whole(tmp_path / name, content + b"\n" * name.endswith(".jsonl"))  # without it, a line is being written
     with pytest.raises(InputError) as error:
         _ = directory.record("abc"), directory.failure("abc"), directory.config("abc"), directory.epochs("abc")
-        _ = directory.predictions("abc"), directory.latencies(), directory.test_reads(), directory.plan
+        _ = directory.predictions("abc"), directory.latencies(), directory.test_reads(), directory.read_plan()
     assert str(error.value).startswith(str(tmp_path / name))
     assert str(error.value).endswith(f"; the file is damaged: {DAMAGED[name].format(path=tmp_path)}")
     assert "\n" not in str(error.value)
@@ -142,14 +144,14 @@ def test_whatever_is_damaged_is_named(name, content, tmp_path):
 
 def test_doing_what_the_error_says_mends_a_study(trained_study, tmp_path, digits):
     study = StudyDirectory(shutil.copytree(trained_study, tmp_path / "tiny"))
-    asked, before = study.study, study.plan
+    asked, before = study.read_study(), study.read_plan()
     (study.path / "plan.json").write_text("{")
     with pytest.raises(InputError, match=r"plan.json: not JSON: .*; the file is damaged: delete it and run"):
-        _ = study.plan
+        _ = study.read_plan()
     (study.path / "plan.json").unlink()
     with study.written(asked, digits, asked.cells(digits)):
         pass
-    assert study.plan == before
+    assert study.read_plan() == before
 
 
 def test_the_environment_says_what_it_was_measured_on(monkeypatch):
@@ -169,7 +171,7 @@ def test_the_environment_says_what_it_was_measured_on(monkeypatch):
 
 def test_records_of_trainings_have_the_environment(trained_study):
     study = StudyDirectory(trained_study)
-    records = [study.record(trial) for cell in study.plan.cells for trial in cell.trials]
+    records = [study.record(trial) for cell in study.read_plan().cells for trial in cell.trials]
     expected = Environment.here(torch.device("cpu"))
     assert {record.environment.model_dump_json() for record in records} == {expected.model_dump_json()}
 
@@ -198,7 +200,7 @@ def test_plan_of_other_factors(trained_study, tmp_path):
     for name, old in (("study.toml", b"gate = "), ("plan.json", b"")):
         write_whole(tmp_path / name, (trained_study / name).read_bytes().replace(old, b"residual = " if old else b""))
     with pytest.raises(InputError, match=r"plan.json: a cell has the factors \['experts', 'gate'\]"):
-        _ = StudyDirectory(tmp_path).plan
+        _ = StudyDirectory(tmp_path).read_plan()
 
 
 def test_a_damaged_trial_beside_is_not_taken_over(trained_study, tmp_path):

@@ -11,7 +11,10 @@ import pytest
 import scipy.stats
 from conftest import write_study, written_epochs
 
-from expertgrid.ablations.records.directory import Plan, Predictions, Race, StudyDirectory, TrainingRates
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import Plan, RaceRules
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import TrainingRates
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
 from expertgrid.ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
@@ -213,16 +216,16 @@ def test_the_1_in_20_stands_where_it_holds(digits, tmp_path):
 def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path):
     write_study(tmp_path / "first", GRID.replace("seeds = 6", "seeds = 3"), digits, drawn)
     more = write_study(tmp_path / "more", GRID, digits, drawn)
-    assert more.plan.seen == [0, 1, 2]
+    assert more.read_plan().seen == [0, 1, 2]
     assert "Seeds were added after results were seen" in text_of(more)
     other = write_study(tmp_path / "other", GRID.replace("5, 7]", "5]"), digits, drawn)
-    assert other.plan.seen == [0, 1, 2, 3, 4, 5]
+    assert other.read_plan().seen == [0, 1, 2, 3, 4, 5]
     assert "Results of these seeds were seen before the study was made" in text_of(other)
     fresh = write_study(tmp_path / "fresh", f"first_seed = 6\n{GRID}", digits, drawn)
-    assert fresh.plan.seen == []
+    assert fresh.read_plan().seen == []
     assert "at most 1 such table in 20" in text_of(fresh)
     again = write_study(tmp_path / "copy", f"first_seed = 6\n{GRID}", digits, drawn)  # the very same study
-    assert again.plan.seen == []
+    assert again.read_plan().seen == []
 
 
 def test_a_fixed_split_is_said_with_every_verdict(digits, tmp_path):
@@ -244,7 +247,7 @@ def test_a_control_should_come_out_the_same(digits, tmp_path):
     labels = np.arange(500) % 10
     held_out = [
         hold_out.held_out(labels, "f", seed)
-        for hold_out, seed in ((trial.hold_out, trial.seed), (directory.plan.hold_out, 2))
+        for hold_out, seed in ((trial.hold_out, trial.seed), (directory.read_plan().hold_out, 2))
     ]
     assert held_out[0].tolist() == held_out[1].tolist()
     assert best_row([row, *evidence.results.rows[1:]]) is not row
@@ -594,8 +597,8 @@ def test_a_verdict_in_csv_and_json_has_its_numbers(grid):
 def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path):
     evidence = read_evidence(grid)
     _, scores_CS, _ = common_scores(evidence.results.rows)
-    plan = Race(alpha=0.05, margin=1.0, first=4, last=6, contrasts=3)
-    write_whole(grid.path / "plan.json", Plan(**{**dict(grid.plan), "race": plan}).model_dump_json().encode())
+    plan = RaceRules(alpha=0.05, margin=1.0, first=4, last=6, contrasts=3)
+    write_whole(grid.path / "plan.json", Plan(**{**dict(grid.read_plan()), "race": plan}).model_dump_json().encode())
     raced = read_evidence(grid)
     oracle = race(evidence.asked.effect_weights_QU, scores_CS, 1.0, 6, 4)
     assert [effect.judgement for effect in raced.effects] == oracle.judgements

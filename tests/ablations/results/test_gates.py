@@ -73,10 +73,10 @@ def test_block_gate():
 
 def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
     directory = StudyDirectory(trained_study)
-    trial = next(cell.trials[0] for cell in directory.plan.cells if cell.levels["experts"] == 2)
+    trial = next(cell.trials[0] for cell in directory.read_plan().cells if cell.levels["experts"] == 2)
     checkpoint, before = load(directory.checkpoint(trial)), directory.test_reads()
     record = directory.record(trial)
-    hold_out = directory.plan.hold_out
+    hold_out = directory.read_plan().hold_out
     validation = ResidentData(digits, torch.device("cpu")).splits(hold_out, record.seed).validation
     logits_BN, weights = predict_watched(checkpoint, validation)
 

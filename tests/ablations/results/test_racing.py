@@ -7,7 +7,8 @@ import pytest
 from conftest import written_record
 
 from expertgrid.ablations.engines.events import TrialDone, TrialFailed
-from expertgrid.ablations.records.directory import Failure, Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Failure, Record
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import best_row, read_results
 from expertgrid.model.system.files import write_whole
@@ -65,7 +66,7 @@ def engine(monkeypatch, tmp_path) -> Engine:
 
 
 def seeds_of(directory: StudyDirectory) -> list[int]:
-    return [len(cell.trials) for cell in directory.plan.cells]
+    return [len(cell.trials) for cell in directory.read_plan().cells]
 
 
 def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
@@ -83,7 +84,7 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
         mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(found.seeds)])
         assert found.mean == pytest.approx(mean, abs=1e-6)
         assert found.low < found.mean < found.high
-    assert directory.plan.race.model_dump() == {
+    assert directory.read_plan().race.model_dump() == {
         "alpha": pytest.approx(0.05), "margin": 1.0, "first": 4, "last": 8, "contrasts": 3, "seen": 0,
     }  # fmt: skip
     first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"

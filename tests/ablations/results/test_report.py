@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from expertgrid.ablations.records.directory import Environment, Failure, Predictions, Record, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.record import Environment, Failure, Record
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots, report
 from expertgrid.ablations.results.report.findings import Examined, Mistake, read_findings, worst

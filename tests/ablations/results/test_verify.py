@@ -13,7 +13,8 @@ from conftest import snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from expertgrid.ablations.records.directory import Predictions, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.results.rows import measured, read_results
 from expertgrid.ablations.results.verify import check_study
 
@@ -24,7 +25,7 @@ def study(trained_study, tmp_path) -> StudyDirectory:
 
 
 def trial_of(study: StudyDirectory) -> str:
-    return study.plan.cells[-1].trials[1]
+    return study.read_plan().cells[-1].trials[1]
 
 
 def change(file: Path, **fields: object) -> None:
@@ -143,7 +144,10 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: change(s.trial(t) / "config.json", seed=5), "hash of config.json is "),
         (lambda s, t: (s.trial(t) / "config.json").unlink(), "there is no config.json"),
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
-        (lambda s, t: shutil.copy(s.checkpoint(s.plan.cells[-1].trials[0]), s.checkpoint(t)), "trial in model.safe"),
+        (
+            lambda s, t: shutil.copy(s.checkpoint(s.read_plan().cells[-1].trials[0]), s.checkpoint(t)),
+            "trial in model.safe",
+        ),
         (lambda s, t: (s.trial(t) / "epochs.jsonl").write_text("{}\n"), "epochs.jsonl"),
         (
             lambda s, t: (s.trial(t) / "predictions.npz").write_bytes(b"PK"),

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from expertgrid.ablations.records.directory import TRAINING, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.reading import TRAINING
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_a_trial_that_is_trained_again_takes_the_place_of_the_first(expertgrid, 
     monkeypatch.chdir(tmp_path)
     study = finished_study(tmp_path / "tiny", digits)
     uri = f"sqlite:///{tmp_path}/elsewhere.db"
-    trial = study.plan.cells[0].trials[0]
+    trial = study.read_plan().cells[0].trials[0]
     for test_accuracy in (0.25, 0.5):
         finished = f"2026-01-01T00:00:0{round(4 * test_accuracy)}+00:00"
         record = study.record(trial).model_copy(update={"test_accuracy": test_accuracy, "finished": finished})

@@ -21,7 +21,7 @@ def test_scalars_hyperparameters_and_the_contact_sheet(expertgrid, tmp_path, dig
     found = EventMultiplexer().AddRunsFromDirectory(str(place))
     found.Reload()
     trials = {name.rpartition("(")[2].rstrip(")"): name for name in found.Runs()}
-    assert set(trials) == {trial for cell in study.plan.cells for trial in cell.trials}
+    assert set(trials) == set(study.read_plan().trials)
     assert any(name.startswith("experts 2, gate mlp, seed 1") for name in trials.values())
     for trial, run in trials.items():
         curve = [(event.step, round(event.value, 6)) for event in found.Scalars(run, "validation_accuracy")]
@@ -29,11 +29,11 @@ def test_scalars_hyperparameters_and_the_contact_sheet(expertgrid, tmp_path, dig
         (final,) = found.Scalars(run, "final/test_accuracy")
         assert final.value == study.record(trial).test_accuracy
     assert sum("augmented images" in tags["images"] for tags in found.Runs().values()) == 1
-    (sheet,) = found.Images(trials[study.plan.cells[0].trials[0]], "augmented images")
+    (sheet,) = found.Images(trials[study.read_plan().cells[0].trials[0]], "augmented images")
     assert sheet.encoded_image_string.startswith(b"\x89PNG")
     assert (sheet.width, sheet.height) > (500, 500)
 
-    run = trials[StudyDirectory(study.path).plan.cells[3].trials[1]]
+    run = trials[StudyDirectory(study.path).read_plan().cells[3].trials[1]]
     content = found.SummaryMetadata(run, "_hparams_/session_start_info").plugin_data.content
     parameters = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert (parameters["experts"].string_value, parameters["gate"].string_value) == ("2", "mlp")

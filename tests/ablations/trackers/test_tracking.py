@@ -5,7 +5,8 @@ from conftest import finished_study, written_epochs
 from PIL import Image
 
 from expertgrid.ablations.engines.events import EpochDone, TrialDone, TrialFailed, TrialStarted
-from expertgrid.ablations.records.directory import Failure, StudyDirectory
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Failure
 from expertgrid.ablations.trackers.opening import open_trackers
 from expertgrid.ablations.trackers.tracking import Ended, Tracker, Tracking, TrialRun
 
@@ -59,8 +60,7 @@ def study(tmp_path, digits) -> StudyDirectory:
 
 
 def trials_of(study: StudyDirectory) -> list:
-    names = dict.fromkeys(trial for cell in study.plan.cells for trial in cell.trials)
-    return [study.config(name) for name in names]
+    return [study.config(trial) for trial in study.read_plan().trials]
 
 
 def test_a_finished_study_is_shown_whole(study, digits):

@@ -34,9 +34,9 @@ def test_runs_have_configuration_metrics_and_the_contact_sheet(expertgrid, tmp_p
         outcome = expertgrid("track", study.path, "--to", "wandb")
         assert (outcome.status, outcome.out) == (0, f"{study.path}: 6 trials are in wandb\n"), outcome.err
     files = {file.stem.removeprefix("run-"): file for file in (study.path / "wandb").glob("offline-run-*/run-*.wandb")}
-    assert set(files) == {trial for cell in study.plan.cells for trial in cell.trials}
+    assert set(files) == set(study.read_plan().trials)
 
-    trial = study.plan.cells[3].trials[1]
+    trial = study.read_plan().cells[3].trials[1]
     found = records_of(files[trial])
     (run,) = [record.run for record in found if record.HasField("run")]
     assert (run.display_name, run.run_group, run.project) == ("experts 2, gate mlp, seed 1", "study", "study")
@@ -52,5 +52,5 @@ def test_runs_have_configuration_metrics_and_the_contact_sheet(expertgrid, tmp_p
     for record in found:
         summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
     assert summary["final/test_accuracy"] == study.record(trial).test_accuracy
-    first = files[study.plan.cells[0].trials[0]].parent
+    first = files[study.read_plan().cells[0].trials[0]].parent
     assert len(list(first.glob("files/media/images/augmented images*.png"))) == 1

@@ -262,6 +262,7 @@ def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, m
             for place in (
                 "expertgrid.ablations.engines.local.now",
                 "expertgrid.ablations.records.directory.now",
+                "expertgrid.ablations.records.lock.now",
                 "expertgrid.model.system.files.now",
             ):
                 monkeypatch.setattr(place, clock)

@@ -1,0 +1,101 @@
+"""The file plan.json: the cells of a study for its data."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from expertgrid.ablations.records.reading import read_record
+from expertgrid.ablations.study.cells import CellName
+from expertgrid.ablations.study.study import CONTROL_SEEDS, Level, Study, level_name
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.holdout import HoldOut
+
+TrialId = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]  # it names a folder, and so cannot be a path
+
+
+class PlannedCell(BaseModel):
+    """A cell in plan.json. Baselines and the control have no levels."""
+
+    model_name: str
+    levels: dict[str, Level]
+    trials: list[TrialId]  # by seed
+    control: bool = False
+
+
+class RaceRules(BaseModel):
+    """What was fixed before the first look at a race, on validation."""
+
+    alpha: float
+    margin: float  # in points of accuracy
+    first: int  # seeds at the first look; there is one after each further seed
+    last: int
+    contrasts: int
+    seen: int = 0  # trials whose results were there before
+
+
+class Plan(BaseModel):
+    """The file plan.json: the cells of a study for its data. In a race cells have different numbers of seeds."""
+
+    data: str  # in words, with the number of images
+    source: str
+    image_size: int | None = None  # that the images were brought to
+    pixels: tuple[int, int] | None = None  # height and width of the images; None in plans of older versions
+    hold_out: HoldOut = HoldOut()
+    first_seed: int = 0
+    margin: float | None = None  # None in plans of older versions
+    contrasts: list[tuple[str, str]] = []  # declared with the study
+    cells: list[PlannedCell]
+    race: RaceRules | None = None
+    seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
+
+    @property
+    def trials(self) -> list[str]:
+        """The ids of all trials, each once: cells that are the same network share theirs."""
+        return list(dict.fromkeys(trial for cell in self.cells for trial in cell.trials))
+
+    def seeds_of(self, cell: PlannedCell) -> dict[str, int]:
+        """The seed of each trial of a cell; of the control, CONTROL_SEEDS more than the seed of its hold-out."""
+        first = self.first_seed + (CONTROL_SEEDS if cell.control else 0)
+        return {trial: first + place for place, trial in enumerate(cell.trials)}
+
+
+def cell_names(plan: Plan) -> list[CellName]:
+    """The names of a plan's cells, without those of which no trial is planned."""
+    return [
+        CellName(
+            cell.model_name,
+            {name: level_name(level) for name, level in cell.levels.items()},
+            cell.trials[0],
+            cell.control,
+        )
+        for cell in plan.cells
+        if cell.trials
+    ]
+
+
+def read_plan(path: Path, study: Study) -> Plan:
+    """The plan in a study directory. Raises InputError where there is none, or that of another study."""
+    file = path / "plan.json"
+    plan, factors = read_record(Plan, file), list(study.factors)
+    if plan is None:
+        raise InputError(f"{path}: not a study directory: there is no plan.json in it")
+    for cell in plan.cells:
+        if cell.levels and list(cell.levels) != factors:
+            raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
+    settings = study.settings()
+    if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
+        raise InputError(f"{file}: its cells are not those of study.toml")
+    if plan.margin is not None:
+        for field in ("margin", "first_seed", "contrasts"):
+            if (planned := getattr(plan, field)) != (now := getattr(study, field)):
+                raise InputError(
+                    f"{file}: {field} was {_in_words(planned)} when the study was begun, study.toml has "
+                    f"{_in_words(now)}; what is declared cannot be changed afterwards"
+                )
+    return plan
+
+
+def _in_words(value: object) -> str:
+    return json.dumps(value) if value else "not given"
