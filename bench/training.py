@@ -18,9 +18,8 @@ from pydantic import BaseModel
 
 from expertgrid.bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
 from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
-from expertgrid.model.cost import cost
+from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
-from expertgrid.model.fit import check_fit
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import device_name, usable_cores
@@ -123,7 +122,7 @@ def measure_training(
     recipe = Recipe(**fields)
     images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
     splits = Splits.undivided(images, device)
-    check_fit(preset, config, images.channels, images.image_size, images.name)
+    check_image_size(preset, config, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     training, bare = start(trial, splits), start(trial, splits)
     shape = batch, images.channels, *images.image_size

@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the multiply-accumulates of one image.
+"""What a network costs: its parameters, and the multiply-accumulates of one image; and which images it takes.
 
 Parameters are the values that training changes. Fixed values are buffers and do not count: the filters of a whitening
 stem, the weights of norms without scale, frozen gates.
@@ -8,6 +8,7 @@ operations each). The cost of a `ModelConfig` is worked out from the config alon
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from expertgrid.model.config import (
     Block,
@@ -21,6 +22,10 @@ from expertgrid.model.config import (
     Residual,
     Whiten,
 )
+from expertgrid.model.system.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Size = tuple[int, int]  # height and width
 Cost = tuple[int, int]  # parameters and multiply-accumulates
@@ -114,15 +119,35 @@ def _head(head: HeadConfig, channels: int, num_classes: int) -> Cost:
     return _linear((channels, *hidden, *([num_classes] if num_classes else [])))
 
 
-def _counted(config: Network, height: int, width: int) -> Cost:
-    import torch  # here, so that the cost of our own networks is known without it
-    from torch.utils.flop_counter import FlopCounterMode
+def check_image_size(model: str, config: Network, size: Size, data: str) -> None:
+    """Raises InputError where the network, which errors call `model`, does not take the images of `data` at a size."""
+    height, width = size
+    try:
+        if isinstance(config, ModelConfig):
+            config.output_size(height, width)
+        else:
+            _forward(config, height, width)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"model {model} does not take the {height}x{width} images of {data}: {reason}") from None
+
+
+def _forward(config: Network, height: int, width: int) -> "nn.Module":
+    """The network on the "meta" device, which has no memory, after the forward pass of one image."""
+    import torch  # here, so that our own networks need no torch
 
     from expertgrid.model.registry import build
 
     with torch.device("meta"), torch.no_grad():
         net = build(config).eval()
-        with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, config.in_chans, height, width))
+        net(torch.empty(1, config.in_chans, height, width))
+    return net
+
+
+def _counted(config: Network, height: int, width: int) -> Cost:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        net = _forward(config, height, width)
     parameters = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     return parameters, counter.get_total_flops() // 2

@@ -36,8 +36,7 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
     from timm import list_models
     from timm.models import model_entrypoint
 
-    from expertgrid.model.cost import cost
-    from expertgrid.model.fit import check_fit
+    from expertgrid.model.cost import check_image_size, cost
     from expertgrid.model.presets import network
     from expertgrid.model.system.errors import InputError
 
@@ -48,7 +47,7 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
             config = network(name)
             row: dict[str, object] = {"model": name, "blocks": None, "K": "", "gate": ""}
             try:
-                check_fit(name, config, config.in_chans, (32, 32), "32x32 pixels")
+                check_image_size(name, config, (32, 32), "32x32 pixels")
                 parameters, macs = cost(config, 32, 32)
             except InputError:
                 parameters, macs = None, "takes other images"

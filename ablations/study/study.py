@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from expertgrid.ablations.study.cells import CellName, find_cell, groups
 from expertgrid.model.config import ModelConfig, Network
-from expertgrid.model.fit import check_fit
+from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
@@ -257,7 +257,7 @@ class Study(BaseModel):
         _check_optimizer(parts[1])
         parts[1].check_fits(data, data.trained_on(hold_out))
         for size in dict.fromkeys((data.image_size, parts[1].image_size(0, data.image_size))):
-            check_fit(model, parts[0], data.channels, size, data.name)
+            check_image_size(model, parts[0], size, data.name)
         trials = tuple(
             Trial(
                 model_name=model,

@@ -48,7 +48,9 @@ class Loader:
         if recipe.auto_augment or recipe.color_jitter:
             if self.device.type == "mps":  # which has no float64
                 self.pixels_BHWC = self.pixels_BHWC.cpu()
-            self.policy = Policy(recipe, splits.data, self.pixels_BHWC.device)
+            mean, _ = recipe.mean_std(splits.data)
+            size, device = splits.data.image_size, self.pixels_BHWC.device
+            self.policy = Policy(recipe.auto_augment, recipe.color_jitter, mean, size, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the random numbers are, between two batches."""

@@ -28,7 +28,6 @@ from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.operations import COLOUR, GEOMETRIC, blended
 from expertgrid.model.training.pillow import done_by_pillow
-from expertgrid.model.training.recipe import Recipe
 
 # The parts of a policy string that timm reads. timm ignores most unknown parts silently.
 SECTIONS = {
@@ -164,19 +163,29 @@ class _Operations:
 
 
 class Policy:
-    """A recipe's `auto_augment`, then its `color_jitter`, on a device. Its parameters are timm's for these images."""
+    """A recipe's `auto_augment`, then its `color_jitter`, on a device.
 
-    def __init__(self, recipe: Recipe, data: ImageData, device: torch.device):
-        mean, _ = recipe.mean_std(data)
-        height, width = data.image_size
+    `mean` is that with which the images are normalised, from 0 to 1: what a geometric operation leaves open is filled
+    with it. `image_size` is height and width.
+    """
+
+    def __init__(
+        self,
+        auto_augment: str,
+        color_jitter: Sequence[float],
+        mean: Sequence[float],
+        image_size: tuple[int, int],
+        device: torch.device,
+    ):
+        height, width = image_size
         self.device, self.with_pillow = device, device.type == "cpu" and height * width > LARGEST_BATCHED
         self.fill_C = torch.tensor([min(255, round(255 * value)) for value in mean], dtype=torch.uint8, device=device)
-        self.timms = _timms(recipe.auto_augment) if recipe.auto_augment else None
+        self.timms = _timms(auto_augment) if auto_augment else None
         if self.timms is not None:
             self.operations = _Operations(_flat(self.timms))
         ranges = [
             (NUMBERS[name], max(lowest, middle - most), middle + most)
-            for (name, middle, lowest), most in zip(JITTERED, recipe.color_jitter)
+            for (name, middle, lowest), most in zip(JITTERED, color_jitter)
             if most
         ]
         self.jitter_J, self.low_J, self.high_J = np.array(ranges).reshape(-1, 3).T
@@ -322,16 +331,16 @@ def check_policy(policy: str) -> None:
         )
 
 
-def check_images(recipe: Recipe, data: ImageData) -> None:
-    """Raises InputError where the recipe's policy does not take the images of `data`."""
-    field = "auto_augment" if recipe.auto_augment else "color_jitter"
+def check_images(auto_augment: str, color_jitter: Sequence[float], data: ImageData) -> None:
+    """Raises InputError where the policy does not take the images of `data`."""
+    field = "auto_augment" if auto_augment else "color_jitter"
     if data.channels not in (1, 3):
         raise InputError(
             f"recipe.{field}: needs images of 1 or 3 channels; those of {data.name} have {data.channels} channels"
         )
-    if data.channels == 1 and len(recipe.color_jitter) == 4 and recipe.color_jitter[3]:
+    if data.channels == 1 and len(color_jitter) == 4 and color_jitter[3]:
         raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
     try:
-        Policy(recipe, data, torch.device("cpu")).draw(RandomState(0), DRAWS_TRIED)
+        Policy(auto_augment, color_jitter, data.mean, data.image_size, torch.device("cpu")).draw(RandomState(0), DRAWS_TRIED)
     except (ValueError, MemoryError, OverflowError) as error:  # of NumPy's random numbers
         raise InputError(f"recipe.{field}: nothing can be drawn from it: {reason_of(error)}") from None

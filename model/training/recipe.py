@@ -161,7 +161,7 @@ class Recipe(BaseModel):
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images
 
-            check_images(self, data)
+            check_images(self.auto_augment, self.color_jitter, data)
 
     @property
     def mixes(self) -> bool:

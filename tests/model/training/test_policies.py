@@ -62,7 +62,8 @@ Sequences = list[list[tuple[str, float, bool]]]  # for each image its operations
 
 
 def policy(data: ImageData = RANDOM, **fields) -> Policy:
-    return Policy(changed_recipe("fast", fields), data, CPU)
+    recipe = changed_recipe("fast", fields)
+    return Policy(recipe.auto_augment, recipe.color_jitter, data.mean, data.image_size, CPU)
 
 
 def ours(drawn: Drawn) -> Sequences:
@@ -354,9 +355,8 @@ def test_policies_are_timms(text, kind, digits):
 
 def test_nothing_is_drawn_from_the_global_random_numbers(digits):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    recipe = changed_recipe("fast", {"auto_augment": "augmix-m5"})
-    policies.check_images(recipe, digits)
-    drawing = Policy(recipe, digits, CPU)
+    policies.check_images("augmix-m5", (), digits)
+    drawing = policy(digits, auto_augment="augmix-m5")
     drawing.apply(torch.from_numpy(digits.train.pixels_BHWC[:9]), drawing.draw(RandomState(0), 9))
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
