@@ -457,7 +457,7 @@ def test_records(cases, tmp_path, digits):
             _ = directory.read_plan(), directory.test_reads(), directory.latencies(), directory.read_race()
             for trial in directory.read_plan().cells[0].trials:
                 _ = directory.record(trial), directory.config(trial), directory.failure(trial)
-                _ = directory.hold_out(trial), directory.epochs(trial), directory.predictions(trial)
+                _ = directory.epochs(trial), directory.predictions(trial)
             read_evidence(directory)
         finally:
             (directory.path / name).write_bytes(whole[name])

@@ -187,10 +187,13 @@ def read_results(directory: StudyDirectory) -> Results:
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
-    found = directory.hold_out(trial)
-    if found is not None and (found.kind, found.share) != (plan.hold_out.kind, plan.hold_out.share):
+    config = directory.config(trial)
+    if config is None:
+        return
+    hold_out = config.hold_out
+    if (hold_out.kind, hold_out.share) != (plan.hold_out.kind, plan.hold_out.share):
         raise InputError(
-            f"{directory.trial(trial) / 'config.json'}: its hold-out is {found}, and plan.json has {plan.hold_out}; "
+            f"{directory.trial(trial) / 'config.json'}: its hold-out is {hold_out}, and plan.json has {plan.hold_out}; "
             "the records of one directory need the same hold-out"
         )
 

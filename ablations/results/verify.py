@@ -36,7 +36,7 @@ class Verified:
     skipped: list[str]  # what could not be checked, and why
 
 
-def check_study(directory: StudyDirectory) -> Verified:
+def verify_study(directory: StudyDirectory) -> Verified:
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
     plan = directory.read_plan()

@@ -22,7 +22,7 @@ from expertgrid.ablations.study.cells import CellName, find_cell, groups
 from expertgrid.model.config import ModelConfig, Network
 from expertgrid.model.fit import check_fit
 from expertgrid.model.presets import network
-from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
@@ -143,9 +143,11 @@ class Study(BaseModel):
         fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
         try:
             study = Study(**fields)
+            _check_names(study)
         except ValidationError as error:
             raise invalid(f"study {self.name}", error, Study.model_fields) from None
-        _check_names(study, f"study {self.name}")
+        except InputError as error:
+            raise InputError(f"study {self.name}: {error}") from None
         return study
 
     def apart_from(self, older: "Study") -> str:
@@ -315,38 +317,45 @@ def load_study(name: str) -> Study:
 
 
 def read_study(path: Path) -> Study:
-    """The study in a TOML file, named as the file is."""
+    """The study in a TOML file, named as the file is. Raises InputError."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise InputError(f"{path}: has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
+            raise wrong_file(path, f"has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
         return parse_study(path.read_text(encoding="utf-8-sig"), path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
+        raise wrong_file(path, f"not TOML: {error}") from None
 
 
 def parse_study(text: str, path: Path) -> Study:
     """A study from TOML. `path` names it, and is what errors name."""
+    try:
+        return _parsed(text, path.stem)
+    except InputError as error:
+        raise wrong_file(path, error) from None
+
+
+def _parsed(text: str, name: str) -> Study:
     accepted = sorted(set(Study.model_fields) - {"name"})
     try:
         fields = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
-        raise InputError(f"{path}: not TOML: {error}") from None
+        raise InputError(f"not TOML: {error}") from None
+    if "name" in fields:
+        raise unknown("field", "name", accepted)
     try:
-        if "name" in fields:
-            raise unknown(f"field of {path}:", "name", accepted)
         if isinstance(fields.get("set"), dict):
-            fields["set"] = _with_dotted_keys(fields["set"], str(path))
-        study = Study(name=path.stem, **fields)
+            fields["set"] = _with_dotted_keys(fields["set"])
+        study = Study(name=name, **fields)
     except ValidationError as error:
         within_base = error.errors()[0]["loc"][0] == "base"
-        raise invalid(str(path), error, Base.model_fields if within_base else accepted) from None
-    _check_names(study, str(path))
+        raise invalid("", error, Base.model_fields if within_base else accepted) from None
+    _check_names(study)
     return study
 
 
-def _with_dotted_keys(settings: dict[str, Level], where: str) -> dict[str, Level]:
+def _with_dotted_keys(settings: dict[str, Level]) -> dict[str, Level]:
     """Settings keyed by dotted paths and variants, whichever way they were written."""
     pairs: list[tuple[str, Level]] = []
     for name, value in settings.items():
@@ -356,11 +365,11 @@ def _with_dotted_keys(settings: dict[str, Level], where: str) -> dict[str, Level
             pairs.append((_dotted(name) or name, value))
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
-            raise InputError(f"{where}: {name} is set twice")
+            raise InputError(f"{name} is set twice")
     return dict(pairs)
 
 
-def _check_names(study: Study, where: str) -> None:
+def _check_names(study: Study) -> None:
     """Raises InputError for names that are nothing, for those that would change the same thing twice, and for a study
     of too many trials.
     """
@@ -368,26 +377,26 @@ def _check_names(study: Study, where: str) -> None:
     cells = math.prod(counts) if study.design == "factorial" else 1 + sum(counts)
     trials = study.seeds * (cells + len(study.baselines) + study.control)
     if trials > MOST_TRIALS:
-        raise InputError(f"{where}: asks for {trials:,} trials; at most {MOST_TRIALS:,}")
+        raise InputError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
     for name in itertools.chain(study.set, study.factors):
         if name in study.set and name in ("model", "recipe"):
-            raise InputError(f"{where}: {name} is set in [base], or is a factor")
+            raise InputError(f"{name} is set in [base], or is a factor")
         if _dotted(name) == "" or (name in study.set and name in CHOICES):
             accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in study.set else CHOICES)]
-            raise unknown(f"name in {where}:", name, accepted, ", recipe.FIELD, model.FIELD")
+            raise unknown("name", name, accepted, ", recipe.FIELD, model.FIELD")
     factors = [_dotted(name) for name in study.factors]
     for name, dotted in zip(study.factors, factors):
         if dotted in study.set:
-            raise InputError(f"{where}: {name} is a factor, with levels {study.factors[name]}, and is set as well")
+            raise InputError(f"{name} is a factor, with levels {study.factors[name]}, and is set as well")
         if factors.count(dotted) > 1:
-            raise InputError(f"{where}: {name} is given twice among the factors")
+            raise InputError(f"{name} is given twice among the factors")
     if "reference" in study.factors and {"model", "recipe"} & study.factors.keys():
-        raise InputError(f"{where}: factor reference is a model and a recipe; neither can be a factor beside it")
+        raise InputError("factor reference is a model and a recipe; neither can be a factor beside it")
     levels = {level_name(level) for levels in study.factors.values() for level in levels}
     if study.reported and not levels:
-        raise InputError(f"{where}: reported is of levels, and the study has no factors")
+        raise InputError("reported is of levels, and the study has no factors")
     if wrong := study.reported.keys() - levels:
-        raise unknown(f"level in {where}, reported:", sorted(wrong)[0], sorted(levels))
+        raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
 
 
 def level_name(level: Level) -> str:
