@@ -21,7 +21,7 @@ from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.predict import read_pixels
 from expertgrid.model.pixels import LARGEST_IMAGE

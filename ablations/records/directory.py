@@ -33,7 +33,10 @@ from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_p
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
 from expertgrid.ablations.records.record import Adopted, Failure, Record, TrainingRates
-from expertgrid.ablations.study.study import Cell, Study, level_name, read_study
+from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.levels import level_name
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import (

@@ -4,27 +4,15 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from expertgrid.ablations.records.reading import read_record
-from expertgrid.ablations.study.cells import CellName
-from expertgrid.ablations.study.study import CONTROL_SEEDS, Cell, Level, Study, level_name
+from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, PlannedCell
+from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError, wrong_file
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
-
-TrialId = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]  # it names a folder, and so cannot be a path
-
-
-class PlannedCell(BaseModel):
-    """A cell in plan.json. Baselines and the control have no levels."""
-
-    model_name: str
-    levels: dict[str, Level]
-    trials: list[TrialId]  # by seed
-    control: bool = False
 
 
 class RaceRules(BaseModel):
@@ -54,6 +42,10 @@ class Plan(BaseModel):
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
 
     @property
+    def cells_with_trials(self) -> list[PlannedCell]:
+        return [cell for cell in self.cells if cell.trials]
+
+    @property
     def by_cell(self) -> list[list[str]]:
         """The ids of the trials of each cell, by seed."""
         return [cell.trials for cell in self.cells]
@@ -72,15 +64,6 @@ class Plan(BaseModel):
 def make_plan(study: Study, data: ImageData, cells: Sequence[Cell], race: RaceRules | None) -> Plan:
     """The plan of a study's cells on its data, as if nothing had been seen before."""
     hold_out = data.hold_out(study.base.hold_out)
-    planned = [
-        PlannedCell(
-            model_name=cell.model_name,
-            levels=cell.levels,
-            trials=[trial.id for trial in cell.trials],
-            control=cell.control,
-        )
-        for cell in cells
-    ]
     return Plan(
         data=data.in_words(hold_out),
         source=data.source,
@@ -90,23 +73,9 @@ def make_plan(study: Study, data: ImageData, cells: Sequence[Cell], race: RaceRu
         first_seed=study.first_seed,
         margin=study.margin,
         contrasts=study.contrasts,
-        cells=planned,
+        cells=[cell.planned for cell in cells],
         race=race,
     )
-
-
-def cell_names(plan: Plan) -> list[CellName]:
-    """The names of a plan's cells, without those of which no trial is planned."""
-    return [
-        CellName(
-            cell.model_name,
-            {name: level_name(level) for name, level in cell.levels.items()},
-            cell.trials[0],
-            cell.control,
-        )
-        for cell in plan.cells
-        if cell.trials
-    ]
 
 
 def read_plan(path: Path, study: Study) -> Plan:

@@ -524,7 +524,7 @@ def test_export_checks_the_data(expertgrid, trained_study, tmp_path):
 
 
 def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, digits, tmp_path):
-    from expertgrid.ablations.study.study import load_study
+    from expertgrid.ablations.study.study_file import load_study
 
     study = load_study(str(tiny_study))
     with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):

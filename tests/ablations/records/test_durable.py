@@ -224,7 +224,7 @@ WRITES = """
 import sys
 from pathlib import Path
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.system.errors import InputError
 

@@ -14,7 +14,7 @@ import torch
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.lock import LOCK
 from expertgrid.ablations.records.record import Environment
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.bench.timing import Block, Times
 from expertgrid.model.system import machine

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from expertgrid.ablations.study.study import Study, load_study, parse_study, shipped_studies
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
@@ -189,7 +190,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
-        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: recipe.cutout is set twice"),
+        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
         (
             "[set]\n'recipe.lr' = nan",
             "my.toml: set.recipe.lr: a finite number, text, true, false, a list or a table is n",
@@ -308,9 +309,9 @@ def test_a_factor_is_not_set_as_well():
 def test_a_study_is_resolved_without_torch():
     """Importing torch takes seconds, which a table and a dry run need not wait for."""
     code = (
-        "import sys, expertgrid.ablations.study.study, expertgrid.ablations.records.directory\n"
+        "import sys, expertgrid.ablations.study.study_file, expertgrid.ablations.records.directory\n"
         "from expertgrid.model.training.data import load_data\n"
-        "cells = expertgrid.ablations.study.study.load_study('quickstart').cells(load_data('digits'))\n"
+        "cells = expertgrid.ablations.study.study_file.load_study('quickstart').cells(load_data('digits'))\n"
         "print(len(cells), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
