@@ -12,7 +12,7 @@ from onnx.inliner import inline_local_functions
 from pydantic import BaseModel
 
 from expertgrid.export.metadata import entries_of
-from expertgrid.model.system.errors import InputError, printable
+from expertgrid.model.system.errors import InputError, printable, wrong_file
 
 Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
 Shape = Sizes | None  # None: not even the rank is known
@@ -128,7 +128,7 @@ def read_onnx(path: Path) -> bytes:
     try:
         model = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
     whole = _parsed(model, str(path))
     outside = [tensor for tensor in held_tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
     if not outside:
@@ -212,11 +212,11 @@ def _parsed(model: bytes, name: str) -> ModelProto:
     try:
         parsed = onnx.load_from_string(model)
     except Exception as error:  # protobuf's errors have no public type of their own
-        raise InputError(f"{name}: not an ONNX file, or a damaged one ({type(error).__name__})") from None
+        raise wrong_file(name, f"not an ONNX file, or a damaged one ({type(error).__name__})") from None
     if any(isinstance(text, bytes) for text in _strings(parsed)):
-        raise InputError(f"{name}: not an ONNX file, or a damaged one (a name in it is not UTF-8)")
+        raise wrong_file(name, "not an ONNX file, or a damaged one (a name in it is not UTF-8)")
     if not parsed.graph.output:
-        raise InputError(f"{name}: not an ONNX file: it has no graph")
+        raise wrong_file(name, "not an ONNX file: it has no graph")
     return parsed
 
 

@@ -27,7 +27,7 @@ from expertgrid.ablations.cli import entry as cli
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.bench import timing
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.registry import build

@@ -27,7 +27,9 @@ from PIL import Image
 from expertgrid.ablations.cli import options
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.study.cells import find_cell, groups
-from expertgrid.ablations.study.study import Base, Study, changed_recipe, load_study, parse_study
+from expertgrid.ablations.study.changes import changed_recipe
+from expertgrid.ablations.study.study import Base, Study
+from expertgrid.ablations.study.study_file import load_study, parse_study
 from expertgrid.bench.engines import engines
 from expertgrid.bench.latency import random_images
 from expertgrid.export.certificate import certificate_problem
@@ -255,7 +257,7 @@ def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
 @RUNS
 def test_names_of_cells(cases, digits):
     study = parse_study(TINY_STUDY, Path("study.toml"))
-    names = study.names(study.cells(digits))
+    names = [cell.planned for cell in study.cells(digits)]
     named = groups(names, study.combined_levels)
     texts = st.one_of(
         TEXT, changed(st.sampled_from(["experts 2, gate mlp", "experts=2,gate=mlp", "experts=1", "two_block"]))
@@ -457,7 +459,7 @@ def test_records(cases, tmp_path, digits):
             _ = directory.read_plan(), directory.test_reads(), directory.latencies(), directory.read_race()
             for trial in directory.read_plan().cells[0].trials:
                 _ = directory.record(trial), directory.config(trial), directory.failure(trial)
-                _ = directory.hold_out(trial), directory.epochs(trial), directory.predictions(trial)
+                _ = directory.epochs(trial), directory.predictions(trial)
             read_evidence(directory)
         finally:
             (directory.path / name).write_bytes(whole[name])

@@ -286,9 +286,10 @@ def track(
 
 @app.command(rich_help_panel=RESULTS)
 def verify(directory: StudyDir, modules: Import = None) -> int:
-    """Check a study's numbers and exported files.
+    """Recompute a study's numbers and compare.
 
-    They are computed again from what is kept beside them. Each that differs is named.
+    Accuracies, costs and ids are computed again from the predictions, networks and configs of the trials, and each one
+    that differs is named. `expertgrid check` says in seconds whether files are missing or damaged.
     """
     from expertgrid.ablations.cli.terminal import starting
 
@@ -304,10 +305,10 @@ def check(
     directory: DamagedDir,
     repair: Annotated[bool, typer.Option("--repair", help="Move damaged trials to DIR/damaged.")] = False,
 ) -> int:
-    """Check that all files are there and whole.
+    """Find missing and damaged files.
 
-    Each file that is missing or damaged gets a line: what is wrong, and what to do. After --repair the command that
-    trained the study trains just the trials that were moved. Nothing is deleted.
+    Each such file gets a line: what is wrong, and what to do. After --repair the command that trained the study trains
+    just the trials that were moved. Nothing is deleted. `expertgrid verify` recomputes the numbers in the files.
     """
     from expertgrid.ablations.cli.terminal import status
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from expertgrid.ablations.cli.options import write_out
 from expertgrid.ablations.cli.sources import read_data
-from expertgrid.ablations.study.study import Level, changed_recipe
+from expertgrid.ablations.study.changes import changed_recipe
+from expertgrid.ablations.study.levels import Level
 from expertgrid.model.training.contact_sheet import as_png, contact_sheet
 
 

@@ -10,7 +10,7 @@ from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import status
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.reading import read_record
+from expertgrid.ablations.records.reading import read_config
 from expertgrid.ablations.results.rows import Row, best_record, best_row, read_results
 from expertgrid.ablations.results.tables.tables import columns
 from expertgrid.bench.tune import rows as tuning_rows
@@ -57,7 +57,7 @@ def export(
         f"model-{input}{'' if prune_gates is None else '-pruned'}{'' if tuned_for is None else '-tuned'}.onnx"
     )
     check_can_be_written(file)
-    checkpoint, trial = load(path), read_record(Trial, path.parent / "config.json")
+    checkpoint, trial = load(path), read_config(path.parent)
     held_out_for = "--prune-gates" if prune_gates is not None else f"--precision {precision}"
     if tuned_for is not None and prune_gates is None:
         held_out_for = "--tune"

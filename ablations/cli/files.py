@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from expertgrid.ablations.records.check import Found, check_files, repair
+from expertgrid.ablations.records.check import FileState, check_files, repair
 from expertgrid.ablations.records.clean import needless, remove
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.disk import in_words
@@ -17,28 +17,28 @@ def check(path: Path, repairs: bool) -> int:
         with directory.held():
             for line in repair(directory, check_files(directory)):
                 print(line)
-    checked = check_files(directory)
-    places: dict[Found, list[str]] = {}  # what several trials have is one line
-    for found in checked.found:
-        alike = found if found.kind == "damaged" else replace(found, place="", trial="")
-        places.setdefault(alike, []).append(found.place)
-    for found, (first, *others) in places.items():
+    result = check_files(directory)
+    places: dict[FileState, list[str]] = {}  # what several trials have is one line
+    for state in result.states:
+        alike = state if state.kind == "damaged" else replace(state, place="", trial="")
+        places.setdefault(alike, []).append(state.place)
+    for state, (first, *others) in places.items():
         more = f" and {len(others)} more" if others else ""
-        print(replace(found, place=f"{first}{more}"))
-    damaged = len(checked.damaged)
+        print(replace(state, place=f"{first}{more}"))
+    damaged = len(result.damaged)
     verdict = f"{damaged} damaged or missing" if damaged else "nothing is damaged"
-    print(f"{path}: {checked.finished} of {checked.trials} trials finished, {verdict}")
+    print(f"{path}: {result.finished} of {result.trials} trials finished, {verdict}")
     return 1 if damaged else 0
 
 
 def clean(path: Path, agreed: bool, unplanned: bool) -> int:
     """Prints what can go, and removes it where the user agrees."""
     directory = StudyDirectory(path)
-    found = needless(directory, unplanned)
-    for item in found:
+    removable = needless(directory, unplanned)
+    for item in removable:
         print(f"{in_words(item.size):>10}  {item.path.relative_to(path)}  ({item.why})")
-    print(f"{path}: {len(found)} to remove, {in_words(sum(item.size for item in found))}", flush=True)
-    if not found:
+    print(f"{path}: {len(removable)} to remove, {in_words(sum(item.size for item in removable))}", flush=True)
+    if not removable:
         return 0
     if not agreed and not sys.stdin.isatty():
         print("nothing was removed; --yes removes these")
@@ -47,7 +47,7 @@ def clean(path: Path, agreed: bool, unplanned: bool) -> int:
         print("nothing was removed")
         return 0
     with directory.held():
-        still = {item.path for item in needless(directory, unplanned)}  # a run may have begun in the meantime
-        remove([item for item in found if item.path in still])
+        paths = {item.path for item in needless(directory, unplanned)}  # a run may have begun in the meantime
+        remove([item for item in removable if item.path in paths])
     print("removed")
     return 0

@@ -7,7 +7,6 @@ from expertgrid.ablations.cli.export import best_checkpoint, export
 from expertgrid.ablations.cli.options import hub_repository
 from expertgrid.ablations.cli.terminal import status
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.reading import read_record
 from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
@@ -37,7 +36,8 @@ def publish(directory: Path, target: str, private: bool, data: str | None, data_
         files = _files(study, checkpoint)
     elif data is not None or data_dir is not None:
         raise InputError(f"--data: {files[0].file} is there already; the images are for an export")
-    record, trial = study.record(checkpoint.trained.trial), read_record(Trial, path.parent / "config.json")
+    trained = checkpoint.trained.trial
+    record, trial = study.record(trained), study.config(trained)
     if record is None or trial is None:
         raise InputError(f"{path.parent}: its record or its config is missing; `expertgrid check` says more")
     text = _card(study, checkpoint, files, trial, record, target if repository else f"local-dir:{Path(target).name}")

@@ -65,7 +65,7 @@ def _recipes() -> list[dict[str, object]]:
 
 
 def _studies() -> list[dict[str, object]]:
-    from expertgrid.ablations.study.study import load_study, shipped_studies
+    from expertgrid.ablations.study.study_file import load_study, shipped_studies
 
     studies = [load_study(name) for name in shipped_studies()]
     return [

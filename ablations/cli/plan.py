@@ -7,7 +7,10 @@ from pathlib import Path
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.study import Cell, Level, Study, level_name, load_study
+from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.levels import Level, level_name
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import load_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
@@ -107,7 +110,7 @@ def plan_table(plan: Plan) -> str:
     ]
     if plan.race is None:
         images = len(plan.data.train) - plan.data.trained_on(plan.hold_out)
-        notes += plan_lines(foresee(plan.study, plan.study.names(plan.cells), images, plan.directory))
+        notes += plan_lines(foresee(plan.study, [cell.planned for cell in plan.cells], images, plan.directory))
     if race := plan.race:
         done = sum(plan.directory.record(trial) is not None for trial in different)
         first = {trial.id for cell in plan.cells for trial in cell.trials[: race.first]}

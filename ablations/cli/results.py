@@ -78,11 +78,11 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
 def verify(directory: Path) -> int:
     """Prints each number and file of a study that does not fit the others; 1 where there is one."""
     with starting():
-        from expertgrid.ablations.results.verify import check_study
+        from expertgrid.ablations.results.verify import verify_study
         from expertgrid.export.certificate import certificate_problem
         from expertgrid.export.describe import read_onnx
     with status("recomputing the numbers of the study"):
-        found = check_study(StudyDirectory(directory))
+        found = verify_study(StudyDirectory(directory))
         files = sorted((directory / "export").glob("*.onnx"))
         problems = list(found.problems)
         for file in files:

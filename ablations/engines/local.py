@@ -238,7 +238,7 @@ def _finish(
         at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         compile_seconds=prepared.seconds,
-        environment=Environment.here(device),
+        environment=Environment.of_machine(device),
         finished=now(),
     )
     directory.finish(trial.id, record, checkpoint.to_bytes(), Predictions(**kept))

@@ -8,7 +8,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from expertgrid.ablations.engines.events import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
-from expertgrid.ablations.study.study import Cell, level_name
+from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.cost import cost
 from expertgrid.model.training.trial import Trial
 

@@ -1,4 +1,7 @@
-"""Checks that all files of a study are there and whole. Imports no torch."""
+"""Checks that all files of a study are there and undamaged. Imports no torch.
+
+Whether the numbers in them follow from each other is a matter of `expertgrid verify`.
+"""
 
 import json
 import os
@@ -7,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files
-from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.ledger import TestRead
-from expertgrid.ablations.records.reading import SUMS, TRAINING, read_record
-from expertgrid.ablations.records.record import TrainingRates
-from expertgrid.bench.record import LatencyRecord
+from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
+from expertgrid.ablations.records.ledger import damaged_lines
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import cut_incomplete_line, make_folder, sync_folder, whole_lines
 from expertgrid.model.training.resume import whole_state
@@ -23,63 +23,61 @@ MOVE = "`expertgrid check --repair` moves the trial away, and the next run train
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found of one file or folder."""
+class FileState:
+    """A file or folder that is not as that of a finished study is."""
 
     kind: Literal["damaged", "unfinished", "note"]
     place: str  # below the study directory
-    what: str
+    problem: str
     remedy: str = ""
     trial: str = ""  # the id of the trial that it belongs to
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.place}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{self.kind}: {self.place}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The result of a check."""
-
+class CheckResult:
     trials: int  # that are planned
     finished: int  # of them
-    found: list[Found]
+    states: list[FileState]
 
     @property
-    def damaged(self) -> list[Found]:
-        return [found for found in self.found if found.kind == "damaged"]
+    def damaged(self) -> list[FileState]:
+        return [state for state in self.states if state.kind == "damaged"]
 
 
-def check_files(directory: StudyDirectory) -> Checked:
+def check_files(directory: StudyDirectory) -> CheckResult:
     """Reads all files of a study. What is damaged is in the result: nothing is raised for it."""
-    found = list(_study_files(directory))
+    states = list(_study_files(directory))
+    folders = {folder.name for folder in directory.path.glob("trials/*")}
     try:
         planned = directory.read_plan().trials
     except InputError:  # it is named already; the trials are still looked at
-        planned = sorted(place.name for place in directory.path.glob("trials/*"))
+        planned = sorted(folders)
     for trial in planned:
-        found += _trial_files(directory, trial)
-    others = {place.name for place in directory.path.glob("trials/*")} - set(planned)
-    if others:
-        found.append(Found("note", "trials", f"{len(others)} trials are not in the plan, and were not looked at"))
-    found += _exports(directory.path)
+        states += _trial_files(directory, trial)
+    if others := folders - set(planned):
+        states.append(FileState("note", "trials", f"{len(others)} trials are not in the plan, and were not looked at"))
+    states += _measurements(directory)
+    states += _exports(directory.path / "export")
     finished = sum((directory.trial(trial) / "record.json").exists() for trial in planned)
-    return Checked(len(planned), finished, found)
+    return CheckResult(len(planned), finished, states)
 
 
-def repair(directory: StudyDirectory, checked: Checked) -> list[str]:
+def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     """Moves damaged trials to damaged/ID, and cuts an incomplete line from the ledger's end. Says what it did.
 
     Nothing is deleted: where damaged/ID is there already, a number is added. The caller holds the directory.
     """
     done = []
-    for trial in dict.fromkeys(found.trial for found in checked.damaged if found.trial):
-        place = directory.path / "damaged"
-        make_folder(place)
+    for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
+        folder = directory.path / "damaged"
+        make_folder(folder)
         names = (trial if number == 1 else f"{trial}-{number}" for number in range(1, 10**6))
-        target = next(place / name for name in names if not os.path.lexists(place / name))
+        target = next(folder / name for name in names if not os.path.lexists(folder / name))
         directory.trial(trial).rename(target)
-        sync_folder(place)
-        sync_folder(target.parent)
+        sync_folder(folder)
         sync_folder(directory.path / "trials")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
     ledger = directory.path / "ledger.jsonl"
@@ -88,115 +86,103 @@ def repair(directory: StudyDirectory, checked: Checked) -> list[str]:
     return done
 
 
-def _study_files(directory: StudyDirectory) -> Iterator[Found]:
-    path, wrong = directory.path, set()
-    if not (path / "study.toml").exists():
-        yield Found("damaged", "study.toml", "missing", f"{AGAIN}, which writes it again")
-        wrong.add("study.toml")
-    elif problem := _problem(lambda: directory.read_study()):
-        yield Found("damaged", "study.toml", problem, f"move it away and {AGAIN}, which writes it again")
-        wrong.add("study.toml")
-    if not (path / "plan.json").exists():
-        yield Found("damaged", "plan.json", "missing", f"{AGAIN}, which writes it again")
-        wrong.add("plan.json")
-    elif not wrong and (problem := _problem(lambda: directory.read_plan())):
-        yield Found("damaged", "plan.json", problem, f"move it away and {AGAIN}, which writes it again")
-        wrong.add("plan.json")
-    try:
-        changed = changed_files(path, OF_A_STUDY)
-    except InputError as error:
-        yield Found("damaged", SUMS, _first_part(error), f"{AGAIN}, which writes it again")
-        changed = {}
-    for name, how in changed.items():
-        if name not in wrong:
-            yield Found("damaged", name, f"{how} since {SUMS} was written", f"{AGAIN}, which writes both again")
-    if not (path / SUMS).exists():
-        yield Found("note", SUMS, "missing, as in studies of older versions: study.toml and plan.json were only read")
-    yield from _ledger(path / "ledger.jsonl")
-
-
-def _ledger(ledger: Path) -> Iterator[Found]:
-    if not ledger.exists():
-        return
-    wrong = []
-    lines = whole_lines(ledger)
-    for number, line in enumerate(lines, 1):
-        if problem := _problem(lambda line=line, number=number: TestRead.of_line(line, f"line {number}")):
-            wrong.append(problem)
-    if wrong:
-        more = f", and {len(wrong) - 1} lines more" if len(wrong) > 1 else ""
-        remedy = "put back a copy of the file, or delete the damaged lines"
-        yield Found("damaged", ledger.name, f"{wrong[0]}{more}", remedy)
-    if rest := ledger.stat().st_size - sum(len(line) + 1 for line in lines):
-        what = f"{rest} bytes of an incomplete last line, which no reader takes"
-        yield Found("unfinished", ledger.name, what, "the next line that is written replaces it")
-
-
-def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[Found]:
-    place = directory.trial(trial)
-    wrong: dict[str, str] = {}  # by the file's name
-    if not place.is_dir():
-        yield Found("unfinished", f"trials/{trial}", "not begun", "the next run trains it", trial)
-        return
-    record = _read("record.json", lambda: directory.record(trial), wrong)
-    if record is not None and record.trial != trial:
-        wrong["record.json"] = f"of another trial: {record.trial}"
-    finished = record is not None or "record.json" in wrong
-    config = _read("config.json", lambda: directory.config(trial), wrong)
-    if config is not None and config.id != trial:
-        wrong["config.json"] = f"of another trial: {config.id}"
-    failure = _read("failure.json", lambda: directory.failure(trial), wrong)
-    _read("adopted.json", lambda: directory.adopted(trial), wrong)
-    _read("predictions.npz", lambda: directory.predictions(trial), wrong)
-    epochs = _read("epochs.jsonl", lambda: directory.epochs(trial), wrong)
-    if record is not None and epochs is not None and record.epochs != len(epochs):
-        wrong["epochs.jsonl"] = f"has {len(epochs)} epochs, the record has {record.epochs}"
-    notes = _of_finished(directory, trial, wrong) if finished else []
-    resume = directory.resume_file(trial)
-    if not finished and resume.exists():
-        _read("resume.pt", lambda: whole_state(resume), wrong)
-    for name, what in wrong.items():
-        yield Found("damaged", f"trials/{trial}/{name}", what, MOVE, trial)
-    if wrong:
-        return
-    yield from (Found("note", f"trials/{trial}", note, trial=trial) for note in notes)
-    if not finished:
-        state = f"failed ({failure})" if failure else "begun" if config else "not begun"
-        yield Found("unfinished", f"trials/{trial}", state, "the next run trains it", trial)
-
-
-def _read(name: str, read: Callable[[], Value], wrong: dict[str, str]) -> Value | None:
+def _read(name: str, read: Callable[[], Value], problems: dict[str, str]) -> Value | None:
     """What a reader gives. Where it raises, what is wrong is entered under the file's name."""
     try:
         return read()
     except InputError as error:
-        wrong[name] = _first_part(error)
+        problems[name] = error.problem
         return None
 
 
-def _of_finished(directory: StudyDirectory, trial: str, wrong: dict[str, str]) -> list[str]:
+def _study_files(directory: StudyDirectory) -> Iterator[FileState]:
+    path = directory.path
+    problems = {name: "missing" for name in OF_A_STUDY if not (path / name).exists()}
+    study = None if "study.toml" in problems else _read("study.toml", directory.read_study, problems)
+    if study and "plan.json" not in problems:
+        _read("plan.json", lambda: directory.read_plan(study), problems)
+    for name, problem in problems.items():
+        move = "" if problem == "missing" else "move it away and "
+        yield FileState("damaged", name, problem, f"{move}{AGAIN}, which writes it again")
+    yield from _changed_since(directory, problems)
+    if not (path / SUMS).exists():
+        older = "missing, as in studies of older versions: study.toml and plan.json were only read"
+        yield FileState("note", SUMS, older)
+    yield from _ledger(path / "ledger.jsonl")
+
+
+def _changed_since(directory: StudyDirectory, problems: dict[str, str]) -> Iterator[FileState]:
+    damaged_sums: dict[str, str] = {}
+    changed = _read(SUMS, lambda: changed_files(directory.path, OF_A_STUDY), damaged_sums) or {}
+    for problem in damaged_sums.values():
+        yield FileState("damaged", SUMS, problem, f"{AGAIN}, which writes it again")
+    for name, how in changed.items():
+        if name not in problems:
+            yield FileState("damaged", name, f"{how} since {SUMS} was written", f"{AGAIN}, which writes both again")
+
+
+def _ledger(ledger: Path) -> Iterator[FileState]:
+    if not ledger.exists():
+        return
+    if problems := damaged_lines(ledger):
+        more = f", and {len(problems) - 1} lines more" if len(problems) > 1 else ""
+        remedy = "put back a copy of the file, or delete the damaged lines"
+        yield FileState("damaged", ledger.name, f"{problems[0]}{more}", remedy)
+    if rest := ledger.stat().st_size - sum(len(line) + 1 for line in whole_lines(ledger)):
+        problem = f"{rest} bytes of an incomplete last line, which no reader takes"
+        yield FileState("unfinished", ledger.name, problem, "the next line that is written replaces it")
+
+
+def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
+    place, problems = f"trials/{trial}", {}
+    if not directory.trial(trial).is_dir():
+        yield FileState("unfinished", place, "not begun", "the next run trains it", trial)
+        return
+    record = _read("record.json", lambda: directory.record(trial), problems)
+    if record is not None and record.trial != trial:
+        problems["record.json"] = f"of another trial: {record.trial}"
+    finished = record is not None or "record.json" in problems
+    config = _read("config.json", lambda: directory.config(trial), problems)
+    if config is not None and config.id != trial:
+        problems["config.json"] = f"of another trial: {config.id}"
+    failure = _read("failure.json", lambda: directory.failure(trial), problems)
+    _read("adopted.json", lambda: directory.adopted(trial), problems)
+    _read("predictions.npz", lambda: directory.predictions(trial), problems)
+    epochs = _read("epochs.jsonl", lambda: directory.epochs(trial), problems)
+    if record is not None and epochs is not None and record.epochs != len(epochs):
+        problems["epochs.jsonl"] = f"has {len(epochs)} epochs, the record has {record.epochs}"
+    notes = _of_finished(directory, trial, problems) if finished else []
+    resume = directory.resume_file(trial)
+    if not finished and resume.exists():
+        _read("resume.pt", lambda: whole_state(resume), problems)
+    for name, problem in problems.items():
+        yield FileState("damaged", f"{place}/{name}", problem, MOVE, trial)
+    if problems:
+        return
+    yield from (FileState("note", place, note, trial=trial) for note in notes)
+    if not finished:
+        state = f"failed ({failure})" if failure else "begun" if config else "not begun"
+        yield FileState("unfinished", place, state, "the next run trains it", trial)
+
+
+def _of_finished(directory: StudyDirectory, trial: str, problems: dict[str, str]) -> list[str]:
     """Enters what is wrong with the files of a finished trial. Returns what is no damage and still worth a line."""
-    place, notes = directory.trial(trial), []
-    try:
-        changed = changed_files(place, OF_A_TRIAL)
-    except InputError as error:
-        wrong[SUMS] = _first_part(error)
-        changed = {}
-    has_sums = (place / SUMS).exists()
+    folder, notes = directory.trial(trial), []
+    changed = _read(SUMS, lambda: changed_files(folder, OF_A_TRIAL), problems) or {}
     for name, how in changed.items():
         if (name, how) != ("model.safetensors", "missing"):
-            wrong.setdefault(name, f"{how} since {SUMS} was written")
-    if not (place / "config.json").exists():
-        wrong["config.json"] = "missing"
-    if not has_sums:
+            problems.setdefault(name, f"{how} since {SUMS} was written")
+    if not (folder / "config.json").exists():
+        problems["config.json"] = "missing"
+    if not (folder / SUMS).exists():
         notes.append(f"no {SUMS}, as in trials of older versions: its files were only read")
-        if not (place / "predictions.npz").exists():
+        if not (folder / "predictions.npz").exists():
             notes.append("no predictions, as in trials of older versions")
     weights = directory.checkpoint(trial)
     if not weights.exists():
         notes.append("no weights")
-    elif "model.safetensors" not in wrong and (problem := _weights_problem(weights, trial)):
-        wrong["model.safetensors"] = problem
+    elif "model.safetensors" not in problems and (problem := _weights_problem(weights, trial)):
+        problems["model.safetensors"] = problem
     if directory.resume_file(trial).exists():
         notes.append("resume.pt is not needed any more: `expertgrid clean` removes it")
     return notes
@@ -209,49 +195,32 @@ def _weights_problem(file: Path, trial: str) -> str:
     try:
         with safe_open(file, framework="numpy") as opened:
             about = opened.metadata() or {}
-        found = json.loads(about["trained"])["trial"]
+        trained = json.loads(about["trained"])["trial"]
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         return f"not a checkpoint, or a damaged one ({reason_of(error)})"
-    return "" if found == trial else f"of another trial: {found}"
+    return "" if trained == trial else f"of another trial: {trained}"
 
 
-def _exports(path: Path) -> Iterator[Found]:
-    if problem := _problem(lambda: read_record(TrainingRates, path / TRAINING)):
-        yield Found("damaged", TRAINING, problem, "delete it and run expertgrid bench-train again")
-    for file in sorted((path / "bench").glob("*.json")):
-        if problem := _problem(lambda file=file: read_record(LatencyRecord, file)):
-            yield Found("damaged", f"bench/{file.name}", problem, "delete it and run expertgrid bench again")
-    again = "delete it and run expertgrid export again"
-    files = sorted((path / "export").glob("*.onnx"))
-    for file in files:
+def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
+    problems: dict[str, str] = {}
+    _read(TRAINING, directory.training_rates, problems)
+    for file in sorted((directory.path / "bench").glob("*.json")):
+        _read(f"bench/{file.name}", lambda file=file: read_latency(file), problems)
+    for name, problem in problems.items():
+        command = "bench-train" if name == TRAINING else "bench"
+        yield FileState("damaged", name, problem, f"delete it and run expertgrid {command} again")
+
+
+def _exports(folder: Path) -> Iterator[FileState]:
+    problems: dict[str, str] = {}
+    for file in sorted(folder.glob("*.onnx")):
         from expertgrid.export.certificate import certificate_problem
         from expertgrid.export.describe import read_onnx
 
-        try:
-            problem = certificate_problem(read_onnx(file), file)
-        except InputError as error:
-            problem = str(error).removeprefix(f"{file}: ")
-        if problem:
-            yield Found("damaged", f"export/{file.name}", problem, again)
-    for file in sorted((path / "export").glob("*.certificate.json")):
+        if problem := _read(file.name, lambda file=file: certificate_problem(read_onnx(file), file), problems):
+            problems[file.name] = problem
+    for file in sorted(folder.glob("*.certificate.json")):
         if not file.with_name(file.name.replace(".certificate.json", ".onnx")).exists():
-            yield Found("damaged", f"export/{file.name}", "its ONNX file is missing", again)
-
-
-def _problem(read: Callable[[], object]) -> str:
-    """What a reader finds wrong; "" where it reads."""
-    try:
-        read()
-    except InputError as error:
-        return _first_part(error)
-    return ""
-
-
-def _first_part(error: InputError) -> str:
-    """What is wrong, without the remedy, and without the file, which the line names."""
-    text = str(error).split("; the file is damaged: ")[0]
-    file, colon, rest = text.partition(": ")
-    if colon and "/" in file:
-        return rest
-    head, dot, rest = text.partition(".json.")  # a field of a file
-    return f"field {rest}" if dot and "/" in head else text
+            problems[file.name] = "its ONNX file is missing"
+    for name, problem in problems.items():
+        yield FileState("damaged", f"export/{name}", problem, "delete it and run expertgrid export again")

@@ -16,10 +16,9 @@ damaged/          what `expertgrid check --repair` moved out of the way
 A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -30,11 +29,14 @@ from pydantic import ValidationError
 from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
 from expertgrid.ablations.records.ledger import TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
-from expertgrid.ablations.records.plan import Plan, PlannedCell, RaceRules, read_plan
+from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.reading import TRAINING, damaged, read_record
+from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
 from expertgrid.ablations.records.record import Adopted, Failure, Record, TrainingRates
-from expertgrid.ablations.study.study import Cell, Study, level_name, read_study
+from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.levels import level_name
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import (
@@ -48,9 +50,9 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
-from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.trial import Epoch, Trial
 
+TRAINING = "training.json"
 ADOPTS = ".adopt."  # the folder of a trial that is being copied begins so
 
 
@@ -80,30 +82,28 @@ class StudyDirectory:
         """Raises InputError where `study` cannot be written here: the directory has something else in it."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out {self.path}: there is a file of this name")
-        if (self.path / "study.toml").exists():
-            if apart := study.apart_from(self.read_study()):
+        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set()
+        if "study.toml" in names:
+            older = self.read_study()
+            if difference := study.apart_from(older):
                 raise InputError(
-                    f"--out {self.path}: holds another study, or more of this one: {apart}; give another directory "
-                    "with --out"
+                    f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
+                    "directory with --out"
                 )
-            self._check_families(study)
-        elif (self.path / "plan.json").exists():  # study.toml was lost, and is written again
-            read_plan(self.path, study)
-        elif self.path.is_dir() and not all(_may_be_there(file.name) for file in self.path.iterdir()):
-            if not (self.path / "study.toml").exists():
-                raise InputError(f"--out {self.path}: is not empty, and holds no study")
-            self.check_holds(study)  # again: since the first look another process has begun a study
+            if "ledger.jsonl" in names:
+                self._check_families(study, older)
+        elif "plan.json" in names:  # study.toml was lost, and is written again
+            self.read_plan(study)
+        elif not all(name in (LOCK, WRITER) or LEFT_BY_A_CRASH.fullmatch(name) for name in names):
+            raise InputError(f"--out {self.path}: is not empty, and holds no study")
 
-    def _check_families(self, study: Study) -> None:
+    def _check_families(self, study: Study, older: Study) -> None:
         """Raises InputError for more levels or baselines than there were when the first results came."""
-        older = self.read_study()
-        if not (self.path / "ledger.jsonl").exists():
-            return
-        for what, there, here in (
+        for what, declared, wanted in (
             ("baselines", older.baselines, study.baselines),
             *((f"levels of {name}", older.factors[name], levels) for name, levels in study.factors.items()),
         ):
-            if added := [level_name(level) for level in here if level not in there]:
+            if added := [level_name(level) for level in wanted if level not in declared]:
                 raise InputError(
                     f"--out {self.path}: has results, and the study now has more {what}: {', '.join(added)}; what is "
                     "compared is declared before the first result. Give another directory with --out: it takes over "
@@ -115,9 +115,8 @@ class StudyDirectory:
         self, study: Study, data: ImageData, cells: list[Cell], race: RaceRules | None = None
     ) -> Generator[None]:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
-        self.check_holds(study)
         with self.held():
-            self.check_holds(study)  # again: another process may have begun a study before the lock was had
+            self.check_holds(study)
             fields = study.model_dump(mode="json", exclude_none=True)
             write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
             self.write_plan(study, data, cells, race)
@@ -128,64 +127,42 @@ class StudyDirectory:
         return held(self.path)
 
     def write_plan(self, study: Study, data: ImageData, cells: list[Cell], race: RaceRules | None = None) -> None:
-        planned = [
-            PlannedCell(
-                model_name=cell.model_name,
-                levels=cell.levels,
-                trials=[trial.id for trial in cell.trials],
-                control=cell.control,
-            )
-            for cell in cells
-        ]
-        hold_out = data.hold_out(study.base.hold_out)
-        plan = Plan(
-            data=data.in_words(hold_out),
-            source=data.source,
-            image_size=study.base.image_size,
-            pixels=data.image_size,
-            hold_out=hold_out,
-            first_seed=study.first_seed,
-            margin=study.margin,
-            contrasts=study.contrasts,
-            cells=planned,
-            race=race,
-        )
+        """Writes plan.json, with the seeds whose results could be seen before, and the study's checksums."""
+        plan = make_plan(study, data, cells, race)
         before = read_record(Plan, self.path / "plan.json")
         if before is None:
-            plan.seen = self._seen_beside(plan)
+            seen = self._seeds_seen_beside(plan)
         else:
-            had, has = (max((len(cell.trials) for cell in found.cells), default=0) for found in (before, plan))
-            here = self._seen([self], before) if race is None and has > had else set()
-            plan.seen = sorted({*before.seen, *here})
+            has_more = max(map(len, plan.by_cell), default=0) > max(map(len, before.by_cell), default=0)
+            seen = {*before.seen, *(self._seeds_with_records(before) if race is None and has_more else ())}
+        plan.seen = sorted(seen)
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
         write_sums(self.path, {name: (self.path / name).read_bytes() for name in OF_A_STUDY})
 
-    def _seen_beside(self, plan: Plan) -> list[int]:
+    def _seeds_seen_beside(self, plan: Plan) -> set[int]:
         """The seeds of which a directory beside this one has results.
 
         Where that directory has this very plan, it is the same study, and only what had been seen before it counts.
         """
-        trials = set(plan.trials)
         seen: set[int] = set()
         for file in sorted(self.path.resolve().parent.glob("*/plan.json")):
-            beside = StudyDirectory(file.parent)
-            if beside.path == self.path.resolve():
+            if file.parent == self.path.resolve():
                 continue
             try:
                 other = read_record(Plan, file)
             except InputError:
                 other = None  # it is damaged, and its trials still count
-            same = other is not None and {trial for cell in other.cells for trial in cell.trials} == trials
-            seen |= set(other.seen) if same else self._seen([beside], plan)
-        return sorted(seen)
+            same = other is not None and set(other.trials) == set(plan.trials)
+            seen |= set(other.seen) if same else StudyDirectory(file.parent)._seeds_with_records(plan)
+        return seen
 
-    def _seen(self, places: Sequence["StudyDirectory"], plan: Plan) -> set[int]:
-        """The seeds of a plan of which a directory has a record."""
+    def _seeds_with_records(self, plan: Plan) -> set[int]:
+        """The seeds of a plan of which this directory has a record."""
         return {
             plan.first_seed + place
-            for cell in plan.cells
-            for place, trial in enumerate(cell.trials)
-            if any((directory.trial(trial) / "record.json").exists() for directory in places)
+            for trials in plan.by_cell
+            for place, trial in enumerate(trials)
+            if (self.trial(trial) / "record.json").exists()
         }
 
     def trial(self, trial_id: str) -> Path:
@@ -199,31 +176,23 @@ class StudyDirectory:
 
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
-        return read_record(Record, self.trial(trial_id) / "record.json")
+        return self._of_trial(Record, trial_id, "record.json")
 
     def adopted(self, trial_id: str) -> Adopted | None:
         """Where a trial was taken over from, None for one that was trained here. Raises InputError."""
-        return read_record(Adopted, self.trial(trial_id) / "adopted.json")
-
-    def hold_out(self, trial_id: str) -> HoldOut | None:
-        """The hold-out of a trial, None for one without its config. Raises InputError for a damaged one."""
-        file = self.trial(trial_id) / "config.json"
-        try:
-            return HoldOut.model_validate(json.loads(file.read_bytes()).get("hold_out", {}))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValidationError as error:
-            raise invalid(str(file), error, HoldOut.model_fields) from None
-        except (ValueError, AttributeError, RecursionError):
-            raise InputError(f"{file}: damaged: not the config of a trial") from None
+        return self._of_trial(Adopted, trial_id, "adopted.json")
 
     def config(self, trial_id: str) -> Trial | None:
         """What a trial is, None where it was never begun. Raises InputError for a damaged one."""
-        return read_record(Trial, self.trial(trial_id) / "config.json")
+        return read_config(self.trial(trial_id))
 
     def failure(self, trial_id: str) -> Failure | None:
         """Why a trial failed, None where it did not. Raises InputError for a damaged one."""
-        return read_record(Failure, self.trial(trial_id) / "failure.json")
+        return self._of_trial(Failure, trial_id, "failure.json")
+
+    def _of_trial(self, kind: type[AnyRecord], trial_id: str, name: str) -> AnyRecord | None:
+        place = self.trial(trial_id)
+        return read_record(kind, place / name, train_again(place))
 
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
@@ -233,24 +202,24 @@ class StudyDirectory:
 
         Returns the name of that study's directory, None where no study has the trial undamaged.
         """
-        for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
-            beside_this = StudyDirectory(record.parent.parent.parent)
-            try:
-                from expertgrid.model.checkpoint import load
+        from expertgrid.model.checkpoint import load
 
+        for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
+            other = StudyDirectory(record.parent.parent.parent)
+            try:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
-                beside_this.record(trial_id)
-                load(beside_this.checkpoint(trial_id))
-                beside_this.predictions(trial_id)
-                reads = [read for read in beside_this.test_reads() if read.trial == trial_id]
+                other.record(trial_id)
+                load(other.checkpoint(trial_id))
+                other.predictions(trial_id)
+                reads = [read for read in other.test_reads() if read.trial == trial_id]
             except InputError:
                 continue  # a damaged trial is trained again
-            with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as beside:
-                copy = shutil.copytree(record.parent, Path(beside) / trial_id)
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
+                copy = shutil.copytree(record.parent, Path(folder) / trial_id)
                 if not (copy / "adopted.json").exists():
-                    taken = Adopted(directory=beside_this.path.name, time=now())
-                    write_whole(copy / "adopted.json", taken.model_dump_json().encode())
+                    adopted = Adopted(directory=other.path.name, time=now())
+                    write_whole(copy / "adopted.json", adopted.model_dump_json().encode())
                 sync_tree(copy)
                 entered = self.test_reads()  # by an adoption that was interrupted
                 for read in reads:
@@ -260,7 +229,7 @@ class StudyDirectory:
                 shutil.rmtree(self.trial(trial_id), ignore_errors=True)
                 copy.rename(self.trial(trial_id))
                 sync_folder(self.trial(trial_id).parent)
-            return beside_this.path.name
+            return other.path.name
         return None
 
     def write_config(self, trial: Trial) -> None:
@@ -275,9 +244,9 @@ class StudyDirectory:
         """What each epoch gave, without one that is being written. Raises InputError for a damaged file."""
         file = self.trial(trial_id) / "epochs.jsonl"
         try:
-            return [Epoch.model_validate_json(line) for line in self._epoch_lines(trial_id)]
+            return [Epoch.model_validate_json(line) for line in whole_lines(file)]
         except ValidationError as error:
-            raise damaged(file, invalid(str(file), error, Epoch.model_fields)) from None
+            raise damaged(file, invalid("", error, Epoch.model_fields), train_again(file.parent)) from None
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
@@ -288,9 +257,6 @@ class StudyDirectory:
         """Writes the lines of the epochs that a training goes on after."""
         content = "".join(f"{line}\n" for line in lines)
         write_whole(self.trial(trial_id) / "epochs.jsonl", content.encode())
-
-    def _epoch_lines(self, trial_id: str) -> list[bytes]:
-        return whole_lines(self.trial(trial_id) / "epochs.jsonl")
 
     def finish(self, trial_id: str, record: Record, checkpoint: bytes, predictions: Predictions) -> None:
         """Writes what a training gave, and the checksums of the trial's files. The record comes last."""
@@ -317,7 +283,7 @@ class StudyDirectory:
 
     def training_rates(self) -> TrainingRates | None:
         """None where they were not measured. Raises InputError for damage."""
-        return read_record(TrainingRates, self.path / TRAINING)
+        return read_record(TrainingRates, self.path / TRAINING, "delete it and run expertgrid bench-train again")
 
     def write_training_rates(self, rates: TrainingRates) -> None:
         write_whole(self.path / TRAINING, rates.model_dump_json(indent=1).encode())
@@ -327,11 +293,12 @@ class StudyDirectory:
 
         The newest of a run of all cells, else of a file by itself.
         """
-        found = [read_record(LatencyRecord, file) for file in sorted((self.path / "bench").glob("*.json"))]
-        records = [record for record in found if record and record.precision == "fp32" and not record.pruned]
+        files = sorted((self.path / "bench").glob("*.json"))
+        records = [record for file in files if (record := read_latency(file))]
+        records = [record for record in records if record.precision == "fp32" and not record.pruned]
         return {record.trial: record for record in sorted(records, key=LatencyRecord.rank)}
 
 
-def _may_be_there(name: str) -> bool:
-    """Whether a file may lie in a directory before a study is written there: a process may have been killed before."""
-    return name in (LOCK, WRITER) or LEFT_BY_A_CRASH.fullmatch(name) is not None
+def read_latency(file: Path) -> LatencyRecord | None:
+    """A latency record of a study; None where there is no such file. Raises InputError for damage."""
+    return read_record(LatencyRecord, file, "delete it and run expertgrid bench again")

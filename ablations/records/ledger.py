@@ -2,13 +2,14 @@
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from expertgrid.ablations.records.reading import damaged
-from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import whole_lines
 
 
@@ -33,20 +34,20 @@ class TestRead(BaseModel):
         return _compact(fields | {"crc32": _crc32(fields)})
 
     @classmethod
-    def of_line(cls, line: bytes, where: str) -> "TestRead":
-        """Raises InputError, naming `where`, for a damaged line."""
+    def of_line(cls, line: bytes) -> "TestRead":
+        """Raises InputError for a damaged line."""
         try:
             fields = json.loads(line)
-            kept = fields.pop("crc32", None)
-            if kept is not None and kept != _crc32(fields):
-                raise InputError(f"{where}: its checksum is {str(kept)[:8]}, {_crc32(fields)} follows from the line")
+            crc32 = fields.pop("crc32", None)
+            if crc32 is not None and crc32 != _crc32(fields):
+                raise InputError(f"its checksum is {str(crc32)[:8]}, {_crc32(fields)} follows from the line")
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise invalid(where, error, cls.model_fields) from None
+            raise invalid("", error, cls.model_fields) from None
         except InputError:
             raise
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{where}: not a line of a ledger") from None
+            raise InputError("not a line of a ledger") from None
 
 
 def _compact(fields: dict[str, object]) -> str:
@@ -57,14 +58,29 @@ def _crc32(fields: dict[str, object]) -> str:
     return f"{zlib.crc32(_compact(fields).encode()):08x}"
 
 
+def damaged_lines(ledger: Path) -> list[str]:
+    """What is wrong with each damaged line."""
+    return [problem for _, problem in _lines(ledger) if problem]
+
+
 def read_ledger(ledger: Path) -> list[TestRead]:
     """Each time the test split was read, without one that is being written. Raises InputError for damage."""
+    reads = []
+    for read, problem in _lines(ledger):
+        if read is None:
+            raise damaged(ledger, problem, "delete the damaged line")
+        reads.append(read)
+    return reads
+
+
+def _lines(ledger: Path) -> Iterator[tuple[TestRead | None, str]]:
+    """Each whole line, or what is wrong with it."""
     try:
-        return [
-            TestRead.of_line(line, f"{ledger}: line {number}")
-            for number, line in enumerate(whole_lines(ledger), start=1)
-        ]
+        lines = whole_lines(ledger)
     except OSError as error:
-        raise InputError(f"{ledger}: cannot be read: {error.strerror}") from None
-    except InputError as error:
-        raise damaged(ledger, error) from None
+        raise wrong_file(ledger, f"cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            yield TestRead.of_line(line), ""
+        except InputError as error:
+            yield None, f"line {number}: {error}"

@@ -1,27 +1,18 @@
 """The file plan.json: the cells of a study for its data."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from expertgrid.ablations.records.reading import read_record
-from expertgrid.ablations.study.cells import CellName
-from expertgrid.ablations.study.study import CONTROL_SEEDS, Level, Study, level_name
-from expertgrid.model.system.errors import InputError
+from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, PlannedCell
+from expertgrid.ablations.study.study import Study
+from expertgrid.model.system.errors import InputError, wrong_file
+from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
-
-TrialId = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]  # it names a folder, and so cannot be a path
-
-
-class PlannedCell(BaseModel):
-    """A cell in plan.json. Baselines and the control have no levels."""
-
-    model_name: str
-    levels: dict[str, Level]
-    trials: list[TrialId]  # by seed
-    control: bool = False
 
 
 class RaceRules(BaseModel):
@@ -51,9 +42,18 @@ class Plan(BaseModel):
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
 
     @property
+    def cells_with_trials(self) -> list[PlannedCell]:
+        return [cell for cell in self.cells if cell.trials]
+
+    @property
+    def by_cell(self) -> list[list[str]]:
+        """The ids of the trials of each cell, by seed."""
+        return [cell.trials for cell in self.cells]
+
+    @property
     def trials(self) -> list[str]:
         """The ids of all trials, each once: cells that are the same network share theirs."""
-        return list(dict.fromkeys(trial for cell in self.cells for trial in cell.trials))
+        return list(dict.fromkeys(itertools.chain(*self.by_cell)))
 
     def seeds_of(self, cell: PlannedCell) -> dict[str, int]:
         """The seed of each trial of a cell; of the control, CONTROL_SEEDS more than the seed of its hold-out."""
@@ -61,18 +61,21 @@ class Plan(BaseModel):
         return {trial: first + place for place, trial in enumerate(cell.trials)}
 
 
-def cell_names(plan: Plan) -> list[CellName]:
-    """The names of a plan's cells, without those of which no trial is planned."""
-    return [
-        CellName(
-            cell.model_name,
-            {name: level_name(level) for name, level in cell.levels.items()},
-            cell.trials[0],
-            cell.control,
-        )
-        for cell in plan.cells
-        if cell.trials
-    ]
+def make_plan(study: Study, data: ImageData, cells: Sequence[Cell], race: RaceRules | None) -> Plan:
+    """The plan of a study's cells on its data, as if nothing had been seen before."""
+    hold_out = data.hold_out(study.base.hold_out)
+    return Plan(
+        data=data.in_words(hold_out),
+        source=data.source,
+        image_size=study.base.image_size,
+        pixels=data.image_size,
+        hold_out=hold_out,
+        first_seed=study.first_seed,
+        margin=study.margin,
+        contrasts=study.contrasts,
+        cells=[cell.planned for cell in cells],
+        race=race,
+    )
 
 
 def read_plan(path: Path, study: Study) -> Plan:
@@ -83,16 +86,17 @@ def read_plan(path: Path, study: Study) -> Plan:
         raise InputError(f"{path}: not a study directory: there is no plan.json in it")
     for cell in plan.cells:
         if cell.levels and list(cell.levels) != factors:
-            raise InputError(f"{file}: a cell has the factors {list(cell.levels)}, study.toml has {factors}")
+            raise wrong_file(file, f"a cell has the factors {list(cell.levels)}, study.toml has {factors}")
     settings = study.settings()
     if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
-        raise InputError(f"{file}: its cells are not those of study.toml")
+        raise wrong_file(file, "its cells are not those of study.toml")
     if plan.margin is not None:
         for field in ("margin", "first_seed", "contrasts"):
             if (planned := getattr(plan, field)) != (now := getattr(study, field)):
-                raise InputError(
-                    f"{file}: {field} was {_in_words(planned)} when the study was begun, study.toml has "
-                    f"{_in_words(now)}; what is declared cannot be changed afterwards"
+                raise wrong_file(
+                    file,
+                    f"{field} was {_in_words(planned)} when the study was begun, study.toml has {_in_words(now)}",
+                    "what is declared cannot be changed afterwards",
                 )
     return plan
 

@@ -9,8 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from expertgrid.ablations.records.reading import damaged
-from expertgrid.model.system.errors import InputError
+from expertgrid.ablations.records.reading import damaged, train_again
 
 UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of arrays
     ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError,
@@ -47,13 +46,13 @@ class Predictions:
         try:
             content = io.BytesIO(file.read_bytes())  # so that no wrong offset in it becomes an error of the system
             with np.load(content, allow_pickle=False) as arrays:
-                found = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
+                predictions = cls(**{name: arrays[name].astype(np.int64) for name in arrays.files})
         except UNREADABLE_ARRAYS:
-            raise damaged(file, InputError(f"{file}: not a file of predictions")) from None
+            raise damaged(file, "not a file of predictions", train_again(file.parent)) from None
         for split in ("validation", "test"):
-            arrays = (array for name, array in vars(found).items() if name.startswith(split))
+            arrays = (array for name, array in vars(predictions).items() if name.startswith(split))
             shapes = {array.shape for array in arrays if array is not None}
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-                found = InputError(f"{file}: the arrays of {split} have the shapes {sorted(shapes)}")
-                raise damaged(file, found)
-        return found
+                problem = f"the arrays of {split} have the shapes {sorted(shapes)}"
+                raise damaged(file, problem, train_again(file.parent))
+        return predictions

@@ -5,41 +5,39 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.errors import InputError, invalid, wrong_file
+from expertgrid.model.training.trial import Trial
 
-SUMS = "SHA256SUMS"
-TRAINING = "training.json"
+RUN_AGAIN = "delete it and run the study again"
 
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
-def read_record(kind: type[AnyRecord], file: Path) -> AnyRecord | None:
-    """The record in a JSON file of a study directory, None where there is no file.
+def read_record(kind: type[AnyRecord], file: Path, remedy: str = RUN_AGAIN) -> AnyRecord | None:
+    """The record in a JSON file, None where there is no file.
 
-    Raises InputError for a damaged file: which file, what is wrong, and what to do.
+    Raises InputError for a damaged file: which file, what is wrong, and what to do, which is `remedy`.
     """
     try:
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        raise wrong_file(file, f"cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise damaged(file, invalid(str(file), error, kind.model_fields)) from None
+        raise damaged(file, invalid("", error, kind.model_fields), remedy) from None
 
 
-def damaged(file: Path, error: InputError) -> InputError:
-    """The error for a damaged file of a study directory: what is wrong, and what to do."""
-    if file.name == SUMS and file.parent.parent.name != "trials":
-        remedy = "run the study again"
-    elif file.parent.parent.name == "trials":
-        remedy = f"delete {file.parent} and run the study again: this trial is then trained again"
-    elif file.name == TRAINING:
-        remedy = "delete it and run expertgrid bench-train again"
-    elif file.parent.name == "bench":
-        remedy = "delete it and run expertgrid bench again"
-    elif file.name == "ledger.jsonl":
-        remedy = "delete the damaged line"
-    else:
-        remedy = "delete it and run the study again"
-    return InputError(f"{error}; the file is damaged: {remedy}")
+def read_config(trial: Path) -> Trial | None:
+    """What the trial in this folder is, None where it was never begun. Raises InputError for a damaged config.json."""
+    return read_record(Trial, trial / "config.json", train_again(trial))
+
+
+def damaged(file: Path, problem: object, remedy: str) -> InputError:
+    """The error for a damaged file of a study directory."""
+    return wrong_file(file, problem, f"the file is damaged: {remedy}")
+
+
+def train_again(trial: Path) -> str:
+    """What to do about a damaged file of a trial; `trial` is its folder."""
+    return f"delete {trial} and run the study again: this trial is then trained again"

@@ -32,7 +32,7 @@ class Environment(BaseModel):
     )
 
     @classmethod
-    def here(cls, device: "torch.device") -> "Environment":
+    def of_machine(cls, device: "torch.device") -> "Environment":
         """This machine, for numbers that are measured on `device`."""
         import torch
 

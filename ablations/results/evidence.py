@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.plan import RaceRules, cell_names
+from expertgrid.ablations.records.plan import RaceRules
 from expertgrid.ablations.records.record import FAILED, Record
 from expertgrid.ablations.results.rows import (
     Results,
@@ -35,8 +35,9 @@ from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Famil
 from expertgrid.ablations.results.stats.planning import Plan
 from expertgrid.ablations.results.stats.race import Race, race
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
-from expertgrid.ablations.study.cells import CellName
-from expertgrid.ablations.study.study import Study, level_name
+from expertgrid.ablations.study.cells import PlannedCell
+from expertgrid.ablations.study.levels import level_name
+from expertgrid.ablations.study.study import Study
 from expertgrid.export.mcnemar import McNemar, mcnemar
 from expertgrid.model.system.errors import InputError, unknown
 
@@ -87,13 +88,13 @@ class Questions:
         return np.vstack([self.effect_weights_QU, *differences])
 
 
-def questions(study: Study, cells: Sequence[CellName]) -> Questions:
+def questions(study: Study, cells: Sequence[PlannedCell]) -> Questions:
     """What a study asks of its cells."""
     networks = list(dict.fromkeys(cell.network for cell in cells))
     network_of = [networks.index(cell.network) for cell in cells]
     base = ["base"] if study.design == "one_at_a_time" else []
     levels = {name: [*base, *map(level_name, of)] for name, of in study.factors.items()}
-    points = [cell.levels for cell in cells if cell.levels]
+    points = [cell.level_names for cell in cells if cell.levels]
     places = [network_of[place] for place, cell in enumerate(cells) if cell.levels]
     return Questions(
         networks=networks,
@@ -217,7 +218,7 @@ class Evidence:
 def weigh(results: Results) -> Evidence:
     """The verdicts of a study, as it is."""
     study, plan = results.study, results.plan
-    asked = questions(study, cell_names(plan))
+    asked = questions(study, plan.cells_with_trials)
     model = _Model(results, asked)
     race_found, names = None, asked.effects
     if plan.race is not None and len(asked.networks) > 1:
@@ -407,7 +408,7 @@ def _sight(asked: Questions, spread: float, seeds: int, measured: bool = True) -
     return Sight(spread, measured, seeds, smallest_seen, needed)
 
 
-def foresee(study: Study, cells: Sequence[CellName], images: int, directory: StudyDirectory) -> Sight | None:
+def foresee(study: Study, cells: Sequence[PlannedCell], images: int, directory: StudyDirectory) -> Sight | None:
     """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
     Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
@@ -512,10 +513,10 @@ def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
     if len(names) == 2 and study.design != "factorial":
         raise InputError(f"{path}: one factor at a time was changed; {' and '.join(names)} never together")
     grouped: dict[tuple[str, ...], dict[int, Row]] = {}
-    for cell, row in zip(cell_names(results.plan), results.row_of):
-        others = [level for name, level in cell.levels.items() if name not in names]
+    for cell, row in zip(results.plan.cells_with_trials, results.row_of):
+        others = [level for name, level in cell.level_names.items() if name not in names]
         if cell.levels and (study.design == "factorial" or all(level == "base" for level in others)):
-            grouped.setdefault(tuple(cell.levels[name] for name in names), {})[row] = results.rows[row]
+            grouped.setdefault(tuple(cell.level_names[name] for name in names), {})[row] = results.rows[row]
     done = [row for group in grouped.values() for row in group.values() if row.by_seed]
     seeds = sorted(set.intersection(*(set(row.by_seed) for row in done))) if done else []
     judged = evidence.effects if len(names) == 1 else evidence.interactions

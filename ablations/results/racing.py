@@ -12,7 +12,8 @@ from expertgrid.ablations.results.evidence import Evidence, questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
 from expertgrid.ablations.results.stats.race import FIRST
-from expertgrid.ablations.study.study import Cell, Study
+from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError
 
 MOST_SEEDS = 100
@@ -45,7 +46,7 @@ def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> RaceR
 
     Raises InputError for a study with one network.
     """
-    contrasts = len(questions(study, study.names(cells)).race_QU)
+    contrasts = len(questions(study, [cell.planned for cell in cells]).race_QU)
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
     return RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)

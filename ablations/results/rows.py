@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.plan import Plan, PlannedCell, cell_names
+from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import FAILED, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
-from expertgrid.ablations.study.cells import Group, find_cell, groups
+from expertgrid.ablations.study.cells import Group, PlannedCell, find_cell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
@@ -135,7 +135,7 @@ class Results:
 
     def row(self, text: str) -> int:
         """The place of the row that a text names. Raises InputError, with the names there are."""
-        return find_cell(cell_names(self.plan), self.groups, text)
+        return find_cell(self.plan.cells_with_trials, self.groups, text)
 
 
 def read_results(directory: StudyDirectory) -> Results:
@@ -144,8 +144,8 @@ def read_results(directory: StudyDirectory) -> Results:
     plan, latencies = directory.read_plan(study), directory.latencies()
     timed = directory.training_rates()
     alone = timed.images_per_s if timed else {}
-    cells = [cell for cell in plan.cells if cell.trials]
-    named = groups(cell_names(plan), study.combined_levels)
+    cells = plan.cells_with_trials
+    named = groups(cells, study.combined_levels)
     rows, row_of = [], [0] * len(cells)
     for group in named:
         first = cells[group.places[0]]
@@ -177,7 +177,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 ),
                 alone=next((alone[trial] for trial in trials.values() if trial in alone), None),
                 reported=next(
-                    (study.reported[str(level)] for level in first.levels.values() if str(level) in study.reported),
+                    (study.reported[level] for level in first.level_names.values() if level in study.reported),
                     "",
                 ),
                 control=first.control,
@@ -187,10 +187,13 @@ def read_results(directory: StudyDirectory) -> Results:
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
-    found = directory.hold_out(trial)
-    if found is not None and (found.kind, found.share) != (plan.hold_out.kind, plan.hold_out.share):
+    config = directory.config(trial)
+    if config is None:
+        return
+    hold_out = config.hold_out
+    if (hold_out.kind, hold_out.share) != (plan.hold_out.kind, plan.hold_out.share):
         raise InputError(
-            f"{directory.trial(trial) / 'config.json'}: its hold-out is {found}, and plan.json has {plan.hold_out}; "
+            f"{directory.trial(trial) / 'config.json'}: its hold-out is {hold_out}, and plan.json has {plan.hold_out}; "
             "the records of one directory need the same hold-out"
         )
 

@@ -16,7 +16,7 @@ from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results import evidence
 from expertgrid.ablations.results.rows import measured
 from expertgrid.ablations.results.tables import tables
-from expertgrid.ablations.study.study import CONTROL_SEEDS
+from expertgrid.ablations.study.cells import CONTROL_SEEDS
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Network
 from expertgrid.model.cost import cost
@@ -36,7 +36,7 @@ class Verified:
     skipped: list[str]  # what could not be checked, and why
 
 
-def check_study(directory: StudyDirectory) -> Verified:
+def verify_study(directory: StudyDirectory) -> Verified:
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
     check = _Check()
     plan = directory.read_plan()

@@ -1,23 +1,66 @@
-"""The names of a study's cells: which of them are one network, and which cell a text means. Imports no torch."""
+"""The cells of a study: their trials, which of them are one network, and which one a text means. Imports no torch."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field
+
+from expertgrid.ablations.study.levels import Level, level_name
 from expertgrid.model.system.errors import InputError, unknown
+from expertgrid.model.training.trial import Trial
 
 EACH_LEVEL = "-"  # of a factor that changes nothing: the network is the same at each level
 CONTROL = "base again"  # the name of the control cell
+CONTROL_SEEDS = 1_000_000  # by so many the seeds of the control cell are higher than those of the others
+
+TrialId = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]  # it names a folder, and so cannot be a path
+
+
+class PlannedCell(BaseModel):
+    """A cell by the ids of its trials, as plan.json has it. Baselines and the control have no levels."""
+
+    model_name: str
+    levels: dict[str, Level]  # by factor
+    trials: list[TrialId]  # by seed
+    control: bool = False
+
+    @property
+    def network(self) -> str:
+        """The id of the first trial: cells with the same one are one network."""
+        return self.trials[0]
+
+    @property
+    def level_names(self) -> dict[str, str]:
+        """The levels as tables show them."""
+        return {name: level_name(level) for name, level in self.levels.items()}
 
 
 @dataclass(frozen=True)
-class CellName:
-    """What is known of a cell by its plan alone."""
+class Cell:
+    """One combination of levels, and its trials: one for each seed. Baselines and the control have no levels."""
 
-    model: str
-    levels: Mapping[str, str]  # by factor, as tables show them; none for a baseline and the control
-    network: str  # the id of its first trial: cells with the same one are one network
+    model_name: str
+    levels: dict[str, Level]
+    trials: tuple[Trial, ...]
     control: bool = False
+
+    @property
+    def planned(self) -> PlannedCell:
+        ids = [trial.id for trial in self.trials]
+        return PlannedCell(model_name=self.model_name, levels=self.levels, trials=ids, control=self.control)
+
+
+def control_cell(base: Cell) -> Cell:
+    """The base once more: trained from other seeds, on the same hold-outs."""
+    hold_out = base.trials[0].hold_out.model_copy(update={"offset": CONTROL_SEEDS})
+    trials = []
+    for trial in base.trials:
+        fields: dict[str, Any] = {name: getattr(trial, name) for name in Trial.model_fields}
+        fields |= {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}
+        trials.append(Trial(**fields))
+    return Cell(base.model_name, {}, tuple(trials), control=True)
 
 
 @dataclass(frozen=True)
@@ -35,24 +78,24 @@ class Group:
         return ", ".join(levels) or self.model
 
 
-def groups(cells: Sequence[CellName], levels: Mapping[str, int]) -> list[Group]:
-    """The networks among the cells, in their order. `levels` is how many each factor has, where all are combined."""
+def groups(cells: Sequence[PlannedCell], combined: Mapping[str, int]) -> list[Group]:
+    """The networks among the cells, in their order. `combined` is how many levels each factor has that is combined."""
     same: dict[tuple[str, bool], list[int]] = {}
     for place, cell in enumerate(cells):
         same.setdefault((cell.network, not cell.levels), []).append(place)
-    found = []
+    networks = []
     for places in same.values():
         first = cells[places[0]]
         shared = {}
         for factor in first.levels:
-            names = list(dict.fromkeys(cells[place].levels[factor] for place in places))
-            shared[factor] = EACH_LEVEL if 1 < len(names) == levels.get(factor) else " / ".join(names)
-        found.append(Group(CONTROL if first.control else first.model, shared, tuple(places)))
-    return found
+            names = list(dict.fromkeys(cells[place].level_names[factor] for place in places))
+            shared[factor] = EACH_LEVEL if 1 < len(names) == combined.get(factor) else " / ".join(names)
+        networks.append(Group(CONTROL if first.control else first.model_name, shared, tuple(places)))
+    return networks
 
 
-def find_cell(cells: Sequence[CellName], named: Sequence[Group], text: str) -> int:
-    """The place among the groups of the cell that a text names, or whose levels it gives.
+def find_cell(cells: Sequence[PlannedCell], networks: Sequence[Group], text: str) -> int:
+    """The place among the networks of the one that a text names, or whose levels it gives.
 
     `experts 2, gate mlp`, `experts=2,gate=mlp`, and `experts=4` where only one network has this level. Raises
     InputError, with the names there are, where the text means no network or several.
@@ -61,7 +104,7 @@ def find_cell(cells: Sequence[CellName], named: Sequence[Group], text: str) -> i
     def plain(name: str) -> str:
         return re.sub(r"[\s=,]+", " ", name).strip()
 
-    for place, group in enumerate(named):
+    for place, group in enumerate(networks):
         if plain(group.name) == plain(text):
             return place
     factors = sorted({name for cell in cells for name in cell.levels}, key=len, reverse=True)
@@ -70,13 +113,13 @@ def find_cell(cells: Sequence[CellName], named: Sequence[Group], text: str) -> i
     meant = {
         place
         for place, cell in enumerate(cells)
-        if wanted and not parts[0].strip() and cell.levels and wanted.items() <= dict(cell.levels).items()
+        if wanted and not parts[0].strip() and cell.levels and wanted.items() <= cell.level_names.items()
     }
-    matching = [place for place, group in enumerate(named) if meant & set(group.places)]
+    matching = [place for place, group in enumerate(networks) if meant & set(group.places)]
     if len(matching) == 1:
         return matching[0]
     if matching:
         raise InputError(
-            f"cell {text!r} is {len(matching)} cells: {'; '.join(named[place].name for place in matching)}"
+            f"cell {text!r} is {len(matching)} cells: {'; '.join(networks[place].name for place in matching)}"
         )
-    raise unknown("cell", text, [group.name for group in named])
+    raise unknown("cell", text, [group.name for group in networks])

@@ -25,7 +25,6 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
 )
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.plan import cell_names
 from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
 from expertgrid.ablations.study.cells import Group, groups
@@ -270,8 +269,8 @@ def _planned_networks(directory: StudyDirectory) -> dict[str, Group]:
     """The network of each planned trial, by the trial's id. Raises InputError for a damaged plan."""
     study = directory.read_study()
     plan = directory.read_plan(study)
-    cells = [cell for cell in plan.cells if cell.trials]
-    networks = groups(cell_names(plan), study.combined_levels)
+    cells = plan.cells_with_trials
+    networks = groups(cells, study.combined_levels)
     return {trial: network for network in networks for trial in cells[network.places[0]].trials}
 
 

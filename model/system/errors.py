@@ -16,11 +16,13 @@ LONGEST_VALUE = 80  # characters of a wrong value that an error shows
 class InputError(ValueError):
     """Wrong input. The message names the field or file, what was found, and what is accepted.
 
-    It is one line, and holds no character that a terminal would take for a command, whatever was found.
+    It is one line, and holds no character that a terminal would take for a command, whatever was found. In an error of
+    `wrong_file`, `problem` is what is wrong with the file, without its name; in any other it is the whole message.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, problem: str | None = None):
         super().__init__(printable(" ".join(message.split())))
+        self.problem = str(self) if problem is None else printable(" ".join(problem.split()))
 
 
 def printable(text: str) -> str:
@@ -28,6 +30,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+
+
+def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
+    """The error for a file: its name, what is wrong with it, and what to do."""
+    return InputError(f"{file}: {problem}{remedy and f'; {remedy}'}", str(problem))
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:
@@ -44,8 +51,8 @@ def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -
 def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
     """The error for the first thing that pydantic found wrong in a file or object.
 
-    `where` names that file or object, `fields` the fields that it can have. The value that was found is shown in at
-    most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
+    `where` names that file or object ("": the message names none), `fields` the fields that it can have. The value that
+    was found is shown in at most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
     """
     from pydantic import BaseModel
 
@@ -57,13 +64,13 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
         types = {str(other["loc"][-1]) for other in found if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
             first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
-    *parents, last = map(str, (where, *at))
+    path = [where, *map(str, at)] if where else [*map(str, at)]
     if first["type"] == "extra_forbidden":
-        return unknown(f"field of {'.'.join(parents)}:", last, fields)
-    place = ".".join([*parents, last])
+        return unknown(f"field of {'.'.join(path[:-1])}:" if path[1:] else "field", path[-1], fields)
+    place = f"{'.'.join(path)}: " if path else ""
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return InputError(f"{place}: not JSON: {message.removeprefix('Invalid JSON: ')}")
+        return InputError(f"{place}not JSON: {message.removeprefix('Invalid JSON: ')}")
     value = first["input"]
     said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
     try:
@@ -72,7 +79,7 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
         text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
     shown = "" if said else f", found {text}"
-    return InputError(f"{place}: {message[0].lower()}{message[1:]}{shown}")
+    return InputError(f"{place}{message[0].lower()}{message[1:]}{shown}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import io
 import pickle
 from pathlib import Path
 
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import wrong_file
 from expertgrid.model.system.files import write_whole
 
 DIGEST = hashlib.sha256().digest_size
@@ -31,12 +31,12 @@ def read_state(file: Path) -> dict:
     try:
         return torch.load(io.BytesIO(whole_state(file)), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise InputError(f"{file}: not the state of a training ({type(error).__name__})") from None
+        raise wrong_file(file, f"not the state of a training ({type(error).__name__})") from None
 
 
 def whole_state(file: Path) -> bytes:
     """The bytes that the checksum is of. Raises InputError where it does not fit."""
     content = file.read_bytes()
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
-        raise InputError(f"{file}: damaged, or of an older version: its checksum does not fit")
+        raise wrong_file(file, "damaged, or of an older version: its checksum does not fit")
     return content[DIGEST:]

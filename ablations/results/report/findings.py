@@ -17,7 +17,6 @@ from scipy.special import log_softmax
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.plan import Plan
-from expertgrid.ablations.records.reading import read_record
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
 from expertgrid.ablations.results.rows import Row, best_record, ranking
@@ -27,7 +26,7 @@ from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import CACHE, load_data, split_share
 from expertgrid.model.training.splits import ResidentData
-from expertgrid.model.training.trial import Epoch, Trial
+from expertgrid.model.training.trial import Epoch
 
 MOST_CURVES = 6  # cells whose curves are drawn
 MOST_MISTAKES = 24
@@ -291,7 +290,7 @@ def _images(
         if data_dir is not None:
             raise
         return None, f"The images are not available on this machine: {error}."
-    config = read_record(Trial, directory.trial(trial) / "config.json")
+    config = directory.config(trial)
     if config is not None and config.fingerprint != data.fingerprint:
         return None, f"The data source {source!r} no longer has the images that this study was trained on."
     return ResidentData(data, torch.device("cpu")), ""

@@ -427,7 +427,7 @@ def test_lists(expertgrid):
         (["run", "--set", "recipe.epochs=0"], "recipe.epochs: input should be greater than 0, found 0"),
         (["run", "--set", "recipe.epochs"], "PATH=VALUE is needed"),
         (["run", "--set", "experts=3"], "experts is a factor, with levels [1, 2], and is set as well"),
-        (["run", "--set", "expert=3"], "unknown name in study quickstart: 'expert'; did you mean 'experts'?"),
+        (["run", "--set", "expert=3"], "study quickstart: unknown name 'expert'; did you mean 'experts'?"),
         (["run", "--device", "gpu"], "unknown device 'gpu'"),
         (["run", "--sets", "x=1"], "No such option: --sets"),
         (["run", "--out", "full"], "--out full: is not empty, and holds no study"),
@@ -524,7 +524,7 @@ def test_export_checks_the_data(expertgrid, trained_study, tmp_path):
 
 
 def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, digits, tmp_path):
-    from expertgrid.ablations.study.study import load_study
+    from expertgrid.ablations.study.study_file import load_study
 
     study = load_study(str(tiny_study))
     with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):

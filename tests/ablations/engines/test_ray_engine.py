@@ -29,7 +29,7 @@ from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.engines.ray import RayEngine, ray_engine
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.fast.execution import EAGER
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData

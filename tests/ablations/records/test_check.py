@@ -13,9 +13,8 @@ import pytest
 from conftest import REPOSITORY, finished_study, snapshot
 
 from expertgrid.ablations.records.check import check_files
-from expertgrid.ablations.records.checksums import write_sums
+from expertgrid.ablations.records.checksums import SUMS, write_sums
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.reading import SUMS
 from expertgrid.ablations.records.record import Failure
 from expertgrid.model.training.resume import write_state
 

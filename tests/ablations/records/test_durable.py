@@ -16,10 +16,9 @@ from conftest import REPOSITORY, finished_study, snapshot
 
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
-from expertgrid.ablations.records.checksums import OF_A_TRIAL, changed_files
+from expertgrid.ablations.records.checksums import OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.lock import WRITER
-from expertgrid.ablations.records.reading import SUMS
 from expertgrid.ablations.study import disk
 from expertgrid.ablations.study.disk import bytes_needed, check_space, stored_bytes
 from expertgrid.ablations.study.study import Study
@@ -225,7 +224,7 @@ WRITES = """
 import sys
 from pathlib import Path
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.system.errors import InputError
 
@@ -438,5 +437,5 @@ def test_the_id_of_a_trial_cannot_be_a_path(tmp_path, digits):
     plan = json.loads((directory.path / "plan.json").read_text())
     plan["cells"][0]["trials"][0] = "../../../etc"
     (directory.path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match=r"plan.json.cells.0.trials.0: .*found '../../../etc'"):
+    with pytest.raises(InputError, match=r"plan.json: cells.0.trials.0: .*found '../../../etc'"):
         _ = directory.read_plan()

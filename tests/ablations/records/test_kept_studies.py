@@ -9,8 +9,8 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.tables.tables import factor_table
-from expertgrid.ablations.results.verify import check_study
-from expertgrid.ablations.study.study import SHIPPED, load_study
+from expertgrid.ablations.results.verify import verify_study
+from expertgrid.ablations.study.study_file import SHIPPED, load_study
 from expertgrid.model.system.text import render_tables
 
 KEPT = sorted(file.parent for file in SHIPPED.glob("*/study.toml"))
@@ -18,7 +18,7 @@ KEPT = sorted(file.parent for file in SHIPPED.glob("*/study.toml"))
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_each_number_follows_from_the_records(path):
-    found = check_study(StudyDirectory(path))
+    found = verify_study(StudyDirectory(path))
     assert found.problems == []
     assert found.checked > 100
     assert not [line for line in found.skipped if "predictions" in line]

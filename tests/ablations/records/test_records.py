@@ -14,7 +14,7 @@ import torch
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.lock import LOCK
 from expertgrid.ablations.records.record import Environment
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.bench.timing import Block, Times
 from expertgrid.model.system import machine
@@ -95,10 +95,10 @@ def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
     place = directory.trial("abc")
     remedy = f"the file is damaged: delete {place} and run the study again: this trial is then trained again"
     for content, wrong in (
-        ('{"trial": "abc"}', ".seed: field required"),
+        ('{"trial": "abc"}', ": seed: field required"),
         (
             '{"trial": "abc", "seed": "none"}',
-            ".seed: input should be a valid integer, unable to parse",
+            ": seed: input should be a valid integer, unable to parse",
         ),
         ('{"trial": "' + 500 * "x", ": not JSON: EOF while parsing a string at line 1 column 511"),
         ('["' + 500 * "x" + '"]', ": input should be an object, found ['" + 75 * "x" + "..."),
@@ -158,21 +158,21 @@ def test_the_environment_says_what_it_was_measured_on(monkeypatch):
     """The parts that model/machine.py finds are tested there."""
     monkeypatch.setattr(machine, "checkout_commit", lambda: "0123abc+changes")
     monkeypatch.setattr(machine, "gpu_driver", lambda: "570.1")
-    here = Environment.here(torch.device("cpu"))
+    here = Environment.of_machine(torch.device("cpu"))
     assert (here.cpu, here.device) == (machine.cpu_name(), f"cpu ({machine.cpu_name()})")
     assert (here.cores, here.memory_bytes) == (machine.usable_cores(), machine.memory_bytes())
     assert here.threads == torch.get_num_threads()
     assert here.versions["torch"] == version("torch")
     assert (here.commit, here.driver) == ("0123abc+changes", None), "the driver is for numbers of a GPU"
     monkeypatch.setattr(machine, "device_name", lambda device: "H100")
-    on_gpu = Environment.here(torch.device("cuda"))
+    on_gpu = Environment.of_machine(torch.device("cuda"))
     assert (on_gpu.device, on_gpu.driver, on_gpu.cpu) == ("H100", "570.1", here.cpu)
 
 
 def test_records_of_trainings_have_the_environment(trained_study):
     study = StudyDirectory(trained_study)
     records = [study.record(trial) for cell in study.read_plan().cells for trial in cell.trials]
-    expected = Environment.here(torch.device("cpu"))
+    expected = Environment.of_machine(torch.device("cpu"))
     assert {record.environment.model_dump_json() for record in records} == {expected.model_dump_json()}
 
 

@@ -21,7 +21,7 @@ from expertgrid.ablations.results.rows import best_row, common_scores, on_test, 
 from expertgrid.ablations.results.stats.contrasts import judge
 from expertgrid.ablations.results.stats.race import race
 from expertgrid.ablations.results.tables.tables import comparison_tables, plan_lines, study_tables, study_text
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import render_tables
@@ -352,7 +352,7 @@ def test_costs_are_ratios_over_matched_cells_measured_alike(digits, tmp_path):
 
 def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path):
     study = parse_study(GRID, tmp_path / "grid.toml")
-    names = study.names(study.cells(digits))
+    names = [cell.planned for cell in study.cells(digits)]
     before = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
     assert (before.spread, before.measured) == (pytest.approx(100 * (0.9 * 0.1 / 5000) ** 0.5), False)
     after = foresee(study, names, 5000, grid)
@@ -370,7 +370,7 @@ def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path
 def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
     """Of studies whose largest effect is as large as the plan can see, four of five find it."""
     study = parse_study(GRID, tmp_path / "grid.toml")
-    names = study.names(study.cells(digits))
+    names = [cell.planned for cell in study.cells(digits)]
     sight = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
     weights_QU = questions(study, names).effect_weights_QU
     hardest = int((weights_QU**2).sum(1).argmax())

@@ -19,7 +19,7 @@ from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
 from expertgrid.ablations.results.tables.tables import columns, study_text
 from expertgrid.ablations.results.verdict import Verdict
-from expertgrid.ablations.study.study import parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Points, Signed, Span, Times, render, shown
 from expertgrid.model.training.splits import ResidentData

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.results.rows import measured, read_results
-from expertgrid.ablations.results.verify import check_study
+from expertgrid.ablations.results.verify import verify_study
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: change(s.trial(t) / "record.json", parameters=7), "parameters is 7, but "),
         (lambda s, t: change(s.trial(t) / "record.json", images_per_s=7.0), "images_per_s is 7.0, but "),
         (lambda s, t: change(s.trial(t) / "record.json", trial="x"), "trial in record.json is x"),
-        (lambda s, t: change(s.trial(t) / "record.json", extra=1), "unknown field of"),
+        (lambda s, t: change(s.trial(t) / "record.json", extra=1), "record.json: unknown field 'extra'"),
         (lambda s, t: change(s.trial(t) / "config.json", seed=5), "hash of config.json is "),
         (lambda s, t: (s.trial(t) / "config.json").unlink(), "there is no config.json"),
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
@@ -175,10 +175,10 @@ def test_a_report_with_other_numbers_is_found(expertgrid, study):
     numbers = '<script type="application/json" id="numbers">{}</script>'
     kept = {"measured": measured(read_results(study).rows), "tables": rows}
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
-    assert check_study(study).problems == []
+    assert verify_study(study).problems == []
     rows["cells"][1]["test acc %"]["mean"] += 0.01
     (study.path / "report.html").write_text(numbers.format(json.dumps(kept)))
-    (problem,) = check_study(study).problems
+    (problem,) = verify_study(study).problems
     assert problem.startswith("report.html: test acc % mean in row 2 of cells is ")
 
 

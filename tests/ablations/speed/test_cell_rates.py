@@ -6,8 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.reading import TRAINING
+from expertgrid.ablations.records.directory import TRAINING, StudyDirectory
 
 
 @pytest.fixture

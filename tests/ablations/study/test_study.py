@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from expertgrid.ablations.study.study import Study, load_study, parse_study, shipped_studies
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
@@ -171,42 +172,42 @@ def test_a_study_grows_by_levels_and_seeds():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seeds = 0", "my.toml.seeds: input should be greater than or equal to 1, found 0"),
-        ("sedes = 3", "unknown field of my.toml: 'sedes'; did you mean 'seeds'?"),
-        ("[base]\nmodle = 'x'", "unknown field of my.toml.base: 'modle'; did you mean 'model'?"),
-        ("[base]\nimage_size = 0", "my.toml.base.image_size: input should be greater than or equal to 1, found 0"),
+        ("seeds = 0", "my.toml: seeds: input should be greater than or equal to 1, found 0"),
+        ("sedes = 3", "my.toml: unknown field 'sedes'; did you mean 'seeds'?"),
+        ("[base]\nmodle = 'x'", "my.toml: unknown field of base: 'modle'; did you mean 'model'?"),
+        ("[base]\nimage_size = 0", "my.toml: base.image_size: input should be greater than or equal to 1, found 0"),
         (
             "[base]\nimage_size = 1025",
-            "my.toml.base.image_size: input should be less than or equal to 1024, found 1025",
+            "my.toml: base.image_size: input should be less than or equal to 1024, found 1025",
         ),
-        ("[base]\nimage_size = 'big'", "my.toml.base.image_size: input should be a valid integer, found 'big'"),
-        ("[base]\nimage_size = 64.0", "my.toml.base.image_size: input should be a valid integer, found 64.0"),
-        ("[base]\nhold_out = 'rotate'", "my.toml.base.hold_out: input should be 'rotating' or 'fixed', found 'rotate'"),
-        ("design = 'full'", "my.toml.design: input should be 'factorial' or 'one_at_a_time', found 'full'"),
-        ("[factors]\nexpert = [1]", "unknown name in my.toml: 'expert'; did you mean 'experts'?"),
-        ("[factors]\nexperts = []", "my.toml.factors.experts: value should have at least 1 item"),
-        ("[factors]\nexperts = 3", "my.toml.factors.experts: input should be a valid list"),
-        ("[factors]\nexperts = [3, 3]", "my.toml.factors.experts: a level is given twice"),
-        ("[set]\nreference = 'two_block'", "unknown name in my.toml: 'reference'"),
+        ("[base]\nimage_size = 'big'", "my.toml: base.image_size: input should be a valid integer, found 'big'"),
+        ("[base]\nimage_size = 64.0", "my.toml: base.image_size: input should be a valid integer, found 64.0"),
+        ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
+        ("design = 'full'", "my.toml: design: input should be 'factorial' or 'one_at_a_time', found 'full'"),
+        ("[factors]\nexpert = [1]", "my.toml: unknown name 'expert'; did you mean 'experts'?"),
+        ("[factors]\nexperts = []", "my.toml: factors.experts: value should have at least 1 item"),
+        ("[factors]\nexperts = 3", "my.toml: factors.experts: input should be a valid list"),
+        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
+        ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
-        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: recipe.cutout is set twice"),
+        ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
         (
             "[set]\n'recipe.lr' = nan",
-            "my.toml.set.recipe.lr: a finite number, text, true, false, a list or a table is n",
+            "my.toml: set.recipe.lr: a finite number, text, true, false, a list or a table is n",
         ),
-        ("[factors]\nlr = [0.1, inf]", "my.toml.factors.lr.1: a finite number, text, true, false, a list or a table"),
-        ("margin = true", "my.toml.margin: a number is needed, found True"),
+        ("[factors]\nlr = [0.1, inf]", "my.toml: factors.lr.1: a finite number, text, true, false, a list or a table"),
+        ("margin = true", "my.toml: margin: a number is needed, found True"),
         ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
         ("[factors", "my.toml: not TOML"),
-        ("name = 'x'", "unknown field of my.toml: 'name'. Accepted: base, baselines, contrasts, control, design,"),
-        ("seeds = true", "my.toml.seeds: input should be a valid integer, found True"),
+        ("name = 'x'", "my.toml: unknown field 'name'. Accepted: base, baselines, contrasts, control, design,"),
+        ("seeds = true", "my.toml: seeds: input should be a valid integer, found True"),
         (
             "[set]\nexperts = 2\n[factors]\nexperts = [1]",
             "my.toml: experts is a factor, with levels [1], and is set as well",
         ),
         ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "cutout is given twice among the factors"),
         ("[factors]\nreference = ['two_block']\nmodel = ['two_block']", "factor reference is a model and a recipe"),
-        ("[factors]\nexperts = [1]\n[reported]\n2 = '90'", "unknown level in my.toml, reported: '2'. Accepted: 1"),
+        ("[factors]\nexperts = [1]\n[reported]\n2 = '90'", "my.toml: unknown level in reported: '2'. Accepted: 1"),
     ],
 )
 def test_wrong_study_files(text, message):
@@ -308,9 +309,9 @@ def test_a_factor_is_not_set_as_well():
 def test_a_study_is_resolved_without_torch():
     """Importing torch takes seconds, which a table and a dry run need not wait for."""
     code = (
-        "import sys, expertgrid.ablations.study.study, expertgrid.ablations.records.directory\n"
+        "import sys, expertgrid.ablations.study.study_file, expertgrid.ablations.records.directory\n"
         "from expertgrid.model.training.data import load_data\n"
-        "cells = expertgrid.ablations.study.study.load_study('quickstart').cells(load_data('digits'))\n"
+        "cells = expertgrid.ablations.study.study_file.load_study('quickstart').cells(load_data('digits'))\n"
         "print(len(cells), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

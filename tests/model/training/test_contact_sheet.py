@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from expertgrid.ablations.study.study import changed_recipe
+from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.contact_sheet import DRAWS, GAP, LINE, contact_sheet
 from expertgrid.model.training.data import ImageData

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
-from expertgrid.ablations.study.study import changed_recipe
+from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError

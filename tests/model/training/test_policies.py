@@ -16,7 +16,7 @@ from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from torchvision.transforms import ColorJitter, transforms
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from expertgrid.ablations.study.study import changed_recipe
+from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training import policies
 from expertgrid.model.training.data import ImageData

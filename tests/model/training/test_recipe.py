@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from expertgrid.ablations.study.study import changed_recipe
+from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.augment import augment
 from expertgrid.model.training.loader import Loader

@@ -1,0 +1,105 @@
+"""Changes of a network and its recipe: by a variant, by a field of the recipe, or by a dotted path."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from expertgrid.ablations.study.levels import Level
+from expertgrid.model.config import ModelConfig, Network
+from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
+from expertgrid.model.variants import VARIANTS, vary
+
+CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+
+
+def dotted(name: str) -> str:
+    """The dotted path that a name stands for; a variant stands for itself, a name that is nothing for ''."""
+    if name in VARIANTS or name in CHOICES or "." in name:
+        return name
+    return f"recipe.{name}" if name in Recipe.model_fields else ""
+
+
+def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tuple[Network, Recipe]:
+    """Network and recipe with variants applied, in the order of `VARIANTS`, and then dotted paths set together.
+
+    Raises InputError for a change that does not exist, or does not apply.
+    """
+    for name in VARIANTS:
+        if name in changes:
+            if not isinstance(config, ModelConfig):
+                raise InputError(
+                    f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models"
+                )
+            config = vary(config, name, changes[name])
+    paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
+    for name in (name for name in changes if name not in VARIANTS):
+        root, _, path = dotted(name).partition(".")
+        if root not in paths:
+            raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
+        if root == "model" and path in ("in_chans", "num_classes"):
+            raise InputError(f"{name} follows from the data and cannot be set")
+        paths[root][path] = changes[name]
+    return _with_paths(config, "model", paths["model"]), _with_paths(recipe, "recipe", paths["recipe"])
+
+
+def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
+    """The recipe called `name` with fields set, by their names or dotted paths. Raises InputError."""
+    changes = {}
+    for path, value in settings.items():
+        root, _, field = dotted(path).partition(".")
+        if root != "recipe" or not field:
+            raise unknown("field of the recipe", path, Recipe.model_fields)
+        changes[field] = value
+    changed = _with_paths(recipe(name), "recipe", changes)
+    check_optimizer(changed)
+    return changed
+
+
+def _with_paths(spec: BaseModel, root: str, changes: Mapping[str, Level]) -> Any:
+    """`spec` with the values at dotted paths replaced, and validated again."""
+    if not changes:
+        return spec
+    fields = spec.model_dump(mode="json")
+    for path, value in changes.items():
+        place: Any = fields  # an object or a list of the JSON
+        at = root
+        *parents, last = path.split(".")
+        for part in parents:
+            place, at = place[_key(place, at, part)], f"{at}.{part}"
+        place[_key(place, at, last)] = value
+    if isinstance(spec, Recipe):
+        fields = Recipe.without_idle(fields, given=changes)
+    try:
+        return type(spec).model_validate(fields)
+    except ValidationError as error:
+        raise invalid(root, error, type(spec).model_fields) from None
+
+
+def _key(place: object, at: str, part: str) -> str | int:
+    """The key that a part of a dotted path stands for in `place`, which is at the path `at`."""
+    if not isinstance(place, list | dict):
+        raise InputError(f"{at} has no fields; found {at}.{part}")
+    keys = {str(i): i for i in range(len(place))} if isinstance(place, list) else {key: key for key in place}
+    if part not in keys:
+        raise unknown(f"field of {at}:", part, keys)
+    return keys[part]
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Raises InputError where the optimiser cannot be made from the recipe's values.
+
+    An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
+    is tried, and that imports torch.
+    """
+    if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
+        return
+    from expertgrid.model.training import optimise
+
+    optimise.check_optimizer(recipe)
+
+
+def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:
+    """What an optimiser can refuse: its name, betas and momentum. No optimiser refuses another value of a recipe."""
+    return recipe.opt, recipe.opt_betas, recipe.momentum

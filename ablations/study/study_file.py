@@ -1,0 +1,55 @@
+"""Study files: TOML, by a path or by the name of a study that ships with the package."""
+
+import os.path
+import tomllib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from expertgrid.ablations.study.study import Base, Study
+from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
+
+SHIPPED = Path(__file__).parents[1] / "studies"
+LARGEST_FILE = 1_000_000  # bytes of a study file
+
+
+def shipped_studies() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_study(name: str) -> Study:
+    """Reads a shipped study by name, or any other by the path of its TOML file. Raises InputError for a wrong one."""
+    path = SHIPPED / f"{name}.toml" if name in shipped_studies() else Path(name)
+    if os.path.isdir(path):  # False, other than Path.is_dir, also where a name is too long for a file
+        raise InputError(f"study {name}: is a directory; the path of a TOML file is needed")
+    if not os.path.isfile(path):
+        raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
+    return read_study(path)
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file, named as the file is. Raises InputError."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise wrong_file(path, f"has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
+        return parse_study(path.read_text(encoding="utf-8-sig"), path)
+    except OSError as error:
+        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise wrong_file(path, f"not TOML: {error}") from None
+
+
+def parse_study(text: str, path: Path) -> Study:
+    """A study from TOML. `path` names it, and is what errors name. Raises InputError."""
+    accepted = sorted(set(Study.model_fields) - {"name"})
+    try:
+        fields = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        raise wrong_file(path, f"not TOML: {error}") from None
+    if "name" in fields:
+        raise wrong_file(path, unknown("field", "name", accepted))
+    try:
+        return Study(name=path.stem, **fields)
+    except ValidationError as error:
+        within_base = error.errors()[0]["loc"][:1] == ("base",)
+        raise wrong_file(path, invalid("", error, Base.model_fields if within_base else accepted)) from None
