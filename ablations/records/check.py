@@ -228,21 +228,12 @@ def _exports(path: Path) -> Iterator[Found]:
     for file in sorted((path / "bench").glob("*.json")):
         if problem := _problem(lambda file=file: read_record(LatencyRecord, file)):
             yield Found("damaged", f"bench/{file.name}", problem, "delete it and run expertgrid bench again")
-    again = "delete it and run expertgrid export again"
-    files = sorted((path / "export").glob("*.onnx"))
-    for file in files:
-        from expertgrid.export.certificate import certificate_problem
-        from expertgrid.export.describe import read_onnx
+    if (path / "export").is_dir():
+        from expertgrid.export.exported import export_problems  # which imports torch
 
-        try:
-            problem = certificate_problem(read_onnx(file), file)
-        except InputError as error:
-            problem = str(error).removeprefix(f"{file}: ")
-        if problem:
-            yield Found("damaged", f"export/{file.name}", problem, again)
-    for file in sorted((path / "export").glob("*.certificate.json")):
-        if not file.with_name(file.name.replace(".certificate.json", ".onnx")).exists():
-            yield Found("damaged", f"export/{file.name}", "its ONNX file is missing", again)
+        for file, problem in export_problems(path / "export"):
+            if problem:
+                yield Found("damaged", f"export/{file.name}", problem, "delete it and run expertgrid export again")
 
 
 def _problem(read: Callable[[], object]) -> str:

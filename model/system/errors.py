@@ -16,11 +16,13 @@ LONGEST_VALUE = 80  # characters of a wrong value that an error shows
 class InputError(ValueError):
     """Wrong input. The message names the field or file, what was found, and what is accepted.
 
-    It is one line, and holds no character that a terminal would take for a command, whatever was found.
+    It is one line, and holds no character that a terminal would take for a command, whatever was found. In an error of
+    `wrong_file`, `problem` is what is wrong with the file, without its name; in any other it is the whole message.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, problem: str | None = None):
         super().__init__(printable(" ".join(message.split())))
+        self.problem = str(self) if problem is None else printable(" ".join(problem.split()))
 
 
 def printable(text: str) -> str:
@@ -28,6 +30,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+
+
+def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
+    """The error for a file: its name, what is wrong with it, and what to do."""
+    return InputError(f"{file}: {problem}{remedy and f'; {remedy}'}", str(problem))
 
 
 def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:

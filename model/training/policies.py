@@ -341,6 +341,8 @@ def check_images(auto_augment: str, color_jitter: Sequence[float], data: ImageDa
     if data.channels == 1 and len(color_jitter) == 4 and color_jitter[3]:
         raise InputError(f"recipe.color_jitter: the images of {data.name} have one channel, and no hue")
     try:
-        Policy(auto_augment, color_jitter, data.mean, data.image_size, torch.device("cpu")).draw(RandomState(0), DRAWS_TRIED)
+        Policy(auto_augment, color_jitter, data.mean, data.image_size, torch.device("cpu")).draw(
+            RandomState(0), DRAWS_TRIED
+        )
     except (ValueError, MemoryError, OverflowError) as error:  # of NumPy's random numbers
         raise InputError(f"recipe.{field}: nothing can be drawn from it: {reason_of(error)}") from None
