@@ -13,7 +13,7 @@ import torch
 
 from expertgrid.bench.timing import Call, Times, percentiles, take_turns
 from expertgrid.export.certificate import Tried
-from expertgrid.export.certify import REWRITE_SETS, Made, Published, Reference, certified, rewritten
+from expertgrid.export.certify import REWRITE_SETS, CertifiedModel, Reference, UncertifiedModel, certified, rewritten
 from expertgrid.export.metadata import AS_IT_IS, Options, Precision
 from expertgrid.export.openvino import check_openvino
 from expertgrid.export.precision import PrecisionError
@@ -46,7 +46,7 @@ def tune(
     outputs: Collection[str] = (LOGITS,),
     before_each_certificate: Callable[[], object] = lambda: None,
     brief: bool = False,
-) -> Published:
+) -> CertifiedModel:
     """The file that is fastest at this batch size among those that hold their bounds; its certificate has all that was
     tried.
 
@@ -77,16 +77,18 @@ def tune(
         ]
         tried[place] = tried[place].model_copy(update={"outcome": "chosen"})
         before_each_certificate()
-        published = certified(models[way], reference, way.precision, [way.provider], way.provider, tried, way.options)
-        if published.certificate.passed:
-            return published
-        left_out[way] = f"not certified: {published.certificate}"
+        model = certified(models[way], reference, way.precision, [way.provider], way.provider, tried, way.options)
+        if model.certificate.passed:
+            return model
+        left_out[way] = f"not certified: {model.certificate}"
     raise InputError(f"--tune: no file is certified; the fastest: {left_out[ranked[0]]}")
 
 
-def _models(reference: Reference, provider: str, outputs: Collection[str]) -> tuple[dict[Way, Made], dict[Way, str]]:
+def _models(
+    reference: Reference, provider: str, outputs: Collection[str]
+) -> tuple[dict[Way, UncertifiedModel], dict[Way, str]]:
     """The different models of all ways, and the ways that are not possible here, with the reason."""
-    models: dict[Way, Made] = {}
+    models: dict[Way, UncertifiedModel] = {}
     left_out: dict[Way, str] = {}
     once = cache(lambda name, precision: rewritten(reference, precision, REWRITE_SETS[name], outputs))
     for engine, precision in ENGINES[provider]:
@@ -123,7 +125,7 @@ def variants(provider: str) -> list[Options]:
 
 
 def _by_speed(
-    models: dict[Way, Made], images: np.ndarray, effort: tuple[float, int], left_out: dict[Way, str]
+    models: dict[Way, UncertifiedModel], images: np.ndarray, effort: tuple[float, int], left_out: dict[Way, str]
 ) -> dict[Way, Times]:
     """The times of the ways that run here, the fastest first; the others enter `left_out`.
 

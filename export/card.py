@@ -1,6 +1,6 @@
 """The model card that stands beside an exported file: a Markdown text that says what the network is and is not.
 
-Nothing in it is made up here: what the network was trained on and how is what the caller and the file say.
+What the network was trained on, and how, is what the caller and the file say.
 """
 
 import json
@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from types import MappingProxyType
 
-from tabulate import tabulate
-
 from expertgrid.export.certificate import Certificate
 from expertgrid.export.describe import Description
 from expertgrid.export.metadata import Metadata, read_metadata
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import Interval, Measured, render
 
 JPEG_COPIES = "cifar10-jpeg"
 LISTED_CLASSES = 100
@@ -29,7 +28,7 @@ def card(
     network: Mapping[str, object],
     data: Mapping[str, object],
     recipe: Mapping[str, object],
-    table_row: Sequence[tuple[str, str]],
+    results: Mapping[str, object],
     latency: Sequence[Mapping[str, object]] = (),
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
@@ -37,9 +36,9 @@ def card(
 
     `file` is what `describe` returns. `network`, `data` and `recipe` are facts by their titles, shown in their order; a
     fact that is a list or a table itself is shown as JSON. `data_name` is the data's name in tables ("cifar10").
-    `table_row` is the titles and texts of the network's row in its study's table, with intervals. `latency` is the rows
-    of `expertgrid bench`, empty where nothing was measured. `more` is further sections by their titles, in Markdown,
-    which come first. Raises InputError for a file without expertgrid's metadata.
+    `results` is the network's row in its study's table: values of `model.system.text` by their titles. `latency` is the
+    rows of `expertgrid bench`, empty where nothing was measured. `more` is further sections by their titles, in
+    Markdown, which come first. Raises InputError for a file without expertgrid's metadata.
     """
     metadata = read_metadata(file.metadata, file.name)
     trained = metadata.trained
@@ -57,7 +56,7 @@ def card(
         "## How it was trained",
         _facts(recipe),
         "## Results",
-        _results(table_row),
+        _results(results),
         "## Latency",
         _latency(latency, name),
         "## The file",
@@ -66,7 +65,7 @@ def card(
         "## Agreement with PyTorch",
         _agreement(certificate),
         "## How to use it",
-        usage(file, metadata),
+        _usage(file, metadata),
         "## Limits",
         _limits(height, width, len(classes), data_name),
     ]
@@ -95,22 +94,20 @@ def _facts(facts: Mapping[str, object]) -> str:
     return "\n".join(f"- {escaped(title)}: {_shown(value)}" for title, value in facts.items()) or "Not stated."
 
 
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
-    titles = list(dict.fromkeys(title for row in rows for title in row))
-    cells = [[_shown(row.get(title)) for title in titles] for row in rows]
-    return tabulate(cells, headers=[escaped(title) for title in titles], tablefmt="github", disable_numparse=True)
+def _table(rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> str:
+    cells = [{escaped(title): escaped(v) if isinstance(v, str) else v for title, v in row.items()} for row in rows]
+    return render(cells, "github", notes)
 
 
-def _results(table_row: Sequence[tuple[str, str]]) -> str:
-    if not table_row:
+def _results(results: Mapping[str, object]) -> str:
+    if not results:
         return "Not stated."
-    table = _table([dict(table_row)])
-    if any("±" in text for _, text in table_row):
-        table += (
-            "\n\nMeans over seeds; ± is half of the 95% interval of the mean (Student's t). The file is the network of "
-            "one of the seeds."
-        )
-    return table
+    values, notes = results.values(), []
+    if any(isinstance(value, Interval) and value.low is not None for value in values):
+        notes.append("In brackets: 95% interval of the mean over seeds (Student's t). The file is one seed's network.")
+    if any(isinstance(value, Measured) for value in values):
+        notes.append("±: half of the 95% interval of the median.")
+    return _table([results], notes)
 
 
 def _latency(latency: Sequence[Mapping[str, object]], name: str) -> str:
@@ -127,20 +124,20 @@ def _fenced(code: str, language: str) -> str:
 
 
 def _file(file: Description, metadata: Metadata) -> str:
-    wants = {
+    meanings = {
         "uint8": "raw pixels from 0 to 255, in the order batch, height, width, channels; the file normalises them",
         "float": "pixels from 0 to 1, less the mean and divided by the standard deviation of each channel (both in the "
         "metadata), in the order batch, channels, height, width",
     }
     facts = {
         "Input": ", ".join(map(str, file.inputs)),
-        "Input holds": wants[metadata.input],
+        "Input holds": meanings[metadata.input],
         "Output": ", ".join(map(str, file.outputs)),
         "Output holds": "logits, one for each class, before any softmax",
         "Size": f"{file.file_bytes:,} bytes, {file.parameters:,} numbers in its tensors",
         "Multiply-accumulates for one image": file.macs_unknown if file.macs is None else file.macs,
-        "Opset": ", ".join(f"{domain or 'onnx'} {version}" for domain, version in file.opsets.items()),
-        "Operators": ", ".join(f"{count} {operator}" for operator, count in file.operators.items()),
+        "Opset": file.opsets_in_words,
+        "Operators": file.operators_in_words,
     }
     return _facts(facts)
 
@@ -161,12 +158,12 @@ def _agreement(certificate: Certificate) -> str:
     return f"{verdict} with the network that was trained, on the test split.\n\n{_facts(facts)}"
 
 
-def usage(file: Description, metadata: Metadata) -> str:
+def _usage(file: Description, metadata: Metadata) -> str:
     """A block of Python code that classifies `image.png` with the file, both in the working directory."""
     height, width = metadata.trained.image_size
-    given, made = file.inputs[0], file.outputs[0]
+    images, logits = file.inputs[0], file.outputs[0]
     is_uint8 = metadata.input == "uint8"
-    channels = "?" if given.shape is None else given.shape[3 if is_uint8 else 1]
+    channels = "?" if images.shape is None else images.shape[3 if is_uint8 else 1]
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise InputError(
@@ -194,7 +191,7 @@ def usage(file: Description, metadata: Metadata) -> str:
             "images = images.transpose(0, 3, 1, 2)  # batch, channels, height, width",
         ]
     lines += [
-        f"(logits,) = session.run([{made.name!r}], {{{given.name!r}: images}})",
+        f"(logits,) = session.run([{logits.name!r}], {{{images.name!r}: images}})",
         "print(classes[logits[0].argmax()])",
     ]
     return _fenced("\n".join(lines), "python")

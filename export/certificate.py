@@ -7,7 +7,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from expertgrid.export.metadata import Precision, without_certificate
+from expertgrid.model.system.errors import wrong_file
 
+AGAIN = "export it again"
 CHANCE = 0.01  # McNemar's p-value, below which a loss of accuracy on a sample of images is not by chance
 
 
@@ -19,11 +21,10 @@ class Bound(BaseModel):
     accuracy_loss: float | None  # as a share of the images
 
 
+HALF_A_POINT = Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005)
 BOUNDS = {
     "fp32": Bound(logit_difference=1e-4, argmax_flips=0, accuracy_loss=None),
-    "fp16": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
-    "int8": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
-    "bf16": Bound(logit_difference=None, argmax_flips=None, accuracy_loss=0.005),
+    **dict.fromkeys(("fp16", "int8", "bf16"), HALF_A_POINT),
 }
 
 
@@ -51,7 +52,7 @@ class Agreement(BaseModel):
             (len(self.argmax_flips), bound.argmax_flips),
             (self.pytorch_accuracy - self.accuracy, None if by_chance else bound.accuracy_loss),
         )
-        return np.isfinite(self.largest_difference) and all(limit is None or found <= limit for found, limit in limits)
+        return np.isfinite(self.largest_difference) and all(most is None or value <= most for value, most in limits)
 
 
 class Tried(BaseModel):
@@ -92,13 +93,13 @@ class Certificate(BaseModel):
     def __str__(self) -> str:
         worst = max(self.agreements, key=lambda agreement: agreement.largest_difference)
         flips = max(len(agreement.argmax_flips) for agreement in self.agreements)
-        whole = dict.fromkeys(str(found.batch) for found in self.agreements if not found.sampled)
-        sampled = {str(found.batch): found.images for found in self.agreements if found.sampled}
+        whole = {str(agreement.batch): agreement for agreement in self.agreements if not agreement.sampled}
+        sampled = {str(agreement.batch): agreement for agreement in self.agreements if agreement.sampled}
         sizes = f"at batch size{'s' * (len(whole) > 1)} {', '.join(whole)}"
         if sampled:
-            sizes += f" (and on {next(iter(sampled.values())):,} of them at {', '.join(sampled)})"
+            sizes += f" (and on {next(iter(sampled.values())).images:,} of them at {', '.join(sampled)})"
         providers = ", ".join(dict.fromkeys(agreement.provider for agreement in self.agreements))
-        lowest = min((found for found in self.agreements if not found.sampled), key=lambda found: found.accuracy)
+        lowest = min(whole.values(), key=lambda agreement: agreement.accuracy)
         verdict = "agrees" if self.passed else f"DOES NOT agree (from {self.first_divergence} on)"
         return (
             f"{self.precision} {verdict} with PyTorch on {self.images:,} test images {sizes}, "
@@ -108,23 +109,23 @@ class Certificate(BaseModel):
         )
 
 
-def certificate_problem(model: bytes, file: Path) -> str:
-    """What is wrong with an exported file and the certificate beside it; "" where the two belong together.
+def read_certificate(model: bytes, file: Path) -> Certificate:
+    """The certificate beside an exported file, whose content is `model`.
 
-    `model` is the content of `file`. The file names the SHA-256 of its certificate, and the certificate that of the
-    file, as it was before that name was entered.
+    The file names the SHA-256 of its certificate, and the certificate that of the file, as it was before that name was
+    entered. Raises InputError where the certificate is missing or damaged, and where the two do not belong together.
     """
     beside = file.with_suffix(".certificate.json")
     try:
         content = beside.read_bytes()
         certificate = Certificate.model_validate_json(content)
     except FileNotFoundError:
-        return f"{file.name} has no certificate"
+        raise wrong_file(file, "has no certificate", AGAIN) from None
     except ValidationError:
-        return f"{beside.name} is damaged"
+        raise wrong_file(file, f"its certificate {beside.name} is damaged", AGAIN) from None
     certified, digest = without_certificate(model)
     if digest != hashlib.sha256(content).hexdigest():
-        return f"{file.name} was certified by another certificate than {beside.name}"
+        raise wrong_file(file, f"was certified by another certificate than {beside.name}", AGAIN)
     if hashlib.sha256(certified).hexdigest() != certificate.sha256:
-        return f"{file.name} is not the file that {beside.name} is of"
-    return ""
+        raise wrong_file(file, f"is not the file that {beside.name} is of", AGAIN)
+    return certificate

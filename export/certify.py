@@ -1,4 +1,4 @@
-"""Publishing a network: export, lower the precision, certify; a file has its own name only if it passed."""
+"""A network as a certified ONNX file: exported, lowered in precision, and compared with PyTorch on the test images."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from expertgrid.export.certificate import BOUNDS, Certificate, Tried
-from expertgrid.export.compare import BATCH, certify, onnx_logits, pytorch_logits
-from expertgrid.export.fuse import REWRITES
+from expertgrid.export.compare import BATCH, compare, onnx_logits, pytorch_logits
 from expertgrid.export.metadata import AS_IT_IS, CERTIFICATE, Input, Metadata, Options, Precision, with_entries
-from expertgrid.export.precision import Reduced, lowered
+from expertgrid.export.precision import lowered
+from expertgrid.export.rewrites import REWRITES
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import LOGITS, as_input, served, to_onnx
 from expertgrid.model.checkpoint import Checkpoint
@@ -28,8 +28,8 @@ REWRITE_SETS = {  # from which --tune chooses
     "convolutions": (*FOLDED, "one_kernel", "one_conv"),
     "all": tuple(REWRITES),
 }
-# Nowhere found slower than the graph as it was trained, so far on an AMD processor with AVX512. The others are, on one
-# with AVX2. `bench.rewrites` measures them.
+# Never measured slower than the graph as it was trained, so far on an AMD processor with AVX512. The others were, on
+# one with AVX2.
 DEFAULT_REWRITES = REWRITE_SETS["kernels"]
 # Kernels that are mixed for each image are not constants, and would stay in float. Separate int8 convolutions were up
 # to 1.6 times as fast as one convolution of all experts with a matrix product after it.
@@ -63,30 +63,30 @@ class Reference:
     @cached_property
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
         """The validation images, and PyTorch's logits (B, N)."""
-        validation = self.as_input(self.images.validation)
-        return validation, pytorch_logits(self.net, validation)
+        images = self.as_input(self.images.validation)
+        return images, pytorch_logits(self.net, images)
 
     @cached_property
     def test(self) -> tuple[np.ndarray, np.ndarray]:
         """The test images, and PyTorch's logits (B, N)."""
-        test = self.as_input(self.images.test)
-        return test, pytorch_logits(self.net, test)
+        images = self.as_input(self.images.test)
+        return images, pytorch_logits(self.net, images)
 
 
-class Made(NamedTuple):
-    """A model before it is certified."""
+class UncertifiedModel(NamedTuple):
+    """An ONNX model that was not compared with PyTorch yet."""
 
     model: bytes
-    kept_in_float: list[str]  # nodes of a model of lower precision
+    float_nodes: list[str]  # of a model of lower precision: the nodes that stay in float32
 
 
 @dataclass(frozen=True)
-class Published:
-    """An exported file, and how it compares with PyTorch."""
+class CertifiedModel:
+    """An ONNX model, and how it compares with PyTorch."""
 
     model: bytes
     certificate: Certificate
-    kept_in_float: list[str]  # nodes of a model of lower precision
+    float_nodes: list[str]  # of a model of lower precision: the nodes that stay in float32
 
     def write(self, file: Path) -> Path:
         """Writes the model with its certificate beside it, and returns where the model is.
@@ -99,34 +99,20 @@ class Published:
         return written
 
 
-def publish(
+def certified(
+    made: UncertifiedModel,
     reference: Reference,
     precision: Precision = "fp32",
-    rewrites: Collection[str] = DEFAULT_REWRITES,
-    outputs: Collection[str] = (LOGITS,),
     providers: Sequence[str] = ("cpu",),
     runs_on: str = "cpu",
-) -> Published:
-    """The ONNX model of a network with its certificate, in memory.
-
-    It is certified on all `providers`, and the file names `runs_on` as the one to run it. What stays in float in a
-    model of lower precision is decided on the validation images, so that the test images judge a model that they did
-    not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice of layers holds the
-    bound.
-    """
-    return certified(rewritten(reference, precision, rewrites, outputs), reference, precision, providers, runs_on)
-
-
-def certified(
-    made: Made,
-    reference: Reference,
-    precision: Precision,
-    providers: Sequence[str],
-    runs_on: str,
     tuning: Sequence[Tried] = (),
     options: Options = AS_IT_IS,
-) -> Published:
-    """What `rewritten` made, with metadata and certificate, which has `tuning`. Raises InputError for a provider."""
+) -> CertifiedModel:
+    """What `rewritten` made, with metadata and certificate, in memory.
+
+    It is compared on all `providers`, and the file names `runs_on` as the one to run it, with `options`. The
+    certificate has `tuning`. Raises InputError for a provider that is missing.
+    """
     metadata = Metadata(
         input=reference.kind,
         config=reference.checkpoint.config,
@@ -137,39 +123,39 @@ def certified(
         pruned=reference.pruned,
     )
     model = with_entries(made.model, metadata.entries())
-    test, pytorch_BN = reference.test
+    images, pytorch_BN = reference.test
     labels_B = reference.images.test_labels
-    certificate = certify(model, reference.net, test, labels_B, precision, providers, pytorch_BN, options)
+    certificate = compare(model, reference.net, images, labels_B, precision, providers, pytorch_BN, options)
     certificate = certificate.model_copy(update={"tuning": list(tuning)})
     digest = hashlib.sha256(certificate.to_bytes()).hexdigest()
-    return Published(with_entries(model, {CERTIFICATE: digest}), certificate, made.kept_in_float)
+    return CertifiedModel(with_entries(model, {CERTIFICATE: digest}), certificate, made.float_nodes)
 
 
 def rewritten(
-    reference: Reference, precision: Precision, rewrites: Collection[str], outputs: Collection[str] = (LOGITS,)
-) -> Made:
-    """The model of a network in a precision.
+    reference: Reference,
+    precision: Precision = "fp32",
+    rewrites: Collection[str] = DEFAULT_REWRITES,
+    outputs: Collection[str] = (LOGITS,),
+) -> UncertifiedModel:
+    """The ONNX model of a network in a precision, its graph rewritten for speed.
 
-    Raises InputError and PrecisionError as `publish`.
+    What stays in float in a model of lower precision is decided on the validation images, so that the test images judge
+    a model that they did not shape. Raises InputError for what cannot be exported, and PrecisionError where no choice
+    of layers holds the bound.
     """
     chosen = [name for name in REWRITES if name in rewrites and (precision != "int8" or name not in NOT_IN_INT8)]
     model = to_onnx(reference.checkpoint, reference.kind, chosen, outputs)
     if precision in ("fp32", "bf16"):
-        return Made(model, [])
-    return Made(*_lowered(model, reference, precision))
-
-
-def _lowered(model: bytes, reference: Reference, precision: Reduced) -> tuple[bytes, list[str]]:
-    validation, pytorch_BN = reference.validation
+        return UncertifiedModel(model, [])
+    images, pytorch_BN = reference.validation
     labels_B = reference.images.validation_labels
-    wanted = (pytorch_BN.argmax(1) == labels_B).mean()
+    pytorch_accuracy = (pytorch_BN.argmax(1) == labels_B).mean()
 
     def holds(candidate: bytes) -> bool:
-        logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), validation, BATCH)
+        logits_BN = onnx_logits(open_session(candidate, "cpu", "the exported model"), images, BATCH)
         accuracy = (logits_BN.argmax(1) == labels_B).mean()
-        return bool(np.isfinite(logits_BN).all() and wanted - accuracy <= BOUNDS[precision].accuracy_loss)
+        return bool(np.isfinite(logits_BN).all() and pytorch_accuracy - accuracy <= BOUNDS[precision].accuracy_loss)
 
-    rng = np.random.default_rng(0)
     train = reference.images.train
-    chosen = rng.permutation(len(train))[:CALIBRATION_IMAGES]
-    return lowered(model, precision, reference.as_input(train[chosen]), holds)
+    calibrating = np.random.default_rng(0).permutation(len(train))[:CALIBRATION_IMAGES]
+    return UncertifiedModel(*lowered(model, precision, reference.as_input(train[calibrating]), holds))

@@ -27,7 +27,7 @@ SAMPLE = 1_000  # images
 DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.2}  # relative to the largest value of a layer's output
 
 
-def certify(
+def compare(
     model: bytes,
     net: nn.Module,
     images: np.ndarray,
@@ -37,7 +37,7 @@ def certify(
     pytorch_BN: np.ndarray | None = None,
     options: Options = AS_IT_IS,
 ) -> Certificate:
-    """Runs `model` in its engines, and `net` in PyTorch, on all `images`, in the form that both take.
+    """The certificate of `model`: it runs in its engines, and `net` in PyTorch, on all `images`, which both take.
 
     At the SAMPLED_BATCHES the model runs on every k-th image, so that there are SAMPLE of them or up to twice as many.
 
@@ -49,12 +49,12 @@ def certify(
     pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     every = max(1, len(images) // SAMPLE)
     agreements = [
-        _compare(session, provider, batch, images, pytorch_BN, labels_B, step)
+        _agreement(onnx_logits(session, images[::step], batch), pytorch_BN, labels_B, step, provider, batch)
         for provider, session in sessions.items()
         for batch, step in ((BATCH, 1), *((batch, every) for batch in SAMPLED_BATCHES))
     ]
     accuracy = float((pytorch_BN.argmax(1) == labels_B).mean())
-    apart = [found.provider for found in agreements if not found.within(BOUNDS[precision])]
+    apart = [agreement.provider for agreement in agreements if not agreement.within(BOUNDS[precision])]
     opsets = {opset.domain: opset.version for opset in onnx.load_from_string(model).opset_import}
     return Certificate(
         passed=not apart,
@@ -90,17 +90,10 @@ def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
     return (images[i : i + batch] for i in range(0, len(images), batch))
 
 
-def _compare(
-    session: Session,
-    provider: str,
-    batch: int,
-    images: np.ndarray,
-    pytorch_BN: np.ndarray,
-    labels_B: np.ndarray,
-    every: int,
+def _agreement(
+    onnx_BN: np.ndarray, pytorch_BN: np.ndarray, labels_B: np.ndarray, every: int, provider: str, batch: int
 ) -> Agreement:
-    """Compares on every `every`-th image."""
-    onnx_BN = onnx_logits(session, images[::every], batch)
+    """Compares the logits of ONNX Runtime for every `every`-th image with those of PyTorch for all."""
     pytorch_BN, labels_B = pytorch_BN[::every], labels_B[::every]
     difference_BN = np.abs(onnx_BN.astype(np.float64) - pytorch_BN)
     difference_BN[np.isnan(difference_BN)] = np.inf
@@ -121,14 +114,14 @@ def _compare(
 
 def layer_outputs(model: onnx.ModelProto) -> dict[str, str]:
     """The tensor that leaves each layer of the network, by the layer's name, which the exporter notes in the nodes."""
-    found: dict[str, str] = {}
+    tensors: dict[str, str] = {}
     for node in model.graph.node:
         scopes = {prop.key: prop.value for prop in node.metadata_props}.get(NAME_SCOPES, "")
         for scope in scopes.replace("'", '"').strip('[]"').split('", "'):
             name = scope.removeprefix("net.")
             if name.startswith("layers.") and name.count(".") == 1:
-                found[name] = node.output[0]
-    return found
+                tensors[name] = node.output[0]
+    return tensors
 
 
 @torch.inference_mode()
@@ -160,9 +153,9 @@ def first_divergence(
     net(torch.from_numpy(images))
     for hook in hooks:
         hook.remove()
-    for name, found in onnx_outputs.items():
-        wanted = pytorch_outputs[name].numpy()
-        difference = np.abs(found.astype(np.float64) - wanted).max() / max(np.abs(wanted).max(), 1e-12)
+    for name, onnx_output in onnx_outputs.items():
+        expected = pytorch_outputs[name].numpy()
+        difference = np.abs(onnx_output.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-12)
         if not difference <= DIVERGED[precision]:
             return name
     return "the head"

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,19 @@ from onnx.inliner import inline_local_functions
 from pydantic import BaseModel
 
 from expertgrid.export.metadata import entries_of
-from expertgrid.model.system.errors import InputError, printable, wrong_file
+from expertgrid.model.system.errors import printable, wrong_file
 
 Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
 Shape = Sizes | None  # None: not even the rank is known
 
-# What a quantized or fused operator is when scales, zero points and biases are left out: its name, the inputs it keeps.
+# What a quantized or fused operator is without scales, zero points and biases: its name, and the inputs that it keeps.
 PLAIN = {
-    "QLinearConv": ("Conv", (0, 3)),
-    "ConvInteger": ("Conv", (0, 1)),
-    "FusedConv": ("Conv", (0, 1)),
-    "QLinearMatMul": ("MatMul", (0, 3)),
-    "MatMulInteger": ("MatMul", (0, 1)),
-    "QGemm": ("Gemm", (0, 3)),
-    "FusedGemm": ("Gemm", (0, 1)),
-    "QLinearAdd": ("Add", (0, 3)),
-    "QLinearMul": ("Mul", (0, 3)),
-    "QLinearSoftmax": ("Softmax", (0,)),
-    "QLinearSigmoid": ("Sigmoid", (0,)),
-    "QLinearLeakyRelu": ("LeakyRelu", (0,)),
-    "QLinearAveragePool": ("AveragePool", (0,)),
+    **{f"QLinear{name}": (name, (0, 3)) for name in ("Conv", "MatMul", "Add", "Mul")},
+    **{f"QLinear{name}": (name, (0,)) for name in ("Softmax", "Sigmoid", "LeakyRelu", "AveragePool")},
+    **{f"{name}Integer": (name, (0, 1)) for name in ("Conv", "MatMul")},
+    **{f"Fused{name}": (name, (0, 1)) for name in ("Conv", "Gemm")},
     "QLinearGlobalAveragePool": ("GlobalAveragePool", (0,)),
+    "QGemm": ("Gemm", (0, 3)),
 }
 STANDARD = ("", "ai.onnx")  # domains
 NOT_COUNTED = {"Attention", "DFT", "DeformConv", "GRU", "LSTM", "RNN", "STFT"}  # they multiply, but not as those below
@@ -49,7 +41,8 @@ class Tensor(BaseModel):
     shape: Shape
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.type} {shape_text(self.shape)}"
+        shape = "?" if self.shape is None else "×".join(map(str, self.shape)) or "scalar"
+        return f"{self.name}: {self.type} {shape}"
 
 
 class Description(BaseModel):
@@ -68,26 +61,27 @@ class Description(BaseModel):
     macs: int | None  # multiply-accumulates of convolutions and matrix products for one image, None if not known
     macs_unknown: str  # why not
 
+    @property
+    def opsets_in_words(self) -> str:
+        return ", ".join(f"{domain or 'onnx'} {version}" for domain, version in self.opsets.items())
+
+    @property
+    def operators_in_words(self) -> str:
+        return ", ".join(f"{count} {operator}" for operator, count in self.operators.items())
+
     def __str__(self) -> str:
-        opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in self.opsets.items())
-        operators = ", ".join(f"{count} {operator}" for operator, count in self.operators.items())
         lines = [
             ("file", f"{self.name}, {self.file_bytes:,} bytes, from {self.producer or 'an unknown producer'}"),
             *(("input", tensor) for tensor in self.inputs),
             *(("output", tensor) for tensor in self.outputs),
-            ("opset", opsets),
+            ("opset", self.opsets_in_words),
             ("parameters", f"{self.parameters:,} ({self.parameter_bytes:,} bytes)"),
             ("MACs", f"not known: {self.macs_unknown}" if self.macs is None else f"{self.macs:,} for one image"),
-            ("operators", f"{sum(self.operators.values()):,}: {operators}"),
+            ("operators", f"{sum(self.operators.values()):,}: {self.operators_in_words}"),
             *((key, value) for key, value in self.metadata.items()),
         ]
         width = max(len(title) for title, _ in lines)
         return printable("\n".join(f"{title:{width}}  {value}" for title, value in lines))
-
-
-def shape_text(shape: Shape) -> str:
-    """A shape as people read it: "batch×64×32×32", "scalar", "?" where not even the rank is known."""
-    return "?" if shape is None else "×".join(map(str, shape)) or "scalar"
 
 
 def describe(model: bytes, name: str) -> Description:
@@ -96,18 +90,18 @@ def describe(model: bytes, name: str) -> Description:
     Multiply-accumulates are those of a batch of one image, or one image's share where the file fixes a larger batch.
     Raises InputError for bytes that are not ONNX.
     """
-    parsed = parse(model, name)
-    all_graphs = list(graphs(parsed.graph))
-    tensors = [tensor for graph in all_graphs for tensor in _tensors(graph)]
+    parsed = _parsed(model, name)
+    parsed = inline_local_functions(parsed) if parsed.functions else parsed
+    tensors = list(_tensors(parsed))
     operators = Counter(
-        operator_name(node) for graph in all_graphs for node in graph.node if node.op_type != "Constant"
+        _operator_name(node) for graph in _graphs(parsed.graph) for node in graph.node if node.op_type != "Constant"
     )
     macs, macs_unknown = _macs(parsed)
     return Description(
         name=name,
         file_bytes=len(model),
-        inputs=[interface(value) for value in inputs_of(parsed.graph)],
-        outputs=[interface(value) for value in parsed.graph.output],
+        inputs=[_interface(value) for value in _inputs(parsed.graph)],
+        outputs=[_interface(value) for value in parsed.graph.output],
         opsets={"" if opset.domain in STANDARD else opset.domain: opset.version for opset in parsed.opset_import},
         producer=f"{parsed.producer_name} {parsed.producer_version}".strip(),
         metadata=entries_of(parsed),
@@ -130,7 +124,7 @@ def read_onnx(path: Path) -> bytes:
     except OSError as error:
         raise wrong_file(path, f"cannot be read: {error.strerror}") from None
     whole = _parsed(model, str(path))
-    outside = [tensor for tensor in held_tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
+    outside = [tensor for tensor in _tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
     if not outside:
         return model
     total = len(model)
@@ -138,9 +132,7 @@ def read_onnx(path: Path) -> bytes:
         file, offset, length = _place_of(tensor, path)
         total += length
         if total > LARGEST_MODEL:
-            raise InputError(
-                f"{path}: with its values it has more than {LARGEST_MODEL:,} bytes, which ONNX cannot hold"
-            )
+            raise wrong_file(path, f"with its values it has more than {LARGEST_MODEL:,} bytes, which ONNX cannot hold")
         with file.open("rb") as opened:
             opened.seek(offset)
             tensor.raw_data = opened.read(length)
@@ -156,12 +148,12 @@ def _place_of(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     """
     said = {entry.key: entry.value for entry in tensor.external_data}
     location, folder = said.get("location", ""), path.resolve().parent
-    where = f"{path}: the values of {tensor.name!r} are in {location!r}"
+    where = f"the values of {tensor.name!r} are in {location!r}"
     if "\0" in location or not (folder / location).resolve().is_relative_to(folder) or Path(location).is_absolute():
-        raise InputError(f"{where}; they are read from the folder of the ONNX file alone")
+        raise wrong_file(path, f"{where}; they are read from the folder of the ONNX file alone")
     file = folder / location
     if not file.is_file():
-        raise InputError(f"{where}, and there is no such file")
+        raise wrong_file(path, f"{where}, and there is no such file")
     size = file.stat().st_size
     try:
         offset = int(said.get("offset", 0))
@@ -169,43 +161,39 @@ def _place_of(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     except ValueError:
         offset = length = -1
     if offset < 0 or length < 0 or offset + length > size:
-        raise InputError(f"{where}, at no place that the file has: it has {size:,} bytes")
+        raise wrong_file(path, f"{where}, at no place that the file has: it has {size:,} bytes")
     return file, offset, length
 
 
-def held_tensors(model: ModelProto) -> Iterator[TensorProto]:
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """All tensors that a model holds: of its graphs, functions and attributes."""
-    yield from _held(model.graph)
+    yield from _tensors_of_graph(model.graph)
     for function in model.functions:
         for node in function.node:
-            yield from _held_by(node.attribute)
-        yield from _held_by(function.attribute_proto)
+            yield from _tensors_of_attributes(node.attribute)
+        yield from _tensors_of_attributes(function.attribute_proto)
     for training in model.training_info:
-        yield from _held(training.initialization)
-        yield from _held(training.algorithm)
+        yield from _tensors_of_graph(training.initialization)
+        yield from _tensors_of_graph(training.algorithm)
 
 
-def _held(graph: GraphProto) -> Iterator[TensorProto]:
+def _tensors_of_graph(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
-        yield from _held_by(node.attribute)
+        yield from _tensors_of_attributes(node.attribute)
 
 
-def _held_by(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
-    for given in attributes:
-        yield from (given.t, *given.tensors)
-        for sparse in (given.sparse_tensor, *given.sparse_tensors):
+def _tensors_of_attributes(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    for attribute in attributes:
+        yield from ([attribute.t] if attribute.HasField("t") else [])
+        yield from attribute.tensors
+        single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        for sparse in (*single, *attribute.sparse_tensors):
             yield from (sparse.values, sparse.indices)
-        for graph in (given.g, *given.graphs):
-            yield from _held(graph)
-
-
-def parse(model: bytes, name: str) -> ModelProto:
-    """The model, its functions opened; `name` is what errors call it. Raises InputError for bytes that are not ONNX."""
-    parsed = _parsed(model, name)
-    return inline_local_functions(parsed) if parsed.functions else parsed
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)
 
 
 def _parsed(model: bytes, name: str) -> ModelProto:
@@ -230,29 +218,16 @@ def _strings(message: Any) -> Iterator[str | bytes]:
                 yield from _strings(inner)
 
 
-def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     """The graph, and the bodies of its nodes."""
     yield graph
     for node in graph.node:
-        for body in bodies(node):
-            yield from graphs(body)
+        for body in _bodies(node):
+            yield from _graphs(body)
 
 
-def bodies(node: NodeProto) -> list[GraphProto]:
+def _bodies(node: NodeProto) -> list[GraphProto]:
     return [body for attribute in node.attribute for body in (attribute.g, *attribute.graphs) if body.output]
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """The tensors that the graph holds: initializers and constants."""
-    yield from graph.initializer
-    yield from (sparse.values for sparse in graph.sparse_initializer)
-    yield from (
-        attribute.sparse_tensor.values if attribute.name == "sparse_value" else attribute.t
-        for node in graph.node
-        if node.op_type == "Constant"
-        for attribute in node.attribute
-        if attribute.name in ("value", "sparse_value")
-    )
 
 
 def _bytes(tensor: TensorProto) -> int:
@@ -264,17 +239,17 @@ def _bytes(tensor: TensorProto) -> int:
     return math.ceil(math.prod(tensor.dims) * bits / 8)
 
 
-def operator_name(node: NodeProto) -> str:
+def _operator_name(node: NodeProto) -> str:
     return node.op_type if node.domain in STANDARD else f"{node.domain}.{node.op_type}"
 
 
-def inputs_of(graph: GraphProto) -> list[ValueInfoProto]:
+def _inputs(graph: GraphProto) -> list[ValueInfoProto]:
     """The inputs that a caller gives; old files list initializers too."""
-    held = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in held]
+    initializers = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in initializers]
 
 
-def interface(value: ValueInfoProto) -> Tensor:
+def _interface(value: ValueInfoProto) -> Tensor:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         return Tensor(name=value.name, type=(kind or "undefined").removesuffix("_type"), shape=None)
@@ -293,21 +268,21 @@ def _dimension(name: str) -> str:
     return "?" if not name or name.startswith(NAMELESS) else name
 
 
-def with_plain_operators(model: ModelProto) -> ModelProto:
+def _with_plain_operators(model: ModelProto) -> ModelProto:
     """A copy with plain operators in place of quantized and fused ones, so that ONNX can infer the shapes."""
     plain = ModelProto()
     plain.CopyFrom(model)
     for node in plain.graph.node:
         if node.op_type in PLAIN:
-            node.op_type, kept = PLAIN[node.op_type]
+            node.op_type, places = PLAIN[node.op_type]
             node.domain = ""
-            inputs = [node.input[i] for i in kept if i < len(node.input)]
+            inputs = [node.input[i] for i in places if i < len(node.input)]
             del node.input[:]
             node.input.extend(inputs)
     return plain
 
 
-def shapes_of(plain: ModelProto) -> dict[str, Sizes]:
+def _shapes(plain: ModelProto) -> dict[str, Sizes]:
     """Each tensor's shape, as inferred, else as the file states it; of those that have one."""
     bare = ModelProto()
     bare.CopyFrom(plain)
@@ -317,15 +292,14 @@ def shapes_of(plain: ModelProto) -> dict[str, Sizes]:
     except onnx.shape_inference.InferenceError:
         bare = plain
     values = [*plain.graph.value_info, *bare.graph.value_info, *bare.graph.input, *bare.graph.output]
-    found = {value.name: shape for value in values if (shape := _shape(value)) is not None}
-    return found | {tensor.name: tuple(tensor.dims) for tensor in bare.graph.initializer}
+    shapes = {value.name: shape for value in values if (shape := _shape(value)) is not None}
+    return shapes | {tensor.name: tuple(tensor.dims) for tensor in bare.graph.initializer}
 
 
-def _one_image(plain: ModelProto) -> int:
+def _close_batch(plain: ModelProto) -> int:
     """Closes the open batch dimension to one image, in place; returns the batch size that the file then has."""
-    graph, batch = plain.graph, 1
-    names = set()
-    for value in inputs_of(graph):
+    graph, batch, names = plain.graph, 1, set()
+    for value in _inputs(graph):
         for dim in value.type.tensor_type.shape.dim[:1]:
             if dim.HasField("dim_value"):
                 batch = max(batch, dim.dim_value)
@@ -341,57 +315,44 @@ def _one_image(plain: ModelProto) -> int:
 
 def _macs(model: ModelProto) -> tuple[int | None, str]:
     """Multiply-accumulates for one image and "", or None and why they are not known."""
-    plain = with_plain_operators(model)
-    batch = _one_image(plain)
-    shapes = shapes_of(plain)
+    plain = _with_plain_operators(model)
+    batch = _close_batch(plain)
+    shapes = _shapes(plain)
     total = 0
     for node in plain.graph.node:
         if node.op_type in NOT_COUNTED or node.domain not in STANDARD:
-            return None, f"those of the operator {operator_name(node)} are not counted"
-        if any(body_node.op_type in _PRODUCTS for body in bodies(node) for g in graphs(body) for body_node in g.node):
+            return None, f"those of the operator {_operator_name(node)} are not counted"
+        if any(inner.op_type in PRODUCTS for body in _bodies(node) for graph in _graphs(body) for inner in graph.node):
             return None, f"the body of {node.op_type} has some, and may run any number of times"
-        if node.op_type in _PRODUCTS:
+        if node.op_type in PRODUCTS:
             try:
-                total += _PRODUCTS[node.op_type](node, shapes)
+                total += PRODUCTS[node.op_type](node, shapes)
             except (TypeError, KeyError, IndexError, ValueError):  # an open dimension, or a tensor without a shape
                 return None, f"the shapes of {node.op_type} {node.name!r} are open"
     return round(total / batch), ""
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """The value of a node's attribute, of the type that the operator gives it, or `default` where it has none."""
-    found = [onnx.helper.get_attribute_value(given) for given in node.attribute if given.name == name]
-    return found[0] if found else default
+def _attribute(node: NodeProto, name: str) -> Any:
+    """The value of a node's attribute, of the type that the operator gives it, or None where it has none."""
+    return next((onnx.helper.get_attribute_value(value) for value in node.attribute if value.name == name), None)
 
 
 def _size(shape: Sizes) -> int:
     """The product of a shape's numbers. Raises TypeError where one is open."""
-    known = [size for size in shape if isinstance(size, int)]
-    if len(known) < len(shape):
+    sizes = [size for size in shape if isinstance(size, int)]
+    if len(sizes) < len(shape):
         raise TypeError(f"open shape {shape}")
-    return math.prod(known)
-
-
-def _conv(node: NodeProto, shapes: dict[str, Sizes]) -> int:
-    return _size(shapes[node.output[0]]) * _size(shapes[node.input[1]][1:])  # weight: out, in / groups, kernel
-
-
-def _conv_transpose(node: NodeProto, shapes: dict[str, Sizes]) -> int:
-    return _size(shapes[node.input[0]]) * _size(shapes[node.input[1]][1:])  # weight: in, out / groups, kernel
+    return math.prod(sizes)
 
 
 def _gemm(node: NodeProto, shapes: dict[str, Sizes]) -> int:
-    inner = shapes[node.input[0]][0 if attribute(node, "transA") else 1]
+    inner = shapes[node.input[0]][0 if _attribute(node, "transA") else 1]
     return _size((*shapes[node.output[0]], inner))
-
-
-def _matmul(node: NodeProto, shapes: dict[str, Sizes]) -> int:
-    return _size((*shapes[node.output[0]], shapes[node.input[0]][-1]))
 
 
 def _einsum(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     """The products of two operands; one operand needs no product. Raises ValueError for more, and for an ellipsis."""
-    terms = attribute(node, "equation").decode().replace(" ", "").split("->")[0].split(",")
+    terms = _attribute(node, "equation").decode().replace(" ", "").split("->")[0].split(",")
     if len(terms) == 1:
         return 0
     if len(terms) > 2 or any("." in term for term in terms):
@@ -400,4 +361,12 @@ def _einsum(node: NodeProto, shapes: dict[str, Sizes]) -> int:
     return _size(tuple(sizes.values()))
 
 
-_PRODUCTS = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul, "Einsum": _einsum}
+# How many multiply-accumulates an operator has. A weight is (out, in / groups, kernel), a transposed one (in, out /
+# groups, kernel).
+PRODUCTS: dict[str, Callable[[NodeProto, dict[str, Sizes]], int]] = {
+    "Conv": lambda node, shapes: _size((*shapes[node.output[0]], *shapes[node.input[1]][1:])),
+    "ConvTranspose": lambda node, shapes: _size((*shapes[node.input[0]], *shapes[node.input[1]][1:])),
+    "Gemm": _gemm,
+    "MatMul": lambda node, shapes: _size((*shapes[node.output[0]], shapes[node.input[0]][-1])),
+    "Einsum": _einsum,
+}

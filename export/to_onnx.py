@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from expertgrid.export.fuse import fuse
 from expertgrid.export.metadata import Input, Metadata
+from expertgrid.export.rewrites import rewrite
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.gates import gates, recorded_gates
 from expertgrid.model.pixels import normalise
@@ -58,14 +58,14 @@ class WithOutputs(nn.Module):
 def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) -> nn.Module:
     """The module that is exported: raw uint8 pixels (B, H, W, C) or normalised floats (B, C, H, W) to logits (B, N).
 
-    `rewrites` are those of `export.fuse`. Raises InputError for a network whose logits depend on the whole batch.
+    `rewrites` are those of `export.rewrites`. Raises InputError for a network whose logits depend on the whole batch.
     """
     net = checkpoint.network()
     if any(gate.shuffled for gate in gates(net).values()):
         raise InputError(
             f"{checkpoint.trained.model}: its gates are shuffled, so that an image's logits depend on others"
         )
-    net = fuse(net, rewrites)
+    net = rewrite(net, rewrites)
     return net if kind == "float" else PixelNet(net, checkpoint.trained.mean, checkpoint.trained.std).eval()
 
 
@@ -97,7 +97,7 @@ def to_onnx(
     """The ONNX model of a checkpoint, as the content of one file.
 
     The input `images` is (batch, H, W, C) uint8 or (batch, C, H, W) float32, the output `logits` (batch, N) float32.
-    `rewrites` are those of `export.fuse`, for speed. Of `outputs`, `probabilities` is (batch, N), and `gates`
+    `rewrites` are those of `export.rewrites`, for speed. Of `outputs`, `probabilities` is (batch, N), and `gates`
     stands for an output `gates.BLOCK` (batch, K) for each block that still has a gate. Raises InputError where the
     exporter of PyTorch cannot translate the network.
     """

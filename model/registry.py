@@ -79,12 +79,11 @@ def _create(name: str, config: ModelConfig, pretrained: bool, **kwargs: Any) -> 
 def expertnet(pretrained: bool = False, config: Mapping[str, Any] | None = None, **kwargs: Any) -> "ExpertNet":
     """The network that `config` describes: a `ModelConfig` as JSON has it, as in a published folder's `model_args`.
 
-    Raises InputError without a config, and for one that describes no network.
+    Without a config, as in a loop over timm's models, it is the preset `two_block`. Raises InputError for a config that
+    describes no network.
     """
-    if config is None:
-        raise InputError("model 'expertnet': config is needed: a ModelConfig as JSON; presets are expertnet_NAME")
     try:
-        described = ModelConfig.model_validate(config)
+        described = PRESETS["two_block"] if config is None else ModelConfig.model_validate(config)
     except ValidationError as error:
         raise invalid("model 'expertnet': config", error) from None
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or {  # timm's own defaults have 1,000 classes

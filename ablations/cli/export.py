@@ -16,7 +16,7 @@ from expertgrid.ablations.results.tables.tables import columns
 from expertgrid.bench.tune import rows as tuning_rows
 from expertgrid.bench.tune import tune
 from expertgrid.export.card import card
-from expertgrid.export.certify import DEFAULT_REWRITES, Images, Published, Reference, publish
+from expertgrid.export.certify import DEFAULT_REWRITES, CertifiedModel, Images, Reference, certified, rewritten
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.metadata import Input, Precision
 from expertgrid.export.precision import PrecisionError
@@ -26,7 +26,7 @@ from expertgrid.export.session import check_provider
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.system.text import Format, render, shown
+from expertgrid.model.system.text import Format, render
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
@@ -82,26 +82,24 @@ def export(
 
     if tuned_for is not None:
         with status(f"timing engines, precisions and rewrites at batch {tuned_for}"):
-            published = tune(reference, providers[0], tuned_for, outputs, enter_test_read, brief=brief)
-        print(render(tuning_rows(published.certificate.tuning), "text"))
+            model = tune(reference, providers[0], tuned_for, outputs, enter_test_read, brief=brief)
+        print(render(tuning_rows(model.certificate.tuning), "text"))
         print()
-        return 0 if _write(published, file, checkpoint, images, trial, rows) else 1
+        return 0 if _write(model, file, checkpoint, images, trial, rows) else 1
     passed = True
     kinds: list[Precision] = ["fp32", "fp16", "int8"] if precision == "all" else [precision]
     for kind in kinds:
         enter_test_read()
         try:
             with status(f"exporting {kind}, and comparing with PyTorch on the test images"):
-                published = publish(
-                    reference, kind, DEFAULT_REWRITES if fuse else (), outputs, providers,
-                    runs_on="openvino" if kind == "bf16" else "cpu",
-                )  # fmt: skip
+                made = rewritten(reference, kind, DEFAULT_REWRITES if fuse else (), outputs)
+                model = certified(made, reference, kind, providers, "openvino" if kind == "bf16" else "cpu")
         except PrecisionError as error:
             passed = False
             print(f"{kind}: not exported: {error}")
             continue
         name = file if kind == "fp32" else file.with_stem(f"{file.stem}-{kind}")
-        passed &= _write(published, name, checkpoint, images, trial, rows)
+        passed &= _write(model, name, checkpoint, images, trial, rows)
     return 0 if passed else 1
 
 
@@ -115,15 +113,18 @@ def best_checkpoint(directory: StudyDirectory) -> Path:
 
 def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Trial | None) -> None:
     """Raises InputError for images that the network was not trained on."""
-    found = images.classes, images.image_size, images.channels
-    if found != (checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans):
+    if (images.classes, images.image_size, images.channels) != (
+        checkpoint.trained.classes,
+        checkpoint.trained.image_size,
+        checkpoint.config.in_chans,
+    ):
         raise InputError(f"--data {images.source}: {images.name} has other classes or image sizes than {path} has")
     if trial is not None and images.fingerprint != trial.fingerprint:
         raise InputError(f"--data {images.source}: {images.name} has other images than {path} was trained on")
 
 
 def _write(
-    published: Published,
+    model: CertifiedModel,
     file: Path,
     checkpoint: Checkpoint,
     data: ImageData,
@@ -134,23 +135,23 @@ def _write(
 
     `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
     """
-    certificate, trained = published.certificate, checkpoint.trained
+    certificate, trained = model.certificate, checkpoint.trained
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         text = card(
-            describe(published.model, file.name),
+            describe(model.model, file.name),
             certificate,
             data_name=data.name,
             network=checkpoint.config.model_dump(mode="json"),
             data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
-            table_row=[(title, shown(value)) for values in columns(row) for title, value in values.items()],
+            results=columns(row)[0] if row else {},
         )
         write_whole(file.with_suffix(".md"), text.encode())
-    kept = published.write(file)
-    floats = f"; {len(published.kept_in_float)} nodes stay in float" if published.kept_in_float else ""
-    size = f"{len(published.model):,} bytes"
-    print(f"{kept}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
+    written = model.write(file)
+    floats = f"; {len(model.float_nodes)} nodes stay in float" if model.float_nodes else ""
+    size = f"{len(model.model):,} bytes"
+    print(f"{written}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
     return certificate.passed
 
 

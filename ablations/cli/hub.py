@@ -13,11 +13,11 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.tables.tables import columns, study_tables
 from expertgrid.export.card import card, escaped
-from expertgrid.export.exported import Exported, exported_files
+from expertgrid.export.exported import ExportedFile, exported_files
 from expertgrid.export.hub import check_free, front_matter, loading, upload, write_folder
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import render_tables, shown
+from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.trial import Trial
 
 
@@ -41,25 +41,25 @@ def publish(directory: Path, target: str, private: bool, data: str | None, data_
     if record is None or trial is None:
         raise InputError(f"{path.parent}: its record or its config is missing; `expertgrid check` says more")
     text = _card(study, checkpoint, files, trial, record, target if repository else f"local-dir:{Path(target).name}")
-    kept = [file for exported in files for file in (exported.file, exported.certificate_file)]
+    copied = [file for exported in files for file in (exported.file, exported.certificate_file)]
     more = {"record.json": record.model_dump_json(indent=1).encode()}
     if repository is None:
-        write_folder(Path(target), checkpoint, text, kept, more)
+        write_folder(Path(target), checkpoint, text, copied, more)
         place = target
     else:
         with tempfile.TemporaryDirectory() as beside:
             folder = Path(beside) / "network"
-            write_folder(folder, checkpoint, text, kept, more)
+            write_folder(folder, checkpoint, text, copied, more)
             with status(f"uploading to {repository}"):
                 place = upload(folder, repository, private)
     print(f"{place}: {trial.model_name}, trial {trial.id}, {len(files)} ONNX {'file' if len(files) == 1 else 'files'}")
     return 0
 
 
-def _files(study: StudyDirectory, checkpoint: Checkpoint) -> list[Exported]:
+def _files(study: StudyDirectory, checkpoint: Checkpoint) -> list[ExportedFile]:
     """The exported files of a network; none where none is the network as it was trained."""
-    found = [file for file in exported_files(study.path / "export") if file.trial == checkpoint.trained.trial]
-    return found if any(file.is_the_network for file in found) else []
+    files = [file for file in exported_files(study.path / "export") if file.trial == checkpoint.trained.trial]
+    return files if any(file.is_the_network for file in files) else []
 
 
 def _latency(row: Row, trial: str) -> list[dict[str, object]]:
@@ -68,21 +68,21 @@ def _latency(row: Row, trial: str) -> list[dict[str, object]]:
     if measured is None or measured.trial != trial:
         return []
     return [
-        {"file": Path(measured.file).name, "engine": found.engine, "batch": found.batch, "median ms": found.p50_ms}
-        for found in measured.latencies
+        {"file": Path(measured.file).name, "engine": timed.engine, "batch": timed.batch, "median ms": timed.p50_ms}
+        for timed in measured.latencies
     ]
 
 
 def _card(
-    study: StudyDirectory, checkpoint: Checkpoint, files: list[Exported], trial: Trial, record: Record, place: str
+    study: StudyDirectory, checkpoint: Checkpoint, files: list[ExportedFile], trial: Trial, record: Record, place: str
 ) -> str:
     """The model card: how to load the folder, the study that the network comes from, and the card of its first file."""
-    found = read_evidence(study)
-    row = next(row for row in found.results.rows if any(its.trial == trial.id for its in row.records))
-    tables = render_tables(study_tables(study, found), "github")
+    evidence = read_evidence(study)
+    row = next(row for row in evidence.results.rows if any(its.trial == trial.id for its in row.records))
+    tables = render_tables(study_tables(study, evidence), "github")
     of_study = [
-        f"The network is the best of a study that asked: {escaped(found.results.study.question)}",
-        escaped(answer(found)),
+        f"The network is the best of a study that asked: {escaped(evidence.results.study.question)}",
+        escaped(answer(evidence)),
         tables,
         f"This very network, of seed {record.seed}: {100 * record.validation_accuracy:.2f}% of "
         f"{record.validation_images:,} validation images, by which it was chosen, and "
@@ -99,9 +99,9 @@ def _card(
         first.certificate,
         data_name=checkpoint.trained.data,
         network=checkpoint.config.model_dump(mode="json"),
-        data={"Images": found.results.plan.data},
+        data={"Images": evidence.results.plan.data},
         recipe=trial.recipe.model_dump(mode="json"),
-        table_row=[(title, shown(value)) for values in columns([row]) for title, value in values.items()],
+        results=columns([row])[0],
         latency=_latency(row, trial.id),
         more={
             "How to load it": loading(checkpoint, place),

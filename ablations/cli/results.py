@@ -79,18 +79,11 @@ def verify(directory: Path) -> int:
     """Prints each number and file of a study that does not fit the others; 1 where there is one."""
     with starting():
         from expertgrid.ablations.results.verify import verify_study
-        from expertgrid.export.certificate import certificate_problem
-        from expertgrid.export.describe import read_onnx
+        from expertgrid.export.exported import export_problems
     with status("recomputing the numbers of the study"):
         found = verify_study(StudyDirectory(directory))
-        files = sorted((directory / "export").glob("*.onnx"))
-        problems = list(found.problems)
-        for file in files:
-            try:
-                problem = certificate_problem(read_onnx(file), file)
-            except InputError as error:
-                problem = str(error)
-            problems += [f"export: {problem}"] if problem else []
+        files = dict(export_problems(directory / "export"))
+        problems = found.problems + [f"export/{file.name}: {problem}" for file, problem in files.items() if problem]
     for line in [*problems, *found.skipped]:
         print(line)
     print(f"{directory}: {found.checked + len(files)} checks, {len(problems)} do not fit")

@@ -212,15 +212,10 @@ def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
 
 
 def _exports(folder: Path) -> Iterator[FileState]:
-    problems: dict[str, str] = {}
-    for file in sorted(folder.glob("*.onnx")):
-        from expertgrid.export.certificate import certificate_problem
-        from expertgrid.export.describe import read_onnx
+    if not folder.is_dir():
+        return
+    from expertgrid.export.exported import export_problems  # which imports torch
 
-        if problem := _read(file.name, lambda file=file: certificate_problem(read_onnx(file), file), problems):
-            problems[file.name] = problem
-    for file in sorted(folder.glob("*.certificate.json")):
-        if not file.with_name(file.name.replace(".certificate.json", ".onnx")).exists():
-            problems[file.name] = "its ONNX file is missing"
-    for name, problem in problems.items():
-        yield FileState("damaged", f"export/{name}", problem, "delete it and run expertgrid export again")
+    for file, problem in export_problems(folder):
+        if problem:
+            yield FileState("damaged", f"export/{file.name}", problem, "delete it and run expertgrid export again")

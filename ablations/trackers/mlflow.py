@@ -14,7 +14,7 @@ from PIL import Image
 from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.trackers.tracking import Ended, StudyRun, Tracker, TrialRun
 from expertgrid.export.describe import read_onnx
-from expertgrid.export.exported import Exported
+from expertgrid.export.exported import ExportedFile
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import make_folder
 
@@ -140,7 +140,7 @@ class MLflow(Tracker):
             self._register(winners[0])
         self.client.set_terminated(self.parent, "FINISHED")
 
-    def _register(self, exported: Exported) -> None:
+    def _register(self, exported: ExportedFile) -> None:
         """Registers a file as the newest version of the model that has the study's name, once."""
         import mlflow.onnx
         import onnx

@@ -28,7 +28,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
 from expertgrid.ablations.study.cells import Group, groups
-from expertgrid.export.exported import Exported, exported_files
+from expertgrid.export.exported import ExportedFile, exported_files
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.contact_sheet import contact_sheet
 from expertgrid.model.training.data import ImageData
@@ -72,7 +72,7 @@ class Ended:
 
     metrics: dict[str, float]
     files: list[Path]  # of the study
-    exported: list[Exported]  # certified ONNX files
+    exported: list[ExportedFile]  # certified ONNX files
     winner: str | None  # the best trial on validation of the best cell; None where no trial is finished
 
 

@@ -14,7 +14,6 @@ from expertgrid.model.training.splits import Split, Splits
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-MOST_IMAGES = 64
 DRAWS = 8  # epochs shown
 TILE = 112  # pixels of the longer side at least
 LINE, GAP, FONT = 15, 8, 12

@@ -19,7 +19,7 @@ from expertgrid.bench.engines import engines
 from expertgrid.bench.timing import Block, Times
 from expertgrid.bench.tune import Way, rows, tune
 from expertgrid.export.certificate import BOUNDS, Bound
-from expertgrid.export.certify import Images, Made, Reference, rewritten
+from expertgrid.export.certify import Images, Reference, UncertifiedModel, rewritten
 from expertgrid.export.metadata import Options, entries_of, read_metadata
 from expertgrid.export.predict import predict
 from expertgrid.export.session import session_options
@@ -47,7 +47,7 @@ def reference() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def models(reference) -> tuple[dict[Way, Made], dict[Way, str]]:
+def models(reference) -> tuple[dict[Way, UncertifiedModel], dict[Way, str]]:
     return tuning._models(reference, "cpu", (LOGITS,))
 
 
@@ -164,7 +164,7 @@ def test_an_engine_that_is_not_here_is_named(reference, monkeypatch):
         raise InputError("provider 'openvino': is not installed")
 
     monkeypatch.setattr(tuning, "check_openvino", none)
-    monkeypatch.setattr(tuning, "rewritten", lambda *given: Made(b"", []))
+    monkeypatch.setattr(tuning, "rewritten", lambda *given: UncertifiedModel(b"", []))
     models, left_out = tuning._models(reference, "cpu", (LOGITS,))
     assert {way.provider for way in models} == {"cpu"}
     assert {(way.provider, reason) for way, reason in left_out.items()} == {

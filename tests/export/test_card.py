@@ -10,19 +10,20 @@ from small_networks import CLASSES, small_checkpoint, small_model
 
 from expertgrid.export.card import card, escaped
 from expertgrid.export.certificate import Certificate
-from expertgrid.export.compare import certify
+from expertgrid.export.compare import compare
 from expertgrid.export.describe import Description, describe
 from expertgrid.export.predict import read_pixels
 from expertgrid.export.to_onnx import example, served
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import Interval, Measured
 
 GIVEN = {
     "data_name": "my_data",
     "network": {"experts": 3, "gate": "linear", "residual": False},
     "data": {"Source": "folder:/data/my_data", "train images": 1293},
     "recipe": {"epochs": 8, "rate": 0.01, "augment": ["flip", "cutout 8"]},
-    "table_row": [("n", "3"), ("test acc %", "98.61 ± 1.73")],
+    "results": {"n": 3, "test acc %": Interval(98.61, 96.88, 100.34), "params": 12345},
 }
 
 
@@ -40,7 +41,7 @@ def file(made) -> Description:
 @pytest.fixture(scope="module")
 def certificate(made) -> Certificate:
     checkpoint, kind, model = made
-    return certify(model, served(checkpoint, kind), example(checkpoint, kind, 9).numpy(), np.arange(9) % 3)
+    return compare(model, served(checkpoint, kind), example(checkpoint, kind, 9).numpy(), np.arange(9) % 3)
 
 
 def section(text: str, title: str) -> str:
@@ -56,8 +57,6 @@ def test_what_was_given_is_in_the_card(file, certificate):
     )
     assert "- train images: 1,293\n" in section(text, "What it was trained on")
     assert '- augment: \\["flip", "cutout 8"\\]\n' in section(text, "How it was trained")
-    assert re.search(r"\| 3 +\| 98.61 ± 1.73 +\|", section(text, "Results"))
-    assert "half of the 95% interval" in section(text, "Results")
     assert str(file.inputs[0]) in section(text, "The file")
     assert f"{file.macs:,}" in section(text, "The file")
     assert "logits: float32 batch×3" in section(text, "The file")
@@ -67,11 +66,25 @@ def test_what_was_given_is_in_the_card(file, certificate):
     assert "JPEG" not in text
 
 
+def test_results_say_what_their_intervals_are(file, certificate):
+    """Those of accuracies are over seeds, those of a latency over calls."""
+    results = GIVEN["results"] | {"latency ms": Measured(0.123, 0.12, 0.126)}
+    both = section(card(file, certificate, **GIVEN | {"results": results}), "Results")
+    assert re.search(r"\| +3 \| +98.61 \(96.88 to 100.34\) \| +12,345 \| +0.1230 ±0.0030 \|", both)
+    assert both.count("\n- ") == 2
+    over_seeds, over_calls = "interval of the mean over seeds", "±: half of the 95% interval of the median"
+    seeds = section(card(file, certificate, **GIVEN), "Results")
+    alone = {"test acc %": Interval(98.61), "latency ms": results["latency ms"]}
+    calls = section(card(file, certificate, **GIVEN | {"results": alone}), "Results")
+    for text, notes in ((both, (True, True)), (seeds, (True, False)), (calls, (False, True))):
+        assert (over_seeds in text, over_calls in text) == notes
+
+
 def test_latency(file, certificate):
     rows = [{"batch": 1, "engine": "onnxruntime cpu", "p50 ms": 0.053}, {"batch": 64, "engine": "x|y", "p50 ms": None}]
     measured = section(card(file, certificate, **GIVEN, latency=rows), "Latency")
-    assert re.search(r"\| 1 +\| onnxruntime cpu +\| 0.053 +\|", measured)
-    assert re.search(r"\| 64 +\| x\\\|y +\| +\|", measured)
+    assert re.search(r"\| +1 \| onnxruntime cpu +\| +0.053 \|", measured)
+    assert re.search(r"\| +64 \| x\\\|y +\| +\|", measured)
     assert "expertgrid bench" not in measured
     missing = section(card(file, certificate, **GIVEN), "Latency")
     assert missing == "Not measured. This measures it:\n\n```sh\nexpertgrid bench model.onnx\n```\n\n"
@@ -91,7 +104,7 @@ def test_a_file_that_did_not_pass(file, certificate):
 
 
 def test_nothing_stated(file, certificate):
-    text = card(file, certificate, data_name="digits", network={}, data={}, recipe={}, table_row=[])
+    text = card(file, certificate, data_name="digits", network={}, data={}, recipe={}, results={})
     assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
 
 

@@ -12,7 +12,6 @@ from small_networks import weights, with_weights
 
 from expertgrid.export import compare
 from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
-from expertgrid.export.compare import certify
 from expertgrid.export.metadata import Metadata, entries_of, read_metadata
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import example, served, to_onnx
@@ -77,7 +76,7 @@ def labels(count: int) -> np.ndarray:
 
 
 def test_onnx_runtime_agrees_at_each_batch_size(checkpoint, kind, model):
-    certificate = certify(model, served(checkpoint, kind), example(checkpoint, kind, 150).numpy(), labels(150))
+    certificate = compare.compare(model, served(checkpoint, kind), example(checkpoint, kind, 150).numpy(), labels(150))
     assert certificate.passed
     assert [agreement.batch for agreement in certificate.agreements] == [64, 1, 2, 7]
     assert {agreement.images for agreement in certificate.agreements} == {150}
@@ -159,14 +158,14 @@ def test_a_timm_model_is_exported():
     checkpoint = trained_a_little(TimmModel(timm="resnet10t", num_classes=3))
     model = to_onnx(checkpoint, "uint8")
     images = example(checkpoint, "uint8", 20).numpy()
-    assert certify(model, served(checkpoint, "uint8"), images, labels(20)).passed
+    assert compare.compare(model, served(checkpoint, "uint8"), images, labels(20)).passed
 
 
 def test_another_networks_model_fails_its_certificate(checkpoint, models):
     other = trained_a_little(EVERYTHING)
     other.weights["head.classifier.weight"][0] += 0.5
     images = example(checkpoint, "uint8", 64).numpy()
-    certificate = certify(models["uint8"], served(other, "uint8"), images, labels(64))
+    certificate = compare.compare(models["uint8"], served(other, "uint8"), images, labels(64))
     assert not certificate.passed
     assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
     assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
@@ -182,7 +181,7 @@ def test_the_bound_is_applied(checkpoint, models, change, precision, passed):
     model = with_weights(models["uint8"], head__classifier__bias=bias)
     images = example(checkpoint, "uint8", 8).numpy()
     all_first_B = np.zeros(8, int)  # the class that an infinite logit takes each image for
-    certificate = certify(model, served(checkpoint, "uint8"), images, all_first_B, precision)
+    certificate = compare.compare(model, served(checkpoint, "uint8"), images, all_first_B, precision)
     assert certificate.passed == passed
     assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
 
@@ -192,7 +191,7 @@ def test_the_first_layer_that_diverges_is_named(checkpoint, kind, model):
     other = trained_a_little(EVERYTHING)
     other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
     images = example(checkpoint, kind, 64).numpy()
-    certificate = certify(model, served(other, kind), images, labels(64))
+    certificate = compare.compare(model, served(other, kind), images, labels(64))
     assert certificate.first_divergence == "layers.2"
 
 
@@ -218,7 +217,7 @@ def test_flips_are_counted_by_image(checkpoint, models):
     images = example(checkpoint, "uint8", 9)
     model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    certificate = certify(model, net, images.numpy(), labels(9))
+    certificate = compare.compare(model, net, images.numpy(), labels(9))
     assert all(agreement.argmax_flips == expected for agreement in certificate.agreements)
     assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
 
@@ -229,14 +228,14 @@ def test_other_batch_sizes_run_on_a_sample(checkpoint, models, monkeypatch):
     net = served(checkpoint, "uint8")
     images = example(checkpoint, "uint8", 35)
     model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
-    whole, *sampled = certify(model, net, images.numpy(), labels(35)).agreements
+    whole, *sampled = compare.compare(model, net, images.numpy(), labels(35)).agreements
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
     assert (whole.images, whole.sampled, whole.argmax_flips) == (35, False, expected)
     assert [found.batch for found in sampled] == [1, 2, 7]
     for found in sampled:
         assert (found.images, found.sampled) == (12, True)
         assert found.argmax_flips == [image for image in expected if image % 3 == 0]
-    text = str(certify(models["uint8"], net, images.numpy(), labels(35)))
+    text = str(compare.compare(models["uint8"], net, images.numpy(), labels(35)))
     assert "35 test images at batch size 64 (and on 12 of them at 1, 2, 7), on cpu" in text
 
 

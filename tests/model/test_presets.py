@@ -99,6 +99,7 @@ NAMES = timm.list_models("expertnet_*")
 
 def test_all_presets_are_registered():
     assert {f"expertnet_{name}" for name in PRESETS} == set(NAMES)
+    assert timm.create_model("expertnet", num_classes=3).config == PRESETS["two_block"].change(num_classes=3)
 
 
 @pytest.fixture(params=NAMES)

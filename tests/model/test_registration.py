@@ -20,6 +20,10 @@ import timm
 found["same"] = timm.create_model("expertnet_eight_block").config == config
 found["loader"] = type(timm.__spec__.loader).__name__
 
+for name in ("metadata", "certificate", "describe", "card", "rewrites"):  # reading a file needs no runtime
+    importlib.import_module(f"expertgrid.export.{name}")
+found["export"] = sorted({"onnxruntime", "openvino", "expertgrid.bench", "expertgrid.ablations"} & set(sys.modules))
+
 PACKAGE = "expertgrid.model"
 for order in (f"{PACKAGE}, timm", f"timm, {PACKAGE}", f"{PACKAGE}, timm.layers", f"{PACKAGE}.net"):
     for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "expertgrid")]:
@@ -41,6 +45,7 @@ def test_data_imports_no_torch_and_presets_are_registered_when_timm_is_imported(
         "data": [],
         "same": True,
         "loader": "SourceFileLoader",
+        "export": [],
         "expertgrid.model, timm": True,
         "timm, expertgrid.model": True,
         "expertgrid.model, timm.layers": True,

@@ -78,7 +78,6 @@ def test_the_words_of_the_options_are_those_of_the_code():
     from expertgrid.export.session import ORT_PROVIDERS, PROVIDERS
     from expertgrid.export.to_onnx import OUTPUTS
     from expertgrid.model.fast.execution import CHOICES
-    from expertgrid.model.training.contact_sheet import MOST_IMAGES
 
     def words(command, option):
         callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == command)
@@ -93,7 +92,6 @@ def test_the_words_of_the_options_are_those_of_the_code():
     assert words("run", "kernels") == words("run", "compile") == words("run", "graphs") == tuple(CHOICES)
     assert tuple(OUTPUTS) == options.OUTPUTS
     assert options.ENGINES == ENGINES
-    assert options.MOST_IMAGES == MOST_IMAGES
     assert options.TRACKERS == opening.TRACKERS
 
 

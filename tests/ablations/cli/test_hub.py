@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import best_record, best_row, read_results
-from expertgrid.export.certificate import certificate_problem
+from expertgrid.export.certificate import read_certificate
 from expertgrid.export.hub import front_matter, write_folder
 from expertgrid.model.checkpoint import Checkpoint, Trained, load
 from expertgrid.model.config import TimmModel
@@ -98,7 +98,7 @@ def test_timm_alone_loads_what_was_published(expertgrid, study, tmp_path):
     normal_BHWC = (pixels_BHWC / np.float32(255) - checkpoint.trained.mean) / checkpoint.trained.std
     x_BCHW = torch.tensor(normal_BHWC, dtype=torch.float32).permute(0, 3, 1, 2)
     assert np.allclose(load(folder / "model.safetensors").network()(x_BCHW).detach(), logits, atol=1e-4)
-    assert certificate_problem((folder / "model-uint8.onnx").read_bytes(), folder / "model-uint8.onnx") == ""
+    assert read_certificate((folder / "model-uint8.onnx").read_bytes(), folder / "model-uint8.onnx").passed
 
     text = (folder / "README.md").read_text()
     card = ModelCard(text)

@@ -1,4 +1,4 @@
-"""Publishing: fused, lower and pruned models against PyTorch, in ONNX Runtime and in an engine of other origin."""
+"""Certified files: rewritten, lower and pruned models against PyTorch, in ONNX Runtime and in another engine."""
 
 import dataclasses
 import hashlib
@@ -12,13 +12,14 @@ import torch
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
-from expertgrid.export.certificate import BOUNDS, certificate_problem
-from expertgrid.export.certify import Images, Reference, publish
+from expertgrid.export.certificate import BOUNDS, read_certificate
+from expertgrid.export.certify import CertifiedModel, Images, Reference, certified, rewritten
 from expertgrid.export.compare import BATCH
-from expertgrid.export.fuse import REWRITES
 from expertgrid.export.metadata import entries_of, with_entries
 from expertgrid.export.prune import pruned
-from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, example, served
+from expertgrid.export.rewrites import REWRITES
+from expertgrid.export.session import open_session
+from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, served
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.config import TimmModel
 from expertgrid.model.gates import recorded_gates
@@ -41,14 +42,17 @@ def checkpoint(digits, resident_digits, tmp_path_factory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def images(digits_splits: Splits) -> Images:
-    train, validation, test = digits_splits.train, digits_splits.validation, digits_splits.test
-    return Images(
-        train.pixels_BHWC.numpy(),
-        validation.pixels_BHWC.numpy(),
-        validation.labels_B.numpy(),
-        test.pixels_BHWC.numpy(),
-        test.labels_B.numpy(),
-    )
+    return Images(**digits_splits.arrays())
+
+
+@pytest.fixture(scope="module")
+def with_all_outputs(checkpoint, images) -> dict[bool, CertifiedModel]:
+    """The network's file with all outputs, with all rewrites and with none."""
+    reference, outputs = Reference(checkpoint, images, "uint8"), (LOGITS, PROBABILITIES, GATES)
+    return {
+        all_: certified(rewritten(reference, rewrites=tuple(REWRITES) if all_ else (), outputs=outputs), reference)
+        for all_ in (True, False)
+    }
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -57,51 +61,35 @@ def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
     provider = "openvino" if precision == "bf16" else "cpu"
     if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor does not compute in bfloat16")
-    published = publish(Reference(checkpoint, images, kind), precision, providers=[provider], runs_on=provider)
-    certificate = published.certificate
-    assert certificate.passed
-    assert certificate.pytorch_accuracy > 0.9
-    assert certificate.bound == BOUNDS[precision]
-    metadata = entries_of(onnx.load_from_string(published.model))
+    reference = Reference(checkpoint, images, kind)
+    model = certified(rewritten(reference, precision), reference, precision, [provider], provider)
+    assert model.certificate.passed
+    assert model.certificate.pytorch_accuracy > 0.9
+    assert model.certificate.bound == BOUNDS[precision]
+    metadata = entries_of(onnx.load_from_string(model.model))
     assert metadata["expertgrid.precision"] == precision
     assert len(metadata["expertgrid.certificate"]) == 64
-    onnx.checker.check_model(onnx.load_from_string(published.model), full_check=True)
+    onnx.checker.check_model(onnx.load_from_string(model.model), full_check=True)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_another_engine_gives_the_same_logits(checkpoint, images, fused):
-    model = publish(Reference(checkpoint, images, "uint8"), rewrites=tuple(REWRITES) if fused else ()).model
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    pixels_BHWC = images.test[:33]
-    with torch.inference_mode():
-        wanted_BN = served(checkpoint, "uint8")(torch.from_numpy(pixels_BHWC)).numpy()
-    np.testing.assert_allclose(compiled([pixels_BHWC])[0], wanted_BN, atol=1e-3)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_probabilities_and_gates(checkpoint, images, fused):
-    import onnxruntime
-
-    model = publish(
-        Reference(checkpoint, images, "uint8"),
-        rewrites=tuple(REWRITES) if fused else (),
-        outputs=(LOGITS, PROBABILITIES, GATES),
-    ).model
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+@pytest.mark.parametrize("rewrites", [True, False])
+def test_outputs_in_two_engines(checkpoint, images, with_all_outputs, rewrites):
+    """Logits in OpenVINO too; probabilities, and the weights of each gate."""
+    model = with_all_outputs[rewrites].model
+    session = open_session(model, "cpu", "model")
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "gates.layers.1", "gates.layers.2"]
-    pixels_BHWC = images.test[:20]
+    pixels_BHWC = images.test[:33]
     logits_BN, probabilities_BN, *gates = session.run(None, {"images": pixels_BHWC})
     np.testing.assert_allclose(torch.from_numpy(logits_BN).softmax(1), probabilities_BN, atol=1e-6)
     net = served(checkpoint, "uint8")
-    wanted = []
-    for layer in net.net.layers[1:]:
-        layer.gate.register_forward_hook(lambda _, __, gate_BK: wanted.append(gate_BK))
-    with torch.inference_mode():
-        net(torch.from_numpy(pixels_BHWC))
-    for found_BK, wanted_BK in zip(gates, wanted, strict=True):
-        np.testing.assert_allclose(found_BK, wanted_BK, atol=1e-5)
+    with torch.inference_mode(), recorded_gates(net) as weights:
+        expected_BN = net(torch.from_numpy(pixels_BHWC)).numpy()
+    for gate_BK, (expected_BK,) in zip(gates, weights.values(), strict=True):
+        np.testing.assert_allclose(gate_BK, expected_BK, atol=1e-5)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled([pixels_BHWC])[0], expected_BN, atol=1e-3)
 
 
 def test_pruning_says_what_it_costs(checkpoint, images):
@@ -111,10 +99,8 @@ def test_pruning_says_what_it_costs(checkpoint, images):
     one_left, said = pruned(checkpoint, images.validation, images.validation_labels, 1.0)
     assert "pruned 4 experts" in said
     assert [len(block.kernels) for block in one_left.config.blocks()] == [1, 1]
-    published = publish(Reference(one_left, images, "uint8"))
-    assert published.certificate.passed
-    x = example(one_left, "uint8", 3)
-    assert served(one_left, "uint8")(x).shape == (3, 10)
+    reference = Reference(one_left, images, "uint8")
+    assert certified(rewritten(reference), reference).certificate.passed
 
 
 def test_an_expert_that_one_image_needs_stays(checkpoint, images):
@@ -131,38 +117,32 @@ def test_an_expert_that_one_image_needs_stays(checkpoint, images):
     )
     assert gap > 0
     _, said = pruned(checkpoint, images.validation, images.validation_labels, float(threshold))
-    assert f"{block}.experts.{expert}" not in said
 
 
 def test_test_images_shape_no_model(checkpoint, images):
     """Calibration is on train images, and what stays in float is decided on validation images."""
-    others = dataclasses.replace(images, test=255 - images.test, test_labels=(images.test_labels + 1) % 10)
-    models = []
-    for shown in (images, others):
-        proto = onnx.load_from_string(publish(Reference(checkpoint, shown, "uint8"), "int8").model)
-        del proto.metadata_props[:]
-        models.append(proto.SerializeToString())
-    assert models[0] == models[1]
+    without = dataclasses.replace(images, test=None, test_labels=None)
+    assert rewritten(Reference(checkpoint, without, "uint8"), "int8").model
 
 
-def test_a_file_and_its_certificate_are_of_each_other(checkpoint, images, tmp_path):
-    published, other = (
-        publish(Reference(checkpoint, images, "uint8"), rewrites=tuple(REWRITES) if fused else ())
-        for fused in (True, False)
-    )
+def test_a_file_and_its_certificate_are_of_each_other(with_all_outputs, tmp_path):
+    model, other = with_all_outputs[True], with_all_outputs[False]
     file, beside = tmp_path / "model.onnx", tmp_path / "model.certificate.json"
-    assert certificate_problem(published.model, file) == "model.onnx has no certificate"
-    beside.write_bytes(published.certificate.to_bytes())
-    assert certificate_problem(published.model, file) == ""
-    assert (
-        certificate_problem(other.model, file)
-        == "model.onnx was certified by another certificate than model.certificate.json"
-    )
-    named = hashlib.sha256(published.certificate.to_bytes()).hexdigest()
-    forged = with_entries(other.model, {"expertgrid.certificate": named})
-    assert certificate_problem(forged, file) == "model.onnx is not the file that model.certificate.json is of"
+
+    def check_refused(content: bytes, message: str) -> None:
+        with pytest.raises(InputError) as error:
+            read_certificate(content, file)
+        assert str(error.value) == f"{file}: {message}; export it again"
+
+    check_refused(model.model, "has no certificate")
+    beside.write_bytes(model.certificate.to_bytes())
+    assert read_certificate(model.model, file) == model.certificate
+    check_refused(other.model, "was certified by another certificate than model.certificate.json")
+    digest = hashlib.sha256(model.certificate.to_bytes()).hexdigest()
+    forged = with_entries(other.model, {"expertgrid.certificate": digest})
+    check_refused(forged, "is not the file that model.certificate.json is of")
     beside.write_text("{}")
-    assert certificate_problem(published.model, file) == "model.certificate.json is damaged"
+    check_refused(model.model, "its certificate model.certificate.json is damaged")
 
 
 def test_networks_without_experts_are_not_pruned(checkpoint, images):

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
 from expertgrid.model.system.errors import unknown
 
-# Speed of a block with merged kernels, relative to the unfused block, at batch sizes 1 and 64 and three image sizes:
+# Speed of a block with merged kernels, relative to the block as trained, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
 LEAST_SAVING = 3.0
 
@@ -192,7 +192,7 @@ def scaled(layer: Scaled, factor: Tensor | float) -> Scaled:
     return layer
 
 
-class FusedBlock(nn.Module):
+class RewrittenBlock(nn.Module):
     """The block that some parts describe: (B, C, H, W) to (B, O, H / stride, W / stride)."""
 
     def __init__(self, parts: Parts):
@@ -305,7 +305,7 @@ class MergedConv(nn.Module):
         return mix_BOHW
 
 
-def fuse(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.Module:
+def rewrite(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.Module:
     """A network in eval mode with the same logits (B, N) from fewer and faster operators; `net` is left as it is.
 
     `rewrites` names those of `REWRITES` that are applied. Its weights have other names and shapes than those of `net`:
@@ -316,23 +316,23 @@ def fuse(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.Modu
     for name in rewrites:
         if name not in REWRITES:
             raise unknown("rewrite", name, REWRITES)
-    fused = copy.deepcopy(net).eval()
-    return _fuse_layers(fused, rewrites).eval() if isinstance(fused, ExpertNet) else fused
+    net = copy.deepcopy(net).eval()
+    return _rewrite_layers(net, rewrites).eval() if isinstance(net, ExpertNet) else net
 
 
-def _fuse_layers(module: nn.Module, rewrites: Collection[str]) -> nn.Module:
+def _rewrite_layers(module: nn.Module, rewrites: Collection[str]) -> nn.Module:
     """The module with the blocks and convolutions below it replaced."""
     for name, layer in module.named_children():
         if isinstance(layer, ExpertBlock):
             parts = take_apart(layer)
-            for rewrite in (REWRITES[name] for name in REWRITES if name in rewrites):
-                parts = rewrite(parts)
-            setattr(module, name, FusedBlock(parts))
+            for change in (REWRITES[name] for name in REWRITES if name in rewrites):
+                parts = change(parts)
+            setattr(module, name, RewrittenBlock(parts))
         elif isinstance(layer, ConvNormAct):
             if "batch_norm" in rewrites:
                 setattr(module, name, fold_norm(layer))
         else:
-            _fuse_layers(layer, rewrites)
+            _rewrite_layers(layer, rewrites)
     return module
 
 
