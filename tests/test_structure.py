@@ -39,13 +39,8 @@ WITHIN = {
     },
 }
 COMMANDS = typer.main.get_command(app).commands
-AT_ONCE = (
-    "app",
-    "entry",
-    "interrupt",
-    "options",
-    "terminal",
-)  # files of the command line that are imported for help and errors
+AT_ONCE = ("app", "entry", "interrupt", "options", "terminal")  # of the command line, for help and errors
+PAGES = [*REPOSITORY.glob("*.md"), *(page for folder in FOLDERS for page in (REPOSITORY / folder).rglob("README.md"))]
 
 
 def is_module(name: str) -> bool:
@@ -220,8 +215,10 @@ def test_readme_has_two_commands_and_ci_runs_the_second():
     assert tests in (REPOSITORY / ".ci" / "run").read_text()
 
 
-def test_files_that_the_readme_shows_are_there():
-    readme = (REPOSITORY / "README.md").read_text()
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
-    assert links
-    assert [link for link in links if not Path(REPOSITORY, link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_and_commands_of_a_page_lead_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    shown = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    assert set(re.findall(r"expertgrid ([a-z-]+)", shown)) <= {*COMMANDS, "--help"}

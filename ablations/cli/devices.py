@@ -1,4 +1,4 @@
-"""The device that a command runs on, and what of PyTorch's compilers can be used there."""
+"""The device that a command runs on, and what of PyTorch's compilers can be used on it."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ def device(name: str) -> torch.device:
     """The device that --device names. Raises InputError for one that this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = ["cpu", *(["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]) * torch.cuda.is_available()]
-    there += ["mps"] * torch.backends.mps.is_available()
-    if name not in there:
-        raise unknown("device", name, ["auto", *there])
+    devices = ["cpu", *(["cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]) * torch.cuda.is_available()]
+    devices += ["mps"] * torch.backends.mps.is_available()
+    if name not in devices:
+        raise unknown("device", name, ["auto", *devices])
     return torch.device(name)
 
 

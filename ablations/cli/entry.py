@@ -32,7 +32,7 @@ def main() -> None:
     if status == INTERRUPTED:
         command = shlex.join(["expertgrid", *sys.argv[1:]])
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
-        _complain(f"stopped; finished work is kept{resumes}", status)
+        print(f"stopped; finished work is kept{resumes}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -5,14 +5,15 @@ import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.system.files import write_whole
 
 HUB = "hf-hub:"
+NOT_ISOLATED = "needs separate processes; it does not go with --no-isolate"
 LARGEST_BATCH = 65_536
 MOST_IMAGES = 64  # of a contact sheet
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
@@ -25,6 +26,13 @@ ENGINES = (
 )  # fmt: skip
 
 Value = bool | int | float | str | list | dict  # of a setting, as TOML has it
+
+
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raises InputError with the text of the first rule that applies."""
+    for applies, text in rules:
+        if applies:
+            raise InputError(text)
 
 
 def device_word(word: str) -> str:
@@ -51,11 +59,11 @@ def _setting(text: str) -> tuple[str, Value]:
 
 def words(what: str, text: str, accepted: Collection[str]) -> list[str]:
     """The words of a list that commas separate. Raises InputError for one that is not accepted."""
-    found = text.split(",")
-    for word in found:
-        if word not in accepted:
-            raise unknown(what, word, accepted)
-    return found
+    names = text.split(",")
+    for name in names:
+        if name not in accepted:
+            raise unknown(what, name, accepted)
+    return names
 
 
 def batches(text: str) -> list[int]:
@@ -77,11 +85,9 @@ def whole(option: str, text: str, most: int) -> int:
 
 
 def check_engine(engine: str, of_ray: Mapping[str, object], of_local: Mapping[str, object]) -> None:
-    """Raises InputError for an option that is given and belongs to the other engine; None for those not given."""
-    of_other, other = (of_ray, "ray") if engine == "local" else (of_local, "local")
-    for option, value in of_other.items():
-        if value is not None:
-            raise InputError(f"{option}: is for --engine {other}")
+    """Raises InputError for an option of the other engine that has a value other than None."""
+    values, other = (of_ray, "ray") if engine == "local" else (of_local, "local")
+    refuse(*((value is not None, f"{option}: is for --engine {other}") for option, value in values.items()))
 
 
 def percent(option: str, text: str | None) -> float | None:
@@ -97,27 +103,37 @@ def percent(option: str, text: str | None) -> float | None:
     return value
 
 
-def module_names(names: Sequence[str] | None) -> Sequence[str] | None:
-    """Raises InputError for a module of --import that does not exist. Imports none of them."""
-    with working_directory_first():
-        for name in names or ():
-            package = name.partition(".")[0]
-            if not all(part.isidentifier() for part in name.split(".")):
-                raise InputError(f"--import {name}: the name of a module is needed, as in `import my_nets`")
-            if package not in sys.modules and importlib.util.find_spec(package) is None:
-                raise InputError(f"--import {name}: there is no module {package} in this directory or installed")
-    return names
+def module_names(texts: Sequence[str] | None) -> Sequence[str] | None:
+    """Raises InputError for a module of --import that does not exist, or whose name is taken. Imports none of them."""
+    folders: dict[str, Path] = {}
+    for text in texts or ():
+        name, folder = module_and_folder(text)
+        package = name.partition(".")[0]
+        if text.endswith(".py") and not Path(text).is_file():
+            raise InputError(f"--import {text}: there is no such file")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise InputError(f"--import {text}: a module or its file is needed, as in my_net or nets/my_net.py")
+        if package in (*sys.stdlib_module_names, "__main__"):
+            raise InputError(f"--import {text}: {package} is a module of Python's own; give yours another name")
+        beside = PathFinder.find_spec(package, [str(folder)])
+        other = importlib.util.find_spec(package)
+        if beside is None and other is None:
+            raise InputError(f"--import {text}: there is no module {package} in {folder} or installed")
+        taken_by = other.origin if other and beside and other.origin != beside.origin else None
+        if folders.setdefault(package, folder) != folder:
+            taken_by = folders[package] / package
+        if taken_by:
+            raise InputError(f"--import {text}: the name {package} is taken by {taken_by}; give yours another name")
+    return texts
 
 
-@contextmanager
-def working_directory_first() -> Generator[None]:
-    """Python looks for modules in the working directory first, as it does for a script that lies there."""
-    before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+def module_and_folder(text: str) -> tuple[str, Path]:
+    """A module of --import: the name that it is imported by, and the folder that is searched for it first.
+
+    `my_net` is looked for in the working directory, and `nets/my_net.py` is the module my_net in `nets`.
+    """
+    file = Path(text).absolute()
+    return (file.stem, file.parent) if file.suffix == ".py" else (text, Path.cwd())
 
 
 def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable[[Path | None], Path | None]:
@@ -199,8 +215,8 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
             raise unknown("tracker", name, TRACKERS)
         if colon and (name != "mlflow" or not uri):
             raise InputError(f"tracker {text}: only mlflow takes a store, as in mlflow:http://localhost:5000")
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name in the working directory has no origin
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
     return texts
 

@@ -3,10 +3,12 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertgrid.ablations.cli.options import working_directory_first
+from expertgrid.ablations.cli.options import module_and_folder
 from expertgrid.ablations.cli.terminal import status
 from expertgrid.model.system.errors import InputError, reason_of
 
@@ -25,17 +27,28 @@ def read_data(source: str, data_dir: Path | None, image_size: int | None = None)
         return load_data(source, data_dir, image_size)
 
 
-def import_modules(names: Sequence[str]) -> None:
-    """Imports modules, which register networks with timm. Raises InputError for one that fails, with its reason.
+def import_modules(texts: Sequence[str]) -> None:
+    """Imports the modules of --import, which register networks with timm.
 
-    The working directory is searched first, as Python does for a script, and stays on the path after all others, for
-    what the module imports later.
+    The folder of a module comes first on Python's path while it is imported, as for a script, and last from then on.
+    Raises InputError for a module that fails, with its reason, and for one that expertgrid uses itself.
     """
-    for name in names:
+    if not texts:
+        return
+    import timm  # noqa: F401  (first: what timm needs is what is installed, whatever lies beside the modules)
+
+    ours = set(sys.modules)
+    for text in texts:
+        name, folder = module_and_folder(text)
+        sys.path.insert(0, str(folder))
         try:
-            with working_directory_first():
-                importlib.import_module(name)
+            importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
-            raise InputError(f"--import {name}: {reason_of(error)}") from error
-    if names and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+            raise InputError(f"--import {text}: {reason_of(error)}") from error
+        finally:
+            with suppress(ValueError):  # the module has changed the path
+                sys.path.remove(str(folder))
+        if name in ours and PathFinder.find_spec(name.partition(".")[0], [str(folder)]) is None:
+            raise InputError(f"--import {text}: is a module that expertgrid uses itself; it has no network of yours")
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))

@@ -1,5 +1,18 @@
-"""expertgrid: a laboratory for ablations of image networks. Importing it imports no torch."""
+"""expertgrid: a laboratory for ablations of image networks. Importing it imports no torch, nor anything else of ours.
 
-from importlib.metadata import version
+What is in it lies at the top of the repository: `model`, `export`, `bench` and `ablations` beside this file are links.
+"""
 
-__version__ = version("expertgrid")
+import os.path
+
+if not os.path.isdir(os.path.join(__path__[0], "model")):  # a checkout without links, from a ZIP or on Windows
+    __path__.append(os.path.join(__path__[0], "..", ".."))
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, which takes long to look up. Raises PackageNotFoundError where expertgrid is not installed."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("expertgrid")

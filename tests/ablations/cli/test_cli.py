@@ -221,7 +221,7 @@ def test_an_interrupted_study_goes_on(tiny_study, tmp_path, expertgrid):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1].startswith("error: stopped; finished work is kept, and the same command continues it")
+    assert err.splitlines()[-1].startswith("stopped; finished work is kept, and the same command continues it")
     done = len(list(trials.glob("*/record.json")))
     assert 1 <= done < 6
     outcome = expertgrid("run", tiny_study, "--device", "cpu")
@@ -477,7 +477,7 @@ def test_lists(expertgrid):
         (["bench", "broken.safetensors", "--baseline", "none.json"], "none.json: cannot be read"),
         (
             ["bench", "broken.safetensors", "broken.safetensors", "--json", "all.json"],
-            "--json all.json: takes the record of one file",
+            "--json: is for one file",
         ),
         (["bench-train", "vit_tiny_patch16_224"], "vit_tiny_patch16_224 does not take the 32x32 images"),
         (["run", "--compile", "of"], "Invalid value for '--compile': 'of' is not one of 'auto', 'on', 'off'."),

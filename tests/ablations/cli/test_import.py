@@ -1,4 +1,4 @@
-"""--import: a user's own network, from a study to an exported file."""
+"""--import: a user's own network, from a study to an exported file, beside files that have the names of our folders."""
 
 import json
 import subprocess
@@ -7,12 +7,14 @@ import sys
 import onnx
 import pytest
 
-NETWORK = """
-from timm.models import register_model
+PART = """
+import sys
 from torch import nn
 
+first = sys.path[0]
 
-class MyNet(nn.Module):
+
+class Net(nn.Module):
     def __init__(self, in_chans, num_classes):
         super().__init__()
         self.stem = nn.Conv2d(in_chans, 4, 3, padding=1)
@@ -20,73 +22,83 @@ class MyNet(nn.Module):
 
     def forward(self, x_BCHW):
         return self.classifier(self.stem(x_BCHW).relu().mean((2, 3)))
+"""
+NETWORK = """
+from timm.models import register_model
+from model import Net
 
 
 @register_model
-def NAME(pretrained=False, in_chans=3, num_classes=10, **kwargs):
-    return MyNet(in_chans, num_classes)
+def my_net(pretrained=False, in_chans=3, num_classes=10, **kwargs):
+    return Net(in_chans, num_classes)
 """
 STUDY = """
 question = "Is my network better?"
 seeds = 1
 [base]
-model = "NAME"
+model = "my_net"
 [set]
 "recipe.epochs" = 1
 """
-ELSEWHERE = """
-import sys
-from expertgrid.ablations.cli.entry import main
-
-for line in (["run", "mine.toml"], ["export", "runs/mine"]):
-    sys.argv = ["expertgrid", *line]
-    try:
-        main()
-    except SystemExit as exit:
-        assert exit.code == 2
-"""  # in an interpreter that did not import the network
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
+    """A working directory with a network and a study, which is on Python's path as little as in a command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
+    before = set(sys.modules)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "random.py").write_text("raise SystemExit('random.py of the user')")
+    (tmp_path / "model.py").write_text(PART)
+    (tmp_path / "mine.toml").write_text(STUDY)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
-def test_a_network_of_a_module_is_trained_exported_and_timed(expertgrid, place):
-    (place / "nets_of_mine.py").write_text(NETWORK.replace("NAME", "my_net"))
-    (place / "mine.toml").write_text(STUDY.replace("NAME", "my_net"))
-    brought = ["--import", "nets_of_mine"]
-    listed = json.loads(expertgrid("list", "models", *brought, "--format", "json").out)
+@pytest.mark.parametrize("brought", ["nets_of_mine", "nets/of_mine.py"])
+def test_a_network_of_a_module_is_trained_exported_and_timed(expertgrid, place, brought):
+    file = (place / brought).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    (place / "model.py").rename(file.with_name("model.py"))
+    file.write_text(NETWORK)
+    command = ["--import", brought]
+    listed = json.loads(expertgrid("list", "models", *command, "--format", "json").out)
+    assert sys.modules["model"].first == str(file.parent) == sys.path[-1]
+    if brought.endswith(".py"):  # the rest has been seen for a name
+        return
     assert [row["params"] for row in listed if row["model"] == "my_net"] == [(3 * 9 + 1) * 4 + (4 + 1) * 10]
-    outcome = expertgrid("run", "mine.toml", *brought, "--device", "cpu")
+    outcome = expertgrid("run", "mine.toml", *command, "--device", "cpu")
     assert outcome.status == 0, outcome.err
-    assert expertgrid("export", "runs/mine", *brought).status == 0
-    file = place / "runs" / "mine" / "export" / "model-uint8.onnx"
-    assert onnx.load(file).graph.node
-    timed = json.loads(expertgrid("bench", file, "--batch", 1, "--format", "json", *brought).out)
+    assert expertgrid("export", "runs/mine", *command).status == 0
+    exported_file = place / "runs" / "mine" / "export" / "model-uint8.onnx"
+    assert onnx.load(exported_file).graph.node
+    timed = json.loads(expertgrid("bench", exported_file, "--batch", 1, "--format", "json", *command).out)
     assert [row["engine"] for row in timed] == ["onnxruntime cpu", "pytorch eager cpu"]
     trial = next((place / "runs" / "mine" / "trials").iterdir()).name
-    assert "The same: " in expertgrid("rerun", "runs/mine", trial, *brought, "--device", "cpu").out
+    assert "The same: " in expertgrid("rerun", "runs/mine", trial, *command, "--device", "cpu").out
 
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
-    complaints = done.stderr.splitlines()
-    assert len(complaints) == 2, done.stderr
-    for complaint in complaints:
-        assert "model 'my_net'" in complaint
-        assert complaint.endswith("--import MODULE registers networks")
+    (place / "mine.toml").write_text(STUDY.replace("my_net", "no_net"))
+    assert expertgrid("run", "mine.toml", "--out", "x").complaint.endswith("--import MODULE registers networks")
 
 
 @pytest.mark.parametrize(
     ("module", "text", "message"),
     [
-        ("nowhere_at_all", "", "--import nowhere_at_all: there is no module nowhere_at_all in this directory"),
+        ("nowhere_at_all", "", "--import nowhere_at_all: there is no module nowhere_at_all in /"),
+        ("nets/nowhere.py", "", "--import nets/nowhere.py: there is no such file"),
         ("broken_net", "import no_such_thing", "--import broken_net: ModuleNotFoundError: No module named 'no_such"),
         ("raising_net", "raise ValueError('first\\nsecond')", "--import raising_net: ValueError: first"),
         ("syntax_net", "def", "--import syntax_net: SyntaxError: "),
         ("leaving_net", "raise SystemExit(3)", "--import leaving_net: SystemExit: 3"),
-        ("my-nets.py", "", "--import my-nets.py: the name of a module is needed"),
+        ("my-nets", "", "--import my-nets: a module or its file is needed, as in my_net or nets/my_net.py"),
+        ("random", "", "--import random: random is a module of Python's own; give yours another name"),
+        ("./random.py", "", "--import ./random.py: random is a module of Python's own; give yours another name"),
+        ("numpy", "", "--import numpy: is a module that expertgrid uses itself; it has no network of yours"),
+        ("expertgrid", "", "--import expertgrid: is a module that expertgrid uses itself"),
+        ("timm", "x = 1", "--import timm: the name timm is taken by /"),
     ],
 )
 def test_a_module_that_fails_is_one_line(expertgrid, place, module, text, message):
@@ -98,20 +110,29 @@ def test_a_module_that_fails_is_one_line(expertgrid, place, module, text, messag
     assert "second" not in outcome.complaint
 
 
+def test_two_modules_of_one_name_are_one_line(expertgrid, place):
+    for folder in ("a", "b"):
+        (place / folder).mkdir()
+        (place / folder / "net.py").write_text("")
+    outcome = expertgrid("list", "models", "--import", "a/net.py", "--import", "b/net.py")
+    assert (outcome.status, f"the name net is taken by {place / 'a'}" in outcome.complaint) == (2, True)
+
+
 def test_a_study_file_imports_nothing(expertgrid, place):
     (place / "mine.toml").write_text('import = "nets"\n' + STUDY)
     assert "'import'" in expertgrid("run", "mine.toml").complaint
 
 
-@pytest.mark.parametrize(("more", "status"), [([], 0), (["--import", "broken"], 2)])
-def test_the_process_ends_without_freeing_its_modules(place, more, status):
-    """What a module does at the end is done; what Python would free, one object after another, is left."""
+def test_the_process_ends_without_freeing_its_modules(place):
+    """What a module does at the end is done; what Python would free, one object after another, is left.
+
+    Python puts the working directory first on its path for `-m`, and its `random.py` is not run.
+    """
     (place / "late.py").write_text(
         "import atexit\nclass Held:\n    def __del__(self):\n        print('freed')\n"
         "held = Held()\natexit.register(print, 'at the end')\n"
     )
     (place / "broken.py").write_text("1 / 0")
-    line = [sys.executable, "-m", "expertgrid", "run", "quickstart", "--dry-run", "--import", "late", *more]
+    line = [sys.executable, "-m", "expertgrid", "list", "models", "--import", "late", "--import", "broken"]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert done.stdout.endswith("at the end\n")
+    assert (done.returncode, done.stdout) == (2, "at the end\n"), done.stderr
