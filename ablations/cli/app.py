@@ -168,10 +168,10 @@ def run(
     wanted = None if jobs == "auto" else options.whole("--jobs", jobs, most=256)
     of_ray = {"--address": address, "--gpus-per-trial": gpus_per_trial, "--cpus-per-trial": cpus_per_trial}
     options.check_engine(engine, of_ray, {"--jobs": wanted, "--no-isolate": None if isolate else "given"})
-    asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
-        print(plan.plan_table(plan.plan(asked, data_dir)))
+        print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
     with ExitStack() as resources:
         if engine == "ray":
@@ -194,10 +194,10 @@ def run(
             device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
         )
         if study is not None:
-            return train_and_show(asked, data_dir, how)
+            return train_and_show(request, data_dir, how)
         with starting():
             from expertgrid.ablations.cli.quickstart import quickstart
-        return quickstart(asked, data_dir, how)
+        return quickstart(request, data_dir, how)
 
 
 @app.command(rich_help_panel=TRAIN)
