@@ -65,10 +65,11 @@ def test_another_study_keeps_its_directory(tmp_path, digits):
 
 
 def test_directories_that_are_no_study(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for name, message in (("full", "is not empty, and holds no study"), ("file", "there is a file of this name")):
+    write_whole(tmp_path / "full" / "notes.txt", b"mine")
+    write_whole(tmp_path / "hidden" / ".notes.markdown", b"mine")
+    write_whole(tmp_path / "file", b"mine")
+    full = "is not empty, and holds no study"
+    for name, message in (("full", full), ("hidden", full), ("file", "there is a file of this name")):
         with pytest.raises(InputError, match=message):
             StudyDirectory(tmp_path / name).check_holds(STUDY)
     with pytest.raises(InputError, match="not a study directory"):
