@@ -167,6 +167,23 @@ def _train_tiny_study(place: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory, digits) -> Path:
+    return finished_study(tmp_path_factory.mktemp("finished") / "tiny", digits).path
+
+
+@pytest.fixture
+def study(finished, tmp_path) -> StudyDirectory:
+    """A finished study whose files a test may change."""
+    return StudyDirectory(shutil.copytree(finished, tmp_path / "runs" / "tiny"))
+
+
+@pytest.fixture
+def trial(study) -> str:
+    """The id of one of its trials."""
+    return study.read_plan().cells[-1].trials[1]
+
+
+@pytest.fixture(scope="session")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group dev")
     with sync_api.sync_playwright() as playwright:

@@ -171,10 +171,10 @@ def run(
     options.check_engine(engine, of_ray, {"--jobs": at_once, "--no-isolate": None if isolate else "given"})
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
-    asked = plan.ask(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
-        print(plan.plan_table(plan.plan(asked, data_dir)))
+        print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
     with ExitStack() as resources:
         trainer = None
@@ -196,10 +196,10 @@ def run(
             device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
         )
         if study is not None:
-            return train_and_show(asked, data_dir, how)
+            return train_and_show(request, data_dir, how)
         with _starting():
             from expertgrid.ablations.cli.quickstart import quickstart
-        return quickstart(asked, data_dir, how)
+        return quickstart(request, data_dir, how)
 
 
 @app.command(rich_help_panel=TRAIN)

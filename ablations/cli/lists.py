@@ -1,4 +1,4 @@
-"""What there is: networks, recipes, studies and data sources."""
+"""Lists of the networks, recipes, studies and data sources."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from expertgrid.model.system.text import Format, render
 
 def list_(what: str, modules: Sequence[str], format: Format) -> int:
     """Prints one of the lists; that of the models has those that `modules` registered, too."""
-    found = {"recipes": _recipes, "studies": _studies, "data": _sources}
-    print(render(_models(modules) if what == "models" else found[what](), format))
+    lists = {"recipes": _recipes, "studies": _studies, "data": _sources}
+    print(render(_models(modules) if what == "models" else lists[what](), format))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `run` was asked for: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
+"""What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
 from expertgrid.ablations.study.cells import Cell
-from expertgrid.ablations.study.levels import Level, level_name
+from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
 from expertgrid.model.system.errors import InputError
@@ -17,15 +17,15 @@ from expertgrid.model.training.holdout import HoldOut
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A study as the command line changed it, and the directory that it is kept in."""
+class StudyRequest:
+    """A study as the command line changed it, and its directory."""
 
     study: Study
     directory: StudyDirectory
     last_seed: int | None  # of a race
 
 
-def ask(
+def read_request(
     study: str,
     seeds: int | None,
     first_seed: int | None,
@@ -34,12 +34,10 @@ def ask(
     out: Path | None,
     until: str | None,
     max_seeds: int | None,
-) -> Asked:
+) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings, first_seed)
-    from expertgrid.ablations.results import (
-        racing,  # a wrong name of a study is an error before its statistics are imported
-    )
+    changed = load_study(study).change(seeds, data, settings, first_seed)  # fails before the statistics are imported
+    from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
     directory = StudyDirectory(out or Path("runs") / changed.name)
@@ -47,11 +45,11 @@ def ask(
     begun = directory.read_race()
     if begun and until is None:
         raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
-    return Asked(changed, directory, max_seeds)
+    return StudyRequest(changed, directory, max_seeds)
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """The cells of a study on its data."""
 
     study: Study
@@ -65,25 +63,25 @@ class Plan:
         return self.data.hold_out(self.study.base.hold_out)
 
 
-def plan(asked: Asked, data_dir: Path | None) -> Plan:
+def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
-    study, directory = asked.study, asked.directory
+    study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=asked.last_seed).cells(data)
+    cells = study.change(seeds=request.last_seed).cells(data)
     race = None
-    if asked.last_seed is not None:
+    if request.last_seed is not None:
         from expertgrid.ablations.results import racing
 
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
-        race = racing.new_race(cells, study, asked.last_seed, seen)
+        race = racing.new_race(cells, study, request.last_seed, seen)
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return Plan(study, directory, data, cells, race)
+    return PlannedRun(study, directory, data, cells, race)
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.tables import plan_lines
@@ -91,31 +89,25 @@ def plan_table(plan: Plan) -> str:
     from expertgrid.model.system.text import render
 
     rows: list[dict[str, object]] = []
-    for cell in plan.cells:
-        parameters, macs = cost(cell.trials[0].model, *plan.data.image_size)
-        done = sum(plan.directory.record(trial.id) is not None for trial in cell.trials)
-        recipe = cell.trials[0].recipe
-        levels = {name: level_name(level) for name, level in cell.levels.items()}
-        row: dict[str, object] = {
-            "model": cell.model_name,
-            **levels,
-            "first trial": cell.trials[0].id,
-            "seeds": len(cell.trials),
-        }
-        rows.append(row | {"done": done, "epochs": recipe.epochs, "params": parameters, "MACs": macs})
-    different = {trial.id for cell in plan.cells for trial in cell.trials}
+    trials = {trial.id for cell in planned.cells for trial in cell.trials}
+    finished = {trial for trial in trials if planned.directory.record(trial) is not None}
+    for cell in planned.cells:
+        first = cell.trials[0]
+        parameters, macs = cost(first.model, *planned.data.image_size)
+        done = sum(trial.id in finished for trial in cell.trials)
+        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
-        f"Data: {plan.data.in_words(plan.hold_out)}.",
-        f"{len(different)} different trials in {plan.directory.path}; nothing was trained or written.",
+        f"Data: {planned.data.in_words(planned.hold_out)}.",
+        f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
-    if plan.race is None:
-        images = len(plan.data.train) - plan.data.trained_on(plan.hold_out)
-        notes += plan_lines(foresee(plan.study, [cell.planned for cell in plan.cells], images, plan.directory))
-    if race := plan.race:
-        done = sum(plan.directory.record(trial) is not None for trial in different)
-        first = {trial.id for cell in plan.cells for trial in cell.trials[: race.first]}
+    if planned.race is None:
+        images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
+        notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))
+    if race := planned.race:
+        first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(
-            f"A race: the first look is at {race.first} seeds, and needs {len(first)} trials. If every contrast goes "
-            f"on to seed {race.last}, all {len(different)} trials are trained. {done} are done."
+            f"A race: the first look is at {race.first} seeds, and needs {len(first_look)} trials. If every contrast "
+            f"goes on to seed {race.last}, all {len(trials)} trials are trained. {len(finished)} are done."
         )
-    return f"{plan.study.question}\n\n{render(rows, 'text', notes)}"
+    return f"{planned.study.question}\n\n{render(rows, 'text', notes)}"

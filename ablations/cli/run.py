@@ -10,7 +10,7 @@ import torch
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.devices import device, usable
-from expertgrid.ablations.cli.plan import Asked, plan
+from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.cli.track import tracked
@@ -60,10 +60,10 @@ class How:
         return on
 
 
-def train_study(asked: Asked, data_dir: Path | None, how: How) -> list[TrialFailed]:
+def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
     on = how.train_on()
-    planned = plan(asked, data_dir)
+    planned = plan_run(request, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
     console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
@@ -113,11 +113,11 @@ def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, ho
     directory.write_training_rates(rates)
 
 
-def train_and_show(asked: Asked, data_dir: Path | None, how: How) -> int:
+def train_and_show(request: StudyRequest, data_dir: Path | None, how: How) -> int:
     """Trains a study and prints its table; 1 where some trial failed."""
-    failed = train_study(asked, data_dir, how)
-    show_study(asked.directory)
-    return say_failures(asked.directory, failed)
+    failed = train_study(request, data_dir, how)
+    show_study(request.directory)
+    return say_failures(request.directory, failed)
 
 
 def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:

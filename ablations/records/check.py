@@ -95,30 +95,26 @@ def _read(name: str, read: Callable[[], Value], problems: dict[str, str]) -> Val
         return None
 
 
+def _damaged(problems: dict[str, str], remedy: str, folder: str = "", trial: str = "") -> list[FileState]:
+    """The states of files by their names in a folder."""
+    return [FileState("damaged", folder + name, problem, remedy, trial) for name, problem in problems.items()]
+
+
 def _study_files(directory: StudyDirectory) -> Iterator[FileState]:
-    path = directory.path
-    problems = {name: "missing" for name in OF_A_STUDY if not (path / name).exists()}
-    study = None if "study.toml" in problems else _read("study.toml", directory.read_study, problems)
-    if study and "plan.json" not in problems:
-        _read("plan.json", lambda: directory.read_plan(study), problems)
-    for name, problem in problems.items():
-        move = "" if problem == "missing" else "move it away and "
-        yield FileState("damaged", name, problem, f"{move}{AGAIN}, which writes it again")
-    yield from _changed_since(directory, problems)
+    path, unreadable = directory.path, {}
+    lost = {name: "missing" for name in OF_A_STUDY if not (path / name).exists()}
+    study = None if "study.toml" in lost else _read("study.toml", directory.read_study, unreadable)
+    if study and "plan.json" not in lost:
+        _read("plan.json", lambda: directory.read_plan(study), unreadable)
+    for name, how in (_read(SUMS, lambda: changed_files(path, OF_A_STUDY), lost) or {}).items():
+        if name not in unreadable:
+            lost.setdefault(name, f"{how} since {SUMS} was written")
+    yield from _damaged(unreadable, f"move it away and {AGAIN}, which writes it again")
+    yield from _damaged(lost, f"{AGAIN}, which writes it again")
     if not (path / SUMS).exists():
-        older = "missing, as in studies of older versions: study.toml and plan.json were only read"
-        yield FileState("note", SUMS, older)
+        note = "missing, as in studies of older versions: study.toml and plan.json were only read"
+        yield FileState("note", SUMS, note)
     yield from _ledger(path / "ledger.jsonl")
-
-
-def _changed_since(directory: StudyDirectory, problems: dict[str, str]) -> Iterator[FileState]:
-    damaged_sums: dict[str, str] = {}
-    changed = _read(SUMS, lambda: changed_files(directory.path, OF_A_STUDY), damaged_sums) or {}
-    for problem in damaged_sums.values():
-        yield FileState("damaged", SUMS, problem, f"{AGAIN}, which writes it again")
-    for name, how in changed.items():
-        if name not in problems:
-            yield FileState("damaged", name, f"{how} since {SUMS} was written", f"{AGAIN}, which writes both again")
 
 
 def _ledger(ledger: Path) -> Iterator[FileState]:
@@ -155,8 +151,7 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
     resume = directory.resume_file(trial)
     if not finished and resume.exists():
         _read("resume.pt", lambda: whole_state(resume), problems)
-    for name, problem in problems.items():
-        yield FileState("damaged", f"{place}/{name}", problem, MOVE, trial)
+    yield from _damaged(problems, MOVE, f"{place}/", trial)
     if problems:
         return
     yield from (FileState("note", place, note, trial=trial) for note in notes)
@@ -202,13 +197,12 @@ def _weights_problem(file: Path, trial: str) -> str:
 
 
 def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
-    problems: dict[str, str] = {}
-    _read(TRAINING, directory.training_rates, problems)
+    training, latency = {}, {}
+    _read(TRAINING, directory.training_rates, training)
     for file in sorted((directory.path / "bench").glob("*.json")):
-        _read(f"bench/{file.name}", lambda file=file: read_latency(file), problems)
-    for name, problem in problems.items():
-        command = "bench-train" if name == TRAINING else "bench"
-        yield FileState("damaged", name, problem, f"delete it and run expertgrid {command} again")
+        _read(file.name, lambda file=file: read_latency(file), latency)
+    yield from _damaged(training, "delete it and run expertgrid bench-train again")
+    yield from _damaged(latency, "delete it and run expertgrid bench again", "bench/")
 
 
 def _exports(folder: Path) -> Iterator[FileState]:
@@ -216,6 +210,5 @@ def _exports(folder: Path) -> Iterator[FileState]:
         return
     from expertgrid.export.exported import export_problems  # which imports torch
 
-    for file, problem in export_problems(folder):
-        if problem:
-            yield FileState("damaged", f"export/{file.name}", problem, "delete it and run expertgrid export again")
+    problems = {file.name: problem for file, problem in export_problems(folder) if problem}
+    yield from _damaged(problems, "delete it and run expertgrid export again", "export/")

@@ -30,9 +30,9 @@ def needless(directory: StudyDirectory, unplanned: bool = False) -> list[Needles
     return [Needless(path, _size(path), why) for path, why in sorted(_paths(directory, unplanned))]
 
 
-def remove(found: list[Needless]) -> None:
+def remove(items: list[Needless]) -> None:
     """Deletes these files and folders. The caller holds the directory. Raises OSError."""
-    for item in found:
+    for item in items:
         if item.path.is_dir() and not item.path.is_symlink():
             shutil.rmtree(item.path)
         else:

@@ -27,9 +27,7 @@ class Environment(BaseModel):
     cores: int | None = None  # logical cores that the process could use
     memory_bytes: int | None = None  # physical memory of the machine; None where the system does not say
     driver: str | None = None  # version of the NVIDIA driver, for numbers of a CUDA device
-    commit: str | None = (
-        None  # of the git checkout that expertgrid ran from, with "+changes" where files differ from it
-    )
+    commit: str | None = None  # of the git checkout that expertgrid ran from, "+changes" where its files differ
 
     @classmethod
     def of_machine(cls, device: "torch.device") -> "Environment":

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
@@ -55,12 +55,9 @@ class Cell:
 def control_cell(base: Cell) -> Cell:
     """The base once more: trained from other seeds, on the same hold-outs."""
     hold_out = base.trials[0].hold_out.model_copy(update={"offset": CONTROL_SEEDS})
-    trials = []
-    for trial in base.trials:
-        fields: dict[str, Any] = {name: getattr(trial, name) for name in Trial.model_fields}
-        fields |= {"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out}
-        trials.append(Trial(**fields))
-    return Cell(base.model_name, {}, tuple(trials), control=True)
+    changes = [{"seed": trial.seed + CONTROL_SEEDS, "hold_out": hold_out} for trial in base.trials]
+    trials = tuple(Trial.model_validate(dict(trial) | change) for trial, change in zip(base.trials, changes))
+    return Cell(base.model_name, {}, trials, control=True)
 
 
 @dataclass(frozen=True)

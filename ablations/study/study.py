@@ -11,15 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
@@ -155,12 +147,10 @@ class Study(BaseModel):
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
         settings = {dotted(path) or path: value for path, value in settings.items()}
-        fields: dict[str, Any] = {**dict(self), "set": {**self.set, **settings}}
-        fields |= {} if seeds is None else {"seeds": seeds}
-        fields |= {} if first_seed is None else {"first_seed": first_seed}
-        fields |= {} if data is None else {"base": {**dict(self.base), "data": data}}
+        base = None if data is None else {**dict(self.base), "data": data}
+        changes = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
         try:
-            return Study(**fields)
+            return Study.model_validate(dict(self) | {name: new for name, new in changes.items() if new is not None})
         except ValidationError as error:
             raise invalid(f"study {self.name}", error, Study.model_fields) from None
 
@@ -252,24 +242,15 @@ class Study(BaseModel):
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        parts = changed(*changed(config, recipe(recipe_name), settings), factors)
-        check_optimizer(parts[1])
-        parts[1].check_fits(data, data.trained_on(hold_out))
-        for size in dict.fromkeys((data.image_size, parts[1].image_size(0, data.image_size))):
-            check_image_size(model, parts[0], size, data.name)
-        trials = tuple(
-            Trial(
-                model_name=model,
-                model=parts[0],
-                recipe=parts[1],
-                source=data.source,
-                fingerprint=data.fingerprint,
-                hold_out=hold_out,
-                seed=seed,
-            )
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
-        )
-        return Cell(model, levels, trials)
+        config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
+        check_optimizer(training)
+        training.check_fits(data, data.trained_on(hold_out))
+        for size in dict.fromkeys((data.image_size, training.image_size(0, data.image_size))):
+            check_image_size(model, config, size, data.name)
+        alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
+        alike |= {"source": data.source, "fingerprint": data.fingerprint}
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
 
 
 def _name(kind: str, level: Level) -> str:

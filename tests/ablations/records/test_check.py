@@ -10,27 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, finished_study, snapshot
+from conftest import REPOSITORY, snapshot
 
 from expertgrid.ablations.records.check import check_files
 from expertgrid.ablations.records.checksums import SUMS, write_sums
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
 from expertgrid.model.training.resume import write_state
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, digits) -> Path:
-    return finished_study(tmp_path_factory.mktemp("finished") / "tiny", digits).path
-
-
-@pytest.fixture
-def study(finished, tmp_path) -> StudyDirectory:
-    return StudyDirectory(shutil.copytree(finished, tmp_path / "tiny"))
-
-
-def trial_of(study: StudyDirectory) -> str:
-    return study.read_plan().cells[-1].trials[1]
 
 
 def unfinished(study: StudyDirectory, trial: str) -> Path:
@@ -86,8 +72,7 @@ OF_TRIALS: dict[str, tuple[Callable[[StudyDirectory, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", OF_TRIALS)
-def test_a_damaged_trial_is_named_and_moved_away(expertgrid, study, damage):
-    trial = trial_of(study)
+def test_a_damaged_trial_is_named_and_moved_away(expertgrid, study, trial, damage):
     harm, name = OF_TRIALS[damage]
     harm(study, study.trial(trial))
     before = snapshot(study.path)
@@ -187,8 +172,7 @@ def test_studies_of_older_versions_are_not_damaged(expertgrid, study):
     assert "and 5 more: no SHA256SUMS, as in trials of older versions" in second
 
 
-def test_repair_overwrites_nothing_and_needs_the_lock(expertgrid, study):
-    trial = trial_of(study)
+def test_repair_overwrites_nothing_and_needs_the_lock(expertgrid, study, trial):
     for number in (1, 2):
         if number == 2:
             shutil.copytree(study.path / "damaged" / trial, study.trial(trial))
@@ -263,12 +247,10 @@ def test_trials_that_are_not_planned_go_where_that_is_asked_for(expertgrid, stud
     assert expertgrid("clean", study.path, "--yes", "--trials").status == 0
     gone = before.keys() - snapshot(study.path).keys()
     assert "trials/elsewhere/record.json" in gone
-    planned = set(study.read_plan().trials)
-    assert {path.name for path in study.path.glob("trials/*")} == planned
+    assert {path.name for path in study.path.glob("trials/*")} == set(study.read_plan().trials)
 
 
-def test_the_state_of_a_damaged_trial_stays(study, expertgrid):
-    trial = trial_of(study)
+def test_the_state_of_a_damaged_trial_stays(expertgrid, study, trial):
     (study.trial(trial) / "resume.pt").write_bytes(b"state")
     cut(study.trial(trial) / "record.json")
     assert expertgrid("clean", study.path, "--yes").out.endswith("0 to remove, 0 bytes\n")

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import filelock
 import pytest
 import torch
+from conftest import snapshot
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.lock import LOCK
@@ -34,35 +33,21 @@ def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
-def test_study_comes_back_as_it_was(tmp_path, digits):
-    directory = StudyDirectory(tmp_path / "runs" / "study")
-    with directory.written(STUDY, digits, STUDY.cells(digits)):
-        pass
-    assert directory.read_study().model_dump() == STUDY.model_dump()
-    assert [cell.levels for cell in directory.read_plan().cells] == [{"experts": 1}, {"experts": 2}]
-
-
 def test_another_process_keeps_out(tmp_path, digits):
-    """A process that has the lock of the directory, as one that writes there."""
+    """A lock of the operating system that another part of any program has."""
     directory = StudyDirectory(tmp_path / "study")
     directory.path.mkdir()
-    code = (
-        "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]): print('locked', flush=True); sys.stdin.read()"
-    )
-    line = [sys.executable, "-c", code, directory.path / LOCK]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
+    with filelock.FileLock(directory.path / LOCK):
         with (
             pytest.raises(InputError, match="another process is writing this study"),
             directory.written(STUDY, digits, []),
         ):
             pass
         assert not (directory.path / "study.toml").exists()
-        other.stdin.close()
-        assert other.wait(timeout=60) == 0
-    with directory.written(STUDY, digits, []), pytest.raises(filelock.Timeout):
+    with directory.written(STUDY, digits, STUDY.cells(digits)), pytest.raises(filelock.Timeout):
         filelock.FileLock(directory.path / LOCK).acquire(timeout=0)
-    assert directory.read_study() == STUDY
+    assert directory.read_study().model_dump() == STUDY.model_dump()
+    assert [cell.levels for cell in directory.read_plan().cells] == [{"experts": 1}, {"experts": 2}]
 
 
 def test_another_study_keeps_its_directory(tmp_path, digits):
@@ -80,10 +65,11 @@ def test_another_study_keeps_its_directory(tmp_path, digits):
 
 
 def test_directories_that_are_no_study(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for name, message in (("full", "is not empty, and holds no study"), ("file", "there is a file of this name")):
+    write_whole(tmp_path / "full" / "notes.txt", b"mine")
+    write_whole(tmp_path / "hidden" / ".notes.markdown", b"mine")
+    write_whole(tmp_path / "file", b"mine")
+    full = "is not empty, and holds no study"
+    for name, message in (("full", full), ("hidden", full), ("file", "there is a file of this name")):
         with pytest.raises(InputError, match=message):
             StudyDirectory(tmp_path / name).check_holds(STUDY)
     with pytest.raises(InputError, match="not a study directory"):
@@ -96,10 +82,7 @@ def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
     remedy = f"the file is damaged: delete {place} and run the study again: this trial is then trained again"
     for content, wrong in (
         ('{"trial": "abc"}', ": seed: field required"),
-        (
-            '{"trial": "abc", "seed": "none"}',
-            ": seed: input should be a valid integer, unable to parse",
-        ),
+        ('{"trial": "abc", "seed": "none"}', ": seed: input should be a valid integer, unable to parse"),
         ('{"trial": "' + 500 * "x", ": not JSON: EOF while parsing a string at line 1 column 511"),
         ('["' + 500 * "x" + '"]', ": input should be an object, found ['" + 75 * "x" + "..."),
     ):
@@ -114,12 +97,12 @@ def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
     assert directory.record("other") is None
 
 
+TRAIN_AGAIN = "delete {path}/trials/abc and run the study again: this trial is then trained again"
 DAMAGED = {
-    "trials/abc/record.json": "delete {path}/trials/abc and run the study again: this trial is then trained again",
-    "trials/abc/config.json": "delete {path}/trials/abc and run the study again: this trial is then trained again",
-    "trials/abc/epochs.jsonl": "delete {path}/trials/abc and run the study again: this trial is then trained again",
-    "trials/abc/failure.json": "delete {path}/trials/abc and run the study again: this trial is then trained again",
-    "trials/abc/predictions.npz": "delete {path}/trials/abc and run the study again: this trial is then trained again",
+    **dict.fromkeys(
+        [f"trials/abc/{name}" for name in ("record.json", "config.json", "epochs.jsonl", "failure.json")], TRAIN_AGAIN
+    ),
+    "trials/abc/predictions.npz": TRAIN_AGAIN,
     "bench/x.json": "delete it and run expertgrid bench again",
     "ledger.jsonl": "delete the damaged line",
     "plan.json": "delete it and run the study again",
@@ -140,18 +123,6 @@ def test_whatever_is_damaged_is_named(name, content, tmp_path):
     assert str(error.value).startswith(str(tmp_path / name))
     assert str(error.value).endswith(f"; the file is damaged: {DAMAGED[name].format(path=tmp_path)}")
     assert "\n" not in str(error.value)
-
-
-def test_doing_what_the_error_says_mends_a_study(trained_study, tmp_path, digits):
-    study = StudyDirectory(shutil.copytree(trained_study, tmp_path / "tiny"))
-    asked, before = study.read_study(), study.read_plan()
-    (study.path / "plan.json").write_text("{")
-    with pytest.raises(InputError, match=r"plan.json: not JSON: .*; the file is damaged: delete it and run"):
-        _ = study.read_plan()
-    (study.path / "plan.json").unlink()
-    with study.written(asked, digits, asked.cells(digits)):
-        pass
-    assert study.read_plan() == before
 
 
 def test_the_environment_says_what_it_was_measured_on(monkeypatch):
@@ -203,28 +174,32 @@ def test_plan_of_other_factors(trained_study, tmp_path):
         _ = StudyDirectory(tmp_path).read_plan()
 
 
-def test_a_damaged_trial_beside_is_not_taken_over(trained_study, tmp_path):
-    beside = shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
-    study = StudyDirectory(tmp_path / "runs" / "other")
-    study.path.mkdir()
-    no_record, no_weights, whole, *_ = (place.name for place in sorted((beside / "trials").iterdir()))
-    (beside / "trials" / no_record / "record.json").write_text("{}")
-    (beside / "trials" / no_weights / "model.safetensors").unlink()
-    assert [study.adopt(trial) for trial in (no_record, no_weights, whole)] == [None, None, "tiny"]
+def test_a_damaged_trial_beside_is_not_taken_over(study):
+    other = StudyDirectory(study.path.parent / "other")
+    other.path.mkdir()
+    no_record, no_weights, changed, whole, *_ = study.read_plan().trials
+    (study.trial(no_record) / "record.json").write_text("{}")
+    study.checkpoint(no_weights).unlink()
+    epochs = study.trial(changed) / "epochs.jsonl"
+    epochs.write_bytes(epochs.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
+    assert len(study.epochs(changed)) == 2
+    adopted = [other.adopt(trial) for trial in (no_record, no_weights, changed, "no such trial", whole)]
+    assert adopted == [None, None, None, None, "tiny"]
 
 
-def test_a_trial_is_taken_over_from_the_study_beside(trained_study, tmp_path):
-    beside = StudyDirectory(tmp_path / "runs" / "beside")
-    beside.path.mkdir(parents=True)
-    (tmp_path / "runs" / "tiny").symlink_to(trained_study)
-    trial = next((trained_study / "trials").iterdir()).name
-    assert beside.adopt(trial) == "tiny"
-    assert beside.adopted(trial).directory == "tiny"
-    assert StudyDirectory(trained_study).adopted(trial) is None
-    assert beside.record(trial) == StudyDirectory(trained_study).record(trial)
-    assert beside.checkpoint(trial).read_bytes() == StudyDirectory(trained_study).checkpoint(trial).read_bytes()
-    assert not beside.adopt("no such trial")
-    assert [(read.trial, read.reader) for read in beside.test_reads()] == [(trial, "training")]
-    assert sorted(path.name for path in beside.path.iterdir()) == ["ledger.jsonl", "trials"]
-    beside.write_config(beside.config(trial))  # a training here begins
-    assert beside.adopted(trial) is None
+def test_a_trial_is_taken_over_from_the_study_beside(study, trial):
+    other = StudyDirectory(study.path.parent / "other")
+    other.path.mkdir()
+    assert other.adopt(trial) == "tiny"
+    assert other.adopted(trial).directory == "tiny"
+    assert study.adopted(trial) is None
+    copied = snapshot(other.trial(trial))
+    assert copied.pop("adopted.json")
+    assert copied == snapshot(study.trial(trial))
+    assert [(read.trial, read.reader) for read in other.test_reads()] == [(trial, "training")]
+    assert sorted(path.name for path in other.path.iterdir()) == ["ledger.jsonl", "trials"]
+    shutil.rmtree(other.trial(trial))  # as if the copy had been interrupted after the ledger's line
+    assert other.adopt(trial) == "tiny"
+    assert len(other.test_reads()) == 1
+    other.write_config(other.config(trial))  # a training here begins
+    assert other.adopted(trial) is None

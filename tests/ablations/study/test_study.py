@@ -1,14 +1,16 @@
 """Studies: designs, ids, and what a wrong study file says."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_study
 
+from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
 from expertgrid.model.presets import PRESETS
@@ -30,47 +32,26 @@ def ids(asked: Study, data: ImageData) -> list[str]:
 
 
 def test_shipped_studies():
-    expected = {
-        "card": (36, 140),
-        "card-small": (24, 100),
-        "references": (5, 15),
-        "routing": (90, 200),
-        "routing-small": (15, 35),
-        "spread": (12, 36),
-    }
-    assert shipped_studies() == sorted([*expected, "quickstart"])
-    for name, (cells, trials) in expected.items():
-        found = load_study(name).cells(CIFAR_LIKE)
-        assert len(found) == cells
-        assert len({trial.id for cell in found for trial in cell.trials}) == trials
-
-
-def test_quickstart_trains_one_expert_once(digits):
-    found = ids(load_study("quickstart"), digits)
-    assert len(found) == 2 * 2 * 2 * 6
-    assert len(set(found)) == 36
-
-
-def test_references_have_their_own_recipes():
-    cells = load_study("references").cells(CIFAR_LIKE)
-    assert [(cell.trials[0].model_name, cell.trials[0].recipe.epochs) for cell in cells] == [
+    sizes = {  # cells, and different trials
+        "card": (36, 140), "card-small": (24, 100), "quickstart": (8, 36), "references": (5, 15),
+        "routing": (90, 200), "routing-small": (15, 35), "spread": (12, 36),
+    }  # fmt: skip
+    cells = {name: load_study(name).cells(CIFAR_LIKE) for name in shipped_studies()}
+    assert {name: (len(of), len({t.id for cell in of for t in cell.trials})) for name, of in cells.items()} == sizes
+    own_recipes = [(cell.trials[0].model_name, cell.trials[0].recipe.epochs) for cell in cells["references"]]
+    assert own_recipes == [
         ("two_block", 100), ("eight_block", 100), ("segmented", 50), ("macro_residual", 70), ("mixed_kernel", 60),
     ]  # fmt: skip
 
 
 def test_factorial_is_all_combinations(digits):
-    asked = study('seeds = 2\n[factors]\nexperts = [2, 3]\n"recipe.lr" = [0.1, 0.2]')
-    assert [cell.levels for cell in asked.cells(digits)] == [
-        {"experts": k, "recipe.lr": lr} for k in (2, 3) for lr in (0.1, 0.2)
-    ]
-    trials = [trial for cell in asked.cells(digits) for trial in cell.trials]
-    assert [trial.seed for trial in trials] == [0, 1] * 4
-    assert {(len(next(t.model.blocks()).kernels), t.recipe.lr) for t in trials} == {
-        (2, 0.1),
-        (2, 0.2),
-        (3, 0.1),
-        (3, 0.2),
-    }
+    cells = study('seeds = 2\n[factors]\nexperts = [2, 3]\n"recipe.lr" = [0.1, 0.2]').cells(digits)
+    assert [cell.levels for cell in cells] == [{"experts": k, "recipe.lr": lr} for k in (2, 3) for lr in (0.1, 0.2)]
+    for cell in cells:
+        assert [trial.seed for trial in cell.trials] == [0, 1]
+        for trial in cell.trials:
+            assert len(next(trial.model.blocks()).kernels) == cell.levels["experts"]
+            assert trial.recipe.lr == cell.levels["recipe.lr"]
 
 
 def test_one_at_a_time_leaves_the_base(digits):
@@ -82,20 +63,25 @@ def test_one_at_a_time_leaves_the_base(digits):
 
 
 def test_ids_are_of_what_is_trained(digits):
+    """A trial of the same network, recipe and data is the same in the next version and in another study, too."""
     base = ids(study("[factors]\nexperts = [2]"), digits)
-    assert ids(study("[factors]\nexperts = [2]\n[set]\n'recipe.cutout' = 0"), digits) == base
-    assert ids(study("[set]\nexperts = 2"), digits) == base
+    for same in ("[factors]\nexperts = [2]\n[set]\n'recipe.cutout' = 0", "[set]\nexperts = 2"):
+        assert ids(study(same), digits) == base
     for change in ("'recipe.lr' = 0.5", "gate = 'uniform'", "'model.head.dropout' = 0.4"):
         assert not set(ids(study(f"[factors]\nexperts = [2]\n[set]\n{change}"), digits)) & set(base)
     assert ids(study("seeds = 4\n[factors]\nexperts = [2]"), digits)[:3] == base
+    orders = ("experts = [1, 2]\ngate = ['mlp']\nwidth = [0.5]", "width = [0.5]\ngate = ['mlp']\nexperts = [1, 2]")
+    assert ids(study(f"[factors]\n{orders[0]}"), digits) == ids(study(f"[factors]\n{orders[1]}"), digits)
+    assert ids(study(""), digits)[0] == "4fc29465abec"
+    segmented = study("seeds = 1\n[base]\nmodel = 'eight_block'\nrecipe = 'segmented'\n[set]\ncutout = 3")
+    assert ids(segmented, digits) == ["b5cced766f9c"]
 
 
 def test_ids_depend_on_the_data():
-    asked = study("[factors]\nexperts = [2]")
     other = ImageData.random(train=160, height=32, width=32)
-    assert ids(asked, CIFAR_LIKE) == ids(asked, other)
+    assert ids(study(""), CIFAR_LIKE) == ids(study(""), other)
     changed = ImageData(**{**vars(other), "fingerprint": "other"})
-    assert not set(ids(asked, CIFAR_LIKE)) & set(ids(asked, changed))
+    assert not set(ids(study(""), CIFAR_LIKE)) & set(ids(study(""), changed))
 
 
 def test_the_default_hold_out_changes_no_id_and_another_does(digits):
@@ -134,29 +120,14 @@ def test_a_study_of_too_few_images_for_its_hold_out_is_refused():
         study("[set]\n'recipe.batch_size' = 48").cells(halves)
 
 
-def test_order_of_factors_does_not_change_the_trials(digits):
-    a = study("[factors]\nexperts = [1, 2]\ngate = ['mlp']\nwidth = [0.5]")
-    b = study("[factors]\nwidth = [0.5]\ngate = ['mlp']\nexperts = [1, 2]")
-    assert ids(a, digits) == ids(b, digits)
-
-
-def test_network_follows_the_data(digits):
-    trial = study("").cells(digits)[0].trials[0]
-    assert (trial.model.in_chans, trial.model.num_classes) == (1, 10)
-
-
-def test_timm_models_stand_as_baselines(digits):
-    asked = study("baselines = ['resnet18']\n[factors]\nexperts = [1, 2]")
-    cells = asked.cells(digits)
-    assert [cell.model_name for cell in cells] == ["two_block", "two_block", "resnet18"]
-    assert cells[-1].trials[0].model.model_dump() == {"timm": "resnet18", "in_chans": 1, "num_classes": 10}
-
-
-def test_ids_stay(digits):
-    """Networks, recipes and data that are the same are the same trials in the next version too."""
-    assert ids(study(""), digits)[0] == "4fc29465abec"
-    (first,) = study("seeds = 1\n[base]\nmodel = 'eight_block'\nrecipe = 'segmented'\n[set]\ncutout = 3").cells(digits)
-    assert first.trials[0].id == "b5cced766f9c"
+def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
+    asked = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
+    *cells, resnet, plain = asked.cells(digits)
+    assert [cell.model_name for cell in (*cells, resnet)] == ["two_block", "two_block", "resnet10t"]
+    assert (resnet.levels, plain.levels) == ({}, {})
+    assert resnet.trials[0].model.model_dump() == {"timm": "resnet10t", "in_chans": 1, "num_classes": 10}
+    assert resnet.trials[0].recipe.epochs == 5
+    assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
 
 
 def test_a_study_grows_by_levels_and_seeds():
@@ -176,10 +147,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("sedes = 3", "my.toml: unknown field 'sedes'; did you mean 'seeds'?"),
         ("[base]\nmodle = 'x'", "my.toml: unknown field of base: 'modle'; did you mean 'model'?"),
         ("[base]\nimage_size = 0", "my.toml: base.image_size: input should be greater than or equal to 1, found 0"),
-        (
-            "[base]\nimage_size = 1025",
-            "my.toml: base.image_size: input should be less than or equal to 1024, found 1025",
-        ),
+        ("[base]\nimage_size = 1025", "my.toml: base.image_size: input should be less than or equal to 1024, found"),
         ("[base]\nimage_size = 'big'", "my.toml: base.image_size: input should be a valid integer, found 'big'"),
         ("[base]\nimage_size = 64.0", "my.toml: base.image_size: input should be a valid integer, found 64.0"),
         ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
@@ -191,20 +159,14 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
         ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
-        (
-            "[set]\n'recipe.lr' = nan",
-            "my.toml: set.recipe.lr: a finite number, text, true, false, a list or a table is n",
-        ),
+        ("[set]\n'recipe.lr' = nan", "my.toml: set.recipe.lr: a finite number, text, true, false, a list or a table"),
         ("[factors]\nlr = [0.1, inf]", "my.toml: factors.lr.1: a finite number, text, true, false, a list or a table"),
         ("margin = true", "my.toml: margin: a number is needed, found True"),
         ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
         ("[factors", "my.toml: not TOML"),
         ("name = 'x'", "my.toml: unknown field 'name'. Accepted: base, baselines, contrasts, control, design,"),
         ("seeds = true", "my.toml: seeds: input should be a valid integer, found True"),
-        (
-            "[set]\nexperts = 2\n[factors]\nexperts = [1]",
-            "my.toml: experts is a factor, with levels [1], and is set as well",
-        ),
+        ("[set]\nexperts = 2\n[factors]\nexperts = [1]", "my.toml: experts is a factor, with levels [1], and is set"),
         ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "cutout is given twice among the factors"),
         ("[factors]\nreference = ['two_block']\nmodel = ['two_block']", "factor reference is a model and a recipe"),
         ("[factors]\nexperts = [1]\n[reported]\n2 = '90'", "my.toml: unknown level in reported: '2'. Accepted: 1"),
@@ -237,14 +199,8 @@ def test_wrong_study_files(text, message):
         ("[set]\n'model.layers.7.channels' = 3", "unknown field of model.layers: '7'. Accepted: 0, 1, 2"),
         ("[set]\n'model.head.dropout.p' = 3", "model.head.dropout has no fields"),
         ("[base]\nmodel = 'macro_residual'", "model macro_residual does not take the 8x8 images of digits"),
-        (
-            "[base]\nmodel = 'mixed_kernel'\n[set]\n'recipe.small_size' = 4",
-            "model mixed_kernel does not take the 4x4 images of digits",
-        ),
-        (
-            "[base]\nmodel = 'resnet18'\n[factors]\nexperts = [1]",
-            "factor experts does not apply to timm model 'resnet18'",
-        ),
+        ("[base]\nmodel = 'mixed_kernel'\n[set]\nsmall_size = 4", "mixed_kernel does not take the 4x4 images"),
+        ("[base]\nmodel = 'resnet18'\n[factors]\nexperts = [1]", "experts does not apply to timm model 'resnet18'"),
         ("baselines = ['vit_tiny_patch16_224']", "vit_tiny_patch16_224 does not take the 8x8 images of digits"),
     ],
 )
@@ -255,28 +211,22 @@ def test_studies_that_cannot_be(text, message, digits):
     assert "\n" not in str(error.value)
 
 
-def test_a_study_that_is_not_text(tmp_path):
+def test_what_is_no_study_file(tmp_path):
     (tmp_path / "my.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="my.toml: not TOML: 'utf-8' codec"):
-        load_study(str(tmp_path / "my.toml"))
+    for name, message in (
+        (str(tmp_path / "my.toml"), "my.toml: not TOML: 'utf-8' codec"),
+        ("quickstrat", "unknown study 'quickstrat'; did you mean 'quickstart'?"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_study(name)
 
 
 def test_settings_have_one_name(digits):
-    quoted, table, bare = (
-        study(f"[set]\n{line}") for line in ("'recipe.epochs' = 5", "recipe.epochs = 5", "epochs = 5")
-    )
+    quoted, table, bare = (study(f"[set]\n{line} = 5") for line in ("'recipe.epochs'", "recipe.epochs", "epochs"))
     assert quoted == table == bare
     changed = quoted.change(settings={"epochs": 7})
     assert changed.set == {"recipe.epochs": 7}
     assert changed.cells(digits)[0].trials[0].recipe.epochs == 7
-
-
-def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
-    asked = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
-    *_, resnet, plain = asked.cells(digits)
-    assert (resnet.levels, plain.levels) == ({}, {})
-    assert resnet.trials[0].recipe.epochs == 5
-    assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
 
 
 def test_depth_goes_before_gates_that_differ_by_channels():
@@ -295,15 +245,16 @@ def test_the_readmes_study_is_one():
     assert len(cells) == 3 * 2
 
 
-def test_unknown_study():
-    with pytest.raises(InputError, match="unknown study 'quickstrat'; did you mean 'quickstart'?"):
-        load_study("quickstrat")
-
-
 def test_a_factor_is_not_set_as_well():
     asked = study("[factors]\ncutout = [0, 2]")
     with pytest.raises(InputError, match=r"study my: cutout is a factor, with levels \[0, 2\], and is set as well"):
         asked.change(settings={"recipe.cutout": 2})
+
+
+def test_what_is_claimed_of_a_level_that_is_true_is_shown(digits, tmp_path):
+    text = HEAD + "seeds = 1\n[factors]\nalternating_flip = [false, true]\n[set]\nhflip = 0.5\n[reported]\ntrue = '95'"
+    directory = write_study(tmp_path / "my", text, digits, lambda levels, seed: (90, 90))
+    assert [row.reported for row in read_results(directory).rows] == ["", "95"]
 
 
 def test_a_study_is_resolved_without_torch():
