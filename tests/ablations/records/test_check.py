@@ -13,9 +13,10 @@ import pytest
 from conftest import REPOSITORY, snapshot
 
 from expertgrid.ablations.records.check import check_files
-from expertgrid.ablations.records.checksums import SUMS, write_sums
+from expertgrid.ablations.records.checksums import SUMS
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.resume import write_state
 
 
@@ -105,12 +106,10 @@ OF_STUDIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / "ledger.jsonl").write_text((p / "ledger.jsonl").read_text().replace('"images":360', "", 1)),
         "ledger.jsonl",
     ),
-    "bench": (lambda p: ((p / "bench").mkdir(), (p / "bench" / "x.json").write_text("{")), "bench/x.json"),
-    "export": (lambda p: ((p / "export").mkdir(), (p / "export" / "x.onnx").write_text("{")), "export/x.onnx"),
-    "no export": (
-        lambda p: ((p / "export").mkdir(), (p / "export" / "x.certificate.json").write_text("{")),
-        "export/x.certificate.json",
-    ),
+    "training": (lambda p: write_whole(p / "training.json", b"{"), "training.json"),
+    "bench": (lambda p: write_whole(p / "bench" / "x.json", b"{"), "bench/x.json"),
+    "export": (lambda p: write_whole(p / "export" / "x.onnx", b"{"), "export/x.onnx"),
+    "no export": (lambda p: write_whole(p / "export" / "x.certificate.json", b"{"), "export/x.certificate.json"),
 }
 
 
@@ -269,8 +268,3 @@ def test_exports_are_compared_with_their_certificates(study, monkeypatch):
     (found,) = check_files(study).damaged
     assert asked == [(b"model", "a.onnx")]
     assert str(found) == "damaged: export/a.onnx: x; delete it and run expertgrid export again"
-
-
-def test_sums_are_sorted_by_name(tmp_path):
-    write_sums(tmp_path, {"b": b"", "a": b"1"})
-    assert [line.split("  ")[1] for line in (tmp_path / SUMS).read_text().splitlines()] == ["a", "b"]

@@ -107,7 +107,9 @@ def test_sha256sum_checks_a_trial_and_a_study(study, trial):
     for place, count in ((study.path, 2), (study.trial(trial), len(OF_A_TRIAL))):
         done = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count(": OK\n") == count
+        lines = done.stdout.splitlines()
+        assert lines == sorted(lines)
+        assert [line.endswith(": OK") for line in lines] == [True] * count
 
 
 def test_the_record_is_the_last_file_of_a_trial(study, trial, monkeypatch):
