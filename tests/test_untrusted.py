@@ -103,8 +103,8 @@ def test_no_other_loader_unpickles():
     for package in ("model", "export", "ablations", "bench"):
         for path in (REPOSITORY / package).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                found = careless.search(line)
-                assert found is None or path.name == "card.py", f"{path}:{number}: {line.strip()}"
+                match = careless.search(line)
+                assert match is None or path.name == "card.py", f"{path}:{number}: {line.strip()}"
 
 
 def test_postscript_is_no_image(tmp_path):
@@ -338,6 +338,6 @@ def test_a_picture_shows_text_as_text(tmp_path, digits):
     from expertgrid.ablations.results.report.plots import accuracy_plot
 
     for number, words in enumerate((TAG, "$\\frac{$", "]]> <!-- &lt;")):
-        found = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
-        picture = ElementTree.fromstring(accuracy_plot(words, found.results.rows))
+        evidence = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
+        picture = ElementTree.fromstring(accuracy_plot(words, evidence.results.rows))
         assert not {part.tag.rpartition("}")[2] for part in picture.iter()} & {"script", "img", "td"}

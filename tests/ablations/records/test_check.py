@@ -130,9 +130,9 @@ def test_a_damaged_file_of_the_study_is_named(expertgrid, study, damage):
 
 @pytest.mark.parametrize("name", ["study.toml", "plan.json", SUMS])
 def test_the_same_command_writes_what_the_study_lost(study, digits, name):
-    asked, before = study.read_study(), snapshot(study.path)
+    whole, before = study.read_study(), snapshot(study.path)
     (study.path / name).unlink()
-    with study.written(asked, digits, asked.cells(digits)):
+    with study.written(whole, digits, whole.cells(digits)):
         pass
     assert snapshot(study.path) == before
 
@@ -206,10 +206,10 @@ def litter(study: StudyDirectory) -> set[str]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"12345")
         os.utime(file, (time.time() - 10_000,) * 2)
-    kept = [".plan.json.abcd5678", ".notes.markdown", "report.html", "notes.txt", "export/.notes"]
+    users_own = [".plan.json.abcd5678", ".notes.markdown", "report.html", "notes.txt", "export/.notes"]
     (study.path / "export").mkdir()
     (study.path / "trials" / "elsewhere").mkdir()
-    for name in (*kept, "trials/elsewhere/record.json"):
+    for name in (*users_own, "trials/elsewhere/record.json"):
         (study.path / name).write_bytes(b"mine")  # the first of these is new: a process may be writing it
     (study.path / ".notes.markdown").touch()
     os.utime(study.path / ".notes.markdown", (0, 0))
@@ -260,11 +260,11 @@ def test_exports_are_compared_with_their_certificates(study, monkeypatch):
     from expertgrid.export import certificate
     from expertgrid.export import describe as graph
 
-    asked = []
+    pairs = []
     monkeypatch.setattr(graph, "read_onnx", lambda file: b"model")
-    monkeypatch.setattr(certificate, "certificate_problem", lambda model, file: asked.append((model, file.name)) or "x")
+    monkeypatch.setattr(certificate, "certificate_problem", lambda model, file: pairs.append((model, file.name)) or "x")
     (study.path / "export").mkdir()
     (study.path / "export" / "a.onnx").touch()
-    (found,) = check_files(study).damaged
-    assert asked == [(b"model", "a.onnx")]
-    assert str(found) == "damaged: export/a.onnx: x; delete it and run expertgrid export again"
+    (damage,) = check_files(study).damaged
+    assert pairs == [(b"model", "a.onnx")]
+    assert str(damage) == "damaged: export/a.onnx: x; delete it and run expertgrid export again"

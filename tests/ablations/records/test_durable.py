@@ -202,8 +202,8 @@ def test_of_two_processes_one_writes_and_the_other_names_it(tmp_path):
         line = [sys.executable, "-c", WRITES]
         return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
 
-    with start() as one, start() as two:
-        both = (one, two)
+    with start() as first, start() as second:
+        both = (first, second)
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         for number in range(10):
             place = tmp_path / str(number)
@@ -312,11 +312,11 @@ def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_di
         for name in ("write", "fsync", "replace"):
             real = getattr(os, name)
 
-            def fails(*given, real=real, left=left):
+            def fails(*arguments, real=real, left=left):
                 left[0] -= 1
                 if left[0] < 0:
                     raise OSError(random_.choice([errno.ENOSPC, errno.EDQUOT]), "full")
-                return real(*given)
+                return real(*arguments)
 
             monkeypatch.setattr(os, name, fails)
         try:
