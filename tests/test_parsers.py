@@ -58,27 +58,22 @@ def check(
     cases: int, inputs: st.SearchStrategy[Input], use: Callable[[Input], object], examples: tuple[Input, ...] = ()
 ) -> None:
     """Uses so many inputs, and the examples: each is accepted or refused in one line, in little time and memory."""
+    options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
-    @settings(
-        max_examples=cases,
-        derandomize=cases == 200,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=cases, derandomize=cases == 200, **options)
     @given(inputs)
-    def check_one(found: Input) -> None:
+    def check_one(value: Input) -> None:
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         try:
-            use(found)
+            use(value)
         except InputError as error:
             assert str(error)
             assert str(error).isprintable(), repr(str(error))
         assert time.process_time() - started < LONGEST_S
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST_KB
 
-    for found in examples:
-        check_one = example(found)(check_one)
+    for value in examples:
+        check_one = example(value)(check_one)
     check_one()
 
 
@@ -110,17 +105,9 @@ def changed(draw: st.DrawFn, wholes: st.SearchStrategy, upto: int | None = None)
 # --- Studies and settings ---
 
 FACTORS = [*VARIANTS, *Recipe.model_fields, "model", "recipe", "reference", "recipe.lr", "model.head.dropout"]
-PATHS = st.one_of(
-    st.sampled_from(FACTORS),
-    st.sampled_from([f"recipe.{name}" for name in Recipe.model_fields]),
-    st.builds(
-        ".".join,
-        st.lists(
-            st.sampled_from(["model", "layers", "0", "1", "gate", "kernels", "head", "channels", "kind", "-1", ""])
-        ),
-    ),
-    TEXT,
-)
+PARTS = st.sampled_from(["model", "layers", "0", "1", "gate", "kernels", "head", "channels", "kind", "-1", ""])
+NAMES = st.sampled_from([*FACTORS, *(f"recipe.{name}" for name in Recipe.model_fields)])
+PATHS = st.one_of(NAMES, st.lists(PARTS).map(".".join), TEXT)
 TABLES = st.dictionaries(PATHS, VALUES, max_size=3)
 DATES = st.one_of(st.datetimes(), st.dates(), st.times())
 FIELDS = {
@@ -129,17 +116,13 @@ FIELDS = {
     "factors": st.dictionaries(PATHS, st.lists(st.one_of(VALUES, DATES), max_size=3), max_size=3),
     "contrasts": st.lists(st.tuples(TEXT, TEXT), max_size=2),
 }
-STUDIES = st.one_of(
-    TEXT,
-    changed(st.just(TINY_STUDY)),
-    st.fixed_dictionaries(
-        {"question": st.one_of(TEXT, VALUES)},
-        optional={
-            name: st.one_of(FIELDS.get(name, VALUES), FIELDS.get(name, VALUES), VALUES, DATES)
-            for name in (set(Study.model_fields) - {"question"}) | {"unknown"}
-        },
-    ).map(tomli_w.dumps),
-)
+OPTIONAL = {
+    name: st.one_of(FIELDS.get(name, VALUES), FIELDS.get(name, VALUES), VALUES, DATES)
+    for name in (*Study.model_fields, "unknown")
+    if name != "question"
+}
+TABLES_OF_STUDIES = st.fixed_dictionaries({"question": st.one_of(TEXT, VALUES)}, optional=OPTIONAL)
+STUDIES = st.one_of(TEXT, changed(st.just(TINY_STUDY)), TABLES_OF_STUDIES.map(tomli_w.dumps))
 
 
 def resolve(study: Study, data: ImageData) -> None:
@@ -194,8 +177,8 @@ def test_presets_and_recipes_with_a_change(cases, digits):
     """A path and a value that often fit: deeper than the first check."""
     fields = st.sampled_from(sorted(Recipe.model_fields))
 
-    def use(found: tuple[str, str, dict]) -> None:
-        model, recipe, settings = found
+    def use(change: tuple[str, str, dict]) -> None:
+        model, recipe, settings = change
         text = f'question = "?"\nseeds = 1\n[base]\nmodel = "{model}"\nrecipe = "{recipe}"'
         resolve(parse_study(text, Path("study.toml")).change(settings=settings), digits)
 
@@ -234,9 +217,8 @@ def test_words_of_the_command_line(cases):
 def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = [*SOURCES, "digits@0.2", "folder:.", "parquet:.", "folder:~nobody", "cifar10@.5"]
-    names = st.one_of(
-        TEXT, changed(st.sampled_from(sources)), st.builds("{}:{}".format, st.sampled_from(["folder", "parquet"]), TEXT)
-    )
+    of_files = st.builds("{}:{}".format, st.sampled_from(["folder", "parquet"]), TEXT)
+    names = st.one_of(TEXT, changed(st.sampled_from(sources)), of_files)
 
     def use(name: str) -> None:
         if name.partition("@")[0] in ("cifar10", "cifar100"):
@@ -247,23 +229,18 @@ def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
             assert str(error).isprintable()
         load_data(name)
 
-    check(
-        cases,
-        names,
-        use,
-        ("a" * 300, "a/" * 3000, "folder:" + "a" * 300, "folder:~nobody", "folder:\0", "\0", "digits@1."),
-    )
+    once = ("a" * 300, "a/" * 3000, "folder:" + "a" * 300, "folder:~nobody", "folder:\0", "\0", "digits@1.")
+    check(cases, names, use, once)
 
 
 @RUNS
 def test_names_of_cells(cases, digits):
     study = parse_study(TINY_STUDY, Path("study.toml"))
-    names = [cell.planned for cell in study.cells(digits)]
-    named = groups(names, study.combined_levels)
-    texts = st.one_of(
-        TEXT, changed(st.sampled_from(["experts 2, gate mlp", "experts=2,gate=mlp", "experts=1", "two_block"]))
-    )
-    check(cases, texts, lambda text: find_cell(names, named, text), ("experts=" * 3000, " " * 5000))
+    cells = [cell.planned for cell in study.cells(digits)]
+    networks = groups(cells, study.combined_levels)
+    names = st.sampled_from(["experts 2, gate mlp", "experts=2,gate=mlp", "experts=1", "two_block"])
+    texts = st.one_of(TEXT, changed(names))
+    check(cases, texts, lambda text: find_cell(cells, networks, text), ("experts=" * 3000, " " * 5000))
 
 
 # --- ONNX files, checkpoints ---
@@ -295,48 +272,32 @@ def test_onnx_files(cases, tmp_path):
             random_images(model, 1)
 
     wholes = [to_onnx(checkpoint(), kind) for kind in ("uint8", "float")]
-    no_text = tuple(
-        wholes[0].replace(name, b"\x80" + name[1:]) for name in (b"torch", b"images", b"permute", b"Transpose")
-    )
+    names = (b"torch", b"images", b"permute", b"Transpose")
+    no_text = tuple(wholes[0].replace(name, b"\x80" + name[1:]) for name in names)
     check(cases, st.one_of(st.binary(max_size=60), changed(st.sampled_from(wholes))), use, no_text)
 
 
 @RUNS
 def test_checkpoints(cases, tmp_path):
     whole, file = checkpoint(), tmp_path / "model.safetensors"
-    kept = {
-        "format": "expertgrid-2",
-        "config": whole.config.model_dump_json(),
-        "trained": whole.trained.model_dump_json(),
-    }
+    texts = {"config": whole.config.model_dump_json(), "trained": whole.trained.model_dump_json()}
 
-    def use(found: bytes | tuple[str, str]) -> None:
-        if isinstance(found, tuple):
-            about = kept | {found[0]: found[1]}
-            found = safetensors.torch.save(whole.weights, about)
-        file.write_bytes(found)
+    def use(content: bytes | tuple[str, str]) -> None:
+        if isinstance(content, tuple):
+            about = {"format": "expertgrid-2", **texts, content[0]: content[1]}
+            content = safetensors.torch.save(whole.weights, about)
+        file.write_bytes(content)
         load(file).network()
 
     described = st.one_of(
-        st.tuples(st.just(name), st.one_of(TEXT, changed(st.just(kept[name])), VALUES.map(json.dumps)))
-        for name in ("config", "trained")
+        st.tuples(st.just(name), st.one_of(TEXT, changed(st.just(text)), VALUES.map(json.dumps)))
+        for name, text in texts.items()
     )
-    timm = [
-        ("config", json.dumps({"timm": name}))
-        for name in ("hf-hub:a/b", "resnet18.none", "resnet18.a:b", "local-dir:a", "")
-    ]
-    deep = ("config", "[" * 100_000)
-    check(
-        cases,
-        st.one_of(
-            st.binary(max_size=60),
-            changed(st.just(whole.to_bytes())),
-            changed(st.just(whole.to_bytes()), 3000),
-            described,
-        ),
-        use,
-        (*timm, deep),
-    )
+    names = ("hf-hub:a/b", "resnet18.none", "resnet18.a:b", "local-dir:a", "")
+    timm = [("config", json.dumps({"timm": name})) for name in names]
+    files = st.just(whole.to_bytes())
+    inputs = st.one_of(st.binary(max_size=60), changed(files), changed(files, 3000), described)
+    check(cases, inputs, use, (*timm, ("config", "[" * 100_000)))
 
 
 # --- Images and Parquet files ---
@@ -381,28 +342,21 @@ def test_folders_of_images(cases, tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes(PICTURES[1])
 
-    def use(found: tuple[bytes, int | None]) -> None:
-        (tmp_path / "train" / "dog" / "0.png").write_bytes(found[0])
-        load_data(f"folder:{tmp_path}", image_size=found[1])
+    def use(image: tuple[bytes, int | None]) -> None:
+        (tmp_path / "train" / "dog" / "0.png").write_bytes(image[0])
+        load_data(f"folder:{tmp_path}", image_size=image[1])
 
     pictures = st.sampled_from(PICTURES)
     check(cases, st.tuples(st.one_of(pictures, changed(pictures)), st.sampled_from([None, 3])), use)
 
 
 def as_parquet(rows: list, labels: list, metadata: str, name: str, kind: str) -> bytes:
-    types = {
-        "bytes": pyarrow.struct([("bytes", pyarrow.binary())]),
-        "text": pyarrow.struct([("bytes", pyarrow.string())]),
-    }
-    table = pyarrow.table(
-        {
-            name: pyarrow.array([None if row is None else {"bytes": row} for row in rows], types["bytes"]),
-            "label": labels,
-        }
-    )
     if kind == "text":
-        column = pyarrow.array([{"bytes": "no image"}] * len(rows), types["text"])
-        table = table.set_column(0, name, column)
+        column = pyarrow.array([{"bytes": "no image"}] * len(rows), pyarrow.struct([("bytes", pyarrow.string())]))
+    else:
+        images = [None if row is None else {"bytes": row} for row in rows]
+        column = pyarrow.array(images, pyarrow.struct([("bytes", pyarrow.binary())]))
+    table = pyarrow.Table.from_arrays([column, pyarrow.array(labels)], [name, "label"])
     file = io.BytesIO()
     pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), file)
     return file.getvalue()
@@ -414,25 +368,18 @@ def test_parquet_files(cases, tmp_path):
     whole = as_parquet([PICTURES[1], PICTURES[1]], [0, 1], names, "image", "bytes")
     (tmp_path / "test.parquet").write_bytes(whole)
 
-    def use(found: bytes | tuple) -> None:
-        (tmp_path / "train.parquet").write_bytes(as_parquet(*found) if isinstance(found, tuple) else found)
+    def use(content: bytes | tuple) -> None:
+        (tmp_path / "train.parquet").write_bytes(as_parquet(*content) if isinstance(content, tuple) else content)
         load_data(f"parquet:{tmp_path}", image_size=8)
 
+    rows = st.one_of(st.none(), st.binary(max_size=9), st.sampled_from(PICTURES))
+    labels = (
+        st.integers(0, 1), st.integers(-(2**63), 2**63 - 1), st.none(), st.text(max_size=3), st.floats()
+    )  # fmt: skip
     tables = st.integers(0, 3).flatmap(
         lambda count: st.tuples(
-            st.lists(
-                st.one_of(st.none(), st.binary(max_size=9), st.sampled_from(PICTURES)), min_size=count, max_size=count
-            ),
-            st.one_of(
-                st.lists(of, min_size=count, max_size=count)
-                for of in (
-                    st.integers(0, 1),
-                    st.integers(-(2**63), 2**63 - 1),
-                    st.none(),
-                    st.text(max_size=3),
-                    st.floats(),
-                )
-            ),
+            st.lists(rows, min_size=count, max_size=count),
+            st.one_of(st.lists(label, min_size=count, max_size=count) for label in labels),
             st.one_of(st.just(names), changed(st.just(names)), VALUES.map(json.dumps)),
             st.sampled_from(["image", "img", "x", "label"]),
             st.sampled_from(["bytes", "bytes", "text"]),
@@ -454,8 +401,8 @@ def test_records(cases, tmp_path, digits):
     files = ["plan.json", "ledger.jsonl", "study.toml", f"trials/{trial}/record.json", f"trials/{trial}/config.json"]
     whole = {name: (directory.path / name).read_bytes() for name in files}
 
-    def use(found: tuple[str, bytes]) -> None:
-        name, content = found
+    def use(file: tuple[str, bytes]) -> None:
+        name, content = file
         (directory.path / name).write_bytes(content)
         try:
             _ = directory.read_plan(), directory.test_reads(), directory.latencies(), directory.read_race()

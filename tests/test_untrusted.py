@@ -103,8 +103,8 @@ def test_no_other_loader_unpickles():
     for package in ("model", "export", "ablations", "bench"):
         for path in (REPOSITORY / package).rglob("*.py"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
-                found = careless.search(line)
-                assert found is None or path.name == "card.py", f"{path}:{number}: {line.strip()}"
+                match = careless.search(line)
+                assert match is None or path.name == "card.py", f"{path}:{number}: {line.strip()}"
 
 
 def test_postscript_is_no_image(tmp_path):
@@ -121,23 +121,15 @@ def test_postscript_is_no_image(tmp_path):
 
 def with_values_in(folder: Path, location: str, **place: str) -> Path:
     """An ONNX file that adds a vector to an image's pixels, and has the vector in another file."""
-    values = onnx.helper.make_tensor(
-        "secret", onnx.TensorProto.FLOAT, [4], np.arange(4, dtype=np.float32).tobytes(), raw=True
-    )
-    values.ClearField("raw_data")
-    values.data_location = onnx.TensorProto.EXTERNAL
+    floats, make = onnx.TensorProto.FLOAT, onnx.helper
+    values = onnx.TensorProto(name="secret", data_type=floats, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": location, **place}.items():
         values.external_data.add(key=key, value=value)
-    given, made = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy")
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Add", ["x", "secret"], ["y"])], "add", [given], [made], [values]
-    )
+    ends = [[make.make_tensor_value_info(name, floats, ["batch", 4])] for name in "xy"]
+    graph = make.make_graph([make.make_node("Add", ["x", "secret"], ["y"])], "add", *ends, [values])
+    model = make.make_model(graph, ir_version=10, opset_imports=[make.make_opsetid("", 20)])
     file = folder / "model.onnx"
-    file.write_bytes(
-        onnx.helper.make_model(
-            graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)]
-        ).SerializeToString()
-    )
+    file.write_bytes(model.SerializeToString())
     return file
 
 
@@ -159,11 +151,7 @@ def test_an_onnx_file_takes_no_values_from_outside_its_folder(way, folder, exper
     location = str(folder.parent / "secret") if way == "absolute" else way
     file = with_values_in(folder, location)
     Image.new("RGB", (4, 4)).save(folder / "image.png")
-    for arguments in (
-        ["bench", file, "--batch", 1],
-        ["predict", file, folder / "image.png"],
-        ["show-model", file],
-    ):
+    for arguments in (["bench", file, "--batch", 1], ["predict", file, folder / "image.png"], ["show-model", file]):
         outcome = expertgrid(*arguments)
         assert outcome.status == 2
         assert "model.onnx: the values of 'secret' are in" in outcome.complaint
@@ -266,11 +254,9 @@ def test_a_long_image_is_resized_in_little_memory():
 def test_a_study_of_too_many_trials_is_refused():
     """A few lines can ask for more trials than a computer can count."""
     levels = ", ".join(str(i / 1000) for i in range(1, 100))
-    text = 'question = "?"\n[factors]\n' + "\n".join(
-        f"{name} = [{levels}]" for name in ("lr", "hflip", "reprob", "mixup")
-    )
+    factors = [f"{name} = [{levels}]" for name in ("lr", "hflip", "reprob", "mixup")]
     with pytest.raises(InputError, match=r"study.toml: asks for 288,178,803 trials; at most 10,000"):
-        parse_study(text, Path("study.toml"))
+        parse_study("\n".join(['question = "?"\n[factors]', *factors]), Path("study.toml"))
 
 
 # --- Nothing becomes part of a page ---
@@ -351,11 +337,7 @@ def test_a_picture_shows_text_as_text(tmp_path, digits):
 
     from expertgrid.ablations.results.report.plots import accuracy_plot
 
-    for words in (TAG, "$\\frac{$", "]]> <!-- &lt;"):
-        (tmp_path / str(len(words))).mkdir()
-        found = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(len(words)), digits)))
-        parts = {
-            part.tag.rpartition("}")[2]
-            for part in ElementTree.fromstring(accuracy_plot(words, found.results.rows)).iter()
-        }
-        assert not parts & {"script", "img", "td"}
+    for number, words in enumerate((TAG, "$\\frac{$", "]]> <!-- &lt;")):
+        evidence = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
+        picture = ElementTree.fromstring(accuracy_plot(words, evidence.results.rows))
+        assert not {part.tag.rpartition("}")[2] for part in picture.iter()} & {"script", "img", "td"}

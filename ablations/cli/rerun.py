@@ -8,6 +8,7 @@ from pathlib import Path
 from expertgrid.ablations.cli.sources import import_modules, read_data
 from expertgrid.ablations.cli.terminal import starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.record import Record
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
@@ -25,14 +26,15 @@ def rerun(
 ) -> int:
     """Trains a trial again and prints the comparison; 1 where it comes out otherwise."""
     study = StudyDirectory(directory)
-    trial, record = _finished_trial(study, trial_id)
+    plan = study.read_plan()
+    trial, record = _finished_trial(study, plan, trial_id)
     with starting():
         from expertgrid.ablations.cli.devices import device
         from expertgrid.ablations.engines.rerun import train_again
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
     on = device(device_name)
-    images = read_data(data or trial.source, data_dir, study.read_plan().image_size)
+    images = read_data(data or trial.source, data_dir, plan.image_size)
     with status(f"training trial {trial_id} again"):
         found = train_again(study, trial, record, ResidentData(images, on))
     if found.compared:
@@ -45,9 +47,9 @@ def rerun(
     return 0 if found.same else 1
 
 
-def _finished_trial(directory: StudyDirectory, trial_id: str) -> tuple[Trial, Record]:
+def _finished_trial(directory: StudyDirectory, plan: Plan, trial_id: str) -> tuple[Trial, Record]:
     """A trial with its record. Raises InputError for one that is not of this study, not finished, or damaged."""
-    trials = directory.read_plan().trials
+    trials = plan.trials
     if trial_id not in trials:
         near = get_close_matches(trial_id, trials, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(trials[:5])} ..."

@@ -13,9 +13,10 @@ import pytest
 from conftest import REPOSITORY, snapshot
 
 from expertgrid.ablations.records.check import check_files
-from expertgrid.ablations.records.checksums import SUMS, write_sums
+from expertgrid.ablations.records.checksums import SUMS
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.resume import write_state
 
 
@@ -105,12 +106,10 @@ OF_STUDIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / "ledger.jsonl").write_text((p / "ledger.jsonl").read_text().replace('"images":360', "", 1)),
         "ledger.jsonl",
     ),
-    "bench": (lambda p: ((p / "bench").mkdir(), (p / "bench" / "x.json").write_text("{")), "bench/x.json"),
-    "export": (lambda p: ((p / "export").mkdir(), (p / "export" / "x.onnx").write_text("{")), "export/x.onnx"),
-    "no export": (
-        lambda p: ((p / "export").mkdir(), (p / "export" / "x.certificate.json").write_text("{")),
-        "export/x.certificate.json",
-    ),
+    "training": (lambda p: write_whole(p / "training.json", b"{"), "training.json"),
+    "bench": (lambda p: write_whole(p / "bench" / "x.json", b"{"), "bench/x.json"),
+    "export": (lambda p: write_whole(p / "export" / "x.onnx", b"{"), "export/x.onnx"),
+    "no export": (lambda p: write_whole(p / "export" / "x.certificate.json", b"{"), "export/x.certificate.json"),
 }
 
 
@@ -131,9 +130,9 @@ def test_a_damaged_file_of_the_study_is_named(expertgrid, study, damage):
 
 @pytest.mark.parametrize("name", ["study.toml", "plan.json", SUMS])
 def test_the_same_command_writes_what_the_study_lost(study, digits, name):
-    asked, before = study.read_study(), snapshot(study.path)
+    whole, before = study.read_study(), snapshot(study.path)
     (study.path / name).unlink()
-    with study.written(asked, digits, asked.cells(digits)):
+    with study.written(whole, digits, whole.cells(digits)):
         pass
     assert snapshot(study.path) == before
 
@@ -207,10 +206,10 @@ def litter(study: StudyDirectory) -> set[str]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"12345")
         os.utime(file, (time.time() - 10_000,) * 2)
-    kept = [".plan.json.abcd5678", ".notes.markdown", "report.html", "notes.txt", "export/.notes"]
+    users_own = [".plan.json.abcd5678", ".notes.markdown", "report.html", "notes.txt", "export/.notes"]
     (study.path / "export").mkdir()
     (study.path / "trials" / "elsewhere").mkdir()
-    for name in (*kept, "trials/elsewhere/record.json"):
+    for name in (*users_own, "trials/elsewhere/record.json"):
         (study.path / name).write_bytes(b"mine")  # the first of these is new: a process may be writing it
     (study.path / ".notes.markdown").touch()
     os.utime(study.path / ".notes.markdown", (0, 0))
@@ -263,10 +262,5 @@ def test_exports_are_compared_with_their_certificates(study, monkeypatch):
     monkeypatch.setattr(exported, "read_onnx", lambda file: b"model")
     (study.path / "export").mkdir()
     (study.path / "export" / "a.onnx").touch()
-    (found,) = check_files(study).damaged
-    assert str(found) == "damaged: export/a.onnx: has no certificate; delete it and run expertgrid export again"
-
-
-def test_sums_are_sorted_by_name(tmp_path):
-    write_sums(tmp_path, {"b": b"", "a": b"1"})
-    assert [line.split("  ")[1] for line in (tmp_path / SUMS).read_text().splitlines()] == ["a", "b"]
+    (damage,) = check_files(study).damaged
+    assert str(damage) == "damaged: export/a.onnx: has no certificate; delete it and run expertgrid export again"

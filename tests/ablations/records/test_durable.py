@@ -107,7 +107,9 @@ def test_sha256sum_checks_a_trial_and_a_study(study, trial):
     for place, count in ((study.path, 2), (study.trial(trial), len(OF_A_TRIAL))):
         done = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count(": OK\n") == count
+        lines = done.stdout.splitlines()
+        assert lines == sorted(lines)
+        assert [line.endswith(": OK") for line in lines] == [True] * count
 
 
 def test_the_record_is_the_last_file_of_a_trial(study, trial, monkeypatch):
@@ -200,8 +202,8 @@ def test_of_two_processes_one_writes_and_the_other_names_it(tmp_path):
         line = [sys.executable, "-c", WRITES]
         return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
 
-    with start() as one, start() as two:
-        both = (one, two)
+    with start() as first, start() as second:
+        both = (first, second)
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         for number in range(10):
             place = tmp_path / str(number)
@@ -310,11 +312,11 @@ def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_di
         for name in ("write", "fsync", "replace"):
             real = getattr(os, name)
 
-            def fails(*given, real=real, left=left):
+            def fails(*arguments, real=real, left=left):
                 left[0] -= 1
                 if left[0] < 0:
                     raise OSError(random_.choice([errno.ENOSPC, errno.EDQUOT]), "full")
-                return real(*given)
+                return real(*arguments)
 
             monkeypatch.setattr(os, name, fails)
         try:

@@ -18,27 +18,27 @@ KEPT = sorted(file.parent for file in SHIPPED.glob("*/study.toml"))
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_each_number_follows_from_the_records(path):
-    found = verify_study(StudyDirectory(path))
-    assert found.problems == []
-    assert found.checked > 100
-    assert not [line for line in found.skipped if "predictions" in line]
+    verified = verify_study(StudyDirectory(path))
+    assert verified.problems == []
+    assert verified.checked > 100
+    assert not [line for line in verified.skipped if "predictions" in line]
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_what_was_run_is_the_study_that_ships(path):
-    shipped, kept = load_study(path.name), StudyDirectory(path).read_study()
-    assert kept.model_dump() == shipped.change(data=kept.base.data).model_dump()
+    shipped, recorded = load_study(path.name), StudyDirectory(path).read_study()
+    assert recorded.model_dump() == shipped.change(data=recorded.base.data).model_dump()
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
 def test_the_pages_show_what_the_records_say(path):
     """The table "What each factor does", its answer, and its picture."""
-    found = read_evidence(StudyDirectory(path))
-    if found.results.unfinished:
+    evidence = read_evidence(StudyDirectory(path))
+    if evidence.results.unfinished:
         pytest.skip("not finished")
     pages = "".join(page.read_text() for page in (REPOSITORY / "README.md", SHIPPED / "README.md"))
-    assert render_tables([replace(factor_table(found), notes=[])], "text") in pages
-    assert answer(found) in " ".join(pages.split())
+    assert render_tables([replace(factor_table(evidence), notes=[])], "text") in pages
+    assert answer(evidence) in " ".join(pages.split())
     picture = path.with_suffix(".svg")
     assert f"{picture.name})" in pages
     assert picture.exists()

@@ -129,15 +129,15 @@ def test_the_environment_says_what_it_was_measured_on(monkeypatch):
     """The parts that model/machine.py finds are tested there."""
     monkeypatch.setattr(machine, "checkout_commit", lambda: "0123abc+changes")
     monkeypatch.setattr(machine, "gpu_driver", lambda: "570.1")
-    here = Environment.of_machine(torch.device("cpu"))
-    assert (here.cpu, here.device) == (machine.cpu_name(), f"cpu ({machine.cpu_name()})")
-    assert (here.cores, here.memory_bytes) == (machine.usable_cores(), machine.memory_bytes())
-    assert here.threads == torch.get_num_threads()
-    assert here.versions["torch"] == version("torch")
-    assert (here.commit, here.driver) == ("0123abc+changes", None), "the driver is for numbers of a GPU"
+    on_cpu = Environment.of_machine(torch.device("cpu"))
+    assert (on_cpu.cpu, on_cpu.device) == (machine.cpu_name(), f"cpu ({machine.cpu_name()})")
+    assert (on_cpu.cores, on_cpu.memory_bytes) == (machine.usable_cores(), machine.memory_bytes())
+    assert on_cpu.threads == torch.get_num_threads()
+    assert on_cpu.versions["torch"] == version("torch")
+    assert (on_cpu.commit, on_cpu.driver) == ("0123abc+changes", None), "the driver is for numbers of a GPU"
     monkeypatch.setattr(machine, "device_name", lambda device: "H100")
     on_gpu = Environment.of_machine(torch.device("cuda"))
-    assert (on_gpu.device, on_gpu.driver, on_gpu.cpu) == ("H100", "570.1", here.cpu)
+    assert (on_gpu.device, on_gpu.driver, on_gpu.cpu) == ("H100", "570.1", on_cpu.cpu)
 
 
 def test_records_of_trainings_have_the_environment(trained_study):

@@ -27,8 +27,8 @@ def study(text: str) -> Study:
     return parse_study(HEAD + text, Path("my.toml"))
 
 
-def ids(asked: Study, data: ImageData) -> list[str]:
-    return [trial.id for cell in asked.cells(data) for trial in cell.trials]
+def ids(varied: Study, data: ImageData) -> list[str]:
+    return [trial.id for cell in varied.cells(data) for trial in cell.trials]
 
 
 def test_shipped_studies():
@@ -55,11 +55,11 @@ def test_factorial_is_all_combinations(digits):
 
 
 def test_one_at_a_time_leaves_the_base(digits):
-    asked = study('design = "one_at_a_time"\n[factors]\nexperts = [4, 2]\ncutout = [0, 2]')
-    cells = asked.cells(digits)
+    varied = study('design = "one_at_a_time"\n[factors]\nexperts = [4, 2]\ncutout = [0, 2]')
+    cells = varied.cells(digits)
     assert [tuple(cell.levels.values()) for cell in cells] == [(None, None), (4, None), (2, None), (None, 0), (None, 2)]
     assert cells[0].trials[0].id == cells[1].trials[0].id == cells[3].trials[0].id
-    assert len(set(ids(asked, digits))) == 9
+    assert len(set(ids(varied, digits))) == 9
 
 
 def test_ids_are_of_what_is_trained(digits):
@@ -98,14 +98,14 @@ def test_the_default_hold_out_changes_no_id_and_another_does(digits):
     assert default == written
     assert len({*default, *fixed, *share}) == len(default) + len(fixed) + len(share) == 9
     trial = study("").cells(digits)[0].trials[0]
-    kept = json.loads(trial.model_dump_json())
-    assert kept.pop("hold_out") == {"kind": "rotating", "share": 0.1, "offset": 0}
-    assert Trial.model_validate(kept).id == trial.id == default[0]
+    fields = json.loads(trial.model_dump_json())
+    assert fields.pop("hold_out") == {"kind": "rotating", "share": 0.1, "offset": 0}
+    assert Trial.model_validate(fields).id == trial.id == default[0]
 
 
 def test_all_cells_of_a_study_have_its_hold_out(digits):
-    asked = study("baselines = ['resnet10t']\n[base]\nhold_out = 'fixed'\n[factors]\nexperts = [1, 2]")
-    held_out = {trial.hold_out for cell in asked.cells(digits) for trial in cell.trials}
+    varied = study("baselines = ['resnet10t']\n[base]\nhold_out = 'fixed'\n[factors]\nexperts = [1, 2]")
+    held_out = {trial.hold_out for cell in varied.cells(digits) for trial in cell.trials}
     assert held_out == {HoldOut(kind="fixed")}
 
 
@@ -121,8 +121,8 @@ def test_a_study_of_too_few_images_for_its_hold_out_is_refused():
 
 
 def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
-    asked = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
-    *cells, resnet, plain = asked.cells(digits)
+    varied = study("baselines = ['resnet10t', 'two_block']\n[set]\nexperts = 2\nepochs = 5\n[factors]\ncutout = [0, 2]")
+    *cells, resnet, plain = varied.cells(digits)
     assert [cell.model_name for cell in (*cells, resnet)] == ["two_block", "two_block", "resnet10t"]
     assert (resnet.levels, plain.levels) == ({}, {})
     assert resnet.trials[0].model.model_dump() == {"timm": "resnet10t", "in_chans": 1, "num_classes": 10}
@@ -232,8 +232,8 @@ def test_settings_have_one_name(digits):
 def test_depth_goes_before_gates_that_differ_by_channels():
     sizes = {}
     for gate in ("linear", "mlp"):
-        asked = study(f"[base]\nmodel = 'segmented'\n[factors]\ngate = ['{gate}']\ndepth = [0.5, 1, 2]")
-        sizes[gate] = [len(list(cell.trials[0].model.blocks())) for cell in asked.cells(CIFAR_LIKE)]
+        varied = study(f"[base]\nmodel = 'segmented'\n[factors]\ngate = ['{gate}']\ndepth = [0.5, 1, 2]")
+        sizes[gate] = [len(list(cell.trials[0].model.blocks())) for cell in varied.cells(CIFAR_LIKE)]
     assert sizes["linear"] == sizes["mlp"]
     assert len(set(sizes["mlp"])) >= 2
 
@@ -246,9 +246,9 @@ def test_the_readmes_study_is_one():
 
 
 def test_a_factor_is_not_set_as_well():
-    asked = study("[factors]\ncutout = [0, 2]")
+    varied = study("[factors]\ncutout = [0, 2]")
     with pytest.raises(InputError, match=r"study my: cutout is a factor, with levels \[0, 2\], and is set as well"):
-        asked.change(settings={"recipe.cutout": 2})
+        varied.change(settings={"recipe.cutout": 2})
 
 
 def test_what_is_claimed_of_a_level_that_is_true_is_shown(digits, tmp_path):
