@@ -1,5 +1,6 @@
 """What an ONNX file holds, of whatever origin, in numbers."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -270,8 +271,7 @@ def _dimension(name: str) -> str:
 
 def _with_plain_operators(model: ModelProto) -> ModelProto:
     """A copy with plain operators in place of quantized and fused ones, so that ONNX can infer the shapes."""
-    plain = ModelProto()
-    plain.CopyFrom(model)
+    plain = copy.deepcopy(model)
     for node in plain.graph.node:
         if node.op_type in PLAIN:
             node.op_type, places = PLAIN[node.op_type]
@@ -284,8 +284,7 @@ def _with_plain_operators(model: ModelProto) -> ModelProto:
 
 def _shapes(plain: ModelProto) -> dict[str, Sizes]:
     """Each tensor's shape, as inferred, else as the file states it; of those that have one."""
-    bare = ModelProto()
-    bare.CopyFrom(plain)
+    bare = copy.deepcopy(plain)
     del bare.graph.value_info[:]  # what it states may be out of date, and then nothing would be inferred
     try:
         bare = onnx.shape_inference.infer_shapes(bare, data_prop=True)

@@ -72,15 +72,15 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def front_matter(checkpoint: Checkpoint, accuracy: float, images: int) -> str:
     """The head of a card, which the Hub reads. `accuracy` is a share of the test images."""
     trained = checkpoint.trained
-    known = DATA_SETS.get(trained.data)
-    data = {"name": trained.data, "type": known or trained.data}
+    hub_name = DATA_SETS.get(trained.data)
+    data = {"name": trained.data, "type": hub_name or trained.data}
     metric = {"type": "accuracy", "value": accuracy, "name": f"accuracy on {images:,} test images"}
     result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": [metric]}
     fields: dict[str, Any] = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "onnx", "expertgrid"],
-        **({"datasets": [known]} if known else {}),
+        **({"datasets": [hub_name]} if hub_name else {}),
         "metrics": ["accuracy"],
         "model-index": [{"name": trained.model, "results": [result]}],
     }
@@ -91,7 +91,7 @@ def front_matter(checkpoint: Checkpoint, accuracy: float, images: int) -> str:
 def loading(checkpoint: Checkpoint, place: str) -> str:
     """Code that loads the folder with timm and says what it needs; `place` is what `timm.create_model` is given."""
     ours = isinstance(checkpoint.config, ModelConfig)
-    needed = ["import expertgrid.model  # of expertgrid; it registers the architecture"] if ours else []
+    needed = ["import expertgrid.model  # `pip install .` in a checkout of expertgrid"] if ours else []
     lines = ["import timm", *needed, "", f"net = timm.create_model({place!r}, pretrained=True).eval()"]
     lines.append("transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))")
     return "\n".join(["```python", *lines, "```"])
@@ -101,11 +101,11 @@ def check_loads(folder: Path, checkpoint: Checkpoint) -> None:
     """Loads a folder with timm. Raises InputError where it has not all weights of the checkpoint, to the last bit."""
     name, _ = architecture(checkpoint)
     try:
-        found = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+        weights = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"model {name!r}: timm does not load its folder: {reason_of(error)}") from error
-    same = found.keys() == checkpoint.weights.keys() and all(
-        torch.equal(found[key], weight) for key, weight in checkpoint.weights.items()
+    same = weights.keys() == checkpoint.weights.keys() and all(
+        torch.equal(weights[key], weight) for key, weight in checkpoint.weights.items()
     )
     if not same:
         raise InputError(

@@ -35,9 +35,9 @@ class Options(BaseModel):
     # Of B x C x H x W inside the network. None: ONNX Runtime blocks the channels on a CPU, and takes NCHW on CUDA.
     layout: Literal["NCHW", "NHWC"] | None = None
 
-    def threads_of(self, here: int) -> int:
-        """How many of the threads that are here it takes."""
-        return min(self.threads or here, here)
+    def threads_of(self, available: int) -> int:
+        """How many of the available threads it takes."""
+        return min(self.threads or available, available)
 
     def __str__(self) -> str:
         """Such as "1 thread, no spinning, NCHW"; "" for the engine's own way."""
@@ -100,11 +100,11 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
         except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
     config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
-    found = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
-    found["provider"] = entries.get(PROVIDER, "cpu")
+    own = {"input": entries[INPUT], "precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
+    own |= {"config": config, "provider": entries.get(PROVIDER, "cpu")}
     try:
-        found["options"] = Options.model_validate_json(entries.get(OPTIONS, "{}"))
-        return Metadata.model_validate(found | {"config": config, "trained": Trained.model_validate(fields)})
+        own["options"] = Options.model_validate_json(entries.get(OPTIONS, "{}"))
+        return Metadata.model_validate(own | {"trained": Trained.model_validate(fields)})
     except ValidationError as error:
         raise invalid(f"{name}: metadata", error) from None
 

@@ -60,5 +60,5 @@ class OpenVinoSession:
 
     def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs of these names, copied."""
-        found = self.request.infer(dict(inputs), share_inputs=True)
-        return [found[name] for name in outputs]
+        results = self.request.infer(dict(inputs), share_inputs=True)
+        return [results[name] for name in outputs]

@@ -5,6 +5,7 @@ the content of one file with the input and output that `export.to_onnx` gives it
 metadata are kept.
 """
 
+import copy
 import platform
 import tempfile
 from collections.abc import Callable, Collection
@@ -28,7 +29,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from expertgrid.export.compare import onnx_logits
 from expertgrid.export.session import open_session
-from expertgrid.export.to_onnx import INPUT, NAME_SCOPES
+from expertgrid.export.to_onnx import INPUT, checked
 from expertgrid.model.system.errors import InputError, unknown
 
 Reduced = Literal["fp16", "int8"]
@@ -122,23 +123,12 @@ def _finish(reduced: onnx.ModelProto, original: onnx.ModelProto) -> bytes:
     del reduced.graph.value_info[:]  # some are there twice now, or of tensors that are gone
     del reduced.metadata_props[:]
     reduced.metadata_props.extend(original.metadata_props)
-    for node in reduced.graph.node:
-        layer = [prop for prop in node.metadata_props if prop.key == NAME_SCOPES]
-        del node.metadata_props[:]
-        node.metadata_props.extend(layer)
-    onnx.checker.check_model(reduced, full_check=True)
-    return reduced.SerializeToString()
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
+    return checked(reduced)
 
 
 def _fp16(original: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
     model = convert_float_to_float16(
-        _copy(original), keep_io_types=True, disable_shape_infer=True, node_block_list=list(keep)
+        copy.deepcopy(original), keep_io_types=True, disable_shape_infer=True, node_block_list=list(keep)
     )
     made_by = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
@@ -153,7 +143,7 @@ def _fp16(original: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
 
 
 def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
-    return node.op_type == "Cast" and next(given.i for given in node.attribute if given.name == "to") == kind
+    return node.op_type == "Cast" and next(value.i for value in node.attribute if value.name == "to") == kind
 
 
 class _Batches(CalibrationDataReader):
@@ -185,7 +175,7 @@ def _int8(original: onnx.ModelProto, keep: Collection[str], ranges: TensorsData)
     made on one: ONNX Runtime's advice, and half the noise in the logits.
     """
     quantizer = QDQQuantizer(
-        _copy(original),
+        copy.deepcopy(original),
         per_channel=True,
         reduce_range=platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported(),
         weight_qType=QuantType.QInt8,
@@ -228,8 +218,8 @@ def _beyond_fp16(original: onnx.ModelProto, ranges: TensorsData, group: Collecti
     nodes = [node for node in original.graph.node if node.name in group]
     names = {name for node in nodes for name in (*node.input, *node.output)}
     values = [ranges[name].range_value for name in names & set(ranges.keys())]
-    floats = (held for held in original.graph.initializer if held.data_type == onnx.TensorProto.FLOAT)
-    weights = [onnx.numpy_helper.to_array(held) for held in floats if held.name in names]
+    floats = (tensor for tensor in original.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    weights = [onnx.numpy_helper.to_array(tensor) for tensor in floats if tensor.name in names]
     return not all(np.abs(array).max(initial=0) < LARGEST for array in (*values, *weights) if array is not None)
 
 

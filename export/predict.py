@@ -16,7 +16,7 @@ from expertgrid.export.metadata import AS_IT_IS, Metadata, read_metadata
 from expertgrid.export.session import open_any, open_session, run
 from expertgrid.export.to_onnx import INPUT, LOGITS, normalised
 from expertgrid.model.pixels import FORMATS, TooManyPixels, fitted, opened
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import InputError, wrong_file
 
 BATCH = 64
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
@@ -46,8 +46,8 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
     for i in range(0, len(images), BATCH):
         paths = images[i : i + BATCH]
         pixels_BHWC = np.stack([read_pixels(path, *trained.image_size, channels) for path in paths])
-        given = pixels_BHWC if metadata.input == "uint8" else normalised(pixels_BHWC, trained)
-        (logits_BN,) = run(session, [LOGITS], {INPUT: given})
+        batch = pixels_BHWC if metadata.input == "uint8" else normalised(pixels_BHWC, trained)
+        (logits_BN,) = run(session, [LOGITS], {INPUT: batch})
         if logits_BN.shape != (len(paths), len(trained.classes)):
             raise InputError(
                 f"{name}: its output is {logits_BN.shape[1:]}, its metadata has {len(trained.classes)} classes"
@@ -61,11 +61,11 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
 
 def _channels(session: onnxruntime.InferenceSession, metadata: Metadata, name: str) -> int:
     """The channels of the images that the session takes. Raises InputError where they are not grey or RGB images."""
-    given = session.get_inputs()
-    if [value.name for value in given] != [INPUT] or len(given[0].shape) != 4:
-        found = ", ".join(f"{value.name}: {value.type} {value.shape}" for value in given)
-        raise InputError(f"{name}: needs one input {INPUT!r} of images, of {metadata.input}; found {found}")
-    channels = given[0].shape[3 if metadata.input == "uint8" else 1]
+    inputs = session.get_inputs()
+    if [value.name for value in inputs] != [INPUT] or len(inputs[0].shape) != 4:
+        types = ", ".join(f"{value.name}: {value.type} {value.shape}" for value in inputs)
+        raise InputError(f"{name}: needs one input {INPUT!r} of images, of {metadata.input}; found {types}")
+    channels = inputs[0].shape[3 if metadata.input == "uint8" else 1]
     if channels not in MODES:
         raise InputError(f"{name}: takes images of {channels} channels; image files are read as grey (1) or RGB (3)")
     return channels
@@ -81,16 +81,16 @@ def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarra
         with opened(path) as image:
             upright = _convertible(ImageOps.exif_transpose(image), path).convert(MODES[channels])
     except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: not an image, or of another format than {', '.join(FORMATS)}") from None
+        raise wrong_file(path, f"not an image, or of another format than {', '.join(FORMATS)}") from None
     except TooManyPixels as error:
-        raise InputError(f"{path}: {error}") from None
+        raise wrong_file(path, error) from None
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
+        raise wrong_file(path, "there is no such file") from None
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+        raise wrong_file(path, f"cannot be read as an image ({reason})") from None
     return np.asarray(fitted(upright, height, width)).reshape(height, width, channels)
 
 
@@ -99,10 +99,10 @@ def _convertible(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "LAB":
         return image.convert("RGB")
     if image.mode == "F":
-        raise InputError(f"{path}: its pixels are floats, of which the file does not say what is white")
+        raise wrong_file(path, "its pixels are floats, of which the file does not say what is white")
     if not image.mode.startswith("I"):
         return image
     values_HW = np.asarray(image)
     if values_HW.min() < 0 or values_HW.max() > 65535:
-        raise InputError(f"{path}: its pixels go from {values_HW.min()} to {values_HW.max()}; 16 bits are 0 to 65535")
+        raise wrong_file(path, f"its pixels go from {values_HW.min()} to {values_HW.max()}; 16 bits are 0 to 65535")
     return Image.fromarray(((values_HW.astype(np.int32) + 128) // 257).astype(np.uint8))  # rounded

@@ -56,24 +56,24 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
     weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     blocks = gates(net)
     dropped: list[str] = []
-    kept: dict[str, list[int]] = {}
+    remaining: dict[str, list[int]] = {}
     for name, max_K in gates_max.items():
         if name not in blocks or max_K.shape != (blocks[name].experts,):
             raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
         stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
-        kept[name] = stay_K.nonzero().flatten().tolist()
-        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in kept[name]]
-        weights = _without_experts(weights, f"{name}.", kept[name], blocks[name])
-    config = net.config.change(layers=_kept_layers(net.config.layers, kept, "layers."))
+        remaining[name] = stay_K.nonzero().flatten().tolist()
+        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in remaining[name]]
+        weights = _without_experts(weights, f"{name}.", remaining[name], blocks[name])
+    config = net.config.change(layers=_pruned_layers(net.config.layers, remaining, "layers."))
     with torch.device("meta"):  # no memory, and no numbers drawn
         pruned = ExpertNet(config)
     pruned.load_state_dict(weights, assign=True)
     return pruned.train(net.training), dropped
 
 
-def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], gate: Gate) -> dict[str, Tensor]:
-    """A state dict in which the block with the prefix `block` has the experts `kept` only."""
-    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(kept)}
+def _without_experts(weights: dict[str, Tensor], block: str, remaining: list[int], gate: Gate) -> dict[str, Tensor]:
+    """A state dict in which the block with the prefix `block` has the experts `remaining` only."""
+    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(remaining)}
     last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
     left = {}
     for name, tensor in weights.items():
@@ -83,22 +83,22 @@ def _without_experts(weights: dict[str, Tensor], block: str, kept: list[int], ga
                 continue
             name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
         elif name.startswith(f"{block}gate."):
-            if len(kept) == 1:
+            if len(remaining) == 1:
                 continue
-            tensor = tensor[kept] if name.startswith(last) else tensor
-        elif name.startswith(f"{block}norm_act.0.") and len(kept) == 1:  # the norm after one expert is its own
+            tensor = tensor[remaining] if name.startswith(last) else tensor
+        elif name.startswith(f"{block}norm_act.0.") and len(remaining) == 1:  # the norm after one expert is its own
             name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
         left[name] = tensor
     return left
 
 
-def _kept_layers(layers: tuple[Layer, ...], kept: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
-    """The configs of layers in which the blocks named in `kept` have those experts only."""
+def _pruned_layers(layers: tuple[Layer, ...], remaining: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
+    """The configs of layers in which the blocks named in `remaining` have those experts only."""
     changed = []
     for i, layer in enumerate(layers):
         if isinstance(layer, Residual):
-            layer = layer.change(layers=_kept_layers(layer.layers, kept, f"{prefix}{i}.layers."))
-        elif isinstance(layer, Block) and f"{prefix}{i}" in kept:
-            layer = layer.change(kernels=tuple(layer.kernels[k] for k in kept[f"{prefix}{i}"]))
+            layer = layer.change(layers=_pruned_layers(layer.layers, remaining, f"{prefix}{i}.layers."))
+        elif isinstance(layer, Block) and f"{prefix}{i}" in remaining:
+            layer = layer.change(kernels=tuple(layer.kernels[k] for k in remaining[f"{prefix}{i}"]))
         changed.append(layer)
     return tuple(changed)

@@ -113,13 +113,13 @@ def open_session(
 
 def session_options(options: Options) -> onnxruntime.SessionOptions:
     """ONNX Runtime's, with as many threads as PyTorch has where `options` does not say fewer."""
-    found = onnxruntime.SessionOptions()
-    found.intra_op_num_threads = options.threads_of(torch.get_num_threads())
+    of_session = onnxruntime.SessionOptions()
+    of_session.intra_op_num_threads = options.threads_of(torch.get_num_threads())
     if not options.spinning:
-        found.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        of_session.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.layout == "NCHW":  # the level below that which blocks channels
-        found.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    return found
+        of_session.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return of_session
 
 
 def provider_options(options: Options, provider: str) -> dict[str, str]:

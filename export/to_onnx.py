@@ -127,7 +127,15 @@ def to_onnx(
     model = program.model_proto
     metadata = Metadata(input=kind, config=checkpoint.config, trained=checkpoint.trained)
     onnx.helper.set_model_props(model, metadata.entries())
-    for node in model.graph.node:  # the exporter notes stack traces too, with the paths of this machine
+    return checked(model)
+
+
+def checked(model: onnx.ModelProto) -> bytes:
+    """The content of the file of a valid model. Of what is noted in its nodes, the modules that they come from stay.
+
+    The exporter notes stack traces too, with the paths of this machine.
+    """
+    for node in model.graph.node:
         scopes = [prop for prop in node.metadata_props if prop.key == NAME_SCOPES]
         del node.metadata_props[:]
         node.metadata_props.extend(scopes)

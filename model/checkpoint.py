@@ -116,8 +116,8 @@ def load(path: Path) -> Checkpoint:
         name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)
     ]
     if wrong:
-        found, wanted = _shape(weights, wrong[0]), _shape(expected, wrong[0])
-        raise InputError(f"{path}: weights of another config: {wrong[0]} is {found}, its config needs {wanted}")
+        shape, needed = _shape(weights, wrong[0]), _shape(expected, wrong[0])
+        raise InputError(f"{path}: weights of another config: {wrong[0]} is {shape}, its config needs {needed}")
     return Checkpoint(config, trained, weights)
 
 

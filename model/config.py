@@ -7,7 +7,9 @@ A block runs K convolution experts on the same input and mixes their outputs wit
 `model.net` builds the modules. This file imports no torch, so a plan or a table is read without it.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -239,21 +241,14 @@ class Residual(LayerSpec):
         return layers
 
     def out_channels(self, channels: int) -> int:
-        for layer in self.layers:
-            channels = layer.out_channels(channels)
-        return channels
+        return reduce(lambda before, layer: layer.out_channels(before), self.layers, channels)
 
     def out_pixels(self, pixels: int) -> int:
-        for layer in self.layers:
-            pixels = layer.out_pixels(pixels)
-        return pixels
+        return reduce(lambda before, layer: layer.out_pixels(before), self.layers, pixels)
 
     @property
     def reduction(self) -> int:
-        reduction = 1
-        for layer in self.layers:
-            reduction *= layer.reduction
-        return reduction
+        return math.prod(layer.reduction for layer in self.layers)
 
     def has_projection(self, channels: int) -> bool:
         """Whether the input, of `channels` channels, needs a 1x1 convolution to have the shape of the output."""

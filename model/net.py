@@ -264,11 +264,11 @@ class ExpertNet(nn.Module):
         drop_rate: float | None = None,
     ):
         super().__init__()
-        given = {"in_chans": in_chans, "num_classes": num_classes}
+        fields = {"in_chans": in_chans, "num_classes": num_classes}
         head = {"pool": global_pool, "dropout": drop_rate}
         self.config = cfg.change(
-            **{name: value for name, value in given.items() if value is not None},
-            head=cfg.head.change(**{name: v for name, v in head.items() if v is not None}),
+            **{name: value for name, value in fields.items() if value is not None},
+            head=cfg.head.change(**{name: value for name, value in head.items() if value is not None}),
         )
         self.num_classes = self.config.num_classes
         self.global_pool = self.config.head.pool
@@ -349,15 +349,15 @@ class ExpertNet(nn.Module):
         here, as there is no final norm; `stop_early` leaves out the layers after the last chosen one.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; only 'NCHW' is there")
+            raise ValueError(f"output_fmt is {output_fmt!r}; accepted: 'NCHW'")
         take, last = feature_take_indices(len(self.feature_info), indices)
         modules = [int(info["module"].removeprefix("layers.")) for info in self.feature_info]
-        wanted = {modules[i] for i in take}
+        taken = {modules[i] for i in take}
         stop = modules[last] + 1 if stop_early and intermediates_only else len(self.layers)
         intermediates = []
         for i, layer in enumerate(self.layers[:stop]):
             x = checkpoint(layer, x) if self.grad_checkpointing and self.training else layer(x)
-            if i in wanted:
+            if i in taken:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 

@@ -63,13 +63,13 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), BICUBIC, (left * x_scale, top * y_scale, *edges))
 
 
-def _covering(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    """The size (width, height) at which an image of `size` just covers `wanted`, its aspect ratio kept.
+def _covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The size (width, height) at which an image of `size` just covers `target`, its aspect ratio kept.
 
     The longer side is rounded as timm does it: down for a square, by torchvision, else to the nearest integer.
     """
-    if wanted[0] == wanted[1]:
+    if target[0] == target[1]:
         shorter = min(size)
-        return size[0] * wanted[0] // shorter, size[1] * wanted[0] // shorter
-    ratio = min(size[0] / wanted[0], size[1] / wanted[1])
+        return size[0] * target[0] // shorter, size[1] * target[0] // shorter
+    ratio = min(size[0] / target[0], size[1] / target[1])
     return round(size[0] / ratio), round(size[1] / ratio)

@@ -100,11 +100,11 @@ def matched_difference(config: ModelConfig, equal: str) -> float:
 @lru_cache
 def _matched(config: ModelConfig, equal: str) -> ModelConfig:
     i = MATCHED.index(equal)
-    wanted, narrow = cost(config, *IMAGE)[i], experts(config, 1)
+    target, narrow = cost(config, *IMAGE)[i], experts(config, 1)
     widths = sorted(_widths(narrow))
 
     def difference(baseline: ModelConfig) -> float:
-        return cost(baseline, *IMAGE)[i] - wanted
+        return cost(baseline, *IMAGE)[i] - target
 
     low, high = 0.25, 16.0  # factors of the width: the first is too narrow, the other too wide
     while high - low > 0.001:
@@ -115,7 +115,7 @@ def _matched(config: ModelConfig, equal: str) -> ModelConfig:
     choices = product(*((size, size + STEP) for size in below.values()))
     baselines = [_with_widths(narrow, dict(zip(below, choice)).__getitem__) for choice in choices]
     best = min(baselines, key=lambda baseline: abs(difference(baseline)))
-    if abs(difference(best)) > MOST_DIFFERENCE * wanted:
+    if abs(difference(best)) > MOST_DIFFERENCE * target:
         first, last = baselines[0], baselines[-1]  # all widths below, and all above
         steps = (last.change(layers=first.layers[:n] + last.layers[n:]) for n in range(len(narrow.layers)))
         best = min([best, *steps], key=lambda baseline: abs(difference(baseline)))
@@ -127,15 +127,15 @@ def norm_act(config: ModelConfig, place: str) -> ModelConfig:
     return config.map_blocks(lambda block: block.change(norm_act=place))
 
 
-def residual(config: ModelConfig, wanted: bool) -> ModelConfig:
+def residual(config: ModelConfig, enabled: bool) -> ModelConfig:
     """With or without residual macro blocks.
 
     Without: every macro block is replaced by its layers. With: a network that has macro blocks is left as it is; in
     another, each two expert blocks that follow each other become a macro block.
     """
-    if not isinstance(wanted, bool):
+    if not isinstance(enabled, bool):
         raise ValueError("accepted: true, false")
-    if not wanted:
+    if not enabled:
         return config.change(layers=_opened(config.layers))
     if any(isinstance(layer, Residual) for layer in config.layers):
         return config
@@ -157,11 +157,7 @@ def _opened(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 def width(config: ModelConfig, factor: float) -> ModelConfig:
     """All channels, and the hidden sizes of gates and head, times `factor`, rounded."""
     _positive(factor)
-    return _with_widths(config, _times(factor))
-
-
-def _times(factor: float) -> Callable[[int], int]:
-    return lambda size: max(1, round(size * factor))
+    return _with_widths(config, lambda size: max(1, round(size * factor)))
 
 
 def _with_widths(config: ModelConfig, scaled: Callable[[int], int]) -> ModelConfig:
@@ -185,14 +181,9 @@ def _with_widths(config: ModelConfig, scaled: Callable[[int], int]) -> ModelConf
 
 def _widths(config: ModelConfig) -> set[int]:
     """The different widths in a network: what `_with_widths` asks for."""
-    found: set[int] = set()
-
-    def keep(size: int) -> int:
-        found.add(size)
-        return size
-
-    _with_widths(config, keep)
-    return found
+    widths: set[int] = set()
+    _with_widths(config, lambda size: widths.add(size) or size)
+    return widths
 
 
 def depth(config: ModelConfig, factor: float) -> ModelConfig:
@@ -206,8 +197,8 @@ def depth(config: ModelConfig, factor: float) -> ModelConfig:
     for layer, run in groupby(config.layers):
         run = list(run)
         if isinstance(layer, Block | Residual):
-            wanted = max(1, round(len(run) * factor))
-            run = [layer, *[_repeatable(layer)] * (wanted - 1)]
+            length = max(1, round(len(run) * factor))
+            run = [layer, *[_repeatable(layer)] * (length - 1)]
         layers += run
     return config.change(layers=tuple(layers))
 

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertgrid.model.system.errors import unknown
-
 if TYPE_CHECKING:
     import torch
 
@@ -74,22 +72,6 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def torch_device(name: str) -> torch.device:
-    """The device that a user calls `name`; "auto" is CUDA where there is a CUDA device, else the CPU.
-
-    Raises InputError for a name that is not a device of this machine.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    there = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
-    if name not in there:
-        raise unknown("device", name, ["auto", *there])
-    return torch.device(name)
-
-
 @cache
 def gpu_driver() -> str | None:
     """The version of the NVIDIA driver, such as "570.124.06"; None where no NVIDIA driver is installed."""
@@ -101,8 +83,8 @@ def gpu_driver() -> str | None:
         return None
     try:
         version = ctypes.create_string_buffer(VERSION_BYTES)
-        found = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(VERSION_BYTES))
-        return version.value.decode() if found == NVML_SUCCESS else None
+        status = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(VERSION_BYTES))
+        return version.value.decode() if status == NVML_SUCCESS else None
     finally:
         nvml.nvmlShutdown()
 
@@ -126,21 +108,20 @@ def checkout_commit() -> str | None:
 def _output(command: list[str]) -> str | None:
     """What a program prints; None where it is not installed or does not succeed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @contextmanager
-def deterministic(wanted: bool = True) -> Generator[None]:
+def deterministic(enabled: bool = True) -> Generator[None]:
     """Within, PyTorch computes the same bits again on a GPU too, and raises RuntimeError where it has no way to.
 
     To be entered before the first use of CUDA in the process: cuBLAS reads its setting once.
     """
     import torch
 
-    if not wanted:
+    if not enabled:
         yield
         return
     before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")

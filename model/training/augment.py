@@ -80,13 +80,19 @@ def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
     Zero is the mean colour of a normalised image. At the border less than the whole square is inside.
     """
     batch, _, height, width = x_BCHW.shape
-    device = x_BCHW.device
-    y_B1 = torch.randint(height, (batch, 1), device=device, generator=generator) - size // 2
-    x_B1 = torch.randint(width, (batch, 1), device=device, generator=generator) - size // 2
-    rows_H, columns_W = torch.arange(height, device=device), torch.arange(width, device=device)
-    in_rows_BH = (rows_H >= y_B1) & (rows_H < y_B1 + size)
-    in_columns_BW = (columns_W >= x_B1) & (columns_W < x_B1 + size)
-    return x_BCHW.masked_fill((in_rows_BH[:, :, None] & in_columns_BW[:, None, :])[:, None], 0)
+    top_B1, left_B1 = (
+        torch.randint(side, (batch, 1), device=x_BCHW.device, generator=generator) - size // 2
+        for side in (height, width)
+    )
+    return x_BCHW.masked_fill(_boxes(x_BCHW, top_B1, left_B1, size, size), 0)
+
+
+def _boxes(x_BCHW: Tensor, top_B1: Tensor, left_B1: Tensor, height_B1: Tensor | int, width_B1: Tensor | int) -> Tensor:
+    """The pixels (B, 1, H, W) in one box for each image."""
+    rows_H, columns_W = (torch.arange(side, device=x_BCHW.device) for side in x_BCHW.shape[2:])
+    in_rows_BH = (rows_H >= top_B1) & (rows_H < top_B1 + height_B1)
+    in_columns_BW = (columns_W >= left_B1) & (columns_W < left_B1 + width_B1)
+    return (in_rows_BH[:, :, None] & in_columns_BW[:, None, :])[:, None]
 
 
 def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -110,7 +116,6 @@ def random_erasing(
 
     chosen_B = uniform(batch) < p
     count_B = torch.randint(1, count + 1, (batch,), device=device, generator=generator)
-    rows_H, columns_W = torch.arange(height, device=device), torch.arange(width, device=device)
     low, high = ERASED_AREA
     for i in range(count):
         # Ten rectangles are drawn for each image, of which the first that is smaller than the image is taken.
@@ -122,10 +127,8 @@ def random_erasing(
         h_B1, w_B1 = h_BA.gather(1, first_B1), w_BA.gather(1, first_B1)
         top_B1 = (uniform(batch, 1) * (height - h_B1 + 1)).floor()
         left_B1 = (uniform(batch, 1) * (width - w_B1 + 1)).floor()
-        in_rows_BH = (rows_H >= top_B1) & (rows_H < top_B1 + h_B1)
-        in_columns_BW = (columns_W >= left_B1) & (columns_W < left_B1 + w_B1)
         erased_B = chosen_B & (i < count_B) & fits_BA.any(1)
-        hole_B1HW = (in_rows_BH[:, :, None] & in_columns_BW[:, None, :] & erased_B[:, None, None])[:, None]
+        hole_B1HW = _boxes(x_BCHW, top_B1, left_B1, h_B1, w_B1) & erased_B[:, None, None, None]
         if mode == "const":
             x_BCHW = x_BCHW.masked_fill(hole_B1HW, 0)
         else:
@@ -141,30 +144,22 @@ class Mix(NamedTuple):
     share: float  # weight of each image in its own place; 1: no mixing
     box: tuple[int, int, int, int] | None = None  # of CutMix: first row, row after the last, the same of columns
 
-    @classmethod
-    def draw(
-        cls,
-        random: np.random.RandomState,
-        height: int,
-        width: int,
-        mixup: float,
-        cutmix: float,
-        prob: float,
-        switch_prob: float,
-    ) -> "Mix":
-        """One draw for a batch as timm's `Mixup` makes it, in the same order; `mixup` and `cutmix` are its alphas."""
-        if random.rand() >= prob:
-            return cls(1.0)
-        use_cutmix = random.rand() < switch_prob if mixup and cutmix else cutmix > 0
-        alpha = cutmix if use_cutmix else mixup
-        share = float(random.beta(alpha, alpha))
-        if not use_cutmix or share == 1:
-            return cls(share)
-        cut_h, cut_w = (int(side * np.sqrt(1 - share)) for side in (height, width))
-        y, x = int(random.randint(0, height)), int(random.randint(0, width))
-        top, bottom = (min(max(place, 0), height) for place in (y - cut_h // 2, y + (cut_h + 1) // 2))
-        left, right = (min(max(place, 0), width) for place in (x - cut_w // 2, x + (cut_w + 1) // 2))
-        return cls(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+def draw_mix(recipe: Recipe, random: np.random.RandomState, height: int, width: int) -> Mix:
+    """How a batch is mixed by mixup or CutMix: one draw as timm's `Mixup` makes it, in the same order."""
+    if random.rand() >= (1.0 if recipe.mixup_prob is None else recipe.mixup_prob):
+        return Mix(1.0)
+    switch_prob = 0.5 if recipe.mixup_switch_prob is None else recipe.mixup_switch_prob
+    use_cutmix = random.rand() < switch_prob if recipe.mixup and recipe.cutmix else recipe.cutmix > 0
+    alpha = recipe.cutmix if use_cutmix else recipe.mixup
+    share = float(random.beta(alpha, alpha))
+    if not use_cutmix or share == 1:
+        return Mix(share)
+    cut_h, cut_w = (int(side * np.sqrt(1 - share)) for side in (height, width))
+    y, x = int(random.randint(0, height)), int(random.randint(0, width))
+    top, bottom = (min(max(place, 0), height) for place in (y - cut_h // 2, y + (cut_h + 1) // 2))
+    left, right = (min(max(place, 0), width) for place in (x - cut_w // 2, x + (cut_w + 1) // 2))
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def mix_images(x_BCHW: Tensor, mix: Mix) -> Tensor:
@@ -214,10 +209,3 @@ def augment(
     if size is not None and size != x_BCHW.shape[2:]:
         x_BCHW = scaled_down(x_BCHW, size)
     return x_BCHW.contiguous(memory_format=torch.channels_last)
-
-
-def draw_mix(recipe: Recipe, random: np.random.RandomState, height: int, width: int) -> Mix:
-    """How a batch is mixed by mixup or CutMix."""
-    prob = 1.0 if recipe.mixup_prob is None else recipe.mixup_prob
-    switch_prob = 0.5 if recipe.mixup_switch_prob is None else recipe.mixup_switch_prob
-    return Mix.draw(random, height, width, recipe.mixup, recipe.cutmix, prob, switch_prob)

@@ -153,16 +153,16 @@ def load_data(source: str, data_dir: Path | None = None, image_size: int | None 
 
 def split_share(source: str) -> tuple[str, float]:
     """The source without its @SHARE, and the share."""
-    found = re.fullmatch(r"(.+)@(\d*\.\d+)", source)
-    if found is None:
+    match = re.fullmatch(r"(.+)@(\d*\.\d+)", source)
+    if match is None:
         return source, SHARE
-    share = float(found[2])
+    share = float(match[2])
     if not SMALLEST_SHARE <= share <= LARGEST_SHARE:
         raise InputError(
-            f"data source {source!r}: {found[2]} of the train images cannot be held out; "
+            f"data source {source!r}: {match[2]} of the train images cannot be held out; "
             f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
         )
-    return found[1], share
+    return match[1], share
 
 
 def _assemble(
@@ -316,9 +316,9 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
         if split == "train":
             classes = _class_names(tables[0].schema, label_column, labels_B)
         if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
-            found = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
+            labels = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
             needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
-            raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {found}")
+            raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {labels}")
         images = table[image_column].combine_chunks()
         blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
         readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
@@ -346,9 +346,9 @@ def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, st
     structs = [name for name in ("image", "img") if name in structs] or structs
     integers = [name for name in ("label", "labels", "fine_label") if name in integers] or integers
     if len(structs) != 1 or len(integers) != 1:
-        found = ", ".join(f"{f.name}: {f.type}" for f in schema)
+        columns = ", ".join(f"{f.name}: {f.type}" for f in schema)
         needs = "a column of structs with the field 'bytes', and one column of integers, or one called label"
-        raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {found}")
+        raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {columns}")
     return structs[0], integers[0]
 
 
@@ -377,7 +377,7 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
                 if image.mode not in MODES:
                     raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
                 image = image.convert("RGB")
-                return np.asarray(image if image_size is None else resized(image, image_size))
+                return np.asarray(image if image_size is None else fitted(image, image_size, image_size))
         except Exception as error:  # each format's decoder has errors of its own
             known = f"its format is none of {', '.join(FORMATS)}"
             reason = known if isinstance(error, UnidentifiedImageError) else error
@@ -387,7 +387,7 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
         arrays = list(pool.map(decode, readers))
     for (name, _), array in zip(readers, arrays):
         if array.shape != arrays[0].shape:
-            sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (arrays[0], array)]
+            sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (arrays[0], array)]
             first = readers[0][0]
             raise InputError(
                 f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; "
@@ -396,17 +396,9 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
     return np.stack(arrays)
 
 
-def resized(image: Image.Image, side: int) -> Image.Image:
-    """An image at side x side pixels: its shorter side resized (bicubic, antialiased), then the centre cropped.
-
-    What timm's evaluation transform does with `crop_pct` 1 and torchvision's Resize and CenterCrop.
-    """
-    return fitted(image, side, side)
-
-
 def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:
     if side is None or pixels_BHWC.shape[1:3] == (side, side):
         return pixels_BHWC
     grey = pixels_BHWC.shape[3] == 1
     images = (Image.fromarray(pixels_HWC[..., 0] if grey else pixels_HWC) for pixels_HWC in pixels_BHWC)
-    return np.stack([np.asarray(resized(image, side)).reshape(side, side, -1) for image in images])
+    return np.stack([np.asarray(fitted(image, side, side)).reshape(side, side, -1) for image in images])

@@ -267,8 +267,8 @@ def _resampled(
     right_BHWC = of_colours(right_BHW)
     values = [_between([at(line + column) for column in columns_BHW], right_BHWC) for line in lines_BHW]
     value_BHWC = values[0] if down_BHW is None else _between(values, of_colours(down_BHW))
-    found_BHWC = value_BHWC.clamp_(0, 255).to(torch.uint8)
-    filled_BHW1 = torch.where(inside_BHW[..., None], found_BHWC.view(number), fill_C.view(number))
+    moved_BHWC = value_BHWC.clamp_(0, 255).to(torch.uint8)
+    filled_BHW1 = torch.where(inside_BHW[..., None], moved_BHWC.view(number), fill_C.view(number))
     return filled_BHW1.view(torch.uint8)[..., :channels]
 
 

@@ -40,13 +40,13 @@ def done_by_pillow(name: str, x_BHWC: Tensor, value_B: Tensor, fill_C: Tensor, c
     resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
     fill, values, together = tuple(fill_C.tolist()), value_B.tolist(), torch.get_num_threads()
     images = x_BHWC[..., 0].numpy() if x_BHWC.shape[3] == 1 else x_BHWC.numpy()
-    found = np.empty_like(images)
+    results = np.empty_like(images)
 
     def work(first: int) -> None:
         for i in range(first, len(images), together):
             image = Image.fromarray(images[i])
-            found[i] = FUNCTIONS[name](image, values[i], resample=resample, fillcolor=fill)
+            results[i] = FUNCTIONS[name](image, values[i], resample=resample, fillcolor=fill)
 
     with ThreadPoolExecutor(together) as threads:
         list(threads.map(work, range(together)))  # raises what a thread has raised
-    return torch.from_numpy(found).view_as(x_BHWC)
+    return torch.from_numpy(results).view_as(x_BHWC)

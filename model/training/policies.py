@@ -217,20 +217,20 @@ class Policy:
         for operations_N, values_N in zip(drawn.operations_NL.T, drawn.values_NL.T):
             sorting_N = operations_N[order_N].argsort(kind="stable")
             order_N = order_N[sorting_N]
-            x_NHWC = x_NHWC.index_select(0, self._there(sorting_N))
+            x_NHWC = x_NHWC.index_select(0, self._on_device(sorting_N))
             counts = np.bincount(operations_N, minlength=len(OPERATIONS)).tolist()
-            parts = zip(OPERATIONS, x_NHWC.split(counts), self._there(values_N[order_N]).split(counts))
+            parts = zip(OPERATIONS, x_NHWC.split(counts), self._on_device(values_N[order_N]).split(counts))
             x_NHWC = torch.cat([self._done(number, *part) for number, part in enumerate(parts) if counts[number]])
-        x_NHWC = x_NHWC.index_select(0, self._there(order_N.argsort()))
+        x_NHWC = x_NHWC.index_select(0, self._on_device(order_N.argsort()))
         if drawn.shares_BK is None or drawn.strength_B is None:
             return x_NHWC
-        chains_BKHWC = x_NHWC.unflatten(0, drawn.shares_BK.shape)
-        return self._mixed(pixels_BHWC, chains_BKHWC, self._there(drawn.shares_BK), self._there(drawn.strength_B))
+        shares_BK, strength_B = self._on_device(drawn.shares_BK), self._on_device(drawn.strength_B)
+        return self._mixed(pixels_BHWC, x_NHWC.unflatten(0, shares_BK.shape), shares_BK, strength_B)
 
-    def _there(self, values: np.ndarray) -> Tensor:
+    def _on_device(self, values: np.ndarray) -> Tensor:
         """The values on the device. From pinned memory they are copied without waiting."""
-        there = torch.from_numpy(values)
-        return (there.pin_memory() if self.device.type == "cuda" else there).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def _done(self, number: int, name: str, x_BHWC: Tensor, value_B: Tensor) -> Tensor:
         if name == NOTHING:

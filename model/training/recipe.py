@@ -104,12 +104,12 @@ class Recipe(BaseModel):
 
     @field_validator("color_jitter", mode="before")
     @classmethod
-    def _three_or_four(cls, given: object) -> object:
-        if isinstance(given, int | float) and not isinstance(given, bool):
-            given = (given,) * 3
-        if not isinstance(given, list | tuple):
-            return given
-        values = tuple(given)
+    def _three_or_four(cls, jitter: object) -> object:
+        if isinstance(jitter, int | float) and not isinstance(jitter, bool):
+            jitter = (jitter,) * 3
+        if not isinstance(jitter, list | tuple):
+            return jitter
+        values = tuple(jitter)
         if values and len(values) not in (3, 4):
             raise ValueError("one number is needed, or three or four: brightness, contrast, saturation, hue")
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -15,17 +15,21 @@ CLASSES = ("a cat", "b_dog*", "<c> | `d`")
 HEIGHT, WIDTH = 6, 8
 
 
+def trained(**fields) -> Trained:
+    """What a network of three classes was trained on, with other fields where they are given."""
+    return Trained(**{
+        "trial": "abc", "model": "two_block", "data": "my_data", "fingerprint": "0123abcd", "classes": CLASSES,
+        "image_size": (HEIGHT, WIDTH), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4),
+    } | fields)  # fmt: skip
+
+
 @cache
 def small_checkpoint(channels: int) -> Checkpoint:
     """A network with fresh weights that tells three classes of 6x8 images apart."""
     torch.manual_seed(0)
     config = ModelConfig(in_chans=channels, num_classes=3, layers=(Conv(channels=4), Block(channels=6)))
-    trained = Trained(
-        trial="abc", model="two_block", data="my_data", fingerprint="0123abcd", classes=CLASSES,
-        image_size=(HEIGHT, WIDTH),
-        mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels],
-    )  # fmt: skip
-    return Checkpoint(config, trained, build(config).state_dict())
+    about = trained(mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.3, 0.4)[:channels])
+    return Checkpoint(config, about, build(config).state_dict())
 
 
 @cache

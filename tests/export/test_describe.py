@@ -5,10 +5,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from small_networks import trained
 
 from expertgrid.export.describe import Tensor, describe
 from expertgrid.export.to_onnx import INPUT, to_onnx
-from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, ModelConfig, Pool, Residual
 from expertgrid.model.cost import cost
 from expertgrid.model.presets import network
@@ -34,12 +35,8 @@ def exported():
     def export(name: str) -> bytes:
         if name not in made:
             config = MIXED if name == "mixed" else network(name)
-            trained = Trained(
-                trial="abc", model=name, data="digits",
-                fingerprint="0123abcd", classes=tuple("0123456789"), image_size=SIZE,
-                mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4),
-            )  # fmt: skip
-            made[name] = to_onnx(Checkpoint(config, trained, build(config).state_dict()), "float")
+            about = trained(model=name, classes=tuple("0123456789"), image_size=SIZE)
+            made[name] = to_onnx(Checkpoint(config, about, build(config).state_dict()), "float")
         return made[name]
 
     return export

@@ -8,23 +8,19 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from small_networks import weights, with_weights
+from small_networks import trained, weights, with_weights
 
 from expertgrid.export import compare
 from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
 from expertgrid.export.metadata import Metadata, entries_of, read_metadata
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import example, served, to_onnx
-from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, Dropout, GateConfig, HeadConfig, ModelConfig, Pool, Residual, TimmModel
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 
-TRAINED = Trained(
-    trial="abc", model="small", data="digits",
-    fingerprint="0123abcd", classes=("a", "b", "c"), image_size=(8, 10), mean=(0.4, 0.5, 0.6),
-    std=(0.2, 0.3, 0.4),
-)  # fmt: skip
+TRAINED = trained(model="small", data="digits", classes=("a", "b", "c"), image_size=(8, 10))
 EVERYTHING = ModelConfig(
     num_classes=3,
     layers=(

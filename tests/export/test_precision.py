@@ -6,27 +6,18 @@ import onnx.reference
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from small_networks import weights, with_weights
+from small_networks import trained, weights, with_weights
 from torch.nn import functional
 
 from expertgrid.export.precision import PrecisionError, Reduction, lowered
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import to_onnx
-from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Pool, Residual
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 
-TRAINED = Trained(
-    trial="abc",
-    model="digits",
-    data="digits",
-    fingerprint="0123abcd",
-    classes=tuple("0123456789"),
-    image_size=(8, 8),
-    mean=(0.3,),
-    std=(0.4,),
-)
+TRAINED = trained(classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,))
 WIDE = ModelConfig(
     in_chans=1,
     layers=(
@@ -123,48 +114,34 @@ def names(model: bytes, *kinds: str) -> list[str]:
     return [node.name for node in onnx.load_from_string(model).graph.node if node.op_type in kinds]
 
 
-def test_logits_are_near_the_float_ones(model, reduced, precision, images):
+def test_a_smaller_file_has_nearly_the_logits(model, reduced, precision, images, digits):
     held_out = images[1200:]
     assert noise(model, reduced, held_out) < {"fp16": 2e-3, "int8": 0.05}[precision]
     agreement = (logits(model, held_out).argmax(1) == logits(reduced, held_out).argmax(1)).mean()
     assert agreement >= {"fp16": 0.998, "int8": 0.98}[precision]
-
-
-def test_the_network_has_learnt(model, images, digits):
-    assert (logits(model, images[1200:]).argmax(1) == digits[1][1200:].numpy()).mean() > 0.8
-
-
-def test_the_file_is_smaller(model, reduced, precision):
+    assert (logits(model, held_out).argmax(1) == digits[1][1200:].numpy()).mean() > 0.8, "the network has learnt"
     assert len(reduced) <= {"fp16": 0.52, "int8": 0.30}[precision] * len(model)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7])
-def test_the_batch_is_open(reduced, images, batch):
-    assert logits(reduced, images[:batch]).shape == (batch, 10)
-    np.testing.assert_allclose(logits(reduced, images[:batch]), logits(reduced, images[:7])[:batch], atol=0.02)
-
-
-def test_interface_and_metadata_are_kept(model, reduced):
+def test_interface_and_metadata_stay(model, reduced, images):
+    for batch in (1, 2, 7):
+        assert logits(reduced, images[:batch]).shape == (batch, 10)
+        np.testing.assert_allclose(logits(reduced, images[:batch]), logits(reduced, images[:7])[:batch], atol=0.02)
     before, after = onnx.load_from_string(model), onnx.load_from_string(reduced)
     assert list(after.metadata_props) == list(before.metadata_props)
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
 
 
-def test_the_file_is_valid(model, reduced):
+def test_the_file_is_valid_and_its_weights_have_the_lower_type(model, reduced, precision):
     proto = onnx.load_from_string(reduced)
     onnx.checker.check_model(proto, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    typed = {one.name for one in (*inferred.graph.value_info, *inferred.graph.output)}
+    typed = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
     assert {output for node in proto.graph.node for output in node.output} <= typed
     assert set(names(model, "Conv", "Gemm", "Mul")) == set(names(reduced, "Conv", "Gemm", "Mul"))
-
-
-def test_weights_have_the_lower_type(reduced, precision):
     kind = {"fp16": onnx.TensorProto.FLOAT16, "int8": onnx.TensorProto.INT8}[precision]
-    large = [one for one in onnx.load_from_string(reduced).graph.initializer if np.prod(one.dims) > 1000]
-    assert large
-    assert {one.data_type for one in large} == {kind}
+    assert {weight.data_type for weight in proto.graph.initializer if np.prod(weight.dims) > 1000} == {kind}
 
 
 def test_named_nodes_stay_in_float(model, images, precision):

@@ -8,7 +8,7 @@ from PIL import Image
 from small_networks import CLASSES, HEIGHT, WIDTH, small_checkpoint, small_model
 from timm.data import create_transform
 
-from expertgrid.export.metadata import entries_of
+from expertgrid.export.metadata import with_entries
 from expertgrid.export.predict import BATCH, predict, read_pixels
 from expertgrid.export.to_onnx import served
 from expertgrid.model.checkpoint import Checkpoint
@@ -173,18 +173,12 @@ def test_images_that_are_too_large(rgb, picture, monkeypatch):
         predict(rgb, "model.onnx", [picture])
 
 
-def changed(model: bytes, **entries: str) -> bytes:
-    proto = onnx.load_from_string(model)
-    onnx.helper.set_model_props(proto, entries_of(proto) | entries)
-    return proto.SerializeToString()
-
-
 def test_models_that_are_not_ours(rgb, picture):
-    fewer = changed(rgb, classes='["a", "b"]')
+    fewer = with_entries(rgb, {"classes": '["a", "b"]'})
     with pytest.raises(InputError, match="other.onnx: its output is .3,., its metadata has 2 classes"):
         predict(fewer, "other.onnx", [picture])
     with pytest.raises(InputError, match="other.onnx: takes images of 6 channels"):
-        predict(changed(rgb, **{"expertgrid.input": "float"}), "other.onnx", [picture])
+        predict(with_entries(rgb, {"expertgrid.input": "float"}), "other.onnx", [picture])
     foreign = onnx.load_from_string(rgb)
     del foreign.metadata_props[:]
     with pytest.raises(InputError, match="other.onnx: its metadata has no 'expertgrid.input'"):

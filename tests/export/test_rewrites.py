@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_networks import trained
 from torch import nn
 
 from expertgrid.export import rewrites as rewriting
@@ -19,7 +20,7 @@ from expertgrid.export.prune import largest_gate_weights, prune_gates
 from expertgrid.export.rewrites import REWRITES, rewrite
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import to_onnx
-from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
 from expertgrid.model.net import ExpertBlock, ExpertNet, Gate
 from expertgrid.model.system.errors import InputError
@@ -312,16 +313,7 @@ def test_a_pruned_network_is_exported():
     config = ModelConfig(layers=(Block(channels=4), Block(channels=4)), num_classes=2)
     net = random_net(config).eval()
     pruned, dropped = prune_gates(net, {"layers.1": torch.tensor([0.1, 0.9, 0.9])}, 0.5)
-    trained = Trained(
-        trial="a",
-        model="b",
-        data="c",
-        fingerprint="0123abcd",
-        classes=("x", "y"),
-        image_size=(8, 8),
-        mean=(0.5,) * 3,
-        std=(0.2,) * 3,
-    )
-    model = onnx.load_from_string(to_onnx(Checkpoint(pruned.config, trained, pruned.state_dict()), "float"))
+    checkpoint = Checkpoint(pruned.config, trained(classes=("x", "y"), image_size=(8, 8)), pruned.state_dict())
+    model = onnx.load_from_string(to_onnx(checkpoint, "float"))
     assert dropped == ["layers.1.experts.0"]
     assert Counter(node.op_type for node in model.graph.node)["Conv"] == 5

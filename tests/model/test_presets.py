@@ -15,58 +15,7 @@ from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.variants import matched_difference, vary
 
-
-def conv(in_chs: int, out_chs: int, kernel: int) -> int:
-    """Parameters of a conv without bias and its batch norm."""
-    return in_chs * out_chs * kernel**2 + 2 * out_chs
-
-
-def linear(*sizes: int) -> int:
-    return sum(a * b + b for a, b in zip(sizes, sizes[1:]))
-
-
-def mixed(in_chs: int, out_chs: int) -> int:
-    """A block of `mixed_kernel`: three 5x5 and three 3x3 experts, one norm after the mix, a gate of 512, 512, 6."""
-    return in_chs * out_chs * (3 * 25 + 3 * 9) + 2 * out_chs + linear(in_chs, 512, 512, 6)
-
-
-def speed(widths: tuple[int, ...], kernels: tuple[int, ...], blocks: int) -> int:
-    """A whitening stem of 24 biases; in each group a conv and `blocks` blocks, with norms that only shift; gates."""
-    total, before = 24, 24
-    for w in widths:
-        gate = linear(w, len(kernels)) if len(kernels) > 1 else 0
-        total += before * w * 9 + w + blocks * (sum(w * w * kernel**2 for kernel in kernels) + w + gate)
-        before = w
-    return total + linear(before, 10)
-
-
-BY_HAND = {
-    "two_block": conv(3, 64, 3) + 2 * (4 * conv(64, 64, 3) + linear(64, 16, 4)) + linear(64, 10),
-    "eight_block": conv(3, 64, 3) + 8 * (3 * conv(64, 64, 3) + linear(64, 8, 3)) + linear(64, 10),
-    "segmented": sum(
-        3 * conv(a, b, 3) + linear(a, 3) for a, b in ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
-    )
-    + linear(256, 512, 10),
-    "macro_residual": sum(
-        2 * conv(a, b, k) + linear(a, 2)
-        for a, b, k in ((3, 64, 3), (64, 128, 5), (128, 256, 3), (256, 256, 3), (256, 384, 3))
-    )
-    + (128 * 256 + 256)
-    + 2 * (2 * conv(384, 384, 3) + linear(384, 2))
-    + conv(384, 256, 3)
-    + linear(256, 128, 10),
-    "mixed_kernel": sum(
-        mixed(a, b) for a, b in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 128))
-    )
-    + linear(128, 1024, 512, 10),
-    "speed": speed((64, 256, 256), (3, 1), blocks=1),
-    "speed_matched_params": speed((72, 264, 264), (3,), blocks=1),
-    "speed_matched_macs": speed((64, 264, 264), (3,), blocks=1),
-    "accuracy": speed((128, 384, 512), (3, 1), blocks=2),
-    "accuracy_matched_params": speed((128, 400, 536), (3,), blocks=2),
-    "accuracy_matched_macs": speed((136, 392, 520), (3,), blocks=2),
-}
-WORKED_OUT = {
+PARAMETERS = {  # counted by hand, from the reports' descriptions
     "two_block": 300_658,
     "eight_block": 894_690,
     "segmented": 3_577_573,
@@ -83,8 +32,7 @@ WORKED_OUT = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_as_counted_by_hand(name):
-    assert BY_HAND[name] == WORKED_OUT[name]
-    assert sum(p.numel() for p in build(PRESETS[name]).parameters()) == WORKED_OUT[name]
+    assert sum(p.numel() for p in build(PRESETS[name]).parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("equal", ["params", "macs"])

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 from conftest import finished_study
@@ -11,6 +12,16 @@ WHOLE, FIRST, _, LAST = range(1, 5)
 
 
 def records_of(file: Path) -> list:
+    """The records of a run's file, once it is whole: `finish` returns before the process that writes it has ended."""
+    deadline = time.monotonic() + 60
+    while True:
+        records = read_log(file)
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.2)
+
+
+def read_log(file: Path) -> list:
     """The records of a run's file, which is a log as LevelDB has them, after seven bytes of its own."""
     from wandb.proto import wandb_internal_pb2
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
+from expertgrid.ablations.cli.devices import device
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
 
@@ -77,15 +77,15 @@ def test_devices_have_names(monkeypatch):
 
 def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.torch_device("auto") == machine.torch_device("cpu") == torch.device("cpu")
+    assert device("auto") == device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="unknown device 'cuda'"):
-        machine.torch_device("cuda")
+        device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert machine.torch_device("auto") == torch.device("cuda")
-    assert machine.torch_device("cuda:1") == torch.device("cuda", 1)
+    assert device("auto") == torch.device("cuda")
+    assert device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(InputError, match="unknown device 'cuda:2'"):
-        machine.torch_device("cuda:2")
+        device("cuda:2")
 
 
 class Driver:
@@ -167,10 +167,10 @@ def test_no_git(monkeypatch):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys; from model import machine as m; m.cpu_name(), m.usable_cores(), m.memory_bytes(), m.gpu_driver(), "
-        "m.checkout_commit(); sys.exit('torch' in sys.modules)"
+        "import sys; from expertgrid.model.system import machine as m; m.cpu_name(), m.usable_cores(), "
+        "m.memory_bytes(), m.gpu_driver(), m.checkout_commit(); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_deterministic_refuses_what_has_no_such_way():

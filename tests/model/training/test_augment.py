@@ -12,9 +12,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 
 from expertgrid.model.training.augment import (
-    Mix,
     alternately_mirrored,
     cutout,
+    draw_mix,
     hflip,
     mirror,
     mix_images,
@@ -24,6 +24,7 @@ from expertgrid.model.training.augment import (
     scaled_down,
     translate,
 )
+from expertgrid.model.training.recipe import RECIPES
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -45,27 +46,17 @@ def test_hflip_mirrors_some_images(x_BCHW):
     assert torch.equal(hflip(x_BCHW, 0.0, generator()), x_BCHW)
 
 
-def test_padded_crop_is_one_of_all_crops(x_BCHW):
-    cropped = padded_crop(x_BCHW, 2, generator())
-    padded = TF.pad(x_BCHW, [2])
-    places = [
-        [(top, left) for top in range(5) for left in range(5) if torch.equal(y, TF.crop(x, top, left, 10, 12))]
-        for x, y in zip(padded, cropped)
-    ]
-    assert all(len(found) == 1 for found in places)
-    assert {top for ((top, _),) in places} == {left for ((_, left),) in places} == set(range(5))
-
-
-def test_translation_is_one_of_all_shifts_of_the_reflected_image(x_BCHW):
-    shifted = translate(x_BCHW, 2, generator())
-    padded = TF.pad(x_BCHW, [2], padding_mode="reflect")
+@pytest.mark.parametrize(("shift", "border"), [(padded_crop, "constant"), (translate, "reflect")])
+def test_a_shift_is_one_of_all_crops_of_the_padded_image(x_BCHW, shift, border):
+    shifted = shift(x_BCHW, 2, generator())
+    padded = TF.pad(x_BCHW, [2], padding_mode=border)
     places = [
         [(top, left) for top in range(5) for left in range(5) if torch.equal(y, TF.crop(x, top, left, 10, 12))]
         for x, y in zip(padded, shifted)
     ]
-    assert all(len(found) == 1 for found in places)
+    assert all(len(equal) == 1 for equal in places)
     assert {top for ((top, _),) in places} == {left for ((_, left),) in places} == set(range(5))
-    assert translate(x_BCHW, 9, generator()).shape == x_BCHW.shape
+    assert shift(x_BCHW, 9, generator()).shape == x_BCHW.shape
 
 
 def test_alternating_flip_is_random_once_and_then_takes_turns(x_BCHW):
@@ -82,6 +73,8 @@ def test_alternating_flip_is_random_once_and_then_takes_turns(x_BCHW):
 @pytest.mark.parametrize(("alphas", "prob"), [((0.8, 0.0), 1.0), ((0.0, 1.0), 1.0), ((0.4, 1.0), 0.7)])
 def test_mixing_is_timms(alphas, prob):
     """The same images, targets and loss from the same random numbers, and the input stays as it was."""
+    fields = {"mixup": alphas[0], "cutmix": alphas[1], "mixup_prob": prob, "mixup_switch_prob": 0.3}
+    recipe = RECIPES["fast"].model_copy(update=fields)
     theirs = Mixup(*alphas, prob=prob, switch_prob=0.3, label_smoothing=0.1, num_classes=7)
     x_BCHW = torch.randn(6, 3, 10, 12, generator=generator())
     before, labels_B, logits_BN = x_BCHW.clone(), torch.arange(6), torch.randn(6, 7, generator=generator())
@@ -89,7 +82,7 @@ def test_mixing_is_timms(alphas, prob):
     np.random.seed(5)
     kinds = set()
     for _ in range(30):
-        mix = Mix.draw(drawn, 10, 12, *alphas, prob, 0.3)
+        mix = draw_mix(recipe, drawn, 10, 12)
         kinds.add((mix.share == 1, mix.box is None))
         expected_x, expected_BN = theirs(x_BCHW.clone(), labels_B)
         torch.testing.assert_close(mix_images(x_BCHW, mix), expected_x)

@@ -15,8 +15,9 @@ from sklearn.datasets import load_digits
 from timm.data import create_transform
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from expertgrid.model.pixels import fitted
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.training.data import load_data, resized
+from expertgrid.model.training.data import load_data
 from expertgrid.model.training.holdout import HoldOut
 
 CLASSES = ("cat", "dog")
@@ -91,13 +92,6 @@ def test_a_source_says_how_much_of_it_a_seed_holds_out(digits, folder):
         load_data("digits@0.9")
 
 
-def test_pixel_statistics_are_of_all_train_images(digits):
-    """Of all of them, also of those that a seed holds out."""
-    pixels = digits.train.pixels_BHWC / 255
-    assert digits.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-6)
-    assert digits.std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
-
-
 def test_folder_and_parquet_hold_the_same(folder, parquet):
     for source in (f"folder:{folder}", f"parquet:{parquet}"):
         data = load_data(source)
@@ -170,6 +164,8 @@ def test_wrong_folders(folder):
     (folder / "train" / "cat" / "05.png").write_bytes(encoded(picture(0, 5, size=7)))
     assert "images differ in size" in wrong(source)
     assert "05.png 7x7" in wrong(source)
+    Image.fromarray(np.full((6, 6), 40_000, dtype=np.uint16)).save(folder / "train" / "cat" / "05.png")
+    assert "cat/05.png does not decode as an image: its mode is I;16; accepted: RGB" in wrong(source)
     (folder / "train" / "cat" / "05.png").unlink()
     (folder / "train" / "bird").mkdir()
     assert "bird" in wrong(source)
@@ -209,17 +205,6 @@ def test_labels_of_any_integer_type(parquet):
         labels = table["label"].cast("uint8")
         pyarrow.parquet.write_table(table.set_column(column, "label", labels), file)
     assert load_data(f"parquet:{parquet}").fingerprint == before
-
-
-def test_images_of_more_than_8_bits_are_refused(folder):
-    Image.fromarray(np.full((6, 6), 40_000, dtype=np.uint16)).save(folder / "train" / "cat" / "05.png")
-    assert "cat/05.png does not decode as an image: its mode is I;16; accepted: RGB" in wrong(f"folder:{folder}")
-
-
-def test_train_and_test_images_of_other_sizes(folder):
-    for file in (folder / "test").rglob("*.png"):
-        file.write_bytes(encoded(picture(0, 1, size=9)))
-    assert "train images have 6x6 pixels, test images 9x9" in wrong(f"folder:{folder}")
 
 
 def test_a_class_of_fewer_images_than_parts_is_refused_once_the_hold_out_is_asked_for(folder):
@@ -295,6 +280,7 @@ def test_image_size_of_grey_images_is_torchvisions(size, digits):
 def test_train_and_test_images_of_other_sizes_are_brought_to_one(folder):
     for file in (folder / "test").rglob("*.png"):
         file.write_bytes(encoded(picture(0, 1, size=9)))
+    assert "train images have 6x6 pixels, test images 9x9" in wrong(f"folder:{folder}")
     data = load_data(f"folder:{folder}", image_size=6)
     assert data.train.pixels_BHWC.shape[1:] == data.test.pixels_BHWC.shape[1:] == (6, 6, 3)
 
@@ -305,4 +291,4 @@ def test_any_image_at_any_size_is_torchvisions(width, height, size):
     """torchvision pads an image with zeros where it is smaller than the crop; after Resize none is."""
     image = Image.fromarray(noise(width, height, 0))
     expected = CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(image))
-    assert (np.asarray(resized(image, size)) == np.asarray(expected)).all()
+    assert (np.asarray(fitted(image, size, size)) == np.asarray(expected)).all()
