@@ -188,13 +188,13 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group dev")
     with sync_api.sync_playwright() as playwright:
         own = Path(playwright.chromium.executable_path)
-        found = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.exists() else None)
-        if found is None:
+        executable = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.exists() else None)
+        if executable is None:
             pytest.skip("no Chromium on this machine: apt-get install chromium, or playwright install chromium")
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        started = playwright.chromium.launch(executable_path=found, args=flags)
-        yield started
-        started.close()
+        chromium = playwright.chromium.launch(executable_path=executable, args=flags)
+        yield chromium
+        chromium.close()
 
 
 def write_study(
@@ -209,13 +209,12 @@ def write_study(
     with directory.written(study, data, cells):
         for cell in cells:
             for trial in cell.trials:
-                found = accuracies(cell.levels, trial.seed)
-                if isinstance(found, str):
-                    directory.write_failure(
-                        trial.id, Failure(kind=found, error="the loss is nan", traceback="", time="")
-                    )
-                elif found is not None:
-                    write_whole(directory.trial(trial.id) / "record.json", written_record(trial, *found).encode())
+                result = accuracies(cell.levels, trial.seed)
+                if isinstance(result, str):
+                    failure = Failure(kind=result, error="the loss is nan", traceback="", time="")
+                    directory.write_failure(trial.id, failure)
+                elif result is not None:
+                    write_whole(directory.trial(trial.id) / "record.json", written_record(trial, *result).encode())
                     directory.write_config(trial)
     return directory
 

@@ -97,14 +97,9 @@ def _starting(modules: Sequence[str] | None = None, text: str = "starting: loadi
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError
-
         import expertgrid
 
-        try:
-            print(f"expertgrid {expertgrid.__version__}")
-        except PackageNotFoundError:
-            raise InputError("--version: expertgrid is not installed; it runs from a folder of source code") from None
+        print(f"expertgrid {expertgrid.__version__}")
         raise typer.Exit
 
 
@@ -132,24 +127,16 @@ def run(
     max_seeds: int | None = Option(None, metavar="N", help="Number of seeds at which a race ends."),
     modules: Import = None,
     adopt: bool = Option(True, help="Take over finished trials from the studies beside this one."),
-    trial_timeout: float | None = Option(
-        None, min=1, metavar="SECONDS", help="Fail a trial that runs longer than this."
-    ),
+    trial_timeout: float | None = Option(None, min=1, metavar="S", help="Fail a trial that runs longer than this."),
     deterministic: bool = Option(False, "--deterministic", help="Train bit for bit the same on a GPU too. Slower."),
     fail_fast: bool = Option(False, "--fail-fast", help="Stop at the first trial that fails."),
     isolate: bool = Option(
         True, envvar="EXPERTGRID_ISOLATE", help="Train in separate processes, so that a crash fails one trial only."
     ),
-    jobs: str = Option(
-        "auto", metavar="N|auto", help="Trials that are trained at once. auto: by the cores of a CPU, 1 on a GPU."
-    ),
+    jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
-    address: str | None = Option(
-        None, metavar="auto|HOST:PORT", help="Ray cluster. auto: join this machine's, or start one."
-    ),
-    gpus_per_trial: float | None = Option(
-        None, min=0, max=1, metavar="SHARE", help="Share of a GPU for a trial on Ray."
-    ),
+    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: join or start one."),
+    gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
     track: list[str] | None = Option(
         None, metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers
@@ -393,9 +380,7 @@ def predict(
     file: OnnxFile,
     images: list[Path] = Argument(metavar="IMAGE...", help="Image files of any size.", callback=options.readable),
     top: int = Option(3, min=1, metavar="N", help="Number of classes to show for each image."),
-    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] | None = Option(
-        None, help="Engine. Default: the one that the file was tuned for."
-    ),
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] | None = Option(None, help="Engine. Default: as tuned."),
     format: Format = "text",
 ) -> int:
     """Classify images with an exported network."""
@@ -434,13 +419,13 @@ def bench(
     engine: str | None = Option(
         None,
         metavar="E[,E]",
-        help=f"Engines: {', '.join(options.ENGINES)}. Default: own,eager; own for studies and scenarios.",
+        help=f"Engines: {', '.join(options.ENGINES)}. Default: own,eager, or own.",
     ),
     seconds: float = Option(
-        1, min=0.01, max=3600, metavar="S", help="Measure each engine and batch size for so many seconds."
+        1, min=0.01, max=3600, metavar="S", help="Measure each engine and batch size for this long."
     ),
     fail_if_slower: str | None = Option(
-        None, metavar="P%", help="Exit with status 1 where a file is slower by more than this."
+        None, metavar="P%", help="Exit with 1 where a file is slower by more than this."
     ),
     baseline: Path | None = Option(
         None,
@@ -448,24 +433,14 @@ def bench(
         help="Compare one file with a record that --json wrote earlier.",
         callback=options.readable,
     ),
-    across_machines: bool = Option(
-        False, "--across-machines", help="Let --baseline be of another machine or of other versions."
-    ),
-    front: bool = Option(
-        False, "--front", help="In a study, time all cells briefly, and only the Pareto front in full."
-    ),
-    peers: bool = Option(
-        False, "--peers", help="Time untrained timm networks of similar size for the same images, too."
-    ),
+    across_machines: bool = Option(False, "--across-machines", help="Let --baseline be of another machine or version."),
+    front: bool = Option(False, "--front", help="Time all cells of a study briefly, and the Pareto front in full."),
+    peers: bool = Option(False, "--peers", help="Time untrained timm networks of similar size, too."),
     scenario: Literal["single-stream", "multi-stream", "offline", "server"] | None = Option(
         None, help="Load the file as this scenario of MLPerf does. Needs the extra loadgen."
     ),
-    bound_ms: float | None = Option(
-        None, min=0.001, metavar="MS", help="Bound of the server's 99th percentile. Default: 10."
-    ),
-    isolate: bool = Option(
-        False, "--isolate", help="Run each engine in a process of its own, and show its peak memory."
-    ),
+    bound_ms: float | None = Option(None, min=0.001, metavar="MS", help="Bound of the server's p99. Default: 10."),
+    isolate: bool = Option(False, "--isolate", help="Run each engine in its own process, and show its memory."),
     modules: Import = None,
 ) -> int:
     """Measure the latency of ONNX files, or of a study's cells.
@@ -521,7 +496,7 @@ def bench_train(
     preset: str = Argument("eight_block", metavar="MODEL|DIR", help="Preset, timm model, or study directory."),
     batch: int | None = Option(None, min=2, max=4096, metavar="N", help="Batch size. Default: 128."),
     steps: int | None = Option(
-        None, min=1, max=1000, metavar="N", help="Training steps in a round. Default: 100 on CUDA, else 2."
+        None, min=1, max=1000, metavar="N", help="Steps in a round. Default: 100 on CUDA, else 2."
     ),
     rounds: int = Option(5, min=1, max=1000, metavar="N", help="Rounds in which each way takes its turn."),
     device: Device = "auto",

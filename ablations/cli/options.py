@@ -6,6 +6,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -44,17 +45,15 @@ def device_word(word: str) -> str:
 
 def settings(texts: Sequence[str]) -> dict[str, Value]:
     """The settings `PATH=VALUE`. A value is TOML; what is not TOML is a text. Raises InputError without PATH=."""
-    return dict(map(_setting, texts))
-
-
-def _setting(text: str) -> tuple[str, Value]:
-    path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
-    try:
-        return path, tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):
-        return path, value  # a plain word needs no quotes
+    values: dict[str, Value] = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
+        values[path] = value  # a plain word needs no quotes
+        with suppress(ValueError, RecursionError):
+            values[path] = tomllib.loads(f"value = {value}")["value"]
+    return values
 
 
 def words(what: str, text: str, accepted: Collection[str]) -> list[str]:
@@ -153,7 +152,7 @@ def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable
 
 def readable(files: Path | Sequence[Path] | None) -> Path | Sequence[Path] | None:
     """Raises InputError for a file that cannot be read."""
-    for file in [files] if isinstance(files, Path) else files or ():
+    for file in _paths(files):
         try:
             file.open("rb").close()
         except OSError as error:
@@ -166,16 +165,13 @@ def files_or_study(paths: Sequence[Path]) -> Sequence[Path]:
     for path in paths:
         if path.is_dir() and len(paths) > 1:
             raise InputError(f"{path}: a study directory is measured alone; {len(paths)} files were given")
-        if path.is_dir():
-            study_directory(path)
-        else:
-            readable(path)
+        (study_directory if path.is_dir() else readable)(path)
     return paths
 
 
 def study_directory(directories: Path | Sequence[Path]) -> Path | Sequence[Path]:
     """Raises InputError for a directory without a study."""
-    for path in [directories] if isinstance(directories, Path) else directories:
+    for path in _paths(directories):
         if not (path / "study.toml").is_file():
             raise InputError(f"{path}: not a study directory: there is no study.toml in it")
     return directories
@@ -195,6 +191,10 @@ def study_or_checkpoint(source: Path) -> Path:
     elif not source.exists():
         raise InputError(f"{source}: there is no such checkpoint")
     return source
+
+
+def _paths(paths: Path | Sequence[Path] | None) -> Sequence[Path]:
+    return [paths] if isinstance(paths, Path) else paths or ()
 
 
 def hub_repository(target: str) -> str | None:

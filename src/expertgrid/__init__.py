@@ -10,9 +10,12 @@ if not os.path.isdir(os.path.join(__path__[0], "model")):  # a checkout without 
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, which takes long to look up. Raises PackageNotFoundError where expertgrid is not installed."""
+    """`__version__`, which takes long to look up; of a folder of source code that is not installed, "unknown"."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version("expertgrid")
+    try:
+        return version("expertgrid")
+    except PackageNotFoundError:
+        return "unknown"

@@ -48,6 +48,7 @@ def test_no_help_imports_anything_that_takes_long(tmp_path):
 def test_everything_has_its_help_and_the_list_of_commands_cuts_none(expertgrid):
     assert [(name, p.name) for name, command in COMMANDS.items() for p in command.params if not p.help] == []
     shown = expertgrid("--help").out
+    assert expertgrid().out == shown
     for name, command in COMMANDS.items():
         first = command.help.split("\n\n")[0].removesuffix(".")
         assert f" {name} {' '.join(first.split())}" in " ".join(shown.split())
