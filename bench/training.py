@@ -150,8 +150,8 @@ def measure_training(
     return TrainingSpeed.of(
         seconds["loop"], seconds["bare"], seconds["baseline"],
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
-        batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.means.kernels,
-        compiled=prepared.means.compile, graphs=training.recorded, compile_seconds=prepared.seconds,
+        batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.plan.kernels,
+        compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1],
         peaks=peaks.best(peaks_now()), baseline_workers=usable_cores(),
     )  # fmt: skip

@@ -40,6 +40,7 @@ class TrialDone:
 class TrialFailed:
     trial: "Trial"
     reason: str
+    of_recording: bool = False  # of its steps as CUDA graphs, which nobody required: it can be trained without them
 
 
 @dataclass(frozen=True)

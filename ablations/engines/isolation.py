@@ -6,40 +6,36 @@ trial has failed, and a new process goes on with the next one. It ends with its 
 
 import faulthandler
 import os
-import queue
 import signal
-import sys
 import tempfile
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Event as Flag
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
+from expertgrid.ablations.engines.events import Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
 from expertgrid.ablations.engines.gpu_sharing import ALONE, SharedGpu, shared_gpu
+from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, Message, schedule
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Failure
+from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import deterministic, gpu_driver, memory_bytes, usable_cores
-from expertgrid.model.system.processes import ProcessLost, end_with_parent, process_context
+from expertgrid.model.system.processes import AnsweringProcess, ProcessLost, process_context
+from expertgrid.model.training.trial import Trial
 
 if TYPE_CHECKING:
-    from expertgrid.ablations.engines.events import Event, TrialFailed
-    from expertgrid.ablations.records.directory import StudyDirectory
-    from expertgrid.model.fast.execution import ExecutionOptions
     from expertgrid.model.training.data import ImageData
-    from expertgrid.model.training.trial import Trial
 
 ENGINE = "expertgrid.ablations.engines.local"  # what the processes need, whose import takes seconds
 JOB_BYTES = 3 * 2**30  # of memory for each process that trains: PyTorch, the images and a small network
 MOST_JOBS = 8  # that "auto" takes; more was not measured
-LOOK_EVERY_S = 0.1  # for a signal and for the time limit
 LAST_WORDS_S = 2.0  # that a process gets to write where it hangs, and to end after its last message
 
 
@@ -51,27 +47,12 @@ class Setup:
     device: str
     directory: Path
     begin: Callable[[], None]  # called first: it registers the user's networks
-    execution: "ExecutionOptions"
+    execution: ExecutionOptions
     deterministic: bool = False
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
     save_every_s: float | None = None  # None for the engine's own
     environment: Mapping[str, str] = field(default_factory=dict)  # of each process, before it starts CUDA
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An error of the engine, which is none of a trial's."""
-
-    error: Exception
-
-
-class Done:
-    """All trials of a list are done."""
-
-
-class StoppedByUser:
-    """The state of the trial is saved."""
 
 
 def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -> int:
@@ -89,33 +70,83 @@ def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -
 
 def _is_gpu(device: str) -> bool:
     """Whether the device that a user names is a GPU of NVIDIA."""
-    return device.startswith("cuda") or (device == "auto" and gpu_driver() is not None)
+    return device.partition(":")[0] == "cuda" or (device == "auto" and gpu_driver() is not None)
 
 
 @contextmanager
 def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
-    """Trainers whose processes begin to import PyTorch at once, while the caller does other things.
+    """A pool whose processes begin to import PyTorch at once, while the caller does other things.
 
     Several on a GPU use it side by side, where CUDA's Multi-Process Service is there.
     """
     with shared_gpu() if jobs > 1 and _is_gpu(device) else nullcontext(ALONE) as gpu:
         pool = Pool(jobs, gpu)
-        pool.begin()
         try:
             yield pool
         finally:
-            for trainer in pool.trainers:
-                trainer.end()
+            for trainer in list(pool.trainers):
+                pool.end(trainer)
+
+
+class Trainer(AnsweringProcess):
+    """A process that trains one trial at a time."""
+
+    def __init__(self) -> None:
+        self.steps = process_context(ENGINE).Value("q", 0, lock=False)  # of its trial that are done
+        self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
+        super().__init__(ENGINE, _EngineApart, str(self.crash), self.steps)
+        self.trial: Trial | None = None  # that it trains
+        self.began = False  # that trial
+        self.trials = 0  # that it was asked to train
+        self.deadline = float("inf")
+
+    def train(self, trial: Trial, setup: Setup, graphs: bool) -> None:
+        """Asks for the events of a training, without CUDA graphs where `graphs` says so."""
+        self.trial, self.began, self.deadline = trial, False, float("inf")
+        self.ask(trial, graphs, None if self.trials else setup)
+        self.trials += 1
+
+    def end(self) -> None:
+        super().end()
+        self.crash.unlink(missing_ok=True)
+        self.crash.parent.rmdir()
+
+    def how_it_ended(self) -> str:
+        self.process.join(LAST_WORDS_S)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return f"exit status {code}"
+        name = signal.Signals(-code).name
+        return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
+
+    def failure(self, kind: Literal["crashed", "timeout"], error: str) -> Failure:
+        """The failure of its trial, with where its threads are, or were when it crashed."""
+        if self.process.is_alive() and hasattr(signal, "SIGUSR1"):
+            os.kill(self.process.ident or 0, signal.SIGUSR1)
+            until, size = time.monotonic() + LAST_WORDS_S, 0
+            while not (size and size == self.crash.stat().st_size) and time.monotonic() < until:  # it still writes
+                size = self.crash.stat().st_size
+                time.sleep(LOOK_EVERY_S)
+        place = self.crash.read_text(errors="replace") if self.crash.exists() else ""
+        return Failure(kind=kind, error=error, traceback=place, time=now(), step=int(self.steps.value))
 
 
 class Pool:
-    """Trains trials in several processes at once."""
+    """Processes of this machine that train a trial each: the `scheduling.Cluster` of the local engine.
+
+    They read and write the files of their trials themselves.
+    """
+
+    setup: Setup
 
     def __init__(self, jobs: int, gpu: SharedGpu = ALONE) -> None:
-        self.trainers: list[Trainer] = []
         self.gpu = gpu
         self.at_once = jobs
         self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None  # of each process
+        self.timeout_s: float | None = None
+        self.stopping = False
+        without_server = process_context(ENGINE).get_start_method() == "spawn"  # they import PyTorch themselves
+        self.trainers = [Trainer() for _ in range(jobs if without_server else 0)]
 
     @property
     def in_words(self) -> str | None:
@@ -124,301 +155,139 @@ class Pool:
             return None
         return f"{self.at_once} trials take turns on the GPU, without CUDA's MPS: {self.gpu.missing}"
 
-    def begin(self) -> None:
-        """Begins to import PyTorch: in the server, whose processes start in `run`, or else in the processes."""
-        if process_context(ENGINE).get_start_method() == "forkserver":
-            from multiprocessing import forkserver  # Windows has none
-
-            forkserver.ensure_running()
-        else:
-            self._start()
-
-    def _start(self) -> None:
-        self.trainers = [Trainer() for _ in range(self.at_once)]
-
     def run(
         self,
-        trials: "Sequence[Trial]",
+        trials: Sequence[Trial],
         setup: Setup,
-        directory: "StudyDirectory",
+        directory: StudyDirectory,
         stopped: Flag,
         timeout_s: float | None = None,
-    ) -> "Iterator[Event]":
-        """As `Trainer.run`. Each process takes the next trial when it is done with one.
+    ) -> Iterator[Event]:
+        """Trains trials as `scheduling.schedule` does. A trial that takes longer than `timeout_s` has failed.
 
-        Where one of them cannot go on, the others save their states and end, and its error is raised.
+        All calls have the same setup. Raises what the engine raises, and ProcessLost.
         """
-        from expertgrid.ablations.engines.events import by_seed
+        self.setup, self.timeout_s = replace(setup, environment=self.gpu.environment), timeout_s
+        self.stopping = False
+        return schedule(trials, directory, self, stopped)
 
-        setup = replace(setup, environment=self.gpu.environment)
-        if not self.trainers:
-            self._start()
-        if len(self.trainers) == 1:
-            yield from self.trainers[0].run(trials, setup, directory, stopped, timeout_s)
-            return
-        left, halted = deque(by_seed(list(trials))), Flag()
-        events: queue.Queue[Event | BaseException | None] = queue.Queue()
+    def room(self) -> int:
+        return self.at_once
 
-        def work(trainer: Trainer) -> None:
-            try:
-                while left and not stopped.is_set() and not halted.is_set():
-                    try:
-                        trial = left.popleft()
-                    except IndexError:  # another one took the last
-                        return
-                    for event in trainer.run([trial], setup, directory, Either(stopped, halted), timeout_s):
-                        events.put(event)
-            except BaseException as error:  # raised below, in the thread that waits for it
-                events.put(error)
-            finally:
-                events.put(None)
+    def submit(self, trial: Trial, resume: Path) -> None:
+        self._train(trial)
 
-        threads = [Thread(target=work, args=(trainer,)) for trainer in self.trainers]
-        for thread in threads:
-            thread.start()
-        errors: list[BaseException] = []
+    def _train(self, trial: Trial, graphs: bool = True) -> None:
+        idle = [trainer for trainer in self.trainers if trainer.trial is None]
+        if not idle:
+            idle = [Trainer()]
+            self.trainers += idle
+        idle[0].train(trial, self.setup, graphs)
+
+    def next(self, timeout_s: float) -> tuple[Trial, Message] | None:
+        busy = [(trainer, trainer.trial) for trainer in self.trainers if trainer.trial]
+        if self.stopping:
+            for trainer, _ in busy:
+                trainer.process.terminate()  # SIGTERM, which it takes as a request
+        readable = wait([trainer.connection for trainer, _ in busy], timeout_s)
+        for trainer, trial in busy:
+            if trainer.connection in readable:
+                return self._message(trainer, trial)
+            if time.monotonic() >= trainer.deadline:
+                error = f"not done after --trial-timeout {self.timeout_s:g} s"
+                failure = trainer.failure("timeout", error)
+                self.end(trainer)
+                return trial, failure
+        return None
+
+    def _message(self, trainer: Trainer, trial: Trial) -> tuple[Trial, Message] | None:
         try:
-            working = len(threads)
-            while working:
-                try:
-                    event = events.get(timeout=LOOK_EVERY_S)  # a signal that another thread got does not wake this one
-                except queue.Empty:
-                    continue
-                if event is None:
-                    working -= 1
-                elif isinstance(event, BaseException):
-                    errors.append(event)
-                    halted.set()
-                else:
-                    yield event
-        except (KeyboardInterrupt, GeneratorExit) as error:
-            # The second signal: nobody waits for a step to end. A caller that works on an event closes this instead.
-            if isinstance(error, KeyboardInterrupt) or stopped.is_set():
-                halted.set()
-                for trainer in self.trainers:
-                    trainer.process.kill()
-            raise
-        finally:
-            halted.set()
-            for thread in threads:
-                thread.join()
-        if errors:
-            raise errors[0]  # what ended the others comes after it
-        if stopped.is_set() and left:
-            from expertgrid.ablations.engines.events import Stopped
+            message = trainer.connection.recv()
+        except (EOFError, OSError):
+            return self._lost(trainer, trial)
+        match message:
+            case TrialStarted():
+                trainer.began = True
+                if self.timeout_s is not None:
+                    trainer.deadline = time.monotonic() + self.timeout_s
+            case TrialFailed(_, reason, of_recording=True):  # which leaves CUDA in a state that nobody describes
+                self.end(trainer)
+                self._train(trial, graphs=False)
+                return trial, TrialNote(trial, f"trained without CUDA graphs: {reason}")
+            case TrialDone() | TrialFailed():
+                trainer.trial = None
+            case BaseException():
+                self.end(trainer)
+        return trial, message
 
-            raise Stopped
+    def _lost(self, trainer: Trainer, trial: Trial) -> tuple[Trial, Message] | None:
+        """What it means that a process has died: a failure only of the trial that it had begun."""
+        how = trainer.how_it_ended()
+        failure = trainer.failure("crashed", f"the training process was ended by {how}")
+        self.end(trainer)
+        if trainer.began:
+            return trial, failure
+        if trainer.trials == 1:
+            return trial, ProcessLost(f"the training process ended before its first trial: {how}")
+        self._train(trial)
+        return None
 
+    def stop(self) -> None:
+        self.stopping = True
 
-class Either:
-    """Set where one of two flags is."""
-
-    def __init__(self, first: Flag, second: Flag) -> None:
-        self.first, self.second = first, second
-
-    def is_set(self) -> bool:
-        return self.first.is_set() or self.second.is_set()
+    def end(self, trainer: Trainer) -> None:
+        """Ends a process, whatever it does."""
+        trainer.end()
+        self.trainers.remove(trainer)
 
 
-class Trainer:
-    """Trains trials in another process, and starts a new one where that dies."""
+class _EngineApart:
+    """The local engine in the process of a Trainer."""
 
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        context = process_context(ENGINE)
-        self.connection, theirs = context.Pipe()
-        self.steps = context.Value("q", 0, lock=False)  # that the current trial has done
-        self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
-        self.process = context.Process(target=_work, args=(theirs, str(self.crash), self.steps))
-        self.process.start()
-        theirs.close()
-        self.has_setup = False
-
-    def end(self) -> None:
-        """Ends the process, whatever it does."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-        self.crash.unlink(missing_ok=True)
-        self.crash.parent.rmdir()
-
-    def run(
-        self,
-        trials: "Sequence[Trial]",
-        setup: Setup,
-        directory: "StudyDirectory",
-        stopped: Flag | Either,
-        timeout_s: float | None = None,
-    ) -> "Iterator[Event]":
-        """Trains trials and yields the engine's events.
-
-        A trial that takes longer than `timeout_s` has failed. When `stopped` is set, the process does its step, saves
-        the trial's state and ends; then Stopped is raised. Raises what the engine raises, and ProcessLost.
-        """
-        from expertgrid.ablations.engines.events import Stopped, TrialDone, TrialFailed, TrialStarted, by_seed
-
-        left = by_seed(list(trials))  # the process trains them in this order
-        while left:
-            if not self.has_setup:
-                self._send(setup)
-                self.has_setup = True
-            self._send(left)
-            begun = trains = False
-            for event in self._events(stopped, timeout_s):
-                if isinstance(event, Lost):
-                    if stopped.is_set():
-                        raise Stopped
-                    if not begun:
-                        raise ProcessLost(f"the training process ended before its first trial: {event.reason}")
-                    if trains:
-                        yield _failed(left.pop(0), event, int(self.steps.value), directory)
-                    self.end()
-                    self._start()
-                    break
-                yield event
-                if isinstance(event, TrialStarted):
-                    begun = trains = True
-                elif isinstance(event, TrialDone | TrialFailed):
-                    left.pop(0)
-                    trains = False
-            else:
-                return
-
-    def _send(self, value: object) -> None:
-        try:
-            self.connection.send(value)
-        except OSError:
-            self.process.join(LAST_WORDS_S)
-            raise ProcessLost(f"the training process ended before its first trial: {self._why()}") from None
-
-    def _events(self, stopped: Flag | Either, timeout_s: float | None) -> "Iterator[Event | Lost]":
-        """The events of a list of trials, and the loss of the process where it is lost."""
-        from expertgrid.ablations.engines.events import Stopped, TrialDone, TrialFailed, TrialStarted
-
-        deadline, told = float("inf"), False
-        while True:
-            if stopped.is_set() and not told:
-                self.process.terminate()  # SIGTERM, which it takes as a request
-                told = True
-            if time.monotonic() >= deadline:
-                yield self._too_late(timeout_s)
-                return
-            try:
-                if not self.connection.poll(LOOK_EVERY_S):
-                    continue
-                message = self.connection.recv()
-            except (EOFError, OSError):
-                self.process.join(LAST_WORDS_S)
-                yield Lost("crashed", self._why(), self._last_words())
-                return
-            match message:
-                case Done():
-                    return
-                case StoppedByUser():
-                    raise Stopped
-                case Raised(error):
-                    raise error
-                case TrialStarted() if timeout_s is not None:
-                    deadline = time.monotonic() + timeout_s
-                case TrialDone() | TrialFailed():
-                    deadline = float("inf")
-            yield message
-
-    def _too_late(self, timeout_s: float | None) -> "Lost":
-        if hasattr(signal, "SIGUSR1") and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGUSR1)  # it writes where its threads are, the main one last
-            until = time.monotonic() + LAST_WORDS_S
-            while " in <module>" not in self._last_words() and time.monotonic() < until:
-                time.sleep(LOOK_EVERY_S / 4)
-        return Lost("timeout", f"not done after --trial-timeout {timeout_s:g} s", self._last_words())
-
-    def _why(self) -> str:
-        code = self.process.exitcode
-        if code is None or code >= 0:
-            return f"exit status {code}"
-        name = signal.Signals(-code).name
-        return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
-
-    def _last_words(self) -> str:
-        return self.crash.read_text(errors="replace") if self.crash.exists() else ""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """How a process ended that was training."""
-
-    kind: Literal["crashed", "timeout"]
-    reason: str
-    traceback: str
-
-
-def _failed(trial: "Trial", lost: Lost, steps: int, directory: "StudyDirectory") -> "TrialFailed":
-    """Writes the failure of the trial that a process was training when it was lost."""
-    from expertgrid.ablations.engines.events import TrialFailed
-    from expertgrid.ablations.records.record import Failure
-
-    error = lost.reason if lost.kind == "timeout" else f"the training process was ended by {lost.reason}"
-    failure = Failure(kind=lost.kind, error=error, traceback=lost.traceback, time=now(), step=steps)
-    directory.write_failure(trial.id, failure)
-    return TrialFailed(trial, str(failure))
-
-
-def _work(connection: Connection, crash: str, steps: Any) -> None:
-    """The process: trains the lists of trials that it is sent, until it is killed."""
-    stopped = Flag()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
-    signal.signal(signal.SIGTERM, lambda signum, frame: stopped.set())
-    end_with_parent()
-    with open(crash, "w") as file:
-        faulthandler.enable(file)
+    def __init__(self, crash: str, steps: Any):
+        self.stopped, self.steps, self.crash = Flag(), steps, open(crash, "w")  # noqa: SIM115  (as long as the process)
+        signal.signal(signal.SIGTERM, lambda signum, frame: self.stopped.set())
+        faulthandler.enable(self.crash)
         if hasattr(faulthandler, "register"):
-            faulthandler.register(signal.SIGUSR1, file)
-
-        def stop(step: int) -> bool:
-            steps.value = step
-            return stopped.is_set()
-
+            faulthandler.register(signal.SIGUSR1, self.crash)
         import expertgrid.ablations.engines.local  # noqa: F401  (takes seconds, in which the parent reads the data)
 
+    def __call__(self, send: Callable[[object], None], trial: Trial, graphs: bool, setup: Setup | None) -> None:
+        from expertgrid.ablations.engines.local import SAVE_EVERY_S, run_local
+
+        self.setup = setup or self.setup
+        execution = self.setup.execution if graphs else replace(self.setup.execution, graphs="off")
         try:
-            setup = connection.recv()
-            with deterministic(setup.deterministic):
-                _train(connection, setup, stop)
-        except EOFError:  # the parent needs it no more
-            sys.exit(0)
+            with deterministic(self.setup.deterministic):
+                if setup is not None:
+                    self._begin(setup)
+                for event in run_local(
+                    [trial],
+                    self.data,
+                    StudyDirectory(self.setup.directory),
+                    self.setup.save_every_s or SAVE_EVERY_S,
+                    execution,
+                    self._stop,
+                    self.setup.at_once,
+                    saved=lambda trial: send(StateSaved(trial)),
+                ):
+                    send(event)
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{reason_of(error)}\n{traceback.format_exc()}") from error
 
+    def _begin(self, setup: Setup) -> None:
+        import torch
 
-def _train(connection: Connection, setup: Setup, stop: Callable[[int], bool]) -> None:
-    import torch
+        from expertgrid.model.training.splits import ResidentData
 
-    from expertgrid.ablations.engines.events import StateSaved, Stopped
-    from expertgrid.ablations.engines.local import run_local
-    from expertgrid.ablations.records.directory import StudyDirectory
-    from expertgrid.model.training.splits import ResidentData
-
-    try:
         os.environ.update(setup.environment)
         setup.begin()
         if setup.threads is not None:
             torch.set_num_threads(setup.threads)
-        data, directory = ResidentData(setup.data, torch.device(setup.device)), StudyDirectory(setup.directory)
-        trained = partial(
-            run_local,
-            **({} if setup.save_every_s is None else {"save_every_s": setup.save_every_s}),
-            execution=setup.execution,
-            stop=stop,
-            at_once=setup.at_once,
-            saved=lambda trial: connection.send(StateSaved(trial)),
-        )
-        while True:
-            for event in trained(connection.recv(), data, directory):
-                connection.send(event)
-            connection.send(Done())
-    except Stopped:
-        connection.send(StoppedByUser())
-    except (InputError, OSError) as error:
-        connection.send(Raised(error))
-    except Exception as error:
-        connection.send(Raised(RuntimeError(f"{reason_of(error)}\n{traceback.format_exc()}")))
+        self.data = ResidentData(setup.data, torch.device(setup.device))
+
+    def _stop(self, step: int) -> bool:
+        self.steps.value = step
+        return self.stopped.is_set()

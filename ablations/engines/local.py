@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
+from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import disk_full, now
@@ -67,22 +69,22 @@ class Saver:
         self.due = time.monotonic() + self.every_s
 
     def __call__(self) -> None:
-        so_far = self.training.so_far
-        assert so_far is not None  # a step was just done
-        stopped = self.stop(self.training.epoch * len(so_far.losses_S) + len(so_far.rates))
+        stopped = self.stop(self.training.steps)
         if stopped or time.monotonic() >= self.due:
             self.save()
         if stopped:
             raise Stopped
 
     def save(self) -> None:
+        self.training.stop_clock()
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
         write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
-        now = time.monotonic()
-        self.due = now + max(self.every_s, (now - begun) / SAVING_SHARE)
+        ended = time.monotonic()
+        self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
         self.saved(self.trial)
+        self.training.start_clock()
 
 
 def run_local(
@@ -98,11 +100,11 @@ def run_local(
     """Trains trials one after another on the data's device, each from where it was interrupted.
 
     Where a trial fails, its reason is written to failure.json and the other trials go on. Where the disk is full, none
-    can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen fails, the
-    trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number of the
-    trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before each
-    trial too. `saved` is called after each save of a trial's state. The records say that `at_once` trials were trained
-    at once, here and in other processes.
+    can go on, and the OSError goes to the caller. Where `execution` leaves a choice open and what is chosen cannot be
+    compiled, the trial is trained without it, and a TrialNote says so. `stop` is asked after each step, with the number
+    of the trial's steps that are done; where it says yes, the state is saved, and Stopped is raised. It is asked before
+    each trial too. `saved` is called after each save of a trial's state. The records say that `at_once` trials were
+    trained at once, here and in other processes.
     """
     for trial in by_seed(trials):
         if stop(0):
@@ -120,7 +122,7 @@ def run_local(
             except RuntimeError as later:  # PyTorch's handler of SIGCHLD, which raises at any place
                 failure = _failure(trial, later, data)
             directory.write_failure(trial.id, failure)
-            yield TrialFailed(trial, str(failure))
+            yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
 def _run(
@@ -135,16 +137,10 @@ def _run(
 ) -> Iterator[Event]:
     directory.write_config(trial)
     splits = data.splits(trial.hold_out, trial.seed)
-    training, epochs = start(trial, splits), []
     resume = directory.resume_file(trial.id)
-    if resume.exists():
-        try:
-            state = read_state(resume)
-        except InputError as error:
-            yield TrialNote(trial, f"trained from the start, because {error}")
-        else:
-            training.load_state_dict(state["training"])
-            epochs = state["epochs"]
+    training, epochs, reason = _begun(trial, splits, resume)
+    if reason:
+        yield TrialNote(trial, f"trained from the start, because {reason}")
     directory.write_epochs(trial.id, epochs)
     prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
     yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
@@ -152,29 +148,47 @@ def _run(
     for epoch in train(trial, splits, training, after_step=saver):
         directory.append_epoch(trial.id, epoch)
         yield EpochDone(trial, epoch)
-    if training.recorder and training.recorder.refused:
-        yield TrialNote(trial, f"trained without CUDA graphs, which failed: {training.recorder.refused}")
     record = _finish(trial, splits, directory, training, prepared, at_once)
     resume.unlink(missing_ok=True)
     (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
     yield TrialDone(trial, record)
 
 
+def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
+    """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
+    training = start(trial, splits)
+    if not resume.exists():
+        return training, [], ""
+    try:
+        state = read_state(resume)
+        training.load_state_dict(state["training"])
+        return training, state["epochs"], ""
+    except InputError as error:
+        return training, [], str(error)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
+
+
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
     """The record of a trial that failed. The trial is not tried again with other values."""
-    found: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
+    when: dict[str, Any] = {"traceback": traceback.format_exc(), "time": now()}
     if isinstance(error, Diverged):
-        return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **found)
-    cpu_message = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu_message:
+        return Failure(kind="diverged", error=str(error), step=error.step, epoch=error.epoch, lr=error.lr, **when)
+    of_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_OUT_OF_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or of_cpu:
         size = trial.recipe.batch_size
         reason = f"no memory left at batch size {size}: {reason_of(error)}"
         if isinstance(error, torch.OutOfMemoryError):  # of a device: nothing else is lost where it is tried again
             traceback.clear_frames(error.__traceback__)  # they hold the network
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
-        return Failure(kind="out_of_memory", error=reason, batch_size=size, **found)
-    return Failure(error=reason_of(error), **found)
+        return Failure(kind="out_of_memory", error=reason, batch_size=size, **when)
+    if isinstance(error, RecordingError):
+        reason = f"its steps cannot be recorded as CUDA graphs, which --graphs off leaves out: {error}"
+        return Failure(error=reason, **when)
+    return Failure(error=reason_of(error), **when)
 
 
 def _finish(
@@ -186,17 +200,20 @@ def _finish(
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     flip = trial.recipe.tta == "flip"
 
-    kept = {}
+    predictions = {}
 
     def measure(split: Split, name: str) -> tuple[float, float, float | None]:
-        """Loss and accuracy, and the accuracy with the mirror images; keeps the predicted classes."""
+        """Loss and accuracy, and the accuracy with the mirror images; enters the predicted classes."""
         logits_BN = predict(training.result, split, mean_C, std_C)
         loss, accuracy = score(logits_BN, split.labels_B)
-        kept[name], kept[f"{name}_labels"] = logits_BN.argmax(1).cpu().numpy(), split.labels_B.cpu().numpy()
+        predictions[name], predictions[f"{name}_labels"] = (
+            logits_BN.argmax(1).cpu().numpy(),
+            split.labels_B.cpu().numpy(),
+        )
         if not flip:
             return loss, accuracy, None
         both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
-        kept[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
+        predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
         return loss, accuracy, score(both_BN, split.labels_B)[1]
 
     validation = measure(splits.validation, "validation")
@@ -232,14 +249,14 @@ def _finish(
         images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
         train_seconds=sum(epoch.train_seconds for epoch in epochs),
         bfloat16=uses_bfloat16(trial.recipe, device),
-        kernels=prepared.means.kernels,
-        compiled=prepared.means.compile,
-        graphs=training.recorded,
+        kernels=prepared.plan.kernels,
+        compiled=prepared.plan.compile,
+        graphs=prepared.plan.graphs,
         at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         compile_seconds=prepared.seconds,
         environment=Environment.of_machine(device),
         finished=now(),
     )
-    directory.finish(trial.id, record, checkpoint.to_bytes(), Predictions(**kept))
+    directory.finish(trial.id, record, checkpoint.to_bytes(), Predictions(**predictions))
     return record

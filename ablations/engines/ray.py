@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event as Flag
@@ -26,13 +28,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
-from expertgrid.ablations.engines.isolation import ProcessLost, Setup, Trainer
-from expertgrid.ablations.engines.scheduling import Ended, Lost, Message, Report, schedule
+from expertgrid.ablations.engines.isolation import Pool, Setup
+from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import Failure, Record
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.files import now, write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores
+from expertgrid.model.system.processes import ProcessLost
 from expertgrid.model.training.trial import Trial
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ WAITING = 16  # tasks, at least, that are submitted beyond those that run: the n
 LOOK_AT_NODES_S = 2.0
 ANSWER_S = 5.0  # in which a node that is there accepts a connection
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
-NODE_LOST = "its node was lost"
+NODE_LOST = NodeLost("its node was lost")
 
 
 @contextmanager
@@ -57,26 +60,25 @@ def ray_engine(
     """An engine on the cluster at `address`; with "auto" on the one that this machine belongs to, or an embedded one.
 
     A trial gets so many CPUs, and so much of a GPU: with None a whole one where the cluster has some and `device`
-    allows it. `modules` that lie in the working directory are sent to the nodes. Raises InputError where Ray is not
-    installed, where no cluster is found, and for what a trial needs and `device` or the cluster do not give.
+    allows it. `modules`, as --import names them, are sent to the nodes and imported there. Raises InputError where Ray
+    is not installed, where no cluster is found, and for what a trial needs and `device` or the cluster do not give.
     """
     if address != "auto" and not ADDRESS.fullmatch(address):
         raise InputError(f"--address {address}: auto or HOST:PORT is needed, as in 10.0.0.1:6379")
     with ExitStack() as resources:
         # Ray's threads print what happens to nodes on stdout, which is for results. Events say it on stderr.
-        nowhere = resources.enter_context(open(os.devnull, "w"))
-        resources.enter_context(redirect_stdout(nowhere))
-        embedded = _connect(address, modules)
+        resources.enter_context(redirect_stdout(resources.enter_context(open(os.devnull, "w"))))
+        embedded = _connect(address, modules, resources.enter_context(tempfile.TemporaryDirectory()))
         import ray
 
         resources.callback(ray.shutdown)
         needs = Needs(cpus, _gpus(gpus, device))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if embedded and not needs.slots(nodes[0]):
-            there = f"{nodes[0].get('CPU', 0):g} CPUs and {nodes[0].get('GPU', 0):g} GPUs"
-            raise InputError(f"--cpus-per-trial {cpus}, --gpus-per-trial {needs.gpus:g}: this machine has {there}")
+            has = f"{nodes[0].get('CPU', 0):g} CPUs and {nodes[0].get('GPU', 0):g} GPUs"
+            raise InputError(f"--cpus-per-trial {cpus}, --gpus-per-trial {needs.gpus:g}: this machine has {has}")
         loop = resources.enter_context(_event_loop())
-        yield RayEngine(needs, embedded, loop, resources.close, nodes)
+        yield RayEngine(needs, embedded, loop, resources.close, nodes, modules)
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Needs:
 
     def slots(self, resources: Mapping[str, float]) -> int:
         """How many trials a node with these resources trains at once."""
-        has = [(resources.get("CPU", 0), self.cpus), (resources.get("GPU", 0), self.gpus)]
-        return min(int(there / needed + 1e-6) for there, needed in has if needed)
+        pairs = [(resources.get("CPU", 0), self.cpus), (resources.get("GPU", 0), self.gpus)]
+        return min(int(available / needed + 1e-6) for available, needed in pairs if needed)
 
 
 class RayEngine:
@@ -102,8 +104,9 @@ class RayEngine:
         loop: asyncio.AbstractEventLoop,
         end: Callable[[], None],
         nodes: Sequence[Mapping[str, float]],
+        modules: Sequence[str],
     ) -> None:
-        self.needs, self.embedded, self.loop, self.end = needs, embedded, loop, end
+        self.needs, self.embedded, self.loop, self.end, self.modules = needs, embedded, loop, end, modules
         self.device = "cuda" if needs.gpus else "cpu"
         self.threads = needs.cpus
         self.at_once = 1  # each task says what its node has room for
@@ -120,7 +123,7 @@ class RayEngine:
     ) -> Iterator[Event]:
         """Trains trials and yields the engine's events, as `isolation.Pool.run` does."""
         if self.shared is None:
-            self.shared = _Shared.put(setup)
+            self.shared = _Shared.put(replace(setup, begin=partial(_import_modules, self.modules)))
         cluster = _RayCluster(self, self.shared, timeout_s, len(trials))
         try:
             yield from schedule(trials, directory, cluster, stopped)
@@ -142,8 +145,8 @@ class _Shared:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        stop: Any = ray.remote(_Stop).options(num_cpus=0, max_concurrency=10**6, scheduling_strategy=here)
+        local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        stop: Any = ray.remote(_Stop).options(num_cpus=0, max_concurrency=10**6, scheduling_strategy=local)
         try:
             installed = version("expertgrid")
         except PackageNotFoundError:  # it runs from a folder of source code
@@ -194,7 +197,8 @@ class _RayCluster:
     def room(self) -> int:
         return 2 * self.slots + WAITING
 
-    def submit(self, trial: Trial, state: bytes | None) -> None:
+    def submit(self, trial: Trial, resume: Path) -> None:
+        state = resume.read_bytes() if resume.exists() else None
         generator = self.task.remote(_Order(trial, state, self.timeout_s, self.shared, self.needs, self.trials))
         asyncio.run_coroutine_threadsafe(self._follow(trial, generator), self.loop)
 
@@ -248,12 +252,12 @@ class _RayCluster:
         except failures.RayTaskError as error:
             message = error.cause if isinstance(error.cause, Exception) else error
         except failures.OutOfMemoryError:
-            message = Lost("process", "Ray ended the training process, as its node ran out of memory")
+            message = _crashed("Ray ended the training process, as its node ran out of memory")
         except (failures.NodeDiedError, failures.ObjectLostError, asyncio.CancelledError):  # the last by `_watch`
-            message = Lost("node", NODE_LOST)
+            message = NODE_LOST
         except failures.WorkerCrashedError:
             crashed = task.node is not None and await self.loop.run_in_executor(None, _answers, task.node)
-            message = Lost("process", "the process of its task was killed") if crashed else Lost("node", NODE_LOST)
+            message = _crashed("the process of its task was killed") if crashed else NODE_LOST
         except failures.RayError as error:
             message = ProcessLost(f"Ray cannot run a task: {reason_of(error)}")
         self.tasks.pop(trial.id, None)
@@ -279,6 +283,10 @@ class _Task:
     generator: "ObjectRefGenerator"
     follower: asyncio.Task
     node: str | None = None  # its id; None while the task waits
+
+
+def _crashed(reason: str) -> Failure:
+    return Failure(kind="crashed", error=reason, traceback="", time=now())
 
 
 def _answers(node_id: str) -> bool:
@@ -308,15 +316,15 @@ def _train(order: _Order) -> Iterator[str | Report]:
 
 
 class _Workplace:
-    """A process of a node: it has a process apart that trains, and a study directory for one trial at a time."""
+    """A process of a node: it has a pool of one process, and a study directory for one trial at a time."""
 
     def __init__(self, order: _Order) -> None:
         import ray
 
-        self.trainer = Trainer()  # which begins to import PyTorch, while the data come
+        self.pool = Pool(1)  # which begins to import PyTorch, while the data come
         self.path = Path(tempfile.mkdtemp(prefix="expertgrid-"))
-        here = ray.get_runtime_context().get_node_id()
-        (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        own_id = ray.get_runtime_context().get_node_id()
+        (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_id)
         at_once = min(order.needs.slots(resources), order.most_at_once)
         self.setup = replace(ray.get(order.shared.setup), directory=self.path, at_once=max(1, at_once))
         self.stopped = Flag()
@@ -335,7 +343,7 @@ class _Workplace:
         if order.state is not None:
             write_whole(directory.resume_file(trial), order.state)
         try:
-            for event in self.trainer.run([order.trial], self.setup, directory, self.stopped, order.timeout_s):
+            for event in self.pool.run([order.trial], self.setup, directory, self.stopped, order.timeout_s):
                 with suppress(FileNotFoundError):  # the state of a trial that was done meanwhile
                     yield _report(event, directory, order.shared)
         except Stopped:  # its state is sent
@@ -372,8 +380,11 @@ def _of_the_driver(record: Record, shared: _Shared) -> Record:
     return record.model_copy(update={"environment": environment})
 
 
-def _connect(address: str, modules: Sequence[str]) -> bool:
-    """Joins a cluster, or starts an embedded one. Returns whether it is embedded."""
+def _connect(address: str, modules: Sequence[str], empty: str) -> bool:
+    """Joins a cluster, or starts an embedded one. Returns whether it is embedded.
+
+    Its processes work in a copy of the folder `empty`, as Ray has them look for modules in the folder where they work.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported and when it starts a cluster
     # Of an embedded cluster: trials are no work for idle times, and a busy machine starts processes slowly.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -383,7 +394,7 @@ def _connect(address: str, modules: Sequence[str]) -> bool:
     except ImportError:
         raise InputError("--engine ray: Ray is not installed; `uv sync --extra ray` brings it") from None
     options: dict[str, Any] = {
-        "runtime_env": {"py_modules": _sent(modules), "excludes": NOT_SENT},
+        "runtime_env": {"py_modules": _sent(modules), "working_dir": empty, "excludes": NOT_SENT},
         "log_to_driver": False,
         "logging_level": "ERROR",
     }
@@ -403,25 +414,39 @@ def _connect(address: str, modules: Sequence[str]) -> bool:
 
 
 def _sent(modules: Sequence[str]) -> list[str]:
-    """The files and folders of the packages and modules that are sent to the nodes."""
+    """The files and folders that are sent to the nodes: this package, and modules that are files or lie beside them.
+
+    Those are named by their files, or by their names where they lie in the working directory.
+    """
     ours = [str(Path(__file__).parents[2])]
-    named = {Path.cwd() / name.partition(".")[0] for name in modules}
-    beside = [path if path.is_dir() else path.with_suffix(".py") for path in sorted(named)]
-    return ours + [str(path) for path in beside if path.exists()]
+    files = [Path(name) if _is_file(name) else Path(f"{name.partition('.')[0]}.py") for name in modules]
+    beside = [path if path.exists() else path.with_suffix("") for path in dict.fromkeys(files)]
+    return ours + [str(path.absolute()) for path in beside if path.exists()]
 
 
-def _gpus(asked: float | None, device: str) -> float:
+def _is_file(module: str) -> bool:
+    """Whether --import names a module by its file, as in path/my_net.py."""
+    return Path(module).suffix == ".py"
+
+
+def _import_modules(modules: Sequence[str]) -> None:
+    """Imports the user's modules on a node, where they are installed with the task."""
+    for module in modules:
+        import_module(Path(module).stem if _is_file(module) else module)
+
+
+def _gpus(share: float | None, device: str) -> float:
     """How much of a GPU a trial gets. Raises InputError where that does not fit the device."""
     import ray
 
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {device}: Ray chooses the GPU; --engine ray takes auto, cpu or cuda")
-    if device == "cpu" and asked:
-        raise InputError(f"--gpus-per-trial {asked:g}: does not go with --device cpu")
-    if device == "cuda" and asked == 0:
+    if device == "cpu" and share:
+        raise InputError(f"--gpus-per-trial {share:g}: does not go with --device cpu")
+    if device == "cuda" and share == 0:
         raise InputError("--gpus-per-trial 0: does not go with --device cuda")
-    if asked is not None or device == "cpu":
-        return asked or 0.0
+    if share is not None or device == "cpu":
+        return share or 0.0
     return 1.0 if device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0.0
 
 

@@ -1,14 +1,16 @@
-"""Trials on the nodes of a cluster: which is trained next, what is kept of it, and what is done where a node is lost.
+"""Trials on a cluster: which is trained next, what is kept of it, and what is done where a process or node is lost.
 
-Which cluster that is, and how messages travel, is not known here. Nodes report what happens and send the files of a
-trial with it. They are written to the study directory here alone, so that no file system is shared.
+The cluster may be the processes of this machine or the nodes of Ray's; how messages travel is not known here. Nodes
+report what happens and send the files of a trial with it, which are written to the study directory here alone, so that
+no file system is shared.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from expertgrid.ablations.engines.events import (
     EpochDone,
@@ -26,6 +28,7 @@ from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Failure
 from expertgrid.model.system.files import now, whole_lines, write_whole
+from expertgrid.model.system.processes import ProcessLost
 from expertgrid.model.training.trial import Trial
 
 LOOK_EVERY_S = 0.1  # for a signal
@@ -52,14 +55,15 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A trial's task is over, because its node or its process was lost."""
+class NodeLost:
+    """A trial's task is over, because its node was lost: the trial can go on elsewhere."""
 
-    what: Literal["node", "process"]
     reason: str
 
 
-Message = Report | Ended | Lost | BaseException  # an exception is an error of no trial, and ends its task
+# An event, whose files the cluster has written itself, or with the files that are to be written here. A failure is that
+# of a trial whose process was lost. An exception is an error of no trial, and ends its task; so does Stopped.
+Message = Event | Report | Ended | NodeLost | Failure | BaseException
 
 
 class Cluster(Protocol):
@@ -68,8 +72,8 @@ class Cluster(Protocol):
     def room(self) -> int:
         """How many trials may be submitted and not over at the same time."""
 
-    def submit(self, trial: Trial, state: bytes | None) -> None:
-        """Has a trial trained, from a saved state where there is one."""
+    def submit(self, trial: Trial, resume: Path) -> None:
+        """Has a trial trained, from the state in the file `resume` where there is one."""
 
     def next(self, timeout_s: float) -> tuple[Trial, Message] | None:
         """The next message about a submitted trial; None where none comes in time."""
@@ -87,66 +91,74 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
 
     A trial whose node was lost is trained on, from the last state that came here, before all trials that have not
     begun. A trial whose process was lost has failed. When `stopped` is set, the states of all trials that are trained
-    come here, and Stopped is raised. They come here too where the caller ends this, and where an error of no trial is
+    are saved, and Stopped is raised. They are saved too where the caller ends this, and where an error of no trial is
     raised.
     """
-    left, submitted = deque(by_seed(list(trials))), set[str]()
+    waiting, submitted = deque(by_seed(list(trials))), set[str]()
     losses: Counter[str] = Counter()
     told = False
+
+    def receive() -> tuple[Trial, Event | Ended | NodeLost | Failure | BaseException] | None:
+        """The next message, after its files are written. None in its place for the end of a task that was over."""
+        arrived = cluster.next(LOOK_EVERY_S)
+        if arrived is None or arrived[0].id not in submitted:
+            return None
+        trial, message = arrived
+        event = message.event if isinstance(message, Report) else message
+        if not isinstance(event, TrialStarted | EpochDone | StateSaved | TrialNote):
+            submitted.remove(trial.id)
+        if isinstance(message, Report):
+            write_report(message, directory)
+        return trial, event
+
     try:
-        while left or submitted:
+        while waiting or submitted:
             if stopped.is_set() and not told:
                 cluster.stop()
                 told = True
-            while left and not told and len(submitted) < cluster.room():
-                submitted.add(left[0].id)
-                cluster.submit(left[0], _state(directory, left.popleft()))
+            while waiting and not told and len(submitted) < cluster.room():
+                submitted.add(waiting[0].id)
+                cluster.submit(waiting[0], directory.resume_file(waiting.popleft().id))
             if not submitted:
                 raise Stopped
-            found = cluster.next(LOOK_EVERY_S)
-            if found is None or found[0].id not in submitted:  # or the end of a task whose trial is done
+            received = receive()
+            if received is None:
                 continue
-            trial, message = found
-            if _ends(message):
-                submitted.remove(trial.id)
+            trial, message = received
             match message:
-                case Report(event):
-                    keep(message, directory)
-                    if isinstance(event, StateSaved):
-                        losses.pop(trial.id, None)
-                    yield event
-                case Ended() if told:
-                    left.appendleft(trial)
-                case Ended():
-                    yield _fail(trial, "its task ended before it was done", directory)
-                case Lost("node", reason) if losses[trial.id] < MOST_LOSSES:
+                case Ended() | NodeLost() | Failure() | ProcessLost() | Stopped() if stopped.is_set():
+                    waiting.appendleft(trial)
+                case NodeLost(reason) if losses[trial.id] < MOST_LOSSES:
                     losses[trial.id] += 1
-                    left.appendleft(trial)
+                    waiting.appendleft(trial)
                     yield TrialNote(trial, f"{reason}; it goes on from its last saved state")
-                case Lost(_, reason):
-                    yield _fail(trial, reason, directory)
+                case NodeLost(reason):
+                    yield _crashed(trial, reason, directory)
+                case Ended():
+                    yield _crashed(trial, "its task ended before it was done", directory)
+                case Failure():
+                    directory.write_failure(trial.id, message)
+                    yield TrialFailed(trial, str(message))
                 case BaseException():
                     raise message
+                case _:
+                    if isinstance(message, StateSaved):
+                        losses.pop(trial.id, None)
+                    yield message
     except (KeyboardInterrupt, GeneratorExit) as error:
         # The second signal: nobody waits for a step to end. A caller that works on an event closes this instead.
-        if isinstance(error, KeyboardInterrupt) or stopped.is_set():
+        if (isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped)) or stopped.is_set():
             submitted.clear()
         raise
     finally:
         if submitted:
             cluster.stop()
         while submitted:
-            found = cluster.next(LOOK_EVERY_S)
-            if found and found[0].id in submitted:
-                trial, message = found
-                if isinstance(message, Report):
-                    with suppress(OSError):  # such as a full disk: the error that ended this is told
-                        keep(message, directory)
-                if _ends(message):
-                    submitted.remove(trial.id)
+            with suppress(OSError):  # such as a full disk: the error that ended this is told
+                receive()
 
 
-def keep(report: Report, directory: StudyDirectory) -> None:
+def write_report(report: Report, directory: StudyDirectory) -> None:
     """Writes what a node has sent. A trial's reads of the test split come first and its record comes last."""
     event, place = report.event, directory.trial(report.event.trial.id)
     if isinstance(event, TrialStarted):
@@ -169,17 +181,7 @@ def keep(report: Report, directory: StudyDirectory) -> None:
         (place / "failure.json").unlink(missing_ok=True)
 
 
-def _ends(message: Message) -> bool:
-    """Whether a message is the last one about a trial."""
-    return not isinstance(message, Report) or isinstance(message.event, TrialDone | TrialFailed)
-
-
-def _state(directory: StudyDirectory, trial: Trial) -> bytes | None:
-    file = directory.resume_file(trial.id)
-    return file.read_bytes() if file.exists() else None
-
-
-def _fail(trial: Trial, reason: str, directory: StudyDirectory) -> TrialFailed:
+def _crashed(trial: Trial, reason: str, directory: StudyDirectory) -> TrialFailed:
     failure = Failure(kind="crashed", error=reason, traceback="", time=now())
     directory.write_failure(trial.id, failure)
     return TrialFailed(trial, str(failure))

@@ -18,35 +18,31 @@ from expertgrid.model.config import Block
 from expertgrid.model.fast.wide import WideBlock, can_be_wide
 from expertgrid.model.net import ConvNormAct, ExpertBlock
 
-# Seconds: to compile one block, to start the compiler, and saved by each block in each step.
-# For CPUs with matrix units: at 64 channels and batches of 128 images of 32x32 pixels.
-COSTS = {"cuda": (12.0, 20.0, 0.0003), "amx": (2.0, 16.0, 0.01)}
+# On CPUs with matrix units, with 64 channels and batches of 128 images of 32x32 pixels.
+BLOCK_S, COMPILER_S = 2.0, 16.0  # to compile one block, and to start the compiler
+SAVED_S = 0.01  # by each block in each step
 
 
-def device_kind(device: torch.device) -> str:
-    """The type of the device; "amx" for a CPU with matrix units."""
-    return "amx" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else device.type
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether the device is a CPU with matrix units (AMX)."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def pays_off(blocks: Sequence[Block], steps: int, kind: str) -> bool:
-    """Whether compiling the blocks of a network saves more time in `steps` training steps than it takes.
+def pays_off(blocks: Sequence[Block], steps: int) -> bool:
+    """Whether compiling the blocks of a network saves more time in `steps` training steps than it takes, with AMX.
 
-    It does where steps x blocks x seconds saved is more than the seconds to start the compiler and to compile each
-    different block, by `COSTS`. The numbers for CPUs with matrix units (AMX) were measured: it took 18 s to compile
-    `eight_block`, and 24 s for `segmented`, whose blocks differ. A block of theirs saved 0.04 and 0.01 s in each step,
-    a block of `two_block` and `macro_residual` 0.04 and 0.003 s. On AMX only blocks that can train in the form of
-    `model.fast.wide` count: `speed`, which has none, ran at 0.77 of its eager speed when it was compiled.
+    It does where steps x blocks x SAVED_S is more than the seconds to start the compiler and to compile each different
+    block. As measured, it took 18 s to compile `eight_block`, and 24 s for `segmented`, whose blocks differ. A block of
+    theirs saved 0.04 and 0.01 s in each step, a block of `two_block` and `macro_residual` 0.04 and 0.003 s. Only blocks
+    that can train in the form of `model.fast.wide` count: `speed`, which has none, ran at 0.77 of its eager speed when
+    it was compiled.
 
-    The numbers for CUDA are estimates, chosen so that errors are towards eager. On other CPUs nothing is compiled. With
-    bfloat16 in AVX-512 and batches of 128, compiled steps took 0.97 to 0.99 of the time of eager ones (`eight_block`,
-    `segmented`, `macro_residual`), 0.92 (`two_block`), 1.10 (`accuracy`) and 1.32 (`speed`). Compiling took 8 to 34 s.
+    On other CPUs nothing is compiled unless it is asked for. With bfloat16 in AVX-512 and batches of 128, compiled
+    steps took 0.97 to 0.99 of the time of eager ones (`eight_block`, `segmented`, `macro_residual`), 0.92
+    (`two_block`), 1.10 (`accuracy`) and 1.32 (`speed`). Compiling took 8 to 34 s. On CUDA, kernels and graphs are used.
     """
-    if kind == "amx":
-        blocks = [block for block in blocks if can_be_wide(block)]
-    if kind not in COSTS or not blocks:
-        return False
-    a_block, start, saved = COSTS[kind]
-    return steps * len(blocks) * saved > start + a_block * len(set(blocks))
+    wide = [block for block in blocks if can_be_wide(block)]
+    return steps * len(wide) * SAVED_S > COMPILER_S + BLOCK_S * len(set(wide))
 
 
 def why_unavailable(device: torch.device) -> str | None:
@@ -97,9 +93,9 @@ def compile_without_limit() -> None:
 def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
     """Compiles the blocks of `net` for training on batches (B, C, H, W) like these. Returns the seconds that it took.
 
-    Blocks train in the form of `model.fast.wide`, which is faster when it is compiled (`python -m bench.experts`:
-    chunk). If compilation fails, the error is raised and `net` is unchanged. Shapes are static: a training has one or
-    two. On CUDA the blocks have no CUDA graphs of their own: `model.fast.cuda_graphs` records the whole step.
+    Blocks train in the form of `model.fast.wide`, which is faster when it is compiled. If compilation fails, the error
+    is raised and `net` is unchanged. Shapes are static: a training has one or two. On CUDA the blocks have no CUDA
+    graphs of their own: `model.fast.cuda_graphs` records the whole step.
     """
     parts = list(blocks(net))
     if not parts:

@@ -6,7 +6,6 @@ changes from step to step from tensors at fixed addresses: the batch, and the le
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,10 @@ Step = Callable[..., Tensors]
 Recording = tuple[Callable[[], object], Tensors]  # a function that replays a step, and the tensors that it fills
 
 WARM_UP = 3  # steps before the recorded one: libraries choose kernels, and optimisers create their state
+
+
+class RecordingError(RuntimeError):
+    """A training step cannot be recorded. PyTorch's stream, random numbers and memory are left in the middle of it."""
 
 
 def recordable(optimizer: Optimizer) -> bool:
@@ -38,93 +41,65 @@ class _Tape:
 
 
 class Recorder:
-    """Runs training steps: for each batch size the first ones directly, and the later ones as replays of a graph.
+    """Runs training steps: for each batch size the first ones directly, and the later ones as replays of a graph."""
 
-    Where recording fails, a strict recorder raises the error. Any other runs all steps directly from then on, and
-    `refused` is the reason.
-    """
-
-    def __init__(self, optimizer: Optimizer, device: torch.device, strict: bool = False):
-        self.optimizer, self.device, self.strict = optimizer, device, strict
-        self.refused: str | None = None
+    def __init__(self, optimizer: Optimizer, device: torch.device):
+        self.optimizer, self.device = optimizer, device
         self.tapes: dict[tuple, _Tape] = {}
-        self.rates_G = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self.learning_rates_G = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._prepare()
 
     def _prepare(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step, *given: Tensor) -> Tensors:
+    def __call__(self, step: Step, *inputs: Tensor) -> Tensors:
         """The result of `step` for these tensors. `step` must be the same function for all batches of one size.
 
-        The next step overwrites the result.
+        The next step overwrites the result. Raises RecordingError, after which CUDA must not be used in this process.
         """
-        if self.refused is not None:
-            return step(*given)
-        key = tuple((x.shape, x.dtype) for x in given)
+        key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self.tapes:
-            self.tapes[key] = _Tape(tuple(map(torch.empty_like, given)))
+            self.tapes[key] = _Tape(tuple(map(torch.empty_like, inputs)))
         tape = self.tapes[key]
-        for kept, x in zip(tape.inputs, given):
-            kept.copy_(x)
+        for fixed, x in zip(tape.inputs, inputs):
+            fixed.copy_(x)
         tape.done += 1
         if tape.done <= WARM_UP:
             return self._aside(lambda: step(*tape.inputs))
-        for rate, group in zip(self.rates_G, self.optimizer.param_groups):
-            rate.fill_(group["lr"])
+        for on_device, group in zip(self.learning_rates_G, self.optimizer.param_groups):
+            on_device.fill_(group["lr"])
         if tape.replay is None:
             try:
                 tape.replay, tape.outputs = self._recorded(lambda: step(*tape.inputs))
             except RuntimeError as error:
-                if self.strict:
-                    raise
-                self.refused = reason_of(error)
-                return step(*given)
+                raise RecordingError(reason_of(error)) from error
         tape.replay()
         return tape.outputs
 
     def _recorded(self, step: Callable[[], Tensors]) -> Recording:
         """Records a step that reads its learning rates from tensors."""
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self.rates_G):
-            group["lr"] = rate
+        learning_rates = [group["lr"] for group in groups]
+        for group, on_device in zip(groups, self.learning_rates_G):
+            group["lr"] = on_device
         try:
             return self._record(step)
         finally:
-            for group, rate in zip(groups, rates):
-                group["lr"] = rate
+            for group, learning_rate in zip(groups, learning_rates):
+                group["lr"] = learning_rate
 
     def _aside(self, step: Callable[[], Tensors]) -> Tensors:
         """Runs a step on the stream of the later recording: autograd's state belongs to a stream."""
-        here = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(here)
+        usual = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(usual)
         with torch.cuda.stream(self.stream):
             outputs = step()
-        here.wait_stream(self.stream)
+        usual.wait_stream(self.stream)
         return outputs
 
     def _record(self, step: Callable[[], Tensors]) -> Recording:
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        random = torch.cuda.default_generators[here.device_index].get_state()
-        try:
-            # Only calls of this thread that a recording forbids are errors: other threads pin memory meanwhile.
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                outputs = step()
-        except BaseException:
-            self._leave_recording(here, random)
-            raise
+        graph = torch.cuda.CUDAGraph()
+        # Only calls of this thread that a recording forbids are errors: other threads pin memory meanwhile.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            outputs = step()
         return graph.replay, outputs
-
-    def _leave_recording(self, here: torch.cuda.Stream, random: Tensor) -> None:
-        """Ends what PyTorch leaves open after a recording that failed: its stream, its random numbers, its memory.
-
-        The random numbers go on from the state `random`. As they are left, the next dropout would be an error.
-        """
-        torch.cuda.set_stream(here)
-        fresh = torch.Generator(here.device)
-        fresh.set_state(random)
-        torch.cuda.default_generators[here.device_index].graphsafe_set_state(fresh)
-        with suppress(RuntimeError):  # where PyTorch has ended it itself
-            torch._C._cuda_endAllocateToPool(here.device_index, self.pool)
-            torch._C._cuda_releasePool(here.device_index, self.pool)

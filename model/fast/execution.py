@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from expertgrid.model.config import Block, ModelConfig
+from expertgrid.model.config import ModelConfig
 from expertgrid.model.system.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 CHOICES = ("auto", "on", "off")
 LABELS = {"kernels": "Triton kernels", "compile": "torch.compile", "graphs": "CUDA graphs"}  # of the features
-MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
 
 
 def why_unavailable(feature: str, device: "torch.device") -> str | None:
@@ -29,16 +28,6 @@ def why_unavailable(feature: str, device: "torch.device") -> str | None:
     if device.type != "cuda":
         return f"{LABELS[feature]} are for CUDA, not for {device.type}"
     return compiled.why_unavailable(device) if feature == "kernels" else None
-
-
-def has_kernels(block: Block) -> bool:
-    """Whether the fused kernels support a block.
-
-    They support one kernel size where each expert has its norm and activation, and up to two where these are after the
-    mix.
-    """
-    most = {"expert": 1, "mix": 2, "none": 0}[block.norm_act]
-    return len(set(block.kernels)) <= most and len(block.kernels) <= MOST_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -57,8 +46,8 @@ class ExecutionPlan:
 class ExecutionOptions:
     """What the user asks for: one of `CHOICES` for each feature.
 
-    With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. The blocks
-    without kernels are compiled where `compiled.pays_off` says so.
+    With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. On a CPU with
+    matrix units, blocks are compiled where `compiled.pays_off` says so.
     """
 
     kernels: str = "auto"
@@ -83,15 +72,15 @@ class ExecutionOptions:
         from expertgrid.model.fast import compiled
         from expertgrid.model.fast.cuda_graphs import recordable
 
-        on_cuda, kernels, left = device.type == "cuda", False, []
+        on_cuda, kernels, blocks = device.type == "cuda", False, []
         if isinstance(config, ModelConfig):
             kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
-            left = [block for block in config.blocks() if not (kernels and has_kernels(block))]
-        pays_off = self.compile == "auto" and compiled.pays_off(left, steps, compiled.device_kind(device))
+            blocks = list(config.blocks())
+        compiles = self.compile == "auto" and compiled.has_matrix_units(device) and compiled.pays_off(blocks, steps)
         graphs = optimizer is not None and recordable(optimizer)
         return ExecutionPlan(
             kernels=kernels,
-            compile=self.compile == "on" or pays_off,
+            compile=self.compile == "on" or compiles,
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
 

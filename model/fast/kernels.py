@@ -1,11 +1,11 @@
 """Fused Triton kernels for the training pass of convolutions, norm, activation and mix on CUDA.
 
 Batch norm needs the statistics of a whole batch, so the work takes four passes over memory: the statistics of the
-experts' outputs; norm, ReLU and mix; backwards, the sums for the norm's gradient; then all gradients. `bench.step`
-counts these four as the lower bound. PyTorch's own operators read and write the experts' outputs several times more,
-and torch.compile compiles each network anew. Where the norm is after the mix, the weighted sum is one pass before these
-and one after them. The experts of one kernel size are one convolution of K x C channels, which sums their input
-gradients. What a gate does after its pooling is one kernel, and backwards one and one more for each of its layers.
+experts' outputs; norm, ReLU and mix; backwards, the sums for the norm's gradient; then all gradients. PyTorch's own
+operators read and write the experts' outputs several times more, and torch.compile compiles each network anew. Where
+the norm is after the mix, the weighted sum is one pass before these and one after them. The experts of one kernel size
+are one convolution of K x C channels, which sums their input gradients. What a gate does after its pooling is one
+kernel, and backwards one and one more for each of its layers.
 
 Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels; J hidden
 units of a gate, or a layer of N inputs and M outputs. Maps are channels-last, so that a map (B, F, H, W) is a matrix
@@ -22,11 +22,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from expertgrid.model.config import Block
 from expertgrid.model.fast.compiled import apply_tested
-from expertgrid.model.fast.execution import has_kernels
 from expertgrid.model.fast.wide import experts_by_kernel, tracked, wide_conv
 from expertgrid.model.net import ConvNormAct, ExpertBlock, Gate
 
+MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
 TILE = 4096  # elements that a program holds of one expert's map
 MOST_COLUMNS = 128
 MOST_PROGRAMS = 512  # along the pixels, in the pass that gathers statistics
@@ -47,10 +48,10 @@ def _tile_of_all(pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _tile_of_image(image, tiles_an_image, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The same for a tile within one image, after the indices of the tile and of the image."""
     tile, cols = tl.program_id(0), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    here, known = tile // tiles_an_image, cols < channels
+    number, known = tile // tiles_an_image, cols < channels
     rows = tile % tiles_an_image * ROWS + tl.arange(0, ROWS)
     inside = (rows < image)[:, None] & known[None, :]
-    return tile, here, cols, known, inside, (here.to(tl.int64) * image + rows)[:, None]
+    return tile, number, cols, known, inside, (number.to(tl.int64) * image + rows)[:, None]
 
 
 @triton.jit(do_not_specialize=["steps"])  # nothing in it depends on their number, so it is compiled once for all
@@ -129,7 +130,7 @@ def _gradient_sums(
     channels, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """For each tile of an image: the sums for the norm's gradient, and for the gate's in G groups of columns."""
-    tile, here, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
+    tile, number, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         f = k * channels + cols
@@ -142,7 +143,7 @@ def _gradient_sums(
         if GATED:  # the sum of dz * z, from those of its two terms
             place = (tile * tl.num_programs(1) + tl.program_id(1)) * K + k
             tl.store(gate_sums_TGK + place, tl.sum(of_scale * scale + of_shift * shift, 0))
-            gate = tl.load(gate_BK + here * K + k)
+            gate = tl.load(gate_BK + number * K + k)
             of_scale, of_shift = of_scale * gate, of_shift * gate
         places = tile * (K * channels) + f
         tl.store(sums_2TF + places, of_scale, mask=known)
@@ -199,9 +200,9 @@ def _weighted_sum_gradient(
     Y: tl.constexpr, Z: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """For each tile of an image: the gradients of the maps, and the sums for the gate's in G groups of columns."""
-    tile, here, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
+    tile, number, cols, known, inside, row_starts = _tile_of_image(image, tiles_an_image, channels, ROWS, COLS)
     dout = tl.load(dout_PC + row_starts * channels + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    gates = gate_BK + here * (Y + Z)
+    gates = gate_BK + number * (Y + Z)
     sums = gate_sums_TGK + (tile * tl.num_programs(1) + tl.program_id(1)) * (Y + Z)
     for k in tl.static_range(Y):
         places = row_starts * (Y * channels) + k * channels + cols[None, :]
@@ -494,8 +495,8 @@ def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tens
     assert momentum is not None  # NormConfig has a number
     with torch.no_grad():
         means, variances, batches = map(list, zip(*map(tracked, norms)))
-        found = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
-        torch._foreach_lerp_([*means, *variances], found, momentum)
+        of_batch = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
+        torch._foreach_lerp_([*means, *variances], of_batch, momentum)
         torch._foreach_add_(batches, 1)
     return out_BCHW
 
@@ -539,6 +540,16 @@ class FusedConv(ConvNormAct):
             return super().forward(x_BCHW)
         y_BCHW = self.conv(x_BCHW)
         return _norm_act_mix(self.pool(y_BCHW) if hasattr(self, "pool") else y_BCHW, [self.norm])
+
+
+def has_kernels(block: Block) -> bool:
+    """Whether the fused kernels support a block.
+
+    They support one kernel size where each expert has its norm and activation, and up to two where these are after the
+    mix.
+    """
+    most = {"expert": 1, "mix": 2, "none": 0}[block.norm_act]
+    return len(set(block.kernels)) <= most and len(block.kernels) <= MOST_EXPERTS
 
 
 def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:

@@ -1,4 +1,4 @@
-"""Processes of our own: how they start and end, and one that answers questions, undisturbed by this one."""
+"""Processes of our own: how they start and end, and how this one asks them, undisturbed by them."""
 
 import multiprocessing
 import os
@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
 from typing import TYPE_CHECKING, Any
+
+from expertgrid.model.system.server import SAFE_PATH
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -21,66 +23,63 @@ class ProcessLost(OSError):
 def process_context(imports: str) -> "SpawnContext | ForkServerContext":
     """How processes are made that compute. In Linux they are forked from a server, which imports PyTorch once.
 
-    The server starts with the first of them, and then imports the module that is named. It neither computes nor looks
-    for a GPU: neither CUDA nor OpenMP survive a fork.
+    The server starts with the first call, and then imports the module that is named. It neither computes nor looks
+    for a GPU: neither CUDA nor OpenMP survive a fork. It does not look for modules in the working directory.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # Windows has none
+
     multiprocessing.set_forkserver_preload(["expertgrid.model.system.server", imports])
+    os.environ.setdefault("PYTHONSAFEPATH", SAFE_PATH)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if os.environ["PYTHONSAFEPATH"] == SAFE_PATH:
+            del os.environ["PYTHONSAFEPATH"]
     return multiprocessing.get_context("forkserver")
 
 
-@contextmanager
-def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> Generator[Callable[..., Any]]:
-    """A function that asks a new process, which ends when the context is left.
+class AnsweringProcess:
+    """Another process, which answers one question after another until it is ended or this process ends.
 
-    The process has as many threads as this one. It calls `begin(*work)`, and what that returns with the words of each
-    question. Its errors are raised here, and ProcessLost where it dies; `name` is what that calls it.
+    It calls `begin(*work)` first, and the function that this returns with `send` and the words of each question. What
+    that sends arrives at `connection`, and the error that it raises.
     """
-    import torch  # not for the command line, which needs the errors here alone
 
-    context = process_context("torch")
-    here, there = context.Pipe()
-    process = context.Process(target=_answer, args=(there, torch.get_num_threads(), begin, *work))
-    process.start()
-    there.close()
+    def __init__(self, imports: str, begin: Callable[..., Callable[..., object]], *work: Any):
+        context = process_context(imports)
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_answer, args=(theirs, begin, *work))
+        self.process.start()
+        theirs.close()
 
-    def ask(*words: object) -> Any:
-        try:
-            here.send(words)
-            answer = here.recv()
-        except (EOFError, OSError):
-            process.join()
-            raise ProcessLost(f"the process of {name} ended with status {process.exitcode}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def ask(self, *words: object) -> None:
+        """Sends a question. Where the process is lost, receiving the answer says so."""
+        with suppress(OSError):
+            self.connection.send(words)
 
-    try:
-        yield ask
-    finally:
-        here.close()
-        process.join()
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
-def _answer(asked: Connection, threads: int, begin: Callable[..., Callable[..., Any]], *work: Any) -> None:
-    """The process: answers what arrives with what came of it or with its error."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
-    torch.set_num_threads(threads)
-    with asked, suppress(EOFError):
-        answer_to = begin(*work)
+def _answer(connection: Connection, begin: Callable[..., Callable[..., object]], *work: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
+    _end_with_parent()
+    with connection, suppress(EOFError):  # the parent needs it no more
+        answer = begin(*work)
         while True:
-            words = asked.recv()
+            words = connection.recv()
             try:
-                answer = answer_to(*words)
-            except Exception as error:
-                answer = error
-            asked.send(answer)
+                answer(connection.send, *words)
+            except (Exception, KeyboardInterrupt) as error:
+                connection.send(error)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Ends this process of `multiprocessing` when the process that asked for it ends, however that ends.
 
     Linux's own signal for it comes with the end of the thread that started the process, or of the server.
@@ -93,3 +92,40 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> Generator[Callable[..., Any]]:
+    """A function that asks a new process, which ends when the context is left.
+
+    The process has as many threads as this one. It calls `begin(*work)`, and what that returns with the words of each
+    question. Its errors are raised here, and ProcessLost where it dies; `name` is what that calls it.
+    """
+    import torch  # not for the command line, which needs the errors here alone
+
+    apart = AnsweringProcess("torch", _begin_with_threads, torch.get_num_threads(), begin, *work)
+
+    def ask(*words: object) -> Any:
+        apart.ask(*words)
+        try:
+            answer = apart.connection.recv()
+        except (EOFError, OSError):
+            apart.process.join()
+            raise ProcessLost(f"the process of {name} ended with status {apart.process.exitcode}") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    try:
+        yield ask
+    finally:
+        apart.connection.close()
+        apart.process.join()
+
+
+def _begin_with_threads(threads: int, begin: Callable[..., Callable[..., Any]], *work: Any) -> Callable[..., object]:
+    import torch
+
+    torch.set_num_threads(threads)
+    answer_to = begin(*work)
+    return lambda send, *words: send(answer_to(*words))

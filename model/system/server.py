@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+SAFE_PATH = "expertgrid"  # the value of PYTHONSAFEPATH with which the server is started, unless the user has one
+
 
 def _is_server() -> bool:
     """Whether this process is the server, whose program is `multiprocessing.forkserver.main`."""
@@ -13,6 +15,8 @@ def _is_server() -> bool:
 
 
 if _is_server():  # any other process that imports this keeps its signals and its exit status
+    if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:
+        del os.environ["PYTHONSAFEPATH"]  # processes that a user's module starts have the user's environment
     # A system that ends all processes of a job asks this one too. Those that train then save their states, and the
     # server ends with the process that started it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -37,7 +37,11 @@ def batches(recipe: Recipe, images: int) -> tuple[int, int]:
 
 
 class Loader:
-    """The batches of a trial."""
+    """The batches of a trial, epoch by epoch."""
+
+    number: int  # of the epoch
+    order: tuple[Tensor, ...]  # the images of each batch (B)
+    mirrored_N: Tensor | None  # whether an image is, where the recipe alternates
 
     def __init__(self, recipe: Recipe, splits: Splits, seed: int):
         self.recipe, self.splits, self.seed = recipe, splits, seed
@@ -58,52 +62,57 @@ class Loader:
         mixing["state"]["key"] = mixing["state"]["key"].tolist()
         return {"generator": self.generator.get_state(), "mixing": mixing}
 
-    def _load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
         mixing = state["mixing"]
         key = np.array(mixing["state"]["key"], dtype=np.uint32)
         self.mixing.set_state({**mixing, "state": {**mixing["state"], "key": key}})
 
-    def epoch(self, epoch: int, done: int = 0, state: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """The batches of an epoch, which counts from 0.
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, which counts from 0."""
+        self.begin(epoch)
+        return self.batches()
 
-        After an interruption: those that follow the first `done`, after which `state` was the loader's `state_dict`.
-        """
-        recipe, train = self.recipe, self.splits.train
-        generator = self.generator.manual_seed(self.seed * recipe.epochs + epoch)
-        mixing = self.mixing
-        mixing.seed([MIXING, self.seed, epoch])
-        order = torch.randperm(len(train), device=self.device, generator=generator)
-        batch, steps = batches(recipe, len(train))
-        chosen = order[: batch * steps].split(batch)[done:]
-        size = recipe.image_size(epoch, self.splits.data.image_size)
-        mirrored_N = None
+    def begin(self, epoch: int) -> None:
+        """From now on `batches` gives those of this epoch."""
+        recipe, images = self.recipe, len(self.splits.train)
+        self.number = epoch
+        self.generator.manual_seed(self.seed * recipe.epochs + epoch)
+        self.mixing.seed([MIXING, self.seed, epoch])
+        shuffled_N = torch.randperm(images, device=self.device, generator=self.generator)
+        batch_size, steps = batches(recipe, images)
+        self.order = shuffled_N[: batch_size * steps].split(batch_size)
+        self.mirrored_N = None
         if recipe.alternating_flip:
             same = torch.Generator(self.device).manual_seed(ALTERNATING << 32 | self.seed)
-            mirrored_N = alternately_mirrored(len(train), recipe.hflip, epoch, same)
-        if state is not None:
-            self._load_state_dict(state)
-        for indices_B, pixels_BHWC in zip(chosen, self._pixels(chosen, epoch, done)):
+            self.mirrored_N = alternately_mirrored(images, recipe.hflip, epoch, same)
+
+    def batches(self, done: int = 0) -> Iterator[Batch]:
+        """The batches of the epoch after the first `done`. Its random numbers go on from where they are."""
+        recipe, order, mirrored_N = self.recipe, self.order[done:], self.mirrored_N
+        size = recipe.image_size(self.number, self.splits.data.image_size)
+        for indices_B, pixels_BHWC in zip(order, self._pixels(order, done)):
             mirrored_B = None if mirrored_N is None else mirrored_N[indices_B]
-            x_BCHW = augment(recipe, pixels_BHWC, self.mean_C, self.std_C, generator, mirrored_B, size)
-            labels_B = targets = train.labels_B[indices_B]
+            x_BCHW = augment(recipe, pixels_BHWC, self.mean_C, self.std_C, self.generator, mirrored_B, size)
+            labels_B = targets = self.splits.train.labels_B[indices_B]
             if recipe.mixes:
-                mix = draw_mix(recipe, mixing, *x_BCHW.shape[2:])
+                mix = draw_mix(recipe, self.mixing, *x_BCHW.shape[2:])
                 x_BCHW = mix_images(x_BCHW, mix)
                 targets = mix_labels(labels_B, len(self.splits.data.classes), mix)
                 labels_B = labels_B if mix.share >= 0.5 else labels_B.flip(0)
             yield Batch(x_BCHW, labels_B, targets, indices_B)
 
-    def _pixels(self, chosen: tuple[Tensor, ...], epoch: int, done: int) -> Iterator[Tensor]:
+    def _pixels(self, order: tuple[Tensor, ...], done: int) -> Iterator[Tensor]:
         """The pixels (B, H, W, C) of each batch after the policy. `done` is the number of the first batch."""
         if self.policy is None:
-            yield from (self.pixels_BHWC[indices_B] for indices_B in chosen)
+            yield from (self.pixels_BHWC[indices_B] for indices_B in order)
             return
         height, width = self.splits.data.image_size
         together = max(1, PIXELS_TOGETHER // (height * width * self.recipe.batch_size))
-        for first in range(0, len(chosen), together):
-            part = chosen[first : first + together]
-            streams = (np.random.RandomState([POLICY, self.seed, epoch, done + first + i]) for i in range(len(part)))
+        for first in range(0, len(order), together):
+            part = order[first : first + together]
+            seeds = ([POLICY, self.seed, self.number, done + first + i] for i in range(len(part)))
+            streams = map(np.random.RandomState, seeds)
             drawn = Drawn.joined([self.policy.draw(random, self.recipe.batch_size) for random in streams])
             indices = torch.cat(part).to(self.pixels_BHWC.device)
             augmented = self.policy.apply(self.pixels_BHWC[indices], drawn).to(self.device)

@@ -10,7 +10,7 @@ have it. Accuracies and losses of the trained network are measured in full fp32.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -51,55 +51,21 @@ class Diverged(TrainingError):
 
 
 @dataclass
-class EpochSoFar:
-    """An epoch that is being trained: what its first steps gave, and where its random numbers are."""
-
-    loader: Loader
-    losses_S: Tensor
-    correct: Tensor
-    rates: list[float]  # one for each step that was done
-    started: float  # as `seconds` counts, less the time of the epoch before an interruption
-
-    def state_dict(self) -> dict[str, Any]:
-        """Waits for the device."""
-        device = self.losses_S.device
-        return {
-            "losses": self.losses_S,
-            "correct": self.correct,
-            "rates": self.rates,
-            "seconds": seconds(device) - self.started,
-            "loader": self.loader.state_dict(),
-            "random": {name: module.get_rng_state() for name, module in _generators(device).items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the steps that `state` has. The loader is told by its caller."""
-        device = self.losses_S.device
-        self.losses_S.copy_(state["losses"])
-        self.correct.copy_(state["correct"])
-        self.rates.extend(state["rates"])
-        self.started -= state["seconds"]
-        for name, module in _generators(device).items():
-            module.set_rng_state(state["random"][name])
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The modules of PyTorch that have the global random numbers: the CPU's, and the device's."""
-    return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
-
-
-@dataclass
 class Training:
-    """The state of a trial that trains."""
+    """The state of a trial that trains, between any two steps."""
 
     net: nn.Module
     optimizer: Optimizer
     scheduler: Scheduler | None
-    average: ModelEmaV3 | None = None
+    average: ModelEmaV3 | None
+    loader: Loader
+    losses_S: Tensor  # of the epoch's steps
+    correct: Tensor  # images of the steps that were done, whose class was predicted
+    learning_rates: list[float] = field(default_factory=list)  # of the steps that were done; none between two epochs
     epoch: int = 0  # epochs done
+    train_seconds: float = 0.0  # that the steps took until `resumed_at`
+    resumed_at: float = 0.0  # as `seconds` counts
     recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
-    so_far: EpochSoFar | None = None  # within an epoch
-    resumed: dict[str, Any] | None = None  # the state of the epoch that the training was interrupted in
 
     @property
     def result(self) -> nn.Module:
@@ -107,24 +73,57 @@ class Training:
         return self.net if self.average is None else self.average.module
 
     @property
-    def recorded(self) -> bool:
-        """Whether its steps are CUDA graphs."""
-        return self.recorder is not None and self.recorder.refused is None
+    def steps(self) -> int:
+        """The steps that were done, of all epochs."""
+        return self.epoch * len(self.losses_S) + len(self.learning_rates)
+
+    def begin_epoch(self, seed: int) -> None:
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        self.loader.begin(self.epoch)
+        self.correct.zero_()
+        self.train_seconds = 0.0
+
+    def stop_clock(self) -> None:
+        """Waits for the device. The time until `start_clock` is not counted as training."""
+        self.train_seconds += seconds(self.losses_S.device) - self.resumed_at
+
+    def start_clock(self) -> None:
+        self.resumed_at = seconds(self.losses_S.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the training depends on, after any step: network, average, optimiser, epoch so far."""
+        """All that the rest of the training depends on, after a step, while the clock is stopped."""
         average = {} if self.average is None else {"average": self.average.module.state_dict()}
-        so_far = {} if self.so_far is None else {"so_far": self.so_far.state_dict()}
+        so_far = {
+            "losses": self.losses_S,
+            "correct": self.correct,
+            "rates": self.learning_rates,
+            "seconds": self.train_seconds,
+            "loader": self.loader.state_dict(),
+            "random": {name: module.get_rng_state() for name, module in self._generators().items()},
+        }
         net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
-        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average, **so_far}
+        return {"net": net, "optimizer": optimizer, "epoch": self.epoch, **average, "so_far": so_far}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises KeyError, TypeError, ValueError or RuntimeError for a state of another training or version."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self.epoch = state["epoch"]
-        self.resumed = state.get("so_far")
+        self.epoch, so_far = state["epoch"], state["so_far"]
+        self.losses_S.copy_(so_far["losses"])
+        self.correct.copy_(so_far["correct"])
+        self.learning_rates = so_far["rates"]
+        self.train_seconds = so_far["seconds"]
+        self.loader.begin(self.epoch)
+        self.loader.load_state_dict(so_far["loader"])
+        for name, module in self._generators().items():
+            module.set_rng_state(so_far["random"][name])
+
+    def _generators(self) -> dict[str, Any]:
+        """The modules of PyTorch that have the global random numbers: the CPU's, and the device's."""
+        device = self.losses_S.device
+        return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
 
 
 def start(trial: Trial, splits: Splits) -> Training:
@@ -144,7 +143,15 @@ def start(trial: Trial, splits: Splits) -> Training:
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
     optimizer = make_optimizer(trial.recipe, net)
     _, steps = batches(trial.recipe, len(splits.train))
-    return Training(net, optimizer, make_scheduler(trial.recipe, optimizer, steps), make_average(trial.recipe, net))
+    return Training(
+        net,
+        optimizer,
+        make_scheduler(trial.recipe, optimizer, steps),
+        make_average(trial.recipe, net),
+        Loader(trial.recipe, splits, trial.seed),
+        losses_S=torch.zeros(steps, device=device),
+        correct=torch.zeros((), device=device, dtype=torch.int64),
+    )
 
 
 def train(
@@ -157,63 +164,57 @@ def train(
     the epoch's number, so that a resumed trial ends as if it had never stopped. Raises Diverged where a loss is not
     finite: at that step on a CPU, after its epoch elsewhere.
     """
-    recipe, net, optimizer = trial.recipe, training.net, training.optimizer
-    device = splits.device
-    loader = Loader(recipe, splits, trial.seed)
-    batch, steps = batches(recipe, len(splits.train))
+    recipe, net, optimizer, losses_S = trial.recipe, training.net, training.optimizer, training.losses_S
+    device, loader, learning_rates = splits.device, training.loader, training.learning_rates
+    batch_size, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
-    losses_S = torch.zeros(steps, device=device)
     step = training_step(net, optimizer, amp, recipe.smoothing)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
-        torch.manual_seed(trial.seed * recipe.epochs + epoch)  # dropout draws from the global generator
-        correct = torch.zeros((), device=device, dtype=torch.int64)
-        so_far = training.so_far = EpochSoFar(loader, losses_S, correct, [], seconds(device))
-        resumed, training.resumed = training.resumed, None
-        if resumed is not None:
-            so_far.load_state_dict(resumed)
-        rates = so_far.rates
+        training.start_clock()
+        if not learning_rates:
+            training.begin_epoch(trial.seed * recipe.epochs + epoch)
         net.train()
-        for images in loader.epoch(epoch, len(rates), resumed and resumed["loader"]):
-            i = len(rates)
-            rate = optimizer.param_groups[0]["lr"]
-            losses_S[i], right = take(images.x_BCHW, images.targets, images.labels_B)
-            rates.append(rate)
+        for batch in loader.batches(len(learning_rates)):
+            i = len(learning_rates)
+            learning_rate = optimizer.param_groups[0]["lr"]
+            losses_S[i], correct = take(batch.x_BCHW, batch.targets, batch.labels_B)
+            learning_rates.append(learning_rate)
             if device.type == "cpu" and not math.isfinite(losses_S[i]):
                 break
-            correct += right
-            done = epoch * steps + i + 1
+            training.correct += correct
             if training.average is not None:
-                training.average.update(net, done)
+                training.average.update(net, training.steps)
             if training.scheduler is not None:
-                training.scheduler.step_update(done)
+                training.scheduler.step_update(training.steps)
             after_step()
-        trained = seconds(device)
-        training.so_far = None
-        _check_finite(losses_S, epoch * steps, epoch, rates)
+        training.stop_clock()
+        _check_finite(losses_S, epoch * steps, epoch, learning_rates)
+        validating = time.perf_counter()
         logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
         validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
         if not math.isfinite(validation_loss):
-            raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, rates[-1])
+            raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, learning_rates[-1])
         training.epoch = epoch + 1
+        learning_rates.clear()
         yield Epoch(
             epoch=epoch + 1,
             lr=optimizer.param_groups[0]["lr"],
             train_loss=losses_S.mean().item(),
-            train_accuracy=correct.item() / (steps * batch),
+            train_accuracy=training.correct.item() / (steps * batch_size),
             validation_loss=validation_loss,
             validation_accuracy=validation_accuracy,
-            images_per_s=steps * batch / (trained - so_far.started),
-            train_seconds=trained - so_far.started,
-            validation_seconds=seconds(device) - trained,
+            images_per_s=steps * batch_size / training.train_seconds,
+            train_seconds=training.train_seconds,
+            validation_seconds=time.perf_counter() - validating,
         )
 
 
-def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, rates: list[float]) -> None:
+def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, learning_rates: list[float]) -> None:
     """Raises Diverged for the first of an epoch's losses that is not finite. Waits for the device."""
     if not torch.isfinite(losses_S).all():
         first = int(torch.isfinite(losses_S).logical_not().int().argmax())
-        raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, rates[first])
+        raise Diverged("loss", losses_S[first].item(), steps_before + first + 1, epoch + 1, learning_rates[first])
 
 
 @torch.compiler.set_stance("force_eager")  # batches of another size, in another mode: not worth compiling for

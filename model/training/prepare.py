@@ -54,7 +54,7 @@ def planned_steps(trial: Trial, images: int) -> int:
 class Prepared:
     """How a training runs."""
 
-    means: ExecutionPlan  # what it uses
+    plan: ExecutionPlan  # what it uses
     seconds: float  # that the compilers took
     without: list[str]  # what failed and is not used, each with its reason
 
@@ -66,10 +66,10 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     was asked for.
     """
     device = splits.device
-    means = execution.plan(trial.model, steps, device, training.optimizer)
-    took, without = 0.0, []
+    plan = execution.plan(trial.model, steps, device, training.optimizer)
+    compile_seconds, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
-        if getattr(means, name):
+        if getattr(plan, name):
             try:
                 seconds = _compile(name, trial, splits, training)
             except Exception as error:  # neither compiler's errors have a type of their own
@@ -77,13 +77,13 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
                     raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
                 without.append(f"{LABELS[name]}, which failed: {reason_of(error)}")
                 seconds = 0.0
-            took += seconds
-            means = replace(means, **{name: seconds > 0})
-    if execution.graphs == "on" and not means.graphs:
+            compile_seconds += seconds
+            plan = replace(plan, **{name: seconds > 0})
+    if execution.graphs == "on" and not plan.graphs:
         raise TrainingError(f"--graphs on: the optimiser {trial.recipe.opt} cannot be recorded in a CUDA graph")
-    if means.graphs:
-        training.recorder = Recorder(training.optimizer, device, strict=execution.graphs == "on")
-    return Prepared(means, took, without)
+    if plan.graphs:
+        training.recorder = Recorder(training.optimizer, device)
+    return Prepared(plan, compile_seconds, without)
 
 
 def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> float:
@@ -97,8 +97,7 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> flo
     else:
         use = compile_blocks
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
-    batch, _ = batches(recipe, len(splits.train))
-    pixels_BHWC, generator = splits.train.pixels_BHWC[:batch], torch.Generator(device)
+    pixels_BHWC, generator = splits.train.pixels_BHWC[: recipe.batch_size], torch.Generator(device)
     sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
     augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, uses_bfloat16(recipe, device))

@@ -1,37 +1,35 @@
-"""Trials in a process of their own: what ends that process, what stops it, and that the others go on."""
+"""Trials in processes of their own: what ends such a process, what stops it, and that the others go on."""
 
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from networks_with_faults import networks_with_faults
 
-from expertgrid.ablations.engines.events import Stopped, TrialDone, TrialStarted
-from expertgrid.ablations.engines.isolation import (
-    MOST_JOBS,
-    Lost,
-    Pool,
-    ProcessLost,
-    Setup,
-    Trainer,
-    isolated,
-    jobs_for,
-)
+from expertgrid.ablations.engines.events import TrialDone, TrialFailed, TrialNote, TrialStarted
+from expertgrid.ablations.engines.isolation import MOST_JOBS, Setup, isolated, jobs_for
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
-from expertgrid.model.fast.execution import EAGER
+from expertgrid.model.fast.cuda_graphs import Recorder, RecordingError
+from expertgrid.model.fast.execution import EAGER, ExecutionOptions, ExecutionPlan
 from expertgrid.model.system.machine import usable_cores
+from expertgrid.model.system.processes import ProcessLost, process_context
+from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.resume import read_state
-from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.training.trial import Trial
 
 NETWORKS = networks_with_faults(
     {"with_none": "pass", "with_crash": "ctypes.string_at(0)", "with_hang": "time.sleep(1000)"}
@@ -43,44 +41,48 @@ seeds = 1
 recipe = "fast"
 data = "digits"
 [set]
-"recipe.epochs" = 2
+"recipe.epochs" = {epochs}
 [factors]
-model = ["with_crash", "with_hang", "with_none"]
+model = {networks}
 """
-LINE = [sys.executable, "-m", "expertgrid", "run", "study.toml", "--device", "cpu", "--import", "networks_of_faults"]
+LINE = [sys.executable, "-m", "expertgrid", "run", "study.toml", "--device", "cpu", "--jobs", "2"]
+LINE += ["--import", "networks_of_faults"]
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch) -> Path:
+def study(tmp_path, monkeypatch) -> Callable[..., StudyDirectory]:
+    """Writes a study of networks with faults, and gives the directory of its run."""
     monkeypatch.setenv("EXPERTGRID_ISOLATE", "1")
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "src"))
     (tmp_path / "networks_of_faults.py").write_text(NETWORKS)
-    (tmp_path / "study.toml").write_text(STUDY)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3] / "src"))
-    return tmp_path
+
+    def write(epochs: int, *networks: str) -> StudyDirectory:
+        (tmp_path / "study.toml").write_text(STUDY.format(epochs=epochs, networks=list(networks)))
+        return StudyDirectory(tmp_path / "runs" / "study")
+
+    return write
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has them")
-def test_several_processes_are_forked_from_one_that_only_imports(digits, tmp_path):
-    trials = Study(name="test", question="?", seeds=2, set={"recipe.epochs": 1}).cells(digits)[0].trials
-    with isolated(2) as pool:
-        list(pool.run(trials, Setup(digits, "cpu", tmp_path, list, EAGER), StudyDirectory(tmp_path), Event()))
-        parents = {
-            Path(f"/proc/{trainer.process.pid}/stat").read_text().rpartition(")")[2].split()[1]
-            for trainer in pool.trainers
-        }
-    (server,) = parents - {str(os.getpid())}
-    loaded = Path(f"/proc/{server}/maps").read_text()
-    assert "libtorch" in loaded and "libcuda.so" not in loaded
+def until(condition: Callable[[], object], seconds: float = 100.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def test_what_ends_one_of_several_processes_ends_one_trial(study):
-    line = [*LINE, "--jobs", "2", "--trial-timeout", "3"]
-    done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300)
+def trials_of(digits: ImageData, seeds: int, **fields) -> list[Trial]:
+    fields = {"width": 0.0625, "recipe.epochs": 1} | fields
+    return list(Study(name="test", question="?", seeds=seeds, set=fields).cells(digits)[0].trials)
+
+
+def test_what_ends_one_of_several_processes_ends_one_trial(study, tmp_path, digits):
+    """The others give the records of one trial at a time, to the last bit; their times are marked as no speeds."""
+    directory = study(2, "with_crash", "with_hang", "with_none")
+    line = [*LINE, "--trial-timeout", "3"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    directory = StudyDirectory(study / "runs" / "study")
     crashed, hung, trained = (cell.trials[0] for cell in directory.read_plan().cells)
-    assert directory.record(trained).epochs == 2
 
     failure = directory.failure(crashed)
     assert (failure.kind, failure.step) == ("crashed", 0)
@@ -96,116 +98,88 @@ def test_what_ends_one_of_several_processes_ends_one_trial(study):
     assert f"{crashed}, seed 0: crashed: the training process was ended by SIGSEGV; traceback in " in said[1]
     assert f"{hung}, seed 0: timeout: not done after --trial-timeout 3 s; traceback in " in said[2]
     assert "no verdict" in done.stdout
+    assert "Train images/s: each cell alone and in turns" in done.stdout
+
+    record, config = directory.record(trained), directory.config(trained)
+    runpy.run_path(str(tmp_path / "networks_of_faults.py"), run_name="networks_of_faults")
+    alone = trained_here(config, digits, tmp_path / "alone", max(1, usable_cores() // 2))
+    assert (record.at_once, alone.record(trained).at_once) == (2, 1)
+    assert directory.checkpoint(trained).read_bytes() == alone.checkpoint(trained).read_bytes()
+    timed = {"at_once", "images_per_s", "train_seconds", "finished"}
+    assert record.model_dump(exclude=timed) == alone.record(trained).model_dump(exclude=timed)
 
 
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study):
+def trained_here(trial: Trial, digits: ImageData, place: Path, threads: int) -> StudyDirectory:
+    from expertgrid.model.training.splits import ResidentData
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        list(run_local([trial], ResidentData(digits, torch.device("cpu")), StudyDirectory(place)))
+    finally:
+        torch.set_num_threads(before)
+    return StudyDirectory(place)
+
+
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study, tmp_path):
     """SIGTERM, as a system sends it to all processes of a job, and then Ctrl-C, which reaches all of a terminal.
 
-    The network that hangs never ends its step.
+    At the first one process saves the state of a long training. The network that hangs never ends its step.
     """
-    (study / "study.toml").write_text(STUDY.replace('["with_crash", "with_hang", "with_none"]', '["with_hang"]'))
-    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    trials = study / "runs" / "study" / "trials"
-    until = time.monotonic() + 100
-    while not list(trials.glob("*/epochs.jsonl")):
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
+    directory = study(3000, "with_none", "with_hang")
+    process = subprocess.Popen(LINE, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def both_train() -> bool:
+        sizes = [file.stat().st_size for file in directory.path.glob("trials/*/epochs.jsonl")]
+        return process.poll() is not None or (len(sizes) == 2 and max(sizes) > 0)
+
+    until(both_train)
     os.killpg(process.pid, signal.SIGTERM)
-    time.sleep(1)
+    until(lambda: process.poll() is not None or list(directory.path.glob("trials/*/resume.pt")))
+    time.sleep(0.5)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)
-        pytest.fail(f"it does not end:\n{process.communicate()[1]}")
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1].endswith("the same command continues it: expertgrid " + " ".join(LINE[3:]))
+    (resume,) = directory.path.glob("trials/*/resume.pt")
+    state = read_state(resume)
+    assert 1 <= len(state["epochs"]) == state["training"]["epoch"] < 3000
 
 
-def test_a_second_signal_while_the_caller_works_on_an_event(study, digits):
+def test_a_second_signal_while_the_caller_works_on_an_event(study, digits, tmp_path):
     """It closes the events. Nobody waits for the steps, which never end."""
-    begin = partial(runpy.run_path, str(study / "networks_of_faults.py"), run_name="networks_of_faults")
+    study(1, "with_hang")
+    begin = partial(runpy.run_path, str(tmp_path / "networks_of_faults.py"), run_name="networks_of_faults")
     begin()
     trials = Study(name="s", question="?", seeds=2, factors={"model": ["with_hang"]}).cells(digits)[0].trials
-    setup, directory, stopped = Setup(digits, "cpu", study, begin, EAGER), StudyDirectory(study), Event()
+    setup, directory, stopped = Setup(digits, "cpu", tmp_path, begin, EAGER), StudyDirectory(tmp_path), Event()
     with isolated(2) as pool:
         events = pool.run(trials, setup, directory, stopped)
         assert isinstance(next(events), TrialStarted)
         stopped.set()
-        closing = Thread(target=events.close)
-        closing.start()
-        closing.join(60)
-        ended = not closing.is_alive()
-    closing.join()
-    assert ended
+        events.close()
+        assert all(trainer.process.is_alive() for trainer in pool.trainers)
 
 
-def test_a_signal_saves_the_state_in_the_other_process(study):
-    """In the middle of a long training, which then goes on."""
-    longer = STUDY.replace('["with_crash", "with_hang", "with_none"]', '["with_none"]').replace("= 2", "= 3000")
-    (study / "study.toml").write_text(longer)
-    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.DEVNULL, start_new_session=True)
-    until = time.monotonic() + 100
-    while not [file for file in (study / "runs").glob("study/trials/*/epochs.jsonl") if file.read_bytes()]:
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=20)
-    assert process.returncode == 130
-    directory = StudyDirectory(study / "runs" / "study")
-    ((trial,),) = (cell.trials for cell in directory.read_plan().cells)
-    state = read_state(directory.resume_file(trial))
-    assert 1 <= len(state["epochs"]) == state["training"]["epoch"] < 3000
+def _train_long(data: ImageData, trials: list[Trial], place: Path) -> None:
+    setup = Setup(data, "cpu", place, list, EAGER)
+    with isolated() as pool:
+        for _ in pool.run(trials, setup, StudyDirectory(place), Event()):
+            (place / "pid").write_text(str(pool.trainers[0].process.pid))
 
 
-def test_a_process_without_a_parent_ends(study):
-    process = subprocess.Popen(LINE, cwd=study, stderr=subprocess.DEVNULL, start_new_session=True)
-    until = time.monotonic() + 100
-    while not list((study / "runs").glob("study/trials/*/epochs.jsonl")):  # the other process trains
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    until = time.monotonic() + 30
-    while _processes_of(process.pid):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def test_a_process_outlives_the_thread_that_started_it(digits, tmp_path):
-    """As those of several jobs do, which are started again in the thread where one crashed."""
-    directory = StudyDirectory(tmp_path)
-    trials = Study(name="test", question="?", seeds=2, set={"recipe.epochs": 1}).cells(digits)[0].trials
-    setup, found = Setup(digits, "cpu", tmp_path, list, EAGER), []
-
-    def train() -> None:
-        found.append(Trainer())
-        list(found[0].run(trials[:1], setup, directory, Event()))
-
-    thread = Thread(target=train)
-    thread.start()
-    thread.join()
-    (trainer,) = found
-    first = trainer.process.pid
-    try:
-        assert isinstance(list(trainer.run(trials[1:], setup, directory, Event()))[-1], TrialDone)
-        assert trainer.process.pid == first
-    finally:
-        trainer.end()
-
-
-def _processes_of(session: int) -> list[int]:
-    """The processes of a session that have not ended, in Linux."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, *_, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        if int(its_session) == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_without_a_parent_ends(digits, tmp_path):
+    trials = trials_of(digits, 1, **{"recipe.epochs": 3000})
+    parent = process_context("torch").Process(target=_train_long, args=(digits, trials, tmp_path))
+    parent.start()
+    until(lambda: (tmp_path / "trials" / trials[0].id / "epochs.jsonl").exists() and (tmp_path / "pid").exists())
+    trainer = Path("/proc", (tmp_path / "pid").read_text())
+    assert trainer.exists()
+    parent.kill()
+    parent.join()
+    until(lambda: not trainer.exists() or (trainer / "stat").read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def _fail_at_once() -> None:
@@ -213,86 +187,56 @@ def _fail_at_once() -> None:
 
 
 def test_an_error_of_no_trial_is_raised_here(digits, tmp_path):
-    """An error of the process itself, and its death before it was asked for anything."""
-    directory, trials = StudyDirectory(tmp_path), Study(name="test", question="?", seeds=1).cells(digits)[0].trials
-    with isolated() as trainer:
-        setup = Setup(digits, "cpu", tmp_path, _fail_at_once, EAGER)
-        with pytest.raises(OSError, match="No space left on device"):
-            list(trainer.run(trials, setup, directory, Event()))
-    trainer = Trainer()
-    trainer.process.kill()
-    trainer.process.join()
-    with pytest.raises(ProcessLost, match="the training process ended before its first trial: SIGKILL"):
-        list(trainer.run(trials, setup, directory, Event()))
-    trainer.end()
+    """An error of the process itself, and its death before it began a trial."""
+    for begin, error, text in (
+        (_fail_at_once, OSError, "No space left on device"),
+        (partial(os._exit, 3), ProcessLost, "the training process ended before its first trial: exit status 3"),
+    ):
+        setup = Setup(digits, "cpu", tmp_path, begin, EAGER)
+        with isolated() as pool, pytest.raises(error, match=text):
+            list(pool.run(trials_of(digits, 2), setup, StudyDirectory(tmp_path), Event()))
 
 
-def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path, monkeypatch):
-    """The trial before it is finished, and a new process trains those that are left. A second loss ends the study."""
-    trials = list(Study(name="test", question="?", seeds=3).cells(digits)[0].trials)
-    lost = Lost("crashed", "SIGKILL", "")
-    rounds = [[TrialStarted(trials[0]), TrialDone(trials[0], None), lost], [lost]]
-    sent: list = []
-    for name, stub in {
-        "_start": lambda self: setattr(self, "has_setup", False),
-        "end": lambda self: None,
-        "_send": lambda self, value: sent.append(value if isinstance(value, Setup) else list(value)),
-        "_events": lambda self, stopped, timeout_s: iter(rounds.pop(0)),
-    }.items():
-        monkeypatch.setattr(Trainer, name, stub)
-    setup, directory = Setup(digits, "cpu", tmp_path, _fail_at_once, EAGER), StudyDirectory(tmp_path)
-    events = Trainer().run(trials, setup, directory, Event())
-    assert [type(next(events)) for _ in range(2)] == [TrialStarted, TrialDone]
-    with pytest.raises(ProcessLost):
-        next(events)
-    assert sent == [setup, trials, setup, trials[1:]]
-    assert directory.failure(trials[0].id) is None
+def test_a_process_that_is_lost_between_trials_costs_none(digits, tmp_path):
+    """A new process trains those that are left."""
+    setup, directory = Setup(digits, "cpu", tmp_path, list, EAGER), StudyDirectory(tmp_path)
+    with isolated() as pool:
+        for event in pool.run(trials_of(digits, 3), setup, directory, Event()):
+            if isinstance(event, TrialDone) and event.trial.seed == 0:
+                first = pool.trainers[0].process
+                first.kill()
+                first.join()
+        assert pool.trainers[0].process.pid != first.pid
+    records = [directory.record(trial.id) for trial in trials_of(digits, 3)]
+    assert [record.seed for record in records] == [0, 1, 2]
 
 
-def test_several_trials_at_once_give_the_same_records(study, digits):
-    """As one at a time with as many threads, down to the last bit; their times are marked as no speeds."""
-    healthy = STUDY.replace('"with_crash", "with_hang", "with_none"', '"two_block"').replace("seeds = 1", "seeds = 4")
-    (study / "study.toml").write_text(healthy.replace("[set]", "[set]\nwidth = 0.0625"))
-    line = [*LINE[:-2], "--jobs", "2"]
-    done = subprocess.run(line, cwd=study, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Train images/s: each cell alone and in turns" in done.stdout
-    directory = StudyDirectory(study / "runs" / "study")
-    assert len(directory.test_reads()) == 4
-    trials = directory.read_study().cells(digits)[0].trials
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, usable_cores() // 2))
-    try:
-        list(run_local(trials, ResidentData(digits, torch.device("cpu")), StudyDirectory(study / "alone")))
-    finally:
-        torch.set_num_threads(before)
-    for trial in trials:
-        one, two = StudyDirectory(study / "alone").record(trial.id), directory.record(trial.id)
-        assert (one.at_once, two.at_once) == (1, 2)
-        assert one.environment.threads == two.environment.threads
-        assert (one.validation_loss, one.test_loss) == (two.validation_loss, two.test_loss)
+class _NothingIsRecorded(Recorder):
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, step, *inputs):
+        raise RecordingError("RuntimeError: operation not permitted")
 
 
-def test_an_error_of_one_process_ends_the_others_with_their_states_saved(digits, tmp_path, monkeypatch):
-    """The disk is full for one; the other is in the middle of a trial."""
-    trials = Study(name="s", question="?", seeds=3).cells(digits)[0].trials
-    ended = []
+def _record_nothing() -> None:
+    """In the process that trains, graphs are chosen where they are not left out, and cannot be recorded."""
+    from expertgrid.model.training import prepare
 
-    class Fake:
-        def run(self, trials, setup, directory, stopped, timeout_s):
-            yield TrialStarted(trials[0])
-            if trials[0].seed == 1:
-                raise OSError(28, "No space left on device")
-            while not stopped.is_set():
-                time.sleep(0.01)
-            ended.append(trials[0].seed)
-            raise Stopped
+    assert parent_process() is not None
+    prepare.Recorder = _NothingIsRecorded
+    ExecutionOptions.plan = lambda options, *_: ExecutionPlan(graphs=options.graphs == "auto")
 
-    pool = Pool(0)
-    pool.trainers = [Fake(), Fake()]
-    with pytest.raises(OSError, match="No space left"):
-        list(pool.run(trials, Setup(digits, "cpu", tmp_path, list, EAGER), StudyDirectory(tmp_path), Event()))
-    assert ended == [0]
+
+def test_where_no_graph_can_be_recorded_a_new_process_trains_without(digits, tmp_path):
+    setup, directory = Setup(digits, "cpu", tmp_path, _record_nothing, ExecutionOptions()), StudyDirectory(tmp_path)
+    (trial,) = trials_of(digits, 1)
+    with isolated() as pool:
+        events = list(pool.run([trial], setup, directory, Event()))
+    assert not any(isinstance(event, TrialFailed) for event in events)
+    (note,) = (event.text for event in events if isinstance(event, TrialNote))
+    assert note.startswith("trained without CUDA graphs: error: its steps cannot be recorded")
+    assert directory.record(trial.id).graphs is False and directory.failure(trial.id) is None
 
 
 def test_jobs_by_themselves(monkeypatch):
@@ -306,10 +250,48 @@ def test_jobs_by_themselves(monkeypatch):
     assert jobs_for("auto", 4, 100 * gib) == 1
 
 
+SCRIPT = """
+import sys
+from expertgrid.ablations.engines.isolation import ENGINE
+from expertgrid.model.system.processes import process_context
+REPORT = '''
+import json, os, signal, sys
+from pathlib import Path
+print(json.dumps([
+    sorted(sys.modules),
+    os.environ.get("PYTHONSAFEPATH"),
+    Path("/proc", str(os.getppid()), "maps").read_text(),
+    signal.getsignal(signal.SIGTERM) == signal.SIG_IGN,
+]), flush=True)
+'''
+if __name__ == "__main__":
+    process = process_context(ENGINE).Process(target=exec, args=(REPORT,))
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the server")
+def test_processes_are_forked_from_a_server_that_has_imported_all_and_begun_nothing(tmp_path):
+    """It finds no module in the working directory, ignores SIGTERM, and gives its processes the user's environment."""
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "main.py").write_text(SCRIPT)
+    (tmp_path / "random.py").write_text("raise SystemExit('the file of the user')")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    line = [sys.executable, tmp_path / "script" / "main.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    modules, safe_path, mapped, ignores = json.loads(done.stdout)
+    assert {"expertgrid.model.system.server", "expertgrid.ablations.engines.local"} <= set(modules)
+    assert safe_path is None and ignores
+    assert "libtorch" in mapped and "libcuda.so" not in mapped
+
+
 def test_only_the_server_ignores_sigterm():
     """Another process that imports what the server does keeps its signals, and its exit status."""
     code = (
         "import signal, sys, expertgrid.model.system.server\n"
         "sys.exit(3 + (signal.getsignal(signal.SIGTERM) != signal.SIG_DFL))"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 3
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 3

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from threading import Event as Flag
 
@@ -22,7 +22,6 @@ import torch
 from conftest import REPOSITORY, written_record
 from networks_with_faults import networks_with_faults
 
-from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.engines.events import EpochDone, Event, StateSaved, TrialDone, TrialFailed, TrialNote
 from expertgrid.ablations.engines.isolation import Pool, Setup, isolated
 from expertgrid.ablations.engines.local import run_local
@@ -90,9 +89,9 @@ def cluster(nodes: int) -> Iterator[tuple[str, list]]:
         made.shutdown()
 
 
-def train(engine: RayEngine, trials: list[Trial], data: ImageData, place: Path, modules=()) -> Iterator[Event]:
-    begin = partial(import_modules, modules)
-    setup = Setup(data, "cpu", place, begin, EAGER, threads=engine.threads, save_every_s=SAVE_S)
+def train(engine: RayEngine | Pool, trials: list[Trial], data: ImageData, place: Path) -> Iterator[Event]:
+    """With a thread. Networks are registered by the engine."""
+    setup = Setup(data, "cpu", place, list, EAGER, threads=1, save_every_s=SAVE_S)
     return engine.run(trials, setup, StudyDirectory(place), Flag())
 
 
@@ -107,34 +106,41 @@ def trained_here(trials: list[Trial], data: ImageData, place: Path) -> StudyDire
     return StudyDirectory(place)
 
 
-def assert_same(here: StudyDirectory, there: StudyDirectory, trial: str) -> None:
+def assert_same(local: StudyDirectory, by_ray: StudyDirectory, trial: str) -> None:
     """Weights and predictions to the last bit, and records but for times."""
     timed = {"images_per_s", "train_seconds", "finished", "at_once"}
-    ours, theirs = here.record(trial), there.record(trial)
+    ours, theirs = local.record(trial), by_ray.record(trial)
     assert ours.model_dump(exclude=timed) == theirs.model_dump(exclude=timed)
     for name in ("config.json", "model.safetensors", "predictions.npz"):
-        assert (here.trial(trial) / name).read_bytes() == (there.trial(trial) / name).read_bytes(), name
+        assert (local.trial(trial) / name).read_bytes() == (by_ray.trial(trial) / name).read_bytes(), name
     timed = {"images_per_s", "train_seconds", "validation_seconds"}
-    assert [e.model_dump(exclude=timed) for e in here.epochs(trial)] == [
-        e.model_dump(exclude=timed) for e in there.epochs(trial)
+    assert [e.model_dump(exclude=timed) for e in local.epochs(trial)] == [
+        e.model_dump(exclude=timed) for e in by_ray.epochs(trial)
     ]
-    assert {path.name for path in here.trial(trial).iterdir()} == {path.name for path in there.trial(trial).iterdir()}
-    assert [read.trial for read in there.test_reads()].count(trial) == 1
+    assert {path.name for path in local.trial(trial).iterdir()} == {path.name for path in by_ray.trial(trial).iterdir()}
+    assert [read.trial for read in by_ray.test_reads()].count(trial) == 1
 
 
-def test_two_nodes_give_the_local_records_and_faults_stay_alone(digits, tmp_path, monkeypatch):
-    """A module of the working directory is sent to the nodes. One trial raises, and two are killed."""
-    (tmp_path / "networks_on_ray.py").write_text(NETWORKS)
+def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, monkeypatch):
+    """A module that --import names by its file is sent to the nodes. One trial raises, and two are killed.
+
+    Nothing in the working directory is taken for a module.
+    """
+    (tmp_path / "networks").mkdir()
+    (tmp_path / "networks" / "networks_on_ray.py").write_text(NETWORKS)
+    for module in ("random", "statistics", "timm"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('a file of the user')")
     monkeypatch.chdir(tmp_path)
-    import_modules(["networks_on_ray"])
+    monkeypatch.syspath_prepend(str(tmp_path / "networks"))
+    import_module("networks_on_ray")
     text = STUDY.format(epochs=2).replace("width = 0.0625", "")
     levels = '[factors]\nmodel = ["two_block", "ray_raise", "ray_kill", "ray_kill_task", "ray_none"]'
     cells = parse_study(text + levels, tmp_path / "s.toml").cells(digits)
     trials = [cell.trials[0] for cell in cells]
     directory = StudyDirectory(tmp_path / "ray")
-    with cluster(2) as (address, _), ray_engine(address, 1, None, "auto", ["networks_on_ray"]) as engine:
-        assert engine.in_words == "Ray, 3 nodes: room for 2 trials at once"
-        events = list(train(engine, trials, digits, directory.path, ["networks_on_ray"]))
+    with ray_engine("auto", 1, None, "auto", ["networks/networks_on_ray.py"]) as engine:
+        assert engine.in_words.startswith("Ray, embedded on this machine: room for ")
+        events = list(train(engine, trials, digits, directory.path))
     assert sum(isinstance(event, TrialDone) for event in events) == 2
     reasons = {event.trial.model_name: event.reason for event in events if isinstance(event, TrialFailed)}
     killed = "crashed: the training process was ended by SIGKILL, as the system does where memory runs out"
@@ -145,10 +151,20 @@ def test_two_nodes_give_the_local_records_and_faults_stay_alone(digits, tmp_path
     }
     assert "on purpose" in directory.failure(trials[1].id).traceback
     healthy = [trials[0], trials[4]]
-    here = trained_here(healthy, digits, tmp_path / "local")
+    local = trained_here(healthy, digits, tmp_path / "local")
     for trial in healthy:
-        assert_same(here, directory, trial.id)
-        assert directory.record(trial.id).at_once == 1
+        assert_same(local, directory, trial.id)
+
+
+@pytest.mark.nightly
+def test_two_nodes_train_at_once(digits, tmp_path):
+    trials = list(parse_study(STUDY.format(epochs=2), tmp_path / "s.toml").cells(digits)[0].trials)
+    with cluster(2) as (address, _), ray_engine(address, 1, None, "auto", []) as engine:
+        assert engine.in_words == "Ray, 3 nodes: room for 2 trials at once"
+        list(train(engine, trials, digits, tmp_path / "ray"))
+    local, directory = trained_here(trials, digits, tmp_path / "local"), StudyDirectory(tmp_path / "ray")
+    assert_same(local, directory, trials[0].id)
+    assert directory.record(trials[0].id).at_once == 1
 
 
 def processes(node) -> tuple[int, list[int]]:
@@ -362,11 +378,9 @@ def test_a_trial_takes_at_most_half_a_second_more_than_with_the_local_engine(dig
     trials = list(parse_study(text, tmp_path / "s.toml").cells(digits)[0].trials)
 
     def seconds(engine: RayEngine | Pool, place: Path) -> float:
-        setup = Setup(digits, "cpu", place, partial(import_modules, ()), EAGER, threads=1)
-        directory = StudyDirectory(place)
-        list(engine.run(trials[:4], setup, directory, Flag()))
+        list(train(engine, trials[:4], digits, place))
         begun = time.monotonic()
-        list(engine.run(trials[4:], setup, directory, Flag()))
+        list(train(engine, trials[4:], digits, place))
         return (time.monotonic() - begun) / 20
 
     with isolated(2) as pool:

@@ -23,11 +23,11 @@ from expertgrid.ablations.engines.events import (
     TrialNote,
     TrialStarted,
 )
-from expertgrid.ablations.engines.scheduling import MOST_LOSSES, Ended, Lost, Report, keep, schedule
+from expertgrid.ablations.engines.scheduling import MOST_LOSSES, Ended, NodeLost, Report, schedule, write_report
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import Failure, Record
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.training.trial import Epoch, Trial
 
@@ -35,6 +35,8 @@ SAVE_S = 10.0  # between two saved states
 TRIAL_S = (30.0, 300.0)  # of work
 PREDICTIONS = Predictions(*(np.zeros(1, np.int64),) * 4)
 MEMORY = Path("/dev/shm")
+LOST = NodeLost("its node was lost")
+KILLED = Failure(kind="crashed", error="killed", traceback="", time="")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,8 @@ class Script:
     def room(self) -> int:
         return self.places
 
-    def submit(self, trial, state) -> None:
-        self.submitted.append((trial.seed, state))
+    def submit(self, trial, resume) -> None:
+        self.submitted.append((trial.seed, resume.read_bytes() if resume.exists() else None))
         self.running.append(trial)
         self.messages.extend(
             (trial, message(trial) if callable(message) else message) for message in self.answers.popleft()
@@ -109,7 +111,7 @@ def test_a_trial_goes_on_from_its_last_state_before_the_others(first, tmp_path):
         passed(1),
         lambda trial: saved(trial, b"one epoch"),
         passed(2),
-        Lost("node", "its node was lost"),
+        LOST,
     ]
     after = [started, passed(2), passed(3), done, Ended()]
     cluster = Script(before, after, [started, done, Ended()])
@@ -130,9 +132,8 @@ def test_a_trial_goes_on_from_its_last_state_before_the_others(first, tmp_path):
 
 def test_a_trial_that_takes_its_nodes_with_it_fails(first, tmp_path):
     """Those that come forward between two losses do not."""
-    lost = Lost("node", "its node was lost")
     cluster = Script(
-        *[[lost]] * (MOST_LOSSES - 1), [lambda t: saved(t, b"more"), lost], *[[lost]] * MOST_LOSSES, [started, done]
+        *[[LOST]] * (MOST_LOSSES - 1), [lambda t: saved(t, b"more"), LOST], *[[LOST]] * MOST_LOSSES, [started, done]
     )
     trials = trials_of(first, 2)
     *_, failed, _, other = schedule(trials, StudyDirectory(tmp_path), cluster, Flag())
@@ -143,15 +144,17 @@ def test_a_trial_that_takes_its_nodes_with_it_fails(first, tmp_path):
 
 
 def test_a_process_that_is_lost_fails_its_trial_alone(first, tmp_path):
-    cluster = Script([Lost("process", "killed")], [Ended()], [started, done, Lost("process", "after it was done")])
+    cluster = Script([KILLED], [Ended()], [started, done, KILLED])  # the last one after it was done
     events = list(schedule(trials_of(first, 3), StudyDirectory(tmp_path), cluster, Flag()))
     assert [type(event) for event in events] == [TrialFailed, TrialFailed, TrialStarted, TrialDone]
     assert [event.reason for event in events[:2]] == ["crashed: killed", "crashed: its task ended before it was done"]
 
 
-@pytest.mark.parametrize("how", ["signal", "closed", "error"])
+@pytest.mark.parametrize("how", ["signal", "closed", "error", "process"])
 def test_states_come_here_where_a_study_is_stopped(first, tmp_path, how):
-    cluster = Script([started], [started, *([OSError(28, "full")] if how == "error" else [])], room=2)
+    """By a signal here, by a caller that ends it, by an error of no trial, by a signal to a process that trains."""
+    error = {"error": [OSError(28, "full")], "process": [Stopped()]}.get(how, [])
+    cluster = Script([started], [started, *error], room=2)
     directory, stopped, trials = StudyDirectory(tmp_path), Flag(), trials_of(first, 3)
     events = schedule(trials, directory, cluster, stopped)
     next(events), next(events)
@@ -162,12 +165,22 @@ def test_states_come_here_where_a_study_is_stopped(first, tmp_path, how):
     elif how == "closed":
         events.close()
     else:
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(OSError if how == "error" else Stopped):
             list(events)
     states = [file.read_bytes() for trial in trials if (file := directory.resume_file(trial.id)).exists()]
-    assert states == [b"at the stop"] * (1 if how == "error" else 2)
+    assert states == [b"at the stop"] * (1 if error else 2)
     assert [seed for seed, _ in cluster.submitted] == [0, 1]
     assert cluster.stops == 1
+
+
+def test_a_process_that_dies_after_a_stop_fails_no_trial(first, tmp_path):
+    cluster, directory, stopped = Script([started, KILLED]), StudyDirectory(tmp_path), Flag()
+    events = schedule(trials_of(first, 1), directory, cluster, stopped)
+    next(events)
+    stopped.set()
+    with pytest.raises(Stopped):
+        list(events)
+    assert directory.failure(cluster.running[0].id) is None
 
 
 def test_nobody_waits_for_states_at_the_second_signal(first, tmp_path):
@@ -182,10 +195,10 @@ def test_nobody_waits_for_states_at_the_second_signal(first, tmp_path):
 
 def test_epochs_after_the_last_state_are_told_again(first, tmp_path):
     directory, (trial,) = StudyDirectory(tmp_path), trials_of(first, 1)
-    keep(started(trial), directory)
+    write_report(started(trial), directory)
     for number in (1, 2, 3, 2):
-        keep(passed(number)(trial), directory)
-    assert [kept.epoch for kept in directory.epochs(trial.id)] == [1, 2]
+        write_report(passed(number)(trial), directory)
+    assert [line.epoch for line in directory.epochs(trial.id)] == [1, 2]
 
 
 @dataclass
@@ -219,10 +232,10 @@ class Simulation:
     def room(self) -> int:
         return 2 * self.slots * sum(self.up.values())
 
-    def submit(self, trial: Trial, state: bytes | None) -> None:
+    def submit(self, trial: Trial, resume: Path) -> None:
         assert trial.id not in self.finished, "a finished trial is trained again"
         self.needed_s.setdefault(trial.id, self.chance.uniform(*TRIAL_S))
-        self.waiting.append((trial, float(state or 0)))
+        self.waiting.append((trial, float(resume.read_bytes() if resume.exists() else 0)))
         self._fill()
 
     def _fill(self) -> None:
@@ -255,7 +268,7 @@ class Simulation:
         if what == "begun":
             return about[0], started(about[0])
         if what == "told":
-            return about[0], Lost("node", "its node was lost")
+            return about[0], LOST
         trial, attempt, progress, begun = about
         if self.training.get(trial.id, (0, -1))[1] != attempt:
             return None  # its node was lost meanwhile, or the driver killed

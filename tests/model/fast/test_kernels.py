@@ -1,6 +1,6 @@
 """The Triton kernels against the plain modules in float64.
 
-Without a GPU they run in Triton's interpreter (see conftest), which is NumPy. `bench.kernels` compiles them.
+Without a GPU they run in Triton's interpreter (see conftest), which is NumPy.
 """
 
 import copy
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
-from expertgrid.model.fast.execution import has_kernels
 from expertgrid.model.fast.settings import full_fp32
 from expertgrid.model.net import ExpertNet, Gate
 from expertgrid.model.presets import PRESETS
@@ -208,9 +207,9 @@ def test_the_parts_that_have_kernels_are_those_that_are_said_to(name):
     config = PRESETS[name]
     with torch.device("meta"):
         fused = with_kernels(build(config))
-    found = sum(isinstance(part, kernels.FusedBlock) for part in fused.modules())
-    assert found == sum(map(has_kernels, config.blocks()))
-    assert found == len(list(config.blocks())), "all presets train with kernels"
+    fused_blocks = sum(isinstance(part, kernels.FusedBlock) for part in fused.modules())
+    assert fused_blocks == sum(map(kernels.has_kernels, config.blocks()))
+    assert fused_blocks == len(list(config.blocks())), "all presets train with kernels"
 
 
 def test_what_has_no_kernels_stays_as_it_is():

@@ -246,10 +246,31 @@ def test_a_damaged_resume_file_is_named(trial, resident_digits, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match="resume.pt: damaged, or of an older version"):
             read_state(file)
-    *_, done = events = list(run_local([trial], resident_digits, directory))
+    assert_trained_from_the_start(run_local([trial], resident_digits, directory))
+
+
+def assert_trained_from_the_start(events: Iterable[Event]) -> None:
+    *_, done = events = list(events)
     (note,) = (event for event in events if isinstance(event, TrialNote))
-    assert "trained from the start, because" in note.text
+    assert note.text.startswith("trained from the start, because ") and "resume.pt" in note.text
     assert done.record.epochs == 3
+
+
+@pytest.mark.parametrize("missing", [("training",), ("training", "so_far"), ("training", "so_far", "loader")])
+def test_a_state_of_another_version_is_not_used(missing, trial, resident_digits, tmp_path):
+    """The training after it is the same as without it."""
+    whole, other = (StudyDirectory(tmp_path / name) for name in ("whole", "other"))
+    list(run_local([trial], resident_digits, whole))
+    file = other.resume_file(trial.id)
+    with pytest.raises(Stopped):
+        list(run_local([trial], resident_digits, other, stop=lambda step: step == 12))
+    state = parent = read_state(file)
+    for key in missing[:-1]:
+        parent = parent[key]
+    parent[f"old {missing[-1]}"] = parent.pop(missing[-1])
+    write_state(file, state)
+    assert_trained_from_the_start(run_local([trial], resident_digits, other))
+    assert other.checkpoint(trial.id).read_bytes() == whole.checkpoint(trial.id).read_bytes()
 
 
 def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, monkeypatch):
@@ -299,6 +320,22 @@ def test_saving_takes_a_small_share_of_the_time(trial, resident_digits, tmp_path
     assert saver.due == 10.0
     saver.save()
     assert saver.due == saved[-1] + 1 + 100 * 3
+
+
+def test_saving_is_no_training_time(digits, resident_digits, tmp_path, monkeypatch):
+    """A clock that only saving moves, by 1,000 s."""
+    clock = [0.0]
+    monkeypatch.setattr("expertgrid.model.training.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("expertgrid.ablations.engines.local.write_state", lambda *_: clock.append(clock.pop() + 1000.0))
+    trial = trials(digits, **{"recipe.epochs": 1})[0]
+    directory, splits = StudyDirectory(tmp_path), resident_digits.splits(HoldOut(), 0)
+    training = start(trial, splits)
+    training.train_seconds = 5.0  # of an epoch, of which a step is done
+    training.loader.begin(0)
+    training.learning_rates.append(0.0)
+    saver = Saver(directory, trial, training, every_s=0.0, stop=bool)
+    (epoch,) = train(trial, splits, training, after_step=saver.save)
+    assert clock[0] > 1000.0 and epoch.train_seconds == 5.0
 
 
 def test_all_cells_are_trained_on_the_first_seed_before_the_next(digits):
