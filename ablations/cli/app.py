@@ -3,6 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
+import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -594,9 +595,12 @@ def bench_train(
         int | None, typer.Option(min=2, max=4096, metavar="N", help="Images in a batch. Default: 128.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, metavar="N", help="Steps in a round. Default: 100 on CUDA, else 2.")
+        int | None, typer.Option(min=1, max=1000, metavar="N", help="Steps in a round. Default: 2; 100 on CUDA.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Rounds of each way.")] = 5,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a model's training steps goes instead.")
+    ] = False,
     device: Device = "auto",
     compile: Compile = "auto",
     kernels: Kernels = "auto",
@@ -611,13 +615,19 @@ def bench_train(
     Three ways take turns: the training loop, a PyTorch baseline, and bare steps on one batch. A preset is trained by
     the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000 images.
 
-    Of a study directory, all cells take turns. Its tables then show these speeds instead of those of the trainings.
+    --profile trains some steps of that recipe, at its batch size, and shows the longest operators, or kernels on CUDA.
+
+    For a study directory, all cells take turns. Its tables then show these speeds instead of those of the trainings.
     """
     of_study = Path(preset).is_dir()
     if of_study:
         options.study_directory(Path(preset))
     if batch is not None and of_study:
         raise InputError("--batch: a study's recipes have the batch sizes")
+    if profile and of_study:
+        raise InputError("--profile: is for a model; a study directory was given")
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler reads it once, and logs on stderr
     if not of_study and (data is not None or data_dir is not None):
         raise InputError("--data: is for a study directory; a model is trained on random images")
     from expertgrid.ablations.cli.terminal import starting
@@ -630,7 +640,7 @@ def bench_train(
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
         return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
-    return bench_train(preset, batch or 128, steps, rounds, device, execution, format)
+    return bench_train(preset, batch, steps, rounds, device, execution, profile, format)
 
 
 @app.command("list", rich_help_panel=LISTS)

@@ -26,11 +26,11 @@ def rerun(
     study = StudyDirectory(directory)
     trial, record = _finished_trial(study, trial_id)
     with starting():
-        from expertgrid.ablations.cli.devices import device
         from expertgrid.ablations.engines.rerun import train_again
+        from expertgrid.model.system.machine import torch_device
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
-    on = device(device_name)
+    on = torch_device(device_name)
     images = read_data(data or trial.source, data_dir, study.plan.image_size)
     with status(f"training trial {trial_id} again"):
         found = train_again(study, trial, record, ResidentData(images, on))

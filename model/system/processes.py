@@ -41,9 +41,11 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
 
     context = process_context("torch")
     here, there = context.Pipe()
-    process = context.Process(target=_answer, args=(there, torch.get_num_threads(), begin, *work))
+    process = context.Process(target=_answer, args=(there, torch.get_num_threads()))
     process.start()
     there.close()
+    with suppress(OSError):  # the first question says so
+        here.send((begin, *work))  # not with the start, which a signal may cut short
 
     def ask(*words: object) -> Any:
         try:
@@ -58,18 +60,23 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
 
     try:
         yield ask
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     finally:
         here.close()
         process.join()
 
 
-def _answer(asked: Connection, threads: int, begin: Callable[..., Callable[..., Any]], *work: Any) -> None:
+def _answer(asked: Connection, threads: int) -> None:
     """The process: answers what arrives with what came of it or with its error."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     torch.set_num_threads(threads)
-    with asked, suppress(EOFError):
+    with asked, suppress(EOFError, OSError):  # the process that asks has ended
+        begin, *work = asked.recv()
         answer_to = begin(*work)
         while True:
             words = asked.recv()
