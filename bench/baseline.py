@@ -16,12 +16,14 @@ It runs in a process of its own, as expertgrid's training has its process keep t
 import copy
 import itertools
 import multiprocessing
+import os
 import random
+import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -105,71 +107,72 @@ class BaselineImages(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-@contextmanager
-def baseline_rounds(
-    net: nn.Module,
-    optimizer: Callable[[nn.Module], Optimizer],
-    images: BaselineImages,
-    batch: int,
-    steps: int,
-    smoothing: float,
-    device: torch.device,
-) -> Generator[Callable[[], float]]:
-    """A function that trains `net` (on the CPU) as the baseline does for `steps` steps, and returns their seconds.
+@dataclass(frozen=True)
+class Baseline:
+    """A network (on the CPU) and how the baseline trains it, in rounds of `steps` steps."""
 
-    It trains in a process of its own, as the loop changes how its process allocates memory. That process and its
-    workers run until the context is left. Errors of the training are raised here.
-    """
-    with answers("the PyTorch baseline", _begin, net, optimizer, images, batch, steps, smoothing, device) as run:
-        yield run
+    net: nn.Module
+    optimizer: Callable[[nn.Module], Optimizer]
+    images: BaselineImages
+    batch: int
+    steps: int
+    smoothing: float
+    device: torch.device
+
+    def in_own_process(self) -> AbstractContextManager[Callable[[], float]]:
+        """A function that trains a round and returns its seconds.
+
+        It trains in a process of its own, as the loop changes how its process allocates memory. That process and its
+        workers run until the context is left. Errors of the training are raised here.
+        """
+        return answers("the PyTorch baseline", _begin, self)
+
+    def rounds(self) -> Iterator[float]:
+        """Trains a round for each `next`, and yields its seconds.
+
+        One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
+        PyTorch takes by itself.
+        """
+        net = copy.deepcopy(self.net).to(self.device).train()  # what arrived may be memory that two processes share
+        optimizer = self.optimizer(net)
+        for group in optimizer.param_groups:
+            group |= {name: default for name, default in (("fused", None), ("capturable", False)) if name in group}
+        workers = usable_cores()
+        loader = DataLoader(
+            self.images,
+            self.batch,
+            sampler=RandomSampler(self.images, replacement=True, num_samples=10**9),
+            num_workers=workers,
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0],  # the system's; here it is spawn
+            persistent_workers=True,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=PREFETCHED,
+        )
+        criterion = nn.CrossEntropyLoss(label_smoothing=self.smoothing)
+        batches = iter(loader)
+        while True:
+            for _ in range(workers * PREFETCHED + 1):
+                next(batches)
+            synchronise(self.device)
+            started = time.perf_counter()
+            for x_BCHW, y_B in itertools.islice(batches, self.steps):
+                x_BCHW, y_B = (x.to(self.device, non_blocking=True) for x in (x_BCHW, y_B))
+                baseline_step(net, optimizer, criterion, x_BCHW, y_B)
+            synchronise(self.device)
+            yield time.perf_counter() - started
 
 
-def _begin(*work: Any) -> Callable[[], float]:
+def _begin(baseline: Baseline) -> Callable[[], float]:
     """In the process: a function that trains a round and returns its seconds."""
-    return partial(next, _baseline_rounds(*work))
+    signal.signal(signal.SIGTERM, _end)
+    return partial(next, baseline.rounds())
 
 
-def _baseline_rounds(
-    net: nn.Module,
-    optimizer: Callable[[nn.Module], Optimizer],
-    images: BaselineImages,
-    batch: int,
-    steps: int,
-    smoothing: float,
-    device: torch.device,
-) -> Iterator[float]:
-    """Trains a round for each `next`, and yields its seconds.
-
-    One long epoch is drawn from the images, with replacement. An optimiser is set back to the implementation that
-    PyTorch takes by itself.
-    """
-    net = copy.deepcopy(net).to(device).train()  # what arrived is in memory that the two processes share
-    stepper = optimizer(net)
-    for group in stepper.param_groups:
-        group |= {name: default for name, default in (("fused", None), ("capturable", False)) if name in group}
-    workers = usable_cores()
-    loader = DataLoader(
-        images,
-        batch,
-        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
-        num_workers=workers,
-        multiprocessing_context=multiprocessing.get_all_start_methods()[0],  # the system's default; here it is spawn
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=PREFETCHED,
-    )
-    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    batches = iter(loader)
-    while True:
-        for _ in range(workers * PREFETCHED + 1):
-            next(batches)
-        synchronise(device)
-        started = time.perf_counter()
-        for x_BCHW, y_B in itertools.islice(batches, steps):
-            x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
-            baseline_step(net, stepper, criterion, x_BCHW, y_B)
-        synchronise(device)
-        yield time.perf_counter() - started
+def _end(*_: object) -> None:
+    """Ends this process with its workers, which would print that nobody takes their batches."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(1)
 
 
 def baseline_step(net: nn.Module, optimizer: Optimizer, criterion: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-STAT, STATUS = Path("/proc/stat"), Path("/proc/self/status")
+STAT, STATUS, CLEAR = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RAPL = Path("/sys/class/powercap")
 BUSY = 0.1  # share of the processor's time that others may take before the table says so
 SLOWED = {"SwPowerCap": "power", "SwThermalSlowdown": "heat", "HwSlowdown": "heat or power"}  # NVML's reasons
@@ -26,15 +26,15 @@ class Host(BaseModel):
 
     def notes(self) -> list[str]:
         """What a reader must know before they believe the times."""
-        found = []
+        lines = []
         if self.others_share is not None and self.others_share > BUSY:
-            found.append(f"The machine was busy: other processes took {self.others_share:.0%} of its processors' time.")
+            lines.append(f"The machine was busy: other processes took {self.others_share:.0%} of its processors' time.")
         if self.slowed_by:
-            found.append(f"The GPU slowed itself down because of {' and '.join(self.slowed_by)}.")
+            lines.append(f"The GPU slowed itself down because of {' and '.join(self.slowed_by)}.")
         if self.sm_mhz and self.temperature_c:
             clock, heat = (" to ".join(map(str, dict.fromkeys(ends))) for ends in (self.sm_mhz, self.temperature_c))
-            found.append(f"GPU: {clock} MHz, {heat} degrees Celsius, before and after.")
-        return found
+            lines.append(f"GPU: {clock} MHz, {heat} degrees Celsius, before and after.")
+        return lines
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 
 def _gpu() -> Any:
-    """NVML with the handle of the first visible GPU; None where nvidia-ml-py or the driver is not there."""
+    """NVML with the handle of the first visible GPU; None where nvidia-ml-py or the driver is not installed."""
     with suppress(ImportError):
         import pynvml
 
@@ -102,13 +102,20 @@ def peak_bytes() -> int | None:
     Not `ru_maxrss` on Linux, which begins with the memory of the process that started this one.
     """
     if STATUS.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        line = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+        return int(line[1]) * 1024 if line else None
     with suppress(ImportError):  # as on Windows
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return None
+
+
+def reset_peak() -> int | None:
+    """Has `peak_bytes` forget what is freed, where the system can (Linux). Returns what it then gives."""
+    with suppress(OSError):
+        CLEAR.write_text("5")
+    return peak_bytes()
 
 
 class Meter:

@@ -7,6 +7,7 @@ taken, and what they say, is in `bench.timing`.
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,29 +15,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pydantic import BaseModel
 
-from expertgrid.bench.apart import Begin, apart
-from expertgrid.bench.engines import USUAL, Engine, Run, engines
+from expertgrid.bench.engines import PYTORCH, USUAL, Engine, Run, engines
 from expertgrid.bench.host import Meter, watched
+from expertgrid.bench.isolated import Begin, isolated_engine
 from expertgrid.bench.record import Latency, LatencyRecord, Memory
 from expertgrid.bench.timing import Call, Ratio, Timer, compare, compare_runs, take_turns
 from expertgrid.export.describe import read_onnx
-from expertgrid.export.session import ORT_ERRORS, check_provider, open_session, run
-from expertgrid.export.to_onnx import INPUT, LOGITS
+from expertgrid.export.session import ORT_ERRORS, check_provider
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import cpu_name, device_name, usable_cores
 from expertgrid.model.system.text import Measured
-
-EAGER = ("pytorch eager cpu", "pytorch eager cuda")
 
 
 def random_images(model: bytes, batch: int) -> np.ndarray:
     """A batch of random images of the shape and type that the model's input has."""
     graph = onnx.load_from_string(model).graph
     weights = {weight.name for weight in graph.initializer}
-    first = next(given for given in graph.input if given.name not in weights).type.tensor_type
+    first = next(value for value in graph.input if value.name not in weights).type.tensor_type
     shape = (batch, *(dim.dim_value for dim in first.shape.dim[1:]))
     rng = np.random.default_rng(batch)
     if first.elem_type == onnx.TensorProto.UINT8:
@@ -49,7 +46,7 @@ def measure(
     provider: str = "cpu",
     batches: Sequence[int] = (1, 8, 64),
     measure_s: float = 1.0,
-    wanted: Sequence[str] = USUAL,
+    kinds: Sequence[str] = USUAL,
     openings: int | None = None,
     isolated: Begin | None = None,
 ) -> list[LatencyRecord]:
@@ -60,7 +57,7 @@ def measure(
     """
     check_provider(provider)
     models = [read_onnx(path) for path in paths]
-    opened = [engines(model, str(path), provider, wanted) for path, model in zip(paths, models)]
+    opened = [engines(model, str(path), provider, kinds) for path, model in zip(paths, models)]
     latencies: list[list[Latency]] = [[] for _ in paths]
     cuda = provider != "cpu"
     with watched(cuda) as host:
@@ -68,17 +65,18 @@ def measure(
             candidates: dict[tuple[int, str], Callable[[], Call | Timer]] = {}
             memory: dict[tuple[int, str], Memory] = {}
             with ExitStack() as processes:
-                for i, (model, (found, _)) in enumerate(zip(models, opened)):
+                for i, (model, (by_title, _)) in enumerate(zip(models, opened)):
                     images = random_images(model, batch)
-                    for name, engine in found.items():
-                        key, memory[i, name] = (i, name), Memory()
+                    for title, engine in by_title.items():
+                        key, memory[i, title] = (i, title), Memory()
                         candidates[key] = partial(open_engine, engine, images)
                         if isolated:
-                            own = apart(engine, images, open_engine, isolated, memory[key])
-                            candidates[key] = processes.enter_context(own)
+                            process = isolated_engine(engine, images, open_engine, isolated, memory[key])
+                            candidates[key] = processes.enter_context(process)
                 turns = take_turns(candidates, measure_s, openings, Meter(cuda))
-            for (i, name), times in turns.items():
-                latencies[i].append(Latency.of(name, batch, times, memory[i, name]))
+            for (i, title), times in turns.items():
+                kind = opened[i][0][title].kind
+                latencies[i].append(Latency.of(title, kind, batch, times, memory[i, title]))
     finished, device = now(), torch.device("cuda" if cuda else "cpu")
     return [
         LatencyRecord(
@@ -95,20 +93,15 @@ def measure(
             versions={"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
             host=host,
             finished=finished,
-            latencies=found,
+            latencies=of_file,
         )
-        for path, model, (_, metadata), found in zip(paths, models, opened, latencies)
+        for path, model, (_, metadata), of_file in zip(paths, models, opened, latencies)
     ]
 
 
 def open_engine(engine: Engine, images: np.ndarray) -> Call:
     """A call on the images. Raises InputError where the network does not run at this batch size."""
     return partial(open_run(engine, images), images)
-
-
-def open_file(model: bytes, images: np.ndarray) -> Call:
-    """A call of ONNX Runtime on the CPU, of a model that `export.to_onnx` made."""
-    return partial(run, open_session(model, "cpu", "model"), [LOGITS], {INPUT: images})
 
 
 def open_run(engine: Engine, images: np.ndarray) -> Run:
@@ -128,14 +121,14 @@ def machine() -> dict[str, str | int]:
     return {"cpu": cpu_name(), "instructions": instructions, "cores": usable_cores()}
 
 
-def check_comparable(baseline: LatencyRecord, here: LatencyRecord, file: Path) -> None:
-    """Raises InputError where a record was made on another machine, or with other versions."""
+def check_comparable(baseline: LatencyRecord, record: LatencyRecord, file: Path) -> None:
+    """Raises InputError where the baseline, read from `file`, is of another machine or other versions."""
     for what, old, new in (
-        ("provider", baseline.provider, here.provider),
-        ("device", baseline.device, here.device),
-        ("threads", baseline.threads, here.threads),
-        *((name, baseline.machine.get(name), value) for name, value in here.machine.items()),
-        *((name, baseline.versions.get(name), value) for name, value in here.versions.items()),
+        ("provider", baseline.provider, record.provider),
+        ("device", baseline.device, record.device),
+        ("threads", baseline.threads, record.threads),
+        *((name, baseline.machine.get(name), value) for name, value in record.machine.items()),
+        *((name, baseline.versions.get(name), value) for name, value in record.versions.items()),
     ):
         if old != new:
             raise InputError(
@@ -143,116 +136,115 @@ def check_comparable(baseline: LatencyRecord, here: LatencyRecord, file: Path) -
             )
 
 
-class Comparison(BaseModel):
+@dataclass(frozen=True)
+class Comparison:
     """How fast a file is against another, in one engine at one batch size."""
 
     file: str
     other: str
     engine: str
     batch: int
-    ratio: tuple[float, float, float]  # how many times as fast, and its 98% interval
-    verdict: str
+    ratio: Ratio  # how many times as fast
 
     @classmethod
-    def of(cls, file: str, other: str, found: Latency, ratio: Ratio, engine: str) -> "Comparison":
-        """`engine` is that of the other."""
-        other = other if engine == found.engine else f"{other} in {engine}"
-        return cls(
-            file=file, other=other, engine=found.engine, batch=found.batch, ratio=tuple(ratio), verdict=ratio.word
-        )
+    def of(cls, file: str, other: str, latency: Latency, reference: Latency, ratio: Ratio) -> "Comparison":
+        """`reference` is the other file's latency, which may be in another engine."""
+        if reference.engine != latency.engine:
+            other = f"{other} in {reference.engine}"
+        return cls(file, other, latency.engine, latency.batch, ratio)
 
     def slower_percent(self) -> float:
         """By how much it is slower; 0 where that is not sure."""
-        return 100 * (1 / self.ratio[0] - 1) if self.verdict == "slower" else 0.0
+        return 100 * (1 / self.ratio.value - 1) if self.ratio.word == "slower" else 0.0
 
     def __str__(self) -> str:
         value, low, high = self.ratio
         numbers = f"{value:.3g} times as fast ({low:.3g} to {high:.3g})"
-        return f"{self.file} against {self.other}, batch {self.batch}, {self.engine}: {self.verdict}, {numbers}"
+        return f"{self.file} against {self.other}, batch {self.batch}, {self.engine}: {self.ratio.word}, {numbers}"
 
 
 def with_first(records: Sequence[LatencyRecord]) -> list[Comparison]:
     """Each file against the first, of one run of `measure`: in the same engine, or each in its own."""
+    own = {latency.batch: latency for latency in reversed(records[0].latencies)}  # the first engine of each batch size
     return [
-        Comparison.of(record.file, records[0].file, found, compare(first.times, found.times), first.engine)
+        Comparison.of(record.file, records[0].file, latency, first, compare(first.times, latency.times))
         for record in records[1:]
-        for found, same in zip(record.latencies, _alike(record, records[0]))
-        if not found.engine.startswith("pytorch")
-        if (first := same or _first_of(records[0], found.batch))
+        for latency, same in zip(record.latencies, _alike(record, records[0]))
+        if latency.kind not in PYTORCH
+        if (first := same or own.get(latency.batch))
     ]
-
-
-def _first_of(record: LatencyRecord, batch: int) -> Latency | None:
-    """The first engine at a batch size: where nothing else was asked for, the file's own."""
-    return next((found for found in record.latencies if found.batch == batch), None)
 
 
 def with_baseline(record: LatencyRecord, baseline: LatencyRecord, name: str) -> list[Comparison]:
     """A file against a record of an earlier run, in each engine and batch size of both. Raises InputError for none."""
-    found = [
-        Comparison.of(record.file, name, found, compare_runs(old.times, found.times), old.engine)
-        for found, old in zip(record.latencies, _alike(record, baseline))
+    comparisons = [
+        Comparison.of(record.file, name, latency, old, compare_runs(old.times, latency.times))
+        for latency, old in zip(record.latencies, _alike(record, baseline))
         if old
     ]
-    if not found:
+    if not comparisons:
         raise InputError(f"{name}: has none of the engines and batch sizes that were measured now")
-    return found
+    return comparisons
 
 
 def _alike(record: LatencyRecord, other: LatencyRecord) -> list[Latency | None]:
     """The other record's latencies of the same engines and batch sizes."""
-    there = {(found.engine, found.batch): found for found in other.latencies}
-    return [there.get((found.engine, found.batch)) for found in record.latencies]
+    others = {(latency.engine, latency.batch): latency for latency in other.latencies}
+    return [others.get((latency.engine, latency.batch)) for latency in record.latencies]
 
 
-def rows(records: Sequence[LatencyRecord], compared: Sequence[Comparison]) -> list[dict[str, object]]:
-    """The records as the rows of a table, with what `with_first` found of them.
+def rows(records: Sequence[LatencyRecord], comparisons: Sequence[Comparison]) -> list[dict[str, object]]:
+    """The records as the rows of a table, with the comparisons of `with_first`.
 
     Each engine's speed is given relative to PyTorch eager on the same file and batch size and, where there are several
     files, to the same engine on the first of them.
     """
-    first = {(one.file, one.engine, one.batch): one for one in compared}
-    shown: list[dict[str, object]] = []
+    with_first = {(comparison.file, comparison.engine, comparison.batch): comparison for comparison in comparisons}
+    table: list[dict[str, object]] = []
     for record in records:
-        eager = {found.batch: found for found in record.latencies if found.engine in EAGER}
-        for found in record.latencies:
-            row: dict[str, object] = {"file": record.file, "batch": found.batch, "engine": found.engine}
+        eager = {latency.batch: latency for latency in record.latencies if latency.kind == "eager"}
+        has_joules = any(latency.joules_per_image is not None for latency in record.latencies)
+        has_memory = any(latency.peak_bytes is not None for latency in record.latencies)
+        for latency in record.latencies:
+            row: dict[str, object] = {"file": record.file, "batch": latency.batch, "engine": latency.engine}
             for name in ("p50", "p90", "p99"):
-                ends = found.intervals_ms.get(name)
-                row[f"{name} ms"] = Measured(getattr(found, f"{name}_ms"), *ends) if ends else None
-            row["images/s"] = round(found.images_per_s, 1)
-            if any(one.joules_per_image is not None for one in record.latencies):
-                row["mJ/image"] = found.joules_per_image and 1000 * found.joules_per_image
-            if any(one.peak_bytes is not None for one in record.latencies):
-                row["peak MiB"] = found.peak_bytes and found.peak_bytes / 2**20
-                row["added MiB"] = found.added_bytes and found.added_bytes / 2**20
-            plain = eager.get(found.batch)
-            row["x eager"] = Measured(*compare(plain.times, found.times)) if plain and plain is not found else None
+                ends = latency.intervals_ms.get(name)
+                row[f"{name} ms"] = Measured(getattr(latency, f"{name}_ms"), *ends) if ends else None
+            row["images/s"] = round(latency.images_per_s, 1)
+            if has_joules:
+                row["mJ/image"] = latency.joules_per_image and 1000 * latency.joules_per_image
+            if has_memory:
+                row["peak MiB"] = latency.peak_bytes and latency.peak_bytes / 2**20
+                row["added MiB"] = latency.added_bytes and latency.added_bytes / 2**20
+            plain = eager.get(latency.batch)
+            row["x eager"] = compare(plain.times, latency.times) if plain and plain is not latency else None
             if len(records) > 1:
-                against = first.get((record.file, found.engine, found.batch))
-                row["x first"] = Measured(*against.ratio) if against else None
-                row["verdict"] = against.verdict if against else None
-            shown.append(row)
-    return shown
+                against = with_first.get((record.file, latency.engine, latency.batch))
+                row["x first"] = against.ratio if against else None
+                row["verdict"] = against.ratio.word if against else None
+            table.append(row)
+    return table
 
 
 def notes(records: Sequence[LatencyRecord]) -> list[str]:
     """What the table rests on."""
     record = records[0]
-    every = [found for one in records for found in one.latencies]
+    latencies = [latency for record in records for latency in record.latencies]
     lines = [
         f"{record.device}, {record.threads} threads. x: times as fast; ±: half of the interval, 95% and for x 98%."
     ]
     if len(records) > 1:
         lines.append(f"x first: against {record.file} in the same engine, or each in its own, at the same batch size.")
-    if any(found.peak_bytes is not None for found in every):
+    if any(latency.peak_bytes is not None for latency in latencies):
         lines.append(
-            "peak MiB: the most memory of the engine's process; added MiB: of it, what Python and its libraries alone "
-            "do not take."
+            "peak MiB: the most memory of the engine's process; added MiB: the part of it that Python and its "
+            "libraries alone do not take."
         )
     lines += record.host.notes()
-    if any(found.p99_ms is None for found in every):
+    if any(latency.p99_ms is None for latency in latencies):
         lines.append("No p90 below 36 calls and no p99 below 368: --seconds gives more.")
-    if unsteady := sorted({f"{found.engine} at batch {found.batch}" for found in every if not found.steady}):
+    if unsteady := sorted(
+        {f"{latency.engine} at batch {latency.batch}" for latency in latencies if not latency.steady}
+    ):
         lines.append(f"Still changing its speed after the warm-up: {', '.join(unsteady)}.")
     return lines

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import onnx
+import torch
 from timm.utils.model import reparameterize_model
 from torch import nn
 
 from expertgrid.bench.engines import engines
-from expertgrid.bench.untrained import fresh_weights
 from expertgrid.export.certify import DEFAULT_REWRITES
 from expertgrid.export.describe import read_onnx
 from expertgrid.export.metadata import Metadata
@@ -20,9 +20,10 @@ from expertgrid.export.to_onnx import to_onnx
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import TimmModel
 from expertgrid.model.cost import cost
+from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 
-FAMILIES = (  # of each, the member whose parameters are nearest to the file's is taken
+FAMILIES = (  # the member of each whose parameters are nearest to the file's is taken
     ("resnet10t", "resnet14t", "resnet18", "resnet26", "resnet34", "resnet50"),
     ("mobilenetv3_small_050", "mobilenetv3_small_075", "mobilenetv3_small_100"),
     ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "efficientnet_lite3", "efficientnet_lite4"),
@@ -58,8 +59,8 @@ def peers_of(file: Path) -> tuple[dict[str, bytes], dict[str, str]]:
 
 def _nearest(family: tuple[str, ...], metadata: Metadata) -> str:
     size = metadata.trained.image_size
-    wanted = cost(metadata.config, *size)[0]
-    return min(family, key=lambda name: abs(math.log(cost(_config(name, metadata), *size)[0] / wanted)))
+    parameters = cost(metadata.config, *size)[0]
+    return min(family, key=lambda name: abs(math.log(cost(_config(name, metadata), *size)[0] / parameters)))
 
 
 def _config(name: str, metadata: Metadata) -> TimmModel:
@@ -69,7 +70,9 @@ def _config(name: str, metadata: Metadata) -> TimmModel:
 def _exported(name: str, metadata: Metadata) -> bytes:
     """Without metadata: PyTorch would be timed with RepVGG's branches. Raises InputError as `to_onnx`."""
     config = _config(name, metadata)
-    checkpoint = Deployed(config, metadata.trained, fresh_weights(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        checkpoint = Deployed(config, metadata.trained, build(config).state_dict())
     proto = onnx.load_from_string(to_onnx(checkpoint, metadata.input, DEFAULT_REWRITES))
     del proto.metadata_props[:]
     return proto.SerializeToString()

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from expertgrid.bench.host import Host
 from expertgrid.bench.timing import Block, Times, percentiles
@@ -29,7 +29,8 @@ class Memory:
 class Latency(BaseModel):
     """One engine at one batch size. Intervals are bootstrap intervals at 95%."""
 
-    engine: str
+    engine: str  # its title in tables
+    kind: str  # the word that --engine has for it
     batch: int
     calls: int
     p50_ms: float
@@ -44,18 +45,29 @@ class Latency(BaseModel):
     blocks: list[tuple[int, int]] = []  # of calls in a row: in which opening, and how many calls
     calls_ms: list[float]
 
+    @model_validator(mode="before")
     @classmethod
-    def of(cls, engine: str, batch: int, times: Times, memory: Memory | None = None) -> "Latency":
+    def _kind_of_version_0_2(cls, fields: Any) -> Any:
+        """Records of version 0.2 have the kind only as words of the title."""
+        if isinstance(fields, dict) and isinstance(title := fields.get("engine"), str) and "kind" not in fields:
+            first, *words = title.split(" ")
+            return fields | {"kind": "-".join(words[:-1]) if first == "pytorch" else first}
+        return fields
+
+    @classmethod
+    def of(cls, engine: str, kind: str, batch: int, times: Times, memory: Memory | None = None) -> "Latency":
         calls_ms = times.calls_ms
-        found = dict(zip(("p50", "p90", "p99"), percentiles(times, PERCENTILES)))
+        estimates = dict(zip(("p50", "p90", "p99"), percentiles(times, PERCENTILES)))
         joules = [block.joules for block in times.blocks if block.joules is not None]
         return cls(
             engine=engine,
+            kind=kind,
             batch=batch,
             calls=len(calls_ms),
             p50_ms=float(np.median(calls_ms)),
-            **{f"{name}_ms": one.value if one else None for name, one in found.items() if name != "p50"},
-            intervals_ms={name: (one.low, one.high) for name, one in found.items() if one},
+            p90_ms=estimates["p90"] and estimates["p90"].value,
+            p99_ms=estimates["p99"] and estimates["p99"].value,
+            intervals_ms={name: (value.low, value.high) for name, value in estimates.items() if value},
             images_per_s=1000 * batch * len(calls_ms) / sum(calls_ms),
             joules_per_image=sum(joules) / (batch * len(calls_ms)) if len(joules) == len(times.blocks) else None,
             peak_bytes=memory.peak if memory else None,
@@ -104,7 +116,7 @@ def read_latency(file: Path) -> LatencyRecord:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise invalid(str(file), error) from None
-    for found in record.latencies:
-        if not found.blocks or sum(count for _, count in found.blocks) != len(found.calls_ms):
+    for latency in record.latencies:
+        if not latency.blocks or sum(count for _, count in latency.blocks) != len(latency.calls_ms):
             raise InputError(f"{file}: does not say in which blocks its calls were; measure it again")
     return record

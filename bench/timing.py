@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
-from scipy.stats import mstats
+from scipy.special import stdtrit
+
+from expertgrid.model.system.text import Measured
 
 Key = TypeVar("Key")
 Call = Callable[[], object]
@@ -87,20 +88,8 @@ class Times:
         return [[block for block in self.blocks if block.opening == number] for number in numbers]
 
 
-class Estimate(NamedTuple):
-    """A value and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Ratio(NamedTuple):
+class Ratio(Measured):
     """How many times as fast one candidate is as another, with the interval of the verdict."""
-
-    value: float
-    low: float
-    high: float
 
     @property
     def word(self) -> Word:
@@ -124,7 +113,7 @@ def take_turns(
     order, most, slow = random.Random(0), openings or OPENINGS, False
     warm_up_s = min(LONGEST_WARM_UP_S, 2 * measure_s)
     for opening in range(most):
-        last_one = openings is None and opening + 1 >= LEAST_OPENINGS and (slow or _far_apart(times))
+        is_last = openings is None and opening + 1 >= LEAST_OPENINGS and (slow or _far_apart(times))
         timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
         call_s: dict[Key, float] = {}
         for key, timer in timers.items():
@@ -133,14 +122,14 @@ def take_turns(
             timer.rest()
         block_s = max(BLOCK_S, *call_s.values())
         slow |= block_s > BLOCK_S
-        goal_s, before_it = measure_s * (1.0 if last_one else (opening + 1) / most), None
+        goal_s, previous = measure_s * (1.0 if is_last else (opening + 1) / most), None
         for done in itertools.count():
             if done >= LEAST_BLOCKS and min(measured.values()) >= goal_s:
                 break
             for key in _shuffled(timers, order):
-                if before_it not in (None, key):
-                    timers[before_it].rest()
-                before_it = key
+                if previous not in (None, key):
+                    timers[previous].rest()
+                previous = key
                 for _ in range(max(1, round(RAMP_S / call_s[key]))):
                     timers[key].call()
                 before = meter()
@@ -149,7 +138,7 @@ def take_turns(
                 joules = None if before is None or after is None else after - before
                 times[key].blocks.append(Block(opening, calls_ms, joules))
                 measured[key] += sum(calls_ms) / 1000
-        if last_one:
+        if is_last:
             break
     return times
 
@@ -188,10 +177,10 @@ def _others_compute() -> bool:
         before = time.process_time()
         time.sleep(TICK_S)
         return time.process_time() - before > TICK_S / 10
-    here = str(threading.get_native_id())
+    this = str(threading.get_native_id())
     for task in TASKS.iterdir():
         with suppress(OSError):  # a thread that has ended meanwhile
-            if task.name != here and (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+            if task.name != this and (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
                 return True
     return False
 
@@ -218,6 +207,8 @@ def warm_up(call: Call, longest_s: float = LONGEST_WARM_UP_S) -> tuple[float, bo
 
 def has_trend(values: Sequence[float]) -> bool:
     """Whether values rise or fall with time, by Kendall's test at 5%."""
+    from scipy import stats  # slow to import, and tables read records of times
+
     return bool(stats.kendalltau(range(len(values)), values).pvalue < 0.05)
 
 
@@ -227,40 +218,49 @@ def calls_needed(percentile: float) -> int:
     return math.ceil(math.log((1 - LEVEL) / 2) / math.log(share))
 
 
-def percentiles(times: Times, wanted: Sequence[float]) -> list[Estimate | None]:
+def percentiles(times: Times, percents: Sequence[float]) -> list[Measured | None]:
     """Percentiles of the calls in milliseconds, with bootstrap intervals; None where there are too few calls.
 
     Openings are drawn, then blocks of each: calls next to each other are alike.
     """
     openings = [[np.asarray(block.calls_ms) for block in blocks] for blocks in times.openings]
     rng = np.random.default_rng(0)
-    drawn = np.empty((RESAMPLES, len(wanted)))
+    drawn = np.empty((RESAMPLES, len(percents)))
     for row in drawn:
         picked = [
             openings[i][j]
             for i in rng.integers(len(openings), size=len(openings))
             for j in rng.integers(len(openings[i]), size=len(openings[i]))
         ]
-        row[:] = np.percentile(np.concatenate(picked), wanted)
+        row[:] = np.percentile(np.concatenate(picked), percents)
     calls_ms = times.calls_ms
-    values = np.percentile(calls_ms, wanted)
+    values = np.percentile(calls_ms, percents)
     ends = np.percentile(drawn, (50 * (1 - LEVEL), 50 * (1 + LEVEL)), axis=0)
-    found = [Estimate(float(value), float(low), float(high)) for value, low, high in zip(values, *ends)]
-    return [one if len(calls_ms) >= calls_needed(p) else None for one, p in zip(found, wanted)]
+    estimates = [Measured(*map(float, estimate)) for estimate in zip(values, *ends)]
+    return [value if len(calls_ms) >= calls_needed(p) else None for value, p in zip(estimates, percents)]
 
 
 def compare(first: Times, second: Times) -> Ratio:
     """How many times as fast `second` is as `first`, of one run of `take_turns`.
 
-    In each opening, the median over pairs of neighbouring blocks of the logarithm of their medians' ratio. Then the
-    trimmed mean over openings, as these are what a new run would draw again, with Student's interval for it (Yuen's): a
-    burst of other work on the machine spoils some openings, and the others count.
+    In each opening, the median over pairs of neighbouring blocks of the logarithm of their medians' ratio. Then
+    `typical_ratio` over openings, as these are what a new run would draw again.
     """
-    per_opening = [
-        float(np.median([_log_median(a) - _log_median(b) for a, b in zip(of_first, of_second, strict=True)]))
-        for of_first, of_second in zip(first.openings, second.openings, strict=True)
-    ]
-    return _ratio(*_trimmed(per_opening))
+    return typical_ratio(
+        [
+            float(np.median([_log_median(a) - _log_median(b) for a, b in zip(of_first, of_second, strict=True)]))
+            for of_first, of_second in zip(first.openings, second.openings, strict=True)
+        ]
+    )
+
+
+def typical_ratio(logs: Sequence[float]) -> Ratio:
+    """The trimmed mean of logarithms of ratios, with Student's interval for it (Yuen's), as a ratio.
+
+    A burst of other work on the machine spoils some of them, and the others count. The interval of a single one is
+    without end.
+    """
+    return _ratio(*_trimmed(logs))
 
 
 def compare_runs(first: Times, second: Times) -> Ratio:
@@ -278,15 +278,18 @@ def compare_runs(first: Times, second: Times) -> Ratio:
 
 def _trimmed(values: Sequence[float]) -> tuple[float, float, int]:
     """The mean without the lowest and highest TRIM of the values, Yuen's standard error, and the degrees of freedom."""
-    left = len(values) - 2 * int(TRIM * len(values))
+    cut, ordered = int(TRIM * len(values)), np.sort(values)
+    left = len(values) - 2 * cut
     if left < 2:
         return float(np.mean(values)), math.inf, 1
-    squares = (len(values) - 1) * np.var(mstats.winsorize(np.asarray(values), (TRIM, TRIM)), ddof=1)
-    return float(stats.trim_mean(values, TRIM)), math.sqrt(squares / (left * (left - 1))), left - 1
+    inner = ordered[cut : cut + left]
+    winsorised = np.clip(ordered, inner[0], inner[-1])
+    squares = (len(values) - 1) * np.var(winsorised, ddof=1)
+    return float(np.mean(inner)), math.sqrt(squares / (left * (left - 1))), left - 1
 
 
 def _ratio(log: float, error: float, df: float) -> Ratio:
-    half = float(stats.t.ppf((1 + VERDICT_LEVEL) / 2, max(df, 1))) * error if error else 0.0
+    half = float(stdtrit(max(df, 1), (1 + VERDICT_LEVEL) / 2)) * error if error else 0.0
     return Ratio(math.exp(log), math.exp(log - half), math.exp(log + half) if half < 700 else math.inf)
 
 

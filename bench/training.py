@@ -5,29 +5,31 @@ batch that is ready on the device: the loop's overhead is its time over theirs. 
 turns, so that a change of the machine's speed hits all of them.
 """
 
-import os
+import math
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
 
-from expertgrid.bench.baseline import BaselineImages, baseline_rounds, baseline_transform, textbook
+from expertgrid.bench.baseline import Baseline, BaselineImages, baseline_transform, textbook
+from expertgrid.bench.host import peak_bytes, reset_peak
 from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
-from expertgrid.model.cost import check_image_size, cost
+from expertgrid.bench.timing import Ratio, Word, typical_ratio
+from expertgrid.model.cost import cost
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import network
+from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import device_name, usable_cores
 from expertgrid.model.training.augment import augment
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.loop import Training, TrainingError, start, train, uses_bfloat16
 from expertgrid.model.training.optimise import make_optimizer
-from expertgrid.model.training.prepare import prepare
+from expertgrid.model.training.prepare import Prepared, prepare
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.splits import Splits
 from expertgrid.model.training.step import training_step
@@ -57,8 +59,10 @@ class TrainingSpeed(BaseModel):
     images_per_s: float
     bare_images_per_s: float
     baseline_images_per_s: float
-    ratio: float  # median over the rounds of the loop's images/s over the baseline's
-    overhead_percent: float  # median over the rounds of loop / bare - 1
+    ratio: float  # how many times as fast as the baseline the loop is
+    ratio_interval: tuple[float, float]  # 98%, over the rounds; without end for a single one
+    verdict: Word  # on the loop, against the baseline
+    overhead_percent: float  # time of the loop over that of bare steps, less 1
     peak_memory_bytes: int | None  # of the loop, in its first round
     peak_memory_is: str
     macs: int  # multiply-accumulates of one image's forward pass
@@ -75,7 +79,7 @@ class TrainingSpeed(BaseModel):
         """The speeds that follow from the seconds of each round; `known` are the other fields."""
         images = known["batch"] * known["steps"]
         rate, bare_rate, baseline_rate = (images / statistics.median(times) for times in (loop_s, bare_s, baseline_s))
-        peaks = known["peaks"]
+        peaks, ratio = known["peaks"], times_as_fast(baseline_s, loop_s)
         peak = peaks.bf16_flops if known["bfloat16"] else peaks.fp32_flops
         share = 3 * 2 * known["macs"] * rate / peak
         return cls(
@@ -83,8 +87,10 @@ class TrainingSpeed(BaseModel):
             images_per_s=rate,
             bare_images_per_s=bare_rate,
             baseline_images_per_s=baseline_rate,
-            ratio=statistics.median(baseline / loop for baseline, loop in zip(baseline_s, loop_s)),
-            overhead_percent=100 * (statistics.median(loop / bare for loop, bare in zip(loop_s, bare_s)) - 1),
+            ratio=ratio.value,
+            ratio_interval=(ratio.low, ratio.high),
+            verdict=ratio.word,
+            overhead_percent=100 * (1 / times_as_fast(bare_s, loop_s).value - 1),
             device_peak_flops=peak,
             peak_share=share if share <= 1 else None,
             rounds=len(loop_s),
@@ -92,6 +98,11 @@ class TrainingSpeed(BaseModel):
             bare_s=bare_s,
             baseline_s=baseline_s,
         )
+
+
+def times_as_fast(reference_s: Sequence[float], other_s: Sequence[float]) -> Ratio:
+    """How many times as fast the other is, by the seconds of the same rounds of both."""
+    return typical_ratio([math.log(reference / other) for reference, other in zip(reference_s, other_s, strict=True)])
 
 
 def measure_training(
@@ -106,39 +117,26 @@ def measure_training(
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
 
-    `steps` is 2, or 100 on CUDA, where it is None. What `execution` leaves to expertgrid is chosen as for a whole
-    training on 45,000 images; what does not work is left out, and `notice` is told. The peaks are of `matrices` of that
-    size and of the network's convolutions, before and after the rounds. Raises InputError for a preset that does not
-    exist or does not take the images, and for what was asked for and does not work.
+    `steps` is 2, or 100 on CUDA, where it is None. All images have their full size. What `execution` leaves to
+    expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and `notice` is told.
+    The peaks are of `matrices` of that size and of the network's convolutions, before and after the rounds. Raises
+    InputError for a preset that does not exist or does not take the images, and for what was asked for and does not
+    work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
-    config = network(preset)
-    named = recipe_of(preset)
-    whole = named.epochs * (CIFAR_TRAIN // batch)
-    execution, without = execution.usable([execution.plan(config, whole, device)], device)
-    fields: dict[str, Any] = dict(named)
-    fields |= {"batch_size": batch, "epochs": rounds + 2, "small_size": 0, "small_share": None}  # all at full size
-    recipe = Recipe(**fields)
-    images = ImageData.random(train=batch * steps, height=SIZE, width=SIZE)
-    splits = Splits.undivided(images, device)
-    check_image_size(preset, config, images.image_size, images.name)
-    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
-    training, bare = start(trial, splits), start(trial, splits)
-    shape = batch, images.channels, *images.image_size
-    peaks_now = partial(
-        measure_peaks, device, size=matrices, convolutions=largest_convolutions(training.net.train(), shape)
-    )
-    peaks = peaks_now()
-    try:
-        prepared, _ = (prepare(trial, splits, made, execution, whole) for made in (training, bare))
-    except TrainingError as error:
-        raise InputError(str(error)) from error
-    for text in (*without, *prepared.without):
-        notice(f"measured without {text}")
+    own = recipe_of(preset)
+    recipe = at_full_size(own, rounds + 2).model_copy(update={"batch_size": batch})
+    trial, splits = random_trial(preset, recipe, steps, device)
+    whole = own.epochs * (CIFAR_TRAIN // batch)
+    training, prepared = prepared_training(trial, splits, execution, whole, notice)
+    bare, _ = prepared_training(trial, splits, execution, whole)
     epochs = train(trial, splits, training)
     memory, memory_is = peak_memory(device, lambda: next(epochs))
-    with baseline_of(trial, splits, steps) as baseline_round:
+    shape = batch, splits.data.channels, *splits.data.image_size
+    convolutions = largest_convolutions(build(trial.model).train(), shape)
+    peaks = measure_peaks(device, size=matrices, convolutions=convolutions)
+    with baseline_of(trial, splits, steps).in_own_process() as baseline_round:
         bare_step = bare_step_of(trial, splits, bare)
         ways = {
             "loop": lambda: next(epochs).train_seconds,
@@ -152,14 +150,52 @@ def measure_training(
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
         batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
-        peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(config, *images.image_size)[1],
-        peaks=peaks.best(peaks_now()), baseline_workers=usable_cores(),
+        peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(trial.model, *splits.data.image_size)[1],
+        peaks=peaks.best(measure_peaks(device, size=matrices, convolutions=convolutions)),
+        baseline_workers=usable_cores(),
     )  # fmt: skip
 
 
 def recipe_of(preset: str) -> Recipe:
     """The recipe of a preset's report, or `fast` for a network without one."""
     return RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
+
+
+def at_full_size(recipe: Recipe, epochs: int) -> Recipe:
+    """The recipe for so many epochs, with no small images in the first of them."""
+    return recipe.model_copy(update={"epochs": epochs, "small_size": 0, "small_share": None})
+
+
+def random_trial(preset: str, recipe: Recipe, steps: int, device: torch.device) -> tuple[Trial, Splits]:
+    """A trial of a preset on the random images of `steps` batches. Raises InputError as `measure_training`."""
+    config = network(preset)
+    images = ImageData.random(train=recipe.batch_size * steps, height=SIZE, width=SIZE)
+    check_image_size(preset, config, images.image_size, images.name)
+    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
+    return trial, Splits.undivided(images, device)
+
+
+def prepared_training(
+    trial: Trial,
+    splits: Splits,
+    execution: ExecutionOptions,
+    whole: int,
+    notice: Callable[[str], object] = lambda text: None,
+) -> tuple[Training, Prepared]:
+    """A training that runs as one of `whole` steps would. `notice` is told what is left out.
+
+    Raises InputError for what was asked for and does not work.
+    """
+    plan = execution.plan(trial.model, whole, splits.device)
+    execution, without = execution.usable([plan], splits.device)
+    training = start(trial, splits)
+    try:
+        prepared = prepare(trial, splits, training, execution, whole)
+    except TrainingError as error:
+        raise InputError(str(error)) from error
+    for text in (*without, *prepared.without):
+        notice(f"measured without {text}")
+    return training, prepared
 
 
 def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
@@ -172,16 +208,15 @@ def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[
     return partial(step if training.recorder is None else partial(training.recorder, step), x_BCHW, y_B, y_B)
 
 
-def baseline_of(trial: Trial, splits: Splits, steps: int) -> AbstractContextManager[Callable[[], float]]:
-    """`baseline_rounds` of a trial's network, from its initial weights, on its images."""
-    recipe, device = trial.recipe, splits.device
+def baseline_of(trial: Trial, splits: Splits, steps: int) -> Baseline:
+    """The baseline of a trial's network, from its initial weights, on its images."""
+    recipe = trial.recipe
     net = textbook(start(trial, splits).net.to("cpu").to(memory_format=torch.contiguous_format))
     augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
     transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
-    pil_images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
-    return baseline_rounds(
-        net, partial(make_optimizer, recipe), pil_images, recipe.batch_size, steps, recipe.smoothing, device
-    )
+    images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
+    optimizer = partial(make_optimizer, recipe)
+    return Baseline(net, optimizer, images, recipe.batch_size, steps, recipe.smoothing, splits.device)
 
 
 def in_turns(ways: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
@@ -212,31 +247,26 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | 
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
-        run()
-        return None, "not measured on this system"
-    before = getrusage(RUSAGE_SELF).ru_maxrss
+    before = reset_peak()
     run()
-    unit = 1 if os.uname().sysname == "Darwin" else 1024
-    return (getrusage(RUSAGE_SELF).ru_maxrss - before) * unit, "growth of the process's largest resident set"
+    after = peak_bytes()
+    if before is None or after is None:
+        return None, "not measured on this system"
+    return after - before, "growth of the process's largest resident set"
 
 
 def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
     """The three ways to train as the rows of a table, with their speeds relative to the PyTorch baseline."""
-    rates = {
-        "expertgrid": (speed.images_per_s, speed.ratio),
-        "bare steps on one batch": (
-            speed.bare_images_per_s,
-            statistics.median(baseline / bare for baseline, bare in zip(speed.baseline_s, speed.bare_s)),
-        ),
-        "PyTorch baseline": (speed.baseline_images_per_s, 1.0),
+    ways = {
+        "expertgrid": (speed.images_per_s, speed.loop_s),
+        "bare steps on one batch": (speed.bare_images_per_s, speed.bare_s),
     }
-    return [
-        {"training": name, "images/s": round(rate, 1), "x baseline": round(ratio, 2)}
-        for name, (rate, ratio) in rates.items()
-    ]
+    table: list[dict[str, object]] = []
+    for name, (rate, seconds) in ways.items():
+        ratio = times_as_fast(speed.baseline_s, seconds)
+        table.append({"training": name, "images/s": round(rate, 1), "x baseline": ratio, "verdict": ratio.word})
+    baseline = {"training": "PyTorch baseline", "images/s": round(speed.baseline_images_per_s, 1)}
+    return [*table, baseline | {"x baseline": None, "verdict": None}]
 
 
 def notes(speed: TrainingSpeed) -> list[str]:
@@ -247,12 +277,12 @@ def notes(speed: TrainingSpeed) -> list[str]:
     share = (
         f"training uses {100 * speed.peak_share:.1f}% of its {dtype} peak"
         if speed.peak_share
-        else ("training was faster than these peaks, so that they are wrong: measure again with nothing else running")
+        else "training was faster than these peaks, so that they are wrong: measure again with nothing else running"
     )
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [
         f"{speed.model}, batch {speed.batch}, on {speed.device}, {speed.threads} threads, torch {speed.torch}; medians "
-        f"of {speed.rounds} rounds of {speed.steps} steps, in turns.",
+        f"of {speed.rounds} rounds of {speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
         f"PyTorch baseline: fp32, eager, experts stacked, torchvision transforms in {speed.baseline_workers} worker "

@@ -29,6 +29,7 @@ from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.bench import timing
+from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.registry import build
 from expertgrid.model.system.files import write_whole
@@ -258,6 +259,17 @@ def written_epochs(directory: StudyDirectory, trial: str, accuracies: list[float
             validation_accuracy=accuracy / 100, images_per_s=1.0, train_seconds=0.5, validation_seconds=0.1,
         )  # fmt: skip
         directory.append_epoch(trial, epoch)
+
+
+def write_latency(study: Path, trial: str, p50_ms: float, finished: str = "2026-01-01", cells: int = 1) -> None:
+    """Writes a latency record of a trial's file, which calls of so many milliseconds give."""
+    times = timing.Times([timing.Block(opening, [p50_ms]) for opening in range(6)])
+    record = LatencyRecord(
+        file=f"{trial}.onnx", sha256="", trial=trial, model="", precision="fp32", pruned=False, provider="cpu",
+        device="cpu", threads=2, versions={}, finished=finished, cells=cells,
+        latencies=[Latency.of("onnxruntime cpu", "onnxruntime", 1, times)],
+    )  # fmt: skip
+    write_whole(study / "bench" / f"{trial}-{finished}.json", record.model_dump_json().encode())
 
 
 def snapshot(place: Path) -> dict[str, bytes]:

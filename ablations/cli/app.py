@@ -3,6 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -499,6 +500,7 @@ def bench_train(
         None, min=1, max=1000, metavar="N", help="Steps in a round. Default: 100 on CUDA, else 2."
     ),
     rounds: int = Option(5, min=1, max=1000, metavar="N", help="Rounds in which each way takes its turn."),
+    profile: bool = Option(False, "--profile", help="Show where the time of a model's training steps goes instead."),
     device: Device = "auto",
     compile: Compile = "auto",
     kernels: Kernels = "auto",
@@ -513,6 +515,8 @@ def bench_train(
     Three ways take turns: the training loop, a PyTorch baseline, and bare steps on one batch. A preset is trained by
     the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000 images.
 
+    --profile trains some steps of that recipe, at its batch size, and shows the longest operators, or kernels on CUDA.
+
     For a study directory, all cells take turns. Its tables then show these speeds instead of those of the trainings.
     """
     of_study = Path(preset).is_dir()
@@ -520,15 +524,18 @@ def bench_train(
         options.study_directory(Path(preset))
     options.refuse(
         (batch is not None and of_study, "--batch: a study's recipes have the batch sizes"),
+        (profile and of_study, "--profile: is for a model; a study directory was given"),
         ((data or data_dir) and not of_study, "--data: is for a study directory; a model is trained on random images"),
     )
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler reads it once, and logs on stderr
     with _starting(modules):
         from expertgrid.ablations.cli.bench import bench_study, bench_train
         from expertgrid.model.fast.execution import ExecutionOptions
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
         return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
-    return bench_train(preset, batch or 128, steps, rounds, device, execution, format)
+    return bench_train(preset, batch, steps, rounds, device, execution, profile, format)
 
 
 @app.command("list", rich_help_panel=LISTS)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from expertgrid.ablations.cli.devices import device
 from expertgrid.ablations.cli.options import write_out
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import console, status
@@ -15,18 +14,21 @@ from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
 from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.bench import scenarios, training
-from expertgrid.bench.apart import Begin
 from expertgrid.bench.engines import USUAL
+from expertgrid.bench.isolated import Begin
 from expertgrid.bench.latency import check_comparable, measure, notes, rows, with_baseline, with_first
 from expertgrid.bench.peers import peers_of
+from expertgrid.bench.profile import profile_training
 from expertgrid.bench.record import read_latency
 from expertgrid.bench.scenarios import Scenario
 from expertgrid.bench.training import measure_training
 from expertgrid.export.describe import Description, describe, read_onnx
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.machine import torch_device
 from expertgrid.model.system.text import Format, render
 
+notice = partial(console.print, soft_wrap=True)
 PEERS_NOTE = (
     "Peers: untrained networks of timm for the same images and classes, in fp32, RepVGG in its deployed form. Their "
     "accuracy is unknown. Parameters and MACs are those in the files."
@@ -74,31 +76,31 @@ def bench(
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_out("--json", json, content)
-    found = with_first(records)
-    table = rows(records, found)
+    comparisons = with_first(records)
+    table = rows(records, comparisons)
     if costs:
         table = [{"file": row["file"]} | _size(costs[str(row["file"])]) | row for row in table]
     if baseline:
-        found += with_baseline(records[0], baseline, str(against.baseline))
+        comparisons += with_baseline(records[0], baseline, str(against.baseline))
     print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
-    if format == "text" and found:
-        print("\n" + "\n".join(map(str, found)), flush=True)
+    if format == "text" and comparisons:
+        print("\n" + "\n".join(map(str, comparisons)), flush=True)
     if against.fail_if_slower is None:
         return 0
-    slower = [one for one in found if one.slower_percent() > against.fail_if_slower]
-    for one in slower:
-        console.print(
-            f"slower by {one.slower_percent():.1f}%, more than {against.fail_if_slower:g}%: {one.file} against "
-            f"{one.other}, batch {one.batch}, {one.engine}", style="red", soft_wrap=True,
+    too_slow = [other for other in comparisons if other.slower_percent() > against.fail_if_slower]
+    for slower in too_slow:
+        notice(
+            f"slower by {slower.slower_percent():.1f}%, more than {against.fail_if_slower:g}%: {slower.file} against "
+            f"{slower.other}, batch {slower.batch}, {slower.engine}", style="red",
         )  # fmt: skip
-    return int(bool(slower))
+    return int(bool(too_slow))
 
 
 def _write_peers(file: Path, place: Path) -> list[Path]:
     """Names those that cannot be exported on stderr."""
     models, failed = peers_of(file)
     for name, reason in failed.items():
-        console.print(f"{name}: left out: {reason}", soft_wrap=True)
+        notice(f"{name}: left out: {reason}")
     for name, model in models.items():
         (place / f"{name}.onnx").write_bytes(model)
     return [place / f"{name}.onnx" for name in models]
@@ -119,8 +121,8 @@ def bench_scenario(
 ) -> int:
     """Prints what files do in a scenario of MLPerf."""
     with status(f"{scenario}: loading {', '.join(map(str, files))}"):
-        found, host = scenarios.measure_scenario(files, scenario, provider, engines, seconds, bound_ms)
-    print(render(scenarios.rows(found), format, scenarios.notes(found, host, bound_ms)))
+        results, host = scenarios.measure_scenario(files, scenario, provider, engines, seconds, bound_ms)
+    print(render(scenarios.rows(results), format, scenarios.notes(results, host, bound_ms)))
     return 0
 
 
@@ -140,15 +142,14 @@ def bench_cells(
         with status(f"exporting and timing the cells of {path}"):
             timed = measure_latencies(directory, provider, batches, measure_s, engines, front_only, isolated)
         write_latencies(directory, timed)
-    said = [
+    for what, names in (
         ("have no weights, only records, and were not timed", timed.without_weights),
         ("are not on the front, and were timed briefly", timed.off_front),
-    ]
-    for what, names in said:
+    ):
         if names:
-            console.print(f"{len(names)} of the cells {what}: {'; '.join(names)}", soft_wrap=True)
+            notice(f"{len(names)} of the cells {what}: {'; '.join(names)}")
     for name, reason in timed.not_exported.items():
-        console.print(f"{name}: not exported: {reason}", style="red", soft_wrap=True)
+        notice(f"{name}: not exported: {reason}", style="red")
     table = rows(timed.records, with_first(timed.records))
     print(render(by_cell(table, timed, read_results(directory).rows), format, notes(timed.records)))
     return int(bool(timed.not_exported))
@@ -165,17 +166,17 @@ def bench_study(
     format: Format,
 ) -> int:
     """Measures the training speed of each cell of a study, keeps it in its directory, and prints it."""
-    directory, on = StudyDirectory(path), device(device_name)
-    execution.check(on)
+    directory, device = StudyDirectory(path), torch_device(device_name)
+    execution.check(device)
     plan = directory.read_plan()
     images = read_data(data or plan.source, data_dir, plan.image_size)
     with directory.held(), status(f"training the cells of {path}"):
-        rates = measure_cells(directory, images, on, execution, steps, rounds, partial(console.print, soft_wrap=True))
+        rates = measure_cells(directory, images, device, execution, steps, rounds, notice)
         directory.write_training_rates(rates)
     rows: list[dict[str, object]] = [
-        {"cell": row.name, "train images/s": row.alone, "slowest": min(found), "fastest": max(found)}
+        {"cell": row.name, "train images/s": row.alone, "slowest": min(of_rounds), "fastest": max(of_rounds)}
         for row in read_results(directory).rows
-        for found in (rates.rounds[trial] for trial in row.trials.values() if trial in rates.rounds)
+        for of_rounds in (rates.rounds[trial] for trial in row.trials.values() if trial in rates.rounds)
     ]
     print(render(rows, format, [f"{rates}. Medians of {rounds} rounds, in turns."]))
     return 0
@@ -183,17 +184,23 @@ def bench_study(
 
 def bench_train(
     preset: str,
-    batch: int,
+    batch: int | None,
     steps: int | None,
     rounds: int,
     device_name: str,
     execution: ExecutionOptions,
+    with_profile: bool,
     format: Format,
 ) -> int:
-    """Prints the speed of a training beside the PyTorch baseline and beside bare steps on one batch."""
-    on = device(device_name)
+    """Prints the speed of a training beside the PyTorch baseline and beside bare steps, or the profile of a step."""
+    device = torch_device(device_name)
+    if with_profile:
+        with status(f"profiling {preset}"):
+            table, lines = profile_training(preset, batch, steps, device, execution, notice)
+        print(render(table, format, lines))
+        return 0
     with status(f"training {preset}"):
-        speed = measure_training(preset, batch, steps, rounds, on, execution, partial(console.print, soft_wrap=True))
+        speed = measure_training(preset, batch or 128, steps, rounds, device, execution, notice)
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0

@@ -29,11 +29,11 @@ def rerun(
     plan = study.read_plan()
     trial, record = _finished_trial(study, plan, trial_id)
     with starting():
-        from expertgrid.ablations.cli.devices import device
         from expertgrid.ablations.engines.rerun import train_again
+        from expertgrid.model.system.machine import torch_device
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
-    on = device(device_name)
+    on = torch_device(device_name)
     images = read_data(data or trial.source, data_dir, plan.image_size)
     with status(f"training trial {trial_id} again"):
         found = train_again(study, trial, record, ResidentData(images, on))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.devices import device, usable
+from expertgrid.ablations.cli.devices import usable
 from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
@@ -31,7 +31,7 @@ from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.system.machine import deterministic
+from expertgrid.model.system.machine import deterministic, torch_device
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
@@ -54,7 +54,7 @@ class How:
 
     def train_on(self) -> torch.device:
         """The device of the trials. Raises InputError for one that is not there, and for what it cannot do."""
-        on = torch.device(self.trainer.device) if isinstance(self.trainer, RayEngine) else device(self.device)
+        on = torch.device(self.trainer.device) if isinstance(self.trainer, RayEngine) else torch_device(self.device)
         if _is_known(on):
             self.execution.check(on)
         return on

@@ -278,7 +278,7 @@ def winner(rows: Sequence[Row]) -> Winner | None:
 
 def smallest(latency: LatencyRecord) -> Latency:
     """ONNX Runtime at the smallest batch size that was measured."""
-    return min(latency.latencies, key=lambda found: (not found.engine.startswith("onnxruntime"), found.batch))
+    return min(latency.latencies, key=lambda found: (found.kind != "onnxruntime", found.batch))
 
 
 def latency_run(latency: LatencyRecord) -> tuple[str | int, ...]:

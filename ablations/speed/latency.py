@@ -10,7 +10,7 @@ from pathlib import Path
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import Row, best_record, latency_front, on_validation, read_results, smallest
-from expertgrid.bench.apart import Begin
+from expertgrid.bench.isolated import Begin
 from expertgrid.bench.latency import measure
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.export.certify import DEFAULT_REWRITES
@@ -54,31 +54,31 @@ def measure_latencies(
     if not trials:
         reason = "none of its trials has weights, only records" if finished else "no trial of this study is finished"
         raise InputError(f"{directory.path}: {reason}")
-    failed: dict[str, str] = {}
+    not_exported: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
         files: dict[str, Path] = {}
         for name, trial in trials.items():
             try:
                 model = to_onnx(load(directory.checkpoint(trial)), "uint8", DEFAULT_REWRITES)
             except InputError as error:
-                failed[name] = str(error)
+                not_exported[name] = str(error)
                 continue
             files[name] = Path(place, f"{trial}.onnx")
             files[name].write_bytes(model)
         if not files:
-            raise InputError(f"{directory.path}: no cell can be exported: {next(iter(failed.values()))}")
+            raise InputError(f"{directory.path}: no cell can be exported: {next(iter(not_exported.values()))}")
         rows = [row for row in finished if row.name in files]
         off_front: list[str] = []
         if front_only:
             brief = measure(
                 [files[row.name] for row in rows], provider, [min(batches)], BRIEF_S, engines[:1], BRIEF_OPENINGS
             )
-            kept = _may_be_on_front(rows, [record.latencies[0].p50_ms for record in brief])
-            off_front = [row.name for row in rows if row not in kept]
-            rows = kept
+            candidates = _may_be_on_front(rows, [record.latencies[0].p50_ms for record in brief])
+            off_front = [row.name for row in rows if row not in candidates]
+            rows = candidates
         records = measure([files[row.name] for row in rows], provider, batches, measure_s, engines, isolated=isolated)
     records = [record.model_copy(update={"cells": len(records)}) for record in records]
-    return TimedCells(rows, records, without, failed, off_front)
+    return TimedCells(rows, records, without, not_exported, off_front)
 
 
 def _with_weights(directory: StudyDirectory, row: Row) -> str | None:
@@ -105,21 +105,23 @@ def write_latencies(directory: StudyDirectory, timed: TimedCells) -> None:
         write_whole(directory.path / "bench" / f"{record.trial}-{record.provider}.json", content)
 
 
-def by_cell(shown: Sequence[dict[str, object]], timed: TimedCells, results: Sequence[Row]) -> list[dict[str, object]]:
+def by_cell(
+    latency_rows: Sequence[dict[str, object]], timed: TimedCells, results: Sequence[Row]
+) -> list[dict[str, object]]:
     """Rows of `bench.latency.rows` with each cell's name and accuracy in place of the file's name.
 
     `results` are the study's rows, read again after `write_latencies`: these say what is on the front.
     """
     names = {record.file: row.name for row, record in zip(timed.rows, timed.records)}
-    there = {row.name: row for row in results}
+    by_name = {row.name: row for row in results}
     front = {row.name for row in latency_front(results)}
-    found = []
-    for values in shown:
-        row = there[names[str(values["file"])]]
+    table = []
+    for values in latency_rows:
+        row = by_name[names[str(values["file"])]]
         about: dict[str, object] = {"cell": row.name, "val acc %": row.accuracy(on_validation)}
         about["MACs"] = row.records[0].macs
         about |= {title: value for title, value in values.items() if title != "file"}
         at = smallest(row.latency) if row.latency else None
         counts = row.name in front and at is not None and (at.engine, at.batch) == (values["engine"], values["batch"])
-        found.append(about | {"front": "yes" if counts else ""})
-    return found
+        table.append(about | {"front": "yes" if counts else ""})
+    return table

@@ -7,23 +7,21 @@ that were trained at once they are no speeds at all.
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from expertgrid.ablations.engines.local import planned_steps, prepare
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import TrainingRates
 from expertgrid.ablations.results.rows import Row, read_results
 from expertgrid.bench.host import watched
-from expertgrid.bench.training import in_turns
+from expertgrid.bench.training import at_full_size, in_turns, prepared_training
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import device_name
 from expertgrid.model.training.data import ImageData, Images
-from expertgrid.model.training.loop import start, train, uses_bfloat16
-from expertgrid.model.training.recipe import Recipe
+from expertgrid.model.training.loop import train, uses_bfloat16
+from expertgrid.model.training.prepare import planned_steps
 from expertgrid.model.training.splits import Splits
 from expertgrid.model.training.trial import Trial
 
@@ -55,7 +53,7 @@ def measure_cells(
         in_turns(ways, 1)
         seconds = in_turns(ways, rounds)
     sizes = {trial.id: trial.recipe.batch_size * steps for trial in trials.values()}
-    rates = {name: [sizes[name] / found for found in every] for name, every in seconds.items()}
+    rates = {trial: [sizes[trial] / round_s for round_s in rounds_s] for trial, rounds_s in seconds.items()}
     for text in host.notes():
         notice(text)
     return TrainingRates(
@@ -65,7 +63,7 @@ def measure_cells(
         torch=torch.__version__,
         others_share=host.others_share,
         finished=now(),
-        images_per_s={name: statistics.median(found) for name, found in rates.items()},
+        images_per_s={trial: statistics.median(of_rounds) for trial, of_rounds in rates.items()},
         rounds=rates,
     )
 
@@ -86,17 +84,10 @@ def _rounds(
 ) -> Callable[[], float]:
     """A function that trains a trial's network for some steps, and returns their seconds."""
     whole = planned_steps(trial, data.trained_on(trial.hold_out))
-    options, without = execution.usable([execution.plan(trial.model, whole, device)], device)
-    fields: dict[str, Any] = dict(trial.recipe)
-    fields |= {"epochs": rounds + 2, "small_size": 0, "small_share": None}
-    short = trial.model_copy(update={"recipe": Recipe(**fields)})
-    count = trial.recipe.batch_size * steps
-    train_images = _first(data.train, count)
+    short = trial.model_copy(update={"recipe": at_full_size(trial.recipe, rounds + 2)})
+    train_images = _first(data.train, trial.recipe.batch_size * steps)
     splits = Splits.undivided(dataclasses.replace(data, train=train_images, test=_first(data.test, TESTED)), device)
-    training = start(short, splits)
-    prepared = prepare(short, splits, training, options, whole)
-    for text in (*without, *prepared.without):
-        notice(f"measured without {text}")
+    training, _ = prepared_training(short, splits, execution, whole, notice)
     epochs = train(short, splits, training)
     return lambda: next(epochs).train_seconds
 

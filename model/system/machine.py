@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertgrid.model.system.errors import unknown
+
 if TYPE_CHECKING:
     import torch
 
@@ -70,6 +72,22 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that a user calls `name`; "auto" is CUDA where there is a CUDA device, else the CPU.
+
+    Raises InputError for a name that is not a device of this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    devices = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
+    if name not in devices:
+        raise unknown("device", name, ["auto", *devices])
+    return torch.device(name)
 
 
 @cache

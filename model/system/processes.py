@@ -50,9 +50,10 @@ class AnsweringProcess:
     def __init__(self, imports: str, begin: Callable[..., Callable[..., object]], *work: Any):
         context = process_context(imports)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs, begin, *work))
+        self.process = context.Process(target=_answer, args=(theirs,))
         self.process.start()
         theirs.close()
+        self.ask(begin, *work)  # not with the start, which a signal may cut short
 
     def ask(self, *words: object) -> None:
         """Sends a question. Where the process is lost, receiving the answer says so."""
@@ -66,10 +67,12 @@ class AnsweringProcess:
         self.connection.close()
 
 
-def _answer(connection: Connection, begin: Callable[..., Callable[..., object]], *work: Any) -> None:
+def _answer(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     _end_with_parent()
-    with connection, suppress(EOFError):  # the parent needs it no more
+    with connection, suppress(EOFError, OSError):  # the parent needs it no more
+        begin, *work = connection.recv()
         answer = begin(*work)
         while True:
             words = connection.recv()
@@ -118,6 +121,9 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
 
     try:
         yield ask
+    except KeyboardInterrupt:
+        apart.process.terminate()
+        raise
     finally:
         apart.connection.close()
         apart.process.join()

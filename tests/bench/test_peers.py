@@ -8,33 +8,23 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from small import CONFIG, TRAINED, two_block
 
 from expertgrid.bench import peers
 from expertgrid.bench.peers import _exported, _nearest, peers_of
 from expertgrid.export.describe import describe
 from expertgrid.export.metadata import Metadata
-from expertgrid.export.to_onnx import to_onnx
-from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.config import TimmModel
 from expertgrid.model.cost import cost
-from expertgrid.model.presets import PRESETS
-from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.variants import vary
 
-CONFIG = vary(PRESETS["two_block"], "width", 0.125)
-TRAINED = Trained(
-    trial="abc", model="two_block", data="digits", fingerprint="0123abcd", classes=tuple("0123456789"),
-    image_size=(32, 32), mean=(0.5,) * 3, std=(0.25,) * 3,
-)  # fmt: skip
-METADATA = Metadata(input="uint8", config=CONFIG, trained=TRAINED)
+METADATA = Metadata(input="uint8", config=CONFIG, trained=TRAINED.model_copy(update={"image_size": (32, 32)}))
 
 
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "model.onnx"
-    torch.manual_seed(0)
-    path.write_bytes(to_onnx(Checkpoint(CONFIG, TRAINED, build(CONFIG).state_dict()), "uint8"))
+    path.write_bytes(two_block(32))
     return path
 
 

@@ -4,9 +4,8 @@ import sys
 import time
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from small import identity
 
 from expertgrid.bench import scenarios
 from expertgrid.bench.scenarios import (
@@ -38,14 +37,6 @@ class Sleeper:
     @property
     def took_s(self):
         return np.array([ended - began for began, ended, _ in self.calls])
-
-
-def identity(path, shape):
-    """An ONNX file whose output is its input."""
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-    return path
 
 
 def waits_s(arrivals_s, services_s):

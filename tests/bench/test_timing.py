@@ -1,6 +1,5 @@
 """Which of two is faster: on a simulated machine whose speed drifts, whose clock is the candidates' own."""
 
-import hashlib
 import math
 import random
 import threading
@@ -9,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
-from expertgrid.bench.resident import bound
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from scipy import stats
+from small import two_block
 
 from expertgrid.bench import timing
 from expertgrid.bench.engines import engines
@@ -28,6 +29,7 @@ from expertgrid.bench.timing import (
     take_turns,
     warm_up,
 )
+from expertgrid.export.to_onnx import INPUT, LOGITS
 
 
 @pytest.fixture(autouse=True)
@@ -86,24 +88,24 @@ class Machine:
 
 
 def words(monkeypatch, slower: float, repeats: int) -> list[str]:
-    found = []
+    verdicts = []
     for seed in range(repeats):
         machine = Machine(seed)
         monkeypatch.setattr(timing, "time", machine)
         times = take_turns({"a": machine.candidate("a", 2), "b": machine.candidate("b", 2 * slower)}, measure_s=0.5)
-        found.append(compare(times["a"], times["b"]).word)
-    return found
+        verdicts.append(compare(times["a"], times["b"]).word)
+    return verdicts
 
 
 def test_the_same_twice_is_seldom_faster_or_slower(monkeypatch):
-    """At 98%: of 150 repeats at most 8 are wrong with a probability of 99.6%."""
-    assert words(monkeypatch, 1.0, 150).count("can't tell") >= 142
+    """At 98%: of 50 repeats at most 4 are wrong with a probability of 99.7%."""
+    assert words(monkeypatch, 1.0, 50).count("can't tell") >= 46
 
 
 def test_what_is_slower_by_five_percent_is_found(monkeypatch):
-    found = words(monkeypatch, 1.05, 60)
-    assert found.count("slower") >= 54
-    assert "faster" not in found
+    verdicts = words(monkeypatch, 1.05, 20)
+    assert verdicts.count("slower") >= 18
+    assert "faster" not in verdicts
     assert words(monkeypatch, 0.8, 5) == ["faster"] * 5
 
 
@@ -117,6 +119,7 @@ def test_candidates_take_turns_in_random_order(monkeypatch):
     for name in "ab":
         assert [block.opening for block in times[name].blocks] == [block.opening for block in times["a"].blocks]
         assert sum(times[name].calls_ms) >= 900
+        assert np.median(times[name].calls_ms) == pytest.approx({"a": 2, "b": 30}[name], rel=0.3)
         assert len(times[name].openings) == timing.LEAST_OPENINGS
 
 
@@ -129,23 +132,37 @@ def test_no_call_is_counted_while_threads_of_another_spin(monkeypatch):
         assert max(taken.calls_ms) < 3
 
 
-@pytest.mark.parametrize("tasks", ["/proc/self/task", "nowhere"])
-def test_rest_waits_for_threads_that_compute(tasks, monkeypatch):
-    monkeypatch.setattr(timing, "TASKS", Path(tasks))
-    monkeypatch.setattr(timing, "LONGEST_REST_S", 60)
-    thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 300_000))  # without Python's lock
-    thread.start()
+def test_rest_waits_for_threads_that_compute(monkeypatch, tmp_path):
+    """By the states of threads, as Linux shows them: a name may have spaces and brackets."""
+    own, states = threading.get_native_id(), iter("RRDS")
+    for thread, state in ((own, "R"), (1, "S"), (2, "R")):
+        (tmp_path / str(thread)).mkdir()
+        (tmp_path / str(thread) / "stat").write_text(f"{thread} (a) R b) {state} 1 1")
+    monkeypatch.setattr(timing, "TASKS", tmp_path)
+    machine = Machine(0)
+    monkeypatch.setattr(timing, "time", machine)
+
+    def sleep(seconds: float) -> None:
+        machine.now_ns += int(1e9 * seconds)
+        (tmp_path / "2" / "stat").write_text(f"2 (a) R b) {next(states)} 1 1")
+
+    monkeypatch.setattr(machine, "sleep", sleep)
     timing.rest()
-    thread.join(0.02)
-    assert not thread.is_alive()
+    assert list(states) == ["S"]
+    timing.rest()
+    assert machine.now_ns == 3 * int(1e9 * timing.LOOK_S)
+    monkeypatch.setattr(machine, "sleep", lambda seconds: Machine.sleep(machine, seconds))
+    (tmp_path / "2" / "stat").write_text("2 (a) R 1 1")
+    timing.rest()
+    assert machine.now_ns >= 1e9 * timing.LONGEST_REST_S
 
 
 def test_candidates_that_are_far_apart_need_fewer_openings(monkeypatch):
     machine = Machine(0)
     monkeypatch.setattr(timing, "time", machine)
     for slower, openings in ((1.0, timing.OPENINGS), (1.5, timing.LEAST_OPENINGS)):
-        found = {name: machine.candidate(name, ms) for name, ms in (("a", 2.0), ("b", 2 * slower), ("c", 9.0))}
-        for taken in take_turns(found, measure_s=3).values():
+        opens = {name: machine.candidate(name, ms) for name, ms in (("a", 2.0), ("b", 2 * slower), ("c", 9.0))}
+        for taken in take_turns(opens, measure_s=3).values():
             assert len(taken.openings) == openings
             assert sum(taken.calls_ms) >= 2900
 
@@ -212,8 +229,8 @@ def test_verdicts_have_the_intervals_of_scipy(openings):
 def test_one_opening_decides_nothing():
     one = times_of([[1.0], [1.0]])
     twice = times_of([[2.0], [2.0]])
-    for found in (compare(one, twice), compare_runs(one, twice)):
-        assert (found.value, found.word) == (0.5, "can't tell")
+    for ratio in (compare(one, twice), compare_runs(one, twice)):
+        assert (ratio.value, ratio.word) == (0.5, "can't tell")
 
 
 @pytest.mark.parametrize("percentile", [50, 90, 99])
@@ -224,38 +241,86 @@ def test_calls_from_which_a_percentile_has_an_interval(percentile):
 
 
 def test_percentiles_cover_what_was_drawn():
-    rng, covered, repeats = np.random.default_rng(0), np.zeros(2), 60
+    rng, covered, repeats = np.random.default_rng(0), np.zeros(2), 30
     true = stats.lognorm(0.3).ppf([0.5, 0.9])
     for _ in range(repeats):
         times = times_of(*[[list(map(float, rng.lognormal(0, 0.3, 10))) for _ in range(10)] for _ in range(5)])
         for i, one in enumerate(percentiles(times, (50, 90))):
             covered[i] += one.low <= true[i] <= one.high
             assert one.low <= one.value <= one.high
-    assert min(covered) >= 51  # 95% of 60 are 57
+    assert min(covered) >= 25  # 95% of 30 are 28.5
     assert percentiles(times, (50, 99, 99.9))[2] is None
     assert percentiles(times_of([[1.0, 2.0, 3.0, 4.0, 5.0]]), (50,)) == [None]
 
 
 @pytest.mark.nightly  # it reads speeds
-def test_the_harness_adds_little_to_a_bare_loop(capsys):
-    """Against a loop around ONNX Runtime with IO binding, in turns, on a network of some microseconds."""
-    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in ("x", "y"))
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [given], [made])
-    opsets = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
+def test_the_harness_adds_little_to_a_bare_loop(monkeypatch):
+    """Against a loop around ONNX Runtime with IO binding, in turns: less than 2 microseconds a call."""
+    monkeypatch.undo()  # of brief timing
+    model = two_block()
     images = random_images(model, 1)
     (engine,) = engines(model, "model", "cpu", ["onnxruntime"])[0].values()
-    harness, bare = open_engine(engine, images), bound(model, "model", "cpu", images, {})
+    harness, session = open_engine(engine, images), onnxruntime.InferenceSession(model)
+    binding = session.io_binding()
+    binding.bind_cpu_input("images", images)
+    binding.bind_output("logits")
 
-    def loop(count: int) -> float:
-        """Microseconds of a call."""
+    def bare_us(count: int) -> float:
         begun = time.perf_counter_ns()
         for _ in range(count):
-            bare()
+            session.run_with_iobinding(binding)
         return (time.perf_counter_ns() - begun) / count / 1000
 
-    pairs = [(1000 * float(np.mean(timing.timed(harness, 100))), loop(100)) for _ in range(400)]
-    added = [of_harness - of_loop for of_harness, of_loop in pairs[20:]]
-    with capsys.disabled():
-        print(f"\n{np.median(pairs, axis=0)[1]:.1f} us a call, the harness adds {np.median(added):.2f}")
-    assert np.median(added) < 2
+    added = [1000 * float(np.mean(timing.timed(harness, 100))) - bare_us(100) for _ in range(100)]
+    assert np.median(added[20:]) < 2
+
+
+@pytest.mark.nightly  # it reads speeds, for minutes
+def test_verdicts_are_right_on_this_machine(monkeypatch):
+    """Of a file against itself, and against one with a matrix product more that costs 5%: 20 times each.
+
+    On two noisy cores 99 of 100 and 95 of 100 were right.
+    """
+    monkeypatch.undo()  # of brief timing
+    model = two_block(32)
+    images = random_images(model, 1)
+
+    def opens(columns: int) -> Callable[[], Callable[[], object]]:
+        made = with_product(model, columns) if columns else model
+        (engine,) = engines(made, "model", "cpu", ["onnxruntime"])[0].values()
+        return lambda: open_engine(engine, images)
+
+    same, slower = (opens(columns)()() for columns in (0, 40))
+    np.testing.assert_allclose(same, slower, atol=1e-6)
+
+    times = take_turns({columns: opens(columns) for columns in (0, 8, 512)}, 5.0)
+    cost = {columns: 1 / compare(times[0], times[columns]).value - 1 for columns in (8, 512)}
+    columns = max(1, round(8 + (0.05 - cost[8]) * 504 / (cost[512] - cost[8])))
+    words: dict[str, list[str]] = {"same": [], "slower": []}
+    for _ in range(20):
+        times = take_turns({"first": opens(0), "same": opens(0), "slower": opens(columns)}, 1.0)
+        for other, verdicts in words.items():
+            verdicts.append(compare(times["first"], times[other]).word)
+    assert words["same"].count("can't tell") >= 18
+    assert words["slower"].count("slower") >= 16
+
+
+def with_product(model: bytes, columns: int) -> bytes:
+    """The model with a product of the pixels and a matrix of so many columns, whose mean, near 0, the logits have."""
+    proto = onnx.load_from_string(model)
+    graph = proto.graph
+    shape = [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim[1:]]
+    weights = np.random.default_rng(0).standard_normal((math.prod(shape), columns), dtype=np.float32) * 1e-12
+    for node in graph.node:
+        node.output[:] = ["plain" if name == LOGITS else name for name in node.output]
+    graph.initializer.extend([numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.array([1]), "axes")])
+    graph.node.extend(
+        [
+            helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["pixels"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["product"]),
+            helper.make_node("ReduceMean", ["product", "axes"], ["mean"]),
+            helper.make_node("Add", ["plain", "mean"], [LOGITS]),
+        ]
+    )
+    return proto.SerializeToString()

@@ -1,4 +1,4 @@
-"""Options of `pytest bench`: which files, provider and batch sizes are measured."""
+"""Options of `pytest tests/benchmarks`: which files, provider and batch sizes are measured."""
 
 import os
 from functools import cache
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from expertgrid.bench.engines import Engine, engines
-from expertgrid.bench.untrained import untrained_checkpoint
 from expertgrid.export.describe import read_onnx
 from expertgrid.export.metadata import Metadata
 from expertgrid.export.session import ORT_PROVIDERS, check_provider
 from expertgrid.export.to_onnx import to_onnx
+from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.presets import network
+from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 
 STUDY = "EXPERTGRID_STUDY"  # the environment variable that names a study directory
@@ -74,4 +75,10 @@ def _engines(file: Path | None, preset: str, provider: str) -> tuple[dict[str, E
 def _read(file: Path | None, preset: str) -> bytes:
     if file:
         return read_onnx(file)
-    return to_onnx(untrained_checkpoint(preset, network(preset)), "uint8")
+    config = network(preset)
+    classes, half = tuple(map(str, range(config.num_classes))), (0.5,) * config.in_chans
+    trained = Trained(
+        trial="untrained", model=preset, data="none", fingerprint="", classes=classes, image_size=(32, 32),
+        mean=half, std=half,
+    )  # fmt: skip
+    return to_onnx(Checkpoint(config, trained, build(config).state_dict()), "uint8")

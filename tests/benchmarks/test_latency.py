@@ -1,4 +1,4 @@
-"""Latency as a pytest-benchmark suite: `pytest bench --benchmark-autosave`, later `--benchmark-compare`."""
+"""Latency as a pytest-benchmark suite: `pytest tests/benchmarks --benchmark-autosave`, later `--benchmark-compare`."""
 
 import hashlib
 
@@ -17,7 +17,7 @@ SECONDS = 0.5  # of calls, where their percentiles do not need more
 @pytest.mark.parametrize("engine", ["own", "pytorch"])
 def test_latency(benchmark, file, onnx_model, opened, engine, batch, pytestconfig):
     engines, metadata = opened
-    names = [name for name in engines if name.startswith("pytorch") == (engine == "pytorch")]
+    names = [title for title, way in engines.items() if (way.kind == "eager") == (engine == "pytorch")]
     if not names:
         pytest.skip("the file does not say which network it is, so PyTorch cannot run it")
     images, run = random_images(onnx_model, batch), engines[names[0]]()

@@ -348,7 +348,7 @@ def notes(directory: StudyDirectory, results: Results) -> list[str]:
     for latency in (row.latency for row in rows if row.latency):
         threads = _count(latency.threads, "thread")
         found = smallest(latency)
-        engine = "ONNX Runtime" if found.engine.startswith("onnxruntime") else found.engine
+        engine = "ONNX Runtime" if found.kind == "onnxruntime" else found.engine
         of = f"{latency.cells} cells in turns" if latency.cells else latency.file
         where = f"{engine} at batch {found.batch}, {latency.provider}, {threads}, of {of}, {latency.finished}"
         how.setdefault(where, []).append(latency.trial)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_latency
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
@@ -250,13 +250,8 @@ def test_a_study_without_a_finished_trial(tmp_path):
 
 
 def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
-    (two_by_two / "bench").mkdir()
-    for number, p50 in ((0, 0.5), (3, 2.5)):
-        latency = {
-            "file": f"{number}.onnx", "trial": f"{number:08x}0000", "provider": "cpu", "threads": 2, "finished": "1",
-            "latencies": [{"engine": "onnxruntime cpu", "batch": 1, "p50_ms": p50}],
-        }  # fmt: skip
-        (two_by_two / "bench" / f"{number}.json").write_text(json.dumps(latency))
+    for number, p50_ms in ((0, 0.5), (3, 2.5)):
+        write_latency(two_by_two, f"{number:08x}0000", p50_ms)
     alts = [image["alt"] for image in page_of(two_by_two).all("img")]
     assert any(
         "Validation accuracy against measured latency, ms (median, batch 1); the Pareto front is 1: " in alt

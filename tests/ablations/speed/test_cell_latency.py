@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import write_latency
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import latency_front, on_validation, read_results, smallest
@@ -30,13 +31,9 @@ def study(trained_study, tmp_path):
 
 def set_latencies(study, p50_ms: dict[str, float], run: str = "2026-01-01", cells: int = 1) -> None:
     """Writes a latency record of the cells that are named."""
-    (study / "bench").mkdir(exist_ok=True)
     for row in read_results(StudyDirectory(study)).rows:
         if row.name in p50_ms:
-            benched = {"engine": "onnxruntime cpu", "batch": 1, "p50_ms": p50_ms[row.name]}
-            record = {"file": f"{row.name}.onnx", "trial": row.records[0].trial, "provider": "cpu", "threads": 2,
-                      "finished": run, "cells": cells, "latencies": [benched]}  # fmt: skip
-            (study / "bench" / f"{row.name}{run}.json").write_text(json.dumps(record))
+            write_latency(study, row.records[0].trial, p50_ms[row.name], run, cells)
 
 
 def dominated(row, rows) -> bool:
@@ -111,7 +108,7 @@ def test_the_front_is_of_one_run(study):
     set_latencies(study, {names[2]: 0.1}, "2026-01-03", cells=0)  # a file by itself, later
     rows = read_results(StudyDirectory(study)).rows
     assert smallest(rows[2].latency).p50_ms == 3.0
-    assert LatencyRecord.model_validate_json(next((study / "bench").glob("*03.json")).read_text()).cells == 0
+    assert LatencyRecord.model_validate_json(next((study / "bench").glob("*-2026-01-03.json")).read_text()).cells == 0
 
 
 def test_cells_that_cannot_be_timed(expertgrid, study, tmp_path):

@@ -6,16 +6,16 @@ import signal
 import time
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from small import identity
 
-from expertgrid.ablations.engines.isolation import ProcessLost
-from expertgrid.bench.apart import Memory, apart
 from expertgrid.bench.engines import Engine
+from expertgrid.bench.isolated import isolated_engine
 from expertgrid.bench.latency import measure, notes, rows
+from expertgrid.bench.record import Memory
 from expertgrid.bench.timing import take_turns
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.processes import ProcessLost
 
 ENGINE = Engine("onnxruntime", b"", "file", "cpu", "x", "y", None)
 SLEEP_S = 0.02
@@ -44,24 +44,16 @@ def open_and_die(engine, images):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def identity(path, shape):
-    """Its output is its input."""
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-    return path
-
-
 def test_each_engine_has_a_process_and_they_take_turns(tmp_path):
     files = {name: tmp_path / name for name in ("first", "second")}
     memory = {name: Memory() for name in files}
     work = {name: (ENGINE, np.array([str(file)]), open_sleeper, begin, memory[name]) for name, file in files.items()}
-    with apart(*work["first"]) as first, apart(*work["second"]) as second:
+    with isolated_engine(*work["first"]) as first, isolated_engine(*work["second"]) as second:
         times = take_turns({"first": first, "second": second}, 0.2, openings=2)
         assert len(multiprocessing.active_children()) == 2
     assert multiprocessing.active_children() == []
     processes = [set(file.read_text().split()) for file in files.values()]
-    assert [len(found) for found in processes] == [1, 1]
+    assert [len(ids) for ids in processes] == [1, 1]
     assert len({str(os.getpid())}.union(*processes)) == 3
     for name in files:
         assert np.median(times[name].calls_ms) >= 1000 * SLEEP_S
@@ -89,7 +81,7 @@ def test_errors_of_the_process_are_raised_here(tmp_path):
         measure([file], batches=(2,), measure_s=0.01, isolated=begin)
     with (
         pytest.raises(ProcessLost, match="the process of onnxruntime cpu ended with status -9"),
-        apart(ENGINE, np.zeros(1), open_and_die, begin, Memory()) as reopen,
+        isolated_engine(ENGINE, np.zeros(1), open_and_die, begin, Memory()) as reopen,
     ):
         reopen()
     assert multiprocessing.active_children() == []

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from expertgrid.bench.engines import Engine
-from expertgrid.bench.host import peak_bytes
+from expertgrid.bench.host import peak_bytes, reset_peak
 from expertgrid.bench.record import Memory
-from expertgrid.bench.timing import Call, Timer, rest, timed, warm_up
+from expertgrid.bench.timing import Call, Timer
 from expertgrid.model.system.processes import answers
 
 Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
 Begin = Callable[[], object]  # what a process does first, such as to import the user's modules
 
 
-class Apart(Timer):
-    """An engine that another process runs on the same images, again and again."""
+class IsolatedTimer(Timer):
+    """Times the calls of an engine that another process has opened."""
 
     def __init__(self, ask: Callable[..., Any]):
         self.ask = ask
@@ -39,9 +39,9 @@ class Apart(Timer):
 
 
 @contextmanager
-def apart(
+def isolated_engine(
     engine: Engine, images: np.ndarray, open_: Open, begin: Begin, memory: Memory
-) -> Generator[Callable[[], Apart]]:
+) -> Generator[Callable[[], IsolatedTimer]]:
     """A candidate of `bench.timing.take_turns` in a process of its own, which ends when the context is left.
 
     Each call opens the engine anew, with `open_`. `memory` is filled when the context is left. Errors of the process
@@ -49,50 +49,36 @@ def apart(
     """
     with answers(engine.title, _serve, engine, images, open_, begin) as ask:
 
-        def reopen() -> Apart:
+        def reopen() -> IsolatedTimer:
             ask("open")
-            return Apart(ask)
+            return IsolatedTimer(ask)
 
         ask("begin")
         yield reopen
         memory.peak, memory.before = ask("memory")
 
 
-class _Served:
-    """What the process does when it is asked."""
-
-    def __init__(self, engine: Engine, images: np.ndarray, open_: Open, begin: Begin):
-        self.engine, self.images, self.open_, self._begin = engine, images, open_, begin
-        self.run: Call | None = None
-
-    def begin(self) -> None:
-        self._begin()
-        self.before = peak_bytes()
-
-    def open(self) -> None:
-        self.run = None  # the engine that was open is closed first
-        self.run = self.open_(self.engine, self.images)
-
-    def call(self) -> None:
-        assert self.run is not None
-        self.run()
-
-    def warm_up(self, longest_s: float) -> tuple[float, bool]:
-        assert self.run is not None
-        return warm_up(self.run, longest_s)
-
-    def timed(self, count: int) -> list[float]:
-        assert self.run is not None
-        return timed(self.run, count)
-
-    def rest(self) -> None:
-        rest()
-
-    def memory(self) -> tuple[int | None, int | None]:
-        return peak_bytes(), self.before
-
-
-def _serve(*work: Any) -> Callable[..., Any]:
+def _serve(engine: Engine, images: np.ndarray, open_: Open, begin: Begin) -> Callable[..., Any]:
     """In the process: a function that does what a word names."""
-    served = _Served(*work)
-    return lambda word, *given: getattr(served, word)(*given)
+    timer: Timer | None = None
+    before: int | None = None
+
+    def answer(word: str, *arguments: Any) -> Any:
+        nonlocal timer, before
+        match word:
+            case "begin":
+                begin()
+                before = reset_peak()
+            case "open":
+                timer = None  # the engine that was open is closed first
+                timer = Timer(open_(engine, images))
+            case "memory":
+                return peak_bytes(), before
+            case "call":
+                assert timer is not None
+                timer.call()
+            case method:
+                return getattr(timer, method)(*arguments)
+        return None
+
+    return answer

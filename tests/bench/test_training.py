@@ -1,0 +1,193 @@
+"""The speed of a training: ratios of rounds, the baseline beside it, the peaks of a device, the profile of a step."""
+
+import dataclasses
+import json
+import multiprocessing
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from small import adam
+from torch.utils.flop_counter import FlopCounterMode
+
+from expertgrid.bench import training
+from expertgrid.bench.baseline import (
+    Baseline,
+    BaselineImages,
+    TextbookBlock,
+    baseline_step,
+    baseline_transform,
+    textbook,
+)
+from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
+from expertgrid.bench.training import TrainingSpeed, in_turns
+from expertgrid.model.pixels import normalise
+from expertgrid.model.presets import PRESETS
+from expertgrid.model.registry import build
+from expertgrid.model.variants import vary
+
+
+def speed_of(loop_s: list[float], bare_s: list[float], baseline_s: list[float], fp32_flops: float) -> TrainingSpeed:
+    """Of steps of 2 batches of 8 images in float32, on a device with that peak."""
+    known = dict.fromkeys(("model", "device", "torch", "peak_memory_is"), "")
+    known |= dict.fromkeys(("bfloat16", "compiled", "kernels", "graphs"), False)
+    known |= {"batch": 8, "steps": 2, "threads": 1, "macs": 10, "baseline_workers": 2, "peak_memory_bytes": 0}
+    peaks = Peaks(bf16_flops=1e6, fp32_flops=fp32_flops, copy_bytes_per_s=1.0)
+    return TrainingSpeed.of(loop_s, bare_s, baseline_s, peaks=peaks, compile_seconds=0, **known)
+
+
+def test_training_speeds_are_ratios_of_rounds_in_turns():
+    order = []
+
+    def rounds(name: str, seconds: list[float]):
+        left = iter(seconds)
+        return lambda: order.append(name) or next(left)
+
+    times = {"loop": [1.1, 2.2, 4.4], "bare": [1.0, 2.0, 4.0], "baseline": [2.2, 8.8, 13.2]}
+    seconds = in_turns({name: rounds(name, values) for name, values in times.items()}, 3)
+    assert seconds == times
+    assert order == ["baseline", "bare", "loop", "loop", "bare", "baseline", "baseline", "bare", "loop"]
+    speed = speed_of(*seconds.values(), fp32_flops=1e3)
+    assert (speed.rounds, speed.device_peak_flops) == (3, 1e3)
+    assert speed.overhead_percent == pytest.approx(10)
+    assert speed.images_per_s == pytest.approx(16 / 2.2)
+    assert speed.bare_images_per_s == pytest.approx(8)
+    assert speed.peak_share == pytest.approx(6 * 10 * speed.images_per_s / 1e3)
+    assert f"training uses {100 * speed.peak_share:.1f}% of its fp32 peak" in training.notes(speed)[-1]
+
+
+def test_a_ratio_of_times_has_an_interval_over_its_rounds():
+    """Of 20.8, 18.8 and 230.7 images/s nothing can be told, and of a single round neither."""
+    logs = np.log([2.0, 4.0, 3.0])
+    mean, half = logs.mean(), stats.t.ppf(0.99, 2) * stats.sem(logs)
+    speed = speed_of([1.0] * 3, [1.0] * 3, [2.0, 4.0, 3.0], fp32_flops=1e3)
+    assert (speed.ratio, *speed.ratio_interval) == pytest.approx(np.exp([mean, mean - half, mean + half]))
+    assert training.rows(speed)[0]["x baseline"] == (speed.ratio, *speed.ratio_interval)
+    for baseline_s, verdict in (
+        ([1 / 20.8, 1 / 18.8, 1 / 230.7], "can't tell"), ([9.0], "can't tell"), ([2.0, 2.1, 2.2], "faster"),
+    ):  # fmt: skip
+        ones = [1.0] * len(baseline_s)
+        assert speed_of(ones, ones, baseline_s, fp32_flops=1e3).verdict == verdict
+
+
+def test_a_share_of_the_peak_above_1_is_a_failed_measurement():
+    speed = speed_of([1.0], [1.0], [1.0], fp32_flops=10.0)
+    assert speed.peak_share is None
+    assert "training was faster than these peaks, so that they are wrong" in training.notes(speed)[-1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_baseline_trains_the_same_network(preset):
+    """On an un-augmented batch in float32: the loss of our forward pass, from images that went through PIL."""
+    torch.manual_seed(0)
+    net = build(vary(PRESETS[preset], "width", 0.125))
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    pixels_BHWC = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    images = BaselineImages(pixels_BHWC, torch.arange(6), baseline_transform(mean, std, (32, 32)))
+    plain_BCHW = torch.stack([images[i][0] for i in range(6)])
+    y_B = torch.tensor([images[i][1] for i in range(6)])
+    ours_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), torch.tensor(mean), torch.tensor(std))
+    ours = F.cross_entropy(net(ours_BCHW.contiguous(memory_format=torch.channels_last)), y_B)
+    blocks = len(list(PRESETS[preset].blocks()))
+    net = textbook(net)
+    assert sum(isinstance(module, TextbookBlock) for module in net.modules()) == blocks
+    plain = baseline_step(net, torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss(), plain_BCHW, y_B)
+    assert plain.item() == pytest.approx(ours.item(), rel=1e-4)
+
+
+def small_baseline(labels_B: torch.Tensor) -> Baseline:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    transform = baseline_transform((0.5,) * 3, (0.5,) * 3, (8, 8), crop_padding=2, hflip=0.5, cutout=4)
+    images = BaselineImages(torch.full((8, 8, 8, 3), 255, dtype=torch.uint8), labels_B, transform)
+    assert (images[0][0] == 0).any()  # of Cutout; all else is 1, or -1 where the crop has its border
+    return Baseline(net, adam, images, batch=4, steps=2, smoothing=0.1, device=torch.device("cpu"))
+
+
+def test_baseline_rounds_train():
+    baseline, optimizers = small_baseline(torch.arange(8)), []
+
+    def optimizer(net: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizers.append(adam(net))
+        return optimizers[0]
+
+    assert next(dataclasses.replace(baseline, optimizer=optimizer).rounds()) > 0
+    (group,) = optimizers[0].param_groups
+    assert group["fused"] is None
+    assert not torch.equal(group["params"][0], baseline.net[1].weight)
+
+
+def test_the_baseline_has_a_process_of_its_own_whose_errors_are_raised_here():
+    """That it trains there is seen in `measure_training`."""
+    baseline = small_baseline(torch.arange(8) + 5)
+    with baseline.in_own_process() as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
+        assert len(multiprocessing.active_children()) == 1
+        run()
+    assert multiprocessing.active_children() == []
+
+
+def test_peaks_are_of_the_device(monkeypatch):
+    monkeypatch.setattr("expertgrid.bench.peaks.SIZE", 64)
+    peaks = measure_peaks(torch.device("cpu"), measure_s=0.01)
+    assert min(peaks.bf16_flops, peaks.fp32_flops, peaks.copy_bytes_per_s) > 1e6
+    assert peaks.best(peaks.model_copy(update={"fp32_flops": 1e30})) == peaks.model_copy(update={"fp32_flops": 1e30})
+
+
+def test_peaks_are_of_a_networks_convolutions_too(monkeypatch):
+    """Their operations are those that PyTorch counts. A peak is that of the fastest."""
+    net = build(vary(PRESETS["segmented"], "width", 0.125)).eval()
+    monkeypatch.setattr("expertgrid.bench.peaks.LARGEST", 1000)
+    convolutions = largest_convolutions(net, (2, 3, 32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(2, 3, 32, 32))
+    counts = counter.get_flop_counts()["Global"]
+    of_convolutions = counts[torch.ops.aten.convolution]
+    times = Counter((tuple(x.shape), tuple(w.shape)) for x, w in _convolved(net, torch.zeros(2, 3, 32, 32)))
+    operations = sum(conv.operations * times[conv.x, conv.weight] for conv in convolutions)
+    assert operations == of_convolutions
+    monkeypatch.setattr("expertgrid.bench.peaks._rate", lambda conv, *_: 1e30 * conv.operations)
+    peaks = measure_peaks(torch.device("cpu"), measure_s=0, size=8, convolutions=convolutions[-2:])
+    assert peaks.fp32_flops == 1e30 * convolutions[-1].operations
+
+
+def _convolved(net, x_BCHW):
+    """The input and the weight of each convolution of a forward pass."""
+    calls = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: calls.append((args[0], module.weight)))
+        for module in net.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    net(x_BCHW)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def test_what_is_copied_cannot_be_compressed(monkeypatch):
+    sources = []
+    monkeypatch.setattr("expertgrid.bench.peaks.SIZE", 8)
+    monkeypatch.setattr("expertgrid.bench.peaks.SOME_BYTES", 2**16)
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: sources.append(source) or copy_(self, source))
+    measure_peaks(torch.device("cpu"), measure_s=0)
+    assert len(zlib.compress(sources[0].numpy().tobytes())) > 0.99 * 2**16
+
+
+def test_a_profile_is_of_real_steps_of_the_recipe(expertgrid):
+    """In both image sizes of the recipe, with its optimiser and its moving average."""
+    arguments = "bench-train", "speed", "--profile", "--batch", 2, "--steps", 1, "--device", "cpu", "--compile", "off"
+    outcome = expertgrid(*arguments, "--format", "json")
+    assert outcome.status == 0, outcome.err
+    table = json.loads(outcome.out)
+    for size in ("24x24", "32x32"):
+        rows = {row["operator"]: row for row in table if row["images"] == size}
+        assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
+        assert {"aten::convolution_backward", "aten::baddbmm", "aten::lerp_"} <= set(rows), "Muon, and the average"
+        assert rows["aten::convolution_backward"]["calls a step"] == 10
