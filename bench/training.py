@@ -19,7 +19,7 @@ from expertgrid.bench.baseline import Baseline, BaselineImages, baseline_transfo
 from expertgrid.bench.host import peak_bytes, reset_peak
 from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
-from expertgrid.model.cost import cost
+from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import network
 from expertgrid.model.registry import build
