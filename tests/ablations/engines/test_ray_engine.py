@@ -347,7 +347,7 @@ def test_empty_trials_are_scheduled_at_100_a_second(digits, tmp_path, monkeypatc
     trials = [Trial.model_validate(first.model_dump() | {"seed": seed}) for seed in range(1_100)]
     record, predictions = written_record(first, 50.0, 50.0), Predictions(*(np.zeros(1, np.int64),) * 4)
 
-    def empty(order):
+    def empty(trial, state, shared):
         import ray
 
         from expertgrid.ablations.engines.events import TrialDone, TrialStarted
@@ -355,9 +355,9 @@ def test_empty_trials_are_scheduled_at_100_a_second(digits, tmp_path, monkeypatc
         from expertgrid.ablations.records.directory import Record
 
         yield ray.get_runtime_context().get_node_id()
-        yield Report(TrialStarted(order.trial))
+        yield Report(TrialStarted(trial))
         files = {"epochs.jsonl": b"", "model.safetensors": b""}
-        yield Report(TrialDone(order.trial, Record.model_validate_json(record)), files, predictions)
+        yield Report(TrialDone(trial, Record.model_validate_json(record)), files, predictions)
 
     monkeypatch.setattr("expertgrid.ablations.engines.ray._train", empty)
     with tempfile.TemporaryDirectory(dir=MEMORY) as place, ray_engine("auto", 1, None, "cpu", []) as engine:
