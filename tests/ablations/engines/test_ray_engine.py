@@ -108,8 +108,8 @@ def trained_here(trials: list[Trial], data: ImageData, place: Path) -> StudyDire
 def assert_same(local: StudyDirectory, by_ray: StudyDirectory, trial: str) -> None:
     """Weights and predictions to the last bit, and records but for times."""
     timed = {"images_per_s", "train_seconds", "finished", "at_once"}
-    ours, theirs = local.record(trial), by_ray.record(trial)
-    assert ours.model_dump(exclude=timed) == theirs.model_dump(exclude=timed)
+    expected, remote = local.record(trial), by_ray.record(trial)
+    assert expected.model_dump(exclude=timed) == remote.model_dump(exclude=timed)
     for name in ("config.json", "model.safetensors", "predictions.npz"):
         assert (local.trial(trial) / name).read_bytes() == (by_ray.trial(trial) / name).read_bytes(), name
     timed = {"images_per_s", "train_seconds", "validation_seconds"}
@@ -193,14 +193,14 @@ def fall_silent(node) -> list[int]:
 
 def lost_and_gone_on(events: Iterator[Event], nodes: list, way) -> list[Event]:
     """Kills the node of the one trial once it has sent a state after its second epoch."""
-    seen, left, killed = [], [], False
+    seen, survivors, killed = [], [], False
     for event in events:
         seen.append(event)
         epochs = sum(isinstance(before, EpochDone) for before in seen)
         if isinstance(event, StateSaved) and epochs >= 2 and not killed:
             (busy,) = (node for node in nodes if trains(node))
-            left, killed = way(busy), True
-    for pid in left:
+            survivors, killed = way(busy), True
+    for pid in survivors:
         with suppress(ProcessLookupError):  # some end with the daemon
             os.kill(pid, signal.SIGKILL)
     return seen
