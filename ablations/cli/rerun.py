@@ -36,15 +36,15 @@ def rerun(
     on = torch_device(device_name)
     images = read_data(data or trial.source, data_dir, plan.image_size)
     with status(f"training trial {trial_id} again"):
-        found = train_again(study, trial, record, ResidentData(images, on))
-    if found.compared:
-        rows = [asdict(compared) for compared in found.compared]
+        result = train_again(study, trial, record, ResidentData(images, on))
+    if result.compared:
+        rows = [asdict(compared) for compared in result.compared]
         if format != "json":
             rows = [row | {"same": "yes" if row["same"] else "no"} for row in rows]
-        print(render(rows, format, [found.verdict]))
+        print(render(rows, format, [result.verdict]))
     else:
-        print(found.verdict)
-    return 0 if found.same else 1
+        print(result.verdict)
+    return 0 if result.same else 1
 
 
 def _finished_trial(directory: StudyDirectory, plan: Plan, trial_id: str) -> tuple[Trial, Record]:

@@ -75,12 +75,12 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
         with tracked(how.track, directory, planned.data) as tracking:
             failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
             while race and not (failed and how.fail_fast):
-                found = read_evidence(directory)
-                wanted = racing.next_counts(found, counts)
-                console.print(racing.look_in_words(found, wanted, counts), soft_wrap=True)
-                if wanted == counts:
+                evidence = read_evidence(directory)
+                next_counts = racing.next_counts(evidence, counts)
+                console.print(racing.look_in_words(evidence, next_counts, counts), soft_wrap=True)
+                if next_counts == counts:
                     break
-                counts = wanted
+                counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
                 failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
         if isinstance(how.trainer, RayEngine):
@@ -189,8 +189,8 @@ def _events(
 
 def show_study(directory: StudyDirectory) -> None:
     """The study's question, its tables and the answer on stdout, and its picture in its directory."""
-    found = read_evidence(directory)
+    evidence = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(found.results.study.question, found.results.rows))
-    print(f"{found.results.study.question}\n\n{render_tables(study_tables(directory, found), 'text')}\n")
-    print(f"Picture: {picture}\n\n{answer(found)}", flush=True)
+    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
+    print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
+    print(f"Picture: {picture}\n\n{answer(evidence)}", flush=True)

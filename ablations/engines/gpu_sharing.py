@@ -35,9 +35,9 @@ def shared_gpu() -> Generator[SharedGpu]:
 
     One that was killed has left its pipes and does not answer; then a new one is started.
     """
-    here, control = Path(os.environ.get(PIPES, USUAL)), shutil.which(CONTROL)
-    if (here / "control").exists() and not (control and _refusal([control], "get_server_list\n", here, END_S)):
-        yield SharedGpu({PIPES: str(here)})
+    pipes, control = Path(os.environ.get(PIPES, USUAL)), shutil.which(CONTROL)
+    if (pipes / "control").exists() and not (control and _refusal([control], "get_server_list\n", pipes, END_S)):
+        yield SharedGpu({PIPES: str(pipes)})
         return
     if control is None:
         yield SharedGpu(missing=f"{CONTROL} is not there")
@@ -52,16 +52,16 @@ def shared_gpu() -> Generator[SharedGpu]:
         shutil.rmtree(folder, ignore_errors=True)  # the service may still write to its log
 
 
-def _refusal(command: list[str], told: str, pipes: Path, timeout_s: float) -> str | None:
+def _refusal(command: list[str], text: str, pipes: Path, timeout_s: float) -> str | None:
     """Why the control program of the service with these pipes failed; None where it did not."""
     environment = os.environ | {PIPES: str(pipes), LOGS: str(pipes)}
     try:
-        with tempfile.TemporaryFile("w+", errors="replace") as said:  # no pipe: the service may never close it
+        with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: the service may never close it
             done = subprocess.run(
-                command, input=told, env=environment, stdout=said, stderr=said, text=True, timeout=timeout_s
+                command, input=text, env=environment, stdout=output, stderr=output, text=True, timeout=timeout_s
             )
-            said.seek(0)
-            lines = said.read().strip().splitlines()
+            output.seek(0)
+            lines = output.read().strip().splitlines()
     except subprocess.TimeoutExpired:
         return f"{CONTROL} did not answer in {timeout_s:g} s"
     except OSError as error:

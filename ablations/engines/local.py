@@ -106,12 +106,32 @@ def run_local(
     each trial too. `saved` is called after each save of a trial's state. The records say that `at_once` trials were
     trained at once, here and in other processes.
     """
+
+    def run(trial: Trial) -> Iterator[Event]:
+        directory.write_config(trial)
+        splits = data.splits(trial.hold_out, trial.seed)
+        resume = directory.resume_file(trial.id)
+        training, epochs, reason = _begun(trial, splits, resume)
+        if reason:
+            yield TrialNote(trial, f"trained from the start, because {reason}")
+        directory.write_epochs(trial.id, epochs)
+        prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
+        yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
+        saver = Saver(directory, trial, training, save_every_s, stop, saved)
+        for epoch in train(trial, splits, training, after_step=saver):
+            directory.append_epoch(trial.id, epoch)
+            yield EpochDone(trial, epoch)
+        record = _finish(trial, splits, directory, training, prepared, at_once)
+        resume.unlink(missing_ok=True)
+        (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
+        yield TrialDone(trial, record)
+
     for trial in by_seed(trials):
         if stop(0):
             raise Stopped
         yield TrialStarted(trial)
         try:
-            yield from _run(trial, data, directory, save_every_s, execution, stop, at_once, saved)
+            yield from run(trial)
         except Exception as error:  # the other trials go on, whatever this one failed of
             if disk_full(error):
                 raise
@@ -123,35 +143,6 @@ def run_local(
                 failure = _failure(trial, later, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
-
-
-def _run(
-    trial: Trial,
-    data: ResidentData,
-    directory: StudyDirectory,
-    save_every_s: float,
-    execution: ExecutionOptions,
-    stop: Callable[[int], bool],
-    at_once: int,
-    saved: Callable[[Trial], None],
-) -> Iterator[Event]:
-    directory.write_config(trial)
-    splits = data.splits(trial.hold_out, trial.seed)
-    resume = directory.resume_file(trial.id)
-    training, epochs, reason = _begun(trial, splits, resume)
-    if reason:
-        yield TrialNote(trial, f"trained from the start, because {reason}")
-    directory.write_epochs(trial.id, epochs)
-    prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
-    yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-    saver = Saver(directory, trial, training, save_every_s, stop, saved)
-    for epoch in train(trial, splits, training, after_step=saver):
-        directory.append_epoch(trial.id, epoch)
-        yield EpochDone(trial, epoch)
-    record = _finish(trial, splits, directory, training, prepared, at_once)
-    resume.unlink(missing_ok=True)
-    (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
-    yield TrialDone(trial, record)
 
 
 def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
@@ -202,23 +193,22 @@ def _finish(
 
     predictions = {}
 
-    def measure(split: Split, name: str) -> tuple[float, float, float | None]:
-        """Loss and accuracy, and the accuracy with the mirror images; enters the predicted classes."""
+    def measure(split: Split, name: str) -> dict[str, float]:
+        """The record's numbers of a split. Enters the predicted classes."""
         logits_BN = predict(training.result, split, mean_C, std_C)
         loss, accuracy = score(logits_BN, split.labels_B)
-        predictions[name], predictions[f"{name}_labels"] = (
-            logits_BN.argmax(1).cpu().numpy(),
-            split.labels_B.cpu().numpy(),
-        )
-        if not flip:
-            return loss, accuracy, None
-        both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
-        predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
-        return loss, accuracy, score(both_BN, split.labels_B)[1]
+        numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
+        predictions[name] = logits_BN.argmax(1).cpu().numpy()
+        predictions[f"{name}_labels"] = split.labels_B.cpu().numpy()
+        if flip:
+            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
+            predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
+            numbers[f"{name}_accuracy_flip"] = score(both_BN, split.labels_B)[1]
+        return numbers
 
-    validation = measure(splits.validation, "validation")
+    numbers = measure(splits.validation, "validation")
     directory.enter_test_read(trial.id, "training", len(splits.test), tta="flip" if flip else None)
-    test = measure(splits.test, "test")
+    numbers |= measure(splits.test, "test")
     trained = Trained(
         trial=trial.id,
         model=trial.model_name,
@@ -235,14 +225,7 @@ def _finish(
     record = Record(
         trial=trial.id,
         seed=trial.seed,
-        validation_loss=validation[0],
-        validation_accuracy=validation[1],
-        validation_accuracy_flip=validation[2],
-        validation_images=len(splits.validation),
-        test_loss=test[0],
-        test_accuracy=test[1],
-        test_accuracy_flip=test[2],
-        test_images=len(splits.test),
+        **numbers,
         parameters=parameters,
         macs=macs,
         epochs=len(epochs),

@@ -31,7 +31,7 @@ from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, Tria
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Failure, Record
+from expertgrid.ablations.records.record import Failure
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import now, write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores
@@ -95,7 +95,7 @@ class Needs:
 
 
 class RayEngine:
-    """Trains the trials of one study on a Ray cluster, in calls with the same setup."""
+    """Trains the trials of one study on a Ray cluster: a `scheduling.Cluster`."""
 
     def __init__(
         self,
@@ -106,12 +106,19 @@ class RayEngine:
         nodes: Sequence[Mapping[str, float]],
         modules: Sequence[str],
     ) -> None:
+        import ray
+
         self.needs, self.embedded, self.loop, self.end, self.modules = needs, embedded, loop, end, modules
         self.device = "cuda" if needs.gpus else "cpu"
         self.threads = needs.cpus
         self.at_once = 1  # each task says what its node has room for
-        self.in_words = _in_words(nodes, needs, embedded)
+        self.slots = sum(map(needs.slots, nodes))
+        self.in_words = _in_words(len(nodes), self.slots, embedded)
+        self.task: Any = ray.remote(_train).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=0)
         self.shared: _Shared | None = None
+        self.messages: queue.Queue[tuple[Trial, Message]] = queue.Queue()
+        self.tasks: dict[str, _Task] = {}  # by the ids of their trials; changed by the loop alone
+        self.watch = asyncio.run_coroutine_threadsafe(self._watch(), loop)
 
     def run(
         self,
@@ -123,83 +130,16 @@ class RayEngine:
     ) -> Iterator[Event]:
         """Trains trials and yields the engine's events, as `isolation.Pool.run` does."""
         if self.shared is None:
-            self.shared = _Shared.put(replace(setup, begin=partial(_import_modules, self.modules)))
-        cluster = _RayCluster(self, self.shared, timeout_s, len(trials))
-        try:
-            yield from schedule(trials, directory, cluster, stopped)
-        finally:
-            cluster.close()
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """What all tasks get."""
-
-    setup: "ObjectRef"  # with the data: put into the object store once, from where each node gets it once
-    stop: "ActorHandle"
-    commit: str | None  # of the driver's code
-    version: str | None
-
-    @classmethod
-    def put(cls, setup: Setup) -> "_Shared":
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        stop: Any = ray.remote(_Stop).options(num_cpus=0, max_concurrency=10**6, scheduling_strategy=local)
-        try:
-            installed = version("expertgrid")
-        except PackageNotFoundError:  # it runs from a folder of source code
-            installed = None
-        return cls(ray.put(setup), stop.remote(), checkout_commit(), installed)
-
-
-class _Stop:
-    """An actor at which the nodes wait for the driver's word to stop."""
-
-    def __init__(self) -> None:
-        self.said = asyncio.Event()
-
-    async def wait(self) -> None:
-        await self.said.wait()
-
-    async def say(self) -> None:
-        self.said.set()
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What one task gets."""
-
-    trial: Trial
-    state: bytes | None
-    timeout_s: float | None
-    shared: _Shared
-    needs: Needs
-    most_at_once: int
-
-
-class _RayCluster:
-    """The `scheduling.Cluster` of one call of `RayEngine.run`."""
-
-    def __init__(self, engine: RayEngine, shared: _Shared, timeout_s: float | None, trials: int) -> None:
-        import ray
-
-        self.loop, self.needs, self.shared, self.timeout_s, self.trials = (
-            engine.loop, engine.needs, shared, timeout_s, trials,
-        )  # fmt: skip
-        self.task: Any = ray.remote(_train).options(num_cpus=self.needs.cpus, num_gpus=self.needs.gpus, max_retries=0)
-        self.messages: queue.Queue[tuple[Trial, Message]] = queue.Queue()
-        self.tasks: dict[str, _Task] = {}  # by the ids of their trials; changed by the loop alone
-        self.slots = 0
-        self.watch = asyncio.run_coroutine_threadsafe(self._watch(), self.loop)
+            setup = replace(setup, begin=partial(_import_modules, self.modules))
+            self.shared = _Shared.put(setup, timeout_s, self.needs, len(trials))
+        return schedule(trials, directory, self, stopped)
 
     def room(self) -> int:
         return 2 * self.slots + WAITING
 
     def submit(self, trial: Trial, resume: Path) -> None:
         state = resume.read_bytes() if resume.exists() else None
-        generator = self.task.remote(_Order(trial, state, self.timeout_s, self.shared, self.needs, self.trials))
+        generator = self.task.remote(trial, state, self.shared)
         asyncio.run_coroutine_threadsafe(self._follow(trial, generator), self.loop)
 
     def next(self, timeout_s: float) -> tuple[Trial, Message] | None:
@@ -213,6 +153,7 @@ class _RayCluster:
     def stop(self) -> None:
         import ray
 
+        assert self.shared is not None  # something was submitted
         self.shared.stop.say.remote()
 
         async def cancel_waiting() -> None:
@@ -221,16 +162,6 @@ class _RayCluster:
                     ray.cancel(task.generator)
 
         asyncio.run_coroutine_threadsafe(cancel_waiting(), self.loop)
-
-    def close(self) -> None:
-        """Ends what follows the tasks, whatever they do."""
-
-        async def end() -> None:
-            for task in self.tasks.values():
-                task.follower.cancel()
-
-        self.watch.cancel()
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
 
     async def _follow(self, trial: Trial, generator: "ObjectRefGenerator") -> None:
         """Takes in what a task sends until it ends."""
@@ -244,7 +175,7 @@ class _RayCluster:
             async for reference in generator:
                 sent = await reference
                 if isinstance(sent, Report):
-                    self.messages.put((trial, sent))
+                    self.messages.put((trial, _of_this_code(sent)))
                 else:
                     task.node = sent
         except failures.TaskCancelledError:
@@ -278,6 +209,39 @@ class _RayCluster:
             await asyncio.sleep(LOOK_AT_NODES_S)
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all tasks get."""
+
+    setup: "ObjectRef"  # with the data: put into the object store once, from where each node gets it once
+    stop: "ActorHandle"
+    timeout_s: float | None
+    needs: Needs
+    trials: int
+
+    @classmethod
+    def put(cls, setup: Setup, timeout_s: float | None, needs: Needs, trials: int) -> "_Shared":
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        local = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        stop: Any = ray.remote(_Stop).options(num_cpus=0, max_concurrency=10**6, scheduling_strategy=local)
+        return cls(ray.put(setup), stop.remote(), timeout_s, needs, trials)
+
+
+class _Stop:
+    """An actor at which the nodes wait for the driver's word to stop."""
+
+    def __init__(self) -> None:
+        self.said = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self.said.wait()
+
+    async def say(self) -> None:
+        self.said.set()
+
+
 @dataclass
 class _Task:
     generator: "ObjectRefGenerator"
@@ -304,31 +268,31 @@ def _answers(node_id: str) -> bool:
 _workplace: "_Workplace | None" = None  # of this process, which Ray uses for one task after another
 
 
-def _train(order: _Order) -> Iterator[str | Report]:
+def _train(trial: Trial, state: bytes | None, shared: _Shared) -> Iterator[str | Report]:
     """The task: its node's id, then what happens."""
     import ray
 
     global _workplace
-    yield ray.get_runtime_context().get_node_id()
+    node = ray.get_runtime_context().get_node_id()
+    yield node
     if _workplace is None:
-        _workplace = _Workplace(order)
-    yield from _workplace.train(order)
+        _workplace = _Workplace(node, shared)
+    yield from _workplace.train(trial, state)
 
 
 class _Workplace:
     """A process of a node: it has a pool of one process, and a study directory for one trial at a time."""
 
-    def __init__(self, order: _Order) -> None:
+    def __init__(self, node_id: str, shared: _Shared) -> None:
         import ray
 
         self.pool = Pool(1)  # which begins to import PyTorch, while the data come
-        self.path = Path(tempfile.mkdtemp(prefix="expertgrid-"))
-        own_id = ray.get_runtime_context().get_node_id()
-        (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_id)
-        at_once = min(order.needs.slots(resources), order.most_at_once)
-        self.setup = replace(ray.get(order.shared.setup), directory=self.path, at_once=max(1, at_once))
-        self.stopped = Flag()
-        Thread(target=self._wait, args=(order.shared.stop,), daemon=True).start()
+        self.directory = StudyDirectory(Path(tempfile.mkdtemp(prefix="expertgrid-")))
+        (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+        at_once = max(1, min(shared.needs.slots(resources), shared.trials))
+        self.setup = replace(ray.get(shared.setup), directory=self.directory.path, at_once=at_once)
+        self.timeout_s, self.stopped = shared.timeout_s, Flag()
+        Thread(target=self._wait, args=(shared.stop,), daemon=True).start()
 
     def _wait(self, stop: "ActorHandle") -> None:
         """Until the driver says stop, or is lost."""
@@ -338,46 +302,47 @@ class _Workplace:
             ray.get(stop.wait.remote())
         self.stopped.set()
 
-    def train(self, order: _Order) -> Iterator[Report]:
-        directory, trial = StudyDirectory(self.path), order.trial.id
-        if order.state is not None:
-            write_whole(directory.resume_file(trial), order.state)
+    def train(self, trial: Trial, state: bytes | None) -> Iterator[Report]:
+        if state is not None:
+            write_whole(self.directory.resume_file(trial.id), state)
         try:
-            for event in self.pool.run([order.trial], self.setup, directory, self.stopped, order.timeout_s):
+            for event in self.pool.run([trial], self.setup, self.directory, self.stopped, self.timeout_s):
                 with suppress(FileNotFoundError):  # the state of a trial that was done meanwhile
-                    yield _report(event, directory, order.shared)
+                    yield _report(event, self.directory)
         except Stopped:  # its state is sent
             return
         except OSError as error:
             raise ProcessLost(f"on node {socket.gethostname()}: {error}") from error
         finally:
-            shutil.rmtree(directory.trial(trial), ignore_errors=True)
+            shutil.rmtree(self.directory.trial(trial.id), ignore_errors=True)
 
 
-def _report(event: Event, directory: StudyDirectory, shared: _Shared) -> Report:
+def _report(event: Event, directory: StudyDirectory) -> Report:
     """An event with the files that it is about. Raises FileNotFoundError where a state is not there any more."""
     trial = event.trial.id
-    place = directory.trial(trial)
-    match event:
-        case StateSaved():
-            return Report(event, {"resume.pt": directory.resume_file(trial).read_bytes()})
-        case TrialFailed():
-            return Report(event, {"failure.json": (place / "failure.json").read_bytes()})
-        case TrialDone(_, record):
-            files = {name: (place / name).read_bytes() for name in ("epochs.jsonl", "model.safetensors")}
-            reads = [read for read in directory.test_reads() if read.trial == trial]
-            done = TrialDone(event.trial, _of_the_driver(record, shared))
-            return Report(done, files, directory.predictions(trial), reads)
-    return Report(event)
+    names = {
+        StateSaved: ("resume.pt",),
+        TrialFailed: ("failure.json",),
+        TrialDone: ("epochs.jsonl", "model.safetensors"),
+    }
+    files = {name: (directory.trial(trial) / name).read_bytes() for name in names.get(type(event), ())}
+    if not isinstance(event, TrialDone):
+        return Report(event, files)
+    reads = [read for read in directory.test_reads() if read.trial == trial]
+    return Report(event, files, directory.predictions(trial), reads)
 
 
-def _of_the_driver(record: Record, shared: _Shared) -> Record:
-    """A node's record with the version and the commit of the code that the driver sent there."""
+def _of_this_code(report: Report) -> Report:
+    """A report whose record has the version and the commit of this code, which the driver has sent to the node."""
+    if not isinstance(report.event, TrialDone):
+        return report
+    record = report.event.record
     versions = {name: number for name, number in record.environment.versions.items() if name != "expertgrid"}
-    if shared.version is not None:
-        versions = {"expertgrid": shared.version} | versions
-    environment = record.environment.model_copy(update={"versions": versions, "commit": shared.commit})
-    return record.model_copy(update={"environment": environment})
+    with suppress(PackageNotFoundError):  # it runs from a folder of source code
+        versions = {"expertgrid": version("expertgrid")} | versions
+    environment = record.environment.model_copy(update={"versions": versions, "commit": checkout_commit()})
+    record = record.model_copy(update={"environment": environment})
+    return replace(report, event=TrialDone(report.event.trial, record))
 
 
 def _connect(address: str, modules: Sequence[str], empty: str) -> bool:
@@ -450,22 +415,29 @@ def _gpus(share: float | None, device: str) -> float:
     return 1.0 if device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def _in_words(nodes: Sequence[Mapping[str, float]], needs: Needs, embedded: bool) -> str:
-    slots = sum(map(needs.slots, nodes))
-    place = "embedded on this machine" if embedded else f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
+def _in_words(nodes: int, slots: int, embedded: bool) -> str:
+    place = "embedded on this machine" if embedded else f"{nodes} {'node' if nodes == 1 else 'nodes'}"
     waits = "" if slots else "; trials wait for a node that has what they need"
     return f"Ray, {place}: room for {slots} {'trial' if slots == 1 else 'trials'} at once{waits}"
 
 
 @contextmanager
 def _event_loop() -> Generator[asyncio.AbstractEventLoop]:
-    """A loop that runs in a thread of its own."""
+    """A loop that runs in a thread of its own. What it still does at the end is cancelled."""
     loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever, daemon=True)
     thread.start()
+
+    async def cancel() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1.0) if tasks else None
+
     try:
         yield loop
     finally:
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -1,7 +1,7 @@
 """Trains a trial again and compares the result with its record."""
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertgrid.ablations.engines.events import TrialFailed
+from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Record
 from expertgrid.model.checkpoint import load
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.splits import ResidentData
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import Epoch, Trial
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Rerun:
     """A trial that was trained twice."""
 
     compared: list[Compared]
-    elsewhere: list[str]  # what differs between the two trainings' environments
+    reasons: list[str]  # what differs between the two trainings' environments, so that bits may differ
     margin: float  # in points of accuracy, for a training elsewhere
+    points: float = 0.0  # by which accuracies differ at most
     failure: str = ""
 
     @property
@@ -47,23 +49,20 @@ class Rerun:
         """On a CPU, or with --deterministic, in the same environment: to the last bit. Else within the margin."""
         if self.failure:
             return False
-        if not self.elsewhere:
-            return all(number.same for number in self.compared)
-        differences = [number.difference or 0.0 for number in self.compared if number.what.endswith("accuracy")]
-        return all(100 * difference <= self.margin for difference in differences)
+        return self.points <= self.margin if self.reasons else all(number.same for number in self.compared)
 
     @property
     def verdict(self) -> str:
         if self.failure:
             return f"Different: the record is of a trial that was finished, and this time it failed: {self.failure}"
-        if not self.elsewhere:
+        if not self.reasons:
             if self.same:
                 return "The same: weights, losses, accuracies and predictions are equal to the last bit."
             changed = ", ".join(number.what for number in self.compared if not number.same)
             return f"Different: {changed}. In the environment of the record, equality to the last bit is expected."
         return (
             f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
-            f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.elsewhere)})."
+            f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.reasons)})."
         )
 
 
@@ -81,24 +80,27 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         _threads(record.environment.threads),
         machine.deterministic(record.deterministic),
     ):
-        beside = StudyDirectory(Path(place))
+        second = StudyDirectory(Path(place))
         try:
-            events = list(run_local([trial], data, beside, execution=ExecutionOptions.requiring(used)))
+            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
         finally:
-            for read in beside.test_reads():
+            for read in second.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
-        failures = [event.reason for event in events if isinstance(event, TrialFailed)]
         margin = directory.read_study().margin
-        if failures:
-            return Rerun([], [], margin, failures[0])
-        again = beside.record(trial.id)
-        assert again is not None  # a trial that did not fail has its record
-        compared = [_weights(directory, beside, trial.id), *_epochs(directory, beside, trial.id)]
+        if not isinstance(last, TrialDone):
+            return Rerun([], [], margin, failure=str(second.failure(trial.id)))
+        again = last.record
+        weights = [load(study.checkpoint(trial.id)).weights for study in (directory, second)]
+        compared = [_compared_weights(*weights)]
+        compared += _compared_epochs(directory.epochs(trial.id), second.epochs(trial.id))
         for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
-            kept, found = getattr(record, name), getattr(again, name)
-            compared.append(Compared(name.replace("_", " "), kept, found, abs(found - kept), found == kept))
-        compared += _predictions(directory, beside, trial.id)
-    return Rerun(compared, _elsewhere(record, again), margin)
+            first, number = getattr(record, name), getattr(again, name)
+            compared.append(Compared(name.replace("_", " "), first, number, abs(number - first), number == first))
+        if predictions := directory.predictions(trial.id):
+            compared += _compared_predictions(predictions, second.predictions(trial.id))
+    accuracies = ("validation_accuracy", "test_accuracy")
+    points = max(100 * abs(getattr(again, name) - getattr(record, name)) for name in accuracies)
+    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, points)
 
 
 @contextmanager
@@ -111,56 +113,40 @@ def _threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _elsewhere(record: Record, again: Record) -> list[str]:
+def _reasons(record: Record, again: Record, on_cpu: bool) -> list[str]:
     """The reasons not to expect equality to the last bit."""
-    kept, here = record.environment, again.environment
-    found = [
+    first, second = record.environment, again.environment
+    changed = [
         f"{name} was {before}, is {now}"
         for name, before, now in (
-            ("the device", kept.device, here.device),
-            ("the number of threads", kept.threads, here.threads),
+            ("the device", first.device, second.device),
+            ("the number of threads", first.threads, second.threads),
             ("bf16", record.bfloat16, again.bfloat16),
-            *((name, version, here.versions.get(name)) for name, version in kept.versions.items()),
+            *((name, version, second.versions.get(name)) for name, version in first.versions.items()),
         )
         if before != now
     ]
-    exact = here.device.startswith("cpu") or record.deterministic
-    return found or ([] if exact else ["on this device sums are made in any order, unless --deterministic was given"])
+    in_any_order = "on this device sums are made in any order, unless --deterministic was given"
+    return changed or [in_any_order] * (not on_cpu and not record.deterministic)
 
 
-def _weights(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> Compared:
-    kept, again = (load(study.checkpoint(trial)).weights for study in (directory, beside))
-    same = kept.keys() == again.keys() and all(_equal(kept[name], again[name]) for name in kept)
-    largest = max((_distance(kept[name], again[name]) for name in kept.keys() & again.keys()), default=0.0)
-    return Compared("weights", None, None, largest, same)
+def _compared_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> Compared:
+    pairs = [(first[name], second[name]) for name in first.keys() & second.keys()]
+    same = first.keys() == second.keys() and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    distances = [(a.double() - b.double()).abs().max().item() for a, b in pairs if a.numel()]
+    return Compared("weights", None, None, max(distances, default=0.0), same)
 
 
-def _equal(kept: Tensor, again: Tensor) -> bool:
-    return kept.dtype == again.dtype and torch.equal(kept, again)
-
-
-def _distance(kept: Tensor, again: Tensor) -> float:
-    return (kept.double() - again.double()).abs().max().item() if kept.numel() else 0.0
-
-
-def _epochs(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> list[Compared]:
-    kept, again = directory.epochs(trial), beside.epochs(trial)
-    found = []
+def _compared_epochs(first: list[Epoch], second: list[Epoch]) -> Iterator[Compared]:
     for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
-        pairs = [(getattr(before, name), getattr(after, name)) for before, after in zip(kept, again)]
+        pairs = [(getattr(before, name), getattr(after, name)) for before, after in zip(first, second)]
         largest = max((abs(after - before) for before, after in pairs), default=0.0)
-        same = len(kept) == len(again) and all(before == after for before, after in pairs)
-        found.append(Compared(f"{name.replace('_', ' ')} by epoch", None, None, largest, same))
-    return found
+        same = len(first) == len(second) and all(before == after for before, after in pairs)
+        yield Compared(f"{name.replace('_', ' ')} by epoch", None, None, largest, same)
 
 
-def _predictions(directory: StudyDirectory, beside: StudyDirectory, trial: str) -> list[Compared]:
-    kept, again = directory.predictions(trial), beside.predictions(trial)
-    if kept is None:
-        return []
-    found = []
+def _compared_predictions(first: Predictions, second: Predictions | None) -> Iterator[Compared]:
     for split in ("validation", "test"):
-        before, after = getattr(kept, split), getattr(again, split)
+        before, after = getattr(first, split), getattr(second, split)
         changed = int((before != after).sum()) if before.shape == after.shape else max(len(before), len(after))
-        found.append(Compared(f"predictions of {split} images", None, None, changed, np.array_equal(before, after)))
-    return found
+        yield Compared(f"predictions of {split} images", None, None, changed, np.array_equal(before, after))

@@ -31,9 +31,9 @@ class Batch:
     indices_B: Tensor  # of the images in the train split
 
 
-def batches(recipe: Recipe, images: int) -> tuple[int, int]:
-    """The images in a batch, and the batches in an epoch of `images` images. An incomplete last batch is left out."""
-    return recipe.batch_size, images // recipe.batch_size
+def steps_per_epoch(recipe: Recipe, images: int) -> int:
+    """The batches in an epoch of `images` images. An incomplete last batch is left out."""
+    return images // recipe.batch_size
 
 
 class Loader:
@@ -80,8 +80,7 @@ class Loader:
         self.generator.manual_seed(self.seed * recipe.epochs + epoch)
         self.mixing.seed([MIXING, self.seed, epoch])
         shuffled_N = torch.randperm(images, device=self.device, generator=self.generator)
-        batch_size, steps = batches(recipe, images)
-        self.order = shuffled_N[: batch_size * steps].split(batch_size)
+        self.order = shuffled_N[: images // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
         self.mirrored_N = None
         if recipe.alternating_flip:
             same = torch.Generator(self.device).manual_seed(ALTERNATING << 32 | self.seed)

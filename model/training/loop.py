@@ -27,7 +27,7 @@ from expertgrid.model.net import ExpertNet
 from expertgrid.model.pixels import normalise
 from expertgrid.model.registry import build
 from expertgrid.model.system.machine import computes_bfloat16
-from expertgrid.model.training.loader import Loader, batches
+from expertgrid.model.training.loader import Loader, steps_per_epoch
 from expertgrid.model.training.optimise import make_average, make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.splits import Split, Splits
@@ -142,7 +142,7 @@ def start(trial: Trial, splits: Splits) -> Training:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
     optimizer = make_optimizer(trial.recipe, net)
-    _, steps = batches(trial.recipe, len(splits.train))
+    steps = steps_per_epoch(trial.recipe, len(splits.train))
     return Training(
         net,
         optimizer,
@@ -165,8 +165,8 @@ def train(
     finite: at that step on a CPU, after its epoch elsewhere.
     """
     recipe, net, optimizer, losses_S = trial.recipe, training.net, training.optimizer, training.losses_S
+    steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
-    batch_size, steps = batches(recipe, len(splits.train))
     amp = uses_bfloat16(recipe, device)
     step = training_step(net, optimizer, amp, recipe.smoothing)
     take = partial(training.recorder, step) if training.recorder else step
@@ -201,10 +201,10 @@ def train(
             epoch=epoch + 1,
             lr=optimizer.param_groups[0]["lr"],
             train_loss=losses_S.mean().item(),
-            train_accuracy=training.correct.item() / (steps * batch_size),
+            train_accuracy=training.correct.item() / images,
             validation_loss=validation_loss,
             validation_accuracy=validation_accuracy,
-            images_per_s=steps * batch_size / training.train_seconds,
+            images_per_s=images / training.train_seconds,
             train_seconds=training.train_seconds,
             validation_seconds=time.perf_counter() - validating,
         )

@@ -10,7 +10,8 @@ from expertgrid.model.fast.cuda_graphs import Recorder
 from expertgrid.model.fast.execution import LABELS, ExecutionOptions, ExecutionPlan
 from expertgrid.model.system.errors import reason_of
 from expertgrid.model.training.augment import augment
-from expertgrid.model.training.loop import Training, TrainingError, batches, start, train, uses_bfloat16
+from expertgrid.model.training.loader import steps_per_epoch
+from expertgrid.model.training.loop import Training, TrainingError, start, train, uses_bfloat16
 from expertgrid.model.training.splits import ResidentData, Splits
 from expertgrid.model.training.trial import Trial
 
@@ -46,8 +47,7 @@ def fitting_batch_size(trial: Trial, data: ResidentData) -> int | None:
 
 def planned_steps(trial: Trial, images: int) -> int:
     """The steps of a whole training on so many images."""
-    _, steps = batches(trial.recipe, images)
-    return steps * trial.recipe.epochs
+    return steps_per_epoch(trial.recipe, images) * trial.recipe.epochs
 
 
 @dataclass(frozen=True)

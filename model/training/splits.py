@@ -69,8 +69,8 @@ class ResidentData:
         """The splits of a seed. Train and validation images keep the order of the source."""
         labels_B = self.data.train.labels_B
         held_out = hold_out.held_out(labels_B, self.data.fingerprint, seed)
-        kept = np.setdiff1d(np.arange(len(labels_B)), held_out, assume_unique=True)
-        train, validation = (self._part(indices) for indices in (kept, held_out))
+        trained_on = np.setdiff1d(np.arange(len(labels_B)), held_out, assume_unique=True)
+        train, validation = (self._part(indices) for indices in (trained_on, held_out))
         return Splits(self.data, train, validation, self.test)
 
     def _part(self, indices: np.ndarray) -> Split:

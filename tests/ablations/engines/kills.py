@@ -148,10 +148,10 @@ def kill_until(kills: int, seed: int) -> Count:
 
 if __name__ == "__main__":
     arguments = [int(word) for word in sys.argv[1:]]
-    found = kill_until(*(arguments + [500, 0][len(arguments) :]))
+    count = kill_until(*(arguments + [500, 0][len(arguments) :]))
     print(
-        f"{found.kills} kills, {found.resumed} with a saved state; {found.studies} studies, {found.trials} trials "
-        f"finished; {len(found.faults)} faults"
+        f"{count.kills} kills, {count.resumed} with a saved state; {count.studies} studies, {count.trials} trials "
+        f"finished; {len(count.faults)} faults"
     )
-    print("\n".join(found.faults))
-    sys.exit(bool(found.faults))
+    print("\n".join(count.faults))
+    sys.exit(bool(count.faults))

@@ -109,8 +109,8 @@ def trained_here(trials: list[Trial], data: ImageData, place: Path) -> StudyDire
 def assert_same(local: StudyDirectory, by_ray: StudyDirectory, trial: str) -> None:
     """Weights and predictions to the last bit, and records but for times."""
     timed = {"images_per_s", "train_seconds", "finished", "at_once"}
-    ours, theirs = local.record(trial), by_ray.record(trial)
-    assert ours.model_dump(exclude=timed) == theirs.model_dump(exclude=timed)
+    expected, remote = local.record(trial), by_ray.record(trial)
+    assert expected.model_dump(exclude=timed) == remote.model_dump(exclude=timed)
     for name in ("config.json", "model.safetensors", "predictions.npz"):
         assert (local.trial(trial) / name).read_bytes() == (by_ray.trial(trial) / name).read_bytes(), name
     timed = {"images_per_s", "train_seconds", "validation_seconds"}
@@ -194,14 +194,14 @@ def fall_silent(node) -> list[int]:
 
 def lost_and_gone_on(events: Iterator[Event], nodes: list, way) -> list[Event]:
     """Kills the node of the one trial once it has sent a state after its second epoch."""
-    seen, left, killed = [], [], False
+    seen, survivors, killed = [], [], False
     for event in events:
         seen.append(event)
         epochs = sum(isinstance(before, EpochDone) for before in seen)
         if isinstance(event, StateSaved) and epochs >= 2 and not killed:
             (busy,) = (node for node in nodes if trains(node))
-            left, killed = way(busy), True
-    for pid in left:
+            survivors, killed = way(busy), True
+    for pid in survivors:
         with suppress(ProcessLookupError):  # some end with the daemon
             os.kill(pid, signal.SIGKILL)
     return seen
@@ -348,7 +348,7 @@ def test_empty_trials_are_scheduled_at_100_a_second(digits, tmp_path, monkeypatc
     trials = [Trial.model_validate(first.model_dump() | {"seed": seed}) for seed in range(1_100)]
     record, predictions = written_record(first, 50.0, 50.0), Predictions(*(np.zeros(1, np.int64),) * 4)
 
-    def empty(order):
+    def empty(trial, state, shared):
         import ray
 
         from expertgrid.ablations.engines.events import TrialDone, TrialStarted
@@ -356,9 +356,9 @@ def test_empty_trials_are_scheduled_at_100_a_second(digits, tmp_path, monkeypatc
         from expertgrid.ablations.records.record import Record
 
         yield ray.get_runtime_context().get_node_id()
-        yield Report(TrialStarted(order.trial))
+        yield Report(TrialStarted(trial))
         files = {"epochs.jsonl": b"", "model.safetensors": b""}
-        yield Report(TrialDone(order.trial, Record.model_validate_json(record)), files, predictions)
+        yield Report(TrialDone(trial, Record.model_validate_json(record)), files, predictions)
 
     monkeypatch.setattr("expertgrid.ablations.engines.ray._train", empty)
     with tempfile.TemporaryDirectory(dir=MEMORY) as place, ray_engine("auto", 1, None, "cpu", []) as engine:

@@ -26,12 +26,12 @@ def test_many_trials_leave_nothing_in_their_process(digits, resident_digits, tmp
     fields = {"width": 0.0625, "recipe.epochs": 1, "recipe.ema_decay": 0.9}
     study = Study(name="soak", question="?", seeds=TRIALS // 3, set=fields, factors={"experts": [1, 2, 3]})
     trials = [trial for cell in study.cells(digits) for trial in cell.trials]
-    found = []
+    usages = []
     for event in run_local(trials, resident_digits, StudyDirectory(tmp_path), save_every_s=0):
         if isinstance(event, TrialDone):
-            found.append(used())
-    assert len(found) == TRIALS
-    (memory, files, threads), (last_memory, last_files, last_threads) = found[SETTLED], found[-1]
+            usages.append(used())
+    assert len(usages) == TRIALS
+    (memory, files, threads), (last_memory, last_files, last_threads) = usages[SETTLED], usages[-1]
     assert (last_files, last_threads) == (files, threads)
     assert last_memory < memory + 16 * 2**20, f"{(last_memory - memory) / 2**20:.1f} MiB in {TRIALS - SETTLED} trials"
-    print(f"{memory / 2**20:.1f} MiB after {SETTLED} trials, {last_memory / 2**20:.1f} after {TRIALS}", found[-1])
+    print(f"{memory / 2**20:.1f} MiB after {SETTLED} trials, {last_memory / 2**20:.1f} after {TRIALS}", usages[-1])

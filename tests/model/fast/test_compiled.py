@@ -28,15 +28,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def graphs():
-    """A backend that runs a graph as it is, and the list of those that it was given."""
+    """A backend that runs a graph as it is, and the list of those that it was compiled."""
     torch._dynamo.reset()
-    given = []
+    compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
-        given.append(graph)
+        compiled.append(graph)
         return graph
 
-    yield backend, given
+    yield backend, compiled
     torch._dynamo.reset()
 
 
@@ -47,24 +47,24 @@ def trial(digits) -> Trial:
 
 
 def test_equal_blocks_compile_once(graphs, digits_splits):
-    backend, given = graphs
+    backend, compiled = graphs
     torch.manual_seed(0)
     nets = [build(vary(PRESETS["eight_block"].change(in_chans=1), "width", 0.125)) for _ in range(2)]
     before = copy.deepcopy(nets[0].state_dict())
     random_state = torch.get_rng_state()
     x_BCHW = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert compile_blocks(nets[0], [x_BCHW], False, backend) > 0
-    assert len(given) == 2  # the first convolution, and the block that is there eight times
+    assert len(compiled) == 2  # the first convolution, and the block that is there eight times
     assert compile_blocks(nets[1], [x_BCHW], False, backend) > 0
     nets[0].train()(x_BCHW).sum().backward()
-    assert len(given) == 2
+    assert len(compiled) == 2
     assert torch.equal(torch.get_rng_state(), random_state)
 
     compile_blocks(nets[0], [x_BCHW], False, backend)
     nets[1].load_state_dict(before)
     assert list(nets[0].state_dict()) == list(before)
     predict(nets[0], digits_splits.validation, torch.zeros(1), torch.ones(1))
-    assert len(given) == 2, "evaluation is eager"
+    assert len(compiled) == 2, "evaluation is eager"
 
 
 def test_the_first_run_changes_nothing_of_the_network(graphs):
@@ -77,10 +77,10 @@ def test_the_first_run_changes_nothing_of_the_network(graphs):
 
 
 def test_many_different_blocks_are_all_compiled(graphs):
-    backend, given = graphs
+    backend, compiled = graphs
     layers = tuple(Block(channels=channels, kernels=(1, 1)) for channels in range(2, 14))
     compile_blocks(build(ModelConfig(layers=layers)), [torch.randn(2, 3, 4, 4)], False, backend)
-    assert len(given) == 12
+    assert len(compiled) == 12
 
 
 def test_a_network_that_does_not_compile_stays_eager(graphs):

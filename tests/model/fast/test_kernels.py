@@ -55,19 +55,19 @@ def step(net: nn.Module, x_BCHW: torch.Tensor, weights_BCHW: torch.Tensor) -> di
     x_BCHW = x_BCHW.clone().requires_grad_()
     output_BCHW = net.train()(x_BCHW)
     (output_BCHW * weights_BCHW).sum().backward()
-    found = {"output": output_BCHW.detach(), "input's gradient": x_BCHW.grad, **dict(net.named_buffers())}
-    return found | {name: parameter.grad for name, parameter in net.named_parameters()}
+    values = {"output": output_BCHW.detach(), "input's gradient": x_BCHW.grad, **dict(net.named_buffers())}
+    return values | {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
 def in_parts(layer: Block | Conv, shape: tuple[int, int, int]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A net of one layer whose norms are not at their start, its input, and weights of its output."""
-    batch, height, width = shape
+    images, height, width = shape
     torch.manual_seed(0)
     net = ExpertNet(ModelConfig(in_chans=3, layers=(layer,))).layers.to(DEVICE)
     for parameter in net.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, 0.5)
-    x_BCHW = torch.randn(batch, 3, height, width, device=DEVICE).contiguous(memory_format=torch.channels_last) + 0.5
+    x_BCHW = torch.randn(images, 3, height, width, device=DEVICE).contiguous(memory_format=torch.channels_last) + 0.5
     return net, x_BCHW, torch.randn_like(copy.deepcopy(net)(x_BCHW))
 
 
@@ -76,11 +76,11 @@ def test_kernels_compute_what_the_plain_modules_do(name):
     net, x_BCHW, weights_BCHW = in_parts(*PARTS[name])
     fused = with_kernels(net)
     assert type(fused[0]) in (kernels.FusedBlock, kernels.FusedConv)
-    found = step(fused, x_BCHW, weights_BCHW)
+    fused_values = step(fused, x_BCHW, weights_BCHW)
     expected = step(net.double(), x_BCHW.double(), weights_BCHW.double())
-    assert found.keys() == expected.keys()
+    assert fused_values.keys() == expected.keys()
     for what, value in expected.items():
-        assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
+        assert (fused_values[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
 
 
 GATES = {
@@ -117,10 +117,10 @@ def test_the_kernel_of_a_gate_computes_what_the_gate_does(name, dtype):
             gate_BK = gate.double().routed(x_BCHW.sum((2, 3)).double() / 15)
         (gate_BK * weights_BK).sum().backward()
         results.append([gate_BK.detach(), x_BCHW.grad, *[p.grad.clone() for p in gate.parameters()]])
-    found, expected = results
-    assert found[0].dtype == torch.float32
-    assert len(found) == 2 + len(list(gate.parameters()))
-    for a, b in zip(found, expected):
+    in_kernel, expected = results
+    assert in_kernel[0].dtype == torch.float32
+    assert len(in_kernel) == 2 + len(list(gate.parameters()))
+    for a, b in zip(in_kernel, expected):
         rounding = 2**-7 if a.dtype == torch.bfloat16 else 1e-4
         assert (a - b).double().norm() <= rounding * b.double().norm()
 
@@ -158,19 +158,19 @@ def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
         monkeypatch.setattr(kernels, "TILE", tile)
         monkeypatch.setattr(kernels, "MOST_PROGRAMS", programs)
         net, x_BCHW, weights_BCHW = in_parts(layer, shape)
-        found = step(with_kernels(net), x_BCHW, weights_BCHW)
+        fused_values = step(with_kernels(net), x_BCHW, weights_BCHW)
         for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
-            assert (found[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
+            assert (fused_values[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
 
 
 def test_in_bfloat16_kernels_are_as_near_to_float64_as_the_plain_modules():
     net, x_BCHW, weights_BCHW = in_parts(Block(channels=16, kernels=(1, 1, 1)), (4, 16, 16))
     plain, fused = copy.deepcopy(net), with_kernels(net)
     with torch.autocast(DEVICE, torch.bfloat16):
-        found, others = step(fused, x_BCHW, weights_BCHW), step(plain, x_BCHW, weights_BCHW)
-    assert (found["output"].dtype, found["0.experts.1.norm.weight"].dtype) == (torch.bfloat16, torch.float32)
+        of_kernels, of_modules = step(fused, x_BCHW, weights_BCHW), step(plain, x_BCHW, weights_BCHW)
+    assert (of_kernels["output"].dtype, of_kernels["0.experts.1.norm.weight"].dtype) == (torch.bfloat16, torch.float32)
     for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
-        error, plain_error = ((one[what] - value).double().norm() for one in (found, others))
+        error, plain_error = ((values[what] - value).double().norm() for values in (of_kernels, of_modules))
         assert error <= 2 * plain_error + 5e-3 * value.double().norm(), what
 
 

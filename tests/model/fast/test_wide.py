@@ -29,8 +29,8 @@ def step(block: nn.Module, x_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
     x_BCHW = x_BCHW.clone().requires_grad_()
     output_BCHW = block.train()(x_BCHW)
     output_BCHW.sin().sum().backward()
-    found = {"output": output_BCHW.detach(), "input's gradient": x_BCHW.grad, **dict(block.named_buffers())}
-    return found | {name: parameter.grad for name, parameter in block.named_parameters()}
+    values = {"output": output_BCHW.detach(), "input's gradient": x_BCHW.grad, **dict(block.named_buffers())}
+    return values | {name: parameter.grad for name, parameter in block.named_parameters()}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -43,10 +43,10 @@ def test_wide_blocks_compute_what_blocks_do(name):
     wide, x_BCHW = copy.deepcopy(block), torch.randn(4, 3, 7, 5, dtype=torch.float64)
     assert can_be_wide(wide.config)
     wide.__class__ = WideBlock
-    found, expected = step(wide, x_BCHW), step(block, x_BCHW)
+    wide_values, expected = step(wide, x_BCHW), step(block, x_BCHW)
     assert list(wide.state_dict()) == list(block.state_dict())
     for what, value in expected.items():
-        assert torch.allclose(found[what].double(), value.double(), rtol=1e-9, atol=1e-9), what
+        assert torch.allclose(wide_values[what].double(), value.double(), rtol=1e-9, atol=1e-9), what
     torch.testing.assert_close(wide.eval()(x_BCHW), block.eval()(x_BCHW))
 
 

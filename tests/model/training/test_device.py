@@ -23,12 +23,12 @@ from expertgrid.model.training.trial import Trial
 META = torch.device("meta")
 
 
-class Kept(TorchDispatchMode):
+class OneDevice(TorchDispatchMode):
     """Refuses operators that take tensors of two devices: on CUDA such a copy waits."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        assert len(given) < 2, f"{function} takes tensors of {given}"
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        assert len(devices) < 2, f"{function} takes tensors of {devices}"
         return function(*args, **(kwargs or {}))
 
 
@@ -58,7 +58,7 @@ def images() -> ImageData:
 @pytest.fixture
 def on_meta(monkeypatch) -> Iterator[None]:
     """What there is not for meta, as it is for the CPU; and the clock, which is read before and after the steps."""
-    autocast, kept = torch.autocast, Kept()
+    autocast, mode = torch.autocast, OneDevice()
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", lambda kind, *more, **options: autocast("cpu", *more, enabled=False))
     started = []
@@ -66,12 +66,12 @@ def on_meta(monkeypatch) -> Iterator[None]:
     def seconds(device: torch.device) -> float:
         if started:
             raise EpochIsOver
-        started.append(kept.__enter__())
+        started.append(mode.__enter__())
         return 0.0
 
     monkeypatch.setattr(training, "seconds", seconds)
     yield
-    kept.__exit__(None, None, None)
+    mode.__exit__(None, None, None)
 
 
 def trial_of(images: ImageData, model: str, recipe: str, **fields) -> Trial:
@@ -118,5 +118,5 @@ def test_the_stand_in_refuses_what_waits():
         x.sum().item()
     with pytest.raises(RuntimeError, match="not on the expected device"):
         torch.where(x > 0, torch.zeros(4), x)
-    with Kept(), pytest.raises(AssertionError, match="takes tensors of"):
+    with OneDevice(), pytest.raises(AssertionError, match="takes tensors of"):
         x[torch.tensor([0, 1])]

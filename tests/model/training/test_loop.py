@@ -39,7 +39,7 @@ from expertgrid.model.training import prepare as preparation
 from expertgrid.model.training.data import ImageData, Images
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.loader import Loader
-from expertgrid.model.training.loop import Diverged, batches, mirrored, predict, score, start, train
+from expertgrid.model.training.loop import Diverged, mirrored, predict, score, start, train
 from expertgrid.model.training.prepare import planned_steps
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.resume import read_state, write_state
@@ -132,10 +132,6 @@ def test_a_loss_that_is_not_finite_is_an_error(digits, digits_splits):
     assert raised.value.step > 1
     assert raised.value.epoch == -(-raised.value.step // 10)
     assert raised.value.lr == pytest.approx(100 * (1 - (raised.value.step - 1) / 30))
-
-
-def test_batches_are_whole(trial, digits_splits):
-    assert batches(trial.recipe, len(digits_splits.train)) == (128, 10)
 
 
 def test_prediction_is_the_networks_own(trial, digits, digits_splits):

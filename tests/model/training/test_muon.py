@@ -68,38 +68,39 @@ def test_stacked_weights_step_as_timm_has_each_step(opt, monkeypatch):
     exact = {stacked: trained(first, opt, stacked)[0] for stacked in (False, True)}
     moved = distance(exact[False], first)
     assert distance(exact[True], exact[False]) < 1e-5 * moved
-    ours, theirs = (distance(rounded[stacked], exact[False]) for stacked in (True, False))
-    assert ours < 1.5 * theirs, "in bfloat16 it is as near to the exact step as timm's"
-    assert theirs < 0.1 * moved
+    error, timms_error = (distance(rounded[stacked], exact[False]) for stacked in (True, False))
+    assert error < 1.5 * timms_error, "in bfloat16 it is as near to the exact step as timm's"
+    assert timms_error < 0.1 * moved
 
 
 def test_it_goes_on_from_timms_state_and_timms_from_its(monkeypatch):
     for module in (muon, timms):
         monkeypatch.setattr(module, "zeropower_via_newtonschulz", EXACT)
     halfway, state = trained(net(), "muon", stacked=False)
-    other, found = trained(net(), "muon", stacked=True)
-    assert [sorted(kept) for kept in found["state"].values()] == [sorted(kept) for kept in state["state"].values()]
-    ends = [trained(halfway, "muon", True, state)[0], trained(other, "muon", False, found)[0]]
+    other, other_state = trained(net(), "muon", stacked=True)
+    names = [[sorted(values) for values in saved["state"].values()] for saved in (state, other_state)]
+    assert names[0] == names[1]
+    ends = [trained(halfway, "muon", True, state)[0], trained(other, "muon", False, other_state)[0]]
     assert distance(*ends) < 1e-5 * distance(ends[0], halfway)
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 24), (24, 8)])
 def test_matrices_step_as_with_pytorchs_muon(shape):
     torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
-    theirs = copy.deepcopy(ours)
-    before = torch.stack([weight.detach().clone() for weight in ours])
+    stacked = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    reference = copy.deepcopy(stacked)
+    before = torch.stack([weight.detach().clone() for weight in stacked])
     fields = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = StackedMuon(ours, ns_coefficients="original", **fields), torch.optim.Muon(theirs, **fields)
+    optimizers = StackedMuon(stacked, ns_coefficients="original", **fields), torch.optim.Muon(reference, **fields)
     for _ in range(STEPS):
-        for pair in zip(ours, theirs):
+        for pair in zip(stacked, reference):
             gradient = torch.randn(shape)
             for weight in pair:
                 weight.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
-    found, expected = torch.stack([*ours]).detach(), torch.stack([*theirs]).detach()
-    assert (found - expected).norm() < 0.02 * (expected - before).norm()
+    weights, expected = torch.stack([*stacked]).detach(), torch.stack([*reference]).detach()
+    assert (weights - expected).norm() < 0.02 * (expected - before).norm()
 
 
 class Operators(TorchDispatchMode):
@@ -107,10 +108,10 @@ class Operators(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = Counter()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found[function.overloadpacket.__name__] += 1
+        self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -123,7 +124,7 @@ def test_weights_of_one_shape_share_each_operator():
             stack(torch.randn(4, 8)).sum().backward()
             with Operators() as operators:
                 optimizer.step()
-        counts.append(operators.found)
+        counts.append(operators.counts)
     assert counts[0]["baddbmm"] == 15, "three products in each of five iterations"
     for name in ("baddbmm", "linalg_vector_norm", "_to_copy", "_foreach_lerp_", "_foreach_add_", "mul"):
         assert counts[1][name] == counts[0][name], name
