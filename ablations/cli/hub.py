@@ -95,8 +95,6 @@ def _card(
     text = card(
         first.description,
         first.certificate,
-        data_name=checkpoint.trained.data,
-        network=checkpoint.config.model_dump(mode="json"),
         data={"Images": study.plan.data},
         recipe=trial.recipe.model_dump(mode="json"),
         results=columns([row])[0],
