@@ -24,8 +24,6 @@ def card(
     file: Description,
     certificate: Certificate,
     *,
-    data_name: str,
-    network: Mapping[str, object],
     data: Mapping[str, object],
     recipe: Mapping[str, object],
     results: Mapping[str, object],
@@ -34,23 +32,23 @@ def card(
 ) -> str:
     """The card of an ONNX file that `to_onnx` made, in Markdown.
 
-    `file` is what `describe` returns. `network`, `data` and `recipe` are facts by their titles, shown in their order; a
-    fact that is a list or a table itself is shown as JSON. `data_name` is the data's name in tables ("cifar10").
-    `results` is the network's row in its study's table: values of `model.system.text` by their titles. `latency` is the
-    rows of `expertgrid bench`, empty where nothing was measured. `more` is further sections by their titles, in
-    Markdown, which come first. Raises InputError for a file without expertgrid's metadata.
+    `file` is what `describe` returns. Its metadata say what the network is, and on which data it was trained. `data`
+    and `recipe` are further facts by their titles, where a list or a table is shown as JSON. `results` is the network's
+    row in its study's table: values of `model.system.text` by their titles. `latency` is the rows of `expertgrid
+    bench`, empty where nothing was measured. `more` is further sections by their titles, in Markdown, which come first.
+    Raises InputError for a file without expertgrid's metadata.
     """
     metadata = read_metadata(file.metadata, file.name)
     trained = metadata.trained
     classes, (height, width) = trained.classes, trained.image_size
-    name = PurePath(file.name).name
+    name, data_name = PurePath(file.name).name, trained.data
     sections = [
         f"# {escaped(trained.model)} on {escaped(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
         f"{escaped(name)}. Its weights are those of the trial {escaped(trained.trial)}.",
         *(part for title, text in more.items() for part in (f"## {title}", text)),
         "## The network",
-        _facts({"Preset or timm model": trained.model} | dict(network)),
+        _facts({"Preset or timm model": trained.model} | metadata.config.model_dump(mode="json")),
         "## What it was trained on",
         _facts({"Data": data_name} | dict(data)),
         "## How it was trained",

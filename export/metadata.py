@@ -100,12 +100,8 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
         except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
     config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
-    own: dict[str, object] = {
-        "input": entries[INPUT],
-        "precision": entries.get(PRECISION, "fp32"),
-        "pruned": entries.get(PRUNED),
-    }
-    own |= {"config": config, "provider": entries.get(PROVIDER, "cpu")}
+    own: dict[str, object] = {"input": entries[INPUT], "config": config, "provider": entries.get(PROVIDER, "cpu")}
+    own |= {"precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
     try:
         own["options"] = Options.model_validate_json(entries.get(OPTIONS, "{}"))
         return Metadata.model_validate(own | {"trained": Trained.model_validate(fields)})

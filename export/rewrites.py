@@ -8,6 +8,7 @@ Shapes: B images, K experts, C channels in, O channels out, H x W pixels, k x k 
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -218,8 +219,6 @@ def mix_of(parts: Parts) -> nn.Module:
     norms = parts.norms or [nn.Identity()] * len(convs)
     act = nn.ReLU() if parts.inner_act else nn.Identity()
     experts = [nn.Sequential(conv, norm, act) for conv, norm in zip(convs, norms)]
-    if parts.gate is None:
-        return PlainSum(experts)
     if parts.matmul:
         return MatmulSum(experts, len(parts.convs))
     return LoopSum(experts, parts.convs[0].out_channels)
@@ -231,35 +230,23 @@ def side_by_side(convs: list[nn.Conv2d]) -> nn.Conv2d:
     return conv_of(weight, bias, convs[0].stride)
 
 
-class PlainSum(nn.Module):
-    """The sum of experts: (B, C, H, W) to (B, O, H, W)."""
-
-    def __init__(self, experts: Sequence[nn.Module]):
-        super().__init__()
-        self.experts = nn.ModuleList(experts)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        sum_BOHW = self.experts[0](x_BCHW)
-        for expert in self.experts[1:]:
-            sum_BOHW = sum_BOHW + expert(x_BCHW)
-        return sum_BOHW
-
-
 class LoopSum(nn.Module):
-    """The weighted sum of experts, one after the other. A module may hold several, as blocks of `channels` channels."""
+    """The sum of experts, one after the other; with gate weights, their weighted sum: (B, C, H, W) to (B, O, H, W).
+
+    A module may hold several experts, as blocks of `channels` channels.
+    """
 
     def __init__(self, experts: Sequence[nn.Module], channels: int):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.channels = channels
 
-    def forward(self, x_BCHW: Tensor, gate_BK: Tensor) -> Tensor:
-        outputs = [out for expert in self.experts for out in expert(x_BCHW).split(self.channels, dim=1)]  # K (B,O,H,W)
-        gate_KB111 = gate_BK.T[:, :, None, None, None]
-        mix_BOHW = gate_KB111[0] * outputs[0]
-        for gate_B111, output_BOHW in zip(gate_KB111[1:], outputs[1:]):
-            mix_BOHW = mix_BOHW + gate_B111 * output_BOHW
-        return mix_BOHW
+    def forward(self, x_BCHW: Tensor, gate_BK: Tensor | None = None) -> Tensor:
+        outputs = [expert(x_BCHW) for expert in self.experts]
+        if gate_BK is not None:
+            outputs = [part for output in outputs for part in output.split(self.channels, dim=1)]  # K (B, O, H, W)
+            outputs = [gate_B111 * out_BOHW for gate_B111, out_BOHW in zip(gate_BK.T[:, :, None, None, None], outputs)]
+        return reduce(torch.add, outputs)
 
 
 class MatmulSum(nn.Module):

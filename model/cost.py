@@ -39,11 +39,17 @@ def cost(config: Network, height: int, width: int) -> Cost:
     if not isinstance(config, ModelConfig):
         return _counted(config, height, width)
     config.output_size(height, width)  # raises ValueError for images that are too small
-    channels, size, costs = config.in_chans, (height, width), []
-    for layer in config.layers:
-        costs.append(_layer(layer, channels, size, config.norm))
-        channels, size = layer.out_channels(channels), _after(layer, size)
+    costs, channels, _ = _sequence(config.layers, config.in_chans, (height, width), config.norm)
     return _sum([*costs, _head(config.head, channels, config.num_classes)])
+
+
+def _sequence(layers: Iterable[Layer], channels: int, size: Size, norm: NormConfig) -> tuple[list[Cost], int, Size]:
+    """The costs of layers one after the other, and the channels and the size after them."""
+    costs = []
+    for layer in layers:
+        costs.append(_layer(layer, channels, size, norm))
+        channels, size = layer.out_channels(channels), _after(layer, size)
+    return costs, channels, size
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
@@ -83,7 +89,8 @@ def _layer(layer: Layer, in_chs: int, size: Size, norm: NormConfig) -> Cost:
         case Block():
             return _block(layer, in_chs, size, norm)
         case Residual():
-            return _macro_block(layer, in_chs, size, norm)
+            costs, channels, out = _sequence(layer.layers, in_chs, size, norm)
+            return _sum([*costs, *[_conv(in_chs, channels, 1, out, bias=True)] * layer.has_projection(in_chs)])
         case _:
             return 0, 0  # pooling, dropout
 
@@ -102,16 +109,6 @@ def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:
         return experts, 0
     parameters, macs = _linear((in_chs, *gate.hidden, experts))
     return (0 if gate.frozen else parameters), macs
-
-
-def _macro_block(macro: Residual, in_chs: int, size: Size, norm: NormConfig) -> Cost:
-    channels, inner, costs = in_chs, size, []
-    for layer in macro.layers:
-        costs.append(_layer(layer, channels, inner, norm))
-        channels, inner = layer.out_channels(channels), _after(layer, inner)
-    if macro.has_projection(in_chs):
-        costs.append(_conv(in_chs, channels, 1, inner, bias=True))
-    return _sum(costs)
 
 
 def _head(head: HeadConfig, channels: int, num_classes: int) -> Cost:

@@ -23,7 +23,7 @@ from expertgrid.export.precision import PrecisionError
 from expertgrid.export.predict import predict as predict_images
 from expertgrid.export.prune import pruned
 from expertgrid.export.session import check_provider
-from expertgrid.model.checkpoint import Checkpoint, load
+from expertgrid.model.checkpoint import Checkpoint, Trained, load
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import Format, render
@@ -65,8 +65,8 @@ def export(
         missing = path.parent / "config.json"
         raise InputError(f"{held_out_for}: {missing} is missing; it says which images the training held out")
     plan = ledger.read_plan() if ledger else None
-    given = data or (plan.source if plan else checkpoint.trained.data)
-    images = read_data(given, data_dir, plan.image_size if plan else None)
+    data_source = data or (plan.source if plan else checkpoint.trained.data)
+    images = read_data(data_source, data_dir, plan.image_size if plan else None)
     _check_data(images, path, checkpoint, trial)
     hold_out, seed = (trial.hold_out, trial.seed) if trial else (images.hold_out(), 0)
     arrays = Images(**ResidentData(images, torch.device("cpu")).splits(hold_out, seed).arrays())
@@ -85,7 +85,7 @@ def export(
             model = tune(reference, providers[0], tuned_for, outputs, enter_test_read, brief=brief)
         print(render(tuning_rows(model.certificate.tuning), "text"))
         print()
-        return 0 if _write(model, file, checkpoint, images, trial, rows) else 1
+        return 0 if _write(model, file, checkpoint.trained, images, trial, rows) else 1
     passed = True
     kinds: list[Precision] = ["fp32", "fp16", "int8"] if precision == "all" else [precision]
     for kind in kinds:
@@ -99,7 +99,7 @@ def export(
             print(f"{kind}: not exported: {error}")
             continue
         name = file if kind == "fp32" else file.with_stem(f"{file.stem}-{kind}")
-        passed &= _write(model, name, checkpoint, images, trial, rows)
+        passed &= _write(model, name, checkpoint.trained, images, trial, rows)
     return 0 if passed else 1
 
 
@@ -113,36 +113,26 @@ def best_checkpoint(directory: StudyDirectory) -> Path:
 
 def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Trial | None) -> None:
     """Raises InputError for images that the network was not trained on."""
-    if (images.classes, images.image_size, images.channels) != (
-        checkpoint.trained.classes,
-        checkpoint.trained.image_size,
-        checkpoint.config.in_chans,
-    ):
+    trained = checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans
+    if (images.classes, images.image_size, images.channels) != trained:
         raise InputError(f"--data {images.source}: {images.name} has other classes or image sizes than {path} has")
     if trial is not None and images.fingerprint != trial.fingerprint:
         raise InputError(f"--data {images.source}: {images.name} has other images than {path} was trained on")
 
 
 def _write(
-    model: CertifiedModel,
-    file: Path,
-    checkpoint: Checkpoint,
-    data: ImageData,
-    trial: Trial | None,
-    rows: list[Row],
+    model: CertifiedModel, file: Path, trained: Trained, data: ImageData, trial: Trial | None, rows: list[Row]
 ) -> bool:
     """Writes an exported model with its certificate and card; a rejected one has another name. Whether it passed.
 
     `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
     """
-    certificate, trained = model.certificate, checkpoint.trained
+    certificate = model.certificate
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         text = card(
             describe(model.model, file.name),
             certificate,
-            data_name=data.name,
-            network=checkpoint.config.model_dump(mode="json"),
             data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
             results=columns(row)[0] if row else {},

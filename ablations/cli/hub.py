@@ -97,8 +97,6 @@ def _card(
     text = card(
         first.description,
         first.certificate,
-        data_name=checkpoint.trained.data,
-        network=checkpoint.config.model_dump(mode="json"),
         data={"Images": evidence.results.plan.data},
         recipe=trial.recipe.model_dump(mode="json"),
         results=columns([row])[0],

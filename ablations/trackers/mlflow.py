@@ -58,11 +58,11 @@ class MLflow(Tracker):
 
     def _experiment(self, store: str) -> str:
         """A server says where files are kept. For a bare database MLflow would take the working directory."""
-        found = self.client.get_experiment_by_name(self.study.name)
-        if found is not None:
-            if found.lifecycle_stage == "deleted":
-                self.client.restore_experiment(found.experiment_id)
-            return found.experiment_id
+        experiment = self.client.get_experiment_by_name(self.study.name)
+        if experiment is not None:
+            if experiment.lifecycle_stage == "deleted":
+                self.client.restore_experiment(experiment.experiment_id)
+            return experiment.experiment_id
         is_server = store.startswith(("http:", "https:", "databricks"))
         return self.client.create_experiment(self.study.name, None if is_server else (self.own / "artifacts").as_uri())
 
@@ -78,8 +78,8 @@ class MLflow(Tracker):
         self._parameters(run.info.run_id, dict(self.study.parameters))
         return run.info.run_id
 
-    def _runs(self, wanted: str) -> "list[Run]":
-        return list(self.client.search_runs([self.experiment], wanted))
+    def _runs(self, condition: str) -> "list[Run]":
+        return list(self.client.search_runs([self.experiment], condition))
 
     def _of(self, trial: str) -> "list[Run]":
         return self._runs(f"tags.`{PARENT}` = '{self.parent}' and tags.`{TRIAL}` = '{trial}'")

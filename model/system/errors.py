@@ -37,15 +37,15 @@ def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
     return InputError(f"{file}: {problem}{remedy and f'; {remedy}'}", str(problem))
 
 
-def unknown(what: str, found: object, accepted: Iterable[str], more: str = "") -> InputError:
+def unknown(what: str, name: object, accepted: Iterable[str], more: str = "") -> InputError:
     """The error for a name that does not exist. It suggests the most similar name that does.
 
     `what` is the kind of name ("preset"), `accepted` the names that exist, `more` what else would be accepted.
     """
     accepted = list(accepted)
-    near = get_close_matches(str(found), accepted, n=1)
+    near = get_close_matches(str(name), accepted, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return InputError(f"unknown {what} {found!r}{hint} Accepted: {', '.join(accepted)}{more}")
+    return InputError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
 def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
@@ -56,12 +56,12 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
     """
     from pydantic import BaseModel
 
-    found = error.errors()
-    first = found[0]
+    errors = error.errors()
+    first = errors[0]
     at = first["loc"]
-    if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in found) > 1:
+    if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in errors) > 1:
         at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
-        types = {str(other["loc"][-1]) for other in found if other["loc"][:-1] == at}
+        types = {str(other["loc"][-1]) for other in errors if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
             first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
     path = [where, *map(str, at)] if where else [*map(str, at)]

@@ -40,6 +40,7 @@ SOURCES = {
 }
 DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
 DIGITS_SPLIT_SEED = 0
+ONE_SIZE = "image_size = N in [base] brings all to N x N pixels"
 LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
 MOST_CLASSES = 100_000  # of data that do not name them
@@ -86,11 +87,6 @@ class ImageData:
     @property
     def channels(self) -> int:
         return self.train.pixels_BHWC.shape[3]
-
-    @property
-    def size_in_words(self) -> str:
-        """Height x width, as errors name it."""
-        return "x".join(map(str, self.image_size))
 
     def hold_out(self, kind: Kind = "rotating") -> HoldOut:
         """The hold-out of this kind and of the source's share. Raises InputError where a class is too small for it."""
@@ -144,11 +140,15 @@ def load_data(source: str, data_dir: Path | None = None, image_size: int | None 
     if kind in ("parquet", "folder") and place:
         directory = Path(os.path.expanduser(place))  # which leaves the ~ of an unknown user as it is
         if not os.path.isdir(directory):  # False also where a name is too long for a file
-            raise InputError(f"data source {source!r}: there is no directory {directory}")
+            raise _wrong(source, f"there is no directory {directory}")
         return (_parquet if kind == "parquet" else _folder)(source, directory, image_size)
     if "@" in source and without_share == source:
-        raise InputError(f"data source {source!r}: what follows @ is a share of its train images, as in cifar10@0.02")
+        raise _wrong(source, "what follows @ is a share of its train images, as in cifar10@0.02")
     raise unknown("data source", source, SOURCES)
+
+
+def _wrong(source: str, problem: str) -> InputError:
+    return InputError(f"data source {source!r}: {problem}")
 
 
 def split_share(source: str) -> tuple[str, float]:
@@ -158,10 +158,8 @@ def split_share(source: str) -> tuple[str, float]:
         return source, SHARE
     share = float(match[2])
     if not SMALLEST_SHARE <= share <= LARGEST_SHARE:
-        raise InputError(
-            f"data source {source!r}: {match[2]} of the train images cannot be held out; "
-            f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
-        )
+        needed = f"a share from {SMALLEST_SHARE} to {LARGEST_SHARE} is needed"
+        raise _wrong(source, f"{match[2]} of the train images cannot be held out; {needed}")
     return match[1], share
 
 
@@ -175,12 +173,9 @@ def _assemble(
     pixels_BHWC, labels_B = train
     if pixels_BHWC.shape[1:] != test[0].shape[1:]:
         sizes = ["x".join(map(str, pixels.shape[1:3])) for pixels in (pixels_BHWC, test[0])]
-        raise InputError(
-            f"data source {source!r}: train images have {sizes[0]} pixels, test images {sizes[1]}; "
-            "image_size = N in [base] brings all to N x N pixels"
-        )
+        raise _wrong(source, f"train images have {sizes[0]} pixels, test images {sizes[1]}; {ONE_SIZE}")
     if len(classes) < 2:
-        raise InputError(f"data source {source!r}: has {len(classes)} class; at least 2 are needed")
+        raise _wrong(source, f"has {len(classes)} class; at least 2 are needed")
     digest = hashlib.sha256()
     for pixels, labels in (train, test):
         digest.update(f"{pixels.shape}{len(classes)}".encode())
@@ -282,11 +277,11 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
             parts.append(ImageFolder(directory / split))
         except OSError as error:
             reason = " ".join(str(error).split()).split(". Supported")[0]
-            raise InputError(f"data source {source!r}: no images in {split}/CLASS/: {reason}") from None
+            raise _wrong(source, f"no images in {split}/CLASS/: {reason}") from None
     train, test = parts
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(f"data source {source!r}: train/ and test/ differ in the classes {', '.join(differing)}")
+        raise _wrong(source, f"train/ and test/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
         readers: list[Reader] = [(path, Path(path).read_bytes) for path, _ in part.samples]
@@ -303,22 +298,20 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
     for split in ("train", "test"):
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
-            raise InputError(f"data source {source!r}: no {split}*.parquet in {directory}")
+            raise _wrong(source, f"no {split}*.parquet in {directory}")
         tables = [_read_table(source, file) for file in files]
         image_column, label_column = _columns(source, files[0], tables[0].schema)
         try:
             table = pyarrow.concat_tables(table.select([image_column, label_column]) for table in tables)
         except (pyarrow.ArrowInvalid, KeyError) as error:
-            raise InputError(
-                f"data source {source!r}: the {split}*.parquet files differ in their columns: {error}"
-            ) from None
+            raise _wrong(source, f"the {split}*.parquet files differ in their columns: {error}") from None
         labels_B = table[label_column].cast("int64", safe=False).fill_null(-1).to_numpy()
         if split == "train":
             classes = _class_names(tables[0].schema, label_column, labels_B)
         if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
             labels = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
             needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
-            raise InputError(f"data source {source!r}: {split}: column {label_column!r} {needs}; found {labels}")
+            raise _wrong(source, f"{split}: column {label_column!r} {needs}; found {labels}")
         images = table[image_column].combine_chunks()
         blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
         readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
@@ -334,7 +327,7 @@ def _read_table(source: str, file: Path) -> "pyarrow.Table":
         return pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"data source {source!r}: {file} is not Parquet, or is truncated: {reason}") from None
+        raise _wrong(source, f"{file} is not Parquet, or is truncated: {reason}") from None
 
 
 def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, str]:
@@ -348,7 +341,7 @@ def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, st
     if len(structs) != 1 or len(integers) != 1:
         columns = ", ".join(f"{f.name}: {f.type}" for f in schema)
         needs = "a column of structs with the field 'bytes', and one column of integers, or one called label"
-        raise InputError(f"data source {source!r}: {file.name} needs {needs}; found {columns}")
+        raise _wrong(source, f"{file.name} needs {needs}; found {columns}")
     return structs[0], integers[0]
 
 
@@ -381,7 +374,7 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
         except Exception as error:  # each format's decoder has errors of its own
             known = f"its format is none of {', '.join(FORMATS)}"
             reason = known if isinstance(error, UnidentifiedImageError) else error
-            raise InputError(f"data source {source!r}: {name} does not decode as an image: {reason}") from None
+            raise _wrong(source, f"{name} does not decode as an image: {reason}") from None
 
     with ThreadPoolExecutor() as pool:
         arrays = list(pool.map(decode, readers))
@@ -389,10 +382,7 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
         if array.shape != arrays[0].shape:
             sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (arrays[0], array)]
             first = readers[0][0]
-            raise InputError(
-                f"data source {source!r}: images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; "
-                "image_size = N in [base] brings all to N x N pixels"
-            )
+            raise _wrong(source, f"images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; {ONE_SIZE}")
     return np.stack(arrays)
 
 

@@ -43,6 +43,7 @@ DEPTHS = (1, 2, 3)  # of an AugMix that does not say its depth
 
 JITTERED = (("brightness", 1, 0), ("contrast", 1, 0), ("color", 1, 0), ("hue", 0, -0.5))  # around what; at least what
 
+ENHANCED = ("Color", "Contrast", "Brightness", "Sharpness")
 NOTHING = "nothing"
 OPERATIONS = [NOTHING, *COLOUR, *(name for name in GEOMETRIC for _ in range(2))]  # bilinear, then bicubic
 NUMBERS = {name: OPERATIONS.index(name) for name in OPERATIONS}
@@ -66,12 +67,8 @@ def _enhancing_increasingly(level: np.ndarray, uniform: np.ndarray) -> np.ndarra
     return np.maximum(0.1, 1 + _signed(0.9)(level, uniform))
 
 
-def _bits(level: np.ndarray) -> np.ndarray:
-    return np.trunc(level / LARGEST_LEVEL * 4)
-
-
-def _threshold(level: np.ndarray) -> np.ndarray:
-    return np.minimum(256, np.trunc(level / LARGEST_LEVEL * 256))
+def _whole(level: np.ndarray, scale: int) -> np.ndarray:
+    return np.trunc(level / LARGEST_LEVEL * scale)
 
 
 def _clamped(level: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -85,24 +82,16 @@ def _some_blur(level: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 def _arguments(translated: float) -> dict[str, tuple[str, Argument]]:
     """For each of timm's operations ours, and its argument. `translated` is the largest translation, of a side."""
     return {
-        "AutoContrast": ("autocontrast", _unused),
-        "Equalize": ("equalize", _unused),
-        "Invert": ("invert", _unused),
+        **{name: (name.lower(), _unused) for name in ("AutoContrast", "Equalize", "Invert")},
+        **{name: (name.lower(), _enhancing) for name in ENHANCED},
+        **{f"{name}Increasing": (name.lower(), _enhancing_increasingly) for name in ENHANCED},
         "Rotate": ("rotate", _signed(30)),
-        "Posterize": ("posterize", lambda level, _: _bits(level)),
-        "PosterizeIncreasing": ("posterize", lambda level, _: 4 - _bits(level)),
-        "PosterizeOriginal": ("posterize", lambda level, _: 4 + _bits(level)),
-        "Solarize": ("solarize", lambda level, _: _threshold(level)),
-        "SolarizeIncreasing": ("solarize", lambda level, _: 256 - _threshold(level)),
-        "SolarizeAdd": ("solarize_add", lambda level, _: np.minimum(128, np.trunc(level / LARGEST_LEVEL * 110))),
-        "Color": ("color", _enhancing),
-        "ColorIncreasing": ("color", _enhancing_increasingly),
-        "Contrast": ("contrast", _enhancing),
-        "ContrastIncreasing": ("contrast", _enhancing_increasingly),
-        "Brightness": ("brightness", _enhancing),
-        "BrightnessIncreasing": ("brightness", _enhancing_increasingly),
-        "Sharpness": ("sharpness", _enhancing),
-        "SharpnessIncreasing": ("sharpness", _enhancing_increasingly),
+        "Posterize": ("posterize", lambda level, _: _whole(level, 4)),
+        "PosterizeIncreasing": ("posterize", lambda level, _: 4 - _whole(level, 4)),
+        "PosterizeOriginal": ("posterize", lambda level, _: 4 + _whole(level, 4)),
+        "Solarize": ("solarize", lambda level, _: np.minimum(256, _whole(level, 256))),
+        "SolarizeIncreasing": ("solarize", lambda level, _: 256 - np.minimum(256, _whole(level, 256))),
+        "SolarizeAdd": ("solarize_add", lambda level, _: np.minimum(128, _whole(level, 110))),
         "ShearX": ("shear_x", _signed(0.3)),
         "ShearY": ("shear_y", _signed(0.3)),
         "TranslateXRel": ("translate_x", _signed(translated)),

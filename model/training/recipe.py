@@ -154,9 +154,9 @@ class Recipe(BaseModel):
         limits = {"crop_padding": side - 1, "translate": side - 1, "cutout": side, "small_size": side - 1}
         for field, most in limits.items():
             if getattr(self, field) > most:
+                images_of = f"{'x'.join(map(str, data.image_size))} images of {data.name}"
                 raise InputError(
-                    f"recipe.{field}: {getattr(self, field)} is too large for the {data.size_in_words} images of "
-                    f"{data.name}; at most {most}"
+                    f"recipe.{field}: {getattr(self, field)} is too large for the {images_of}; at most {most}"
                 )
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images

@@ -19,8 +19,6 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Interval, Measured
 
 GIVEN = {
-    "data_name": "my_data",
-    "network": {"experts": 3, "gate": "linear", "residual": False},
     "data": {"Source": "folder:/data/my_data", "train images": 1293},
     "recipe": {"epochs": 8, "rate": 0.01, "augment": ["flip", "cutout 8"]},
     "results": {"n": 3, "test acc %": Interval(98.61, 96.88, 100.34), "params": 12345},
@@ -52,9 +50,9 @@ def test_what_was_given_is_in_the_card(file, certificate):
     text = card(file, certificate, **GIVEN)
     assert text.startswith("# two\\_block on my\\_data\n")
     assert "3 classes of 6x8 images" in text
-    assert section(text, "The network") == (
-        "- Preset or timm model: two\\_block\n- experts: 3\n- gate: linear\n- residual: false\n\n"
-    )
+    channels = file.inputs[0].shape[3 if file.inputs[0].type == "uint8" else 1]
+    facts = f"- Preset or timm model: two\\_block\n- in\\_chans: {channels}\n- num\\_classes: 3\n- layers: "
+    assert section(text, "The network").startswith(facts)
     assert "- train images: 1,293\n" in section(text, "What it was trained on")
     assert '- augment: \\["flip", "cutout 8"\\]\n' in section(text, "How it was trained")
     assert str(file.inputs[0]) in section(text, "The file")
@@ -91,7 +89,8 @@ def test_latency(file, certificate):
 
 
 def test_limits(file, certificate):
-    text = card(file, certificate, **GIVEN | {"data_name": "cifar10-jpeg"})
+    jpeg = file.model_copy(update={"metadata": file.metadata | {"data": "cifar10-jpeg"}})
+    text = card(jpeg, certificate, **GIVEN)
     limits = section(text, "Limits")
     assert len(limits.splitlines()) == 5
     for words in ("6x8 pixels", "3 classes", "not calibrated", "test split of cifar10-jpeg", "as a JPEG"):
@@ -104,7 +103,7 @@ def test_a_file_that_did_not_pass(file, certificate):
 
 
 def test_nothing_stated(file, certificate):
-    text = card(file, certificate, data_name="digits", network={}, data={}, recipe={}, results={})
+    text = card(file, certificate, data={}, recipe={}, results={})
     assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
 
 

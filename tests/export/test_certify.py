@@ -55,8 +55,9 @@ def with_all_outputs(checkpoint, images) -> dict[bool, CertifiedModel]:
     }
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("kind", ["uint8", "float"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*(("uint8", precision) for precision in BOUNDS), ("float", "fp32"), ("float", "int8")]
+)
 def test_every_precision_holds_its_bound(checkpoint, images, kind, precision):
     provider = "openvino" if precision == "bf16" else "cpu"
     if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

@@ -72,7 +72,7 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
 
-@pytest.mark.parametrize("name", ["two_block", "eight_block", "mixed", "resnet10t"])
+@pytest.mark.parametrize("name", ["two_block", "mixed", "resnet10t"])
 def test_macs_are_those_of_the_records(exported, name):
     assert describe(exported(name), name).macs == cost(MIXED if name == "mixed" else network(name), *SIZE)[1]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from small_networks import CLASSES, HEIGHT, WIDTH, small_checkpoint, small_model
-from timm.data import create_transform
 
 from expertgrid.export.metadata import with_entries
 from expertgrid.export.predict import BATCH, predict, read_pixels
 from expertgrid.export.to_onnx import served
 from expertgrid.model.checkpoint import Checkpoint
+from expertgrid.model.pixels import fitted
 from expertgrid.model.system.errors import InputError
 
 
@@ -56,43 +56,17 @@ def test_pytorch_agrees_on_images_of_the_right_size(checkpoint, model, tmp_path)
     np.testing.assert_array_equal(read_pixels(paths[0], HEIGHT, WIDTH, channels), pixels_BHWC[0])
 
 
-@pytest.mark.parametrize("size", [(100, 64), (64, 100), (300, 300), (9, 7), (5, 4)], ids=str)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_are_those_of_timms_evaluation(size, channels, tmp_path):
-    """An image of another size: within a grey level of what timm's transform makes of it."""
-    for height, width in ((HEIGHT, WIDTH), (32, 32)):
-        image = Image.fromarray(noise(*size, channels).squeeze())
-        image.save(tmp_path / "image.png")
-        timms = create_transform((channels, height, width), interpolation="bicubic", crop_pct=1.0, normalize=False)
-        expected_HWC = timms(image).permute(1, 2, 0).numpy().astype(int)
-        assert np.abs(read_pixels(tmp_path / "image.png", height, width, channels) - expected_HWC).max() <= 1
-
-
 def test_any_size_goes_through_the_network(checkpoint, model, tmp_path):
     sizes = [(1, 1), (3, 200), (200, 3), (64, 48), (9, 7), (WIDTH, HEIGHT)]
     paths = [tmp_path / f"{width}x{height}.png" for width, height in sizes]
+    channels, pixels = checkpoint.config.in_chans, []
     for path, (width, height) in zip(paths, sizes):
-        Image.fromarray(noise(height, width, 3)).save(path)
-    pixels = [read_pixels(path, HEIGHT, WIDTH, checkpoint.config.in_chans) for path in paths]
-    found = [probabilities(prediction) for prediction in predict(model, "model.onnx", paths)]
-    np.testing.assert_allclose(found, pytorch(checkpoint, np.stack(pixels)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_wide_image_is_cut_at_both_sides_and_a_tall_one_above_and_below(tmp_path):
-    stripes = np.zeros((10, 50, 3), np.uint8)
-    stripes[:, 16:34] = (10, 200, 30)  # the filter looks a little over the edge of what is kept
-    Image.fromarray(stripes).save(tmp_path / "wide.png")
-    Image.fromarray(stripes.transpose(1, 0, 2)).save(tmp_path / "tall.png")
-    for name in ("wide.png", "tall.png"):
-        assert (read_pixels(tmp_path / name, 5, 5, 3) == (10, 200, 30)).all()
-
-
-def test_scaling_down_averages(tmp_path):
-    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    Image.fromarray(checks).save(tmp_path / "checks.png")
-    small = read_pixels(tmp_path / "checks.png", 4, 4, 1)
-    assert small.shape == (4, 4, 1)
-    assert abs(small.astype(int) - 127.5).max() < 2
+        image = Image.fromarray(noise(height, width, 3))
+        image.save(path)
+        image = fitted(image.convert({1: "L", 3: "RGB"}[channels]), HEIGHT, WIDTH)
+        pixels.append(np.asarray(image).reshape(HEIGHT, WIDTH, channels))
+    probabilities_BN = [probabilities(prediction) for prediction in predict(model, "model.onnx", paths)]
+    np.testing.assert_allclose(probabilities_BN, pytorch(checkpoint, np.stack(pixels)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

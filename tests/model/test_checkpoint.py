@@ -16,15 +16,9 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.variants import vary
 
 TRAINED = Trained(
-    trial="abc",
-    model="two_block",
-    data="digits",
-    fingerprint="0123abcd",
-    classes=("a", "b"),
-    image_size=(8, 8),
-    mean=(0.5,),
-    std=(0.25,),
-)
+    trial="abc", model="two_block", data="digits", fingerprint="0123abcd", classes=("a", "b"), image_size=(8, 8),
+    mean=(0.5,), std=(0.25,),
+)  # fmt: skip
 SMALL = vary(PRESETS["two_block"], "width", 0.125).change(num_classes=2, in_chans=1)
 
 

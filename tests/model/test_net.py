@@ -20,10 +20,12 @@ from expertgrid.model.config import (
     Residual,
     Whiten,
 )
+from expertgrid.model.cost import check_image_size
 from expertgrid.model.fast.wide import WideBlock
 from expertgrid.model.net import ExpertNet, pixel_mean
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
+from expertgrid.model.system.errors import InputError
 from expertgrid.model.variants import vary
 
 MLP = GateConfig(kind="mlp", reduction=4)
@@ -334,8 +336,11 @@ def test_impossible_networks_are_refused(wrong, message):
 
 
 def test_images_that_are_too_small_are_refused():
-    with pytest.raises(ValueError, match="conv layer gets 1x1 pixels and leaves none"):
-        PRESETS["macro_residual"].output_size(8, 8)
+    for name, layer, size in (("macro_residual", "conv", 8), ("segmented", "pool", 2)):
+        with pytest.raises(ValueError, match=f"its {layer} layer gets 1x1 pixels and leaves none"):
+            PRESETS[name].output_size(size, size)
+        with pytest.raises(InputError, match=f"model it does not take the {size}x{size} images of mine: its {layer}"):
+            check_image_size("it", PRESETS[name], (size, size), "mine")
 
 
 def test_config_is_frozen_and_hashable():

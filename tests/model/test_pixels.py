@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from expertgrid.model import pixels
 from expertgrid.model.pixels import fitted, normalise
@@ -47,3 +50,12 @@ def test_a_very_long_image_is_not_resized_as_a_whole(monkeypatch):
     for size, expected_HWC in zip(SIZES, whole):
         assert np.abs(np.asarray(fitted(noise(*size, "RGB"), 17, 20)) - expected_HWC).max() <= 2
     assert (np.asarray(fitted(Image.new("L", (1_000_000, 1), 7), 64, 64)) == 7).all()  # it would have 4e9 pixels
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 40))
+def test_any_image_at_any_size_is_torchvisions(width, height, size):
+    """torchvision pads an image with zeros where it is smaller than the crop; after Resize none is."""
+    image = noise(width, height, "RGB")
+    expected = CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(image))
+    assert (np.asarray(fitted(image, size, size)) == np.asarray(expected)).all()

@@ -150,14 +150,6 @@ def test_traced_networks_compute_the_same(name, tracer):
     torch.testing.assert_close(TRACERS[tracer](net)(X), net(X))
 
 
-def test_a_network_is_exported_for_batches_of_any_size():
-    net = timm.create_model("expertnet_two_block").eval()
-    program = torch.export.export(net, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-    for size in (2, 5):
-        x_BCHW = torch.randn(size, 3, 32, 32)
-        torch.testing.assert_close(program(x_BCHW), net(x_BCHW))
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize(
     ("variant", "level"),

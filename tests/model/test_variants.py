@@ -17,15 +17,8 @@ LEVELS = {
     "experts": [1, 2, 5],
     "kernel": [1, 5, [3, 5]],
     "gate": [
-        "linear",
-        "mlp",
-        "uniform",
-        "constant",
-        "own",
-        "frozen",
-        "shuffled",
-        {"kind": "linear", "frozen": True},
-        {"kind": "linear", "shuffled": True},
+        *("linear", "mlp", "uniform", "constant", "own", "frozen", "shuffled"),
+        *({"kind": "linear", "frozen": True}, {"kind": "linear", "shuffled": True}),
         {"kind": "mlp", "hidden": [6, 6], "temperature": 2.0},
     ],
     "matched": [False, "params", "macs"],
@@ -93,9 +86,9 @@ def test_matched_baselines_cost_the_same(preset, factor, equal):
     config = vary(PRESETS[preset], "width", factor)
     baseline = vary(config, "matched", equal)
     assert {len(block.kernels) for block in baseline.blocks()} == {1}
-    found, wanted = (cost(network, 32, 32)[MATCHED.index(equal)] for network in (baseline, config))
-    assert found == pytest.approx(wanted, rel=0.03)
-    assert matched_difference(config, equal) == pytest.approx((found - wanted) / wanted, abs=1e-12)
+    ours, target = (cost(network, 32, 32)[MATCHED.index(equal)] for network in (baseline, config))
+    assert ours == pytest.approx(target, rel=0.03)
+    assert matched_difference(config, equal) == pytest.approx((ours - target) / target, abs=1e-12)
     assert vary(baseline, "gate", "frozen") == baseline
 
 

@@ -1,4 +1,4 @@
-"""MLflow: what is kept in a SQLite store, what a server gives back over its REST API, and what its page shows."""
+"""MLflow: what is kept in a SQLite store, and what a server gives back over its REST API."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def _post(address: str, question: dict) -> dict:
 
 
 @pytest.mark.nightly
-def test_a_server_has_the_study_and_shows_it(expertgrid, exported, server, browser):
+def test_a_server_has_the_study(expertgrid, exported, server):
     assert expertgrid("track", exported.path, "--to", f"mlflow:{server}").status == 0
     check_is_whole(exported, server)
     api = f"{server}/api/2.0/mlflow"
@@ -165,19 +165,3 @@ def test_a_server_has_the_study_and_shows_it(expertgrid, exported, server, brows
     runs = _post(f"{api}/runs/search", {"experiment_ids": [experiment]})["runs"]
     names = {run["info"]["run_name"] for run in runs}
     assert {"tiny", "experts 2, gate mlp, seed 0", "experts 1, seed 1"} < names
-
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"{server}/#/experiments/{experiment}/runs", timeout=120_000)
-    study_row = page.get_by_role("row").filter(has_text="tiny").filter(has=page.get_by_role("button"))
-    study_row.get_by_role("button").first.click(timeout=120_000)  # shows the runs in it
-    page.get_by_text("experts 2, gate mlp, seed 0").first.wait_for(timeout=120_000)
-    best = next(run for run in runs if run["info"]["run_name"] == "experts 2, gate mlp, seed 0")
-    page.goto(f"{server}/#/experiments/{experiment}/runs/{best['info']['run_id']}", timeout=120_000)
-    page.get_by_text("final/test_accuracy").first.wait_for(timeout=120_000)
-    page.get_by_text("recipe.batch_size").first.wait_for(timeout=120_000)
-    page.goto(f"{server}/#/models/tiny", timeout=120_000)
-    page.get_by_text("Version 1").first.wait_for(timeout=120_000)
-    page.screenshot(path=exported.path.parent / "page.png")
-    assert errors == []

@@ -26,22 +26,20 @@ def fresh():
         function.cache_clear()
 
 
-def test_the_processor_has_a_model_name(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        ("model name\t: AMD EPYC  9654 96-Core: Processor\nmodel name\t: other\n", "AMD EPYC 9654 96-Core: Processor"),
+        ("BogoMIPS\t: 50.00\n", "aarch64"),  # as on ARM
+    ],
+)
+def test_the_processor_has_the_name_of_its_model_or_architecture(monkeypatch, tmp_path, lines, name):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: AMD EPYC  9654 96-Core: Processor\nmodel name\t: other\n")
+    cpuinfo.write_text(f"processor\t: 0\n{lines}")
     monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    assert machine.cpu_name() == "AMD EPYC 9654 96-Core: Processor"
-
-
-def test_a_processor_without_a_model_name_has_its_architecture(monkeypatch, tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")  # as on ARM
-    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
-    monkeypatch.setattr(platform, "processor", lambda: "")
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert machine.cpu_name() == "aarch64"
+    for function, value in {"processor": "", "system": "Linux", "machine": "aarch64"}.items():
+        monkeypatch.setattr(platform, function, lambda value=value: value)
+    assert machine.cpu_name() == name
 
 
 @pytest.mark.skipif(shutil.which("nproc") is None, reason="no nproc")

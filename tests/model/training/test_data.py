@@ -8,14 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import CIFAR10_JPEG
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from expertgrid.model.pixels import fitted
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import load_data
 from expertgrid.model.training.holdout import HoldOut
@@ -283,12 +280,3 @@ def test_train_and_test_images_of_other_sizes_are_brought_to_one(folder):
     assert "train images have 6x6 pixels, test images 9x9" in wrong(f"folder:{folder}")
     data = load_data(f"folder:{folder}", image_size=6)
     assert data.train.pixels_BHWC.shape[1:] == data.test.pixels_BHWC.shape[1:] == (6, 6, 3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 40))
-def test_any_image_at_any_size_is_torchvisions(width, height, size):
-    """torchvision pads an image with zeros where it is smaller than the crop; after Resize none is."""
-    image = Image.fromarray(noise(width, height, 0))
-    expected = CenterCrop(size)(Resize(size, InterpolationMode.BICUBIC)(image))
-    assert (np.asarray(fitted(image, size, size)) == np.asarray(expected)).all()

@@ -4,36 +4,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment as timms
-from torchvision.transforms.functional import adjust_hue
+from torch import Tensor
 
 from expertgrid.model.training.operations import COLOUR, GEOMETRIC, blended
+from expertgrid.model.training.pillow import FUNCTIONS
 
 FILL = (120, 7, 250)
-
-# How timm calls Pillow, and arguments over the whole range that its policies draw from.
-COLOURS = {
-    "brightness": (timms.brightness, np.linspace(0, 2.9, 30).tolist()),
-    "contrast": (timms.contrast, np.linspace(0, 2.9, 30).tolist()),
-    "color": (timms.color, np.linspace(0, 2.9, 30).tolist()),
-    "sharpness": (timms.sharpness, np.linspace(0, 2.9, 30).tolist()),
-    "hue": (adjust_hue, np.linspace(-0.5, 0.5, 41).tolist()),
-    "invert": (lambda image, _: timms.invert(image), [0]),
-    "posterize": (lambda image, bits: timms.posterize(image, int(bits)), range(1, 10)),
-    "solarize": (timms.solarize, [0, 1, 100, 128, 255, 256]),
-    "solarize_add": (lambda image, add: timms.solarize_add(image, int(add)), [0, 1, 50, 110, 128]),
-    "autocontrast": (lambda image, _: timms.auto_contrast(image), [0]),
-    "equalize": (lambda image, _: timms.equalize(image), [0]),
-    "gaussian_blur": (timms.gaussian_blur, np.linspace(0.1, 2, 39).tolist()),
+VALUES = {  # arguments over the whole range that timm's policies draw from
+    **dict.fromkeys(("brightness", "contrast", "color", "sharpness"), np.linspace(0, 2.9, 30).tolist()),
+    "hue": np.linspace(-0.5, 0.5, 41).tolist(),
+    **dict.fromkeys(("invert", "autocontrast", "equalize"), [0]),
+    "posterize": range(1, 10),
+    "solarize": [0, 1, 100, 128, 255, 256],
+    "solarize_add": [0, 1, 50, 110, 128],
+    "gaussian_blur": np.linspace(0.1, 2, 39).tolist(),
+    **dict.fromkeys(("shear_x", "shear_y"), np.linspace(-0.9, 0.9, 25).tolist()),
+    **dict.fromkeys(("translate_x", "translate_y"), [*np.linspace(-0.45, 0.45, 19).tolist(), -2.0, 2.0]),
+    "rotate": [*np.linspace(-30, 30, 25).tolist(), -180, -90, 90, 180, 359.9, 3000],
 }
-GEOMETRY = {
-    "shear_x": (timms.shear_x, np.linspace(-0.9, 0.9, 25).tolist()),
-    "shear_y": (timms.shear_y, np.linspace(-0.9, 0.9, 25).tolist()),
-    "translate_x": (timms.translate_x_rel, [*np.linspace(-0.45, 0.45, 19).tolist(), -2.0, 2.0]),
-    "translate_y": (timms.translate_y_rel, [*np.linspace(-0.45, 0.45, 19).tolist(), -2.0, 2.0]),
-    "rotate": (timms.rotate, [*np.linspace(-30, 30, 25).tolist(), -180, -90, 90, 180, 359.9, 3000]),
-}
-INTERPOLATION = {False: Image.Resampling.BILINEAR, True: Image.Resampling.BICUBIC}
 
 
 def images(channels: int, height: int, width: int) -> np.ndarray:
@@ -47,60 +35,50 @@ def images(channels: int, height: int, width: int) -> np.ndarray:
     return np.stack([*noise, slope, dark, noise[2] & 0xE0, flat, 0 * flat, 0 * flat + 255, two]).astype(np.uint8)
 
 
-def pils(function, pixels_HWC: np.ndarray, *arguments, **options) -> np.ndarray:
+def batched(name: str, x_BHWC: Tensor, values, cubic: bool) -> Tensor:
+    value_B, fill_C = (
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(FILL[: x_BHWC.shape[3]], dtype=torch.uint8),
+    )
+    if name in COLOUR:
+        return COLOUR[name](x_BHWC, value_B)
+    return GEOMETRIC[name](x_BHWC, value_B, fill_C, cubic)
+
+
+def pils(name: str, pixels_HWC: np.ndarray, value: float, cubic: bool) -> np.ndarray:
     image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
-    return np.asarray(function(image, *arguments, **options)).reshape(pixels_HWC.shape)
+    resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+    result = FUNCTIONS[name](image, value, resample=resample, fillcolor=FILL[: pixels_HWC.shape[2]])
+    return np.asarray(result).reshape(pixels_HWC.shape)
 
 
-SHAPES = [(3, 32, 32), (3, 13, 20), (1, 8, 8), (1, 32, 24)]
+CASES = [(name, cubic) for name in VALUES for cubic in ((False, True) if name in GEOMETRIC else (False,))]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", COLOUR)
-def test_colours_are_pillows(name, shape):
-    function, values = COLOURS[name]
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 13, 20), (1, 8, 8), (1, 32, 24)])
+@pytest.mark.parametrize(("name", "cubic"), CASES)
+def test_operations_are_pillows(name, cubic, shape):
     if name == "hue" and shape[0] == 1:
         pytest.skip("grey images have no hue, and recipes that ask for it are refused")
+    values = VALUES[name]
     for pixels_HWC in images(*shape):
         pixels_BHWC = torch.from_numpy(np.stack([pixels_HWC] * len(values)))
         before = pixels_BHWC.clone()
-        found_BHWC = COLOUR[name](pixels_BHWC, torch.tensor(values, dtype=torch.float64))
-        assert found_BHWC.dtype == torch.uint8
+        changed_BHWC = batched(name, pixels_BHWC, values, cubic)
+        assert changed_BHWC.dtype == torch.uint8
         assert torch.equal(pixels_BHWC, before)
-        for value, found_HWC in zip(values, found_BHWC.numpy()):
-            np.testing.assert_array_equal(found_HWC, pils(function, pixels_HWC, value), f"{name} {value}")
-
-
-@pytest.mark.parametrize("cubic", INTERPOLATION)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", GEOMETRIC)
-def test_geometry_is_pillows(name, shape, cubic):
-    function, values = GEOMETRY[name]
-    fill = FILL[: shape[0]]
-    options = {"resample": INTERPOLATION[cubic], "fillcolor": fill}
-    for pixels_HWC in images(*shape):
-        pixels_BHWC = torch.from_numpy(np.stack([pixels_HWC] * len(values)))
-        before = pixels_BHWC.clone()
-        value_B, fill_C = torch.tensor(values, dtype=torch.float64), torch.tensor(fill, dtype=torch.uint8)
-        found_BHWC = GEOMETRIC[name](pixels_BHWC, value_B, fill_C, cubic)
-        assert found_BHWC.dtype == torch.uint8
-        assert torch.equal(pixels_BHWC, before)
-        for value, found_HWC in zip(values, found_BHWC.numpy()):
-            np.testing.assert_array_equal(found_HWC, pils(function, pixels_HWC, value, **options), f"{name} {value}")
+        for value, changed_HWC in zip(values, changed_BHWC.numpy()):
+            np.testing.assert_array_equal(changed_HWC, pils(name, pixels_HWC, value, cubic), f"{name} {value}")
 
 
 def test_arguments_are_of_each_image():
     """A batch in which each image has its own argument is the images one by one."""
+    assert {*COLOUR, *GEOMETRIC} == set(VALUES)
     x_BHWC = torch.from_numpy(images(3, 32, 32))
-    fill_C = torch.tensor(FILL, dtype=torch.uint8)
-    for name, operation in COLOUR.items():
-        value_B = torch.from_numpy(np.resize(COLOURS[name][1], len(x_BHWC)).astype(float))
-        alone = [operation(x_BHWC[i : i + 1], value_B[i : i + 1]) for i in range(len(x_BHWC))]
-        assert torch.equal(operation(x_BHWC, value_B), torch.cat(alone)), name
-    for name, operation in GEOMETRIC.items():
-        value_B = torch.from_numpy(np.resize(GEOMETRY[name][1], len(x_BHWC)).astype(float))
-        alone = [operation(x_BHWC[i : i + 1], value_B[i : i + 1], fill_C, True) for i in range(len(x_BHWC))]
-        assert torch.equal(operation(x_BHWC, value_B, fill_C, True), torch.cat(alone)), name
+    for name in VALUES:
+        values = np.resize(VALUES[name], len(x_BHWC)).astype(float)
+        alone = [batched(name, x_BHWC[i : i + 1], values[i : i + 1], True) for i in range(len(x_BHWC))]
+        assert torch.equal(batched(name, x_BHWC, values, True), torch.cat(alone)), name
 
 
 def test_a_posterize_that_keeps_no_bit_is_black():
