@@ -66,19 +66,13 @@ def words(what: str, text: str, accepted: Collection[str]) -> list[str]:
 
 
 def batches(text: str) -> list[int]:
-    """The batch sizes of --batch. Raises InputError for anything else."""
-    try:
-        sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1 or max(sizes) > LARGEST_BATCH:
-        raise InputError(f"--batch {text!r}: whole numbers from 1 to {LARGEST_BATCH} are needed, separated by commas")
-    return sizes
+    """The batch sizes of --batch, which commas separate. Raises InputError for anything else."""
+    return [whole("--batch", size.strip(), LARGEST_BATCH) for size in text.split(",")]
 
 
 def whole(option: str, text: str, most: int) -> int:
     """The whole number of an option. Raises InputError for anything else, and for 0 and more than `most`."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
         raise InputError(f"{option} {text}: a whole number from 1 to {most} is needed")
     return int(text)
 
@@ -90,16 +84,10 @@ def check_engine(engine: str, of_ray: Mapping[str, object], of_local: Mapping[st
 
 
 def percent(option: str, text: str | None) -> float | None:
-    """The number of an option like 5 or 5%. Raises InputError for anything else."""
-    if text is None:
-        return None
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1000:
+    """The number of an option like 5 or 5%, below 1000. Raises InputError for anything else."""
+    if text is not None and not re.fullmatch(r"(\d{1,3}(\.\d*)?|\.\d+)%?", text, re.ASCII):
         raise InputError(f"{option} {text}: a percentage is needed, such as 5%")
-    return value
+    return float(text.removesuffix("%")) if text is not None else None
 
 
 def module_names(texts: Sequence[str] | None) -> Sequence[str] | None:
@@ -118,7 +106,7 @@ def module_names(texts: Sequence[str] | None) -> Sequence[str] | None:
         other = importlib.util.find_spec(package)
         if beside is None and other is None:
             raise InputError(f"--import {text}: there is no module {package} in {folder} or installed")
-        taken_by = other.origin if other and beside and other.origin != beside.origin else None
+        taken_by = other.origin if other and beside and beside.origin not in (None, other.origin) else None
         if folders.setdefault(package, folder) != folder:
             taken_by = folders[package] / package
         if taken_by:

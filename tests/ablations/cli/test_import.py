@@ -44,14 +44,13 @@ model = "my_net"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working directory with a network and a study, which is on Python's path as little as in a command."""
+    """A working directory with files that have names of ours and of Python's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     (tmp_path / "bench").mkdir()
     (tmp_path / "random.py").write_text("raise SystemExit('random.py of the user')")
     (tmp_path / "model.py").write_text(PART)
-    (tmp_path / "mine.toml").write_text(STUDY)
     yield tmp_path
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
@@ -63,13 +62,14 @@ def test_a_network_of_a_module_is_trained_exported_and_timed(expertgrid, place, 
     file = (place / brought).with_suffix(".py")
     file.parent.mkdir(exist_ok=True)
     (place / "model.py").rename(file.with_name("model.py"))
-    file.write_text(NETWORK)
+    file.write_text(NETWORK.replace("my_net", file.stem))
+    (place / "mine.toml").write_text(STUDY.replace("my_net", file.stem))
     command = ["--import", brought]
     listed = json.loads(expertgrid("list", "models", *command, "--format", "json").out)
     assert sys.modules["model"].first == str(file.parent) == sys.path[-1]
     if brought.endswith(".py"):  # the rest has been seen for a name
         return
-    assert [row["params"] for row in listed if row["model"] == "my_net"] == [(3 * 9 + 1) * 4 + (4 + 1) * 10]
+    assert [row["params"] for row in listed if row["model"] == file.stem] == [(3 * 9 + 1) * 4 + (4 + 1) * 10]
     outcome = expertgrid("run", "mine.toml", *command, "--device", "cpu")
     assert outcome.status == 0, outcome.err
     assert expertgrid("export", "runs/mine", *command).status == 0
