@@ -1,11 +1,11 @@
 """Fused Triton kernels for the training pass of convolutions, norm, activation and mix on CUDA.
 
 Batch norm needs the statistics of a whole batch, so the work takes four passes over memory: the statistics of the
-experts' outputs; norm, ReLU and mix; backwards, the sums for the norm's gradient; then all gradients. `bench.step`
-counts these four as the lower bound. PyTorch's own operators read and write the experts' outputs several times more,
-and torch.compile compiles each network anew. Where the norm is after the mix, the weighted sum is one pass before these
-and one after them. The experts of one kernel size are one convolution of K x C channels, which sums their input
-gradients. What a gate does after its pooling is one kernel, and backwards one and one more for each of its layers.
+experts' outputs; norm, ReLU and mix; backwards, the sums for the norm's gradient; then all gradients. PyTorch's own
+operators read and write the experts' outputs several times more, and torch.compile compiles each network anew. Where
+the norm is after the mix, the weighted sum is one pass before these and one after them. The experts of one kernel size
+are one convolution of K x C channels, which sums their input gradients. What a gate does after its pooling is one
+kernel, and backwards one and one more for each of its layers.
 
 Legend: B images of S pixels each, P = B x S pixels, K experts of C channels, F = K x C, T tiles of pixels; J hidden
 units of a gate, or a layer of N inputs and M outputs. Maps are channels-last, so that a map (B, F, H, W) is a matrix

@@ -232,7 +232,7 @@ def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_of_an_optimiser_step_as_it_does(name):
     make = optimise.make_optimizer
@@ -309,7 +309,7 @@ def test_a_recording_that_fails_is_left(ended, monkeypatch):
     assert pools == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu
 def test_after_a_recording_that_fails_training_goes_on_as_without():
     def losses(graphs: bool) -> list[float]:
         torch.manual_seed(0)
