@@ -1,16 +1,11 @@
 """The PyTorch baseline: the same network, trained as a good tutorial has it.
 
-It has an eager network in float32 and PyTorch's default memory layout, whose
-blocks stack their experts' outputs and sum them with their weights; PIL images through torchvision's transforms in a
-`DataLoader` with as many worker processes as there are cores, kept between epochs, with pinned memory on CUDA; the
-recipe's optimiser as PyTorch has it by default, and its label smoothing, without a schedule. Of the recipe's
-augmentation it has the crop, the flip and Cutout; the rest only expertgrid's loop does. Nothing slows it down: TF32
-stays as PyTorch has it, batches are copied without waiting, the loss is not read, and its workers run and its first
-batch is there before the clock of a round starts. What the workers prepared beyond that while others were measured is
-dropped, as short rounds would get their images for nothing.
-
-It runs in a process of its own, as expertgrid's training has its process keep the memory that it frees
-(`model.fast.memory`).
+An eager network in float32 and PyTorch's default memory layout, whose blocks stack their experts' outputs and sum them
+with their weights; PIL images through torchvision's transforms in a `DataLoader` with as many workers as there are
+cores, kept between epochs, with pinned memory on CUDA; the recipe's optimiser as PyTorch has it by default, and its
+label smoothing, without a schedule. It has the recipe's crop, flip and Cutout; the other augmentation only expertgrid's
+loop does. Nothing slows it down: TF32 stays as PyTorch has it, batches are copied without waiting, the loss is not
+read, and workers run before the clock of a round starts. What they prepared while others were measured is dropped.
 """
 
 import copy

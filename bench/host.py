@@ -123,8 +123,10 @@ class Meter:
 
     def __init__(self, cuda: bool):
         self.gpu = _gpu() if cuda else None
-        self.zones = [] if cuda else [zone for zone in sorted(RAPL.glob("intel-rapl:?")) if _readable(zone)]
-        self.last = [_microjoules(zone) for zone in self.zones]
+        self.last: dict[Path, int] = {}
+        for zone in [] if cuda else sorted(RAPL.glob("intel-rapl:?")):
+            with suppress(OSError):  # this user may not read it
+                self.last[zone] = _microjoules(zone)
         self.used = 0.0
 
     def __call__(self) -> float | None:
@@ -135,23 +137,12 @@ class Meter:
                 return nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
             except nvml.NVMLError:
                 return None
-        if not self.zones:
-            return None
-        for i, zone in enumerate(self.zones):
-            now = _microjoules(zone)
-            wrapped = 0 if now >= self.last[i] else int((zone / "max_energy_range_uj").read_text())
-            self.used += (now - self.last[i] + wrapped) / 1e6
-            self.last[i] = now
-        return self.used
+        for zone, last in self.last.items():
+            self.last[zone] = _microjoules(zone)
+            wrapped = 0 if self.last[zone] >= last else int((zone / "max_energy_range_uj").read_text())
+            self.used += (self.last[zone] - last + wrapped) / 1e6
+        return self.used if self.last else None
 
 
 def _microjoules(zone: Path) -> int:
     return int((zone / "energy_uj").read_text())
-
-
-def _readable(zone: Path) -> bool:
-    try:
-        _microjoules(zone)
-    except OSError:
-        return False
-    return True

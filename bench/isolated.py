@@ -14,10 +14,10 @@ import numpy as np
 from expertgrid.bench.engines import Engine
 from expertgrid.bench.host import peak_bytes, reset_peak
 from expertgrid.bench.record import Memory
-from expertgrid.bench.timing import Call, Timer
+from expertgrid.bench.timing import Timer
 from expertgrid.model.system.processes import answers
 
-Open = Callable[[Engine, np.ndarray], Call]  # opens an engine for a batch of images
+Open = Callable[[Engine, np.ndarray], Timer]  # opens an engine for a batch of images
 Begin = Callable[[], object]  # what a process does first, such as to import the user's modules
 
 
@@ -71,7 +71,7 @@ def _serve(engine: Engine, images: np.ndarray, open_: Open, begin: Begin) -> Cal
                 before = reset_peak()
             case "open":
                 timer = None  # the engine that was open is closed first
-                timer = Timer(open_(engine, images))
+                timer = open_(engine, images)
             case "memory":
                 return peak_bytes(), before
             case "call":

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from expertgrid.bench.engines import PYTORCH, USUAL, Engine, Run, engines
 from expertgrid.bench.host import Meter, watched
 from expertgrid.bench.isolated import Begin, isolated_engine
 from expertgrid.bench.record import Latency, LatencyRecord, Memory
-from expertgrid.bench.timing import Call, Ratio, Timer, compare, compare_runs, take_turns
+from expertgrid.bench.timing import Ratio, Timer, compare, compare_runs, take_turns
 from expertgrid.export.describe import read_onnx
 from expertgrid.export.session import ORT_ERRORS, check_provider
 from expertgrid.model.system.errors import InputError
@@ -29,14 +30,19 @@ from expertgrid.model.system.machine import cpu_name, device_name, usable_cores
 from expertgrid.model.system.text import Measured
 
 
-def random_images(model: bytes, batch: int) -> np.ndarray:
-    """A batch of random images of the shape and type that the model's input has."""
+def input_type(model: bytes) -> Any:
+    """The type and shape of the model's first input, as ONNX describes it."""
     graph = onnx.load_from_string(model).graph
     weights = {weight.name for weight in graph.initializer}
-    first = next(value for value in graph.input if value.name not in weights).type.tensor_type
-    shape = (batch, *(dim.dim_value for dim in first.shape.dim[1:]))
+    return next(value for value in graph.input if value.name not in weights).type.tensor_type
+
+
+def random_images(model: bytes, batch: int) -> np.ndarray:
+    """A batch of random images of the shape and type that the model's input has."""
+    of_input = input_type(model)
+    shape = (batch, *(dim.dim_value for dim in of_input.shape.dim[1:]))
     rng = np.random.default_rng(batch)
-    if first.elem_type == onnx.TensorProto.UINT8:
+    if of_input.elem_type == onnx.TensorProto.UINT8:
         return rng.integers(256, size=shape, dtype=np.uint8)
     return rng.standard_normal(shape, dtype=np.float32)
 
@@ -62,7 +68,7 @@ def measure(
     cuda = provider != "cpu"
     with watched(cuda) as host:
         for batch in batches:
-            candidates: dict[tuple[int, str], Callable[[], Call | Timer]] = {}
+            candidates: dict[tuple[int, str], Callable[[], Timer]] = {}
             memory: dict[tuple[int, str], Memory] = {}
             with ExitStack() as processes:
                 for i, (model, (by_title, _)) in enumerate(zip(models, opened)):
@@ -99,9 +105,9 @@ def measure(
     ]
 
 
-def open_engine(engine: Engine, images: np.ndarray) -> Call:
-    """A call on the images. Raises InputError where the network does not run at this batch size."""
-    return partial(open_run(engine, images), images)
+def open_engine(engine: Engine, images: np.ndarray) -> Timer:
+    """Times calls on the images. Raises InputError where the network does not run at this batch size."""
+    return Timer(partial(open_run(engine, images), images))
 
 
 def open_run(engine: Engine, images: np.ndarray) -> Run:

@@ -49,29 +49,24 @@ class Convolution(NamedTuple):
     operations: int  # of one call
 
 
-class _Convolutions(TorchDispatchMode):
-    """Within, notes all convolutions that PyTorch computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[Convolution] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
-            x_BCHW, weight_FCkk, _, stride, padding, _, _, _, groups = args
-            operations = 2 * out.numel() * weight_FCkk[0].numel()
-            shapes = tuple(x_BCHW.shape), tuple(weight_FCkk.shape)
-            self.found.add(Convolution(*shapes, tuple(stride), tuple(padding), groups, operations))
-        return out
-
-
 @torch.no_grad()
 def largest_convolutions(net: nn.Module, shape: tuple[int, ...]) -> list[Convolution]:
     """The LARGEST convolutions of a network on a batch of this shape (B, C, H, W), without computing them."""
-    with _Convolutions() as noted:
+    convolutions: set[Convolution] = set()
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.convolution.default:
+                x_BCHW, weight_FCkk, _, stride, padding, _, _, _, groups = args
+                operations = 2 * out.numel() * weight_FCkk[0].numel()
+                shapes = tuple(x_BCHW.shape), tuple(weight_FCkk.shape)
+                convolutions.add(Convolution(*shapes, tuple(stride), tuple(padding), groups, operations))
+            return out
+
+    with Noting():
         copy.deepcopy(net).to("meta")(torch.empty(shape, device="meta"))
-    return sorted(noted.found, key=lambda found: found.operations)[-LARGEST:]
+    return sorted(convolutions, key=lambda conv: conv.operations)[-LARGEST:]
 
 
 def measure_peaks(
@@ -93,7 +88,7 @@ def measure_peaks(
         a_NN, b_NN = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out_NN = torch.empty_like(a_NN)
         matrices = 2 * side**3 / fastest(lambda: torch.mm(a_NN, b_NN, out=out_NN), device, measure_s)
-        return max([matrices, *(_rate(found, device, dtype, measure_s) for found in convolutions if not slow)])
+        return max([matrices, *(_rate(conv, device, dtype, measure_s) for conv in convolutions if not slow)])
 
     size_bytes = COPY_BYTES.get(device.type, SOME_BYTES)
     source = torch.randint(256, (size_bytes,), dtype=torch.uint8, device=device)  # a GPU may compress zeros
@@ -103,15 +98,15 @@ def measure_peaks(
 
 
 @torch.no_grad()
-def _rate(found: Convolution, device: torch.device, dtype: torch.dtype, measure_s: float) -> float:
+def _rate(conv: Convolution, device: torch.device, dtype: torch.dtype, measure_s: float) -> float:
     """Operations a second of a convolution, with its channels last."""
 
     def random(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
 
-    x_BCHW, weight_FCkk = random(found.x), random(found.weight)
-    conv = partial(F.conv2d, x_BCHW, weight_FCkk, None, found.stride, found.padding, groups=found.groups)
-    return found.operations / fastest(conv, device, measure_s)
+    x_BCHW, weight_FCkk = random(conv.x), random(conv.weight)
+    run = partial(F.conv2d, x_BCHW, weight_FCkk, None, conv.stride, conv.padding, groups=conv.groups)
+    return conv.operations / fastest(run, device, measure_s)
 
 
 def fastest(run: Callable[[], object], device: torch.device, measure_s: float) -> float:

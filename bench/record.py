@@ -1,5 +1,6 @@
 """The latency record: what `bench` measured of one file. Imports no torch: tables read it."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,8 +81,8 @@ class Latency(BaseModel):
     @property
     def times(self) -> Times:
         """The calls in their blocks."""
-        left = iter(self.calls_ms)
-        return Times([Block(opening, [next(left) for _ in range(count)]) for opening, count in self.blocks])
+        calls_ms = iter(self.calls_ms)
+        return Times([Block(opening, list(itertools.islice(calls_ms, count))) for opening, count in self.blocks])
 
 
 class LatencyRecord(BaseModel):

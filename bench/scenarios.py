@@ -17,16 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 
 from expertgrid.bench.engines import Engine, Run, engines
 from expertgrid.bench.host import Host, watched
-from expertgrid.bench.latency import open_run, random_images
-from expertgrid.bench.timing import calls_needed, timed
+from expertgrid.bench.latency import input_type, open_run, random_images
+from expertgrid.bench.timing import Timer, calls_needed
 from expertgrid.export.describe import read_onnx
 from expertgrid.export.session import check_provider
 from expertgrid.model.system.errors import InputError
@@ -48,7 +48,7 @@ SEEDS = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Load:
     """A run of the load generator."""
 
     latency_ms: float  # at the scenario's percentile
@@ -58,14 +58,14 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Found:
+class Result:
     """What a file does in a scenario."""
 
     file: str
     engine: str
     scenario: Scenario
     batch: int  # images that are computed together, at most
-    run: Loaded
+    load: Load
     rate: float | None = None  # of arrivals; None for other scenarios
     too_high: float | None = None  # the lowest rate that was tried and did not hold the bound
 
@@ -73,20 +73,20 @@ class Found:
     def shorter(self) -> str:
         """How the run falls short of MLPerf's rules; "" where it does not."""
         least = RULE_QUERIES.get(self.scenario, 0)
-        if self.run.seconds >= RULE_S and self.run.queries >= least:
+        if self.load.seconds >= RULE_S and self.load.queries >= least:
             return ""
-        asked = f"{RULE_S:.0f} s" + (f" and {least:,} queries" if least else "")
-        return f"{self.run.seconds:.1f} s and {self.run.queries:,} queries, where MLPerf's rules ask for {asked}"
+        rules = f"{RULE_S:.0f} s" + (f" and {least:,} queries" if least else "")
+        return f"{self.load.seconds:.1f} s and {self.load.queries:,} queries, where MLPerf's rules ask for {rules}"
 
 
 def measure_scenario(
     paths: Sequence[Path],
     scenario: Scenario,
     provider: str,
-    wanted: Sequence[str],
+    kinds: Sequence[str],
     seconds: float,
     bound_ms: float = 10.0,
-) -> tuple[list[Found], Host]:
+) -> tuple[list[Result], Host]:
     """Each file and engine in a scenario, one after another; every run takes `seconds` or longer.
 
     Raises InputError as `engines`, where the load generator is not installed, for a file whose batch size is fixed to
@@ -94,32 +94,33 @@ def measure_scenario(
     """
     load_generator()
     check_provider(provider)
-    found: list[Found] = []
+    results: list[Result] = []
     with watched(provider != "cpu") as host:
         for path in paths:
             model = read_onnx(path)
-            opened, _ = engines(model, str(path), provider, wanted)
-            for engine in opened.values():
-                found.append(_measure(path, model, engine, scenario, seconds, bound_ms))
-    return found, host
+            for engine in engines(model, str(path), provider, kinds)[0].values():
+                results.append(_measure(path, model, engine, scenario, seconds, bound_ms))
+    return results, host
 
 
-def _measure(path: Path, model: bytes, engine: Engine, scenario: Scenario, seconds: float, bound_ms: float) -> Found:
+def _measure(path: Path, model: bytes, engine: Engine, scenario: Scenario, seconds: float, bound_ms: float) -> Result:
     images, fixed = random_images(model, IMAGES), fixed_batch(model)
-    asked = {"single-stream": 1, "multi-stream": STREAMS, "server": 1}.get(scenario, fixed or 1)
-    if fixed and fixed != asked:
-        raise InputError(f"{path}: has a fixed batch of {fixed}; {scenario} sends {asked} at a time")
-    run = opened(engine, images, asked)
+    sent = {"single-stream": 1, "multi-stream": STREAMS, "server": 1}.get(scenario, fixed or 1)
+    if fixed and fixed != sent:
+        raise InputError(f"{path}: has a fixed batch of {fixed}; {scenario} sends {sent} at a time")
+
+    def open_at(batch: int) -> Run:
+        return open_run(engine, taken(images, range(batch)))
+
+    run, name = open_at(sent), (path.name, engine.title, scenario)
     if scenario == "offline":
-        batch = fixed or best_batch(lambda size: batch_rate(opened(engine, images, size), images, size))
-        rate = batch_rate(opened(engine, images, batch), images, batch)
-        load = generate(run, images, scenario, seconds, batch, rate=rate)
-        return Found(path.name, engine.title, scenario, batch, load)
+        batch = fixed or best_batch(lambda size: batch_rate(open_at(size), images, size))
+        rate = batch_rate(open_at(batch), images, batch)
+        return Result(*name, batch, generate(run, images, scenario, seconds, batch, rate=rate))
     if scenario != "server":
-        load = generate(run, images, scenario, seconds, asked)
-        return Found(path.name, engine.title, scenario, asked, load)
+        return Result(*name, sent, generate(run, images, scenario, seconds, sent))
     together = fixed or MOST_TOGETHER
-    opened(engine, images, together)
+    open_at(together)
     rate, load, too_high = highest_rate(
         lambda rate: generate(run, images, "server", seconds, together, rate=rate),
         bound_ms,
@@ -130,12 +131,7 @@ def _measure(path: Path, model: bytes, engine: Engine, scenario: Scenario, secon
             f"--bound-ms {bound_ms:g}: {path} in {engine.title} does not hold it at {too_high:.3g} images/s either, "
             f"where the 99th percentile is {load.latency_ms:.3g} ms"
         )
-    return Found(path.name, engine.title, scenario, together, load, rate, too_high)
-
-
-def opened(engine: Engine, images: np.ndarray, batch: int) -> Run:
-    """The engine, after its first call at a batch size. Raises InputError where it does not run at this size."""
-    return open_run(engine, taken(images, range(batch)))
+    return Result(*name, together, load, rate, too_high)
 
 
 def taken(images: np.ndarray, places: Sequence[int]) -> np.ndarray:
@@ -145,10 +141,7 @@ def taken(images: np.ndarray, places: Sequence[int]) -> np.ndarray:
 
 def fixed_batch(model: bytes) -> int | None:
     """The batch size of a model whose input has one, else None."""
-    graph = onnx.load_from_string(model).graph
-    weights = {weight.name for weight in graph.initializer}
-    first = next(given for given in graph.input if given.name not in weights)
-    return first.type.tensor_type.shape.dim[0].dim_value or None
+    return input_type(model).shape.dim[0].dim_value or None
 
 
 # --- Searches ---
@@ -156,51 +149,49 @@ def fixed_batch(model: bytes) -> int | None:
 
 def batch_rate(run: Run, images: np.ndarray, batch: int) -> float:
     """Images a second at a batch size: the median of a fifth of a second of calls, at least 3."""
-    some, calls_ms = taken(images, range(batch)), []
+    timer, calls_ms = Timer(partial(run, taken(images, range(batch)))), []
     while len(calls_ms) < 3 or sum(calls_ms) < 200:
-        calls_ms += timed(lambda: run(some), 1)
+        calls_ms += timer.timed(1)
     return 1000 * batch / float(np.median(calls_ms))
 
 
 def best_batch(rate: Callable[[int], float]) -> int:
     """The batch size with the highest rate: sizes are doubled until two in a row gain nothing, or take too long."""
     rates: dict[int, float] = {}
-    size = 1
+    size = best = 1
     while size <= MOST_BATCH:
         rates[size] = rate(size)
-        best = max(rates, key=lambda tried: rates[tried])
+        best = max(rates, key=rates.__getitem__)
         if size >= 4 * best or size / rates[size] > LONGEST_BATCH_S:
             break
         size *= 2
-    return max(rates, key=lambda tried: rates[tried])
+    return best
 
 
 def highest_rate(
-    load: Callable[[float], Loaded], bound_ms: float, first: float
-) -> tuple[float | None, Loaded, float | None]:
+    load_at: Callable[[float], Load], bound_ms: float, first: float
+) -> tuple[float | None, Load, float | None]:
     """The highest rate of arrivals whose latency holds the bound, its last run, and the lowest rate that failed.
 
     From `first` the rate is doubled or halved until the bound lies between two rates; then the middle is tried until
     they are near. The rate that is found is loaded once more, and lowered until it holds again: of several noisy runs
     the luckiest was chosen. The rate is None where even the lowest that was tried fails.
     """
-    holds, fails, rate = 0.0, 0.0, first
+    holds, fails, rate, lowest = 0.0, 0.0, first, first / 2**MOST_HALVINGS
     while not (holds and fails and fails / holds <= NEAR):
-        found = load(rate)
-        if found.latency_ms <= bound_ms:
+        load = load_at(rate)
+        if load.latency_ms <= bound_ms:
             holds = rate
         else:
             fails = rate
-        if not holds and fails < first / 2**MOST_HALVINGS:
-            return None, found, fails
+        if not holds and fails < lowest:
+            return None, load, fails
         rate = holds * 2 if not fails else fails / 2 if not holds else (holds * fails) ** 0.5
-    while True:
-        again = load(holds)
-        if again.latency_ms <= bound_ms:
-            return holds, again, fails
+    while (load := load_at(holds)).latency_ms > bound_ms:
         holds, fails = holds / NEAR, holds
-        if holds < first / 2**MOST_HALVINGS:
-            return None, again, fails
+        if holds < lowest:
+            return None, load, fails
+    return holds, load, fails
 
 
 # --- The load generator ---
@@ -215,7 +206,7 @@ def load_generator() -> Any:
     return mlperf_loadgen
 
 
-def generate(run: Run, images: np.ndarray, scenario: Scenario, seconds: float, batch: int, rate: float = 0.0) -> Loaded:
+def generate(run: Run, images: np.ndarray, scenario: Scenario, seconds: float, batch: int, rate: float = 0.0) -> Load:
     """Loads an engine for `seconds` or longer: until there are enough queries for the scenario's percentile.
 
     `batch` is how many images are computed together: all of a query, or at most as many as wait in the server's queue.
@@ -248,7 +239,9 @@ def generate(run: Run, images: np.ndarray, scenario: Scenario, seconds: float, b
             started = time.perf_counter()
             generator.StartTestWithLogSettings(system, library, settings, logs)
             took = time.perf_counter() - started
-            log = _read_log(Path(place, "mlperf_log_detail.txt"))
+            lines = Path(place, "mlperf_log_detail.txt").read_text().splitlines()
+            entries = (json.loads(line.removeprefix(":::MLLOG ")) for line in lines)
+            log = {entry["key"]: entry["value"] for entry in entries}
     finally:
         computed.end()
         generator.DestroyQSL(library)
@@ -256,18 +249,12 @@ def generate(run: Run, images: np.ndarray, scenario: Scenario, seconds: float, b
     if computed.error:
         raise computed.error
     in_a_query = STREAMS if scenario == "multi-stream" else 1
-    return Loaded(
+    return Load(
         latency_ms=log[f"result_{PERCENTILE.get(scenario, 99)}.00_percentile_latency_ns"] / 1e6,
         images_per_s=log[RATES[scenario]] if scenario in RATES else 1e9 * in_a_query / log["result_mean_latency_ns"],
         queries=computed.images // in_a_query,
         seconds=took,
     )
-
-
-def _read_log(file: Path) -> dict[str, Any]:
-    """What the load generator found, by its names for it."""
-    entries = (json.loads(line.removeprefix(":::MLLOG ")) for line in file.read_text().splitlines())
-    return {entry["key"]: entry["value"] for entry in entries}
 
 
 class _InTurn:
@@ -291,7 +278,7 @@ class _InTurn:
         except Exception as error:
             self.error = error
         self.images += len(samples)
-        self.generator.QuerySamplesComplete([self.generator.QuerySampleResponse(one.id, 0, 0) for one in samples])
+        self.generator.QuerySamplesComplete([self.generator.QuerySampleResponse(sample.id, 0, 0) for sample in samples])
 
     def end(self) -> None:
         pass
@@ -311,15 +298,15 @@ class _Queue(_InTurn):
             self.waiting.put(sample)
 
     def _serve(self) -> None:
-        while (sample := self.waiting.get()) is not None:
-            some = [sample]
-            while len(some) < self.batch and not self.waiting.empty():
-                some.append(self.waiting.get())
-            ended = some[-1] is None
-            some = some[:-1] if ended else some
-            self.compute(some, [sample.index for sample in some])
-            if ended:
-                return
+        has_ended = False
+        while not has_ended:
+            samples = [self.waiting.get()]
+            while len(samples) < self.batch and not self.waiting.empty():
+                samples.append(self.waiting.get())
+            if has_ended := samples[-1] is None:
+                samples.pop()
+            if samples:
+                self.compute(samples, [sample.index for sample in samples])
 
     def end(self) -> None:
         self.waiting.put(None)
@@ -329,33 +316,31 @@ class _Queue(_InTurn):
 # --- As a table ---
 
 
-def rows(found: Sequence[Found]) -> list[dict[str, object]]:
-    """What was found, with the number that the scenario is about."""
-    shown = []
-    for one in found:
-        row: dict[str, object] = {"file": one.file, "engine": one.engine, "scenario": one.scenario}
-        if one.scenario == "server":
-            row |= {"images/s": one.rate, "p99 ms": one.run.latency_ms, "too high at images/s": one.too_high}
-        elif one.scenario == "offline":
-            row |= {"images/s": one.run.images_per_s, "batch": one.batch}
+def rows(results: Sequence[Result]) -> list[dict[str, object]]:
+    """The results, with the number that the scenario is about."""
+    table = []
+    for result in results:
+        row: dict[str, object] = {"file": result.file, "engine": result.engine, "scenario": result.scenario}
+        load = result.load
+        if result.scenario == "server":
+            row |= {"images/s": result.rate, "p99 ms": load.latency_ms, "too high at images/s": result.too_high}
+        elif result.scenario == "offline":
+            row |= {"images/s": load.images_per_s, "batch": result.batch}
         else:
-            row |= {f"p{PERCENTILE[one.scenario]} ms": one.run.latency_ms, "images/s": one.run.images_per_s}
-        shown.append(row | {"queries": one.run.queries, "seconds": one.run.seconds})
-    return shown
+            row |= {f"p{PERCENTILE[result.scenario]} ms": load.latency_ms, "images/s": load.images_per_s}
+        table.append(row | {"queries": load.queries, "seconds": load.seconds})
+    return table
 
 
-def notes(found: Sequence[Found], host: Host, bound_ms: float) -> list[str]:
+def notes(results: Sequence[Result], host: Host, bound_ms: float) -> list[str]:
     """What the numbers mean."""
-    scenario = found[0].scenario
     meaning = {
         "single-stream": "One image at a time, the next when the last is done.",
         "multi-stream": f"{STREAMS} images at a time, the next when the last are done.",
         "offline": "All images at once, in batches of the best size.",
         "server": f"The highest rate of random arrivals at which the 99th percentile holds {bound_ms:g} ms; up to "
-        f"{found[0].batch} images that wait are computed together.",
+        f"{results[0].batch} images that wait are computed together.",
     }
-    short = [f"{one.file} in {one.engine}: {one.shorter}" for one in found if one.shorter]
-    lines = [meaning[scenario], "No MLPerf result: that needs MLPerf's models, data and accuracy."]
-    if short:
-        lines.append(f"Shorter than MLPerf's runs ({'; '.join(short)}).")
-    return lines + host.notes()
+    short = [f"{result.file} in {result.engine}: {result.shorter}" for result in results if result.shorter]
+    lines = [meaning[results[0].scenario], "No MLPerf result: that needs MLPerf's models, data and accuracy."]
+    return lines + [f"Shorter than MLPerf's runs ({'; '.join(short)})."] * bool(short) + host.notes()

@@ -61,14 +61,39 @@ class Timer:
     def __init__(self, call: Call):
         self.call = call
 
-    def warm_up(self, longest_s: float) -> tuple[float, bool]:
-        return warm_up(self.call, longest_s)
-
     def timed(self, count: int) -> list[float]:
-        return timed(self.call, count)
+        """Milliseconds of each of `count` calls."""
+        clock, call, stamps = time.perf_counter_ns, self.call, [0] * (count + 1)
+        stamps[0] = clock()
+        for i in range(1, count + 1):
+            call()
+            stamps[i] = clock()
+        return [(after - before) / 1e6 for before, after in itertools.pairwise(stamps)]
+
+    def warm_up(self, longest_s: float) -> tuple[float, bool]:
+        """Calls until the times have no trend; the seconds of a call, and whether that was reached.
+
+        The test is Kendall's, on the medians of the last chunks of calls, at 5%.
+        """
+        started = time.perf_counter()
+        self.call()
+        chunks: list[float] = []
+        while True:
+            begun, calls_ms = time.perf_counter(), []
+            while not calls_ms or time.perf_counter() - begun < CHUNK_S:
+                calls_ms += self.timed(1)
+            chunks.append(float(np.median(calls_ms)))
+            last = chunks[-CHUNKS:]
+            if len(last) == CHUNKS and not has_trend(last):
+                return float(np.median(last)) / 1000, True
+            if time.perf_counter() - started > longest_s:
+                return float(np.median(last)) / 1000, len(last) < CHUNKS  # too few calls to see a trend
 
     def rest(self) -> None:
-        rest()
+        """Waits until no other thread of the process computes, LONGEST_REST_S at most."""
+        until = time.perf_counter() + LONGEST_REST_S
+        while time.perf_counter() < until and _others_compute():
+            time.sleep(LOOK_S)
 
 
 @dataclass
@@ -97,16 +122,15 @@ class Ratio(Measured):
 
 
 def take_turns(
-    candidates: Mapping[Key, Callable[[], Call | Timer]],
+    candidates: Mapping[Key, Callable[[], Timer]],
     measure_s: float = 1.0,
     openings: int | None = None,
     meter: Callable[[], float | None] = lambda: None,
 ) -> dict[Key, Times]:
     """Times of each candidate's calls, about `measure_s` seconds of each.
 
-    A candidate is a function that opens it: into a call, or into what times its calls in another process. Each is
-    opened `openings` times, or else OPENINGS times, and LEAST_OPENINGS times where these are enough. `meter` gives the
-    joules that the device has used so far.
+    A candidate is a function that opens it. Each is opened `openings` times, or else OPENINGS times, and LEAST_OPENINGS
+    times where these are enough. `meter` gives the joules that the device has used so far.
     """
     times: dict[Key, Times] = {key: Times() for key in candidates}
     measured = dict.fromkeys(candidates, 0.0)
@@ -114,7 +138,7 @@ def take_turns(
     warm_up_s = min(LONGEST_WARM_UP_S, 2 * measure_s)
     for opening in range(most):
         is_last = openings is None and opening + 1 >= LEAST_OPENINGS and (slow or _far_apart(times))
-        timers = {key: _timer(candidates[key]()) for key in _shuffled(candidates, order)}
+        timers = {key: candidates[key]() for key in _shuffled(candidates, order)}
         call_s: dict[Key, float] = {}
         for key, timer in timers.items():
             call_s[key], steady = timer.warm_up(AGAIN_S if opening else warm_up_s)
@@ -150,27 +174,6 @@ def _far_apart(times: Mapping[Key, Times]) -> bool:
     return all(ratio.low > 1 + FAR or ratio.high < 1 - FAR for ratio in ratios)
 
 
-def _timer(opened: Call | Timer) -> Timer:
-    return opened if isinstance(opened, Timer) else Timer(opened)
-
-
-def timed(call: Call, count: int) -> list[float]:
-    """Milliseconds of each of `count` calls."""
-    clock, stamps = time.perf_counter_ns, [0] * (count + 1)
-    stamps[0] = clock()
-    for i in range(1, count + 1):
-        call()
-        stamps[i] = clock()
-    return [(after - before) / 1e6 for before, after in zip(stamps, stamps[1:])]
-
-
-def rest() -> None:
-    """Waits until no other thread of this process computes, LONGEST_REST_S at most."""
-    until = time.perf_counter() + LONGEST_REST_S
-    while time.perf_counter() < until and _others_compute():
-        time.sleep(LOOK_S)
-
-
 def _others_compute() -> bool:
     """Whether another thread of this process computes. Where the system does not say it, this takes TICK_S."""
     if not TASKS.exists():
@@ -183,26 +186,6 @@ def _others_compute() -> bool:
             if task.name != this and (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
                 return True
     return False
-
-
-def warm_up(call: Call, longest_s: float = LONGEST_WARM_UP_S) -> tuple[float, bool]:
-    """Calls until the times have no trend; the seconds of a call, and whether that was reached.
-
-    The test is Kendall's, on the medians of the last chunks of calls, at 5%.
-    """
-    started = time.perf_counter()
-    call()
-    chunks: list[float] = []
-    while True:
-        begun, calls_ms = time.perf_counter(), []
-        while not calls_ms or time.perf_counter() - begun < CHUNK_S:
-            calls_ms += timed(call, 1)
-        chunks.append(float(np.median(calls_ms)))
-        last = chunks[-CHUNKS:]
-        if len(last) == CHUNKS and not has_trend(last):
-            return float(np.median(last)) / 1000, True
-        if time.perf_counter() - started > longest_s:
-            return float(np.median(last)) / 1000, len(last) < CHUNKS  # too few calls to see a trend
 
 
 def has_trend(values: Sequence[float]) -> bool:

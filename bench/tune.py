@@ -11,7 +11,7 @@ from functools import cache, partial
 import numpy as np
 import torch
 
-from expertgrid.bench.timing import Call, Times, percentiles, take_turns
+from expertgrid.bench.timing import Timer, Times, percentiles, take_turns
 from expertgrid.export.certificate import Tried
 from expertgrid.export.certify import REWRITE_SETS, CertifiedModel, Reference, UncertifiedModel, certified, rewritten
 from expertgrid.export.metadata import AS_IT_IS, Options, Precision
@@ -131,7 +131,7 @@ def _by_speed(
 
     `effort` is the seconds of each, and how often each is opened.
     """
-    candidates: dict[Way, Callable[[], Call]] = {}
+    candidates: dict[Way, Callable[[], Timer]] = {}
     for way, made in models.items():
         try:
             _open(made.model, way, images)
@@ -143,12 +143,12 @@ def _by_speed(
     return dict(sorted(times.items(), key=lambda found: np.median(found[1].calls_ms)))
 
 
-def _open(model: bytes, way: Way, images: np.ndarray) -> Call:
+def _open(model: bytes, way: Way, images: np.ndarray) -> Timer:
     name = f"{way.rewrites} {way.precision}"
     session = open_any(model, way.provider, name, way.precision, options=way.options)
     call = partial(run, session, [LOGITS], {INPUT: images})
     call()
-    return call
+    return Timer(call)
 
 
 def _tried(way: Way, batch: int, times: Times | None, reason: str) -> Tried:

@@ -28,8 +28,8 @@ REWRITE_SETS = {  # from which --tune chooses
     "convolutions": (*FOLDED, "one_kernel", "one_conv"),
     "all": tuple(REWRITES),
 }
-# Never measured slower than the graph as it was trained, so far on an AMD processor with AVX512. The others were, on
-# one with AVX2.
+# Nowhere found slower than the graph as it was trained, so far on an AMD processor with AVX512. The others are, on one
+# with AVX2.
 DEFAULT_REWRITES = REWRITE_SETS["kernels"]
 # Kernels that are mixed for each image are not constants, and would stay in float. Separate int8 convolutions were up
 # to 1.6 times as fast as one convolution of all experts with a matrix product after it.

@@ -84,6 +84,13 @@ def pytest_configure(config):
         faulthandler.enable((place / f"crash-{worker}.txt").open("w"))
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def brief_timing(monkeypatch):
     """Tests read no speeds, so they do not wait until speeds are steady and threads at rest."""

@@ -50,7 +50,6 @@ def measure_latencies(
     """
     finished = [row for row in read_results(directory).rows if row.by_seed]
     trials = {row.name: trial for row in finished if (trial := _with_weights(directory, row))}
-    without = [row.name for row in finished if row.name not in trials]
     if not trials:
         reason = "none of its trials has weights, only records" if finished else "no trial of this study is finished"
         raise InputError(f"{directory.path}: {reason}")
@@ -78,7 +77,7 @@ def measure_latencies(
             rows = candidates
         records = measure([files[row.name] for row in rows], provider, batches, measure_s, engines, isolated=isolated)
     records = [record.model_copy(update={"cells": len(records)}) for record in records]
-    return TimedCells(rows, records, without, not_exported, off_front)
+    return TimedCells(rows, records, [row.name for row in finished if row.name not in trials], not_exported, off_front)
 
 
 def _with_weights(directory: StudyDirectory, row: Row) -> str | None:

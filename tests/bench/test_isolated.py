@@ -13,7 +13,7 @@ from expertgrid.bench.engines import Engine
 from expertgrid.bench.isolated import isolated_engine
 from expertgrid.bench.latency import measure, notes, rows
 from expertgrid.bench.record import Memory
-from expertgrid.bench.timing import take_turns
+from expertgrid.bench.timing import Timer, take_turns
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.processes import ProcessLost
 
@@ -37,7 +37,7 @@ def open_sleeper(engine, images):
         time.sleep(SLEEP_S)
         return held[0]
 
-    return call
+    return Timer(call)
 
 
 def open_and_die(engine, images):

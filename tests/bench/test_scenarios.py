@@ -9,8 +9,8 @@ from small import identity
 
 from expertgrid.bench import scenarios
 from expertgrid.bench.scenarios import (
-    Found,
-    Loaded,
+    Load,
+    Result,
     _Queue,
     best_batch,
     fixed_batch,
@@ -52,7 +52,7 @@ def simulated(rate, service_s=0.005, count=20_000):
     """A server with random arrivals and a constant time of service, without a clock."""
     arrivals_s = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count))
     p99_ms = 1000 * np.percentile(waits_s(arrivals_s, np.full(count, service_s)), 99)
-    return Loaded(float(p99_ms), rate, count, float(arrivals_s[-1]))
+    return Load(float(p99_ms), rate, count, float(arrivals_s[-1]))
 
 
 def test_a_stream_is_a_bare_loop():
@@ -127,7 +127,7 @@ def test_a_rate_that_held_by_luck_is_lowered():
     def load(rate):
         loads.append(rate)
         lucky = len(loads) == 2  # of 200
-        return Loaded(1.0 if rate <= 190 or lucky else 99.0, rate, 1, 1.0)
+        return Load(1.0 if rate <= 190 or lucky else 99.0, rate, 1, 1.0)
 
     rate, found, too_high = highest_rate(load, 10.0, 100.0)
     assert rate <= 190 < too_high
@@ -149,9 +149,9 @@ def test_the_best_batch_is_found():
 
 
 def test_a_run_says_how_short_it_is():
-    short = Found("a", "e", "multi-stream", 8, Loaded(1.0, 1.0, 100, 2.0))
+    short = Result("a", "e", "multi-stream", 8, Load(1.0, 1.0, 100, 2.0))
     assert short.shorter == "2.0 s and 100 queries, where MLPerf's rules ask for 600 s and 662 queries"
-    assert Found("a", "e", "offline", 8, Loaded(1.0, 1.0, 30_000, 601.0)).shorter == ""
+    assert Result("a", "e", "offline", 8, Load(1.0, 1.0, 30_000, 601.0)).shorter == ""
 
 
 def test_the_command_line(expertgrid, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_the_command_line(expertgrid, tmp_path, monkeypatch):
     complaint = expertgrid("bench", fixed, "--scenario", "multi-stream").complaint
     assert "fixed.onnx: has a fixed batch of 4; multi-stream sends 8 at a time" in complaint
     assert (fixed_batch(file.read_bytes()), fixed_batch(fixed.read_bytes())) == (None, 4)
-    monkeypatch.setattr(scenarios, "highest_rate", lambda *_: (None, Loaded(3.0, 1.0, 1, 1.0), 0.5))
+    monkeypatch.setattr(scenarios, "highest_rate", lambda *_: (None, Load(3.0, 1.0, 1, 1.0), 0.5))
     outcome = expertgrid("bench", file, "--scenario", "server", "--bound-ms", 2)
     assert outcome.status == 2
     assert "--bound-ms 2: " in outcome.complaint

@@ -20,6 +20,7 @@ from expertgrid.bench.engines import engines
 from expertgrid.bench.latency import open_engine, random_images
 from expertgrid.bench.timing import (
     Block,
+    Timer,
     Times,
     calls_needed,
     compare,
@@ -27,7 +28,6 @@ from expertgrid.bench.timing import (
     has_trend,
     percentiles,
     take_turns,
-    warm_up,
 )
 from expertgrid.export.to_onnx import INPUT, LOGITS
 
@@ -52,8 +52,8 @@ class Machine:
         self.opening, self.drift, self.spikes = opening, drift, spikes
         self.ran: list[str] = []
 
-    def candidate(self, name: str, ms: float) -> Callable[[], Callable[[], None]]:
-        def open_() -> Callable[[], None]:
+    def candidate(self, name: str, ms: float) -> Callable[[], Timer]:
+        def open_() -> Timer:
             slower = self.random.gauss(0, self.opening)
 
             def call() -> None:
@@ -68,7 +68,7 @@ class Machine:
                 if shared == 1:
                     self.last, self.spins_until = name, self.now_ns + self.SPIN_NS
 
-            return call
+            return Timer(call)
 
         return open_
 
@@ -147,13 +147,13 @@ def test_rest_waits_for_threads_that_compute(monkeypatch, tmp_path):
         (tmp_path / "2" / "stat").write_text(f"2 (a) R b) {next(states)} 1 1")
 
     monkeypatch.setattr(machine, "sleep", sleep)
-    timing.rest()
+    timing.Timer(lambda: None).rest()
     assert list(states) == ["S"]
-    timing.rest()
+    timing.Timer(lambda: None).rest()
     assert machine.now_ns == 3 * int(1e9 * timing.LOOK_S)
     monkeypatch.setattr(machine, "sleep", lambda seconds: Machine.sleep(machine, seconds))
     (tmp_path / "2" / "stat").write_text("2 (a) R 1 1")
-    timing.rest()
+    timing.Timer(lambda: None).rest()
     assert machine.now_ns >= 1e9 * timing.LONGEST_REST_S
 
 
@@ -179,13 +179,13 @@ def test_energy_is_that_of_the_counted_calls(monkeypatch):
 def test_warm_up_goes_on_while_times_fall(monkeypatch):
     machine = Machine(0, spikes=0)
     monkeypatch.setattr(timing, "time", machine)
-    plain, left = machine.candidate("a", 1)(), iter(range(10**6))
+    plain, left = machine.candidate("a", 1)().call, iter(range(10**6))
 
     def falling() -> None:
         plain()
         machine.now_ns += int(20e6 * math.exp(-next(left) / 20))
 
-    seconds, steady = warm_up(falling, longest_s=5)
+    seconds, steady = Timer(falling).warm_up(longest_s=5)
     assert steady
     assert seconds == pytest.approx(0.001, rel=0.1)
 
@@ -193,7 +193,7 @@ def test_warm_up_goes_on_while_times_fall(monkeypatch):
         plain()
         machine.now_ns += 10_000 * next(left)
 
-    assert warm_up(ever_slower, longest_s=2)[1] is False
+    assert Timer(ever_slower).warm_up(longest_s=2)[1] is False
 
 
 def test_trend_is_that_of_kendalls_test():
@@ -271,7 +271,7 @@ def test_the_harness_adds_little_to_a_bare_loop(monkeypatch):
             session.run_with_iobinding(binding)
         return (time.perf_counter_ns() - begun) / count / 1000
 
-    added = [1000 * float(np.mean(timing.timed(harness, 100))) - bare_us(100) for _ in range(100)]
+    added = [1000 * float(np.mean(harness.timed(100))) - bare_us(100) for _ in range(100)]
     assert np.median(added[20:]) < 2
 
 
@@ -285,12 +285,12 @@ def test_verdicts_are_right_on_this_machine(monkeypatch):
     model = two_block(32)
     images = random_images(model, 1)
 
-    def opens(columns: int) -> Callable[[], Callable[[], object]]:
+    def opens(columns: int) -> Callable[[], Timer]:
         made = with_product(model, columns) if columns else model
         (engine,) = engines(made, "model", "cpu", ["onnxruntime"])[0].values()
         return lambda: open_engine(engine, images)
 
-    same, slower = (opens(columns)()() for columns in (0, 40))
+    same, slower = (opens(columns)().call() for columns in (0, 40))
     np.testing.assert_allclose(same, slower, atol=1e-6)
 
     times = take_turns({columns: opens(columns) for columns in (0, 8, 512)}, 5.0)

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import zlib
 from collections import Counter
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from scipy import stats
 from small import adam
 from torch.utils.flop_counter import FlopCounterMode
@@ -191,3 +196,36 @@ def test_a_profile_is_of_real_steps_of_the_recipe(expertgrid):
         assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
         assert {"aten::convolution_backward", "aten::baddbmm", "aten::lerp_"} <= set(rows), "Muon, and the average"
         assert rows["aten::convolution_backward"]["calls a step"] == 10
+
+
+STOPPED = """
+from expertgrid.ablations.cli import interrupt
+
+if __name__ == "__main__":
+    interrupt.watch()
+    try:
+        import torch
+        from test_training import small_baseline
+
+        with small_baseline(torch.arange(8)).in_own_process() as run:
+            run()
+            print("trains", flush=True)
+            while True:
+                run()
+    except KeyboardInterrupt:
+        raise SystemExit(interrupt.INTERRUPTED) from None
+"""
+
+
+@pytest.mark.parametrize("send", [os.killpg, pytest.param(os.kill, marks=pytest.mark.nightly)])
+def test_a_signal_ends_the_baseline_and_its_workers_in_silence(send):
+    """To all processes of a job, as a system sends it, or to the first alone."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests"), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED], text=True, env=env, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "trains\n"
+    send(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "")  # all processes have closed their ends
+    assert process.returncode == 130

@@ -9,7 +9,7 @@ import torch
 
 from expertgrid.bench.latency import machine, random_images
 from expertgrid.bench.record import PERCENTILES
-from expertgrid.bench.timing import calls_needed, timed
+from expertgrid.bench.timing import Timer, calls_needed
 
 SECONDS = 0.5  # of calls, where their percentiles do not need more
 
@@ -21,7 +21,7 @@ def test_latency(benchmark, file, onnx_model, opened, engine, batch, pytestconfi
     if not names:
         pytest.skip("the file does not say which network it is, so PyTorch cannot run it")
     images, run = random_images(onnx_model, batch), engines[names[0]]()
-    call_s = max(timed(lambda: run(images), 3)[1:]) / 1000
+    call_s = max(Timer(lambda: run(images)).timed(3)[1:]) / 1000
     rounds = max(calls_needed(90), min(calls_needed(99), round(SECONDS / call_s)))
     benchmark.group = f"batch {batch}"
     benchmark.extra_info |= {

@@ -230,7 +230,7 @@ def test_replays_of_an_optimiser_step_as_it_does(name, on_cpu):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_of_an_optimiser_step_as_it_does(name):
     make = optimise.make_optimizer

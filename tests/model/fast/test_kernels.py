@@ -1,24 +1,33 @@
 """The Triton kernels against the plain modules in float64.
 
-Without a GPU they run in Triton's interpreter (see conftest), which is NumPy.
+Without a GPU they run in Triton's interpreter (see conftest), which is NumPy. On one `pytest -m gpu` runs them, too.
 """
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from expertgrid.ablations.study.study import Study
 from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
-from expertgrid.model.fast.settings import full_fp32
+from expertgrid.model.fast.execution import ExecutionOptions
+from expertgrid.model.fast.settings import full_fp32, set_for_training
 from expertgrid.model.net import ExpertNet, Gate
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
+from expertgrid.model.training import loop
+from expertgrid.model.training.data import Images
+from expertgrid.model.training.loop import start, train
+from expertgrid.model.training.prepare import prepare
+from expertgrid.model.training.splits import Splits
 from expertgrid.model.variants import vary
 
 kernels = pytest.importorskip("expertgrid.model.fast.kernels", reason="there is no Triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -163,15 +172,53 @@ def test_statistics_of_many_tiles_and_of_many_steps_in_a_tile(monkeypatch):
             assert (fused_values[what] - value).double().norm() <= 1e-4 * value.double().norm() + 1e-6, what
 
 
-def test_in_bfloat16_kernels_are_as_near_to_float64_as_the_plain_modules():
-    net, x_BCHW, weights_BCHW = in_parts(Block(channels=16, kernels=(1, 1, 1)), (4, 16, 16))
+@pytest.mark.parametrize(
+    ("precision", "share"), [("bf16", 5e-3), pytest.param("tf32", 1e-3, marks=pytest.mark.gpu)], ids=["bf16", "tf32"]
+)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Block(channels=16, kernels=(1, 1, 1)), (4, 16, 16)),
+        pytest.param(Block(channels=64), (16, 32, 32), marks=pytest.mark.gpu),
+        pytest.param(Block(channels=64, kernels=(5, 5, 3), norm_act="mix"), (16, 32, 32), marks=pytest.mark.gpu),
+        pytest.param(Conv(channels=64), (16, 32, 32), marks=pytest.mark.gpu),
+    ],
+    ids=["one pixel", "three experts", "norm after the mix", "conv"],
+)
+def test_kernels_are_as_near_to_float64_as_the_plain_modules(layer, shape, precision, share):
+    net, x_BCHW, weights_BCHW = in_parts(layer, shape)
     plain, fused = copy.deepcopy(net), with_kernels(net)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        of_kernels, of_modules = step(fused, x_BCHW, weights_BCHW), step(plain, x_BCHW, weights_BCHW)
-    assert (of_kernels["output"].dtype, of_kernels["0.experts.1.norm.weight"].dtype) == (torch.bfloat16, torch.float32)
+    if precision == "tf32":
+        set_for_training()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+        by_kernels, by_modules = step(fused, x_BCHW, weights_BCHW), step(plain, x_BCHW, weights_BCHW)
+    assert by_kernels["output"].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
     for what, value in step(net.double(), x_BCHW.double(), weights_BCHW.double()).items():
-        error, plain_error = ((values[what] - value).double().norm() for values in (of_kernels, of_modules))
-        assert error <= 2 * plain_error + 5e-3 * value.double().norm(), what
+        error, plain_error = ((values[what] - value).double().norm() for values in (by_kernels, by_modules))
+        assert error <= 2 * plain_error + share * value.double().norm(), what
+
+
+@pytest.mark.parametrize(
+    ("preset", "width"),
+    [
+        pytest.param("two_block", 0.0625, marks=pytest.mark.nightly),  # half a minute in the interpreter
+        pytest.param("eight_block", 1.0, marks=pytest.mark.gpu),
+    ],
+)
+def test_a_training_with_kernels_and_graphs_has_the_losses_of_a_plain_one(preset, width, digits, monkeypatch):
+    """Six steps in float32, with graphs on CUDA."""
+    monkeypatch.setattr(loop, "set_for_training", lambda: None)  # it would allow TF32
+    few = replace(digits, train=Images(digits.train.pixels_BHWC[:96], digits.train.labels_B[:96]))
+    settings = {"width": width, "recipe.batch_size": 16, "recipe.epochs": 1, "recipe.amp": "off"}
+    study = Study(name="test", question="?", seeds=1, base={"model": preset}, set=settings)
+    trial, splits = study.cells(digits)[0].trials[0], Splits.undivided(few, torch.device(DEVICE))
+    losses = []
+    for features in ("off", "on"):
+        options = ExecutionOptions(kernels=features, compile="off", graphs=features if DEVICE == "cuda" else "off")
+        training = start(trial, splits)
+        assert prepare(trial, splits, training, options, steps=6).plan.kernels == (features == "on")
+        losses.append(next(train(trial, splits, training)).train_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_variance_far_below_the_mean_is_not_lost():
