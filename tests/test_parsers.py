@@ -255,12 +255,11 @@ def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
 @RUNS
 def test_names_of_cells(cases, digits):
     study = parse_study(TINY_STUDY, Path("study.toml"))
-    names = study.names(study.cells(digits))
-    named = groups(names, study.combined_levels)
+    networks = groups(study.names(study.cells(digits)), study.combined_levels)
     texts = st.one_of(
         TEXT, changed(st.sampled_from(["experts 2, gate mlp", "experts=2,gate=mlp", "experts=1", "two_block"]))
     )
-    check(cases, texts, lambda text: find_cell(names, named, text), ("experts=" * 3000, " " * 5000))
+    check(cases, texts, lambda text: find_cell(networks, text), ("experts=" * 3000, " " * 5000))
 
 
 # --- ONNX files, checkpoints ---

@@ -232,13 +232,14 @@ def table(
     ] = None,
     contrast: Annotated[tuple[str, str] | None, typer.Option(metavar="A B", help="Compare two cells in full.")] = None,
     peek: Annotated[bool, typer.Option("--peek", help="What the best epoch and seed would claim.")] = False,
+    notes: Annotated[bool, typer.Option("--notes", help="All notes, not just three a table.")] = False,
 ) -> int:
     """Print the table of one study or several."""
     from expertgrid.ablations.cli.terminal import status
 
     with status("starting"):
         from expertgrid.ablations.cli import results
-    return results.table(directories, format, by, contrast, peek)
+    return results.table(directories, format, by, contrast, peek, notes)
 
 
 @app.command(rich_help_panel=RESULTS)

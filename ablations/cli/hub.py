@@ -10,7 +10,8 @@ from expertgrid.ablations.records.directory import Record, StudyDirectory, read_
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
-from expertgrid.ablations.results.tables.tables import columns, study_tables
+from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.export.card import card, escaped
 from expertgrid.export.exported import Exported, exported_files
 from expertgrid.export.hub import check_free, front_matter, loading, upload, write_folder

@@ -82,7 +82,7 @@ def plan(asked: Asked, data_dir: Path | None) -> Plan:
 def plan_table(plan: Plan) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
-    from expertgrid.ablations.results.tables.tables import plan_lines
+    from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from expertgrid.ablations.results.costs import Costs
 from expertgrid.ablations.results.evidence import Effect, Evidence
 from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
+from expertgrid.model.system.text import MeasuredMultiple, Multiple
 
 MOST_NAMED = 6  # changes in one list; the others are counted
 ALIKE = 0.05  # costs that differ by less are the same
@@ -21,12 +23,14 @@ def answer(evidence: Evidence) -> str:
     if not any(row.by_seed for row in rows):
         return "No trial is finished, so there is no answer yet."
     if evidence.effects:
-        said = _of_effects(evidence)
+        sentence = _of_effects(evidence)
     elif any(evidence.against_base):
-        said = _of_cells(evidence)
+        sentence = _of_cells(evidence)
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
-    return ("On this split of the images: " + _lower(said)) if evidence.fixed_split else said
+    if evidence.fixed_split:
+        return f"On this split of the images: {sentence[0].lower()}{sentence[1:]}"
+    return sentence
 
 
 def _of_effects(evidence: Evidence) -> str:
@@ -80,8 +84,8 @@ def _of_cells(evidence: Evidence) -> str:
         NONE: ("has", "have", " no verdict, as trainings failed"),
     }
     for verdict, (single, several, rest) in words.items():
-        if found := by_verdict.get(verdict):
-            parts.append(f"{_listed([name for name, _ in found])} {several if len(found) > 1 else single}{rest}")
+        if judged := by_verdict.get(verdict):
+            parts.append(f"{_listed([name for name, _ in judged])} {several if len(judged) > 1 else single}{rest}")
     return _sentence(parts)
 
 
@@ -106,24 +110,34 @@ def _points(judgement: Judgement) -> str:
     return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
 
 
-def _priced(cost: dict[str, float]) -> list[str]:
-    """What a change costs in: multiply-accumulates, or parameters where only these differ, and measured latency."""
-    computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
-    return [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
+def _computed(cost: Costs) -> tuple[str, float] | None:
+    """The change in multiply-accumulates, or in parameters where only these differ."""
+    ratios = [(name, float(ratio)) for name in ("MACs", "parameters") if isinstance(ratio := cost.get(name), Multiple)]
+    return next(((name, ratio) for name, ratio in ratios if abs(ratio - 1) >= ALIKE), None)
 
 
-def _price(cost: dict[str, float]) -> str:
-    return " and ".join(f"{cost[name]:.1f} times the {name}" for name in _priced(cost))
+def _latency(cost: Costs) -> str:
+    latency = cost.get("latency")
+    if not isinstance(latency, MeasuredMultiple) or (latency.is_known and abs(latency.value - 1) < ALIKE):
+        return ""
+    if not latency.is_known:
+        return "a latency that the measurement can't tell"
+    return f"{latency.value:.1f} ({latency.low:.1f} to {latency.high:.1f}) times the latency"
 
 
-def _cost(cost: dict[str, float]) -> str:
-    match _priced(cost):
-        case []:
+def _price(cost: Costs) -> str:
+    computed = _computed(cost)
+    parts = (computed and f"{computed[1]:.1f} times the {computed[0]}", _latency(cost))
+    return " and ".join(filter(None, parts))
+
+
+def _cost(cost: Costs) -> str:
+    match _computed(cost), _latency(cost):
+        case None, "":
             return " at the same cost" if cost else ""
-        case [name] if name != "latency" and abs(cost[name] - 2) < ALIKE:
+        case (name, ratio), "" if abs(ratio - 2) < ALIKE:
             return f" and doubles the {name}"
-        case _:
-            return f" for {_price(cost)}"
+    return f" for {_price(cost)}"
 
 
 def _seeds(needed: Sequence[int | None]) -> str:
@@ -134,9 +148,9 @@ def _seeds(needed: Sequence[int | None]) -> str:
     return f": about {least if least == most else f'{least} to {most}'} seeds would show"
 
 
-def _plural(verb: str, found: Sequence[object]) -> str:
+def _plural(verb: str, subjects: Sequence[object]) -> str:
     single = {"change": "changes", "have": "has"}[verb]
-    return verb if len(found) > 1 else single
+    return verb if len(subjects) > 1 else single
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -146,9 +160,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _sentence(parts: Sequence[str]) -> str:
-    said = "; ".join(parts)
-    return f"{said[0].upper()}{said[1:]}."
-
-
-def _lower(said: str) -> str:
-    return said[0].lower() + said[1:]
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."

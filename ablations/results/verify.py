@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertgrid.ablations.records.directory import Predictions, Record, StudyDirectory
-from expertgrid.ablations.results import evidence
-from expertgrid.ablations.results.rows import measured
-from expertgrid.ablations.results.tables import tables
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.rows import newest
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.study import CONTROL_SEEDS
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Network
@@ -60,12 +60,13 @@ def check_study(directory: StudyDirectory) -> Verified:
                 check.checkpoint(directory, record, trial)
             elif trial is not None and plan.pixels is not None:
                 check.cost(record, trial.model, plan.pixels)
-            kept = directory.predictions(trial_id)
-            without += kept is None
-            if kept is not None:
-                check.predictions(record, kept)
+            predictions = directory.predictions(trial_id)
+            without += predictions is None
+            if predictions is not None:
+                check.predictions(record, predictions)
                 block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
-                labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
+                images = predictions.validation_labels.tobytes() + predictions.test_labels.tobytes()
+                labels.setdefault((block, images), trial_id)
     for block in {block for block, _ in labels}:
         trials = [trial for (other, _), trial in labels.items() if other == block]
         check.true(f"trials of one hold-out have different labels: {', '.join(trials)}", len(trials) < 2)
@@ -105,9 +106,11 @@ class _Check:
         if not fits:
             self.problems.append(f"{self.place}: {problem}" if self.place else problem)
 
-    def equal(self, what: str, kept: object, found: object) -> None:
-        near = isinstance(kept, float) and isinstance(found, float) and math.isclose(kept, found, rel_tol=1e-6)
-        self.true(f"{what} is {kept}, but {found} follows from the rest", near or kept == found)
+    def equal(self, what: str, written: object, computed: object) -> None:
+        near = (
+            isinstance(written, float) and isinstance(computed, float) and math.isclose(written, computed, rel_tol=1e-6)
+        )
+        self.true(f"{what} is {written}, but {computed} follows from the rest", near or written == computed)
 
     def epochs(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
         epochs = directory.epochs(record.trial)
@@ -132,14 +135,17 @@ class _Check:
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 
-    def predictions(self, record: Record, kept: Predictions) -> None:
+    def predictions(self, record: Record, predictions: Predictions) -> None:
         for split in ("validation", "test"):
-            labels_B = getattr(kept, f"{split}_labels")
+            labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
-                predicted_B, accuracy = getattr(kept, split + suffix), getattr(record, f"{split}_accuracy{suffix}")
-                found = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
-                self.equal(f"{split}_accuracy{suffix}", accuracy, found)
+                predicted_B, accuracy = (
+                    getattr(predictions, split + suffix),
+                    getattr(record, f"{split}_accuracy{suffix}"),
+                )
+                share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
+                self.equal(f"{split}_accuracy{suffix}", accuracy, share)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()
@@ -158,24 +164,27 @@ class _Check:
         file = directory.path / "report.html"
         if not file.exists():
             return
-        found = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
-        if found is None:
+        numbers = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
+        if numbers is None:
             self.skipped.append("report.html embeds no numbers, and was not compared")
             return
         try:
-            kept = json.loads(found[1])
-            of, kept = kept["measured"], kept["tables"]
-        except (ValueError, TypeError, KeyError):
+            embedded = json.loads(numbers[1])
+            written, tables = embedded.get("newest", ""), embedded["tables"]
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        found = evidence.read_evidence(directory)
-        if of != measured(found.results.rows):
-            self.true("the study has changed since it was written; expertgrid report writes it again", False)
+        evidence = read_evidence(directory)
+        if written < (newest_time := newest(directory, evidence.results)):
+            self.skipped.append(
+                "report.html is older than the study and was not compared; `expertgrid report` renews it"
+            )
             return
-        fresh = json.loads(render_tables(tables.study_tables(directory, found), "json"))
-        self.equal("tables", sorted(kept), sorted(fresh))
-        for key in sorted(kept.keys() & fresh.keys()):
-            self.equal(f"number of rows of {key}", len(kept[key]), len(fresh[key]))
-            for place, (row, again) in enumerate(zip(kept[key], fresh[key]), 1):
+        self.equal("time of the newest measurement", written, newest_time)
+        fresh = json.loads(render_tables(study_tables(directory, evidence), "json"))
+        self.equal("tables", sorted(tables), sorted(fresh))
+        for key in sorted(tables.keys() & fresh.keys()):
+            self.equal(f"number of rows of {key}", len(tables[key]), len(fresh[key]))
+            for place, (row, again) in enumerate(zip(tables[key], fresh[key]), 1):
                 for title, value in _leaves(again):
                     self.equal(f"{title} in row {place} of {key}", dict(_leaves(row)).get(title), value)
 

@@ -223,11 +223,10 @@ class Study(BaseModel):
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
 
     def _check_contrasts(self, cells: Sequence["Cell"]) -> None:
-        names, seen = self.names(cells), {}
-        named = groups(names, self.combined_levels)
+        networks, seen = groups(self.names(cells), self.combined_levels), {}
         for pair in self.contrasts:
             try:
-                places = frozenset(find_cell(names, named, text) for text in pair)
+                places = frozenset(find_cell(networks, text) for text in pair)
             except InputError as error:
                 raise InputError(f"study {self.name}: contrasts: {error}") from None
             if len(places) == 1:

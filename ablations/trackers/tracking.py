@@ -261,9 +261,9 @@ def study_run(directory: StudyDirectory) -> StudyRun:
 def _trial_run(directory: StudyDirectory, trial: Trial) -> TrialRun:
     """Raises InputError for a trial that the study does not plan."""
     plan = directory.plan
-    cells = [cell for cell in plan.cells if cell.trials]
+    networks = {cell.trials[0] for cell in plan.cells if trial.id in cell.trials}
     for group in groups(cell_names(plan), directory.study.combined_levels):
-        if trial.id in cells[group.places[0]].trials:
+        if group.cells[0].network in networks:
             parameters: dict[str, Value] = {
                 "model": trial.model_name,
                 **group.levels,

@@ -21,16 +21,14 @@ from expertgrid.ablations.results.report.findings import MOST_CURVES, DifferentI
 from expertgrid.ablations.results.rows import (
     Row,
     latency_front,
-    measured,
+    newest,
     on_test,
     on_validation,
     smallest,
     timed_together,
 )
-from expertgrid.ablations.results.stats.selection import Interval
-from expertgrid.ablations.results.tables import tables
-from expertgrid.ablations.results.verdict import Verdict
-from expertgrid.model.system.text import Measured, Points, Table, render_tables, shown
+from expertgrid.ablations.results.tables.study import study_tables
+from expertgrid.model.system.text import MOST_NOTES, Points, Table, render_tables, shown, sort_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,20 +125,10 @@ class Cell:
 def table_cells(rows: Sequence[dict[str, object]]) -> tuple[list[str], list[list[Cell]]]:
     """Titles and cells of titled values."""
     titles = list(rows[0]) if rows else []
-    return titles, [[_cell(value, place == 0) for place, value in enumerate(row.values())] for row in rows]
-
-
-def _cell(value: object, heading: bool) -> Cell:
-    match value:
-        case Interval():
-            return Cell(shown(value), value.mean, heading)
-        case Measured():
-            return Cell(shown(value), value.value, heading)
-        case bool() | None | str() | Verdict() | tuple():
-            return Cell(shown(value), None, heading)
-        case int() | float():
-            return Cell(shown(value), float(value), heading)
-    return Cell(str(value), None, heading)
+    return titles, [
+        [Cell(shown(value), sort_key(value), heading=place == 0) for place, value in enumerate(row.values())]
+        for row in rows
+    ]
 
 
 def _gate_rows(found: Findings) -> list[dict[str, object]]:
@@ -408,7 +396,7 @@ def html(found: Findings) -> str:
     )
     script = loader.get_source(environment, "report.js")[0]
     examined, directory = found.examined, StudyDirectory(found.path)
-    shown_tables = tables.study_tables(directory, found.evidence) if found.rows else []
+    shown_tables = study_tables(directory, found.evidence) if found.rows else []
     by_key = {table.key: table for table in shown_tables}
     tables_of = {table.key: table.rows for table in shown_tables} | {
         "gates": _gate_rows(found),
@@ -437,15 +425,16 @@ def html(found: Findings) -> str:
         gates_drawn=MOST_GATES,
         commands=commands(found),
         one_seed=bool(found.best) and max(len(row.by_seed) for row in found.rows) == 1,
-        numbers=_numbers(found.rows, shown_tables),
+        numbers=_numbers(newest(directory, found.evidence.results), shown_tables),
+        most_notes=MOST_NOTES,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _numbers(rows: Sequence[Row], shown_tables: Sequence[Table]) -> str:
-    """The tables, and what they are of, for `expertgrid verify`: JSON with nothing that could end its element."""
-    numbers = f'{{"measured": {json.dumps(measured(rows))}, "tables": {render_tables(shown_tables, "json")}}}'
+def _numbers(newest_time: str, shown_tables: Sequence[Table]) -> str:
+    """The tables, and how new they are, for `expertgrid verify`: JSON with nothing that could end its element."""
+    numbers = f'{{"newest": {json.dumps(newest_time)}, "tables": {render_tables(shown_tables, "json")}}}'
     return numbers.replace("<", "\\u003c")
 
 

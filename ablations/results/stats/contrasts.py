@@ -84,10 +84,6 @@ class Judgement:
     basis: Basis | None = None
     reason: str = ""
 
-    @property
-    def half_width(self) -> float | None:
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
 
 @dataclass(frozen=True)
 class Family:
@@ -96,11 +92,6 @@ class Family:
     judgements: list[Judgement]
     spread: float | None  # pooled residual standard deviation of a score; None without degrees of freedom
     df: float  # of the spread
-
-    @property
-    def decided(self) -> bool:
-        """Whether some verdict was given, so that a statement about the family's error has a subject."""
-        return any(judgement.verdict in (BETTER, WORSE, SAME) for judgement in self.judgements)
 
 
 def judge(
@@ -126,14 +117,14 @@ def judge(
     no_verdict = no_verdict or {}
     if not len(weights_QC):
         return Family([], None, 0.0)
-    kept_CS = scores_CS.copy()
-    kept_CS[list(no_verdict)] = np.nan
-    found = estimate(weights_QC, kept_CS, level)
+    judged_CS = scores_CS.copy()
+    judged_CS[list(no_verdict)] = np.nan
+    estimates = estimate(weights_QC, judged_CS, level)
     judgements = [
-        without_verdict(weights_C, no_verdict) or judged(found, place, float(found.constant_Q[place]), margin)
+        without_verdict(weights_C, no_verdict) or judged(estimates, place, float(estimates.constant_Q[place]), margin)
         for place, weights_C in enumerate(weights_QC)
     ]
-    return Family(judgements, float(found.spread_X) if found.df > 0 else None, found.df)
+    return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
 
 
 def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Judgement | None:
@@ -142,16 +133,17 @@ def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Jud
     return Judgement(NONE, 0, reason="; ".join(dict.fromkeys(reasons))) if reasons else None
 
 
-def judged(found: "Estimates | Errors", place: int, constant: float, margin: float) -> Judgement:
+def judged(estimates: "Estimates | Errors", place: int, constant: float, margin: float) -> Judgement:
     """The judgement on the contrast at this place of one study, by an interval of `constant` errors either side."""
-    seeds, mean, error = int(found.seeds_Q[place]), float(found.mean_XQ[place]), float(found.error_XQ[place])
+    seeds = int(estimates.seeds_Q[place])
+    mean, error = float(estimates.mean_XQ[place]), float(estimates.error_XQ[place])
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
     low, high = mean - constant * error, mean + constant * error
     verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""
-    return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[found.basis_XQ[place]], reason)
+    return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[estimates.basis_XQ[place]], reason)
 
 
 def _no_interval(seeds: int) -> str:
@@ -176,12 +168,12 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
     and seeds. A contrast without an interval has NaN for its error: fewer than two seeds, no spread at all.
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
-    found = errors(weights_QC, scores_XCS)
+    known = errors(weights_QC, scores_XCS)
     joint = _joint(weights_QC, np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0]))
-    constant_Q = np.full(len(weights_QC), joint.constant(found.df, level) if found.df > 0 else np.nan)
-    for seeds in np.unique(found.seeds_Q[found.by_seeds_Q & (found.seeds_Q > 1)]):
-        constant_Q[found.by_seeds_Q & (found.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
-    return Estimates(found.mean_XQ, found.error_XQ, constant_Q, found.basis_XQ, found.seeds_Q, found.spread_X, found.df)
+    constant_Q = np.full(len(weights_QC), joint.constant(known.df, level) if known.df > 0 else np.nan)
+    for seeds in np.unique(known.seeds_Q[known.by_seeds_Q & (known.seeds_Q > 1)]):
+        constant_Q[known.by_seeds_Q & (known.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
+    return Estimates(known.mean_XQ, known.error_XQ, constant_Q, known.basis_XQ, known.seeds_Q, known.spread_X, known.df)
 
 
 class Errors(NamedTuple):

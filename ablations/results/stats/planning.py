@@ -32,7 +32,7 @@ def binomial_spread(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
-class Plan:
+class PowerAnalysis:
     """A family of contrasts (Q, C) whose scores spread by `spread` after cell and seed, in the unit of the scores."""
 
     def __init__(self, weights_QC: np.ndarray, spread: float, level: float = LEVEL) -> None:
@@ -54,13 +54,13 @@ class Plan:
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         half_X = self._constant(contrast, seeds) * _widths(_form(weights_C), seeds)
         effect = abs(difference) / unit
-        found_X = ndtr(effect - half_X)
+        decided_X = ndtr(effect - half_X)
         if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
             inside_X = np.maximum(margin / unit - half_X, 0)
             same_X = ndtr(inside_X - effect) - ndtr(-inside_X - effect)
             above_X = ndtr(effect - np.maximum(half_X, inside_X))
-            found_X = above_X + same_X
-        return float(found_X.mean())
+            decided_X = above_X + same_X
+        return float(decided_X.mean())
 
     def detectable(self, seeds: int, power: float = POWER) -> np.ndarray:
         """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
@@ -98,14 +98,14 @@ def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power
     By the spread that the contrast's own interval shows. A rough answer: the estimate is uncertain by half an interval.
     None for what is decided, or has no interval, and for more than 1,000.
     """
-    found: list[int | None] = []
+    needed: list[int | None] = []
     for place, judgement in enumerate(family.judgements):
         if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
-            found.append(None)
+            needed.append(None)
             continue
         spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
-        found.append(Plan(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
-    return found
+        needed.append(PowerAnalysis(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
+    return needed
 
 
 def _form(weights_C: np.ndarray) -> tuple[float, ...]:

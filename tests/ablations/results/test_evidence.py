@@ -13,15 +13,21 @@ from conftest import write_study, written_epochs
 
 from expertgrid.ablations.records.directory import Plan, Predictions, Race, StudyDirectory, TrainingRates
 from expertgrid.ablations.results.answer import answer
-from expertgrid.ablations.results.evidence import compare, foresee, marginals, questions, read_evidence
+from expertgrid.ablations.results.comparison import compare
+from expertgrid.ablations.results.evidence import foresee, read_evidence
+from expertgrid.ablations.results.levels import marginals
+from expertgrid.ablations.results.questions import questions
 from expertgrid.ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
 from expertgrid.ablations.results.stats.contrasts import judge
 from expertgrid.ablations.results.stats.race import race
-from expertgrid.ablations.results.tables.tables import comparison_tables, plan_lines, study_tables, study_text
+from expertgrid.ablations.results.tables.cells import comparison_tables
+from expertgrid.ablations.results.tables.notes import plan_lines
+from expertgrid.ablations.results.tables.study import study_tables
+from expertgrid.ablations.study.cells import groups
 from expertgrid.ablations.study.study import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.system.text import render_tables
+from expertgrid.model.system.text import MeasuredMultiple, Multiple, render_tables, shown
 
 GRID = """
 question = "?"
@@ -66,8 +72,10 @@ def grid(digits, tmp_path) -> StudyDirectory:
     return grid_of(digits, tmp_path)
 
 
-def text_of(directory: StudyDirectory) -> str:
-    return study_text(directory, read_evidence(directory))
+@pytest.fixture
+def text_of(expertgrid):
+    """What `table --notes` prints of a study."""
+    return lambda directory: expertgrid("table", directory.path, "--notes").out
 
 
 def verdicts(evidence) -> dict[str, str]:
@@ -104,7 +112,7 @@ def test_cells_against_the_base_have_dunnetts_constant(grid):
     assert [judgement.verdict for judgement in judgements[1:]].count("better") == 2
 
 
-def test_interactions_are_of_four_cells_and_exploratory(digits, tmp_path):
+def test_interactions_are_of_four_cells_and_exploratory(digits, tmp_path, text_of):
     def extra(levels, seed):
         validation, test = drawn(levels, seed)
         return validation + 3 * (levels["experts"] == 4 and levels["kernel"] == 5), test
@@ -119,7 +127,7 @@ def test_interactions_are_of_four_cells_and_exploratory(digits, tmp_path):
     assert "Exploratory: not declared before training." in text_of(directory)
 
 
-def test_the_scores_that_decide_are_those_of_validation(digits, tmp_path):
+def test_the_scores_that_decide_are_those_of_validation(digits, tmp_path, text_of):
     """A cell that is better on test alone is not better, and is not the best."""
     directory = grid_of(
         digits, tmp_path, scores=lambda levels, seed: (80 + 0.1 * seed, 99.0 if levels["kernel"] == 7 else 70.0)
@@ -161,7 +169,7 @@ def test_cells_that_are_one_network_count_once(digits, tmp_path):
 # --- What is missing, failed, added ---
 
 
-def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path):
+def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path, text_of):
     def some(levels, seed):
         if levels == {"experts": 2, "kernel": 5} and seed in (1, 3):
             return "diverged"
@@ -180,19 +188,19 @@ def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path
     assert "have no verdict, as trainings failed" in answer(evidence)
 
 
-def test_an_unfinished_study_says_so(digits, tmp_path):
+def test_an_unfinished_study_says_so(digits, tmp_path, text_of):
     def half(levels, seed):
         return None if levels == {"experts": 4, "kernel": 7} and seed > 3 else drawn(levels, seed)
 
     directory = grid_of(digits, tmp_path, scores=half)
     text = text_of(directory)
     assert {effect.judgement.seeds for effect in read_evidence(directory).effects} == {4, 6}
-    assert 'the "1 in 20" does not hold yet' in text
+    assert "more than 1 such table in 20 may hold a wrong verdict" in text
     assert "4/6" in text
     assert "at most 1 such table" not in text
 
 
-def test_of_one_seed_nothing_is_decided(digits, tmp_path):
+def test_of_one_seed_nothing_is_decided(digits, tmp_path, text_of):
     directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 1"))
     text = text_of(directory)
     assert set(verdicts(read_evidence(directory)).values()) == {"open"}
@@ -200,24 +208,26 @@ def test_of_one_seed_nothing_is_decided(digits, tmp_path):
     assert "at most 1 such table" not in text
 
 
-def test_the_1_in_20_stands_where_it_holds(digits, tmp_path):
+def test_the_1_in_20_stands_where_it_holds(digits, tmp_path, text_of):
     line = "If this study were repeated with new seeds and new images, at most 1 such table in 20"
     directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 3"))
     assert line in text_of(directory)
     grid_of(digits, tmp_path)  # the same directory with six seeds
     text = text_of(directory)
     assert line not in text
-    assert 'Seeds were added after results were seen: the "1 in 20" does not hold.' in text
+    assert "Seeds were added after results were seen, so more than 1 such table in 20 may hold" in text
 
 
-def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path):
+def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path, text_of):
     write_study(tmp_path / "first", GRID.replace("seeds = 6", "seeds = 3"), digits, drawn)
     more = write_study(tmp_path / "more", GRID, digits, drawn)
     assert more.plan.seen == [0, 1, 2]
     assert "Seeds were added after results were seen" in text_of(more)
     other = write_study(tmp_path / "other", GRID.replace("5, 7]", "5]"), digits, drawn)
     assert other.plan.seen == [0, 1, 2, 3, 4, 5]
-    assert "Results of these seeds were seen before the study was made" in text_of(other)
+    assert "Results of these seeds were seen before the study was made, so more than 1 such table in 20" in text_of(
+        other
+    )
     fresh = write_study(tmp_path / "fresh", f"first_seed = 6\n{GRID}", digits, drawn)
     assert fresh.plan.seen == []
     assert "at most 1 such table in 20" in text_of(fresh)
@@ -225,13 +235,13 @@ def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path):
     assert again.plan.seen == []
 
 
-def test_a_fixed_split_is_said_with_every_verdict(digits, tmp_path):
+def test_a_fixed_split_is_said_with_every_verdict(digits, tmp_path, text_of):
     directory = grid_of(digits, tmp_path, GRID + '[base]\nhold_out = "fixed"\n')
     text = text_of(directory)
     assert "6 seeds, all on the same tenth of the images" in text
     assert "better (this split)" in text
     assert "new seeds on this split of the images, at most 1 such table" in text
-    assert text.splitlines()[-1].startswith("On this split of the images: ")
+    assert answer(read_evidence(directory)).startswith("On this split of the images: ")
 
 
 def test_a_control_should_come_out_the_same(digits, tmp_path):
@@ -253,21 +263,20 @@ def test_a_control_should_come_out_the_same(digits, tmp_path):
 # --- The words ---
 
 
-def test_the_first_table_is_what_each_factor_does(grid):
+def test_the_first_table_is_what_each_factor_does(grid, text_of):
     lines = text_of(grid).splitlines()
     assert (
-        lines[2] == "What each factor does (validation accuracy, points; 6 seeds, each on its own tenth of the images)"
+        lines[0] == "What each factor does (validation accuracy, points; 6 seeds, each on its own tenth of the images)"
     )
-    assert re.split(r"\s{2,}", lines[4]) == [
+    assert re.split(r"\s{2,}", lines[2]) == [
         "factor", "change", "effect", "95% interval", "verdict", "parameters", "MACs", "training time",
     ]  # fmt: skip
     effects = {effect.name: effect.judgement for effect in read_evidence(grid).effects}
     five = effects["kernel 3 -> 5"]
     assert re.match(
-        rf"kernel +3 -> 5 +\{five.mean:+.2f} +\{five.low:+.2f} to \{five.high:+.2f} +better +x1.0", lines[7]
+        rf"kernel +3 -> 5 +\{five.mean:+.2f} +\{five.low:+.2f} to \{five.high:+.2f} +better +x1.0", lines[5]
     )
     assert any(line.startswith("This study can see effects from about 0.") for line in lines)
-    assert lines[-1] == answer(read_evidence(grid))
 
 
 @pytest.mark.parametrize(
@@ -315,32 +324,74 @@ def test_open_effects_say_how_many_seeds_would_show(digits, tmp_path):
     assert "open" in answer(evidence)
 
 
-def test_costs_are_ratios_over_matched_cells_measured_alike(digits, tmp_path):
-    directory = grid_of(digits, tmp_path)
-    for file in directory.path.glob("trials/*/record.json"):
+def kernel_of(directory: StudyDirectory, trial: str) -> int:
+    return next(iter(directory.config(trial).model.blocks())).kernels[0]
+
+
+def cost_of_five(directory: StudyDirectory) -> dict[str, Multiple | MeasuredMultiple]:
+    """The cost of kernel 5 instead of 3, over two pairs of cells."""
+    return next(effect.cost for effect in read_evidence(directory).effects if effect.name == "kernel 3 -> 5")
+
+
+def test_costs_are_ratios_over_matched_cells_measured_alike(grid):
+    for file in grid.path.glob("trials/*/record.json"):
         record = json.loads(file.read_text())
-        kernel = next(iter(directory.config(file.parent.name).model.blocks())).kernels[0]
-        change = {"macs": kernel**2, "train_seconds": float(kernel)}
+        kernel = kernel_of(grid, file.parent.name)
+        change = {"macs": kernel**2, "train_seconds": float(kernel) ** (1 + (kernel == 5) * record["seed"] / 100)}
         file.write_text(json.dumps(record | change))
-    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
-    assert effects["kernel 3 -> 5"] == pytest.approx({"parameters": 1, "MACs": 25 / 9, "training time": 5 / 3})
-    file = directory.trial(read_results(directory).rows[0].trials[0]) / "record.json"
+    cost = cost_of_five(grid)
+    assert (cost["parameters"], cost["MACs"]) == pytest.approx((1, 25 / 9))
+    logs = np.log(5 ** (1 + np.arange(6) / 100) / 3)  # the ratio of times at each seed
+    t = scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert cost["training time"] == pytest.approx((np.exp(logs.mean()), np.exp(t.low), np.exp(t.high)))
+    file = grid.trial(read_results(grid).rows[0].trials[0]) / "record.json"
     record = json.loads(file.read_text())
     record["environment"]["device"] = "another"
     file.write_text(json.dumps(record))
-    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
-    assert "training time" not in effects["kernel 3 -> 5"]
-    rates = {row.trials[0]: 100 / next(iter(directory.config(row.trials[0]).model.blocks())).kernels[0]
-             for row in read_results(directory).rows}  # fmt: skip
-    timed = TrainingRates(device="d", threads=1, bfloat16=False, torch="", finished="", images_per_s=rates, rounds={})
-    directory.write_training_rates(timed)
-    effects = {effect.name: effect.cost for effect in read_evidence(directory).effects}
-    assert effects["kernel 3 -> 5"]["training time"] == pytest.approx(5 / 3)
-    assert [row.alone for row in read_results(directory).rows] == list(rates.values())
+    assert "training time" not in cost_of_five(grid)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "text"),
+    [
+        ([0.98, 1.0, 1.02], "x1.67 (1.59 to 1.75)"),
+        ([1.0, 0.9, 11.0], "can't tell"),  # one round of the three was ten times as fast
+        ([1.0], "can't tell"),
+        ([], "can't tell"),
+    ],
+)
+def test_a_ratio_of_training_times_has_an_interval_over_rounds_or_cannot_be_told(grid, rounds, text):
+    rates, every = {}, {}
+    for row in read_results(grid).rows:
+        kernel = kernel_of(grid, row.trials[0])
+        rates[row.trials[0]] = 100 / kernel
+        every[row.trials[0]] = [100 / kernel * (factor if kernel == 5 else 1) for factor in rounds]
+    timed = TrainingRates(
+        device="d", threads=1, bfloat16=False, torch="", finished="", images_per_s=rates, rounds=every if rounds else {}
+    )
+    grid.write_training_rates(timed)
+    assert [row.alone for row in read_results(grid).rows] == list(rates.values())
+    ratio = cost_of_five(grid)["training time"]
+    assert shown(ratio) == text
+    if len(rounds) != 3:
+        assert ratio == (pytest.approx(5 / 3), None, None)
+
+
+def test_a_latency_ratio_is_between_the_ends_of_both_intervals(grid):
+    from test_report import write_latency
+
+    for row in read_results(grid).rows:
+        kernel = kernel_of(grid, row.trials[0])
+        write_latency(grid.path, row.trials[0], kernel, (0.9 * kernel, 1.2 * kernel))
+    assert cost_of_five(grid)["latency"] == pytest.approx((5 / 3, 5 / 3 * 0.9 / 1.2, 5 / 3 * 1.2 / 0.9))
+    assert "points for 1.7 (1.3 to 2.2) times the latency; going" in answer(read_evidence(grid))
+
+
+def test_what_was_taken_over_has_no_times(grid, digits, tmp_path):
     other = write_study(tmp_path / "other", GRID, digits, lambda levels, seed: None)
     trial = read_results(other).rows[0].trials[0]
     write_whole(other.trial(trial) / "adopted.json", b'{"directory": "grid", "time": ""}')
-    write_whole(other.trial(trial) / "record.json", json.dumps(record).encode())
+    write_whole(other.trial(trial) / "record.json", (grid.trial(trial) / "record.json").read_bytes())
     assert read_results(other).rows[0].adopted[trial].directory == "grid"
 
 
@@ -357,11 +408,9 @@ def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path
     assert after.spread == pytest.approx(0.3, rel=0.35)
     assert after.needed[1.0] < after.needed[0.5] < after.needed[0.3]
     assert after.smallest == pytest.approx(before.smallest * after.spread / before.spread, rel=1e-3)
-    first, second = plan_lines(before)
-    assert first.startswith("With 6 seeds this study can see effects from about ")
-    assert re.fullmatch(
-        r"Seeds that a difference needs: 0.3 points: about \d+ seeds; 0.5 points: .*; 1 points: .*", second
-    )
+    (line,) = plan_lines(before)
+    assert line.startswith("With 6 seeds this study can see effects from about ")
+    assert re.search(r"Seeds that a difference needs: 0.3 points: about \d+ seeds; 0.5 points: .*; 1 points: .*", line)
 
 
 def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
@@ -369,7 +418,7 @@ def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
     study = parse_study(GRID, tmp_path / "grid.toml")
     names = study.names(study.cells(digits))
     sight = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
-    weights_QU = questions(study, names).effect_weights_QU
+    weights_QU = questions(study, groups(names, study.combined_levels)).effect_weights_QU
     hardest = int((weights_QU**2).sum(1).argmax())
     direction_U = weights_QU[hardest] / (weights_QU[hardest] ** 2).sum()
     rng, found = np.random.default_rng(0), 0
@@ -419,7 +468,7 @@ def test_a_contrast_in_full(grid, expertgrid):
     assert "No McNemar test" in expertgrid("table", grid.path, "--contrast", "experts=4,kernel=5", SECOND).out
 
 
-def test_a_declared_contrast_is_of_its_family_either_way_round(digits, tmp_path, expertgrid):
+def test_a_declared_contrast_is_of_its_family_either_way_round(digits, tmp_path, expertgrid, text_of):
     pairs = [[FIRST, SECOND], ["experts 4, kernel 7", "experts 4, kernel 3"]]
     directory = grid_of(digits, tmp_path, f"contrasts = {json.dumps(pairs)}\n{GRID}")
     evidence = read_evidence(directory)
@@ -470,7 +519,7 @@ def test_peeking_is_of_the_validation_curves(expertgrid, digits, tmp_path):
     assert "epochs.jsonl: has 1 epochs, the trial has 2" in expertgrid("table", directory.path, "--peek").complaint
 
 
-def test_the_winner_is_corrected_for_selection(digits, tmp_path):
+def test_the_winner_is_corrected_for_selection(digits, tmp_path, text_of):
     """Equal cells: the best on validation looks good on test by its seeds, and on the seed left out it does not."""
     rng = np.random.default_rng(0)
     luck = {}
@@ -512,7 +561,7 @@ def test_cells_are_found_by_name_and_by_levels(grid, digits, tmp_path):
     [
         (["--contrast", SECOND, "kernel=9"], "unknown cell 'kernel=9'"),
         (["--contrast", "experts=2", "experts=4"], "cell 'experts=2' is 3 cells"),
-        (["--contrast", SECOND, "experts 2, kernel 3"], "are one cell"),
+        (["--contrast", SECOND, "experts 2, kernel 3"], "is one cell"),
         (["--contrast", "experts=2"], "Option '--contrast' requires 2 arguments"),
         (["--by", "experts", "--peek"], "--by, --contrast and --peek are different tables"),
         (["--by", "experts,kernels"], "unknown factor of .*: 'kernels'; did you mean 'kernel'?"),
@@ -591,13 +640,13 @@ def test_a_verdict_in_csv_and_json_has_its_numbers(grid):
 # --- Races ---
 
 
-def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path):
+def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path, text_of):
     evidence = read_evidence(grid)
     _, scores_CS, _ = common_scores(evidence.results.rows)
     plan = Race(alpha=0.05, margin=1.0, first=4, last=6, contrasts=3)
     write_whole(grid.path / "plan.json", Plan(**{**dict(grid.plan), "race": plan}).model_dump_json().encode())
     raced = read_evidence(grid)
-    oracle = race(evidence.asked.effect_weights_QU, scores_CS, 1.0, 6, 4)
+    oracle = race(evidence.questions.effect_weights_QU, scores_CS, 1.0, 6, 4)
     assert [effect.judgement for effect in raced.effects] == oracle.judgements
     assert all(effect.seeds_to_decide is None for effect in raced.effects)
     assert raced.against_base == [None] * 6
@@ -609,7 +658,7 @@ def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path):
 # --- Many trials ---
 
 
-def test_a_thousand_trials_take_three_seconds(tmp_path):
+def test_a_thousand_trials_take_three_seconds(tmp_path, text_of):
     from test_report import write_study as write_large
 
     rng = np.random.default_rng(0)

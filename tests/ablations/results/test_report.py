@@ -20,7 +20,8 @@ from expertgrid.ablations.results.report.findings import Examined, Mistake, read
 from expertgrid.ablations.results.report.gates import block_gate
 from expertgrid.ablations.results.rows import pareto
 from expertgrid.ablations.results.stats.images import class_accuracies
-from expertgrid.ablations.results.tables.tables import cell_table
+from expertgrid.ablations.results.tables.cells import cell_table
+from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
@@ -73,6 +74,20 @@ def write_study(path: Path, factors: dict[str, list], scores_LS: np.ndarray, epo
     )
     (path / "plan.json").write_text(json.dumps({"data": given["data"], "source": given["source"], "cells": cells}))
     return path
+
+
+def write_latency(study: Path, trial: str, p50_ms: float, interval_ms: tuple[float, float]) -> None:
+    """The record of a cell that was timed in turns with the others."""
+    latency = Latency(
+        engine="onnxruntime cpu", batch=1, calls=1, p50_ms=p50_ms, p90_ms=None, p99_ms=None, images_per_s=1.0,
+        calls_ms=[p50_ms], intervals_ms={"p50": interval_ms},
+    )  # fmt: skip
+    record = LatencyRecord(
+        file=f"{trial}.onnx", sha256="", trial=trial, model="", precision="fp32", pruned=False, provider="cpu",
+        device="", threads=2, versions={}, finished="1", latencies=[latency],
+    )  # fmt: skip
+    (study / "bench").mkdir(exist_ok=True)
+    (study / "bench" / f"{trial}.json").write_text(record.model_dump_json())
 
 
 @pytest.fixture
@@ -248,13 +263,8 @@ def test_a_study_without_a_finished_trial(tmp_path):
 
 
 def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
-    (two_by_two / "bench").mkdir()
-    for number, p50 in ((0, 0.5), (3, 2.5)):
-        latency = {
-            "file": f"{number}.onnx", "trial": f"{number:08x}0000", "provider": "cpu", "threads": 2, "finished": "1",
-            "latencies": [{"engine": "onnxruntime cpu", "batch": 1, "p50_ms": p50}],
-        }  # fmt: skip
-        (two_by_two / "bench" / f"{number}.json").write_text(json.dumps(latency))
+    write_latency(two_by_two, "000000000000", 0.5, (0.4, 0.6))
+    write_latency(two_by_two, "000000030000", 2.5, (2.4, 2.6))
     alts = [image["alt"] for image in page_of(two_by_two).all("img")]
     assert any(
         "Validation accuracy against measured latency, ms (median, batch 1); the Pareto front is 1: " in alt
@@ -436,7 +446,7 @@ def test_in_a_browser(browser, trained_study, tmp_path, width):
 
 
 def test_matplotlib_is_loaded_only_to_draw():
-    body = ast.parse((REPOSITORY / "ablations" / "results" / "plots.py").read_text()).body
+    body = ast.parse((REPOSITORY / "ablations" / "results" / "report" / "plots.py").read_text()).body
     assert not [
         node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
     ]

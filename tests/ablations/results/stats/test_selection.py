@@ -53,11 +53,10 @@ def test_winner_by_hand():
     best = winner(validation, test)
     assert (best.cell, best.reported.mean, best.agreement) == (0, 70, pytest.approx(2 / 3))
     assert best.corrected.mean == pytest.approx((71 + 70 + 60) / 3)
-    assert best.optimism == pytest.approx(3)
     shared = winner([[1, 1], [1, 1]], [[10, 20], [30, 40]])
     assert (shared.cell, shared.corrected.mean, shared.agreement) == (0, 25, 1)
     alone = winner([[1], [2]], [[5], [6]])
-    assert (alone.cell, alone.reported, alone.corrected, alone.optimism) == (1, (6, None, None), None, None)
+    assert (alone.cell, alone.reported, alone.corrected) == (1, (6, None, None), None)
     with pytest.raises(ValueError, match="not of the same"):
         winner([[1, 2]], [[1, 2, 3]])
 
