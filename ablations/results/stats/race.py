@@ -74,8 +74,9 @@ def race(
             return RaceState(judgements, wanted_C, go_on=True)
         estimates = errors(weights_QC[open_Q], looked_CS)
         constant = joint.constant(estimates.df, 1 - alpha)
+        estimates = estimates._replace(constant_Q=np.full(len(open_Q), constant))
         for place, contrast in enumerate(open_Q):
-            judgements[contrast] = judged(estimates, place, constant, margin)
+            judgements[contrast] = judged(estimates, place, margin)
     return RaceState(judgements, wanted_C, go_on=False)
 
 

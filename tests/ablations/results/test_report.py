@@ -18,6 +18,7 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots, report
 from expertgrid.ablations.results.report.findings import Examined, Mistake, read_findings, worst
 from expertgrid.ablations.results.report.gates import block_gate
+from expertgrid.ablations.results.report.pictures import pictures
 from expertgrid.ablations.results.rows import pareto
 from expertgrid.ablations.results.stats.images import class_accuracies
 from expertgrid.ablations.results.tables.cells import cell_table
@@ -290,8 +291,8 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
     confusion_NN = np.array([[3, 1, 0], [0, 2, 0], [1, 0, 4]])
     gate = block_gate("layers.1", np.full((6, 2), 0.5), np.arange(6) % 3, 3)
     examined = Examined(
-        found.best, "trial", classes, confusion_NN, "test", class_accuracies(confusion_NN),
-        [Mistake(np.zeros((2, 2, 3), np.uint8), HOSTILE, "<b>", 0.9, 2.0)], 1, 6, [gate], found.best, "trial", {},
+        found.ranked[0], "trial", classes, confusion_NN, "test", class_accuracies(confusion_NN),
+        [Mistake(np.zeros((2, 2, 3), np.uint8), HOSTILE, "<b>", 0.9, 2.0)], 1, 6, [gate], found.ranked[0], "trial", {},
     )  # fmt: skip
     html = report.html(replace(found, examined=examined))
     page = Page(html)
@@ -301,9 +302,7 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
     assert not page.all("b")
     for text in (HOSTILE, f"folder:{HOSTILE}", f"is {HOSTILE}"):
         assert text in page.text
-    for picture in (
-        picture for section in report.pictures(replace(found, examined=examined)).values() for picture in section
-    ):
+    for picture in pictures(replace(found, examined=examined)):
         assert b"<script" not in plots.save(picture.draw())
 
 
