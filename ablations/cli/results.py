@@ -67,14 +67,15 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
     with starting():
-        from expertgrid.ablations.results.report import findings, report
+        from expertgrid.ablations.results.report import report
+        from expertgrid.ablations.results.report.findings import read_findings
     with status("reading the study; its best network predicts the validation images"):
-        found = findings.read_findings(StudyDirectory(directory), data_dir)
+        findings = read_findings(StudyDirectory(directory), data_dir)
     with status("drawing"):
         if as_html:
-            files = {out: report.html(found).encode()}
+            files = {out: report.html(findings).encode()}
         else:
-            figures = report.figures(found, "pdf" if format == "pdf-figures" else "png")
+            figures = report.figures(findings, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
         write_out("--out", file, content)
@@ -89,16 +90,16 @@ def verify(directory: Path) -> int:
         from expertgrid.export.certificate import certificate_problem
         from expertgrid.export.describe import read_onnx
     with status("recomputing the numbers of the study"):
-        found = check_study(StudyDirectory(directory))
+        numbers = check_study(StudyDirectory(directory))
         files = sorted((directory / "export").glob("*.onnx"))
-        problems = list(found.problems)
+        problems = list(numbers.problems)
         for file in files:
             try:
                 problem = certificate_problem(read_onnx(file), file)
             except InputError as error:
                 problem = str(error)
             problems += [f"export: {problem}"] if problem else []
-    for line in [*problems, *found.skipped]:
+    for line in [*problems, *numbers.skipped]:
         print(line)
-    print(f"{directory}: {found.checked + len(files)} checks, {len(problems)} do not fit")
+    print(f"{directory}: {numbers.checked + len(files)} checks, {len(problems)} do not fit")
     return 1 if problems else 0

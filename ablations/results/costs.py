@@ -33,12 +33,8 @@ def costs(pairs: Sequence[tuple[Row, Row]]) -> Costs:
     if not rows or not all(row.by_seed for row in rows):
         return {}
     records = [row.records[0] for row in rows]
-    ratios: Costs = {}
-    for name, values in {
-        "parameters": [record.parameters for record in records],
-        "MACs": [record.macs for record in records],
-    }.items():
-        ratios[name] = Multiple(_mean_ratio(values[::2], values[1::2]))
+    parameters, macs = [record.parameters for record in records], [record.macs for record in records]
+    ratios: Costs = {"parameters": _exact(parameters), "MACs": _exact(macs)}
     if seconds := _training_seconds(rows):
         logs_PN = np.log([np.divide(seconds[after], seconds[before]) for before, after in pairs])
         mean, *ends = mean_interval(logs_PN.mean(0))
@@ -53,6 +49,11 @@ def costs(pairs: Sequence[tuple[Row, Row]]) -> Costs:
 def _mean_ratio(before: Sequence[float], after: Sequence[float]) -> float:
     """The geometric mean."""
     return float(np.exp(np.mean(np.log(after) - np.log(before))))
+
+
+def _exact(values: Sequence[int]) -> Multiple:
+    """Of values before and after by turns."""
+    return Multiple(_mean_ratio(values[::2], values[1::2]))
 
 
 def _training_seconds(rows: Sequence[Row]) -> dict[Row, Sequence[float]] | None:

@@ -14,12 +14,12 @@ import numpy as np
 
 from expertgrid.ablations.records.directory import FAILED, StudyDirectory
 from expertgrid.ablations.results.costs import Costs, costs
-from expertgrid.ablations.results.questions import Questions, questions
+from expertgrid.ablations.results.questions import Questions, study_questions
 from expertgrid.ablations.results.rows import Results, Row, on_test, read_results
-from expertgrid.ablations.results.sight import Sight, sight
 from expertgrid.ablations.results.stats import contrasts, factors, planning
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Family, Judgement
 from expertgrid.ablations.results.stats.factors import EffectContrast
+from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import CellName, groups
 from expertgrid.ablations.study.study import Study
@@ -120,28 +120,30 @@ def weigh(results: Results) -> Evidence:
     """The verdicts of a study, as it is."""
     study, plan = results.study, results.plan
     judge = Judge(results)
-    asked, state = judge.questions, None
-    to_decide: Sequence[int | None] = [None] * len(asked.effects)
-    if plan.race is not None and asked.networks > 1:
+    questions, state = judge.questions, None
+    to_decide: Sequence[int | None] = [None] * len(questions.effects)
+    if plan.race is not None and questions.networks > 1:
         limits = plan.race.margin, plan.race.last, plan.race.first
-        state = race(asked.race_QU, judge.scores_US, *limits, judge.no_verdict)
+        state = race(questions.race_QU, judge.scores_US, *limits, judge.no_verdict)
         judgements = state.judgements
     else:
-        family = judge.family(asked.effect_weights_QU)
+        family = judge.family(questions.effect_weights_QU)
         judgements = family.judgements
         if plan.race is None:
-            to_decide = planning.seeds_to_decide(asked.effect_weights_QU, family, study.margin)
-    exploratory = judge.family(asked.interaction_weights_QU).judgements if plan.race is None else []
+            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, study.margin)
+    exploratory = judge.family(questions.interaction_weights_QU).judgements if plan.race is None else []
     pairs = [(results.row(first), results.row(second)) for first, second in study.contrasts]
     return Evidence(
         results=results,
-        questions=asked,
-        effects=[judge.effect(*answered) for answered in zip(asked.effects, judgements, to_decide)],
+        questions=questions,
+        effects=[judge.effect(*answered) for answered in zip(questions.effects, judgements, to_decide)],
         against_base=judge.against_base(state),
-        interactions=[judge.effect(*answered) for answered in zip(asked.interactions, exploratory)],
+        interactions=[judge.effect(*answered) for answered in zip(questions.interactions, exploratory)],
         declared=judge.compare(pairs, declared=True) if pairs and plan.race is None else [],
         spread=judge.spread,
-        sight=sight(asked, judge.spread, study.seeds) if judge.spread and plan.race is None else None,
+        sight=sight(questions.first_family_QU, judge.spread, study.seeds)
+        if judge.spread and plan.race is None
+        else None,
         race=state,
     )
 
@@ -156,7 +158,7 @@ class Judge:
 
     def __init__(self, results: Results) -> None:
         self.results, self.margin = results, results.study.margin
-        self.questions = questions(results.study, results.rows)
+        self.questions = study_questions(results.study, results.rows)
         self.scores_US = results.scores()
         self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
 
@@ -197,12 +199,12 @@ class Judge:
 
     def against_base(self, state: RaceState | None) -> list[Judgement | None]:
         """Each row against the base, in a race those that it judges so."""
-        asked, judged = self.questions, {}
+        questions, judged = self.questions, {}
         if state is not None:
-            judged = dict(zip(asked.in_no_effect, state.judgements[len(asked.effects) :]))
-        elif asked.networks > 1:
-            judged = dict(enumerate(self.family(factors.against(0, asked.networks)).judgements, 1))
-        return [judged.get(unit) for unit in range(asked.networks)]
+            judged = dict(zip(questions.in_no_effect, state.judgements[len(questions.effects) :]))
+        elif questions.networks > 1:
+            judged = dict(enumerate(self.family(factors.against(0, questions.networks)).judgements, 1))
+        return [judged.get(unit) for unit in range(questions.networks)]
 
     def compare(self, pairs: Sequence[tuple[int, int]], declared: bool) -> list[Comparison]:
         """Pairs of rows as one family."""
@@ -224,7 +226,7 @@ def foresee(study: Study, cells: Sequence[CellName], images: int, directory: Stu
     Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
     None for a study with one network or one seed.
     """
-    asked = questions(study, groups(cells, study.combined_levels))
+    questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
-    return sight(asked, spread or floor, study.seeds, measured=spread is not None)
+    return sight(questions.first_family_QU, spread or floor, study.seeds, measured=spread is not None)

@@ -59,7 +59,7 @@ class Questions:
         return np.vstack([self.effect_weights_QU, *differences])
 
 
-def questions(study: Study, networks: Sequence[Group]) -> Questions:
+def study_questions(study: Study, networks: Sequence[Group]) -> Questions:
     """What a study asks of its networks."""
     base = ["base"] if study.design == "one_at_a_time" else []
     levels = {name: [*base, *map(level_name, of)] for name, of in study.factors.items()}

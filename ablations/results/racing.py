@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from expertgrid.ablations.records.directory import Race
 from expertgrid.ablations.results.evidence import Evidence
-from expertgrid.ablations.results.questions import questions
+from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
 from expertgrid.ablations.results.stats.race import FIRST
@@ -47,7 +47,7 @@ def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> Race:
 
     Raises InputError for a study with one network.
     """
-    contrasts = len(questions(study, groups(study.names(cells), study.combined_levels)).race_QU)
+    contrasts = len(study_questions(study, groups(study.names(cells), study.combined_levels)).race_QU)
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
     return Race(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)

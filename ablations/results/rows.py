@@ -63,7 +63,10 @@ class Row(Group):
     alone: float | None = None  # images/s in training, measured alone: the median over the rounds
     rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
-    control: bool = False
+
+    @property
+    def control(self) -> bool:
+        return self.cells[0].control
 
     @property
     def records(self) -> list[Record]:
@@ -112,10 +115,6 @@ class Results:
     timed: TrainingRates | None = None  # the speeds of the rows, measured alone
 
     @property
-    def base(self) -> Row | None:
-        return self.rows[0] if self.rows else None
-
-    @property
     def next_seed(self) -> int:
         """The first seed that a fresh study of the same question would take."""
         return max([self.study.first_seed + self.study.seeds, *(seed + 1 for row in self.rows for seed in row.trials)])
@@ -128,12 +127,8 @@ class Results:
     def scores(self, value: Score = on_validation) -> np.ndarray:
         """The scores (C, S) of the rows by planned seed; NaN for a trial that is not finished."""
         seeds = sorted({seed for row in self.rows for seed in row.trials})
-        place = {seed: at for at, seed in enumerate(seeds)}
-        scores_CS = np.full((len(self.rows), len(seeds)), np.nan)
-        for at, row in enumerate(self.rows):
-            for seed, record in row.by_seed.items():
-                scores_CS[at, place[seed]] = value(record)
-        return scores_CS
+        every = [[value(row.by_seed[seed]) if seed in row.by_seed else np.nan for seed in seeds] for row in self.rows]
+        return np.array(every).reshape(len(self.rows), len(seeds))
 
     def row(self, text: str) -> int:
         """The place of the row that a text names. Raises InputError, with the names there are."""
@@ -175,7 +170,6 @@ def read_results(directory: StudyDirectory) -> Results:
                 reported=next(
                     (study.reported[str(level)] for level in cell.levels.values() if str(level) in study.reported), ""
                 ),
-                control=cell.control,
             )
         )
     return Results(study_name(directory), directory.path, study, plan, rows, timed)

@@ -6,7 +6,6 @@ import re
 import statistics
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,18 +24,9 @@ from expertgrid.model.training.trial import Trial
 NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """The result of a check."""
-
-    checked: int  # numbers and files
-    problems: list[str]  # numbers and files that do not fit the others
-    skipped: list[str]  # what could not be checked, and why
-
-
-def check_study(directory: StudyDirectory) -> Verified:
+def check_study(directory: StudyDirectory) -> "Check":
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
-    check = _Check()
+    check = Check()
     plan = directory.plan
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
@@ -80,16 +70,16 @@ def check_study(directory: StudyDirectory) -> Verified:
         check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
     if not has_weights:
         check.skipped.append("No trial keeps its weights: they were not compared with config.json")
-    return Verified(check.count, check.problems, check.skipped)
+    return check
 
 
-class _Check:
+class Check:
     """Counts the checks and collects the problems, each with its place."""
 
     def __init__(self) -> None:
-        self.count, self.place = 0, ""
-        self.problems: list[str] = []
-        self.skipped: list[str] = []
+        self.checked, self.place = 0, ""
+        self.problems: list[str] = []  # numbers and files that do not fit the others
+        self.skipped: list[str] = []  # what could not be checked, and why
 
     @contextmanager
     def of(self, place: str) -> Generator[None]:
@@ -102,14 +92,13 @@ class _Check:
         self.place = ""
 
     def true(self, problem: str, fits: bool) -> None:
-        self.count += 1
+        self.checked += 1
         if not fits:
             self.problems.append(f"{self.place}: {problem}" if self.place else problem)
 
     def equal(self, what: str, written: object, computed: object) -> None:
-        near = (
-            isinstance(written, float) and isinstance(computed, float) and math.isclose(written, computed, rel_tol=1e-6)
-        )
+        floats = isinstance(written, float) and isinstance(computed, float)
+        near = floats and math.isclose(written, computed, rel_tol=1e-6)
         self.true(f"{what} is {written}, but {computed} follows from the rest", near or written == computed)
 
     def epochs(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
@@ -140,12 +129,9 @@ class _Check:
             labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
-                predicted_B, accuracy = (
-                    getattr(predictions, split + suffix),
-                    getattr(record, f"{split}_accuracy{suffix}"),
-                )
+                predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
                 share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
-                self.equal(f"{split}_accuracy{suffix}", accuracy, share)
+                self.equal(name, getattr(record, name), share)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()

@@ -126,11 +126,10 @@ def _different_images(
     directory: StudyDirectory, evidence: Evidence, ranked: Sequence[Row], classes: Sequence[str]
 ) -> tuple[ImageDifferences | None, str]:
     """The best cell against the base (against the next best where the base is the best), or why there is nothing."""
-    base = evidence.results.base
     if len(ranked) < 2:
         return None, "There are no two cells with finished trials."
-    first = ranked[0]
-    second = base if base is not None and base is not first and base in ranked else ranked[1]
+    first, base = ranked[0], evidence.results.rows[0]
+    second = base if base in ranked[1:] else ranked[1]
     split = "validation" if evidence.fixed_split else "test"
     seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
     if len(seeds) < 2:

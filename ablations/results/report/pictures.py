@@ -38,21 +38,21 @@ class Picture:
         return f"data:image/svg+xml;base64,{base64.b64encode(plots.save(self.draw(), 'svg')).decode()}"
 
 
-def pictures(found: Findings) -> list[Picture]:
+def pictures(findings: Findings) -> list[Picture]:
     """All figures of a report. None where no trial is finished."""
-    if not found.ranked:
+    if not findings.ranked:
         return []
-    evidence = found.evidence
+    evidence = findings.evidence
     alone = "The mean over the cells that differ in this factor alone."
     added = "What one change adds to the other: 0 where each does the same with and without the other. Exploratory."
     return [
-        *_scores(found.ranked),
+        *_scores(findings.ranked),
         *_effects("Main effects", evidence.effects, evidence.margin, alone),
         *_effects("Interactions", evidence.interactions, evidence.margin, added),
-        *_curves(found),
-        _cost(found),
-        *_gates(found.examined),
-        *_confusion(found.examined),
+        *_curves(findings),
+        _cost(findings),
+        *_gates(findings.examined),
+        *_confusion(findings.examined),
     ]
 
 
@@ -92,8 +92,8 @@ def _effects(title: str, effects: Sequence[Effect], margin: float, meaning: str)
         )
 
 
-def _curves(found: Findings) -> Iterator[Picture]:
-    for number, (row, every_seed) in enumerate(found.curves, 1):
+def _curves(findings: Findings) -> Iterator[Picture]:
+    for number, (row, every_seed) in enumerate(findings.curves, 1):
         if by_seed := [epochs for epochs in every_seed if epochs]:
             last = sum(epochs[-1].validation_accuracy for epochs in by_seed) / len(by_seed)
             yield Picture(
@@ -106,10 +106,10 @@ def _curves(found: Findings) -> Iterator[Picture]:
             )
 
 
-def _cost(found: Findings) -> Picture:
+def _cost(findings: Findings) -> Picture:
     """Accuracy against latency where two rows were timed together, else against MACs."""
-    latencies = {row: smallest(row.latency) for row in timed_together(found.ranked) if row.latency}
-    front = [list(latencies).index(row) for row in latency_front(found.ranked)]
+    latencies = {row: smallest(row.latency) for row in timed_together(findings.ranked) if row.latency}
+    front = [list(latencies).index(row) for row in latency_front(findings.ranked)]
     if latencies:
         rows, costs = list(latencies), [timed.p50_ms for timed in latencies.values()]
         what = f"measured latency, ms (median, batch {latencies[rows[0]].batch})"
@@ -120,11 +120,11 @@ def _cost(found: Findings) -> Picture:
             f"on the front ({names}); the front goes by means, and does not ask whether the differences are decided."
         )
     else:
-        rows, costs, on_front = found.ranked, [row.records[0].macs / 1e6 for row in found.ranked], ""
+        rows, costs, on_front = findings.ranked, [row.records[0].macs / 1e6 for row in findings.ranked], ""
         what = "multiply-accumulates of one image, millions"
         caption = (
             "Against multiply-accumulates, which are no time, as fewer than two cells have a measured latency. "
-            f"`expertgrid bench {shlex.quote(str(found.results.path))}` measures all of them."
+            f"`expertgrid bench {shlex.quote(str(findings.results.path))}` measures all of them."
         )
     draw = partial(plots.costs_figure, rows, costs, front, what)
     return Picture("cost", "cost", draw, f"Validation accuracy against {what}{on_front}.", caption)

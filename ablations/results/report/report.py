@@ -124,7 +124,7 @@ def _image_rows(images: Sequence[DifferentImage]) -> list[dict[str, object]]:
     ]
 
 
-def _ledger_rows(found: Findings) -> list[dict[str, object]]:
+def _ledger_rows(findings: Findings) -> list[dict[str, object]]:
     return [
         {
             "reader": reader,
@@ -134,8 +134,8 @@ def _ledger_rows(found: Findings) -> list[dict[str, object]]:
             "first": min(read.time for read in reads),
             "last": max(read.time for read in reads),
         }
-        for reader in dict.fromkeys(read.reader for read in found.reads)
-        if (reads := [read for read in found.reads if read.reader == reader])
+        for reader in dict.fromkeys(read.reader for read in findings.reads)
+        if (reads := [read for read in findings.reads if read.reader == reader])
     ]
 
 
@@ -163,44 +163,40 @@ def _environment_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
 # --- As files ---
 
 
-def figures(found: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]:
+def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]:
     """Each figure of the report as a file for a paper, by its name."""
-    return {f"{picture.name}.{kind}": plots.save(picture.draw(), kind) for picture in pictures(found)}
+    return {f"{picture.name}.{kind}": plots.save(picture.draw(), kind) for picture in pictures(findings)}
 
 
-def html(found: Findings) -> str:
+def html(findings: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
     loader = jinja2.PackageLoader("expertgrid.ablations.results.report", ".")
     environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     script = loader.get_source(environment, "report.js")[0]
-    examined, results = found.examined, found.results
+    examined, results = findings.examined, findings.results
     directory = StudyDirectory(results.path)
-    tables = study_tables(directory, found.evidence) if results.rows else []
+    tables = study_tables(directory, findings.evidence) if results.rows else []
     rows_by_table = {table.key: table.rows for table in tables} | {
         "gates": _gate_rows(examined),
         "classes": _class_rows(examined),
-        "only-a": _image_rows(found.images.only_first) if found.images else [],
-        "only-b": _image_rows(found.images.only_second) if found.images else [],
-        "ledger": _ledger_rows(found),
+        "only-a": _image_rows(findings.images.only_first) if findings.images else [],
+        "only-b": _image_rows(findings.images.only_second) if findings.images else [],
+        "ledger": _ledger_rows(findings),
         "environment": _environment_rows(results.rows),
     }
     # for `expertgrid verify`: JSON with nothing that could end its element
     numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "tables": {render_tables(tables, "json")}}}'
     return environment.get_template("report.html.j2").render(
-        found=found,
+        findings=findings,
         results=results,
-        answer=[answer(found.evidence), *map(best_line, found.ranked[:1])],
+        answer=[answer(findings.evidence), *map(best_line, findings.ranked[:1])],
         by_key={table.key: table for table in tables},
         counted=counted(results.rows),
         unfinished=unfinished(results.rows),
         tables={name: table_cells(rows) for name, rows in rows_by_table.items() if rows},
-        pictures=pictures(found),
+        pictures=pictures(findings),
         confusions=_confusions(examined),
         mistakes=[(mistake, mistake_uri(mistake)) for mistake in examined.mistakes or []],
         gates_drawn=MOST_GATES,

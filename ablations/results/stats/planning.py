@@ -8,6 +8,7 @@ Shapes: Q contrasts, C cells, D differences, X draws.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.special import ndtr
 from expertgrid.ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
 from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
+DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 POWER = 0.8
 MOST_SEEDS = 1000
 DRAWS = 2048
@@ -90,6 +92,29 @@ class PowerAnalysis:
         if _own_df(weights_C, seeds) < TOO_FEW:
             return by_seeds_constant(seeds, len(self.weights_QC), self.level)
         return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a study can see. Differences and the spread are in points."""
+
+    spread: float  # of a cell's accuracy from seed to seed beyond its block
+    measured: bool  # from records; else the binomial floor
+    seeds: int
+    smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
+    needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
+
+
+def sight(weights_QC: np.ndarray, spread: float, seeds: int, measured: bool = True) -> Sight | None:
+    """What `seeds` seeds can see by a spread in points. None without contrasts, and for one seed."""
+    if not len(weights_QC) or seeds < 2:
+        return None
+    analysis = PowerAnalysis(weights_QC, spread)
+    hardest = int((weights_QC**2).sum(1).argmax())
+    smallest = float(analysis.detectable(seeds)[hardest])
+    half = [float(f"{smallest / 2:.1g}")] if smallest < DIFFERENCES[0] else []
+    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*DIFFERENCES, *half)}
+    return Sight(spread, measured, seeds, smallest, needed)
 
 
 def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:

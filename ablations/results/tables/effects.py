@@ -1,16 +1,34 @@
 """The tables of a study's contrasts: what each factor does, interactions, declared contrasts, levels."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
-from expertgrid.ablations.results.stats.contrasts import Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
-from expertgrid.ablations.results.verdict import Verdict
 from expertgrid.model.system.text import Signed, Span, Table
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
 COSTS = ("parameters", "MACs", "training time", "latency")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict as a table shows it."""
+
+    judgement: Judgement
+    fixed_split: bool = False  # it is about one split of the images
+
+    def __str__(self) -> str:
+        verdict = self.judgement.verdict
+        if verdict == NONE:
+            return f"no verdict: {self.judgement.reason}"
+        return f"{verdict} (this split)" if self.fixed_split and verdict != OPEN else verdict
+
+    def fields(self) -> dict[str, object]:
+        """What JSON and CSV have of it, the verdict first."""
+        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | {"fixed_split": self.fixed_split}
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
@@ -63,7 +81,7 @@ def interaction_table(evidence: Evidence) -> Table:
     ]
     notes = [
         f"{len(rows)} of {counted(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
-        "other. Exploratory: not declared before training.",
+        "other. Exploratory: not declared before training."
     ]
     return Table("interactions", "Interactions that are decided (points)", rows, notes)
 

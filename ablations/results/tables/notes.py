@@ -19,8 +19,8 @@ from expertgrid.ablations.results.rows import (
     timed_together,
     winner,
 )
-from expertgrid.ablations.results.sight import Sight
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.system.text import shown
 

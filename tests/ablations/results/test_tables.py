@@ -18,7 +18,7 @@ from expertgrid.ablations.results.rows import best_record, best_row, read_result
 from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
 from expertgrid.ablations.results.tables.cells import columns
-from expertgrid.ablations.results.verdict import Verdict
+from expertgrid.ablations.results.tables.effects import Verdict
 from expertgrid.ablations.study.study import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Multiple, Points, Signed, Span, render, shown

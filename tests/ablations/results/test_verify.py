@@ -13,7 +13,7 @@ from conftest import snapshot
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from expertgrid.ablations.records.directory import Predictions, StudyDirectory, TestRead
+from expertgrid.ablations.records.directory import StudyDirectory, TestRead
 from expertgrid.ablations.results.rows import newest, read_results
 from expertgrid.ablations.results.verify import check_study
 
@@ -64,9 +64,11 @@ def test_a_trial_that_comes_out_otherwise_is_status_1(expertgrid, study):
 @pytest.mark.parametrize(("points", "status"), [(0.4, 0), (0.6, 1)])
 def test_elsewhere_accuracies_within_the_margin_are_the_same(expertgrid, study, points, status):
     trial = trial_of(study)
-    kept, threads = study.record(trial), torch.get_num_threads()
-    environment = kept.environment.model_dump() | {"versions": {**kept.environment.versions, "torch": "2.0"}}
-    change(study.trial(trial) / "record.json", environment=environment, test_accuracy=kept.test_accuracy + points / 100)
+    record, threads = study.record(trial), torch.get_num_threads()
+    environment = record.environment.model_dump() | {"versions": {**record.environment.versions, "torch": "2.0"}}
+    change(
+        study.trial(trial) / "record.json", environment=environment, test_accuracy=record.test_accuracy + points / 100
+    )
     outcome = expertgrid("rerun", study.path, trial, "--device", "cpu")
     assert outcome.status == status
     assert f"within 0.5 points; equality to the last bit is not expected (torch was 2.0, is {version('torch')}" in (
@@ -87,14 +89,14 @@ def test_elsewhere_accuracies_within_the_margin_are_the_same(expertgrid, study, 
 )
 def test_what_cannot_be_trained_again_is_one_line(expertgrid, study, digits, monkeypatch, kind, message):
     trial = trial_of(study)
-    asked = {"near": trial[:-2], "unknown": "x"}.get(kind, trial)
+    named = {"near": trial[:-2], "unknown": "x"}.get(kind, trial)
     if kind == "unfinished":
         (study.trial(trial) / "record.json").unlink()
     if kind == "data":
         monkeypatch.setattr("expertgrid.model.training.data.load_data", lambda *_: replace(digits, fingerprint="other"))
     if kind == "config":
         change(study.trial(trial) / "config.json", fingerprint="other")
-    outcome = expertgrid("rerun", study.path, asked)
+    outcome = expertgrid("rerun", study.path, named)
     assert outcome.status == 2
     for part in message.format(trial=trial).split(".*"):
         assert part in outcome.complaint
@@ -125,13 +127,13 @@ def without_ledger(study: StudyDirectory, trial: str) -> None:
 
 
 def with_other_predictions(study: StudyDirectory, trial: str) -> None:
-    kept = study.predictions(trial)
-    changed = Predictions(**{**vars(kept), "test": (kept.test + 1) % 10, "test_labels": np.roll(kept.test_labels, 1)})
-    (study.trial(trial) / "predictions.npz").write_bytes(changed.to_bytes())
+    before = study.predictions(trial)
+    after = replace(before, test=(before.test + 1) % 10, test_labels=np.roll(before.test_labels, 1))
+    (study.trial(trial) / "predictions.npz").write_bytes(after.to_bytes())
 
 
 @pytest.mark.parametrize(
-    ("break_it", "found"),
+    ("break_it", "problem"),
     [
         (lambda s, t: change(s.trial(t) / "record.json", test_accuracy=0.5), "test_accuracy is 0.5, but "),
         (lambda s, t: change(s.trial(t) / "record.json", epochs=3), "epochs is 3, but 2 follows from the rest"),
@@ -153,11 +155,11 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (without_ledger, "ledger.jsonl: has no read of the test split by the training of "),
     ],
 )
-def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, found):
+def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, problem):
     break_it(study, trial_of(study))
     outcome = expertgrid("verify", study.path)
     assert outcome.status == 1
-    assert any(found in line for line in outcome.out.splitlines()[:-1]), outcome.out
+    assert any(problem in line for line in outcome.out.splitlines()[:-1]), outcome.out
 
 
 def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertgrid, study):
@@ -176,9 +178,9 @@ def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertg
     (problem,) = check_study(study).problems
     assert problem.startswith("report.html: test acc % mean in row 2 of cells is ")
     study.enter(TestRead(time="9998", trial=trial_of(study), reader="export", images=360))  # the report is older now
-    found = check_study(study)
-    assert found.problems == []
-    assert found.skipped == ["report.html is older than the study and was not compared; `expertgrid report` renews it"]
+    check = check_study(study)
+    assert check.problems == []
+    assert check.skipped == ["report.html is older than the study and was not compared; `expertgrid report` renews it"]
     write("9999")
     assert "report.html: time of the newest measurement is 9999, but " in check_study(study).problems[0]
 

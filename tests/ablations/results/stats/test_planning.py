@@ -28,10 +28,10 @@ def test_two_cells_are_statsmodels_paired_t_test(seeds):
 @pytest.mark.parametrize(("weights_QC", "seeds"), [(EIGHT, 3), (EIGHT, 5), (against(0, 10), 4), (against(0, 20), 5)])
 def test_what_a_plan_sees_simulated_studies_see(weights_QC, seeds):
     plan = PowerAnalysis(weights_QC, spread=0.3)
-    found = estimate(weights_QC, np.random.default_rng(0).normal(0, 0.3, size=(4000, weights_QC.shape[1], seeds)))
+    estimates = estimate(weights_QC, np.random.default_rng(0).normal(0, 0.3, size=(4000, weights_QC.shape[1], seeds)))
     difference_Q = plan.detectable(seeds)
-    assert (found.low_XQ + difference_Q > 0).mean() == pytest.approx(0.8, abs=0.04)
-    verdict_XQ = verdicts(found.low_XQ + 0.2, found.high_XQ + 0.2, margin=0.6)
+    assert (estimates.low_XQ + difference_Q > 0).mean() == pytest.approx(0.8, abs=0.04)
+    verdict_XQ = verdicts(estimates.low_XQ + 0.2, estimates.high_XQ + 0.2, margin=0.6)
     power = np.mean([plan.power(contrast, 0.2, seeds, margin=0.6) for contrast in range(len(weights_QC))])
     assert (verdict_XQ != "open").mean() == pytest.approx(power, abs=0.05)
 
