@@ -18,7 +18,7 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots, report
 from expertgrid.ablations.results.report.findings import Examined, Mistake, read_findings, worst
 from expertgrid.ablations.results.report.gates import block_gate
-from expertgrid.ablations.results.report.pictures import pictures
+from expertgrid.ablations.results.report.pictures import Picture, pictures
 from expertgrid.ablations.results.rows import pareto
 from expertgrid.ablations.results.stats.images import class_accuracies
 from expertgrid.ablations.results.tables.cells import cell_table
@@ -99,6 +99,12 @@ def two_by_two(tmp_path) -> Path:
     noise = np.array([0.0, 0.004, -0.003])
     scores = np.array([[0.80 + noise, 0.801 + noise[::-1]], [0.90 + noise / 2, 0.903 + noise]])
     return write_study(tmp_path / "study", {"experts": [1, 4], "gate": ["linear", "mlp"]}, scores)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Reports have no figures, which take most of their time."""
+    monkeypatch.setattr(Picture, "uri", "data:image/svg+xml,")
 
 
 class Page(HTMLParser):
@@ -193,6 +199,7 @@ def test_of_one_seed_it_says_that_nothing_is_decided(tmp_path):
     assert "at most 1 such table" not in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_at_a_time(tmp_path):
     scores = np.array([[0.80, 0.81, 0.82], [0.91, 0.92, 0.925], [0.80, 0.82, 0.81]])
     path = write_study(tmp_path / "one", {"experts": [1, 2, 4]}, scores)
@@ -206,6 +213,7 @@ def test_one_at_a_time(tmp_path):
     assert any(alt.startswith("Main effects: experts base -> 2: +10.83") for alt in alts)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_on_which_two_cells_differ_at_every_seed(two_by_two):
     """The best cell against the base: image 1 is recognised by all networks of the best and by none of the base."""
     labels = np.array([0, 1, 2, 0])
@@ -277,6 +285,7 @@ def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_confusion_matrix_needs_no_checkpoint_and_no_data(two_by_two):
     labels = np.array([0, 1, 1, 2])
     predictions = Predictions(labels, labels, np.array([0, 1, 2, 2]), labels)
@@ -371,12 +380,14 @@ def test_wrong_options(expertgrid, two_by_two, tmp_path):
 @pytest.mark.parametrize(
     ("cutouts", "seeds", "epochs"), [(2, 2, 3), pytest.param(10, 5, 100, marks=pytest.mark.nightly)]
 )
-def test_many_trials(expertgrid, tmp_path, cutouts, seeds, epochs):
+def test_many_trials(expertgrid, tmp_path, request, cutouts, seeds, epochs):
     """At night a thousand trials of a hundred epochs, in seconds."""
     rng, shape = np.random.default_rng(0), (5, 4, cutouts, seeds)
     factors = {"experts": [1, 2, 3, 4, 6], "kernel": [1, 3, 5, 7], "cutout": list(range(cutouts))}
     scores_LS = 0.9 + rng.normal(0, 0.01, (*shape[:3], 1)) + rng.normal(0, 0.005, shape)
     path = write_study(tmp_path / "large", factors, scores_LS, epochs=epochs)
+    if epochs < 100:
+        request.getfixturevalue("undrawn")
     started = time.process_time()
     assert expertgrid("table", path).status == 0
     table_s = time.process_time() - started
@@ -410,6 +421,7 @@ def test_of_a_trained_study_it_shows_gates_and_mistakes_and_reads_no_test_image(
     assert directory.test_reads() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp_path):
     path = shutil.copytree(trained_study, tmp_path / "elsewhere")
     plan = json.loads((path / "plan.json").read_text())
