@@ -1,36 +1,30 @@
 """McNemar's test of two networks on the same images. It is here because the export and the results both use it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Two networks on the same images: how many only one of them has right, and two-sided p-values of equal chances."""
+class McNemar(NamedTuple):
+    """How many images only one of two networks has right, and the exact two-sided p-value of equal chances."""
 
     only_first: int
     only_second: int
-    exact_p: float  # never below its level, and so rather too large
-    mid_p: float  # near its level
+    exact_p: float
 
 
 def mcnemar(first_B: ArrayLike, second_B: ArrayLike) -> McNemar:
-    """McNemar's test of two networks that are right (True) or wrong on the same B images.
+    """The exact binomial test of two networks that are right (True) or wrong on the same B images.
 
-    It speaks of these two networks and of images, not of two cells: another seed is another network. Exact binomial,
-    and mid-p, which counts half of the outcome itself (Fagerland, Lydersen & Laake, 2013). Raises ValueError for shapes
-    that differ.
+    It speaks of these two networks and of images, not of two cells: another seed is another network. Raises ValueError
+    for shapes that differ.
     """
-    from scipy.stats import binom, binomtest  # slow to import
+    from scipy.stats import binomtest  # slow to import
 
-    a_B, b_B = np.asarray(first_B, dtype=bool), np.asarray(second_B, dtype=bool)
-    if a_B.shape != b_B.shape or a_B.ndim != 1:
-        raise ValueError(f"both need one value for each image, found {a_B.shape} and {b_B.shape}")
-    only_first, only_second = int((a_B & ~b_B).sum()), int((b_B & ~a_B).sum())
-    n = only_first + only_second
-    if n == 0:
-        return McNemar(0, 0, 1.0, 1.0)
-    exact = float(binomtest(only_first, n).pvalue)
-    return McNemar(only_first, only_second, exact, min(1.0, exact - float(binom.pmf(only_first, n, 0.5))))
+    first_B, second_B = np.asarray(first_B, dtype=bool), np.asarray(second_B, dtype=bool)
+    if first_B.shape != second_B.shape or first_B.ndim != 1:
+        raise ValueError(f"both need one value for each image, found {first_B.shape} and {second_B.shape}")
+    only_first, only_second = int((first_B & ~second_B).sum()), int((second_B & ~first_B).sum())
+    differ = only_first + only_second
+    return McNemar(only_first, only_second, float(binomtest(only_first, differ).pvalue) if differ else 1.0)

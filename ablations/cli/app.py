@@ -216,11 +216,12 @@ def table(
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
     contrast: tuple[str, str] | None = Option(None, metavar="A B", help="Compare two cells in detail."),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
+    notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
 ) -> int:
     """Print the table of one study or several."""
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
-    return results.table(directories, format, by, contrast, peek)
+    return results.table(directories, format, by, contrast, peek, notes)
 
 
 @app.command(rich_help_panel=RESULTS)

@@ -12,7 +12,7 @@ from expertgrid.ablations.cli.terminal import status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.reading import read_config
 from expertgrid.ablations.results.rows import Row, best_record, best_row, read_results
-from expertgrid.ablations.results.tables.tables import columns
+from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.bench.tune import rows as tuning_rows
 from expertgrid.bench.tune import tune
 from expertgrid.export.card import card

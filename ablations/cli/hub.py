@@ -11,7 +11,8 @@ from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
-from expertgrid.ablations.results.tables.tables import columns, study_tables
+from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.export.card import card, escaped
 from expertgrid.export.exported import ExportedFile, exported_files
 from expertgrid.export.hub import check_free, front_matter, loading, upload, write_folder

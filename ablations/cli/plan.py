@@ -84,7 +84,7 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
 def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
-    from expertgrid.ablations.results.tables.tables import plan_lines
+    from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expertgrid.ablations.cli.options import write_out
-from expertgrid.ablations.cli.terminal import starting, status
+from expertgrid.ablations.cli.terminal import console, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.evidence import compare, marginals, read_evidence
+from expertgrid.ablations.results.comparison import compare
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.rows import read_results, study_name
-from expertgrid.ablations.results.tables import tables
+from expertgrid.ablations.results.tables.cells import comparison_tables, peek_table
+from expertgrid.ablations.results.tables.effects import level_table
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Format, render_tables
+from expertgrid.model.system.text import MOST_NOTES, Format, Table, render_tables
 
 
 def table(
@@ -19,36 +23,39 @@ def table(
     by: str | None,
     contrast: tuple[str, str] | None,
     peek: bool,
+    notes: bool,
 ) -> int:
-    """Prints the table of one study or several: of all cells, by factor, of two cells, or of optimistic picks."""
+    """Prints the table of one study or several: of all cells, by factor, of two cells, or of optimistic picks.
+
+    With all its notes, or with the most important ones.
+    """
     if sum((by is not None, contrast is not None, peek)) > 1:
         raise InputError("--by, --contrast and --peek are different tables; give one of them")
     if contrast is not None and len(directories) > 1:
         raise InputError(f"--contrast compares cells of one study; {len(directories)} were given")
-    studies = [StudyDirectory(path) for path in directories]
-    if contrast is not None:
-        _show_contrast(studies[0], *contrast, format)
-        return 0
-    if by is None and not peek:
-        shown = [tables.study_tables(study, read_evidence(study)) for study in studies]
-    elif by is not None:
-        found = [read_evidence(study) for study in studies]
-        shown = [[tables.factor_levels(evidence, marginals(evidence, by.split(",")))] for evidence in found]
-    else:
-        shown = [[tables.peek_table(study, read_results(study))] for study in studies]
-    named = [
-        table.named(study_name(study)) if len(studies) > 1 else table
-        for study, its_tables in zip(studies, shown)
-        for table in its_tables
+    several = len(directories) > 1
+    tables = [
+        table.named(study_name(directory)) if several else table
+        for directory in map(StudyDirectory, directories)
+        for table in _tables(directory, by, contrast, peek)
     ]
-    print(render_tables(named, format))
+    print(render_tables(tables, format, None if notes else MOST_NOTES))
+    more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
+    if more and not notes and format not in ("csv", "json"):
+        console.print(f"--notes shows {more} more notes", soft_wrap=True)
     return 0
 
 
-def _show_contrast(directory: StudyDirectory, first: str, second: str, format: Format) -> None:
+def _tables(directory: StudyDirectory, by: str | None, contrast: tuple[str, str] | None, peek: bool) -> list[Table]:
+    if peek:
+        return [peek_table(directory, read_results(directory))]
     evidence = read_evidence(directory)
-    found = compare(directory, evidence, *map(evidence.results.row, (first, second)))
-    print(render_tables(tables.comparison_tables(evidence, found), format))
+    if by is not None:
+        return [level_table(evidence, marginals(evidence, by.split(",")))]
+    if contrast is not None:
+        first, second = map(evidence.results.row, contrast)
+        return comparison_tables(evidence, compare(directory, evidence, first, second))
+    return study_tables(directory, evidence)
 
 
 def report(directory: Path, out: Path | None = None, format: str = "html", data_dir: Path | None = None) -> int:
@@ -60,14 +67,15 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
     with starting():
-        from expertgrid.ablations.results.report import findings, report
+        from expertgrid.ablations.results.report import report
+        from expertgrid.ablations.results.report.findings import read_findings
     with status("reading the study; its best network predicts the validation images"):
-        found = findings.read_findings(StudyDirectory(directory), data_dir)
+        findings = read_findings(StudyDirectory(directory), data_dir)
     with status("drawing"):
         if as_html:
-            files = {out: report.html(found).encode()}
+            files = {out: report.html(findings).encode()}
         else:
-            figures = report.figures(found, "pdf" if format == "pdf-figures" else "png")
+            figures = report.figures(findings, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
         write_out("--out", file, content)
@@ -81,10 +89,10 @@ def verify(directory: Path) -> int:
         from expertgrid.ablations.results.verify import verify_study
         from expertgrid.export.exported import export_problems
     with status("recomputing the numbers of the study"):
-        found = verify_study(StudyDirectory(directory))
+        numbers = verify_study(StudyDirectory(directory))
         files = dict(export_problems(directory / "export"))
-        problems = found.problems + [f"export/{file.name}: {problem}" for file, problem in files.items() if problem]
-    for line in [*problems, *found.skipped]:
+        problems = numbers.problems + [f"export/{file.name}: {problem}" for file, problem in files.items() if problem]
+    for line in [*problems, *numbers.skipped]:
         print(line)
-    print(f"{directory}: {found.checked + len(files)} checks, {len(problems)} do not fit")
+    print(f"{directory}: {numbers.checked + len(files)} checks, {len(problems)} do not fit")
     return 1 if problems else 0

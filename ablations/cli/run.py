@@ -25,7 +25,7 @@ from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report.plots import accuracy_plot
 from expertgrid.ablations.results.rows import read_results
-from expertgrid.ablations.results.tables.tables import study_tables
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking

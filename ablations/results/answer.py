@@ -1,9 +1,12 @@
 """The answer to a study's question in one or two sentences, from its verdicts alone."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from expertgrid.ablations.results.costs import Costs
 from expertgrid.ablations.results.evidence import Effect, Evidence
-from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, VERDICTS, WORSE, Judgement
+from expertgrid.model.system.text import MeasuredMultiple, Multiple
 
 MOST_NAMED = 6  # changes in one list; the others are counted
 ALIKE = 0.05  # costs that differ by less are the same
@@ -15,74 +18,65 @@ NAMES = {  # of changes whose levels alone say little
 }
 
 
+class Change(NamedTuple):
+    """A change, or a cell against the base, with its verdict."""
+
+    name: str
+    judgement: Judgement
+    cost: Costs = {}
+    seeds_to_decide: int | None = None
+
+
 def answer(evidence: Evidence) -> str:
     """What the study decided, what it cost, and what is open. Nothing that has no verdict is called a difference."""
     rows = evidence.results.rows
+    margin = f"less than {evidence.margin:g} point{'' if evidence.margin == 1 else 's'}"
     if not any(row.by_seed for row in rows):
         return "No trial is finished, so there is no answer yet."
     if evidence.effects:
-        said = _of_effects(evidence)
+        changes = [Change(_named(of), of.judgement, of.cost, of.seeds_to_decide) for of in evidence.effects]
+        sentence = _sentence(changes, "", ("changes", "change"), margin)
     elif any(evidence.against_base):
-        said = _of_cells(evidence)
+        base = rows[0].name
+        changes = [Change(row.name, judged) for row, judged in zip(rows, evidence.against_base) if judged]
+        sentence = _sentence(changes, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
-    return ("On this split of the images: " + _lower(said)) if evidence.fixed_split else said
+    if evidence.fixed_split:
+        return f"On this split of the images: {sentence[0].lower()}{sentence[1:]}"
+    return sentence
 
 
-def _of_effects(evidence: Evidence) -> str:
-    by_verdict: dict[str, list[Effect]] = {}
-    for effect in evidence.effects:
-        by_verdict.setdefault(effect.judgement.verdict, []).append(effect)
+def _sentence(changes: Sequence[Change], against: str, differ: tuple[str, str], margin: str) -> str:
+    by_verdict: dict[str, list[Change]] = {verdict: [] for verdict in VERDICTS}
+    for change in changes:
+        by_verdict[change.judgement.verdict].append(change)
+    decided = by_verdict[BETTER], by_verdict[WORSE]
     parts = [
-        f"{_named(effect)} {_points(effect.judgement)}{_cost(effect.cost)}"
-        for verdict in (BETTER, WORSE)
-        for effect in _largest(by_verdict.get(verdict, []))
+        f"{change.name} {_points(change.judgement)}{_cost(change.cost)}{against}"
+        for of_verdict in decided
+        for change in _largest(of_verdict)
     ]
-    if left_out := sum(max(0, len(by_verdict.get(verdict, [])) - MOST_NAMED) for verdict in (BETTER, WORSE)):
+    if left_out := sum(max(0, len(of_verdict) - MOST_NAMED) for of_verdict in decided):
         parts.append(f"{left_out} more changes are decided")
-    if same := by_verdict.get(SAME):
-        names = [f"{_named(effect)}{f' ({price})' if (price := _price(effect.cost)) else ''}" for effect in same]
-        parts.append(f"{_listed(names)} {_plural('change', same)} less than {_margin(evidence)}")
-    if undecided := by_verdict.get(OPEN):
-        parts.append(
-            f"{_listed([_named(effect) for effect in undecided])} {'are' if len(undecided) > 1 else 'is'} open"
-            f"{_seeds([effect.seeds_to_decide for effect in undecided])}"
-        )
-    if without := by_verdict.get(NONE):
-        parts.append(
-            f"{_listed([_named(effect) for effect in without])} {_plural('have', without)} no verdict, as trainings "
-            "failed"
-        )
-    return _sentence(parts)
+    if same := by_verdict[SAME]:
+        names = [f"{change.name}{f' ({price})' if (price := _price(change.cost)) else ''}" for change in same]
+        parts.append(f"{_listed(names)} {differ[len(same) > 1]} {margin}")
+    if undecided := by_verdict[OPEN]:
+        names, verb = [change.name for change in undecided], ("is", "are")[len(undecided) > 1]
+        seeds = _seeds([change.seeds_to_decide for change in undecided])
+        parts.append(f"{_listed(names)} {verb} open{against}{seeds}")
+    if without := by_verdict[NONE]:
+        names, verb = [change.name for change in without], ("has", "have")[len(without) > 1]
+        parts.append(f"{_listed(names)} {verb} no verdict, as trainings failed")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _largest(effects: Sequence[Effect]) -> list[Effect]:
-    """At most `MOST_NAMED` effects, those of the largest size, in the order of the study."""
-    by_size = sorted(effects, key=lambda effect: -abs(effect.judgement.mean or 0))[:MOST_NAMED]
-    return [effect for effect in effects if effect in by_size]
-
-
-def _of_cells(evidence: Evidence) -> str:
-    rows = evidence.results.rows
-    base = rows[0]
-    by_verdict: dict[str, list[tuple[str, Judgement]]] = {}
-    for row, judgement in zip(rows, evidence.against_base):
-        if judgement:
-            by_verdict.setdefault(judgement.verdict, []).append((row.name, judgement))
-    parts = [
-        f"{name} {_points(judgement)} against {base.name}"
-        for verdict in (BETTER, WORSE)
-        for name, judgement in by_verdict.get(verdict, [])[:MOST_NAMED]
-    ]
-    words = {
-        SAME: ("differs", "differ", f" from {base.name} by less than {_margin(evidence)}"),
-        OPEN: ("is", "are", f" open against {base.name}"),
-        NONE: ("has", "have", " no verdict, as trainings failed"),
-    }
-    for verdict, (single, several, rest) in words.items():
-        if found := by_verdict.get(verdict):
-            parts.append(f"{_listed([name for name, _ in found])} {several if len(found) > 1 else single}{rest}")
-    return _sentence(parts)
+def _largest(changes: Sequence[Change]) -> list[Change]:
+    """At most `MOST_NAMED` changes, those of the largest size, in the order of the study."""
+    by_size = sorted(changes, key=lambda change: -abs(change.judgement.mean or 0))[:MOST_NAMED]
+    return [change for change in changes if change in by_size]
 
 
 def _named(effect: Effect) -> str:
@@ -96,34 +90,40 @@ def _named(effect: Effect) -> str:
     return f"{factor} {after} instead of {before}"
 
 
-def _margin(evidence: Evidence) -> str:
-    return f"{evidence.margin:g} point{'' if evidence.margin == 1 else 's'}"
-
-
 def _points(judgement: Judgement) -> str:
     assert judgement.mean is not None  # a verdict better or worse has one
     size = f"{abs(judgement.mean):.1f}" if abs(judgement.mean) >= 0.095 else f"{abs(judgement.mean):.2f}"
     return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
 
 
-def _priced(cost: dict[str, float]) -> list[str]:
-    """What a change costs in: multiply-accumulates, or parameters where only these differ, and measured latency."""
-    computed = next((name for name in ("MACs", "parameters") if abs(cost.get(name, 1) - 1) >= ALIKE), None)
-    return [name for name in (computed, "latency") if name and abs(cost.get(name, 1) - 1) >= ALIKE]
+def _computed(cost: Costs) -> tuple[str, float] | None:
+    """The change in multiply-accumulates, or in parameters where only these differ."""
+    ratios = [(name, float(ratio)) for name in ("MACs", "parameters") if isinstance(ratio := cost.get(name), Multiple)]
+    return next(((name, ratio) for name, ratio in ratios if abs(ratio - 1) >= ALIKE), None)
 
 
-def _price(cost: dict[str, float]) -> str:
-    return " and ".join(f"{cost[name]:.1f} times the {name}" for name in _priced(cost))
+def _latency(cost: Costs) -> str:
+    latency = cost.get("latency")
+    if not isinstance(latency, MeasuredMultiple) or (latency.is_known and abs(latency.value - 1) < ALIKE):
+        return ""
+    if not latency.is_known:
+        return "a latency that the measurement can't tell"
+    return f"{latency.value:.1f} ({latency.low:.1f} to {latency.high:.1f}) times the latency"
 
 
-def _cost(cost: dict[str, float]) -> str:
-    match _priced(cost):
-        case []:
+def _price(cost: Costs) -> str:
+    computed = _computed(cost)
+    parts = (computed and f"{computed[1]:.1f} times the {computed[0]}", _latency(cost))
+    return " and ".join(filter(None, parts))
+
+
+def _cost(cost: Costs) -> str:
+    match _computed(cost), _latency(cost):
+        case None, "":
             return " at the same cost" if cost else ""
-        case [name] if name != "latency" and abs(cost[name] - 2) < ALIKE:
+        case (name, ratio), "" if abs(ratio - 2) < ALIKE:
             return f" and doubles the {name}"
-        case _:
-            return f" for {_price(cost)}"
+    return f" for {_price(cost)}"
 
 
 def _seeds(needed: Sequence[int | None]) -> str:
@@ -134,21 +134,7 @@ def _seeds(needed: Sequence[int | None]) -> str:
     return f": about {least if least == most else f'{least} to {most}'} seeds would show"
 
 
-def _plural(verb: str, found: Sequence[object]) -> str:
-    single = {"change": "changes", "have": "has"}[verb]
-    return verb if len(found) > 1 else single
-
-
 def _listed(names: Sequence[str]) -> str:
     if len(names) > MOST_NAMED:
         names = [*names[: MOST_NAMED - 1], f"{len(names) - MOST_NAMED + 1} more changes"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _sentence(parts: Sequence[str]) -> str:
-    said = "; ".join(parts)
-    return f"{said[0].upper()}{said[1:]}."
-
-
-def _lower(said: str) -> str:
-    return said[0].lower() + said[1:]

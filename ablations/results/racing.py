@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.results.evidence import Evidence, questions
+from expertgrid.ablations.results.evidence import Evidence
+from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
 from expertgrid.ablations.results.stats.race import FIRST
-from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.cells import Cell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError
 
@@ -46,20 +47,20 @@ def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> RaceR
 
     Raises InputError for a study with one network.
     """
-    contrasts = len(questions(study, [cell.planned for cell in cells]).race_QU)
+    contrasts = len(study_questions(study, groups([cell.planned for cell in cells], study.combined_levels)).race_QU)
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
     return RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
 
 
-def check_same(begun: RaceRules, asked: RaceRules) -> None:
+def check_same(begun: RaceRules, now: RaceRules) -> None:
     """Raises InputError where a race would be another one than was begun."""
     for field in ("margin", "first", "last", "contrasts", "alpha"):
-        there, here = getattr(begun, field), getattr(asked, field)
-        if there != here:
+        before, after = getattr(begun, field), getattr(now, field)
+        if before != after:
             name = {"last": "--max-seeds", "first": "--seeds", "contrasts": "the number of contrasts"}.get(field, field)
             raise InputError(
-                f"{name} was {there:g} when this race was begun, and cannot be {here:g} now; --out another"
+                f"{name} was {before:g} when this race was begun, and cannot be {after:g} now; --out another"
             )
 
 
@@ -72,7 +73,8 @@ def next_counts(evidence: Evidence, counts: Counts) -> Counts:
     """The seeds that the next look needs; the same where there is none. A trial that failed ends its contrasts."""
     if evidence.race is None or not evidence.race.go_on:
         return counts
-    wanted = {network: int(seeds) for network, seeds in zip(evidence.asked.networks, evidence.race.wanted_C)}
+    networks = [row.cells[0].network for row in evidence.results.rows]
+    wanted = dict(zip(networks, map(int, evidence.race.wanted_C)))
     return {network: max(seeds, wanted[network]) for network, seeds in counts.items()}
 
 

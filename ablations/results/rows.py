@@ -3,7 +3,7 @@
 Accuracies here are in percent. Every choice and every verdict is made on the validation split. The test split is read
 once for each trial, and is only reported.
 
-Shapes: C rows, S seeds, E epochs.
+Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import FAILED, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
-from expertgrid.ablations.study.cells import Group, PlannedCell, find_cell, groups
+from expertgrid.ablations.study.cells import Group, find_cell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
@@ -44,21 +44,22 @@ def _percent(share: float, images: int) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class Row(Group):
     """A network of a study, which may be several of its cells, with what its finished trials gave."""
 
     study: str
-    model: str
-    levels: dict[str, str]
-    name: str
     trials: dict[int, str]  # planned, by seed; those of the control by the seed whose hold-out they share
     by_seed: dict[int, Record]  # that are finished
     failures: dict[str, Failure]  # by trial, of those that have not finished since
     adopted: dict[str, Adopted]  # by trial, of those that another study trained
     latency: LatencyRecord | None  # of one of its trials
-    alone: float | None = None  # images/s in training, measured alone
+    alone: float | None = None  # images/s in training, measured alone: the median over the rounds
+    rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
-    control: bool = False
+
+    @property
+    def control(self) -> bool:
+        return self.cells[0].control
 
     @property
     def records(self) -> list[Record]:
@@ -103,15 +104,8 @@ class Results:
     path: Path
     study: Study
     plan: Plan
-    cells: list[PlannedCell]  # of the plan
-    rows: list[Row]  # the design's first cell, the base, comes first
-    row_of: list[int]  # of each cell
-    groups: list[Group]  # the rows' cells
+    rows: list[Row]  # that of the design's first cell, the base, comes first
     timed: TrainingRates | None = None  # the speeds of the rows, measured alone
-
-    @property
-    def base(self) -> Row | None:
-        return self.rows[0] if self.rows else None
 
     @property
     def next_seed(self) -> int:
@@ -126,16 +120,12 @@ class Results:
     def scores(self, value: Score = on_validation) -> np.ndarray:
         """The scores (C, S) of the rows by planned seed; NaN for a trial that is not finished."""
         seeds = sorted({seed for row in self.rows for seed in row.trials})
-        place = {seed: at for at, seed in enumerate(seeds)}
-        scores_CS = np.full((len(self.rows), len(seeds)), np.nan)
-        for at, row in enumerate(self.rows):
-            for seed, record in row.by_seed.items():
-                scores_CS[at, place[seed]] = value(record)
-        return scores_CS
+        every = [[value(row.by_seed[seed]) if seed in row.by_seed else np.nan for seed in seeds] for row in self.rows]
+        return np.array(every).reshape(len(self.rows), len(seeds))
 
     def row(self, text: str) -> int:
         """The place of the row that a text names. Raises InputError, with the names there are."""
-        return find_cell(self.plan.cells_with_trials, self.groups, text)
+        return find_cell(self.rows, text)
 
 
 def read_results(directory: StudyDirectory) -> Results:
@@ -143,47 +133,40 @@ def read_results(directory: StudyDirectory) -> Results:
     study = directory.read_study()
     plan, latencies = directory.read_plan(study), directory.latencies()
     timed = directory.training_rates()
-    alone = timed.images_per_s if timed else {}
-    cells = plan.cells_with_trials
-    named = groups(cells, study.combined_levels)
-    rows, row_of = [], [0] * len(cells)
-    for group in named:
-        first = cells[group.places[0]]
-        for place in group.places:
-            row_of[place] = len(rows)
-        trials = {plan.first_seed + place: trial for place, trial in enumerate(first.trials)}
-        found = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
-        failed = {
-            trial: failure
-            for seed, trial in trials.items()
-            if seed not in found and (failure := directory.failure(trial))
-        }
-        for seed in found:
+    planned = {cell.trials[0]: cell for cell in reversed(plan.cells) if cell.trials}
+    rows = []
+    for group in groups(plan.cells_with_trials, study.combined_levels):
+        cell = planned[group.cells[0].network]
+        trials = {plan.first_seed + place: trial for place, trial in enumerate(cell.trials)}
+        by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
+        for seed in by_seed:
             _check_hold_out(directory, plan, trials[seed])
+        timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
             Row(
+                **vars(group),
                 study=study_name(directory),
-                model=group.model,
-                levels=group.levels,
-                name=group.name,
                 trials=trials,
-                by_seed=found,
-                failures=failed,
-                adopted={trials[seed]: taken for seed in found if (taken := directory.adopted(trials[seed]))},
+                by_seed=by_seed,
+                failures={
+                    trial: failure
+                    for seed, trial in trials.items()
+                    if seed not in by_seed and (failure := directory.failure(trial))
+                },
+                adopted={trials[seed]: taken for seed in by_seed if (taken := directory.adopted(trials[seed]))},
                 latency=max(
                     (latencies[trial] for trial in trials.values() if trial in latencies),
                     key=LatencyRecord.rank,
                     default=None,
                 ),
-                alone=next((alone[trial] for trial in trials.values() if trial in alone), None),
+                alone=timed.images_per_s[timed_trial] if timed and timed_trial else None,
+                rounds=tuple(timed.rounds.get(timed_trial, ())) if timed and timed_trial else (),
                 reported=next(
-                    (study.reported[level] for level in first.level_names.values() if level in study.reported),
-                    "",
+                    (study.reported[level] for level in cell.level_names.values() if level in study.reported), ""
                 ),
-                control=first.control,
             )
         )
-    return Results(study_name(directory), directory.path, study, plan, cells, rows, row_of, named, timed)
+    return Results(study_name(directory), directory.path, study, plan, rows, timed)
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
@@ -202,11 +185,12 @@ def study_name(directory: StudyDirectory) -> str:
     return directory.path.resolve().name
 
 
-def measured(rows: Sequence[Row]) -> list[str]:
-    """What the rows are of, each with when it was measured: other rows have another list."""
-    trials = {f"{record.trial} {record.finished}" for row in rows for record in row.records}
-    latencies = {f"{row.latency.file} {row.latency.finished}" for row in rows if row.latency}
-    return sorted(trials) + sorted(latencies) + sorted(f"{row.name} {row.alone}" for row in rows if row.alone)
+def newest(directory: StudyDirectory, results: Results) -> str:
+    """When the newest of what the tables and the report show was measured or read (UTC, ISO 8601); "" for nothing."""
+    times = [record.finished for row in results.rows for record in row.records]
+    times += [row.latency.finished for row in results.rows if row.latency]
+    times += [results.timed.finished] if results.timed else []
+    return max([*times, *(read.time for read in directory.test_reads())], default="")
 
 
 # --- The best cell ---
@@ -269,8 +253,8 @@ def winner(rows: Sequence[Row]) -> Winner | None:
         return None
     best = best_row(rows)
     order = sorted(range(len(whole)), key=lambda place: whole[place] is not best)  # the first of equals wins
-    found = selection.winner(validation_CS[order], test_CS[order])
-    return found if found.cell == 0 else None
+    first = selection.winner(validation_CS[order], test_CS[order])
+    return first if first.cell == 0 else None
 
 
 # --- Accuracy against latency ---
@@ -278,13 +262,13 @@ def winner(rows: Sequence[Row]) -> Winner | None:
 
 def smallest(latency: LatencyRecord) -> Latency:
     """ONNX Runtime at the smallest batch size that was measured."""
-    return min(latency.latencies, key=lambda found: (found.kind != "onnxruntime", found.batch))
+    return min(latency.latencies, key=lambda timed: (timed.kind != "onnxruntime", timed.batch))
 
 
 def latency_run(latency: LatencyRecord) -> tuple[str | int, ...]:
     """What two latencies have in common where they were measured in turns."""
-    found = smallest(latency)
-    return latency.finished, latency.provider, latency.threads, found.engine, found.batch
+    timed = smallest(latency)
+    return latency.finished, latency.provider, latency.threads, timed.engine, timed.batch
 
 
 def timed_together(rows: Sequence[Row]) -> list[Row]:
@@ -293,7 +277,7 @@ def timed_together(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.latency and row.by_seed and not row.control:
             by_run.setdefault(latency_run(row.latency), []).append(row)
-    several = [run for run, found in by_run.items() if len(found) > 1]
+    several = [run for run, together in by_run.items() if len(together) > 1]
     return by_run[max(several, key=str)] if several else []
 
 
@@ -322,14 +306,14 @@ def curves(directory: StudyDirectory, row: Row) -> np.ndarray:
 
     Raises InputError where an epoch of a finished trial is missing.
     """
-    found = []
+    accuracies = []
     for record in row.records:
         epochs = directory.epochs(record.trial)
         if len(epochs) != record.epochs:
             file = directory.trial(record.trial) / "epochs.jsonl"
             raise InputError(f"{file}: has {len(epochs)} epochs, the trial has {record.epochs}")
-        found.append([100 * epoch.validation_accuracy for epoch in epochs])
-    return np.array(found)
+        accuracies.append([100 * epoch.validation_accuracy for epoch in epochs])
+    return np.array(accuracies)
 
 
 def peek(directory: StudyDirectory, row: Row) -> Peek | None:

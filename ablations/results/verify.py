@@ -6,16 +6,15 @@ import re
 import statistics
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Record
-from expertgrid.ablations.results import evidence
-from expertgrid.ablations.results.rows import measured
-from expertgrid.ablations.results.tables import tables
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.rows import newest
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import CONTROL_SEEDS
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Network
@@ -27,18 +26,9 @@ from expertgrid.model.training.trial import Trial
 NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """The result of a check."""
-
-    checked: int  # numbers and files
-    problems: list[str]  # numbers and files that do not fit the others
-    skipped: list[str]  # what could not be checked, and why
-
-
-def verify_study(directory: StudyDirectory) -> Verified:
+def verify_study(directory: StudyDirectory) -> "Check":
     """Recomputes a study's numbers. Raises InputError for a directory that is not a study directory."""
-    check = _Check()
+    check = Check()
     plan = directory.read_plan()
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
@@ -62,12 +52,13 @@ def verify_study(directory: StudyDirectory) -> Verified:
                 check.checkpoint(directory, record, trial)
             elif trial is not None and plan.pixels is not None:
                 check.cost(record, trial.model, plan.pixels)
-            kept = directory.predictions(trial_id)
-            without += kept is None
-            if kept is not None:
-                check.predictions(record, kept)
+            predictions = directory.predictions(trial_id)
+            without += predictions is None
+            if predictions is not None:
+                check.predictions(record, predictions)
                 block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
-                labels.setdefault((block, kept.validation_labels.tobytes() + kept.test_labels.tobytes()), trial_id)
+                images = predictions.validation_labels.tobytes() + predictions.test_labels.tobytes()
+                labels.setdefault((block, images), trial_id)
     for block in {block for block, _ in labels}:
         trials = [trial for (other, _), trial in labels.items() if other == block]
         check.true(f"trials of one hold-out have different labels: {', '.join(trials)}", len(trials) < 2)
@@ -81,16 +72,16 @@ def verify_study(directory: StudyDirectory) -> Verified:
         check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
     if not has_weights:
         check.skipped.append("No trial keeps its weights: they were not compared with config.json")
-    return Verified(check.count, check.problems, check.skipped)
+    return check
 
 
-class _Check:
+class Check:
     """Counts the checks and collects the problems, each with its place."""
 
     def __init__(self) -> None:
-        self.count, self.place = 0, ""
-        self.problems: list[str] = []
-        self.skipped: list[str] = []
+        self.checked, self.place = 0, ""
+        self.problems: list[str] = []  # numbers and files that do not fit the others
+        self.skipped: list[str] = []  # what could not be checked, and why
 
     @contextmanager
     def of(self, place: str) -> Generator[None]:
@@ -103,13 +94,14 @@ class _Check:
         self.place = ""
 
     def true(self, problem: str, fits: bool) -> None:
-        self.count += 1
+        self.checked += 1
         if not fits:
             self.problems.append(f"{self.place}: {problem}" if self.place else problem)
 
-    def equal(self, what: str, kept: object, found: object) -> None:
-        near = isinstance(kept, float) and isinstance(found, float) and math.isclose(kept, found, rel_tol=1e-6)
-        self.true(f"{what} is {kept}, but {found} follows from the rest", near or kept == found)
+    def equal(self, what: str, written: object, computed: object) -> None:
+        floats = isinstance(written, float) and isinstance(computed, float)
+        near = floats and math.isclose(written, computed, rel_tol=1e-6)
+        self.true(f"{what} is {written}, but {computed} follows from the rest", near or written == computed)
 
     def epochs(self, directory: StudyDirectory, record: Record, trial: Trial | None) -> None:
         epochs = directory.epochs(record.trial)
@@ -134,14 +126,14 @@ class _Check:
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 
-    def predictions(self, record: Record, kept: Predictions) -> None:
+    def predictions(self, record: Record, predictions: Predictions) -> None:
         for split in ("validation", "test"):
-            labels_B = getattr(kept, f"{split}_labels")
+            labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
-                predicted_B, accuracy = getattr(kept, split + suffix), getattr(record, f"{split}_accuracy{suffix}")
-                found = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
-                self.equal(f"{split}_accuracy{suffix}", accuracy, found)
+                predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
+                share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
+                self.equal(name, getattr(record, name), share)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()
@@ -160,24 +152,27 @@ class _Check:
         file = directory.path / "report.html"
         if not file.exists():
             return
-        found = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
-        if found is None:
+        numbers = NUMBERS.search(file.read_text(encoding="utf-8", errors="replace"))
+        if numbers is None:
             self.skipped.append("report.html embeds no numbers, and was not compared")
             return
         try:
-            kept = json.loads(found[1])
-            of, kept = kept["measured"], kept["tables"]
-        except (ValueError, TypeError, KeyError):
+            embedded = json.loads(numbers[1])
+            written, tables = embedded.get("newest", ""), embedded["tables"]
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        found = evidence.read_evidence(directory)
-        if of != measured(found.results.rows):
-            self.true("the study has changed since it was written; expertgrid report writes it again", False)
+        evidence = read_evidence(directory)
+        if written < (newest_time := newest(directory, evidence.results)):
+            self.skipped.append(
+                "report.html is older than the study and was not compared; `expertgrid report` renews it"
+            )
             return
-        fresh = json.loads(render_tables(tables.study_tables(directory, found), "json"))
-        self.equal("tables", sorted(kept), sorted(fresh))
-        for key in sorted(kept.keys() & fresh.keys()):
-            self.equal(f"number of rows of {key}", len(kept[key]), len(fresh[key]))
-            for place, (row, again) in enumerate(zip(kept[key], fresh[key]), 1):
+        self.equal("time of the newest measurement", written, newest_time)
+        fresh = json.loads(render_tables(study_tables(directory, evidence), "json"))
+        self.equal("tables", sorted(tables), sorted(fresh))
+        for key in sorted(tables.keys() & fresh.keys()):
+            self.equal(f"number of rows of {key}", len(tables[key]), len(fresh[key]))
+            for place, (row, again) in enumerate(zip(tables[key], fresh[key]), 1):
                 for title, value in _leaves(again):
                     self.equal(f"{title} in row {place} of {key}", dict(_leaves(row)).get(title), value)
 

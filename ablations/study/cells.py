@@ -60,13 +60,13 @@ def control_cell(base: Cell) -> Cell:
     return Cell(base.model_name, {}, trials, control=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """The cells that are one network, with the levels that they have together. A baseline stands for itself."""
+    """A network of a study: the cells that are this network, with the levels that they have together."""
 
     model: str
     levels: dict[str, str]
-    places: tuple[int, ...]  # among the cells
+    cells: tuple[PlannedCell, ...]
 
     @property
     def name(self) -> str:
@@ -74,25 +74,31 @@ class Group:
         levels = [f"{name} {level}" for name, level in self.levels.items() if level != EACH_LEVEL]
         return ", ".join(levels) or self.model
 
+    @property
+    def baselines(self) -> list[str]:
+        """The names of its cells that have no levels."""
+        return [CONTROL if cell.control else cell.model_name for cell in self.cells if not cell.levels]
 
-def groups(cells: Sequence[PlannedCell], combined: Mapping[str, int]) -> list[Group]:
-    """The networks among the cells, in their order. `combined` is how many levels each factor has that is combined."""
-    same: dict[tuple[str, bool], list[int]] = {}
-    for place, cell in enumerate(cells):
-        same.setdefault((cell.network, not cell.levels), []).append(place)
+
+def groups(cells: Sequence[PlannedCell], levels: Mapping[str, int]) -> list[Group]:
+    """The networks among the cells, in their order. `levels` is how many each factor has, where all are combined."""
+    by_network: dict[str, list[PlannedCell]] = {}
+    for cell in cells:
+        by_network.setdefault(cell.network, []).append(cell)
     networks = []
-    for places in same.values():
-        first = cells[places[0]]
+    for same in by_network.values():
+        varied = [cell for cell in same if cell.levels]
+        first = (varied or same)[0]
         shared = {}
         for factor in first.levels:
-            names = list(dict.fromkeys(cells[place].level_names[factor] for place in places))
-            shared[factor] = EACH_LEVEL if 1 < len(names) == combined.get(factor) else " / ".join(names)
-        networks.append(Group(CONTROL if first.control else first.model_name, shared, tuple(places)))
+            names = list(dict.fromkeys(cell.level_names[factor] for cell in varied))
+            shared[factor] = EACH_LEVEL if 1 < len(names) == levels.get(factor) else " / ".join(names)
+        networks.append(Group(CONTROL if first.control else first.model_name, shared, tuple(same)))
     return networks
 
 
-def find_cell(cells: Sequence[PlannedCell], networks: Sequence[Group], text: str) -> int:
-    """The place among the networks of the one that a text names, or whose levels it gives.
+def find_cell(networks: Sequence[Group], text: str) -> int:
+    """The place among the networks of the cell that a text names, or whose levels it gives.
 
     `experts 2, gate mlp`, `experts=2,gate=mlp`, and `experts=4` where only one network has this level. Raises
     InputError, with the names there are, where the text means no network or several.
@@ -102,17 +108,19 @@ def find_cell(cells: Sequence[PlannedCell], networks: Sequence[Group], text: str
         return re.sub(r"[\s=,]+", " ", name).strip()
 
     for place, group in enumerate(networks):
-        if plain(group.name) == plain(text):
+        if plain(text) in map(plain, (group.name, *group.baselines)):
             return place
-    factors = sorted({name for cell in cells for name in cell.levels}, key=len, reverse=True)
+    varied = [cell for group in networks for cell in group.cells if cell.levels]
+    factors = sorted({name for cell in varied for name in cell.levels}, key=len, reverse=True)
     parts = re.split(rf"(?:^|[,\s]+)({'|'.join(map(re.escape, factors))})[=\s]", text) if factors else [text]
     wanted = dict(zip(parts[1::2], (level.strip(" ,") for level in parts[2::2])))
-    meant = {
+    matching = [
         place
-        for place, cell in enumerate(cells)
-        if wanted and not parts[0].strip() and cell.levels and wanted.items() <= cell.level_names.items()
-    }
-    matching = [place for place, group in enumerate(networks) if meant & set(group.places)]
+        for place, group in enumerate(networks)
+        if wanted
+        and not parts[0].strip()
+        and any(cell.levels and wanted.items() <= cell.level_names.items() for cell in group.cells)
+    ]
     if len(matching) == 1:
         return matching[0]
     if matching:

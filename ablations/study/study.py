@@ -212,11 +212,10 @@ class Study(BaseModel):
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
-        planned, seen = [cell.planned for cell in cells], {}
-        networks = groups(planned, self.combined_levels)
+        networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}
         for pair in self.contrasts:
             try:
-                places = frozenset(find_cell(planned, networks, text) for text in pair)
+                places = frozenset(find_cell(networks, text) for text in pair)
             except InputError as error:
                 raise InputError(f"study {self.name}: contrasts: {error}") from None
             if len(places) == 1:

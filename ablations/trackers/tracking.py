@@ -268,10 +268,8 @@ def study_run(directory: StudyDirectory) -> StudyRun:
 def _planned_networks(directory: StudyDirectory) -> dict[str, Group]:
     """The network of each planned trial, by the trial's id. Raises InputError for a damaged plan."""
     study = directory.read_study()
-    plan = directory.read_plan(study)
-    cells = plan.cells_with_trials
-    networks = groups(cells, study.combined_levels)
-    return {trial: network for network in networks for trial in cells[network.places[0]].trials}
+    networks = groups(directory.read_plan(study).cells_with_trials, study.combined_levels)
+    return {trial: network for network in networks for trial in network.cells[0].trials}
 
 
 def _trial_run(trial: Trial, network: Group) -> TrialRun:

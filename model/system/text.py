@@ -14,6 +14,7 @@ from expertgrid.model.system.errors import InputError, printable
 
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
+MOST_NOTES = 3  # under a table, where not all are asked for
 
 
 class Points(float):
@@ -24,8 +25,8 @@ class Signed(float):
     """A difference in points: shown with its sign and two decimals."""
 
 
-class Times(float):
-    """A ratio: shown as x2.0."""
+class Multiple(float):
+    """An exact ratio: shown as x2.0."""
 
 
 class Measured(NamedTuple):
@@ -34,6 +35,19 @@ class Measured(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class MeasuredMultiple(NamedTuple):
+    """A ratio of measured times and its interval, if there is one: shown as x2.04 (1.95 to 2.13), or as can't tell."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is an interval whose ends are at most a factor of 2 apart."""
+        return self.low is not None and self.high is not None and self.high <= 2 * self.low
 
 
 class Span(NamedTuple):
@@ -60,7 +74,7 @@ class Recorded(Protocol):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of titled values, under a title, with notes of a line each."""
+    """Rows of titled values, under a title, with notes of a line each, the most important one first."""
 
     key: str  # in JSON and CSV
     title: str
@@ -87,9 +101,7 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     titles = list(table[0])
     cells = [[printable(shown(row[title])) for title in titles] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
-    numeric = [
-        all(isinstance(row[title], int | float | Interval | Measured | None) for row in table) for title in titles
-    ]
+    numeric = [all(row[title] is None or sort_key(row[title]) is not None for row in table) for title in titles]
     align = ["right" if is_number else "left" for is_number in numeric]
     text = tabulate(
         cells, headers=list(map(printable, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
@@ -101,30 +113,32 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     )
 
 
-def render_tables(tables: Sequence[Table], format: Format) -> str:
-    """Several tables with their titles.
+def render_tables(tables: Sequence[Table], format: Format, most_notes: int | None = MOST_NOTES) -> str:
+    """Several tables with their titles, and at most so many notes under each; None for all notes.
 
     JSON is an object with the rows of each table by its key. CSV is one table whose first column is that key. Raises
     InputError where one is empty.
     """
     if format == "json":
-        found: dict[str, list[dict[str, object]]] = {}
+        rows_by_key: dict[str, list[dict[str, object]]] = {}
         for table in tables:
-            found.setdefault(table.key, []).extend(plain_rows(table.rows))
-        return json.dumps(found, indent=1)
+            rows_by_key.setdefault(table.key, []).extend(plain_rows(table.rows))
+        return json.dumps(rows_by_key, indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
     marks = {"text": "", "github": "### ", "latex": "% "}
     parts = []
     for table in tables:
         title = "\n".join(marks[format] + line for line in table.title.splitlines())
-        parts.append(f"{title}\n\n{render(table.rows, format, table.notes)}")
+        parts.append(f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}")
     return "\n\n".join(parts)
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     """Rows as JSON has them."""
-    return [{title: _plain(value) for title, value in row.items()} for row in rows]
+    return [
+        {title: value if (fields := _fields(value)) is None else fields for title, value in row.items()} for row in rows
+    ]
 
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
@@ -137,27 +151,32 @@ def _csv(rows: Sequence[dict[str, object]]) -> str:
     return file.getvalue().rstrip("\n")
 
 
-def _plain(value: object) -> object:
+def _fields(value: object) -> dict[str, object] | None:
+    """The fields of a value that has several, the main one first; a `Span` has two ends and no main field."""
     match value:
-        case Interval() | Measured() | Span():
+        case Interval() | Measured() | MeasuredMultiple() | Span():
             return value._asdict()
         case Recorded():
             return value.fields()
-    return value
+    return None
 
 
 def _flat(title: str, value: object) -> list[tuple[str, object]]:
+    fields = _fields(value)
+    if fields is None:
+        return [(title, value)]
+    named = [(f"{title} {name}", field) for name, field in fields.items()]
+    return named if isinstance(value, Span) else [(title, named[0][1]), *named[1:]]
+
+
+def sort_key(value: object) -> float | None:
+    """The number that a value is sorted by and aligned as; None for what is no number."""
     match value:
-        case Interval():
-            return [(title, value.mean), (f"{title} low", value.low), (f"{title} high", value.high)]
-        case Measured():
-            return [(title, value.value), (f"{title} low", value.low), (f"{title} high", value.high)]
-        case Span():
-            return [(f"{title} low", value.low), (f"{title} high", value.high)]
-        case Recorded():
-            (_, main), *rest = value.fields().items()
-            return [(title, main), *((f"{title} {name}", field) for name, field in rest)]
-    return [(title, value)]
+        case Interval(number) | Measured(number) | MeasuredMultiple(number):
+            return number
+        case int() | float() if not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def shown(value: object) -> str:
@@ -179,7 +198,9 @@ def shown(value: object) -> str:
             return f"{low:+.2f} to {high:+.2f}"
         case Signed():
             return f"{value:+.2f}"
-        case Times():
+        case MeasuredMultiple(_, low, high):
+            return f"x{value.value:.2f} ({low:.2f} to {high:.2f})" if value.is_known else "can't tell"
+        case Multiple():
             return f"x{value:.1f}" if value < 10 else f"x{value:.0f}"
         case Points():
             return f"{value:.2f}"

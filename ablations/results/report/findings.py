@@ -19,9 +19,8 @@ from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
-from expertgrid.ablations.results.rows import Row, best_record, ranking
+from expertgrid.ablations.results.rows import Results, Row, best_record, ranking
 from expertgrid.ablations.results.stats.images import Share, class_accuracies, confusion_matrix, consistent_images
-from expertgrid.ablations.study.study import Study
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import CACHE, load_data, split_share
@@ -93,8 +92,7 @@ class Findings:
     """All that a report says of a study. Accuracies are in percent."""
 
     evidence: Evidence
-    best: Row | None
-    others: list[Row]  # with a finished trial, best on validation first
+    ranked: list[Row]  # with a finished trial, best on validation first
     images: ImageDifferences | None
     images_missing: str
     curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
@@ -102,24 +100,8 @@ class Findings:
     examined: Examined
 
     @property
-    def name(self) -> str:
-        return self.evidence.results.name
-
-    @property
-    def path(self) -> Path:
-        return self.evidence.results.path
-
-    @property
-    def study(self) -> Study:
-        return self.evidence.results.study
-
-    @property
-    def plan(self) -> Plan:
-        return self.evidence.results.plan
-
-    @property
-    def rows(self) -> list[Row]:
-        return self.evidence.results.rows
+    def results(self) -> Results:
+        return self.evidence.results
 
 
 def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
@@ -130,8 +112,7 @@ def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Fi
     images, images_missing = _different_images(directory, evidence, ranked, examined.classes)
     return Findings(
         evidence=evidence,
-        best=ranked[0] if ranked else None,
-        others=ranked[1:],
+        ranked=ranked,
         images=images,
         images_missing=images_missing,
         curves=[(row, [directory.epochs(record.trial) for record in row.records]) for row in ranked[:MOST_CURVES]],
@@ -147,22 +128,21 @@ def _different_images(
     directory: StudyDirectory, evidence: Evidence, ranked: Sequence[Row], classes: Sequence[str]
 ) -> tuple[ImageDifferences | None, str]:
     """The best cell against the base (against the next best where the base is the best), or why there is nothing."""
-    base = evidence.results.base
     if len(ranked) < 2:
         return None, "There are no two cells with finished trials."
-    first = ranked[0]
-    second = base if base is not None and base is not first and base in ranked else ranked[1]
+    first, base = ranked[0], evidence.results.rows[0]
+    second = base if base in ranked[1:] else ranked[1]
     split = "validation" if evidence.fixed_split else "test"
     seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
     if len(seeds) < 2:
         return None, "Two seeds of both cells are needed to tell what a cell does from what a seed does."
-    kept = [[directory.predictions(row.by_seed[seed].trial) for seed in seeds] for row in (first, second)]
-    if not all(all(row) for row in kept):
+    predictions = [[directory.predictions(row.by_seed[seed].trial) for seed in seeds] for row in (first, second)]
+    if not all(map(all, predictions)):
         return None, "The predictions of these trials were not kept."
-    taken = [[getattr(predictions, split) for predictions in row] for row in kept]
-    labels_B = getattr(kept[0][0], f"{split}_labels")
+    taken = [[getattr(of_seed, split) for of_seed in row] for row in predictions]
+    labels_B = getattr(predictions[0][0], f"{split}_labels")
     right = [np.array([predicted_B == labels_B for predicted_B in row]) for row in taken]
-    found = consistent_images(*right)
+    consistent = consistent_images(*right)
 
     def listed(places_B: np.ndarray) -> list[DifferentImage]:
         return [
@@ -174,9 +154,9 @@ def _different_images(
             for place in places_B[:MOST_IMAGES]
         ]
 
-    counts = len(found.only_first), len(found.only_second)
-    lists = listed(found.only_first), listed(found.only_second)
-    return ImageDifferences(first, second, len(seeds), split, *lists, counts, found.by_chance), ""
+    places = consistent.only_first, consistent.only_second
+    counts = len(places[0]), len(places[1])
+    return ImageDifferences(first, second, len(seeds), split, *map(listed, places), counts, consistent.by_chance), ""
 
 
 def _class_name(classes: Sequence[str], label: int) -> str:
@@ -198,51 +178,48 @@ def examine(directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], data_d
     Where that network has no gate, the gates are those of the best row that has some. Raises InputError for damaged
     files, and for a `data_dir` without the data.
     """
-    found = Examined()
     if not ranked:
-        found.missing = dict.fromkeys(("confusion", "mistakes", "gates"), "No trial is finished.")
-        return found
-    found.row, found.trial = ranked[0], best_record(ranked[0]).trial
-    checkpoint = _checkpoint(directory, found.trial)
-    kept = directory.predictions(found.trial)
+        missing = dict.fromkeys(("confusion", "mistakes", "gates"), "No trial is finished.")
+        return Examined(missing=missing)
+    best = best_record(ranked[0])
+    examined = Examined(row=ranked[0], trial=best.trial)
+    checkpoint, predictions = _checkpoint(directory, best.trial), directory.predictions(best.trial)
     if checkpoint:
-        found.classes = checkpoint.trained.classes
-    elif kept:
-        found.classes = tuple(str(label) for label in range(int(max(kept.test_labels.max(), kept.test.max())) + 1))
-    if kept:
-        _count(found, kept.test_labels, kept.test, "test")
-    if checkpoint is None:
-        reason = f"The checkpoint of trial {found.trial} is not in the study directory."
-        found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
-        return found
-    resident, reason = _images(directory, plan, found.trial, data_dir)
-    if resident is None:
-        found.missing |= {"mistakes": reason, "gates": reason} | ({} if kept else {"confusion": reason})
-        return found
-    validation = resident.splits(plan.hold_out, best_record(ranked[0]).seed).validation
+        examined.classes = checkpoint.trained.classes
+    elif predictions:
+        last = int(max(predictions.test_labels.max(), predictions.test.max()))
+        examined.classes = tuple(str(label) for label in range(last + 1))
+    if predictions:
+        _count(examined, predictions.test_labels, predictions.test, "test")
+    resident, reason = None, f"The checkpoint of trial {best.trial} is not in the study directory."
+    if checkpoint:
+        resident, reason = _images(directory, plan, best.trial, data_dir)
+    if checkpoint is None or resident is None:
+        examined.missing = {"mistakes": reason, "gates": reason} | ({} if predictions else {"confusion": reason})
+        return examined
+    validation = resident.splits(plan.hold_out, best.seed).validation
     labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels_BHWC.numpy()
     logits_BN, weights = predict_watched(checkpoint, validation)
-    found.images, found.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
-    found.mistakes = worst(logits_BN, labels_B, pixels_BHWC, found.classes)
-    if not kept:
-        _count(found, labels_B, logits_BN.argmax(1), "validation")
-    found.gates_row, found.gates_trial = ranked[0], found.trial
+    examined.images, examined.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
+    examined.mistakes = worst(logits_BN, labels_B, pixels_BHWC, examined.classes)
+    if not predictions:
+        _count(examined, labels_B, logits_BN.argmax(1), "validation")
+    examined.gates_row, examined.gates_trial = ranked[0], best.trial
     for row in ranked[1:SEARCHED_FOR_GATES]:
         if weights:
             break
         record = best_record(row)
-        found.gates_row, found.gates_trial = row, record.trial
-        other = _checkpoint(directory, found.gates_trial)
-        if other and _has_gates(other):
+        examined.gates_row, examined.gates_trial = row, record.trial
+        other = _checkpoint(directory, record.trial)
+        if other and any(".gate." in name for name in other.weights):
             validation = resident.splits(plan.hold_out, record.seed).validation
             weights = predict_watched(other, validation)[1]
-    labels_B = validation.labels_B.numpy()
-    found.gates = [block_gate(name, weights_BK, labels_B, len(found.classes)) for name, weights_BK in weights.items()]
-    if not found.gates:
-        found.missing["gates"] = "No network has a gate" + (
-            "." if len(ranked) <= SEARCHED_FOR_GATES else f" among the {SEARCHED_FOR_GATES} best."
-        )
-    return found
+    labels_B, classes = validation.labels_B.numpy(), len(examined.classes)
+    examined.gates = [block_gate(name, weights_BK, labels_B, classes) for name, weights_BK in weights.items()]
+    if not examined.gates:
+        among = f" among the {SEARCHED_FOR_GATES} best" if len(ranked) > SEARCHED_FOR_GATES else ""
+        examined.missing["gates"] = f"No network has a gate{among}."
+    return examined
 
 
 def worst(
@@ -264,18 +241,14 @@ def worst(
     ]
 
 
-def _count(found: Examined, labels_B: np.ndarray, predicted_B: np.ndarray, split: str) -> None:
-    found.confusion_NN = confusion_matrix(labels_B, predicted_B, len(found.classes))
-    found.confusion_split, found.shares = split, class_accuracies(found.confusion_NN)
+def _count(examined: Examined, labels_B: np.ndarray, predicted_B: np.ndarray, split: str) -> None:
+    examined.confusion_NN = confusion_matrix(labels_B, predicted_B, len(examined.classes))
+    examined.confusion_split, examined.shares = split, class_accuracies(examined.confusion_NN)
 
 
 def _checkpoint(directory: StudyDirectory, trial: str) -> Checkpoint | None:
     file = directory.checkpoint(trial)
     return load(file) if file.exists() else None
-
-
-def _has_gates(checkpoint: Checkpoint) -> bool:
-    return any(".gate." in name for name in checkpoint.weights)
 
 
 def _images(

@@ -83,10 +83,7 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     done.sort(key=lambda row: -row.mean(on_validation))
     figure = _figure(1.2 + 0.46 * len(done))
     axes = figure.add_subplot()
-    series = {
-        "validation (selects)": (VALIDATION, 0.0, on_validation),
-        "test": (TEST, 0.22, on_test),
-    }
+    series = {"validation (selects)": (VALIDATION, 0.0, on_validation), "test": (TEST, 0.22, on_test)}
     for label, (colour, shift, value) in series.items():
         intervals = _accuracies(done, value)
         axes.errorbar(
@@ -180,15 +177,8 @@ def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
             for line in lines if len(lines) > 1 else []:
                 axes.plot(range(1, len(line) + 1), line, style, color=colour, linewidth=0.7, alpha=0.4, markersize=2)
             whole = [line for line in lines if len(line) == most]
-            axes.plot(
-                range(1, most + 1),
-                np.mean(whole, axis=0),
-                style,
-                color=colour,
-                linewidth=1.7,
-                markersize=4,
-                label=split,
-            )
+            mean = np.mean(whole, axis=0)
+            axes.plot(range(1, most + 1), mean, style, color=colour, linewidth=1.7, markersize=4, label=split)
         axes.set_ylabel("loss, nats" if what == "loss" else "accuracy, %", fontsize=8.5)
         _bare(axes, "y")
     accuracy.set_xlabel("epoch", fontsize=8.5)
@@ -229,10 +219,13 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     return figure
 
 
-def _matrix(
-    axes: "Axes", values: np.ndarray, written: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float
-) -> None:
+def _matrix_figure(
+    values: np.ndarray, written: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float,
+    height: float, width: float = WIDTH, across: str = "", down: str = "",
+) -> "Figure":  # fmt: skip
     """A heat map, with what is `written` in its cells where there is room; of many rows or columns some are named."""
+    figure = _figure(height, width)
+    axes = figure.add_subplot()
     axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
         places = range(0, len(names), -(-len(names) // LARGEST_MATRIX))
@@ -246,6 +239,9 @@ def _matrix(
         for (i, j), text in np.ndenumerate(written):
             colour = "white" if values[i, j] > 0.55 * top else "#333333"
             axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+    axes.set_xlabel(across, fontsize=8.5)
+    axes.set_ylabel(down, fontsize=8.5)
+    return figure
 
 
 def _decimals(values: np.ndarray) -> np.ndarray:
@@ -254,34 +250,23 @@ def _decimals(values: np.ndarray) -> np.ndarray:
 
 def gate_figure(gate: "BlockGate", classes: Sequence[str]) -> "Figure":
     """Mean weight of each expert on the images of each class."""
-    figure = _figure(1.0 + 0.24 * min(len(classes), LARGEST_MATRIX), 3.7)
-    axes = figure.add_subplot()
-    experts = [str(k) for k in range(gate.experts)]
-    _matrix(
-        axes, gate.mean_NK, _decimals(gate.mean_NK), classes, experts, max(2 / gate.experts, np.nanmax(gate.mean_NK))
-    )
-    axes.set_xlabel("expert", fontsize=8.5)
-    axes.set_ylabel("class", fontsize=8.5)
-    axes.set_title(gate.block, fontsize=9, parse_math=False)
+    experts, top = [str(k) for k in range(gate.experts)], max(2 / gate.experts, np.nanmax(gate.mean_NK))
+    height = 1.0 + 0.24 * min(len(classes), LARGEST_MATRIX)
+    written = _decimals(gate.mean_NK)
+    figure = _matrix_figure(gate.mean_NK, written, classes, experts, top, height, 3.7, "expert", "class")
+    figure.axes[0].set_title(gate.block, fontsize=9, parse_math=False)
     return figure
 
 
 def entropy_figure(gates: Sequence["BlockGate"], classes: Sequence[str]) -> "Figure":
     """Entropy of the gate by block and class, as a share of that of equal weights."""
-    values = np.array([gate.entropy_N / (gate.most_entropy or 1) for gate in gates])
-    figure = _figure(0.9 + 0.3 * len(gates))
-    axes = figure.add_subplot()
-    _matrix(axes, values, _decimals(values), [gate.block for gate in gates], classes, 1.0)
-    axes.set_xlabel("class", fontsize=8.5)
-    return figure
+    values, blocks = np.array([gate.entropy_N / (gate.most_entropy or 1) for gate in gates]), [of.block for of in gates]
+    return _matrix_figure(values, _decimals(values), blocks, classes, 1.0, 0.9 + 0.3 * len(gates), across="class")
 
 
 def confusion_figure(confusion_NN: np.ndarray, classes: Sequence[str]) -> "Figure":
     """Counts of images: rows are what they are, columns what they were taken for. Colours are shares of a row."""
-    figure = _figure(1.0 + (0.3 * len(classes) if len(classes) <= LARGEST_MATRIX else 3.6))
-    axes = figure.add_subplot()
+    height = 1.0 + (0.3 * len(classes) if len(classes) <= LARGEST_MATRIX else 3.6)
     share_NN = confusion_NN / np.maximum(confusion_NN.sum(1, keepdims=True), 1)
-    _matrix(axes, share_NN, np.where(confusion_NN, confusion_NN.astype(str), ""), classes, classes, 1.0)
-    axes.set_xlabel("taken for", fontsize=8.5)
-    axes.set_ylabel("is", fontsize=8.5)
-    return figure
+    written = np.where(confusion_NN, confusion_NN.astype(str), "")
+    return _matrix_figure(share_NN, written, classes, classes, 1.0, height, across="taken for", down="is")

@@ -55,11 +55,12 @@ class Estimates(NamedTuple):
 
     mean_XQ: np.ndarray
     error_XQ: np.ndarray  # standard error of the mean
-    constant_Q: np.ndarray  # critical value: half of an interval's width over its error
     basis_XQ: np.ndarray  # index into BASES
     seeds_Q: np.ndarray  # that all cells of the contrast have
+    by_seeds_Q: np.ndarray  # whether the error has the contrast's own seeds - 1 degrees of freedom, not `df`
     spread_X: np.ndarray  # pooled residual standard deviation; NaN without degrees of freedom
     df: float  # of it
+    constant_Q: np.ndarray = np.array(np.nan)  # critical value: half of an interval's width over its error
 
     @property
     def low_XQ(self) -> np.ndarray:
@@ -84,10 +85,6 @@ class Judgement:
     basis: Basis | None = None
     reason: str = ""
 
-    @property
-    def half_width(self) -> float | None:
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
 
 @dataclass(frozen=True)
 class Family:
@@ -96,11 +93,6 @@ class Family:
     judgements: list[Judgement]
     spread: float | None  # pooled residual standard deviation of a score; None without degrees of freedom
     df: float  # of the spread
-
-    @property
-    def decided(self) -> bool:
-        """Whether some verdict was given, so that a statement about the family's error has a subject."""
-        return any(judgement.verdict in (BETTER, WORSE, SAME) for judgement in self.judgements)
 
 
 def judge(
@@ -126,14 +118,14 @@ def judge(
     no_verdict = no_verdict or {}
     if not len(weights_QC):
         return Family([], None, 0.0)
-    kept_CS = scores_CS.copy()
-    kept_CS[list(no_verdict)] = np.nan
-    found = estimate(weights_QC, kept_CS, level)
+    judged_CS = scores_CS.copy()
+    judged_CS[list(no_verdict)] = np.nan
+    estimates = estimate(weights_QC, judged_CS, level)
     judgements = [
-        without_verdict(weights_C, no_verdict) or judged(found, place, float(found.constant_Q[place]), margin)
+        without_verdict(weights_C, no_verdict) or judged(estimates, place, margin)
         for place, weights_C in enumerate(weights_QC)
     ]
-    return Family(judgements, float(found.spread_X) if found.df > 0 else None, found.df)
+    return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
 
 
 def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Judgement | None:
@@ -142,16 +134,18 @@ def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Jud
     return Judgement(NONE, 0, reason="; ".join(dict.fromkeys(reasons))) if reasons else None
 
 
-def judged(found: "Estimates | Errors", place: int, constant: float, margin: float) -> Judgement:
-    """The judgement on the contrast at this place of one study, by an interval of `constant` errors either side."""
-    seeds, mean, error = int(found.seeds_Q[place]), float(found.mean_XQ[place]), float(found.error_XQ[place])
+def judged(estimates: Estimates, place: int, margin: float) -> Judgement:
+    """The judgement on the contrast at this place of one study."""
+    seeds = int(estimates.seeds_Q[place])
+    mean, error = float(estimates.mean_XQ[place]), float(estimates.error_XQ[place])
+    constant = float(estimates.constant_Q[place])
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
     low, high = mean - constant * error, mean + constant * error
     verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""
-    return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[found.basis_XQ[place]], reason)
+    return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[estimates.basis_XQ[place]], reason)
 
 
 def _no_interval(seeds: int) -> str:
@@ -176,28 +170,16 @@ def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVE
     and seeds. A contrast without an interval has NaN for its error: fewer than two seeds, no spread at all.
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
-    found = errors(weights_QC, scores_XCS)
+    known = errors(weights_QC, scores_XCS)
     joint = _joint(weights_QC, np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0]))
-    constant_Q = np.full(len(weights_QC), joint.constant(found.df, level) if found.df > 0 else np.nan)
-    for seeds in np.unique(found.seeds_Q[found.by_seeds_Q & (found.seeds_Q > 1)]):
-        constant_Q[found.by_seeds_Q & (found.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
-    return Estimates(found.mean_XQ, found.error_XQ, constant_Q, found.basis_XQ, found.seeds_Q, found.spread_X, found.df)
+    constant_Q = np.full(len(weights_QC), joint.constant(known.df, level) if known.df > 0 else np.nan)
+    for seeds in np.unique(known.seeds_Q[known.by_seeds_Q & (known.seeds_Q > 1)]):
+        constant_Q[known.by_seeds_Q & (known.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
+    return known._replace(constant_Q=constant_Q)
 
 
-class Errors(NamedTuple):
-    """Contrasts and their standard errors, without critical values. NaN where a contrast has no error."""
-
-    mean_XQ: np.ndarray
-    error_XQ: np.ndarray
-    basis_XQ: np.ndarray
-    seeds_Q: np.ndarray
-    by_seeds_Q: np.ndarray  # whether the error has the contrast's own seeds - 1 degrees of freedom, not `df`
-    spread_X: np.ndarray
-    df: float
-
-
-def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Errors:
-    """What `estimate` knows before it asks for critical values; weights and scores are not checked."""
+def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
+    """What `estimate` knows before it asks for critical values (NaN); weights and scores are not checked."""
     mask_CS = ~np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0])
     if (np.isnan(scores_XCS) == mask_CS).any():
         raise ValueError("scores of several studies must be missing at the same cells and seeds")
@@ -228,7 +210,7 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Errors:
         error_XQ = np.where(known_XQ, np.sqrt(variance_XQ * total_Q / seeds_Q), np.nan)
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
     basis_XQ = np.where(too_few_Q, 3, basis_XQ)
-    return Errors(mean_XQ, error_XQ, basis_XQ, seeds_Q, too_few_Q, np.sqrt(spread.pooled_X), spread.df)
+    return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, too_few_Q, np.sqrt(spread.pooled_X), spread.df)
 
 
 def by_seeds_constant(seeds: int, contrasts: int, level: float = LEVEL) -> float:

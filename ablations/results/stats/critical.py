@@ -8,6 +8,7 @@ probability `level`, makes their intervals simultaneous. Dunnett's constant (cel
 Shapes: Q contrasts, R their rank, X directions.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 
@@ -135,10 +136,7 @@ def correlation(weights_QC: np.ndarray) -> np.ndarray:
 
 def _primes(count: int) -> np.ndarray:
     """The first primes."""
-    limit = max(16, int(count * (np.log(count + 1) + np.log(np.log(count + 2)) + 1)) + 16)
-    is_prime = np.ones(limit, dtype=bool)
-    is_prime[:2] = False
-    for number in range(2, int(limit**0.5) + 1):
-        if is_prime[number]:
-            is_prime[number * number :: number] = False
-    return np.flatnonzero(is_prime)[:count]
+    primes = [2]
+    while len(primes) < count:
+        primes.append(next(n for n in itertools.count(primes[-1] + 1) if all(n % prime for prime in primes)))
+    return np.array(primes[:count])

@@ -22,7 +22,7 @@ Levels = Mapping[str, Level]  # of one design point, by factor
 
 @dataclass(frozen=True)
 class Change:
-    """Of one factor, from a level to another."""
+    """A change of one factor from a level to another."""
 
     factor: str
     before: Level
@@ -30,7 +30,7 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
+class EffectContrast:
     """A main effect (one change) or an interaction (two), and its contrast.
 
     `pairs` are the matched cells (before, after) of a main effect, for costs to be compared over the same cells; an
@@ -45,7 +45,7 @@ class Effect:
 
 def main_effects(
     factors: Mapping[str, Sequence[Level]], points: Sequence[Levels], cells: Sequence[int], count: int
-) -> list[Effect]:
+) -> list[EffectContrast]:
     """What each level of each factor does, against the factor's first level.
 
     `points` are the design's settings, full factorial, one at a time or anything between, and `cells` the cell of each,
@@ -53,7 +53,7 @@ def main_effects(
     level, the reference is the next level that has one. A level without any matched pair has no effect, and is left
     out.
     """
-    found = []
+    effects = []
     for factor, levels in factors.items():
         by_setting = _by_setting(points, cells, (factor,))
         for place, after in enumerate(levels):
@@ -67,20 +67,20 @@ def main_effects(
                     weights_C = np.zeros(count)
                     for first, second in pairs:
                         weights_C[[first, second]] += -1 / len(pairs), 1 / len(pairs)
-                    found.append(Effect((Change(factor, before, after),), weights_C, tuple(pairs)))
+                    effects.append(EffectContrast((Change(factor, before, after),), weights_C, tuple(pairs)))
                     break
-    return found
+    return effects
 
 
 def interactions(
     factors: Mapping[str, Sequence[Level]], points: Sequence[Levels], cells: Sequence[int], count: int
-) -> list[Effect]:
+) -> list[EffectContrast]:
     """What each pair of changes of two factors gives beyond the changes alone, over matched fours of networks.
 
     Levels are compared with the first level for which four different networks match: with one expert there is no gate,
     so that experts and gate interact from two experts on. Pairs of levels without any four are left out.
     """
-    found = []
+    effects = []
     for first, second in combinations(factors, 2):
         by_setting = _by_setting(points, cells, (first, second))
         for place, after in enumerate(factors[first]):
@@ -105,9 +105,9 @@ def interactions(
                         for four in fours:
                             weights_C[list(four)] += np.array([1, -1, -1, 1]) / len(fours)
                         changes = (Change(first, before, after), Change(second, other_before, other_after))
-                        found.append(Effect(changes, weights_C))
+                        effects.append(EffectContrast(changes, weights_C))
                         break
-    return found
+    return effects
 
 
 def against(base: int, count: int) -> np.ndarray:
@@ -126,8 +126,8 @@ def _by_setting(
     points: Sequence[Levels], cells: Sequence[int], varied: tuple[str, ...]
 ) -> list[dict[tuple[Level, ...], int]]:
     """For each setting of the other factors the cells by the levels of those that are varied."""
-    found: dict[tuple, dict[tuple[Level, ...], int]] = {}
+    by_rest: dict[tuple, dict[tuple[Level, ...], int]] = {}
     for levels, cell in zip(points, cells, strict=True):
         rest = tuple((name, level) for name, level in sorted(levels.items()) if name not in varied)
-        found.setdefault(rest, {})[tuple(levels[name] for name in varied)] = cell
-    return list(found.values())
+        by_rest.setdefault(rest, {})[tuple(levels[name] for name in varied)] = cell
+    return list(by_rest.values())

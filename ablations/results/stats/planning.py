@@ -8,6 +8,7 @@ Shapes: Q contrasts, C cells, D differences, X draws.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.special import ndtr
 from expertgrid.ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
 from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
+DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 POWER = 0.8
 MOST_SEEDS = 1000
 DRAWS = 2048
@@ -32,7 +34,7 @@ def binomial_spread(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
-class Plan:
+class PowerAnalysis:
     """A family of contrasts (Q, C) whose scores spread by `spread` after cell and seed, in the unit of the scores."""
 
     def __init__(self, weights_QC: np.ndarray, spread: float, level: float = LEVEL) -> None:
@@ -54,13 +56,13 @@ class Plan:
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         half_X = self._constant(contrast, seeds) * _widths(_form(weights_C), seeds)
         effect = abs(difference) / unit
-        found_X = ndtr(effect - half_X)
+        decided_X = ndtr(effect - half_X)
         if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
             inside_X = np.maximum(margin / unit - half_X, 0)
             same_X = ndtr(inside_X - effect) - ndtr(-inside_X - effect)
             above_X = ndtr(effect - np.maximum(half_X, inside_X))
-            found_X = above_X + same_X
-        return float(found_X.mean())
+            decided_X = above_X + same_X
+        return float(decided_X.mean())
 
     def detectable(self, seeds: int, power: float = POWER) -> np.ndarray:
         """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
@@ -92,20 +94,43 @@ class Plan:
         return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a study can see. Differences and the spread are in points."""
+
+    spread: float  # of a cell's accuracy from seed to seed beyond its block
+    measured: bool  # from records; else the binomial floor
+    seeds: int
+    smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
+    needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
+
+
+def sight(weights_QC: np.ndarray, spread: float, seeds: int, measured: bool = True) -> Sight | None:
+    """What `seeds` seeds can see by a spread in points. None without contrasts, and for one seed."""
+    if not len(weights_QC) or seeds < 2:
+        return None
+    analysis = PowerAnalysis(weights_QC, spread)
+    hardest = int((weights_QC**2).sum(1).argmax())
+    smallest = float(analysis.detectable(seeds)[hardest])
+    half = [float(f"{smallest / 2:.1g}")] if smallest < DIFFERENCES[0] else []
+    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*DIFFERENCES, *half)}
+    return Sight(spread, measured, seeds, smallest, needed)
+
+
 def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:
     """About how many seeds in all would decide each open contrast of a family, were the truth what it looks like now.
 
     By the spread that the contrast's own interval shows. A rough answer: the estimate is uncertain by half an interval.
     None for what is decided, or has no interval, and for more than 1,000.
     """
-    found: list[int | None] = []
+    needed: list[int | None] = []
     for place, judgement in enumerate(family.judgements):
         if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
-            found.append(None)
+            needed.append(None)
             continue
         spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
-        found.append(Plan(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
-    return found
+        needed.append(PowerAnalysis(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
+    return needed
 
 
 def _form(weights_C: np.ndarray) -> tuple[float, ...]:

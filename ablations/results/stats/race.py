@@ -28,13 +28,11 @@ PATHS = 100_000
 
 
 @dataclass(frozen=True)
-class Race:
+class RaceState:
     """Where a race stands. An open contrast has the interval of the last look that was taken, if there was one."""
 
     judgements: list[Judgement]  # `seeds` is the look that gave the verdict
-    wanted_C: (
-        np.ndarray
-    )  # how many seeds of each cell the next look needs; of cells that are done, how many they needed
+    wanted_C: np.ndarray  # seeds of each cell that the next look needs; for cells that are done, that they needed
     go_on: bool  # whether there is a next look
 
 
@@ -46,7 +44,7 @@ def race(
     first: int = FIRST,
     no_verdict: Mapping[int, str] | None = None,
     level: float = LEVEL,
-) -> Race:
+) -> RaceState:
     """The verdicts of a race so far, from scores (NaN where a trial was not trained), and what to train next.
 
     `weights_QC`, `margin`, `first`, `last` and `level` must be fixed before the first look. All looks are taken again
@@ -69,16 +67,17 @@ def race(
     for n, alpha in zip(range(first, last + 1), look_levels(joint, count, first, last, 1 - level)):
         open_Q = [place for place, judgement in enumerate(judgements) if judgement.verdict == OPEN]
         if not open_Q:
-            return Race(judgements, wanted_C, go_on=False)
+            return RaceState(judgements, wanted_C, go_on=False)
         wanted_C[(weights_QC[open_Q] != 0).any(0)] = n
         looked_CS = np.where(np.arange(last) < wanted_C[:, None], scores_CS, np.nan)
         if (~np.isnan(looked_CS)).sum() < wanted_C.sum():
-            return Race(judgements, wanted_C, go_on=True)
-        found = errors(weights_QC[open_Q], looked_CS)
-        constant = joint.constant(found.df, 1 - alpha)
+            return RaceState(judgements, wanted_C, go_on=True)
+        estimates = errors(weights_QC[open_Q], looked_CS)
+        constant = joint.constant(estimates.df, 1 - alpha)
+        estimates = estimates._replace(constant_Q=np.full(len(open_Q), constant))
         for place, contrast in enumerate(open_Q):
-            judgements[contrast] = judged(found, place, constant, margin)
-    return Race(judgements, wanted_C, go_on=False)
+            judgements[contrast] = judged(estimates, place, margin)
+    return RaceState(judgements, wanted_C, go_on=False)
 
 
 def look_levels(joint: JointT, cells: int, first: int, last: int, alpha: float) -> np.ndarray:
@@ -110,5 +109,5 @@ def _look_levels(correlations: bytes, contrasts: int, cells: int, first: int, la
         largest_X = np.abs(sum_XQ).max(1) / np.sqrt(n * squares_X / df)
         smallest_X = np.minimum(smallest_X, joint.tails(largest_X, df) / share)
     levels_K = np.quantile(smallest_X, alpha) * share_K
-    levels_K.flags.writeable = False  # it is kept
+    levels_K.flags.writeable = False  # the cache shares it
     return levels_K

@@ -21,8 +21,13 @@ def mean_interval(values_S: Sequence[float], level: float = 0.95) -> Interval:
     Values that are all equal have no interval: that a few seeds agree does not say that all would. Raises ValueError
     where there is no value, and for values that are not finite.
     """
-    mean, half_width = _mean_and_half(values_S, level)
-    return Interval(mean) if half_width is None else Interval(mean, mean - half_width, mean + half_width)
+    finite_S = _finite(values_S, "values", 1)
+    mean, n = float(finite_S.mean()), len(finite_S)
+    sd = float(finite_S.std(ddof=1)) if n > 1 else 0.0
+    if sd <= 1e-6 * np.abs(finite_S).max():  # rounding of what once was single precision
+        return Interval(mean)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
 
 
 def accuracy_interval(percent_S: Sequence[float], level: float = 0.95) -> Interval:
@@ -32,23 +37,14 @@ def accuracy_interval(percent_S: Sequence[float], level: float = 0.95) -> Interv
     error / (p (1 - p)). Far from 0 and 100 it is the plain one. Raises ValueError as `mean_interval` does, and for
     values that are not within 0 and 100.
     """
-    mean, half_width = _mean_and_half(percent_S, level)
+    mean, _, high = mean_interval(percent_S, level)
     if min(percent_S) < 0 or max(percent_S) > 100:
         raise ValueError(f"accuracies are within 0 and 100 percent, found {min(percent_S)} to {max(percent_S)}")
-    if half_width is None:
+    if high is None:
         return Interval(mean)
     share = mean / 100
-    log_odds, half = math.log(share / (1 - share)), half_width / 100 / (share * (1 - share))
+    log_odds, half = math.log(share / (1 - share)), (high - mean) / 100 / (share * (1 - share))
     return Interval(mean, *(100 * (1 + math.tanh((log_odds + sign * half) / 2)) / 2 for sign in (-1, 1)))
-
-
-def _mean_and_half(values_S: Sequence[float], level: float) -> tuple[float, float | None]:
-    finite_S = _finite(values_S, "values", 1)
-    mean, n = float(finite_S.mean()), len(finite_S)
-    sd = float(finite_S.std(ddof=1)) if n > 1 else 0.0
-    if sd <= 1e-6 * np.abs(finite_S).max():  # rounding of what once was single precision
-        return mean, None
-    return mean, float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
 
 
 def _finite(values: object, what: str, dimensions: int) -> np.ndarray:
@@ -76,11 +72,6 @@ class Winner:
     corrected: Interval | None  # the test accuracy of winners on seeds that did not choose them; None for one seed
     agreement: float | None  # the share of seeds without which the same cell wins
 
-    @property
-    def optimism(self) -> float | None:
-        """How much better the reported score is than the corrected one."""
-        return None if self.corrected is None else self.reported.mean - self.corrected.mean
-
 
 def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
     """The cell with the highest mean on validation (the first of equals), and its test accuracy, corrected for choice.
@@ -90,8 +81,8 @@ def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
     cells is likely to have been. So each seed is left out in turn, the winner is chosen by validation on the others,
     and its test accuracy (the mean of equals) is read on the seed left out; the mean of these has no such bias, and is
     what the rule "take the best on validation" gives with S - 1 seeds (cross-validation over seeds: Stone, 1974). With
-    S - 1 seeds the choice is a little worse, so `optimism` is rather too large than too small, and with few seeds it
-    is noisy and may be negative. The interval of `corrected` is approximate, as the choices share seeds. Raises
+    S - 1 seeds the choice is a little worse, so the correction is rather too large than too small, and with few
+    seeds it is noisy and may be upwards. The interval of `corrected` is approximate, as the choices share seeds. Raises
     ValueError for shapes that differ.
     """
     validation_CS, test_CS = _finite(validation_CS, "scores", 2), _finite(test_CS, "scores", 2)

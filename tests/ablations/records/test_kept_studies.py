@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.results.tables.tables import factor_table
+from expertgrid.ablations.results.tables.effects import factor_table
 from expertgrid.ablations.results.verify import verify_study
 from expertgrid.ablations.study.study_file import SHIPPED, load_study
 from expertgrid.model.system.text import render_tables

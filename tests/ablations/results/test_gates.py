@@ -29,8 +29,7 @@ def test_means_by_class():
 
 
 @pytest.mark.parametrize(
-    ("labels", "bits"),
-    [([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.0), ([0, 0, 0, 1], 0.3112781244591328)],
+    ("labels", "bits"), [([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.0), ([0, 0, 0, 1], 0.3112781244591328)]
 )  # the last: H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
 def test_mutual_information_by_hand(labels, bits):
     assert mutual_information(HARD_BK, np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
@@ -48,14 +47,16 @@ def test_mutual_information_of_hard_assignments_is_scikit_learns():
     rng = np.random.default_rng(0)
     experts_B, labels_B = rng.integers(4, size=500), rng.integers(10, size=500)
     experts_B[labels_B < 3] = 1
-    found = mutual_information(np.eye(4)[experts_B], labels_B, 10)
-    assert found == pytest.approx(mutual_info_score(experts_B, labels_B) / np.log(2))
+    information = mutual_information(np.eye(4)[experts_B], labels_B, 10)
+    assert information == pytest.approx(mutual_info_score(experts_B, labels_B) / np.log(2))
 
 
 def test_its_bias_is_as_stated():
     rng = np.random.default_rng(0)
-    found = [mutual_information(np.eye(4)[rng.integers(4, size=400)], np.arange(400) % 10, 10) for _ in range(100)]
-    assert np.mean(found) == pytest.approx(3 * 9 / (2 * 400 * np.log(2)), rel=0.1)
+    information = [
+        mutual_information(np.eye(4)[rng.integers(4, size=400)], np.arange(400) % 10, 10) for _ in range(100)
+    ]
+    assert np.mean(information) == pytest.approx(3 * 9 / (2 * 400 * np.log(2)), rel=0.1)
 
 
 def test_collapsed_is_below_a_tenth_of_an_equal_share():
@@ -94,7 +95,7 @@ def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
     )
     first, block = next((name, m) for name, m in net.named_modules() if hasattr(m, "experts") and hasattr(m, "gate"))
     inputs = []
-    block.register_forward_hook(lambda module, taken, given: inputs.append(taken[0]))
+    block.register_forward_hook(lambda module, arguments, outputs: inputs.append(arguments[0]))
     with torch.no_grad():
         net(x_BCHW)
         expected_BK = block.gate(inputs[0])

@@ -76,15 +76,15 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
     assert seeds_of(directory) == [8, 4, 8, 8]  # the clear contrast ends at the first look
     assert len(engine.trained) == sum(seeds_of(directory)) == len(set(engine.trained))
     judgements = {effect.name: effect.judgement for effect in read_evidence(directory).effects}
-    assert {name: (judgement.verdict, judgement.seeds) for name, judgement in judgements.items()} == {
+    assert {name: (judged.verdict, judged.seeds) for name, judged in judgements.items()} == {
         "kernel 3 -> 5": ("better", 4), "kernel 3 -> 7": ("same", 8), "kernel 3 -> 9": ("open", 8),
     }  # fmt: skip
     for kernel in (5, 7, 9):
-        found = judgements[f"kernel 3 -> {kernel}"]
-        mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(found.seeds)])
-        assert found.mean == pytest.approx(mean, abs=1e-6)
-        assert found.low < found.mean < found.high
-    assert directory.read_plan().race.model_dump() == {
+        judgement = judgements[f"kernel 3 -> {kernel}"]
+        mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(judgement.seeds)])
+        assert judgement.mean == pytest.approx(mean, abs=1e-6)
+        assert judgement.low < judgement.mean < judgement.high
+    assert directory.plan.race.model_dump() == {
         "alpha": pytest.approx(0.05), "margin": 1.0, "first": 4, "last": 8, "contrasts": 3, "seen": 0,
     }  # fmt: skip
     first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"
@@ -163,10 +163,7 @@ def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
         (["--until", "done", "--max-seeds", 5], "'--until': 'done' is not one of 'decided'"),
         (["--until", "decided", "--max-seeds", 4], "--max-seeds 4: from 5 (the first look is at 4) to 100"),
         (["--until", "decided", "--max-seeds", 101], "--max-seeds 101: from 5"),
-        (
-            ["--until", "decided", "--max-seeds", 9, "--seeds", 3],
-            "the first look needs 4 seeds or more, found 3",
-        ),
+        (["--until", "decided", "--max-seeds", 9, "--seeds", 3], "the first look needs 4 seeds or more, found 3"),
     ],
 )
 def test_options_that_make_no_race_are_one_line(expertgrid, engine, tmp_path, arguments, message):

@@ -9,20 +9,19 @@ import subprocess
 
 import numpy as np
 import pytest
-import torch
+from conftest import write_study
 
-from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.evidence import marginals, read_evidence
+from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.rows import best_record, best_row, read_results
 from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
-from expertgrid.ablations.results.tables.tables import columns, study_text
-from expertgrid.ablations.results.verdict import Verdict
+from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.effects import Verdict
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Points, Signed, Span, Times, render, shown
-from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.system.text import Multiple, Points, Signed, Span, render, shown
 
 ROWS = [
     {
@@ -45,7 +44,15 @@ def test_text():
 
 def test_values_as_they_are_shown():
     none = Judgement("none", 0, reason="diverged in 2 of 5 seeds")
-    values = [Signed(0.412), Signed(-0.004), Span(-0.161, 0.22), Times(2.04), Times(12.3), Points(67.5), Verdict(none)]
+    values = [
+        Signed(0.412),
+        Signed(-0.004),
+        Span(-0.161, 0.22),
+        Multiple(2.04),
+        Multiple(12.3),
+        Points(67.5),
+        Verdict(none),
+    ]
     assert [shown(value) for value in values] == [
         "+0.41", "-0.00", "-0.16 to +0.22", "x2.0", "x12", "67.50", "no verdict: diverged in 2 of 5 seeds",
     ]  # fmt: skip
@@ -102,31 +109,26 @@ question = "?"
 design = "one_at_a_time"
 seeds = 2
 baselines = ["two_block"]
-[set]
-width = 0.0625
-epochs = 1
 [factors]
 experts = [4, 2]
 gate = ["mlp", "linear"]
 """
 
 
-def test_baselines_and_bases_in_tables(digits, tmp_path):
-    study = parse_study(ONE_AT_A_TIME, tmp_path / "one.toml")
-    directory, cells = StudyDirectory(tmp_path / "one"), study.cells(digits)
-    with directory.written(study, digits, cells):
-        resident = ResidentData(digits, torch.device("cpu"))
-        list(run_local([trial for cell in cells for trial in cell.trials], resident, directory))
-    rows = read_results(directory).rows
-    assert [row.name for row in rows] == [
-        "experts base / 4, gate base / mlp", "experts 2, gate base", "experts base, gate linear", "two_block",
+def test_baselines_and_bases_in_tables(expertgrid, digits, tmp_path):
+    """The baseline two_block is the base's network: one row, which has both names."""
+    directory = write_study(tmp_path / "one", ONE_AT_A_TIME, digits, lambda levels, seed: (80.0 + seed, 80.0))
+    results = read_results(directory)
+    assert [row.name for row in results.rows] == [
+        "experts base / 4, gate base / mlp", "experts 2, gate base", "experts base, gate linear",
     ]  # fmt: skip
-    evidence = read_evidence(directory)
-    assert [(level.levels["experts"], level.cells) for level in marginals(evidence, ["experts"])] == [
+    assert results.row("two_block") == results.row("experts=4") == 0
+    assert [(level.levels["experts"], level.cells) for level in marginals(read_evidence(directory), ["experts"])] == [
         ("base", 1), ("4", 1), ("2", 1),
     ]  # fmt: skip
-    text = study_text(directory, evidence)
+    text = expertgrid("table", directory.path, "--notes").out
     assert "base: two_block with the recipe fast and the study's settings." in text
+    assert "two_block: the same network as experts base / 4, gate base / mlp, and was trained once." in text
 
 
 def test_levels_that_are_one_network_are_named(digits, tmp_path):

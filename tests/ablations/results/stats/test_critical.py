@@ -89,11 +89,11 @@ def test_the_same_question_has_the_same_answer():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "said"),
+    ("matrix", "message"),
     [([[1.0, 0.5]], "square"), ([[2.0]], "1 on its diagonal"), ([[1.0, 1.2], [1.2, 1.0]], "negative eigenvalue")],
 )
-def test_what_is_no_correlation(matrix, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_no_correlation(matrix, message):
+    with pytest.raises(ValueError, match=message):
         JointT(matrix).constant(5)
 
 

@@ -11,20 +11,20 @@ from expertgrid.ablations.results.stats.images import class_accuracies, confusio
 def test_images_that_tell_cells_apart_by_hand():
     first_SB = [[1, 1, 0, 0, 1], [1, 1, 0, 1, 1]]
     second_SB = [[0, 1, 1, 0, 0], [0, 1, 1, 0, 1]]
-    found = consistent_images(np.array(first_SB, bool), np.array(second_SB, bool))
-    assert (found.only_first.tolist(), found.only_second.tolist()) == ([0], [2])
+    images = consistent_images(np.array(first_SB, bool), np.array(second_SB, bool))
+    assert (images.only_first.tolist(), images.only_second.tolist()) == ([0], [2])
     # images 0 and 2 have two of four right: of the 6 ways to choose 2 of 4, one is all in the first, one in the second
-    assert found.by_chance == pytest.approx(2 * (1 / 6 + 1 / 6))
+    assert images.by_chance == pytest.approx(2 * (1 / 6 + 1 / 6))
 
 
 def test_equal_cells_show_as_many_as_chance_gives():
     rng = np.random.default_rng(0)
     hardness_B = rng.beta(2, 1, size=20_000)
     right_SB = rng.random((7, 20_000)) < hardness_B
-    found = consistent_images(right_SB[:4], right_SB[4:])
-    counts = len(found.only_first) + len(found.only_second)
-    assert found.by_chance > 100
-    assert counts == pytest.approx(found.by_chance, abs=4 * np.sqrt(found.by_chance))
+    images = consistent_images(right_SB[:4], right_SB[4:])
+    counts = len(images.only_first) + len(images.only_second)
+    assert images.by_chance > 100
+    assert counts == pytest.approx(images.by_chance, abs=4 * np.sqrt(images.by_chance))
 
 
 def test_cells_of_other_images_cannot_be_compared():
@@ -36,9 +36,9 @@ def test_cells_of_other_images_cannot_be_compared():
 
 def test_confusion_and_class_accuracies():
     labels, predicted = np.random.default_rng(19).integers(4, size=(2, 50))
-    found = confusion_matrix(labels, predicted, 5)  # the last class has no images
-    assert found.tolist() == sklearns_confusion_matrix(labels, predicted, labels=range(5)).tolist()
-    shares = class_accuracies(found)
+    confusion_NN = confusion_matrix(labels, predicted, 5)  # the last class has no images
+    assert confusion_NN.tolist() == sklearns_confusion_matrix(labels, predicted, labels=range(5)).tolist()
+    shares = class_accuracies(confusion_NN)
     assert [share.images for share in shares] == [*np.bincount(labels), 0]
     assert shares[0].right == ((labels == 0) & (predicted == 0)).sum()
     assert (shares[4].share, shares[4].low, shares[4].high) == (None, 0, 1)
@@ -50,9 +50,9 @@ def test_confusion_and_class_accuracies():
 
 @pytest.mark.parametrize(("right", "images"), [(0, 10), (3, 10), (10, 10), (991, 1000)])
 def test_wilson_is_statsmodels(right, images):
-    found = wilson(right, images)
-    assert (found.low, found.high) == pytest.approx(proportion_confint(right, images, method="wilson"), abs=1e-12)
-    assert found.share == right / images
+    share = wilson(right, images)
+    assert (share.low, share.high) == pytest.approx(proportion_confint(right, images, method="wilson"), abs=1e-12)
+    assert share.share == right / images
 
 
 def test_wilson_of_no_share():

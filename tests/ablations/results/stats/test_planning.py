@@ -6,7 +6,7 @@ from statsmodels.stats.power import TTestPower
 
 from expertgrid.ablations.results.stats.contrasts import estimate, judge, verdicts
 from expertgrid.ablations.results.stats.factors import against
-from expertgrid.ablations.results.stats.planning import Plan, binomial_spread, seeds_to_decide
+from expertgrid.ablations.results.stats.planning import PowerAnalysis, binomial_spread, seeds_to_decide
 
 EIGHT = np.array([[-1, -1, -1, -1, 1, 1, 1, 1], [-1, -1, 1, 1] * 2, [-1, 1] * 4]) / 4  # main effects of a 2 x 2 x 2
 
@@ -21,23 +21,23 @@ def test_binomial_spread_by_hand():
 @pytest.mark.parametrize("seeds", [4, 7, 15])
 def test_two_cells_are_statsmodels_paired_t_test(seeds):
     # 2 ** 0.5 is the spread of a difference; statsmodels' power is two-sided, and so is right for the sign as well
-    power = Plan([[-1, 1]], spread=1).power(0, 1.5, seeds)
+    power = PowerAnalysis([[-1, 1]], spread=1).power(0, 1.5, seeds)
     assert power == pytest.approx(TTestPower().power(1.5 / 2**0.5, seeds, 0.05), abs=0.03)
 
 
 @pytest.mark.parametrize(("weights_QC", "seeds"), [(EIGHT, 3), (EIGHT, 5), (against(0, 10), 4), (against(0, 20), 5)])
 def test_what_a_plan_sees_simulated_studies_see(weights_QC, seeds):
-    plan = Plan(weights_QC, spread=0.3)
-    found = estimate(weights_QC, np.random.default_rng(0).normal(0, 0.3, size=(4000, weights_QC.shape[1], seeds)))
+    plan = PowerAnalysis(weights_QC, spread=0.3)
+    estimates = estimate(weights_QC, np.random.default_rng(0).normal(0, 0.3, size=(4000, weights_QC.shape[1], seeds)))
     difference_Q = plan.detectable(seeds)
-    assert (found.low_XQ + difference_Q > 0).mean() == pytest.approx(0.8, abs=0.04)
-    verdict_XQ = verdicts(found.low_XQ + 0.2, found.high_XQ + 0.2, margin=0.6)
+    assert (estimates.low_XQ + difference_Q > 0).mean() == pytest.approx(0.8, abs=0.04)
+    verdict_XQ = verdicts(estimates.low_XQ + 0.2, estimates.high_XQ + 0.2, margin=0.6)
     power = np.mean([plan.power(contrast, 0.2, seeds, margin=0.6) for contrast in range(len(weights_QC))])
     assert (verdict_XQ != "open").mean() == pytest.approx(power, abs=0.05)
 
 
 def test_seeds_for_a_difference_are_the_fewest():
-    plan = Plan(EIGHT, spread=0.6)
+    plan = PowerAnalysis(EIGHT, spread=0.6)
     for difference in (0.3, 0.5, 1.0):
         seeds = plan.seeds_for(0, difference)
         assert plan.power(0, difference, seeds) >= 0.8 > plan.power(0, difference, seeds - 1)
@@ -49,11 +49,11 @@ def test_seeds_for_a_difference_are_the_fewest():
 
 
 def test_one_seed_sees_nothing():
-    plan = Plan(EIGHT, spread=0.3)
+    plan = PowerAnalysis(EIGHT, spread=0.3)
     assert plan.power(0, 5, 1) == 0
     assert np.isinf(plan.detectable(1)).all()
     with pytest.raises(ValueError, match="spread must be above 0"):
-        Plan(EIGHT, spread=0)
+        PowerAnalysis(EIGHT, spread=0)
 
 
 def test_seeds_that_would_decide_an_open_effect():
@@ -66,5 +66,5 @@ def test_seeds_that_would_decide_an_open_effect():
     assert needed[1] is None and all(seeds > 4 for seeds in (needed[0], needed[2]))
     first = family.judgements[0]
     spread = first.error * (4 / 0.5) ** 0.5
-    assert needed[0] == Plan(EIGHT, spread).seeds_for(0, first.mean, margin=0.2)
+    assert needed[0] == PowerAnalysis(EIGHT, spread).seeds_for(0, first.mean, margin=0.2)
     assert seeds_to_decide([[-1, 1]], judge([[-1, 1]], [[1.0], [2.0]], margin=1), margin=1) == [None]

@@ -44,9 +44,9 @@ def test_families_of_looks_err_by_alpha():
     scores_XCS = np.random.default_rng(2).normal(size=(10_000, cells, 8))
     crossed_X = np.zeros(10_000, bool)
     for n, alpha in zip(range(4, 9), look_levels(joint, cells, 4, 8, 0.05)):
-        found = estimate(weights_QC, scores_XCS[..., :n])
-        t_XQ = found.mean_XQ / (found.spread_X[:, None] * (2 / n) ** 0.5)
-        crossed_X |= (np.abs(t_XQ) > joint.constant(found.df, 1 - alpha)).any(1)
+        estimates = estimate(weights_QC, scores_XCS[..., :n])
+        t_XQ = estimates.mean_XQ / (estimates.spread_X[:, None] * (2 / n) ** 0.5)
+        crossed_X |= (np.abs(t_XQ) > joint.constant(estimates.df, 1 - alpha)).any(1)
     assert crossed_X.mean() == pytest.approx(0.05, abs=0.007)
 
 
@@ -81,22 +81,22 @@ def test_a_race_ends():
 def test_a_diverged_cell_ends_its_contrasts_only():
     scores_CS = scores([0, 0.4, 0, -3], 4, 0.3, seed=3)
     scores_CS[1, 3:] = np.nan
-    found = race(BASE, scores_CS, margin=0.5, last=8, no_verdict={1: "diverged in 1 of 4 seeds"})
-    assert (found.judgements[0].verdict, found.judgements[0].reason) == ("none", "diverged in 1 of 4 seeds")
-    assert found.judgements[2].verdict == "worse"
-    assert list(found.wanted_C) == [5, 0, 5, 4]
+    state = race(BASE, scores_CS, margin=0.5, last=8, no_verdict={1: "diverged in 1 of 4 seeds"})
+    assert (state.judgements[0].verdict, state.judgements[0].reason) == ("none", "diverged in 1 of 4 seeds")
+    assert state.judgements[2].verdict == "worse"
+    assert list(state.wanted_C) == [5, 0, 5, 4]
     dead = race(BASE, scores_CS, margin=0.5, last=8, no_verdict={0: "diverged in 1 of 4 seeds"})
     assert (dead.go_on, list(dead.wanted_C)) == (False, [0, 0, 0, 0])
 
 
 def test_what_is_no_race():
     scores_CS = scores([0, 1, 2, 3], 6, 0.3, seed=0)
-    for arguments, said in (
+    for arguments, message in (
         ({"last": 5}, "ends after 5 seeds, found 6"),
         ({"last": 8, "first": 3}, "4 seeds or more"),
         ({"last": 8, "first": 9}, "found 9 and 8"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             race(BASE, scores_CS, margin=0.5, **arguments)
     with pytest.raises(ValueError, match="margin must be above 0"):
         race(BASE, scores_CS, margin=0, last=8)

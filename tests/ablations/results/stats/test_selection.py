@@ -17,11 +17,11 @@ def test_mean_interval_is_students():
 
 
 def test_an_accuracy_never_passes_100():
-    found = accuracy_interval([99.8, 99.9, 100.0])
+    interval = accuracy_interval([99.8, 99.9, 100.0])
     # mean 99.9, sd 0.1, t(0.975, 2) = 4.30265: half is 0.248416 points, 2.4866 on the scale of the log odds
-    assert found.low == pytest.approx(100 * expit(logit(0.999) - 0.00248416 / (0.999 * 0.001)), abs=1e-4)
-    assert found.high == pytest.approx(100 * expit(logit(0.999) + 0.00248416 / (0.999 * 0.001)), abs=1e-4)
-    assert found.low < 99.9 < found.high < 100
+    assert interval.low == pytest.approx(100 * expit(logit(0.999) - 0.00248416 / (0.999 * 0.001)), abs=1e-4)
+    assert interval.high == pytest.approx(100 * expit(logit(0.999) + 0.00248416 / (0.999 * 0.001)), abs=1e-4)
+    assert interval.low < 99.9 < interval.high < 100
     middling = [70.0, 70.5, 71.0]
     assert accuracy_interval(middling) == pytest.approx(mean_interval(middling), abs=0.03)
     assert accuracy_interval([100.0, 100.0]) == (100, None, None)
@@ -32,8 +32,8 @@ def test_an_accuracy_never_passes_100():
 def test_accuracy_intervals_cover_the_truth():
     # 360 test digits at 98%: the plain interval often passes 100
     scores_XS = 100 * np.random.default_rng(1).binomial(360, 0.98, size=(4000, 5)) / 360
-    found = [accuracy_interval(scores_S) for scores_S in scores_XS if scores_S.std() > 0]
-    assert np.mean([one.low <= 98 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+    intervals = [accuracy_interval(scores_S) for scores_S in scores_XS if scores_S.std() > 0]
+    assert np.mean([interval.low <= 98 <= interval.high for interval in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_what_is_missing_is_never_dropped():
@@ -53,11 +53,10 @@ def test_winner_by_hand():
     best = winner(validation, test)
     assert (best.cell, best.reported.mean, best.agreement) == (0, 70, pytest.approx(2 / 3))
     assert best.corrected.mean == pytest.approx((71 + 70 + 60) / 3)
-    assert best.optimism == pytest.approx(3)
     shared = winner([[1, 1], [1, 1]], [[10, 20], [30, 40]])
     assert (shared.cell, shared.corrected.mean, shared.agreement) == (0, 25, 1)
     alone = winner([[1], [2]], [[5], [6]])
-    assert (alone.cell, alone.reported, alone.corrected, alone.optimism) == (1, (6, None, None), None, None)
+    assert (alone.cell, alone.reported, alone.corrected) == (1, (6, None, None), None)
     with pytest.raises(ValueError, match="not of the same"):
         winner([[1, 2]], [[1, 2, 3]])
 
@@ -74,5 +73,5 @@ def test_the_correction_takes_the_luck_of_the_seeds_away():
 
 
 def test_peek_by_hand():
-    found = peek([[80, 91, 90], [70, 85, 88]])
-    assert (found.last, found.best_epoch, found.best, found.gain) == (89, 89.5, 91, 2)
+    peeked = peek([[80, 91, 90], [70, 85, 88]])
+    assert (peeked.last, peeked.best_epoch, peeked.best, peeked.gain) == (89, 89.5, 91, 2)

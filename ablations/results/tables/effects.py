@@ -1,0 +1,119 @@
+"""The tables of a study's contrasts: what each factor does, interactions, declared contrasts, levels."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from expertgrid.ablations.results.evidence import Evidence
+from expertgrid.ablations.results.levels import Marginal
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
+from expertgrid.model.system.text import Signed, Span, Table
+
+PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
+COSTS = ("parameters", "MACs", "training time", "latency")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict as a table shows it."""
+
+    judgement: Judgement
+    fixed_split: bool = False  # it is about one split of the images
+
+    def __str__(self) -> str:
+        verdict = self.judgement.verdict
+        if verdict == NONE:
+            return f"no verdict: {self.judgement.reason}"
+        return f"{verdict} (this split)" if self.fixed_split and verdict != OPEN else verdict
+
+    def fields(self) -> dict[str, object]:
+        """What JSON and CSV have of it, the verdict first."""
+        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | {"fixed_split": self.fixed_split}
+
+
+def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
+    """The columns of a judgement: the effect, under this title, its interval and verdict.
+
+    The interval that is shown is the one that decides.
+    """
+    if judgement is None:
+        return {effect: None, "95% interval": None, "verdict": None}
+    has_interval = judgement.low is not None and judgement.high is not None
+    return {
+        effect: None if judgement.mean is None else Signed(judgement.mean),
+        "95% interval": Span(judgement.low, judgement.high) if has_interval else None,
+        "verdict": Verdict(judgement, evidence.fixed_split),
+    }
+
+
+def factor_table(evidence: Evidence) -> Table:
+    """The main effects: the first family. Costs that no effect has are left out."""
+    names = [name for name in COSTS if any(name in effect.cost for effect in evidence.effects)]
+    rows = [
+        {
+            "factor": effect.factor,
+            "change": effect.change,
+            **judged(evidence, effect.judgement),
+            **{name: effect.cost.get(name) for name in names},
+        }
+        for effect in evidence.effects
+    ]
+    return Table("factors", f"What each factor does ({_about(evidence)})", rows, effect_notes(evidence))
+
+
+def _about(evidence: Evidence) -> str:
+    plan = evidence.results.plan
+    if plan.race:
+        return f"validation accuracy, points; a race from {plan.race.first} to {plan.race.last} seeds"
+    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+    counts = counts or [evidence.results.study.seeds]
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+    part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
+    where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
+    return f"validation accuracy, points; {seeds}, {where} of the images"
+
+
+def interaction_table(evidence: Evidence) -> Table:
+    """The interactions that are decided: an exploratory family."""
+    rows = [
+        {"factors": effect.factor, "changes": effect.change, **judged(evidence, effect.judgement)}
+        for effect in evidence.decided_interactions
+    ]
+    notes = [
+        f"{len(rows)} of {counted(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
+        "other. Exploratory: not declared before training."
+    ]
+    return Table("interactions", "Interactions that are decided (points)", rows, notes)
+
+
+def contrast_table(evidence: Evidence) -> Table:
+    """The contrasts that the study declared."""
+    rows = [
+        {"cell": pair.first.name, "against": pair.second.name, **judged(evidence, pair.judgement)}
+        for pair in evidence.declared
+    ]
+    notes = reasons((pair.name, pair.judgement) for pair in evidence.declared)
+    return Table("contrasts", "Contrasts that the study declares (points)", rows, notes)
+
+
+def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
+    """The levels of a factor, or of two, with their means and effects."""
+    names = list(marginals[0].levels)
+    effects = [marginal.effect for marginal in marginals if marginal.effect]
+    title = "interaction" if len(names) > 1 else "effect"
+    rows = []
+    for marginal in marginals:
+        values: dict[str, object] = {**marginal.levels, "cells": marginal.cells, "n": marginal.seeds}
+        values |= {"val acc %": marginal.validation, "test acc %": marginal.test}
+        judgement = marginal.effect.judgement if marginal.effect else None
+        rows.append(values | (judged(evidence, judgement, title) if effects else {}))
+    notes = ["Means over the networks of each level, for each seed; in brackets the 95% interval over seeds."]
+    if not effects:
+        notes.append("No effects: no two networks differ in this alone.")
+    elif len(names) > 1:
+        notes.append("interaction: what one change of level adds to the other. Exploratory: not declared.")
+    else:
+        notes.append("effect: over the cells that differ in this factor alone, one of the study's main effects.")
+        notes += [*verdict_notes(evidence), *split_notes(evidence)]
+    notes += reasons((effect.name, effect.judgement) for effect in effects)
+    return Table("levels", f"By {' and '.join(names)}", rows, notes)

@@ -1,0 +1,292 @@
+"""The notes under a study's tables, a line each. Those that a reader needs most come first."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.results.comparison import TwoCells
+from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
+from expertgrid.ablations.results.rows import (
+    Results,
+    Row,
+    best_record,
+    best_row,
+    common_scores,
+    complete,
+    on_test,
+    on_validation,
+    smallest,
+    timed_together,
+    winner,
+)
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.planning import Sight
+from expertgrid.ablations.study.cells import EACH_LEVEL
+from expertgrid.model.system.text import shown
+
+MOST_NAMED = 5  # cells or trials in a note
+FIRST_NAMED = 3  # of more than these; the others are counted
+
+
+# --- Verdicts ---
+
+
+def effect_notes(evidence: Evidence) -> list[str]:
+    """What a reader needs to know of the main effects."""
+    lines = [*verdict_notes(evidence), *reasons((effect.name, effect.judgement) for effect in evidence.effects)]
+    seeds = {effect.name: effect.seeds_to_decide for effect in evidence.effects if effect.seeds_to_decide is not None}
+    if seeds:
+        needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
+        lines.append(f"To decide what is open: {_some(needed, '; ')}.")
+    if evidence.sight:
+        lines.append(sight_line(evidence.sight))
+    lines += split_notes(evidence)
+    costs = {name for effect in evidence.effects for name in effect.cost}
+    if costs:
+        lines.append("Costs: after the change over before, the geometric mean over the cells that differ in it alone.")
+    if "training time" in costs:
+        repeated = "rounds, in each of which all cells were timed" if evidence.results.timed else "seeds"
+        lines.append(
+            f"Training time: with its 95% interval (Student's t) over the {repeated}. can't tell: no interval, or one "
+            "whose ends are more than a factor of 2 apart."
+        )
+    families = ["the main effects (this table)", "the cells against the base"]
+    families += ["the declared contrasts"] if evidence.declared else []
+    return [*lines, f"Families, declared before training: {', '.join(families)}. Everything else is exploratory."]
+
+
+def verdict_notes(evidence: Evidence) -> list[str]:
+    """What the words mean, and how often such a table is wrong."""
+    return [
+        "better, worse: the whole interval is on one side of 0. same: the interval lies within "
+        f'{evidence.margin:g} points. open: not decided; this is not "no difference".',
+        *_error_notes(evidence),
+    ]
+
+
+def split_notes(evidence: Evidence) -> list[str]:
+    """What the verdicts and their intervals rest on, where that is unusual."""
+    lines = []
+    if evidence.fixed_split:
+        lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
+    if "t over seeds" in {judgement.basis for judgement in evidence.judgements}:
+        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
+    return lines
+
+
+def _error_notes(evidence: Evidence) -> list[str]:
+    plan, unfinished = evidence.results.plan, evidence.results.unfinished
+    often = "more than 1 such table in 20 may hold a wrong verdict."
+    lines = []
+    if evidence.added_seeds:
+        lines.append(f"Seeds were added after results were seen, so {often}")
+    elif plan.seen:
+        lines.append(f"Results of these seeds were seen before the study was made, so {often}")
+    elif unfinished and evidence.decided:
+        lines.append(f"{counted(len(unfinished), 'trial')} not finished: the verdicts are not final, and {often}")
+    elif evidence.decided:
+        repeated = "new seeds on this split of the images" if evidence.fixed_split else "new seeds and new images"
+        lines.append(
+            f"If this study were repeated with {repeated}, at most 1 such table in 20 would hold a wrong verdict."
+        )
+    if plan.race:
+        seen = f" The race was begun after results of {plan.race.seen} trials were seen." if plan.race.seen else ""
+        lines.append(
+            f"A race: seeds are added until each contrast is decided; its intervals pay for a look after each seed "
+            f"from {plan.race.first} to {plan.race.last}.{seen}"
+        )
+    return lines
+
+
+def reasons(judged: Iterable[tuple[str, Judgement | None]]) -> list[str]:
+    """A line for each reason that a judgement has, with the names of what it is about."""
+    names_by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, judgement in judged:
+        if judgement and judgement.reason:
+            word = "No verdict" if judgement.verdict == NONE else judgement.verdict.capitalize()
+            names_by_reason.setdefault((word, judgement.reason), []).append(name)
+    return [f"{word}: {_some(names, '; ')}: {reason}." for (word, reason), names in names_by_reason.items()]
+
+
+def sight_line(sight: Sight) -> str:
+    """What a study can see, and how many seeds other differences would need."""
+    smaller = [difference for difference in sight.needed if difference < sight.smallest]
+    needed = [f"for {difference:g} points: {_about_seeds(sight.needed[difference])}" for difference in sorted(smaller)]
+    return f"This study can see effects from about {sight.smallest:.2g} points; {'; '.join(needed)}."
+
+
+def plan_lines(sight: Sight | None) -> list[str]:
+    """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
+    if sight is None:
+        return ["One seed or one network has no verdicts."]
+    how = (
+        f"the seeds of its records spread by {sight.spread:.2g} points"
+        if sight.measured
+        else f"a spread of {sight.spread:.2g} points, which finite images alone give networks of "
+        f"{EXPECTED_ACCURACY:g}% accuracy"
+    )
+    needed = [f"{difference:g} points: {_about_seeds(count)}" for difference, count in sorted(sight.needed.items())]
+    return [
+        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g} points (probability 80%, "
+        f"{how}). Seeds that a difference needs: {'; '.join(needed)}."
+    ]
+
+
+def _about_seeds(count: int | None) -> str:
+    return "more than 1,000 seeds" if count is None else f"about {counted(count, 'seed')}"
+
+
+def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
+    """What a reader needs to know of two cells side by side."""
+    comparison = two.comparison
+    lines = []
+    if not comparison.declared:
+        lines.append(
+            "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
+            f"{evidence.results.next_seed})."
+        )
+    lines += verdict_notes(evidence)[:1] + reasons([("A against B", comparison.judgement)])
+    if comparison.judgement.verdict == OPEN and comparison.seeds_to_decide is not None:
+        lines.append(f"About {comparison.seeds_to_decide} seeds would decide it.")
+    if two.mcnemar:
+        lines.append("McNemar's exact p, of the test images: it is about these two networks, not about the cells.")
+    elif comparison.first.by_seed and comparison.second.by_seed:
+        lines.append("No McNemar test: the predictions of these trials were not kept.")
+    rows = (comparison.first, comparison.second)
+    lines += [f"Failed: {trial}: {why}" for row in rows for trial, why in row.failures.items()]
+    return lines + split_notes(evidence)
+
+
+# --- Cells ---
+
+
+def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
+    """What a reader needs to know of the cells."""
+    rows = results.rows
+    lines = []
+    if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
+        kinds = Counter(failure.kind for failure in failures.values())
+        words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"Failed: {len(failures)} of the trials ({words}).")
+    if results.unfinished:
+        lines.append(f"Not finished: {len(results.unfinished)} of the trials: {_some(results.unfinished)}.")
+    lines += [*_best_notes(rows), *_column_notes(results)]
+    if timed := timed_together(rows):
+        lines.append(
+            f"front: no other of the {len(timed)} cells that were timed together is as fast and better on validation. "
+            "It goes by means, whether or not the differences are decided."
+        )
+    lines.append(f"Data: {results.plan.data}.")
+    lines += [*_speed_notes(results), *_test_read_notes(directory)]
+    return lines + [f"Failed: {trial}: {failure}" for trial, failure in failures.items()]
+
+
+def _column_notes(results: Results) -> list[str]:
+    """What n, the intervals and the levels mean."""
+    rows = results.rows
+    intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
+    if any(len(row.by_seed) == 1 for row in rows):
+        intervals += "; one seed has no interval"
+    several = [row.accuracy(value) for row in rows if len(row.by_seed) > 1 for value in (on_validation, on_test)]
+    if any(accuracy and accuracy.low is None for accuracy in several):
+        intervals += "; seeds that all agree have none, as their spread is unknown"
+    lines = [f"n: seeds; {intervals}."]
+    if any("base" in row.levels.values() for row in rows):
+        base = results.study.base
+        lines.append(f"base: {base.model} with the recipe {base.recipe} and the study's settings.")
+    if any(EACH_LEVEL in row.levels.values() for row in rows):
+        lines.append(f"{EACH_LEVEL}: the network is the same at each level of this factor, and was trained once.")
+    lines += [
+        f"{baseline}: the same network as {row.name}, and was trained once."
+        for row in rows
+        for baseline in row.baselines
+        if row.levels
+    ]
+    if any(row.control for row in rows):
+        lines.append(
+            "base again: the base trained from other seeds on the same hold-outs. It should come out the same."
+        )
+    return lines
+
+
+def _best_notes(rows: Sequence[Row]) -> list[str]:
+    """Which row is the best on validation, and what its test score is worth."""
+    best = best_row(rows)
+    if best is None:
+        return []
+    lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
+    first, among = winner(rows), [row for row in complete(rows) if not row.control]
+    if first is None or first.corrected is None or first.agreement is None or len(among) < 2:
+        return lines
+    seeds = len(common_scores(among)[0])
+    on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
+    lines.append(
+        f"Its test accuracy{on}: {shown(first.reported)}. Corrected for selection as the best of {len(among)}: "
+        f"{shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: this cell for "
+        f"{round(first.agreement * seeds)} of {seeds} seeds.)"
+    )
+    return lines
+
+
+def _speed_notes(results: Results) -> list[str]:
+    """On what the cells were trained and timed."""
+    rows = results.rows
+    lines = []
+    if results.timed and any(row.alone for row in rows):
+        lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
+    elif any(row.packed for row in rows):
+        lines.append("Train images/s: none, as trials were trained at once; `expertgrid bench-train` measures them.")
+    machines = dict.fromkeys(_machine(record) for row in rows for record in row.records)
+    lines += [f"Trained on {machine}." for machine in machines]
+    adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
+    if adopted:
+        lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {counted(len(adopted), 'trial')}.")
+    trials: dict[str, list[str]] = {}
+    for latency in (row.latency for row in rows if row.latency):
+        timed = smallest(latency)
+        engine = "ONNX Runtime" if timed.kind == "onnxruntime" else timed.engine
+        of = f"{latency.cells} cells in turns" if latency.cells else latency.file
+        threads = counted(latency.threads, "thread")
+        run = f"{engine} at batch {timed.batch}, {latency.provider}, {threads}, of {of}, {latency.finished}"
+        trials.setdefault(run, []).append(latency.trial)
+    for run, timed_trials in trials.items():
+        of = f" (trial {_some(timed_trials)})" if len(trials) > 1 else ""
+        lines.append(f"Latency: median of {run}{of}.")
+    return lines
+
+
+def _test_read_notes(directory: StudyDirectory) -> list[str]:
+    reads = directory.test_reads()
+    readers = Counter(read.reader for read in reads)
+    again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
+    lines = [
+        f"Reads of the test split: {readers.total()} ({readers['training']} at the end of a training, "
+        f"{readers['export']} to certify an export{again})."
+    ]
+    if flips := sum(read.tta == "flip" for read in reads):
+        lines.append(
+            f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
+        )
+    return lines
+
+
+def _machine(record: Record) -> str:
+    environment = record.environment
+    number = "bf16" if record.bfloat16 else "fp32"
+    torch = f"torch {environment.versions.get('torch', 'of an unknown version')}"
+    return f"{environment.device}, {counted(environment.threads, 'thread')}, {number}, {torch}"
+
+
+# --- Words ---
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    """Names in a note: of more than `MOST_NAMED` the first `FIRST_NAMED`, and how many more there are."""
+    if len(names) <= MOST_NAMED:
+        return separator.join(names)
+    return f"{separator.join(names[:FIRST_NAMED])} and {len(names) - FIRST_NAMED:,} more"
