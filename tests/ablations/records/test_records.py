@@ -157,7 +157,7 @@ def test_latency_is_that_of_the_network_as_it_is(tmp_path):
     """Neither of a later file of lower precision, nor of a pruned one."""
     made = [("model.onnx", "fp32", False), ("model-int8.onnx", "int8", False), ("model-pruned.onnx", "fp32", True)]
     for i, (file, precision, pruned) in enumerate(made):
-        latency = Latency.of("onnxruntime cpu", 1, Times([Block(0, [1.0])]))
+        latency = Latency.of("onnxruntime cpu", "onnxruntime", 1, Times([Block(0, [1.0])]))
         record = LatencyRecord(
             file=file, sha256="", trial="abc", model="", precision=precision, pruned=pruned, provider="cpu", device="",
             threads=1, versions={}, finished=f"2026-01-0{i + 1}", latencies=[latency],

@@ -224,18 +224,18 @@ def test_seeds_that_were_seen_elsewhere_are_noticed(digits, tmp_path, text_of):
     pair = GRID.replace("experts = [2, 4]", "").replace("5, 7]", "5]")
     write_study(tmp_path / "first", pair.replace("seeds = 6", "seeds = 3"), digits, drawn)
     more = write_study(tmp_path / "more", pair, digits, drawn)
-    assert more.plan.seen == [0, 1, 2]
+    assert more.read_plan().seen == [0, 1, 2]
     assert "Seeds were added after results were seen" in text_of(more)
     other = write_study(tmp_path / "other", pair.replace("5]", "7]"), digits, drawn)
-    assert other.plan.seen == [0, 1, 2, 3, 4, 5]
+    assert other.read_plan().seen == [0, 1, 2, 3, 4, 5]
     assert "Results of these seeds were seen before the study was made, so more than 1 such table in 20" in text_of(
         other
     )
     fresh = write_study(tmp_path / "fresh", f"first_seed = 6\n{pair}", digits, drawn)
-    assert fresh.plan.seen == []
+    assert fresh.read_plan().seen == []
     assert "at most 1 such table in 20" in text_of(fresh)
     again = write_study(tmp_path / "copy", f"first_seed = 6\n{pair}", digits, drawn)  # the very same study
-    assert again.plan.seen == []
+    assert again.read_plan().seen == []
 
 
 def test_a_fixed_split_is_said_with_every_verdict(digits, tmp_path, text_of):
@@ -394,7 +394,7 @@ def test_what_was_taken_over_has_no_times(grid, digits, tmp_path):
 
 def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path):
     study = parse_study(GRID, tmp_path / "grid.toml")
-    names = study.names(study.cells(digits))
+    names = [cell.planned for cell in study.cells(digits)]
     before = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
     assert (before.spread, before.measured) == (pytest.approx(100 * (0.9 * 0.1 / 5000) ** 0.5), False)
     after = foresee(study, names, 5000, grid)
@@ -410,7 +410,7 @@ def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path
 def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
     """Of studies whose largest effect is as large as the plan can see, four of five find it."""
     study = parse_study(GRID, tmp_path / "grid.toml")
-    names = study.names(study.cells(digits))
+    names = [cell.planned for cell in study.cells(digits)]
     sight = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
     weights_QU = study_questions(study, groups(names, study.combined_levels)).effect_weights_QU
     hardest = int((weights_QU**2).sum(1).argmax())
@@ -638,7 +638,7 @@ def test_a_race_has_the_verdicts_of_a_race(grid, tmp_path, text_of):
     evidence = read_evidence(grid)
     _, scores_CS, _ = common_scores(evidence.results.rows)
     plan = RaceRules(alpha=0.05, margin=1.0, first=4, last=6, contrasts=3)
-    write_whole(grid.path / "plan.json", Plan(**{**dict(grid.plan), "race": plan}).model_dump_json().encode())
+    write_whole(grid.path / "plan.json", Plan(**{**dict(grid.read_plan()), "race": plan}).model_dump_json().encode())
     raced = read_evidence(grid)
     oracle = race(evidence.questions.effect_weights_QU, scores_CS, 1.0, 6, 4)
     assert [effect.judgement for effect in raced.effects] == oracle.judgements

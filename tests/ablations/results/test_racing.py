@@ -84,7 +84,7 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
         mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(judgement.seeds)])
         assert judgement.mean == pytest.approx(mean, abs=1e-6)
         assert judgement.low < judgement.mean < judgement.high
-    assert directory.plan.race.model_dump() == {
+    assert directory.read_race().model_dump() == {
         "alpha": pytest.approx(0.05), "margin": 1.0, "first": 4, "last": 8, "contrasts": 3, "seen": 0,
     }  # fmt: skip
     first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"

@@ -142,7 +142,7 @@ def with_other_predictions(study: StudyDirectory, trial: str) -> None:
         (lambda s, t: change(s.trial(t) / "record.json", parameters=7), "parameters is 7, but "),
         (lambda s, t: change(s.trial(t) / "record.json", images_per_s=7.0), "images_per_s is 7.0, but "),
         (lambda s, t: change(s.trial(t) / "record.json", trial="x"), "trial in record.json is x"),
-        (lambda s, t: change(s.trial(t) / "record.json", extra=1), "unknown field of"),
+        (lambda s, t: change(s.trial(t) / "record.json", extra=1), "unknown field 'extra'"),
         (lambda s, t: change(s.trial(t) / "config.json", seed=5), "hash of config.json is "),
         (lambda s, t: (s.trial(t) / "config.json").unlink(), "there is no config.json"),
         (lambda s, t: s.checkpoint(t).unlink(), "there is no such checkpoint"),
