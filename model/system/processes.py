@@ -69,7 +69,7 @@ class AnsweringProcess:
 def _answer(connection: Connection, begin: Callable[..., Callable[..., object]], *work: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     _end_with_parent()
-    with connection, suppress(EOFError):  # the parent needs it no more
+    with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         answer = begin(*work)
         while True:
             words = connection.recv()
