@@ -2,8 +2,8 @@
 
 Each training is a fork of this process, which has imported everything and computed nothing, so that a training begins
 at once. It saves every 50 ms, so that kills hit all kinds of moments: between steps, within a save, while a record is
-written. The moments are in CPU time, so that what else the machine does changes nothing. Prints a line, and exits with 1 where a finished trial was lost or trained again, or where a final table
-differs from that of the undisturbed study.
+written. The moments are in CPU time, so that what else the machine does changes nothing. Prints a line, and exits with
+1 where a finished trial was lost or trained again, or where a final table differs from that of the undisturbed study.
 """
 
 import os
