@@ -28,6 +28,7 @@ from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import deterministic, gpu_driver, memory_bytes, usable_cores
 from expertgrid.model.system.processes import AnsweringProcess, ProcessLost, process_context
+from expertgrid.model.training.resume import SAVE_EVERY_S
 from expertgrid.model.training.trial import Trial
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Setup:
     deterministic: bool = False
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
-    save_every_s: float | None = None  # None for the engine's own
+    save_every_s: float = SAVE_EVERY_S
     environment: Mapping[str, str] = field(default_factory=dict)  # of each process, before it starts CUDA
 
 
@@ -101,7 +102,7 @@ class Trainer(AnsweringProcess):
         self.deadline = float("inf")
 
     def train(self, trial: Trial, setup: Setup, graphs: bool) -> None:
-        """Asks for the events of a training, without CUDA graphs where `graphs` says so."""
+        """Asks for the events of a training. `graphs` says whether it may have CUDA graphs."""
         self.trial, self.began, self.deadline = trial, False, float("inf")
         self.ask(trial, graphs, None if self.trials else setup)
         self.trials += 1
@@ -122,7 +123,8 @@ class Trainer(AnsweringProcess):
     def failure(self, kind: Literal["crashed", "timeout"], error: str) -> Failure:
         """The failure of its trial, with where its threads are, or were when it crashed."""
         if self.process.is_alive() and hasattr(signal, "SIGUSR1"):
-            os.kill(self.process.ident or 0, signal.SIGUSR1)
+            assert self.process.pid is not None  # it runs
+            os.kill(self.process.pid, signal.SIGUSR1)
             until, size = time.monotonic() + LAST_WORDS_S, 0
             while not (size and size == self.crash.stat().st_size) and time.monotonic() < until:  # it still writes
                 size = self.crash.stat().st_size
@@ -253,7 +255,7 @@ class _EngineApart:
         import expertgrid.ablations.engines.local  # noqa: F401  (takes seconds, in which the parent reads the data)
 
     def __call__(self, send: Callable[[object], None], trial: Trial, graphs: bool, setup: Setup | None) -> None:
-        from expertgrid.ablations.engines.local import SAVE_EVERY_S, run_local
+        from expertgrid.ablations.engines.local import run_local
 
         self.setup = setup or self.setup
         execution = self.setup.execution if graphs else replace(self.setup.execution, graphs="off")
@@ -265,7 +267,7 @@ class _EngineApart:
                     [trial],
                     self.data,
                     StudyDirectory(self.setup.directory),
-                    self.setup.save_every_s or SAVE_EVERY_S,
+                    self.setup.save_every_s,
                     execution,
                     self._stop,
                     self.setup.at_once,

@@ -40,11 +40,10 @@ from expertgrid.model.training.loop import (
     uses_bfloat16,
 )
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
-from expertgrid.model.training.resume import read_state, write_state
+from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
 from expertgrid.model.training.trial import Trial
 
-SAVE_EVERY_S = 10.0  # of a training's state
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event as Flag
 from typing import Protocol
 
 from expertgrid.ablations.engines.events import (
@@ -80,10 +81,6 @@ class Cluster(Protocol):
 
     def stop(self) -> None:
         """Trials that are trained save their states and end at the next step, and the others do not begin."""
-
-
-class Flag(Protocol):
-    def is_set(self) -> bool: ...
 
 
 def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluster, stopped: Flag) -> Iterator[Event]:

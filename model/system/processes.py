@@ -71,7 +71,7 @@ def _answer(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     _end_with_parent()
-    with connection, suppress(EOFError, OSError):  # the parent needs it no more
+    with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         begin, *work = connection.recv()
         answer = begin(*work)
         while True:

@@ -8,6 +8,7 @@ from pathlib import Path
 from expertgrid.model.system.errors import wrong_file
 from expertgrid.model.system.files import write_whole
 
+SAVE_EVERY_S = 10.0  # between two saves of a training's state
 DIGEST = hashlib.sha256().digest_size
 
 

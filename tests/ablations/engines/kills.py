@@ -2,8 +2,8 @@
 
 Each training is a fork of this process, which has imported everything and computed nothing, so that a training begins
 at once. It saves every 50 ms, so that kills hit all kinds of moments: between steps, within a save, while a record is
-written. Prints a line, and exits with 1 where a finished trial was lost or trained again, or where a final table
-differs from that of the undisturbed study.
+written. The moments are in CPU time, so that what else the machine does changes nothing. Prints a line, and exits with
+1 where a finished trial was lost or trained again, or where a final table differs from that of the undisturbed study.
 """
 
 import os
@@ -45,7 +45,7 @@ width = 0.0625
 [factors]
 experts = [1, 2]
 """
-LONGEST_S = 2.0  # from start to kill
+LONGEST_S = 2.0  # of CPU time from start to kill
 MEASURED = ("training time", "train images/s")  # columns that differ from run to run
 
 
@@ -73,6 +73,12 @@ def train(study: Path, out: Path) -> int:
         status = app(["run", str(study), "--out", str(out), "--device", "cpu", "--no-adopt"], standalone_mode=False)
     finally:
         os._exit(status)
+
+
+def cpu_seconds(process: int) -> float:
+    """That a process of this one has used so far, or had used when it ended. In Linux."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def finished(directory: StudyDirectory) -> dict[str, tuple[bytes, bytes, int]]:
@@ -117,9 +123,8 @@ def kill_until(kills: int, seed: int) -> Count:
             before: dict = {}
             while len(before) < len(whole):
                 child = train(study, directory.path)
-                until = time.monotonic() + moments.uniform(0, LONGEST_S)
-                ended, status = 0, 0
-                while not ended and time.monotonic() < until:
+                until, ended, status = moments.uniform(0, LONGEST_S), 0, 0
+                while not ended and cpu_seconds(child) < until:
                     ended, status = os.waitpid(child, os.WNOHANG)
                     time.sleep(0.002)
                 if not ended:
@@ -133,13 +138,13 @@ def kill_until(kills: int, seed: int) -> Count:
                 count.faults += [f"trial {trial} was lost" for trial in before if trial not in after]
                 count.faults += [
                     f"trial {trial} was trained again"
-                    for trial, kept in before.items()
-                    if trial in after and after[trial] != kept
+                    for trial, files in before.items()
+                    if trial in after and after[trial] != files
                 ]
                 before = after
             if table(directory.path) != expected:
                 count.faults.append(f"study {count.studies}: another table")
-            if [kept[1] for kept in before.values()] != [kept[1] for kept in whole.values()]:
+            if [weights for _, weights, _ in before.values()] != [weights for _, weights, _ in whole.values()]:
                 count.faults.append(f"study {count.studies}: other weights")
             count.studies += 1
             count.trials += len(before)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -193,21 +194,29 @@ def test_a_resumed_trial_ends_as_one_that_never_stopped(digits, resident_digits,
     assert [epoch["epoch"] for epoch in epochs[0]] == [1, 2, 3]
 
 
-def test_record_is_what_the_checkpoint_gives(trial, digits_splits, resident_digits, tmp_path):
+def test_record_is_what_the_checkpoint_gives(digits, digits_splits, resident_digits, tmp_path):
+    """Validated, tested and saved is the average of the weights; flip TTA is measured beside the plain accuracy."""
+    trial = trials(digits, **{"recipe.tta": "flip", "recipe.ema_decay": 0.99})[0]
+    training, test = start(trial, digits_splits), digits_splits.test
+    *_, last = train(trial, digits_splits, training)
+    assert training.result is training.average.module
+    assert not torch.equal(weights(training.result), weights(training.net))
+
     directory = StudyDirectory(tmp_path)
     *_, done = run_local([trial], resident_digits, directory)
-    checkpoint = load(directory.checkpoint(trial.id))
+    checkpoint, record = load(directory.checkpoint(trial.id)), directory.record(trial.id)
+    assert torch.equal(weights(checkpoint.network()), weights(training.result))
     mean_C, std_C = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
-    loss, accuracy = score(
-        predict(checkpoint.network(), digits_splits.test, mean_C, std_C), digits_splits.test.labels_B
-    )
-    assert done.record.test_accuracy == pytest.approx(accuracy)
-    assert done.record.test_loss == pytest.approx(loss, rel=1e-4)
-    assert directory.record(trial.id) == done.record
-    assert checkpoint.config == trial.model
+    plain_BN, other_BN = (predict(checkpoint.network(), split, mean_C, std_C) for split in (test, mirrored(test)))
+    assert (record.test_loss, record.test_accuracy) == pytest.approx(score(plain_BN, test.labels_B), rel=1e-4)
+    torch.testing.assert_close(mirrored(test).pixels_BHWC[0, :, 0], test.pixels_BHWC[0, :, -1])
+    assert record.test_accuracy_flip == pytest.approx(score((plain_BN + other_BN) / 2, test.labels_B)[1])
+    assert record.validation_accuracy_flip is not None
+    assert record.validation_accuracy == pytest.approx(last.validation_accuracy)
+    assert record == done.record and checkpoint.config == trial.model
     assert Trial.model_validate_json((directory.trial(trial.id) / "config.json").read_bytes()) == trial
     (read,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    expected = {"time": "", "crc32": "", "trial": trial.id, "reader": "training", "images": 360}
+    expected = {"time": "", "crc32": "", "trial": trial.id, "reader": "training", "images": 360, "tta": "flip"}
     assert json.loads(read) | {"time": "", "crc32": ""} == expected
 
 
@@ -273,7 +282,7 @@ def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, m
     """The machine's time of day is set while a trial trains: by a year forwards at one look, backwards at the next."""
     trial = trials(digits, **{"recipe.epochs": 2})[0]
     looks = itertools.cycle(["2027-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00"])
-    kept = []
+    results = []
     for name, clock in (("steady", None), ("jumping", lambda: next(looks))):
         if clock:
             for place in (
@@ -289,9 +298,11 @@ def test_a_clock_that_jumps_changes_nothing(digits, resident_digits, tmp_path, m
         with pytest.raises(Stopped):
             list(run_local([trial], resident_digits, directory, stop=lambda step: step == 3))
         *_, done = run_local([trial], resident_digits, directory, save_every_s=0)
-        kept.append((directory.checkpoint(trial.id).read_bytes(), done.record.test_loss, len(directory.test_reads())))
+        results.append(
+            (directory.checkpoint(trial.id).read_bytes(), done.record.test_loss, len(directory.test_reads()))
+        )
         assert 0 < done.record.train_seconds < 60
-    assert kept[0] == kept[1]
+    assert results[0] == results[1]
 
 
 def test_nothing_in_a_resume_file_is_run(tmp_path):
@@ -357,10 +368,10 @@ def test_cost_is_counted_by_hand():
 def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_digits, tmp_path, monkeypatch):
     """Where a device has no memory, the batch size that fits is found by trying. Here that is 32."""
     bad, good, *_ = trials(digits, **{"recipe.epochs": 1})
-    real, asked = engines.start, []
+    real, sizes = engines.start, []
 
     def start(trial, data):
-        asked.append(trial.recipe.batch_size)
+        sizes.append(trial.recipe.batch_size)
         if trial.seed == bad.seed and trial.recipe.batch_size > 32:
             raise error
         return real(trial, data)
@@ -374,37 +385,7 @@ def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_di
     assert (failure.kind, failure.batch_size, failure.step) == ("out_of_memory", 128, None)
     assert "at batch size 128" in failure.error
     assert failure.error.endswith("; a step at batch size 32 fits") == bool(tried)
-    assert asked == [128, *tried, 128]
-
-
-def test_flip_tta_is_measured_beside_the_plain_accuracy(digits, digits_splits, resident_digits, tmp_path):
-    trial = trials(digits, **{"recipe.tta": "flip"})[0]
-    directory = StudyDirectory(tmp_path)
-    *_, done = run_local([trial], resident_digits, directory)
-    net = load(directory.checkpoint(trial.id)).network()
-    mean_C, std_C = torch.tensor(digits.mean), torch.tensor(digits.std)
-    test = digits_splits.test
-    plain_BN, other_BN = (predict(net, split, mean_C, std_C) for split in (test, mirrored(test)))
-    torch.testing.assert_close(mirrored(test).pixels_BHWC[0, :, 0], test.pixels_BHWC[0, :, -1])
-    assert done.record.test_accuracy == pytest.approx(score(plain_BN, test.labels_B)[1])
-    both = score((plain_BN + other_BN) / 2, test.labels_B)[1]
-    assert done.record.test_accuracy_flip == pytest.approx(both)
-    assert done.record.validation_accuracy_flip is not None
-    (read,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
-    assert json.loads(read)["tta"] == "flip"
-
-
-def test_what_is_validated_and_saved_is_the_average(digits, digits_splits, resident_digits, tmp_path):
-    trial = trials(digits, **{"recipe.ema_decay": 0.99})[0]
-    training = start(trial, digits_splits)
-    epochs = list(train(trial, digits_splits, training))
-    assert training.result is training.average.module
-    assert not torch.equal(weights(training.result), weights(training.net))
-    logits_BN = predict(training.result, digits_splits.validation, torch.tensor(digits.mean), torch.tensor(digits.std))
-    assert epochs[-1].validation_accuracy == pytest.approx(score(logits_BN, digits_splits.validation.labels_B)[1])
-    directory = StudyDirectory(tmp_path)
-    list(run_local([trial], resident_digits, directory))
-    assert torch.equal(weights(load(directory.checkpoint(trial.id)).network()), weights(training.result))
+    assert sizes == [128, *tried, 128]
 
 
 def test_a_whitening_stem_stays_as_it_was_fitted():
@@ -509,15 +490,13 @@ def test_every_field_is_tried():
 @pytest.fixture(scope="module")
 def trained(digits) -> Callable[[Recipe], torch.Tensor]:
     """The weights after a training on few images, which is done once for each recipe."""
-    kept = {}
 
+    @cache
     def train_once(recipe: Recipe) -> torch.Tensor:
-        if recipe not in kept:
-            trial, splits = few_trial(digits, recipe)
-            training = start(trial, splits)
-            list(train(trial, splits, training))
-            kept[recipe] = weights(training.result)
-        return kept[recipe]
+        trial, splits = few_trial(digits, recipe)
+        training = start(trial, splits)
+        list(train(trial, splits, training))
+        return weights(training.result)
 
     return train_once
 
