@@ -43,9 +43,8 @@ def exported_files(folder: Path) -> list[ExportedFile]:
     for file in sorted(folder.glob("*.onnx")):
         model = read_onnx(file)
         description = describe(model, file.name)
-        if not file.name.endswith(".rejected.onnx") and is_expertgrid_file(description.metadata):
-            metadata = read_metadata(description.metadata, str(file))
-            files.append(ExportedFile(file, description, metadata, read_certificate(model, file)))
+        if is_expertgrid_file(description.metadata) and (certificate := read_certificate(model, file)).passed:
+            files.append(ExportedFile(file, description, read_metadata(description.metadata, str(file)), certificate))
     return sorted(files, key=lambda exported: not exported.is_the_network)
 
 

@@ -3,16 +3,18 @@
 Shapes: B images, K experts.
 """
 
+import copy
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertgrid.export.compare import pytorch_logits
 from expertgrid.export.to_onnx import as_input
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Layer, Residual
-from expertgrid.model.gates import gates, recorded_gates
-from expertgrid.model.net import ExpertNet, Gate
+from expertgrid.model.gates import recorded_gates
+from expertgrid.model.net import ExpertBlock, ExpertNet
 from expertgrid.model.system.errors import InputError
 
 
@@ -53,43 +55,37 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
     Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
     dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
     """
-    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    blocks = gates(net)
+    source = copy.deepcopy(net)
+    blocks = {
+        name: part for name, part in source.named_modules() if isinstance(part, ExpertBlock) and part.gate is not None
+    }
     dropped: list[str] = []
     remaining: dict[str, list[int]] = {}
     for name, max_K in gates_max.items():
-        if name not in blocks or max_K.shape != (blocks[name].experts,):
+        if name not in blocks or max_K.shape != (len(blocks[name].experts),):
             raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
         stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
         remaining[name] = stay_K.nonzero().flatten().tolist()
         dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in remaining[name]]
-        weights = _without_experts(weights, f"{name}.", remaining[name], blocks[name])
+        _keep_experts(blocks[name], remaining[name])
     config = net.config.change(layers=_pruned_layers(net.config.layers, remaining, "layers."))
     with torch.device("meta"):  # no memory, and no numbers drawn
         pruned = ExpertNet(config)
-    pruned.load_state_dict(weights, assign=True)
+    pruned.load_state_dict(source.state_dict(), assign=True)
     return pruned.train(net.training), dropped
 
 
-def _without_experts(weights: dict[str, Tensor], block: str, remaining: list[int], gate: Gate) -> dict[str, Tensor]:
-    """A state dict in which the block with the prefix `block` has the experts `remaining` only."""
-    place = {f"{block}experts.{old}.": f"{block}experts.{new}." for new, old in enumerate(remaining)}
-    last = f"{block}gate.mlp.{len(gate.mlp) - 1}." if gate.mlp is not None else f"{block}gate.logits_K"
-    left = {}
-    for name, tensor in weights.items():
-        if name.startswith(f"{block}experts."):
-            expert = ".".join(name.removeprefix(block).split(".")[:2])
-            if f"{block}{expert}." not in place:
-                continue
-            name = name.replace(f"{block}{expert}.", place[f"{block}{expert}."], 1)
-        elif name.startswith(f"{block}gate."):
-            if len(remaining) == 1:
-                continue
-            tensor = tensor[remaining] if name.startswith(last) else tensor
-        elif name.startswith(f"{block}norm_act.0.") and len(remaining) == 1:  # the norm after one expert is its own
-            name = name.replace(f"{block}norm_act.0.", f"{block}experts.0.norm.", 1)
-        left[name] = tensor
-    return left
+def _keep_experts(block: ExpertBlock, remaining: list[int]) -> None:
+    """Leaves these experts in a block with a gate, with the weights of a block that has them only."""
+    gate, block.experts = block.gate, nn.ModuleList(block.experts[k] for k in remaining)
+    if gate is not None and len(remaining) > 1:
+        last = gate if gate.mlp is None else gate.mlp[-1]
+        for name, tensor in last.state_dict().items():
+            setattr(last, name, nn.Parameter(tensor[remaining]))
+        return
+    block.gate = None
+    if isinstance(block.norm_act, nn.Sequential):  # the norm after one expert is its own
+        block.experts[0].norm, block.norm_act = block.norm_act[0], nn.Identity()
 
 
 def _pruned_layers(layers: tuple[Layer, ...], remaining: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:

@@ -70,17 +70,10 @@ def test_timm_alone_loads_what_was_published(expertgrid, study, tmp_path):
     assert outcome.status == 0, outcome.err
     resnet = baseline("test_resnet.r160_in1k")
     write_folder(other, resnet, "# A card", [], {})
-    call = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        ALONE,
-        json.dumps([str(other), "import expertgrid.model", str(folder)]),
-    ]
-    done = subprocess.run(
-        call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
-    )
+    folders = json.dumps([str(other), "import expertgrid.model", str(folder)])
+    path = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    call = [sys.executable, "-W", "ignore", "-c", ALONE, folders]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=path)
     assert done.returncode == 0, done.stderr
     found, before, after = json.loads(done.stdout)
     assert (before, after) == ([], [])

@@ -221,20 +221,11 @@ def pils(pixels_HWC: np.ndarray, calls: Sequence[tuple[str, float, bool]], fill:
     return image
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"auto_augment": "rand-m9-n3-p0.8-mstd2-inc1"},
-        {"auto_augment": "rand-m10-n3-p1"},
-        {"auto_augment": "v0"},
-        {"auto_augment": "3a", "color_jitter": (0.4, 0.4, 0.4)},
-        {"color_jitter": (0.4, 0.4, 0.4)},
-    ],
-)
+@pytest.mark.parametrize("text", ["rand-m9-n3-p0.8-mstd2-inc1", "rand-m10-n3-p1", "v0", "3a", ""])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_drawn_is_done(fields, channels, digits):
+def test_what_is_drawn_is_done(text, channels, digits):
     data = digits if channels == 1 else RANDOM
-    drawing = policy(data, **fields)
+    drawing = policy(data, auto_augment=text, color_jitter=(0.4, 0.4, 0.4) if text in ("3a", "") else ())
     pixels_BHWC = torch.from_numpy(data.train.pixels_BHWC[:100])
     before = pixels_BHWC.clone()
     drawn = drawing.draw(RandomState(0), len(pixels_BHWC))
