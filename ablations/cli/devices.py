@@ -1,11 +1,7 @@
-"""The device that a command runs on, and what of PyTorch's compilers can be used on it."""
-
-from collections.abc import Sequence
+"""The device that a command runs on."""
 
 import torch
 
-from expertgrid.ablations.cli.terminal import console
-from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.system.errors import unknown
 
 
@@ -18,11 +14,3 @@ def device(name: str) -> torch.device:
     if name not in devices:
         raise unknown("device", name, ["auto", *devices])
     return torch.device(name)
-
-
-def usable(execution: ExecutionOptions, chosen: Sequence[ExecutionPlan], device: torch.device) -> ExecutionOptions:
-    """`execution` without what some of the trainings would use and the device does not have; a notice says why."""
-    execution, without = execution.usable(chosen, device)
-    for text in without:
-        console.print(f"trained without {text}", soft_wrap=True)
-    return execution
