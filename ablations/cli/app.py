@@ -325,7 +325,7 @@ def export(
     out: Path | None = Option(
         None,
         metavar="FILE.onnx",
-        help="ONNX file to write. Default: in the study's export folder.",
+        help="File to write. Default: in DIR/export.",
         callback=options.file_named("--out", ".onnx", parent_exists=False),
     ),
     data: Data = None,
@@ -415,13 +415,11 @@ def bench(
     json: Path | None = Option(
         None,
         metavar="FILE.json",
-        help="Write the record of one file, with all times.",
+        help="Write one file's record, with all times.",
         callback=options.file_named("--json", ".json"),
     ),
     engine: str | None = Option(
-        None,
-        metavar="E[,E]",
-        help=f"Engines: {', '.join(options.ENGINES)}. Default: own,eager, or own.",
+        None, metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}. Default: own; for files own,eager."
     ),
     seconds: float = Option(
         1, min=0.01, max=3600, metavar="S", help="Measure each engine and batch size for this long."
@@ -430,10 +428,7 @@ def bench(
         None, metavar="P%", help="Exit with 1 where a file is slower by more than this."
     ),
     baseline: Path | None = Option(
-        None,
-        metavar="FILE.json",
-        help="Compare one file with a record that --json wrote earlier.",
-        callback=options.readable,
+        None, metavar="FILE.json", help="Compare one file with a record of --json.", callback=options.readable
     ),
     across_machines: bool = Option(False, "--across-machines", help="Let --baseline be of another machine or version."),
     front: bool = Option(False, "--front", help="Time all cells of a study briefly, and the Pareto front in full."),

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.devices import usable
 from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
@@ -150,7 +149,9 @@ def _train(
     execution = how.execution
     if _is_known(on):
         chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
-        execution = usable(execution, chosen, on)
+        execution, without = execution.usable(chosen, on)
+        for text in without:
+            console.print(f"trained without {text}", soft_wrap=True)
     tracking.replay()
     progress = StudyProgress(cells, pending, data.image_size, done_before, console)
     failed = []

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from expertgrid.ablations.cli.devices import usable
 from expertgrid.ablations.engines.events import TrialDone, TrialNote
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -123,7 +122,7 @@ def test_only_long_trainings_are_compiled():
     assert not pays_off(different, 300), "eight different blocks take eight times as long to compile"
 
 
-def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path, capsys):
+def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path):
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
         reason = why_unavailable(CPU)
         assert reason.startswith("there is no C++ compiler")
@@ -131,9 +130,9 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
         assert outcome.status == 2
         assert f"--compile on: {reason}" in outcome.complaint
         assert expertgrid("bench-train", "--compile", "on", "--device", "cpu").status == 2
-        assert usable(ExecutionOptions(), [ExecutionPlan(compile=True)], CPU).compile == "off"
-        assert usable(ExecutionOptions(), [ExecutionPlan()], CPU) == ExecutionOptions()
-        assert f"trained without torch.compile: {reason}" in capsys.readouterr().err
+        options, without = ExecutionOptions().usable([ExecutionPlan(compile=True)], CPU)
+        assert (options.compile, without) == ("off", [f"torch.compile: {reason}"])
+        assert ExecutionOptions().usable([ExecutionPlan()], CPU) == (ExecutionOptions(), [])
     assert not (tmp_path / "runs").exists()
     assert "cpu and cuda only" in why_unavailable(torch.device("mps"))
 

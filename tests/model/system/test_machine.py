@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 
-from expertgrid.ablations.cli.devices import device
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
 
@@ -75,15 +74,15 @@ def test_devices_have_names(monkeypatch):
 
 def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device("auto") == device("cpu") == torch.device("cpu")
+    assert machine.torch_device("auto") == machine.torch_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="unknown device 'cuda'"):
-        device("cuda")
+        machine.torch_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device("auto") == torch.device("cuda")
-    assert device("cuda:1") == torch.device("cuda", 1)
+    assert machine.torch_device("auto") == torch.device("cuda")
+    assert machine.torch_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(InputError, match="unknown device 'cuda:2'"):
-        device("cuda:2")
+        machine.torch_device("cuda:2")
 
 
 class Driver:
