@@ -512,7 +512,7 @@ def bench(
         bool, typer.Option("--across-machines", help="With --baseline: also of another machine or version.")
     ] = False,
     front: Annotated[
-        bool, typer.Option("--front", help="Of a study: the front only. All cells are timed briefly first.")
+        bool, typer.Option("--front", help="For a study: the front only. All cells are timed briefly first.")
     ] = False,
     peers: Annotated[
         bool, typer.Option("--peers", help="Time untrained networks of timm, too. Of like size, for the same images.")
@@ -535,7 +535,7 @@ def bench(
     where the 98% interval says so. The record of a file in a study's export folder is kept in the study's bench folder,
     and its table shows it.
 
-    Of a study directory, a network of each cell is exported and timed. Its tables then show latency beside accuracy,
+    For a study directory, a network of each cell is exported and timed. Its tables then show latency beside accuracy,
     and which cells are on the Pareto front.
 
     A scenario loads each file as MLPerf does: single images or 8 in a stream, all at once, or at random as a server
