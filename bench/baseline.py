@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,10 +26,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from expertgrid.bench.peaks import synchronise
 from expertgrid.model.net import ExpertBlock
 from expertgrid.model.system.machine import usable_cores
 from expertgrid.model.system.processes import answers
+from expertgrid.model.training.loop import seconds
 
 PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
 
@@ -148,13 +147,11 @@ class Baseline:
         while True:
             for _ in range(workers * PREFETCHED + 1):
                 next(batches)
-            synchronise(self.device)
-            started = time.perf_counter()
+            started = seconds(self.device)
             for x_BCHW, y_B in itertools.islice(batches, self.steps):
                 x_BCHW, y_B = (x.to(self.device, non_blocking=True) for x in (x_BCHW, y_B))
                 baseline_step(net, optimizer, criterion, x_BCHW, y_B)
-            synchronise(self.device)
-            yield time.perf_counter() - started
+            yield seconds(self.device) - started
 
 
 def _begin(baseline: Baseline) -> Callable[[], float]:

@@ -46,10 +46,8 @@ def watched(cuda: bool) -> Generator[Host]:
     yield host
     after = _processor_seconds()
     if before and after and after[0] > before[0]:
-        (all_before, idle_before, own_before), (all_after, idle_after, own_after) = before, after
-        total = all_after - all_before
-        busy = total - (idle_after - idle_before)
-        host.others_share = round(min(1.0, max(0.0, (busy - (own_after - own_before)) / total)), 3)
+        total, idle, own = (end - begin for begin, end in zip(before, after))
+        host.others_share = round(min(1.0, max(0.0, (total - idle - own) / total)), 3)
     if gpu and clock and (now := _gpu_state(gpu)):
         host.sm_mhz, host.temperature_c = (clock[0], now[0]), (clock[1], now[1])
         host.slowed_by = sorted(clock[2] | now[2])
@@ -60,13 +58,9 @@ def _processor_seconds() -> tuple[float, float, float] | None:
     if not STAT.exists():
         return None
     ticks = [int(word) for word in STAT.read_text().splitlines()[0].split()[1:9]]  # user ... steal
-    per_second = os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return (
-        sum(ticks) / per_second,
-        (ticks[3] + ticks[4]) / per_second,
-        own.user + own.system + own.children_user + own.children_system,
-    )
+    per_second, own = os.sysconf("SC_CLK_TCK"), os.times()
+    own_seconds = own.user + own.system + own.children_user + own.children_system
+    return sum(ticks) / per_second, (ticks[3] + ticks[4]) / per_second, own_seconds
 
 
 def _gpu() -> Any:
@@ -76,13 +70,9 @@ def _gpu() -> Any:
 
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(_first_visible())
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
     return None
-
-
-def _first_visible() -> int:
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return int(first) if first.isdigit() else 0
 
 
 def _gpu_state(gpu: Any) -> tuple[int, int, set[str]] | None:

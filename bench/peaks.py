@@ -1,7 +1,6 @@
 """What a device can do at most, measured: matrix products, a network's own convolutions, and copies of memory."""
 
 import copy
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertgrid.model.system.machine import computes_bfloat16
+from expertgrid.model.training.loop import seconds
 
 MEASURE_S = 0.3
 SIZES = {"cuda": 8192}  # of square matrices
@@ -114,17 +114,7 @@ def fastest(run: Callable[[], object], device: torch.device, measure_s: float) -
     run()
     times: list[float] = []
     while len(times) < 3 or sum(times) < measure_s:
-        synchronise(device)
-        started = time.perf_counter()
+        started = seconds(device)
         run()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
+        times.append(seconds(device) - started)
     return min(times)
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits until all work queued on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -41,27 +41,27 @@ def profile_training(
     trial, splits = random_trial(preset, recipe, warm_up + steps, device)
     whole = recipe.epochs * (CIFAR_TRAIN // recipe.batch_size)
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
-    kind, part = (DeviceType.CUDA, "kernel") if on_cuda else (DeviceType.CPU, "operator")
+    part, kind = ("kernel", DeviceType.CUDA) if on_cuda else ("operator", DeviceType.CPU)
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    when = schedule(wait=warm_up - 1, warmup=1, active=steps, repeat=1)
     table: list[dict[str, object]] = []
     epochs = {recipe.image_size(epoch, splits.data.image_size): epoch for epoch in (0, recipe.epochs - 1)}
     for (height, width), training.epoch in epochs.items():
-        with profile(
-            activities=activities, schedule=schedule(wait=0, warmup=warm_up, active=steps, repeat=1)
-        ) as profiled:
+        with profile(activities=activities, schedule=when) as profiled:
             next(train(trial, splits, training, after_step=profiled.step))
-        events = [
-            event for event in profiled.key_averages() if event.device_type == kind and not event.is_user_annotation
-        ]
-        us = {event: event.self_device_time_total if on_cuda else event.self_cpu_time_total for event in events}
-        longest = sorted(us, key=lambda event: -us[event])
-        parts = [(event.key[:NAME], event.count, us[event]) for event in longest[:LONGEST]]
-        others = longest[LONGEST:]
-        parts += [("others", sum(event.count for event in others), sum(us[event] for event in others))] * bool(others)
+        parts = sorted(
+            (event.self_device_time_total if on_cuda else event.self_cpu_time_total, event.count, event.key[:NAME])
+            for event in profiled.key_averages()
+            if event.device_type == kind and not event.is_user_annotation
+        )
+        others, longest = parts[:-LONGEST], parts[: -LONGEST - 1 : -1]
+        if others:
+            longest.append((sum(us for us, *_ in others), sum(calls for _, calls, _ in others), "others"))
+        total_us = sum(us for us, *_ in parts)
         table += [
-            {"images": f"{height}x{width}", part: name, "calls a step": calls / steps,
-             "ms a step": time_us / steps / 1000, "share %": 100 * time_us / sum(us.values())}
-            for name, calls, time_us in parts
+            {"images": f"{height}x{width}", part: name, "calls a step": calls / steps, "ms a step": us / steps / 1000,
+             "share %": 100 * us / total_us}
+            for us, calls, name in longest
         ]  # fmt: skip
     average = f", moving average {recipe.ema_decay:g}" if training.average else ""
     dtype = "bf16" if uses_bfloat16(recipe, device) else "fp32"

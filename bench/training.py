@@ -7,7 +7,6 @@ turns, so that a change of the machine's speed hits all of them.
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 from expertgrid.bench.baseline import Baseline, BaselineImages, baseline_transform, textbook
 from expertgrid.bench.host import peak_bytes, reset_peak
-from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks, synchronise
+from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
 from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
@@ -25,9 +24,9 @@ from expertgrid.model.presets import network
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import device_name, usable_cores
-from expertgrid.model.training.augment import augment
 from expertgrid.model.training.data import ImageData
-from expertgrid.model.training.loop import Training, TrainingError, start, train, uses_bfloat16
+from expertgrid.model.training.loader import Loader
+from expertgrid.model.training.loop import Training, TrainingError, seconds, start, train, uses_bfloat16
 from expertgrid.model.training.optimise import make_optimizer
 from expertgrid.model.training.prepare import Prepared, prepare
 from expertgrid.model.training.recipe import RECIPES, Recipe
@@ -113,15 +112,13 @@ def measure_training(
     device: torch.device,
     execution: ExecutionOptions,
     notice: Callable[[str], object] = lambda text: None,
-    matrices: int | None = None,
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
 
     `steps` is 2, or 100 on CUDA, where it is None. All images have their full size. What `execution` leaves to
     expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and `notice` is told.
-    The peaks are of `matrices` of that size and of the network's convolutions, before and after the rounds. Raises
-    InputError for a preset that does not exist or does not take the images, and for what was asked for and does not
-    work.
+    Raises InputError for a preset that does not exist or does not take the images, and for what was asked for and does
+    not work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
@@ -135,7 +132,7 @@ def measure_training(
     memory, memory_is = peak_memory(device, lambda: next(epochs))
     shape = batch, splits.data.channels, *splits.data.image_size
     convolutions = largest_convolutions(build(trial.model).train(), shape)
-    peaks = measure_peaks(device, size=matrices, convolutions=convolutions)
+    peaks = measure_peaks(device, convolutions=convolutions)
     with baseline_of(trial, splits, steps).in_own_process() as baseline_round:
         bare_step = bare_step_of(trial, splits, bare)
         ways = {
@@ -144,15 +141,14 @@ def measure_training(
             "baseline": baseline_round,
         }
         in_turns(ways, 1)
-        seconds = in_turns(ways, rounds)
+        rounds_s = in_turns(ways, rounds)
     return TrainingSpeed.of(
-        seconds["loop"], seconds["bare"], seconds["baseline"],
+        rounds_s["loop"], rounds_s["bare"], rounds_s["baseline"],
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
         batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(trial.model, *splits.data.image_size)[1],
-        peaks=peaks.best(measure_peaks(device, size=matrices, convolutions=convolutions)),
-        baseline_workers=usable_cores(),
+        peaks=peaks.best(measure_peaks(device, convolutions=convolutions)), baseline_workers=usable_cores(),
     )  # fmt: skip
 
 
@@ -200,12 +196,13 @@ def prepared_training(
 
 def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
     """The training step of a trial on its first batch, augmented once; a CUDA graph where the training has those."""
-    recipe, device, batch = trial.recipe, splits.device, trial.recipe.batch_size
-    mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
-    x_BCHW = augment(recipe, splits.train.pixels_BHWC[:batch], mean_C, std_C, torch.Generator(device))
-    y_B = splits.train.labels_B[:batch]
-    step = training_step(training.net.train(), training.optimizer, uses_bfloat16(recipe, device), recipe.smoothing)
-    return partial(step if training.recorder is None else partial(training.recorder, step), x_BCHW, y_B, y_B)
+    batch, bfloat16 = (
+        next(Loader(trial.recipe, splits, trial.seed).epoch(0)),
+        uses_bfloat16(trial.recipe, splits.device),
+    )
+    step = training_step(training.net.train(), training.optimizer, bfloat16, trial.recipe.smoothing)
+    take = partial(training.recorder, step) if training.recorder else step
+    return partial(take, batch.x_BCHW, batch.targets, batch.labels_B)
 
 
 def baseline_of(trial: Trial, splits: Splits, steps: int) -> Baseline:
@@ -221,21 +218,19 @@ def baseline_of(trial: Trial, splits: Splits, steps: int) -> Baseline:
 
 def in_turns(ways: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
     """The seconds that each way returns, `rounds` times, in turns whose order is reversed each round."""
-    seconds: dict[Key, list[float]] = {name: [] for name in ways}
+    rounds_s: dict[Key, list[float]] = {name: [] for name in ways}
     for i in range(rounds):
         for name in list(ways)[:: 1 if i % 2 else -1]:
-            seconds[name].append(ways[name]())
-    return seconds
+            rounds_s[name].append(ways[name]())
+    return rounds_s
 
 
 def bare_round(step: Callable[[], object], steps: int, device: torch.device) -> float:
     """Seconds of `steps` steps on one batch that is ready on the device."""
-    synchronise(device)
-    started = time.perf_counter()
+    started = seconds(device)
     for _ in range(steps):
         step()
-    synchronise(device)
-    return time.perf_counter() - started
+    return seconds(device) - started
 
 
 def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | None, str]:
@@ -262,8 +257,8 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
         "bare steps on one batch": (speed.bare_images_per_s, speed.bare_s),
     }
     table: list[dict[str, object]] = []
-    for name, (rate, seconds) in ways.items():
-        ratio = times_as_fast(speed.baseline_s, seconds)
+    for name, (rate, rounds_s) in ways.items():
+        ratio = times_as_fast(speed.baseline_s, rounds_s)
         table.append({"training": name, "images/s": round(rate, 1), "x baseline": ratio, "verdict": ratio.word})
     baseline = {"training": "PyTorch baseline", "images/s": round(speed.baseline_images_per_s, 1)}
     return [*table, baseline | {"x baseline": None, "verdict": None}]

@@ -73,7 +73,8 @@ def tune(
     ranked = list(times)
     for place, way in enumerate(ranked):
         tried = [
-            _tried(one, batch, times.get(one), left_out.get(one, "")) for one in dict.fromkeys([*ranked, *left_out])
+            _tried(other, batch, times.get(other), left_out.get(other, ""))
+            for other in dict.fromkeys([*ranked, *left_out])
         ]
         tried[place] = tried[place].model_copy(update={"outcome": "chosen"})
         before_each_certificate()
@@ -116,8 +117,8 @@ def variants(provider: str) -> list[Options]:
         return [AS_IT_IS, Options(layout="NHWC")]
     if provider == "tensorrt":
         return [AS_IT_IS]
-    here = torch.get_num_threads()
-    fewer = [Options(threads=count) for count in sorted({1, max(1, here // 2)} - {here})]
+    all_threads = torch.get_num_threads()
+    fewer = [Options(threads=count) for count in sorted({1, max(1, all_threads // 2)} - {all_threads})]
     if provider == "openvino":
         return [AS_IT_IS, *fewer]
     blocked = [AS_IT_IS, Options(spinning=False), *fewer] if fewer else [AS_IT_IS]
@@ -140,7 +141,7 @@ def _by_speed(
         else:
             candidates[way] = partial(_open, made.model, way, images)
     times = take_turns(candidates, *effort) if candidates else {}
-    return dict(sorted(times.items(), key=lambda found: np.median(found[1].calls_ms)))
+    return dict(sorted(times.items(), key=lambda timed: np.median(timed[1].calls_ms)))
 
 
 def _open(model: bytes, way: Way, images: np.ndarray) -> Timer:
@@ -152,44 +153,29 @@ def _open(model: bytes, way: Way, images: np.ndarray) -> Timer:
 
 
 def _tried(way: Way, batch: int, times: Times | None, reason: str) -> Tried:
-    found = Tried(
+    interval = percentiles(times, [50])[0] if times else None
+    return Tried(
         rewrites=way.rewrites,
         precision=way.precision,
         provider=way.provider,
         options=str(way.options),
         batch=batch,
         outcome=reason or "slower",
-    )
-    if times is None:
-        return found
-    (interval,) = percentiles(times, [50])
-    return found.model_copy(
-        update={
-            "p50_ms": float(np.median(times.calls_ms)),
-            "interval_ms": (interval.low, interval.high) if interval else None,
-        }
+        p50_ms=float(np.median(times.calls_ms)) if times else None,
+        interval_ms=(interval.low, interval.high) if interval else None,
     )
 
 
 def rows(tried: Sequence[Tried]) -> list[dict[str, object]]:
     """What was tried, as the rows of a table. Speeds are against the graph as it was trained, in ONNX Runtime."""
-    plain = next(
-        (
-            one.p50_ms
-            for one in tried
-            if (one.rewrites, one.precision, one.options) == ("none", "fp32", "") and one.provider != "openvino"
-        ),
-        None,
-    )
+    trained = ("none", "fp32", "")
+    plain_ms = next(
+        (way.p50_ms for way in tried
+         if (way.rewrites, way.precision, way.options) == trained and way.provider != "openvino"), None
+    )  # fmt: skip
     return [
-        {
-            "engine": one.provider,
-            "precision": one.precision,
-            "rewrites": one.rewrites,
-            "options": one.options,
-            "p50 ms": one.p50_ms,
-            "x as trained": plain / one.p50_ms if plain and one.p50_ms else None,
-            "outcome": one.outcome,
-        }
-        for one in tried
-    ]
+        {"engine": way.provider, "precision": way.precision, "rewrites": way.rewrites, "options": way.options,
+         "p50 ms": way.p50_ms, "x as trained": plain_ms / way.p50_ms if plain_ms and way.p50_ms else None,
+         "outcome": way.outcome}
+        for way in tried
+    ]  # fmt: skip

@@ -255,4 +255,6 @@ def seconds(device: torch.device) -> float:
     """The time, once all work queued on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
