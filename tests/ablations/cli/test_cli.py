@@ -38,7 +38,7 @@ def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
     assert outcome.status == 0, outcome.err
     assert outcome.out.startswith(f"{question}\n")
     assert question in outcome.err
-    assert "Reads of the test split: 6 (" in outcome.out
+    assert "Reads of the test split: 6 (" in expertgrid("table", "runs/[x]", "--notes").out
     assert "trial 6/6 two_block experts=2 gate=mlp seed 1: val" in outcome.err
     study = tmp_path / "runs" / "[x]"
     assert len(list((study / "trials").iterdir())) == 6
@@ -68,7 +68,7 @@ def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_stu
     assert "taken over from runs/tiny: 6 trials" in outcome.err
     assert "10 trials, 6 of them done before" in outcome.err
     assert "Results of these seeds were seen before the study was made" in outcome.out
-    assert "Taken over from tiny: 6 trials." in outcome.out
+    assert "Taken over from tiny: 6 trials." in expertgrid("table", "runs/more", "--notes").out
     assert "training time" not in outcome.out
     effects = json.loads(expertgrid("table", "runs/more", "--format", "json").out)["factors"]
     assert all("training time" not in effect for effect in effects)
@@ -81,8 +81,9 @@ def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, 
     outcome = expertgrid("run", other, "--device", "cpu")
     assert "taken over from runs/tiny: 4 trials" in outcome.err
     assert "4 trials, 4 of them done before" in outcome.err
-    assert "Reads of the test split: 4 (4 at the end of a training" in outcome.out
-    assert "Taken over from tiny: 4 trials" in outcome.out
+    notes = expertgrid("table", "runs/other", "--notes").out
+    assert "Reads of the test split: 4 (4 at the end of a training" in notes
+    assert "Taken over from tiny: 4 trials" in notes
     assert "train images/s" in outcome.out
 
     alone = expertgrid("run", other, "--device", "cpu", "--no-adopt", "--out", "runs/alone", "--seeds", 1)
@@ -268,7 +269,7 @@ def test_every_precision_with_certificate_and_card(expertgrid, trained_study, tm
         metadata = {prop.key: prop.value for prop in onnx.load(file).metadata_props}
         assert metadata["expertgrid.certificate"] == hashlib.sha256(certificate).hexdigest()
         assert "## Limits" in file.with_suffix(".md").read_text()
-    assert "3 to certify an export" in expertgrid("table", study).out
+    assert "3 to certify an export" in expertgrid("table", study, "--notes").out
 
 
 @pytest.mark.parametrize("option", [["--precision", "int8"], ["--prune-gates", "0.1"]])
@@ -293,7 +294,7 @@ def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
     file = study / "export" / "model-uint8-pruned.onnx"
     assert expertgrid("bench", file, "--batch", "1", "--json", tmp_path / "latency.json").status == 0
     assert json.loads((tmp_path / "latency.json").read_text())["pruned"]
-    assert "latency ms" not in expertgrid("table", study).out
+    assert "latency ms" not in expertgrid("table", study, "--notes").out
     image = tmp_path / "digit.png"
     Image.fromarray(digits.test.pixels_BHWC[0, :, :, 0]).save(image)
     rows = json.loads(expertgrid("predict", file, image, "--top", 10, "--format", "json").out)
@@ -327,7 +328,7 @@ def test_bench_prints_and_keeps_what_it_measured(expertgrid, exported_file, tmp_
     outcome = expertgrid(*command, "--format", "json", "--json", tmp_path / "record.json")
     assert [row["engine"] for row in json.loads(outcome.out)] == ["onnxruntime cpu", "pytorch eager cpu"]
     assert (tmp_path / "record.json").read_bytes() == (study / "bench" / "model-uint8-cpu.json").read_bytes()
-    table = expertgrid("table", study).out
+    table = expertgrid("table", study, "--notes").out
     assert "latency ms" in table
     assert "Latency: median of ONNX Runtime at batch 2, cpu" in table
     if not torch.cuda.is_available():

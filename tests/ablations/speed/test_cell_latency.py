@@ -67,7 +67,7 @@ def test_cells_take_turns_and_table_and_report_show_it(expertgrid, study):
     assert [row["front"] == "yes" for row in after] == [row.name in front for row in rows]
     assert [row["val acc %"] for row in after] == [row["val acc %"] for row in before]
     assert StudyDirectory(study).test_reads() == reads
-    text = expertgrid("table", study).out
+    text = expertgrid("table", study, "--notes").out
     assert "Latency: median of ONNX Runtime at batch 1, cpu, " in text
     assert f"of {len(rows)} cells in turns" in text
     assert expertgrid("report", study).status == 0

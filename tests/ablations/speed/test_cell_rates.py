@@ -29,7 +29,7 @@ def test_cells_are_timed_in_turns_and_the_table_shows_it(expertgrid, study):
     assert [row["train images/s"] for row in after] == list(rates.images_per_s.values())
     assert [row["val acc %"] for row in after] == [row["val acc %"] for row in before]
     said = "Train images/s: each cell alone and in turns at full image size, on cpu"
-    assert said in expertgrid("table", study).out
+    assert said in expertgrid("table", study, "--notes").out
     assert expertgrid("check", study).status == 0
     assert expertgrid("verify", study).status == 0
 

@@ -438,11 +438,10 @@ def test_the_table_has_flip_tta_apart_and_names_failures(expertgrid, tmp_path, m
     assert done.status == 1
     assert "test acc % with flip TTA" in done.out
     assert "Failed: 2 of the trials (2 diverged)." in done.out
-    assert len(re.findall(r"Failed: \w{12}: diverged: the loss is \w+ at step \d+ \(epoch 1, learning", done.out)) == 2
-    assert "Reads of the test split: 2 (2 at the end of a training" in done.out
-    assert (
-        "Flip TTA: logits averaged over each image and its mirror image; 2 of these reads predicted both." in done.out
-    )
+    notes = expertgrid("table", "runs/tiny", "--notes").out
+    assert len(re.findall(r"Failed: \w{12}: diverged: the loss is \w+ at step \d+ \(epoch 1, learning", notes)) == 2
+    assert "Reads of the test split: 2 (2 at the end of a training" in notes
+    assert "Flip TTA: logits averaged over each image and its mirror image; 2 of these reads predicted both." in notes
 
 
 # A value for each field, other than the base's, and what the base needs for the field to mean something.
