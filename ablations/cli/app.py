@@ -598,9 +598,7 @@ def bench_train(
         int | None, typer.Option(min=1, max=1000, metavar="N", help="Steps in a round. Default: 2; 100 on CUDA.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Rounds of each way.")] = 5,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Show where the time of a model's training steps goes instead.")
-    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of a step goes instead.")] = False,
     device: Device = "auto",
     compile: Compile = "auto",
     kernels: Kernels = "auto",
