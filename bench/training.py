@@ -127,14 +127,13 @@ def measure_training(
     trial, splits = random_trial(preset, recipe, steps, device)
     whole = own.epochs * (CIFAR_TRAIN // batch)
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
-    bare, _ = prepared_training(trial, splits, execution, whole)
     epochs = train(trial, splits, training)
     memory, memory_is = peak_memory(device, lambda: next(epochs))
+    bare_step = bare_step_of(trial, splits, prepared_training(trial, splits, execution, whole)[0])
     shape = batch, splits.data.channels, *splits.data.image_size
     convolutions = largest_convolutions(build(trial.model).train(), shape)
     peaks = measure_peaks(device, convolutions=convolutions)
     with baseline_of(trial, splits, steps).in_own_process() as baseline_round:
-        bare_step = bare_step_of(trial, splits, bare)
         ways = {
             "loop": lambda: next(epochs).train_seconds,
             "bare": lambda: bare_round(bare_step, steps, device),
