@@ -348,7 +348,7 @@ def test_bench_says_which_is_faster_and_fails_where_asked(expertgrid, exported_f
     assert outcome.status == 1
     assert f"model-uint8.onnx against {record}, batch 2, onnxruntime cpu: slower, 0." in outcome.out
     assert re.search(r"slower by \d+.\d%, more than 5%: model-uint8.onnx against", outcome.err)
-    assert expertgrid("bench", file, file, *short, "--fail-if-slower", "900%").status == 0
+    assert expertgrid("bench", exported_file, *command[1:], "--fail-if-slower", "900%").status == 0
     record.write_text(quicker.model_copy(update={"threads": 64}).model_dump_json())
     outcome = expertgrid(*command, "--baseline", record)
     assert (outcome.status, "measured with threads 64" in outcome.complaint) == (2, True)
