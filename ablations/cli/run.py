@@ -28,6 +28,7 @@ from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking
+from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import deterministic, torch_device
@@ -105,11 +106,13 @@ def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, ho
     """Measures the training speed of each cell, as trials that were trained at once have none."""
     from expertgrid.ablations.speed.training import measure_cells
 
-    with status("timing the training of each cell alone"):
-        rates = measure_cells(
-            directory, data, on, how.execution, rounds=3, notice=partial(console.print, soft_wrap=True)
-        )
-    directory.write_training_rates(rates)
+    notice = partial(console.print, soft_wrap=True)
+    try:
+        with status("timing the training of each cell alone"):
+            rates = measure_cells(directory, data, on, how.execution, rounds=3, notice=notice)
+        directory.write_training_rates(rates)
+    except RecordingError as error:  # a trial was then trained without CUDA graphs, in a process of its own
+        notice(f"training was not timed alone: {error}")
 
 
 def train_and_show(request: StudyRequest, data_dir: Path | None, how: How) -> int:

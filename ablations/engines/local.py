@@ -175,10 +175,7 @@ def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **when)
-    if isinstance(error, RecordingError):
-        reason = f"its steps cannot be recorded as CUDA graphs, which --graphs off leaves out: {error}"
-        return Failure(error=reason, **when)
-    return Failure(error=reason_of(error), **when)
+    return Failure(error=str(error) if isinstance(error, RecordingError) else reason_of(error), **when)
 
 
 def _finish(

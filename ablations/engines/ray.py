@@ -397,7 +397,10 @@ def _is_file(module: str) -> bool:
 def _import_modules(modules: Sequence[str]) -> None:
     """Imports the user's modules on a node, where they are installed with the task."""
     for module in modules:
-        import_module(Path(module).stem if _is_file(module) else module)
+        try:
+            import_module(Path(module).stem if _is_file(module) else module)
+        except (Exception, SystemExit) as error:  # a user's module may fail in any way
+            raise InputError(f"--import {module}: on node {socket.gethostname()}: {reason_of(error)}") from error
 
 
 def _gpus(share: float | None, device: str) -> float:

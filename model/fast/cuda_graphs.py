@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from expertgrid.model.system.errors import reason_of
+from expertgrid.model.system.errors import InputError, reason_of
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
@@ -21,7 +21,7 @@ Recording = tuple[Callable[[], object], Tensors]  # a function that replays a st
 WARM_UP = 3  # steps before the recorded one: libraries choose kernels, and optimisers create their state
 
 
-class RecordingError(RuntimeError):
+class RecordingError(InputError):
     """A training step cannot be recorded. PyTorch's stream, random numbers and memory are left in the middle of it."""
 
 
@@ -72,7 +72,8 @@ class Recorder:
             try:
                 tape.replay, tape.outputs = self._recorded(lambda: step(*tape.inputs))
             except RuntimeError as error:
-                raise RecordingError(reason_of(error)) from error
+                text = "a training step cannot be recorded as a CUDA graph, which --graphs off leaves out"
+                raise RecordingError(f"{text}: {reason_of(error)}") from error
         tape.replay()
         return tape.outputs
 

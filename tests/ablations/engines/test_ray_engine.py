@@ -156,17 +156,6 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
         assert_same(local, directory, trial.id)
 
 
-@pytest.mark.nightly
-def test_two_nodes_train_at_once(digits, tmp_path):
-    trials = list(parse_study(STUDY.format(epochs=2), tmp_path / "s.toml").cells(digits)[0].trials)
-    with cluster(2) as (address, _), ray_engine(address, 1, None, "auto", []) as engine:
-        assert engine.in_words == "Ray, 3 nodes: room for 2 trials at once"
-        list(train(engine, trials, digits, tmp_path / "ray"))
-    local, directory = trained_here(trials, digits, tmp_path / "local"), StudyDirectory(tmp_path / "ray")
-    assert_same(local, directory, trials[0].id)
-    assert directory.record(trials[0].id).at_once == 1
-
-
 def processes(node) -> tuple[int, list[int]]:
     """A node's daemon, and the processes that it started."""
     (daemon,) = (process.process.pid for started in node.all_processes.values() for process in started)
@@ -218,6 +207,7 @@ def trains(node) -> bool:
 def test_a_trial_goes_on_where_its_node_is_killed(digits, tmp_path, way):
     (trial,) = parse_study(STUDY.format(epochs=EPOCHS), tmp_path / "s.toml").cells(digits)[0].trials
     with cluster(2) as (address, nodes), ray_engine(address, 1, None, "cpu", []) as engine:
+        assert engine.in_words == "Ray, 3 nodes: room for 2 trials at once"
         seen = lost_and_gone_on(train(engine, [trial], digits, tmp_path / "ray"), nodes, way)
     (lost,) = (place for place, event in enumerate(seen) if isinstance(event, TrialNote))
     assert seen[lost].text == "its node was lost; it goes on from its last saved state"
