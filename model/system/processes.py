@@ -69,10 +69,10 @@ class AnsweringProcess:
 
 def _answer(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     _end_with_parent()
     with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         begin, *work = connection.recv()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
         answer = begin(*work)
         while True:
             words = connection.recv()
