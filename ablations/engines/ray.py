@@ -29,11 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
-from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, schedule
+from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Failure
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.system.files import now, write_whole
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores
 from expertgrid.model.system.processes import ProcessLost
 from expertgrid.model.training.trial import Trial
@@ -183,12 +182,12 @@ class RayEngine:
         except failures.RayTaskError as error:
             message = error.cause if isinstance(error.cause, Exception) else error
         except failures.OutOfMemoryError:
-            message = _crashed("Ray ended the training process, as its node ran out of memory")
+            message = crashed("Ray ended the training process, as its node ran out of memory")
         except (failures.NodeDiedError, failures.ObjectLostError, asyncio.CancelledError):  # the last by `_watch`
             message = NODE_LOST
         except failures.WorkerCrashedError:
-            crashed = task.node is not None and await self.loop.run_in_executor(None, _answers, task.node)
-            message = _crashed("the process of its task was killed") if crashed else NODE_LOST
+            alive = task.node is not None and await self.loop.run_in_executor(None, _answers, task.node)
+            message = crashed("the process of its task was killed") if alive else NODE_LOST
         except failures.RayError as error:
             message = ProcessLost(f"Ray cannot run a task: {reason_of(error)}")
         self.tasks.pop(trial.id, None)
@@ -247,10 +246,6 @@ class _Task:
     generator: "ObjectRefGenerator"
     follower: asyncio.Task
     node: str | None = None  # its id; None while the task waits
-
-
-def _crashed(reason: str) -> Failure:
-    return Failure(kind="crashed", error=reason, traceback="", time=now())
 
 
 def _answers(node_id: str) -> bool:

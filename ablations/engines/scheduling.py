@@ -54,6 +54,8 @@ class Report:
 class Ended:
     """A trial's task is over: the trial is done or has failed, or the task was stopped."""
 
+    reason: str = "its task ended before it was done"
+
 
 @dataclass(frozen=True)
 class NodeLost:
@@ -129,13 +131,10 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                     losses[trial.id] += 1
                     waiting.appendleft(trial)
                     yield TrialNote(trial, f"{reason}; it goes on from its last saved state")
-                case NodeLost(reason):
-                    yield _crashed(trial, reason, directory)
-                case Ended():
-                    yield _crashed(trial, "its task ended before it was done", directory)
-                case Failure():
-                    directory.write_failure(trial.id, message)
-                    yield TrialFailed(trial, str(message))
+                case NodeLost() | Ended() | Failure():
+                    failure = message if isinstance(message, Failure) else crashed(message.reason)
+                    directory.write_failure(trial.id, failure)
+                    yield TrialFailed(trial, str(failure))
                 case BaseException():
                     raise message
                 case _:
@@ -178,7 +177,6 @@ def write_report(report: Report, directory: StudyDirectory) -> None:
         (place / "failure.json").unlink(missing_ok=True)
 
 
-def _crashed(trial: Trial, reason: str, directory: StudyDirectory) -> TrialFailed:
-    failure = Failure(kind="crashed", error=reason, traceback="", time=now())
-    directory.write_failure(trial.id, failure)
-    return TrialFailed(trial, str(failure))
+def crashed(reason: str) -> Failure:
+    """The failure of a trial whose task is over, where nobody knows more."""
+    return Failure(kind="crashed", error=reason, traceback="", time=now())

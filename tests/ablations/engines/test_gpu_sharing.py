@@ -116,7 +116,8 @@ def test_several_trainers_on_a_gpu_are_its_clients(control, digits, tmp_path, mo
         with isolated(jobs, device) as pool:
             assert not pool.gpu.environment
     assert calls(control) == []
-    trials = Study(name="test", question="?", seeds=2, set={"recipe.epochs": 1}).cells(digits)[0].trials
+    fields = {"width": 0.0625, "recipe.epochs": 1}
+    trials = Study(name="test", question="?", seeds=2, set=fields).cells(digits)[0].trials
     setup = Setup(digits, "cpu", tmp_path, partial(_write_environment, tmp_path), EAGER)
     with isolated(2, "cuda:0") as pool:
         list(pool.run(trials, setup, StudyDirectory(tmp_path), Event()))

@@ -318,19 +318,13 @@ def simulate(simulation: Simulation, trials: list[Trial], directory: StudyDirect
             simulation.driver_killed()
 
 
-def check(simulation: Simulation, trials: list[Trial], directory: StudyDirectory) -> str:
+def check(simulation: Simulation, trials: list[Trial], directory: StudyDirectory) -> None:
     """No finished trial was lost, and the work that was repeated is what failures cost: SAVE_S for a slot at most."""
     assert sorted(simulation.finished) == sorted(trial.id for trial in trials)
     assert len(directory.test_reads()) == len(trials)
-    needed = sum(simulation.needed_s.values())
-    repeated = simulation.worked_s - needed
+    repeated = simulation.worked_s - sum(simulation.needed_s.values())
     lost_slots = simulation.slots * (simulation.failures + simulation.nodes * simulation.kills)
     assert 0 <= repeated <= SAVE_S * lost_slots
-    return (
-        f"{len(trials):,} trials on {simulation.nodes} nodes in {simulation.clock / 3600:.1f} simulated hours: "
-        f"{simulation.failures} node failures, {simulation.kills} kills of the driver; finished trials lost 0; "
-        f"repeated {repeated / needed:.3%} of the work, at most {SAVE_S * lost_slots / needed:.3%}"
-    )
 
 
 @pytest.fixture
@@ -340,18 +334,19 @@ def memory(tmp_path) -> Iterator[Path]:
         yield Path(place)
 
 
-def test_what_failures_cost(first, memory):
-    trials, simulation = trials_of(first, 60), Simulation(4, 2, mean_s_to_failure=400.0, messages_to_kill=300)
+@pytest.mark.parametrize(
+    ("trials", "simulation", "failures"),
+    [
+        (60, Simulation(4, 2, mean_s_to_failure=400.0, messages_to_kill=300), 5),
+        # A node is lost once an hour, which is a hundred times as often as machines are.
+        pytest.param(
+            10_000, Simulation(64, 8, mean_s_to_failure=3600.0, messages_to_kill=20_000), 20, marks=pytest.mark.nightly
+        ),
+    ],
+    ids=["60 trials on 4 nodes", "10,000 trials on 64 nodes"],
+)
+def test_what_failures_cost(trials, simulation, failures, first, memory):
+    trials = trials_of(first, trials)
     simulate(simulation, trials, StudyDirectory(memory))
     check(simulation, trials, StudyDirectory(memory))
-    assert simulation.failures > 5 and simulation.kills > 1
-
-
-@pytest.mark.nightly
-def test_ten_thousand_trials_on_64_nodes(first, memory):
-    """A node is lost once an hour, which is a hundred times as often as machines are."""
-    trials = trials_of(first, 10_000)
-    simulation = Simulation(64, 8, mean_s_to_failure=3600.0, messages_to_kill=20_000)
-    simulate(simulation, trials, StudyDirectory(memory))
-    print(check(simulation, trials, StudyDirectory(memory)))
-    assert simulation.failures > 20 and simulation.kills > 1
+    assert simulation.failures > failures and simulation.kills > 1
