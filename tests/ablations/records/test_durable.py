@@ -175,7 +175,6 @@ def test_arrays_with_changed_bytes_are_read_or_refused(study, trial):
 
 WRITES = """
 import sys
-from contextlib import suppress
 from pathlib import Path
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study_file import parse_study
@@ -189,21 +188,17 @@ for line in sys.stdin:
         with StudyDirectory(Path(line.strip())).written(study, data, []):
             print("writes", flush=True)
             sys.stdin.readline()
-        print("done", flush=True)
     except InputError as error:
         print(error, flush=True)
         sys.stdin.readline()
-        print("done", flush=True)
+    print("done", flush=True)
 """
 
 
 def test_of_two_processes_one_writes_and_the_other_names_it(tmp_path):
-    def start() -> subprocess.Popen:
-        line = [sys.executable, "-c", WRITES]
-        return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-
-    with start() as first, start() as second:
-        both = (first, second)
+    line, pipe = [sys.executable, "-c", WRITES], subprocess.PIPE
+    both = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY) for _ in range(2)]
+    with both[0], both[1]:
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         for number in range(10):
             place = tmp_path / str(number)
@@ -253,19 +248,15 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, code):
 # --- Full disks ---
 
 
-def same_weights(config) -> bool:
-    tensors = build(config).state_dict().values()
-    return stored_bytes(config) == sum(tensor.numpy().nbytes for tensor in tensors)
-
-
 @pytest.mark.parametrize("name", [*PRESETS, "resnet18"])
 def test_the_bytes_of_a_network_are_those_of_its_state(name):
-    config = network(name)
-    assert same_weights(config)
+    configs = [network(name)]
     if name in PRESETS:
         gate = GateConfig(kind="mlp", hidden=(8,), frozen=True)
-        frozen = config.map_blocks(lambda block: block.change(gate=gate if len(block.kernels) > 1 else None))
-        assert same_weights(frozen.change(norm=NormConfig(scale=False)))
+        frozen = configs[0].map_blocks(lambda block: block.change(gate=gate if len(block.kernels) > 1 else None))
+        configs.append(frozen.change(norm=NormConfig(scale=False)))
+    for config in configs:
+        assert stored_bytes(config) == sum(tensor.numpy().nbytes for tensor in build(config).state_dict().values())
 
 
 def test_a_study_takes_no_more_than_was_estimated_and_is_refused_without_that_room(study, digits, monkeypatch):

@@ -29,18 +29,17 @@ def test_means_by_class():
 
 
 @pytest.mark.parametrize(
-    ("labels", "bits"), [([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.0), ([0, 0, 0, 1], 0.3112781244591328)]
-)  # the last: H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
-def test_mutual_information_by_hand(labels, bits):
-    assert mutual_information(HARD_BK, np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
-
-
-def test_mutual_information_of_soft_weights_by_hand():
-    # p(expert, class) is 0.4, 0.1, 0.1, 0.4: 2 bits less that entropy, 1.7219
-    weights_BK = np.array([[0.8, 0.2], [0.2, 0.8]])
-    assert mutual_information(weights_BK, np.array([0, 1]), 2) == pytest.approx(0.2780719051126377)
-    uniform_BK = np.full((4, 2), 0.5)
-    assert mutual_information(uniform_BK, np.array([0, 0, 1, 1]), 2) == pytest.approx(0, abs=1e-12)
+    ("weights_BK", "labels", "bits"),
+    [
+        (HARD_BK, [0, 0, 1, 1], 1.0),
+        (HARD_BK, [0, 1, 0, 1], 0.0),
+        (HARD_BK, [0, 0, 0, 1], 0.3112781244591328),  # H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
+        ([[0.8, 0.2], [0.2, 0.8]], [0, 1], 0.2780719051126377),  # p is 0.4, 0.1, 0.1, 0.4: 2 bits less that entropy
+        (np.full((4, 2), 0.5), [0, 0, 1, 1], 0.0),
+    ],
+)
+def test_mutual_information_by_hand(weights_BK, labels, bits):
+    assert mutual_information(np.array(weights_BK), np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
 
 
 def test_mutual_information_of_hard_assignments_is_scikit_learns():
