@@ -36,13 +36,10 @@ def test_another_process_keeps_out(tmp_path, digits):
     """A lock of the operating system that another part of any program has."""
     directory = StudyDirectory(tmp_path / "study")
     directory.path.mkdir()
-    with filelock.FileLock(directory.path / LOCK):
-        with (
-            pytest.raises(InputError, match="another process is writing this study"),
-            directory.written(STUDY, digits, []),
-        ):
-            pass
-        assert not (directory.path / "study.toml").exists()
+    refused = pytest.raises(InputError, match="another process is writing this study")
+    with filelock.FileLock(directory.path / LOCK), refused, directory.written(STUDY, digits, []):
+        pass
+    assert not (directory.path / "study.toml").exists()
     with directory.written(STUDY, digits, STUDY.cells(digits)), pytest.raises(filelock.Timeout):
         filelock.FileLock(directory.path / LOCK).acquire(timeout=0)
     assert directory.read_study().model_dump() == STUDY.model_dump()

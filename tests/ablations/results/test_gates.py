@@ -17,7 +17,6 @@ from expertgrid.model.checkpoint import load
 from expertgrid.model.net import Gate
 from expertgrid.model.pixels import normalise
 from expertgrid.model.training.loop import score
-from expertgrid.model.training.splits import ResidentData
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
 
@@ -71,13 +70,13 @@ def test_block_gate():
         block_gate("layers.1", HARD_BK * 2, np.array([0, 0, 1, 1]), 2)
 
 
-def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
+def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, resident_digits):
     directory = StudyDirectory(trained_study)
     trial = next(cell.trials[0] for cell in directory.read_plan().cells if cell.levels["experts"] == 2)
     checkpoint, before = load(directory.checkpoint(trial)), directory.test_reads()
     record = directory.record(trial)
     hold_out = directory.read_plan().hold_out
-    validation = ResidentData(digits, torch.device("cpu")).splits(hold_out, record.seed).validation
+    validation = resident_digits.splits(hold_out, record.seed).validation
     logits_BN, weights = predict_watched(checkpoint, validation)
 
     loss, accuracy = score(torch.from_numpy(logits_BN), validation.labels_B)
@@ -87,11 +86,8 @@ def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
     for weights_BK in weights.values():
         assert weights_BK.shape == (len(validation), 2)
         np.testing.assert_allclose(weights_BK.sum(1), 1, rtol=1e-6)
-    x_BCHW = normalise(
-        validation.pixels_BHWC.permute(0, 3, 1, 2),
-        torch.tensor(checkpoint.trained.mean),
-        torch.tensor(checkpoint.trained.std),
-    )
+    mean, std = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
+    x_BCHW = normalise(validation.pixels_BHWC.permute(0, 3, 1, 2), mean, std)
     first, block = next((name, m) for name, m in net.named_modules() if hasattr(m, "experts") and hasattr(m, "gate"))
     inputs = []
     block.register_forward_hook(lambda module, arguments, outputs: inputs.append(arguments[0]))

@@ -89,9 +89,8 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
     }  # fmt: skip
     first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"
     assert first in outcome.err
-    assert (
-        "A race: seeds are added until each contrast is decided; its intervals pay for a look after each" in outcome.out
-    )
+    note = "A race: seeds are added until each contrast is decided; its intervals pay for a look after each"
+    assert note in outcome.out
     assert re.search(r"^kernel +3 -> 5 .* better +", outcome.out, re.MULTILINE)
 
     again = expertgrid("run", "s.toml", *RACE)

@@ -131,17 +131,6 @@ def test_best_is_chosen_on_validation(trained_study):
     assert best_row([]) is None
 
 
-def test_level_means(trained_study):
-    evidence = read_evidence(StudyDirectory(trained_study))
-    first, second = marginals(evidence, ["experts"])
-    assert (first.cells, second.cells, second.seeds) == (1, 2, 2)
-    records = [row.records for row in evidence.results.rows[1:]]
-    by_seed = [100 * np.mean([record.test_accuracy for record in seed]) for seed in zip(*records)]
-    assert second.test == pytest.approx(accuracy_interval(by_seed))
-    with pytest.raises(InputError, match="unknown factor of .*: 'expert'; did you mean 'experts'?"):
-        marginals(evidence, ["expert"])
-
-
 def test_latex_is_whole(trained_study, tmp_path):
     """Every special character is escaped and every line has as many cells; it compiles where LaTeX is installed."""
     table = columns(read_results(StudyDirectory(trained_study)).rows)

@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -129,24 +128,24 @@ def server(tmp_path) -> Iterator[str]:
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(place / "log", "wb") as log:
         process = subprocess.Popen(line, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_for(f"{address}/health", process, place / "log")
+        while not _answers(f"{address}/health"):
+            running = process.poll() is None and time.monotonic() < deadline
+            assert running, f"the server did not start: {(place / 'log').read_text()[-2000:]}"
+            time.sleep(0.5)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # its own processes, which it started in a session of its own
         process.wait(60)
 
 
-def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _post(address: str, question: dict) -> dict:
