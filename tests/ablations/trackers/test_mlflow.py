@@ -148,12 +148,6 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _post(address: str, question: dict) -> dict:
-    request = urllib.request.Request(f"{address}", json.dumps(question).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
 @pytest.mark.nightly
 def test_a_server_has_the_study(expertgrid, exported, server):
     assert expertgrid("track", exported.path, "--to", f"mlflow:{server}").status == 0
@@ -161,6 +155,8 @@ def test_a_server_has_the_study(expertgrid, exported, server):
     api = f"{server}/api/2.0/mlflow"
     with urllib.request.urlopen(f"{api}/experiments/get-by-name?experiment_name=tiny", timeout=60) as answer:
         experiment = json.load(answer)["experiment"]["experiment_id"]
-    runs = _post(f"{api}/runs/search", {"experiment_ids": [experiment]})["runs"]
-    names = {run["info"]["run_name"] for run in runs}
+    question = json.dumps({"experiment_ids": [experiment]}).encode()
+    request = urllib.request.Request(f"{api}/runs/search", question, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        names = {run["info"]["run_name"] for run in json.load(answer)["runs"]}
     assert {"tiny", "experts 2, gate mlp, seed 0", "experts 1, seed 1"} < names
