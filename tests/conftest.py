@@ -1,6 +1,7 @@
 """Fixtures: data, a study of seconds, and the command line as a user calls it."""
 
 import faulthandler
+import json
 import os
 import shutil
 import sys
@@ -247,10 +248,10 @@ def finished_study(place: Path, data: ImageData) -> StudyDirectory:
     return directory
 
 
-def written_record(trial, validation: float, test: float) -> str:
+def written_record(trial, validation: float, test: float, parameters: int = 1, macs: int = 1, epochs: int = 2) -> str:
     record = Record(
-        trial=trial.id, seed=trial.seed, epochs=2, parameters=1, macs=1, images_per_s=1.0, train_seconds=1.0,
-        validation_accuracy=validation / 100, validation_loss=1.0, validation_images=10**9,
+        trial=trial.id, seed=trial.seed, epochs=epochs, parameters=parameters, macs=macs, images_per_s=1.0,
+        train_seconds=1.0, validation_accuracy=validation / 100, validation_loss=1.0, validation_images=10**9,
         test_accuracy=test / 100, test_loss=1.0, test_images=10**9, bfloat16=False,
         finished="2026-01-01T00:00:00+00:00",
         environment=Environment(device="cpu", threads=1, python="", versions={"torch": "2"}),
@@ -258,23 +259,36 @@ def written_record(trial, validation: float, test: float) -> str:
     return record.model_dump_json()
 
 
+def change_json(file: Path, **fields: object) -> None:
+    """Gives these fields of a JSON file other values."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def written_epochs(directory: StudyDirectory, trial: str, accuracies: list[float]) -> None:
     """Adds a trial's curve of validation accuracies in percent."""
-    for number, accuracy in enumerate(accuracies, 1):
-        epoch = Epoch(
+    lines = [
+        Epoch(
             epoch=number, lr=0.1, train_loss=1.0, train_accuracy=0.5, validation_loss=1.0,
             validation_accuracy=accuracy / 100, images_per_s=1.0, train_seconds=0.5, validation_seconds=0.1,
-        )  # fmt: skip
-        directory.append_epoch(trial, epoch)
+        ).model_dump_json()
+        for number, accuracy in enumerate(accuracies, 1)
+    ]  # fmt: skip
+    with (directory.trial(trial) / "epochs.jsonl").open("a") as file:
+        file.write("\n".join([*lines, ""]))
 
 
-def write_latency(study: Path, trial: str, p50_ms: float, finished: str = "2026-01-01", cells: int = 1) -> None:
+def write_latency(
+    study: Path, trial: str, p50_ms: float, finished: str = "2026-01-01", cells: int = 1,
+    interval_ms: tuple[float, float] | None = None, precision: str = "fp32", pruned: bool = False,
+) -> None:  # fmt: skip
     """Writes a latency record of a trial's file, which calls of so many milliseconds give."""
     times = timing.Times([timing.Block(opening, [p50_ms]) for opening in range(6)])
+    latency = Latency.of("onnxruntime cpu", "onnxruntime", 1, times)
+    if interval_ms:
+        latency.intervals_ms = {"p50": interval_ms}
     record = LatencyRecord(
-        file=f"{trial}.onnx", sha256="", trial=trial, model="", precision="fp32", pruned=False, provider="cpu",
-        device="cpu", threads=2, versions={}, finished=finished, cells=cells,
-        latencies=[Latency.of("onnxruntime cpu", "onnxruntime", 1, times)],
+        file=f"{trial}.onnx", sha256="", trial=trial, model="", precision=precision, pruned=pruned, provider="cpu",
+        device="cpu", threads=2, versions={}, finished=finished, cells=cells, latencies=[latency],
     )  # fmt: skip
     write_whole(study / "bench" / f"{trial}-{finished}.json", record.model_dump_json().encode())
 

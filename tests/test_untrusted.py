@@ -16,7 +16,7 @@ import onnx
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY, write_study
+from conftest import REPOSITORY, change_json, write_study
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -24,7 +24,7 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.predict import read_pixels
-from expertgrid.model.pixels import LARGEST_IMAGE
+from expertgrid.model.pixels import LARGEST_IMAGE, fitted
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import render
 from expertgrid.model.training import data
@@ -206,8 +206,7 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def gif_bomb(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    frames = [Image.new("P", (4, 4), colour) for colour in range(3)]
+    file, frames = io.BytesIO(), [Image.new("P", (4, 4), colour) for colour in range(3)]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     return file.getvalue()[:6] + struct.pack("<HH", width, height) + file.getvalue()[10:]
 
@@ -229,9 +228,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_images_of_too_many_pixels_are_refused(name, tmp_path):
-    bomb = BOMBS[name]
+    bomb, message = BOMBS[name], "more than 50,000,000 pixels, which is the limit"
     assert len(bomb) < 4000
-    message = r"more than 50,000,000 pixels, which is the limit"
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(InputError, match=f"bomb.png: .*{message}"):
         read_pixels(tmp_path / "bomb.png", 8, 8, 3)
@@ -248,7 +246,7 @@ def test_images_of_too_many_pixels_are_refused(name, tmp_path):
 def test_a_long_image_is_resized_in_little_memory():
     """A line of pixels, of which a square at its own scale would have 50 billion."""
     line = Image.new("L", (LARGEST_IMAGE // 10, 1), 9)
-    assert np.asarray(data.resized(line, 1024)).shape == (1024, 1024)
+    assert np.asarray(fitted(line, 1024, 1024)).shape == (1024, 1024)
 
 
 def test_a_study_of_too_many_trials_is_refused():
@@ -287,16 +285,11 @@ def study_that_says(words: str, place: Path, digits) -> Path:
     with (directory.path / "ledger.jsonl").open("w") as ledger:
         for trial in trials:
             ledger.write(json.dumps({"time": words, "trial": trial, "reader": words, "images": 9}) + "\n")
-    plan = json.loads((directory.path / "plan.json").read_text())
-    plan |= {"data": words, "source": words}
-    for cell in plan["cells"]:
-        cell["model_name"] = words
-    (directory.path / "plan.json").write_text(json.dumps(plan))
+    cells = [cell.model_dump() | {"model_name": words} for cell in directory.read_plan().cells]
+    change_json(directory.path / "plan.json", data=words, source=words, cells=cells)
+    environment = {"device": words, "threads": 1, "python": words, "versions": {words: words}, "cpu": words}
     for trial in trials:
-        file = directory.trial(trial) / "record.json"
-        record = json.loads(file.read_text())
-        record["environment"] |= {"device": words, "python": words, "versions": {words: words}, "cpu": words}
-        file.write_text(json.dumps(record | {"finished": words}))
+        change_json(directory.trial(trial) / "record.json", finished=words, environment=environment)
     return directory.path
 
 
@@ -313,8 +306,7 @@ def test_a_report_shows_text_as_text(tmp_path, digits):
     plain, harmful = ([(tag, sorted(about)) for tag, about in page.tags] for page in pages.values())
     assert harmful == plain
     assert sum(tag == "script" for tag, _ in harmful) == 2
-    shown = pages[TAG].text
-    assert TAG in shown
+    assert TAG in pages[TAG].text
 
 
 def test_a_terminal_shows_text_as_text(tmp_path):

@@ -1,13 +1,10 @@
 """The command line, as a user calls it."""
 
-import csv
 import hashlib
-import io
 import json
 import multiprocessing
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CIFAR10_JPEG, TINY_STUDY, snapshot
+from conftest import CIFAR10_JPEG, TINY_STUDY, change_json, snapshot
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,14 +23,12 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.export.certificate import BOUNDS, Bound
 
-EXPERTGRID = [sys.executable, "-c", "from expertgrid.ablations.cli.entry import main; main()"]
-
 
 def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
     """The question is text, and no markup of a terminal or a plot."""
     question = "Is $a_{ better than [/b] [bold]c[/bold] :smile:?"
     tiny_study.write_text(TINY_STUDY.replace("Two experts or one?", question))
-    command = ["run", tiny_study, "--device", "cpu", "--out", "runs/[x]"]
+    command = ["run", tiny_study, "--device", "cpu", "--out", "runs/[x]", "--set", "recipe.epochs=1"]
     outcome = expertgrid(*command)
     assert outcome.status == 0, outcome.err
     assert outcome.out.startswith(f"{question}\n")
@@ -55,9 +50,8 @@ def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_stu
     """Trials that another machine has trained are taken over; their speeds are not compared."""
     study = shutil.copytree(trained_study, tmp_path / "runs" / "tiny")
     for file in study.glob("trials/*/record.json"):
-        record = json.loads(file.read_text())
-        record["environment"]["threads"] += 1
-        file.write_text(json.dumps(record))
+        environment = json.loads(file.read_text())["environment"]
+        change_json(file, environment=environment | {"threads": environment["threads"] + 1})
         (file.parent / "SHA256SUMS").unlink()  # as in trials of older versions
     tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[1, 2, 3]"))
     refused = expertgrid("run", tiny_study, "--device", "cpu")
@@ -126,7 +120,7 @@ def test_dry_run_shows_and_writes_nothing(expertgrid, tiny_study, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("study", ["quickstart", "card", "references"])
+@pytest.mark.parametrize("study", ["card", "references"])
 def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypatch):
     """On images of CIFAR-10's size that are made up, and networks that are cut to size."""
     from expertgrid.model.training.data import ImageData
@@ -134,8 +128,7 @@ def test_shipped_studies_dry_run_and_start(expertgrid, study, tmp_path, monkeypa
     made_up = ImageData.random(train=128, height=32, width=32)
     monkeypatch.setattr("expertgrid.model.training.data.load_data", lambda source, data_dir, image_size: made_up)
     monkeypatch.chdir(tmp_path)
-    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--seeds", 1]
-    small += [] if study == "quickstart" else ["--set", "width=0.05"]  # there the width is a factor
+    small = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=32", "--seeds", 1, "--set", "width=0.05"]
     assert expertgrid("run", study, *small, "--dry-run").status == 0
     outcome = expertgrid("run", study, *small, "--device", "cpu", "--out", "out")
     assert outcome.status == 0, outcome.err
@@ -155,9 +148,8 @@ def test_real_images(expertgrid, trained_study, tmp_path):
 
 
 def test_failed_trials_are_named_and_fail_fast_ends_at_the_first(expertgrid, tiny_study, tmp_path):
-    tiny_study.write_text(
-        TINY_STUDY.replace("[1, 2]", "[2]").replace('gate = ["linear", "mlp"]', '"recipe.lr" = [100.0, 0.01]')
-    )
+    other_factors = '"recipe.lr" = [100.0, 0.01]'
+    tiny_study.write_text(TINY_STUDY.replace("[1, 2]", "[2]").replace('gate = ["linear", "mlp"]', other_factors))
     command = ["run", tiny_study, "--set", "recipe.opt=sgd", "--set", "norm_act=none", "--seeds", 1, "--device", "cpu"]
     outcome = expertgrid(*command, "--fail-fast")
     assert outcome.status == 1
@@ -187,14 +179,7 @@ def test_deterministic_training_is_recorded(expertgrid, tiny_study, trained_stud
     assert directory.checkpoint(trial).read_bytes() == whole.checkpoint(trial).read_bytes()
 
 
-def can_be_interrupted() -> None:
-    """Undoes what a shell does to the processes that it starts in the background."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_an_interrupt_while_a_record_is_written_lets_it_be_written_and_the_study_goes_on(
-    expertgrid, tiny_study, tmp_path
-):
+def test_an_interrupt_lets_a_record_be_written_and_the_study_goes_on(expertgrid, tiny_study, tmp_path):
     interrupted_at_the_end = """
 import signal
 from expertgrid.ablations.cli import entry as cli
@@ -207,10 +192,12 @@ def interrupted(*arguments):
     return finish(*arguments)
 
 engines._finish = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's processes in the background ignore it
 cli.main()
 """
+    tiny_study.write_text(TINY_STUDY.replace('gate = ["linear", "mlp"]', "").replace("seeds = 2", "seeds = 1"))
     line = [sys.executable, "-c", interrupted_at_the_end, "run", tiny_study, "--device", "cpu"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, preexec_fn=can_be_interrupted)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1].startswith(
         f"stopped; finished work is kept, and the same command continues it: expertgrid run {tiny_study}"
@@ -218,25 +205,21 @@ cli.main()
     assert len(list((tmp_path / "runs" / "tiny" / "trials").glob("*/record.json"))) == 1
     outcome = expertgrid("run", tiny_study, "--device", "cpu")
     assert outcome.status == 0
-    assert "6 trials, 1 of them done before" in outcome.err
+    assert "2 trials, 1 of them done before" in outcome.err
 
 
 def test_table_formats(expertgrid, trained_study):
     tables = json.loads(expertgrid("table", trained_study, "--format", "json").out)
     assert [row["change"] for row in tables["factors"]] == ["1 -> 2", "linear -> mlp"]
     assert [row["n"] for row in tables["cells"]] == [2, 2, 2]
-    lines = list(csv.DictReader(io.StringIO(expertgrid("table", trained_study, "--format", "csv").out)))
-    assert [line["table"] for line in lines] == ["factors"] * 2 + ["cells"] * 3
-    for row, flat in zip(tables["cells"], lines[2:]):
-        assert float(flat["test acc %"]) == row["test acc %"]["mean"]
+    lines = expertgrid("table", trained_study, "--format", "csv").out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["table", *["factors"] * 2, *["cells"] * 3]
     assert expertgrid("table", trained_study, "--format", "github").out.startswith("### What each factor does (")
     assert r"\toprule" in expertgrid("table", trained_study, "--format", "latex").out
     assert expertgrid("table", trained_study).out.startswith("What each factor does (")
 
 
-def test_table_by_factor_and_of_several_studies(expertgrid, trained_study, tmp_path):
-    by = json.loads(expertgrid("table", trained_study, "--by", "experts", "--format", "json").out)["levels"]
-    assert [(row["experts"], row["cells"]) for row in by] == [("1", 1), ("2", 2)]
+def test_table_of_several_studies(expertgrid, trained_study, tmp_path):
     shutil.copytree(trained_study, tmp_path / "other")
     rows = json.loads(expertgrid("table", trained_study, tmp_path / "other", "--format", "json").out)["cells"]
     assert [row["study"] for row in rows] == ["tiny"] * 3 + ["other"] * 3
@@ -304,8 +287,7 @@ def test_predict_and_show_model(expertgrid, trained_study, digits, tmp_path):
 
 
 def test_a_model_that_disagrees_is_not_published(expertgrid, trained_study, tmp_path, monkeypatch):
-    nothing = Bound(logit_difference=0.0, argmax_flips=0, accuracy_loss=0.0)
-    monkeypatch.setitem(BOUNDS, "fp32", nothing)
+    monkeypatch.setitem(BOUNDS, "fp32", Bound(logit_difference=0.0, argmax_flips=0, accuracy_loss=0.0))
     study = shutil.copytree(trained_study, tmp_path / "tiny")
     outcome = expertgrid("export", study)
     assert outcome.status == 1
@@ -382,20 +364,16 @@ def test_lists(expertgrid):
         ("run quickstrat", "unknown study 'quickstrat'; did you mean 'quickstart'?"),
         ("run --data digit", "unknown data source 'digit'; did you mean 'digits'?"),
         ("run --data folder:none", "there is no directory none"),
-        ("run --seeds 0", "seeds: input should be greater than or equal to 1, found 0"),
         ("run --seeds many", "Invalid value for '--seeds'"),
-        ("run --set recipe.epoch=1", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         ("run --set recipe.epochs=0", "recipe.epochs: input should be greater than 0, found 0"),
         ("run --set recipe.epochs", "PATH=VALUE is needed"),
         ("run --set experts=3", "experts is a factor, with levels [1, 2], and is set as well"),
-        ("run --set expert=3", "study quickstart: unknown name 'expert'; did you mean 'experts'?"),
         ("run --device gpu", "unknown device 'gpu'"),
         ("run --sets x=1", "No such option: --sets"),
         ("run --out full", "--out full: is not empty, and holds no study"),
         ("run --out tiny", "--out tiny: holds another study"),
         ("table full", "full: not a study directory"),
         ("table tiny --format md", "'--format': 'md' is not one of 'text', 'github', 'latex', 'csv', 'json'."),
-        ("table tiny --by expert", "unknown factor of tiny: 'expert'; did you mean 'experts'?"),
         ("table", "Missing argument 'DIR...'"),
         ("export full", "full: not a study directory"),
         ("export none.safetensors", "none.safetensors: there is no such checkpoint"),
@@ -403,7 +381,6 @@ def test_lists(expertgrid):
         ("export other.safetensors", "other.safetensors: weights of another config"),
         ("export tiny --input uint", "Invalid value for '--input': 'uint' is not one of 'uint8', 'float'."),
         ("export tiny --out full", "--out full: the name of an .onnx file is needed"),
-        ("export tiny --precision fp8", "'--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8', 'bf16', 'all'."),
         ("export tiny --tune --precision int8", "--tune: chooses precision and rewrites itself"),
         ("export tiny --batch 8", "--batch: is for --tune"),
         ("export tiny --precision bf16", "--precision bf16: is computed by OpenVINO alone"),
@@ -415,24 +392,18 @@ def test_lists(expertgrid):
         ("show-model none.onnx", "none.onnx: cannot be read"),
         ("bench none.onnx", "none.onnx: cannot be read"),
         ("bench full/notes.txt", "full/notes.txt: not an ONNX file"),
-        ("bench x.onnx --provider cudaa", "'--provider': 'cudaa' is not one of 'cpu', 'cuda'"),
         ("bench broken.safetensors --batch 1,x", "--batch x: a whole number from 1 to 65536 is needed"),
         ("bench broken.safetensors --batch 0", "--batch 0: a whole number from 1 to 65536 is needed"),
         ("bench broken.safetensors --json model.onnx", "--json model.onnx: the name of a .json file"),
         ("bench broken.safetensors --engine ort", "unknown engine 'ort'. Accepted: own, onnxruntime, eager"),
         ("bench broken.safetensors --fail-if-slower 5", "--fail-if-slower: a second file or --baseline FILE.json"),
-        (
-            "bench broken.safetensors broken.safetensors --fail-if-slower a%",
-            "--fail-if-slower a%: a percentage is needed",
-        ),
+        ("bench broken.safetensors broken.safetensors --fail-if-slower a%", "a%: a percentage is needed"),
         ("bench broken.safetensors --across-machines", "--across-machines: is for --baseline"),
         ("bench broken.safetensors --baseline none.json", "none.json: cannot be read"),
         ("bench broken.safetensors broken.safetensors --json all.json", "--json: is for one file"),
         ("bench-train vit_tiny_patch16_224", "vit_tiny_patch16_224 does not take the 32x32 images"),
-        ("run --compile of", "Invalid value for '--compile': 'of' is not one of 'auto', 'on', 'off'."),
         ("bench-train --rounds 0", "Invalid value for '--rounds'"),
         ("bench-train eight_blok", "unknown model 'eight_blok'; did you mean 'eight_block'?"),
-        ("list model", "'model' is not one of 'models', 'recipes', 'studies', 'data'."),
         ("runn", "No such command 'runn'"),
     ],
 )
@@ -454,19 +425,8 @@ def test_wrong_input_is_one_line_and_nothing_is_touched(
     assert snapshot(tmp_path) == before
 
 
-def test_a_study_that_is_being_written_is_left_alone(expertgrid, tiny_study, digits, tmp_path):
-    from expertgrid.ablations.study.study_file import load_study
-
-    study = load_study(str(tiny_study))
-    with StudyDirectory(tmp_path / "runs" / "tiny").written(study, digits, study.cells(digits)):
-        outcome = expertgrid("run", tiny_study, "--device", "cpu")
-    assert outcome.status == 2
-    assert re.search(r"process \d+ on host \S+ is writing this study since 20", outcome.complaint)
-
-
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_goes_away_is_no_error(trained_study, unbuffered):
-    command = " ".join(f"'{part}'" for part in EXPERTGRID)
-    line = f"PYTHONUNBUFFERED={unbuffered} {command} table '{trained_study}' | true"
+    line = f"PYTHONUNBUFFERED={unbuffered} '{sys.executable}' -m expertgrid table --notes '{trained_study}' | true"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,6 +7,7 @@ import sys
 from typing import get_args, get_type_hints
 
 import typer
+from conftest import REPOSITORY
 
 from expertgrid.ablations.cli import options
 from expertgrid.ablations.cli.app import app
@@ -112,13 +113,14 @@ entry.main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; finished work is kept\n")
 
 
-def test_what_needs_no_network_imports_no_torch(trained_study):
-    """Lists, tables and the plan of a study, and what is wrong with a study's name."""
+def test_what_needs_no_network_imports_nothing_slow(trained_study):
+    """Lists, tables, checks, and the plan of a study; verdicts need no slow part of scipy."""
     lines = [
         *(["list", what] for what in ("models", "recipes", "studies", "data")),
-        ["table", str(trained_study)],
-        ["table", str(trained_study), "--by", "experts"],
         ["run", "quickstart", "--dry-run"],
         ["bench", "--help"],
     ]
-    assert imported_by(lines, trained_study.parent.parent) & {"torch", "torchvision", "timm", "onnx"} == set()
+    study, slow = str(trained_study), {"torch", "torchvision", "timm", "onnx"}
+    assert imported_by(lines, trained_study.parent.parent) & slow == set()
+    of_records = imported_by([["table", study], ["table", study, "--by", "experts"], ["check", study]], REPOSITORY)
+    assert of_records & (slow | {"pandas", "scipy.stats", "scipy.optimize"}) == set()

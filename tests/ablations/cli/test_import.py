@@ -118,11 +118,6 @@ def test_two_modules_of_one_name_are_one_line(expertgrid, place):
     assert (outcome.status, f"the name net is taken by {place / 'a'}" in outcome.complaint) == (2, True)
 
 
-def test_a_study_file_imports_nothing(expertgrid, place):
-    (place / "mine.toml").write_text('import = "nets"\n' + STUDY)
-    assert "'import'" in expertgrid("run", "mine.toml").complaint
-
-
 def test_the_process_ends_without_freeing_its_modules(place):
     """What a module does at the end is done; what Python would free, one object after another, is left.
 

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, snapshot
+import torch
+from conftest import REPOSITORY, change_json, snapshot
 
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
@@ -29,6 +30,8 @@ from expertgrid.model.presets import PRESETS, network
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import append_line, cut_incomplete_line, whole_lines, write_whole
+from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.splits import ResidentData
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -175,7 +178,6 @@ def test_arrays_with_changed_bytes_are_read_or_refused(study, trial):
 
 WRITES = """
 import sys
-from contextlib import suppress
 from pathlib import Path
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study_file import parse_study
@@ -189,21 +191,17 @@ for line in sys.stdin:
         with StudyDirectory(Path(line.strip())).written(study, data, []):
             print("writes", flush=True)
             sys.stdin.readline()
-        print("done", flush=True)
     except InputError as error:
         print(error, flush=True)
         sys.stdin.readline()
-        print("done", flush=True)
+    print("done", flush=True)
 """
 
 
 def test_of_two_processes_one_writes_and_the_other_names_it(tmp_path):
-    def start() -> subprocess.Popen:
-        line = [sys.executable, "-c", WRITES]
-        return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-
-    with start() as first, start() as second:
-        both = (first, second)
+    line, pipe = [sys.executable, "-c", WRITES], subprocess.PIPE
+    both = [subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY) for _ in range(2)]
+    with both[0], both[1]:
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         for number in range(10):
             place = tmp_path / str(number)
@@ -253,19 +251,15 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, code):
 # --- Full disks ---
 
 
-def same_weights(config) -> bool:
-    tensors = build(config).state_dict().values()
-    return stored_bytes(config) == sum(tensor.numpy().nbytes for tensor in tensors)
-
-
 @pytest.mark.parametrize("name", [*PRESETS, "resnet18"])
 def test_the_bytes_of_a_network_are_those_of_its_state(name):
-    config = network(name)
-    assert same_weights(config)
+    configs = [network(name)]
     if name in PRESETS:
         gate = GateConfig(kind="mlp", hidden=(8,), frozen=True)
-        frozen = config.map_blocks(lambda block: block.change(gate=gate if len(block.kernels) > 1 else None))
-        assert same_weights(frozen.change(norm=NormConfig(scale=False)))
+        frozen = configs[0].map_blocks(lambda block: block.change(gate=gate if len(block.kernels) > 1 else None))
+        configs.append(frozen.change(norm=NormConfig(scale=False)))
+    for config in configs:
+        assert stored_bytes(config) == sum(tensor.numpy().nbytes for tensor in build(config).state_dict().values())
 
 
 def test_a_study_takes_no_more_than_was_estimated_and_is_refused_without_that_room(study, digits, monkeypatch):
@@ -291,19 +285,22 @@ def result(directory: StudyDirectory, trial: str) -> tuple:
     return record, epochs, directory.checkpoint(trial).read_bytes()
 
 
+FEW_IMAGES = ResidentData(ImageData.random(100, 8, 8), torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, digits, resident_digits):
+def undisturbed(tmp_path_factory):
     """A trial, and what it gives where nothing fails."""
-    fields = {"width": 0.0625, "recipe.epochs": 2, "recipe.amp": "off", "experts": 1}
-    (cell,) = Study(name="test", question="?", seeds=1, set=fields).cells(digits)
+    fields = {"width": 0.0625, "recipe.epochs": 2, "recipe.batch_size": 16, "recipe.amp": "off", "experts": 1}
+    (cell,) = Study(name="test", question="?", seeds=1, set=fields).cells(FEW_IMAGES.data)
     (trial,) = cell.trials
     directory = StudyDirectory(tmp_path_factory.mktemp("undisturbed"))
-    list(run_local([trial], resident_digits, directory, save_every_s=0))
+    list(run_local([trial], FEW_IMAGES, directory, save_every_s=0))
     return trial, result(directory, trial.id)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_digits, undisturbed, monkeypatch):
+def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, undisturbed, monkeypatch):
     """At random writes a call of the system fails, up to three times; then the study is done as if nothing had been."""
     trial, expected = undisturbed
     directory, random_ = StudyDirectory(tmp_path), random.Random(seed)
@@ -320,7 +317,7 @@ def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_di
 
             monkeypatch.setattr(os, name, fails)
         try:
-            list(run_local([trial], resident_digits, directory, save_every_s=0))
+            list(run_local([trial], FEW_IMAGES, directory, save_every_s=0))
         except OSError as error:
             assert error.errno in (errno.ENOSPC, errno.EDQUOT)  # noqa: PT017 (the trial may be done before)
         monkeypatch.undo()
@@ -328,7 +325,7 @@ def test_a_disk_that_fills_up_costs_no_finished_work(seed, tmp_path, resident_di
         if directory.record(trial.id):
             break
     if directory.record(trial.id) is None:
-        assert isinstance(list(run_local([trial], resident_digits, directory))[-1], TrialDone)
+        assert isinstance(list(run_local([trial], FEW_IMAGES, directory))[-1], TrialDone)
     assert result(directory, trial.id) == expected
     assert changed_files(directory.trial(trial.id), OF_A_TRIAL) == {}
 
@@ -355,17 +352,17 @@ def mount(place: Path, options: bytes, flags: int = 0) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs root, to mount a disk")
-def test_a_disk_of_a_few_pages(tmp_path, resident_digits, undisturbed):
+def test_a_disk_of_a_few_pages(tmp_path, undisturbed):
     trial, expected = undisturbed
     if not mount(tmp_path, b"size=48k"):
         pytest.skip("no disk can be mounted here")
     try:
         directory = StudyDirectory(tmp_path)
         with pytest.raises(OSError, match="No space left"):
-            list(run_local([trial], resident_digits, directory, save_every_s=0))
+            list(run_local([trial], FEW_IMAGES, directory, save_every_s=0))
         assert directory.record(trial.id) is None
         assert mount(tmp_path, b"size=4m", 32)  # MS_REMOUNT
-        assert isinstance(list(run_local([trial], resident_digits, directory))[-1], TrialDone)
+        assert isinstance(list(run_local([trial], FEW_IMAGES, directory))[-1], TrialDone)
         assert result(directory, trial.id) == expected
     finally:
         ctypes.CDLL(None).umount2(bytes(tmp_path), 2)
@@ -373,8 +370,6 @@ def test_a_disk_of_a_few_pages(tmp_path, resident_digits, undisturbed):
 
 def test_the_id_of_a_trial_cannot_be_a_path(study):
     """A plan leads to folders below the study's own alone."""
-    plan = json.loads((study.path / "plan.json").read_text())
-    plan["cells"][0]["trials"][0] = "../../../etc"
-    (study.path / "plan.json").write_text(json.dumps(plan))
+    change_json(study.path / "plan.json", cells=[{"model_name": "", "levels": {}, "trials": ["../../../etc"]}])
     with pytest.raises(InputError, match=r"plan.json: cells.0.trials.0: .*found '../../../etc'"):
         study.read_plan()

@@ -4,18 +4,17 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
 import torch
-from conftest import snapshot
+from conftest import snapshot, write_latency, written_record
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.lock import LOCK
 from expertgrid.ablations.records.record import Environment
 from expertgrid.ablations.study.study_file import parse_study
-from expertgrid.bench.record import Latency, LatencyRecord
-from expertgrid.bench.timing import Block, Times
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
@@ -37,13 +36,10 @@ def test_another_process_keeps_out(tmp_path, digits):
     """A lock of the operating system that another part of any program has."""
     directory = StudyDirectory(tmp_path / "study")
     directory.path.mkdir()
-    with filelock.FileLock(directory.path / LOCK):
-        with (
-            pytest.raises(InputError, match="another process is writing this study"),
-            directory.written(STUDY, digits, []),
-        ):
-            pass
-        assert not (directory.path / "study.toml").exists()
+    refused = pytest.raises(InputError, match="another process is writing this study")
+    with filelock.FileLock(directory.path / LOCK), refused, directory.written(STUDY, digits, []):
+        pass
+    assert not (directory.path / "study.toml").exists()
     with directory.written(STUDY, digits, STUDY.cells(digits)), pytest.raises(filelock.Timeout):
         filelock.FileLock(directory.path / LOCK).acquire(timeout=0)
     assert directory.read_study().model_dump() == STUDY.model_dump()
@@ -78,12 +74,13 @@ def test_directories_that_are_no_study(tmp_path):
 
 def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
     directory = StudyDirectory(tmp_path)
-    place = directory.trial("abc")
+    place, whole = directory.trial("abc"), written_record(SimpleNamespace(id="abc", seed=0), 50, 50)
     remedy = f"the file is damaged: delete {place} and run the study again: this trial is then trained again"
     for content, wrong in (
         ('{"trial": "abc"}', ": seed: field required"),
         ('{"trial": "abc", "seed": "none"}', ": seed: input should be a valid integer, unable to parse"),
         ('{"trial": "' + 500 * "x", ": not JSON: EOF while parsing a string at line 1 column 511"),
+        (whole.replace('"test_accuracy":0.5', '"test_accuracy":1.5'), ": test_accuracy: input should be less than"),
         ('["' + 500 * "x" + '"]', ": input should be an object, found ['" + 75 * "x" + "..."),
     ):
         write_whole(place / "record.json", content.encode())
@@ -155,16 +152,11 @@ def test_records_from_before_the_environment_had_its_processor_are_read(tmp_path
 
 def test_latency_is_that_of_the_network_as_it_is(tmp_path):
     """Neither of a later file of lower precision, nor of a pruned one."""
-    made = [("model.onnx", "fp32", False), ("model-int8.onnx", "int8", False), ("model-pruned.onnx", "fp32", True)]
-    for i, (file, precision, pruned) in enumerate(made):
-        latency = Latency.of("onnxruntime cpu", "onnxruntime", 1, Times([Block(0, [1.0])]))
-        record = LatencyRecord(
-            file=file, sha256="", trial="abc", model="", precision=precision, pruned=pruned, provider="cpu", device="",
-            threads=1, versions={}, finished=f"2026-01-0{i + 1}", latencies=[latency],
-        )  # fmt: skip
-        write_whole(tmp_path / "bench" / f"{file}.json", record.model_dump_json().encode())
+    write_latency(tmp_path, "abc", 1.0, "2026-01-01")
+    write_latency(tmp_path, "abc", 1.0, "2026-01-02", precision="int8")
+    write_latency(tmp_path, "abc", 1.0, "2026-01-03", pruned=True)
     latencies = StudyDirectory(tmp_path).latencies()
-    assert {trial: latency.file for trial, latency in latencies.items()} == {"abc": "model.onnx"}
+    assert {trial: latency.finished for trial, latency in latencies.items()} == {"abc": "2026-01-01"}
 
 
 def test_plan_of_other_factors(trained_study, tmp_path):

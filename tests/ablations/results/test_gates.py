@@ -17,7 +17,6 @@ from expertgrid.model.checkpoint import load
 from expertgrid.model.net import Gate
 from expertgrid.model.pixels import normalise
 from expertgrid.model.training.loop import score
-from expertgrid.model.training.splits import ResidentData
 
 HARD_BK = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
 
@@ -29,18 +28,17 @@ def test_means_by_class():
 
 
 @pytest.mark.parametrize(
-    ("labels", "bits"), [([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.0), ([0, 0, 0, 1], 0.3112781244591328)]
-)  # the last: H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
-def test_mutual_information_by_hand(labels, bits):
-    assert mutual_information(HARD_BK, np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
-
-
-def test_mutual_information_of_soft_weights_by_hand():
-    # p(expert, class) is 0.4, 0.1, 0.1, 0.4: 2 bits less that entropy, 1.7219
-    weights_BK = np.array([[0.8, 0.2], [0.2, 0.8]])
-    assert mutual_information(weights_BK, np.array([0, 1]), 2) == pytest.approx(0.2780719051126377)
-    uniform_BK = np.full((4, 2), 0.5)
-    assert mutual_information(uniform_BK, np.array([0, 0, 1, 1]), 2) == pytest.approx(0, abs=1e-12)
+    ("weights_BK", "labels", "bits"),
+    [
+        (HARD_BK, [0, 0, 1, 1], 1.0),
+        (HARD_BK, [0, 1, 0, 1], 0.0),
+        (HARD_BK, [0, 0, 0, 1], 0.3112781244591328),  # H(1/4) + H(1/2) - H(1/2, 1/4, 1/4)
+        ([[0.8, 0.2], [0.2, 0.8]], [0, 1], 0.2780719051126377),  # p is 0.4, 0.1, 0.1, 0.4: 2 bits less that entropy
+        (np.full((4, 2), 0.5), [0, 0, 1, 1], 0.0),
+    ],
+)
+def test_mutual_information_by_hand(weights_BK, labels, bits):
+    assert mutual_information(np.array(weights_BK), np.array(labels), 2) == pytest.approx(bits, abs=1e-12)
 
 
 def test_mutual_information_of_hard_assignments_is_scikit_learns():
@@ -72,13 +70,13 @@ def test_block_gate():
         block_gate("layers.1", HARD_BK * 2, np.array([0, 0, 1, 1]), 2)
 
 
-def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
+def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, resident_digits):
     directory = StudyDirectory(trained_study)
     trial = next(cell.trials[0] for cell in directory.read_plan().cells if cell.levels["experts"] == 2)
     checkpoint, before = load(directory.checkpoint(trial)), directory.test_reads()
     record = directory.record(trial)
     hold_out = directory.read_plan().hold_out
-    validation = ResidentData(digits, torch.device("cpu")).splits(hold_out, record.seed).validation
+    validation = resident_digits.splits(hold_out, record.seed).validation
     logits_BN, weights = predict_watched(checkpoint, validation)
 
     loss, accuracy = score(torch.from_numpy(logits_BN), validation.labels_B)
@@ -88,11 +86,8 @@ def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, digits):
     for weights_BK in weights.values():
         assert weights_BK.shape == (len(validation), 2)
         np.testing.assert_allclose(weights_BK.sum(1), 1, rtol=1e-6)
-    x_BCHW = normalise(
-        validation.pixels_BHWC.permute(0, 3, 1, 2),
-        torch.tensor(checkpoint.trained.mean),
-        torch.tensor(checkpoint.trained.std),
-    )
+    mean, std = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
+    x_BCHW = normalise(validation.pixels_BHWC.permute(0, 3, 1, 2), mean, std)
     first, block = next((name, m) for name, m in net.named_modules() if hasattr(m, "experts") and hasattr(m, "gate"))
     inputs = []
     block.register_forward_hook(lambda module, arguments, outputs: inputs.append(arguments[0]))

@@ -89,9 +89,8 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
     }  # fmt: skip
     first = "look at 4 seeds:\n  better, at 4 seeds: kernel 3 -> 5\n  goes on: kernel 3 -> 7; kernel 3 -> 9"
     assert first in outcome.err
-    assert (
-        "A race: seeds are added until each contrast is decided; its intervals pay for a look after each" in outcome.out
-    )
+    note = "A race: seeds are added until each contrast is decided; its intervals pay for a look after each"
+    assert note in outcome.out
     assert re.search(r"^kernel +3 -> 5 .* better +", outcome.out, re.MULTILINE)
 
     again = expertgrid("run", "s.toml", *RACE)
@@ -107,8 +106,7 @@ def test_an_interrupted_race_ends_as_if_it_had_not_been(expertgrid, engine, tmp_
     if trained >= 16:  # whichever row was being trained, the clear one is the best
         assert best_row(read_results(directory).rows).name == "kernel 5"
     engine.interrupt_after = None
-    outcome = expertgrid("run", "s.toml", *RACE)
-    assert outcome.status == 0
+    assert expertgrid("run", "s.toml", *RACE).status == 0
     assert seeds_of(directory) == [8, 4, 8, 8]
     assert len(engine.trained) == len(set(engine.trained)) == 28
 
@@ -144,8 +142,7 @@ def test_a_race_can_be_no_other_than_it_was(expertgrid, engine, tmp_path):
 
 def test_a_race_after_results_were_seen_says_so(expertgrid, engine):
     expertgrid("run", "s.toml", "--device", "cpu")
-    outcome = expertgrid("run", "s.toml", *RACE)
-    assert "The race was begun after results of 16 trials were seen." in outcome.out
+    assert "The race was begun after results of 16 trials were seen." in expertgrid("run", "s.toml", *RACE).out
 
 
 def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):

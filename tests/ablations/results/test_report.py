@@ -8,14 +8,15 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, change_json, write_latency, written_epochs, written_record
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Environment, Failure, Record
+from expertgrid.ablations.records.record import Failure
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots, report
 from expertgrid.ablations.results.report.findings import Examined, Mistake, read_findings, worst
@@ -24,20 +25,9 @@ from expertgrid.ablations.results.report.pictures import Picture, pictures
 from expertgrid.ablations.results.rows import pareto
 from expertgrid.ablations.results.stats.images import class_accuracies
 from expertgrid.ablations.results.tables.cells import cell_table
-from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 
 HOSTILE = "<script>alert('1')</script>"
-HERE = Environment(device="cpu", threads=2, python="3.11", versions={"torch": "2.15.0"})
-
-
-def record_of(trial: str, seed: int, accuracy: float, macs: int = 1000, epochs: int = 3) -> Record:
-    return Record(
-        trial=trial, seed=seed, validation_accuracy=accuracy, validation_loss=1 - accuracy, validation_images=10**6,
-        test_accuracy=accuracy - 0.01, test_loss=1.1 - accuracy, test_images=10**6, parameters=macs // 10, macs=macs,
-        epochs=epochs, images_per_s=1000.0, train_seconds=1.0, bfloat16=False, environment=HERE,
-        finished="2026-01-01T00:00:00+00:00",
-    )  # fmt: skip
 
 
 def write_study(path: Path, factors: dict[str, list], scores_LS: np.ndarray, epochs: int = 3, **fields: str) -> Path:
@@ -45,33 +35,21 @@ def write_study(path: Path, factors: dict[str, list], scores_LS: np.ndarray, epo
     texts = {"question": "Which?", "source": "digits", "data": "digits: many images", "design": "factorial"} | fields
     scores_CS = scores_LS.reshape(-1, scores_LS.shape[-1])
     levels = [dict(zip(factors, place)) for place in np.ndindex(*map(len, factors.values()))]
-    cells, path = [], Path(path)
-    (path / "trials").mkdir(parents=True)
+    cells, directory = [], StudyDirectory(path)
     rng = np.random.default_rng(0)
     for number, (places, scores_S) in enumerate(zip(levels, scores_CS)):
         trials = [f"{number:08x}{seed:04x}" for seed in range(len(scores_S))]
         chosen = {name: factors[name][place] for name, place in places.items()}
         cells.append({"model_name": "two_block", "levels": chosen, "trials": trials})
         for seed, (trial, score) in enumerate(zip(trials, scores_S)):
-            (path / "trials" / trial).mkdir()
+            directory.trial(trial).mkdir(parents=True)
             if np.isnan(score):
                 continue
-            record = record_of(trial, seed, score, macs=1000 * (number + 1), epochs=epochs)
-            (path / "trials" / trial / "record.json").write_text(record.model_dump_json())
-            lines = [
-                json.dumps({
-                    "epoch": epoch + 1, "lr": 0.1, "train_loss": 2 / (epoch + 1), "train_accuracy": score,
-                    "validation_loss": 2.1 / (epoch + 1), "validation_accuracy": score + noise, "images_per_s": 1e3,
-                    "train_seconds": 1.0, "validation_seconds": 0.1,
-                })
-                for epoch, noise in enumerate(rng.normal(0, 0.01, epochs))
-            ]  # fmt: skip
-            (path / "trials" / trial / "epochs.jsonl").write_text("\n".join(lines) + "\n")
-            with (path / "ledger.jsonl").open("a") as ledger:
-                ledger.write(
-                    json.dumps({"time": record.finished, "trial": trial, "reader": "training", "images": 1000})
-                )
-                ledger.write("\n")
+            costs = {"parameters": 100 * (number + 1), "macs": 1000 * (number + 1), "epochs": epochs}
+            record = written_record(SimpleNamespace(id=trial, seed=seed), 100 * score, 100 * score - 1, **costs)
+            (directory.trial(trial) / "record.json").write_text(record)
+            written_epochs(directory, trial, 100 * (score + rng.normal(0, 0.01, epochs)))
+            directory.enter_test_read(trial, "training", 1000)
     toml = "".join(f"{json.dumps(name)} = {json.dumps(of)}\n" for name, of in factors.items())
     (path / "study.toml").write_text(
         f"question = {json.dumps(texts['question'])}\ndesign = '{texts['design']}'\nseeds = {scores_CS.shape[1]}\n"
@@ -79,20 +57,6 @@ def write_study(path: Path, factors: dict[str, list], scores_LS: np.ndarray, epo
     )
     (path / "plan.json").write_text(json.dumps({"data": texts["data"], "source": texts["source"], "cells": cells}))
     return path
-
-
-def write_latency(study: Path, trial: str, p50_ms: float, interval_ms: tuple[float, float]) -> None:
-    """The record of a cell that was timed in turns with the others."""
-    latency = Latency(
-        engine="onnxruntime cpu", batch=1, calls=1, p50_ms=p50_ms, p90_ms=None, p99_ms=None, images_per_s=1.0,
-        calls_ms=[p50_ms], intervals_ms={"p50": interval_ms},
-    )  # fmt: skip
-    record = LatencyRecord(
-        file=f"{trial}.onnx", sha256="", trial=trial, model="", precision="fp32", pruned=False, provider="cpu",
-        device="", threads=2, versions={}, finished="1", latencies=[latency],
-    )  # fmt: skip
-    (study / "bench").mkdir(exist_ok=True)
-    (study / "bench" / f"{trial}.json").write_text(record.model_dump_json())
 
 
 @pytest.fixture
@@ -174,12 +138,13 @@ def test_it_answers_with_what_is_decided(two_by_two):
     page = page_of(two_by_two)
     check_accessible_and_whole(page)
     # The MACs of the matched cells are 3 and 2 times as many: sqrt(6) in the geometric mean.
-    first = page.text.index("Going from 1 to 4 experts adds 10.1 points for 2.4 times the MACs; gate mlp instead of ")
-    assert (
-        first
-        < page.text.index("What each factor does (validation accuracy, points; 3 seeds")
-        < page.text.index("Cells,")
+    parts = (
+        "Going from 1 to 4 experts adds 10.1 points for 2.4 times the MACs; gate mlp instead of ",
+        "What each factor does (validation accuracy, points; 3 seeds",
+        "Cells,",
     )
+    places = [page.text.index(part) for part in parts]
+    assert places == sorted(places)
     assert "at most 1 such table in 20 would hold a wrong verdict" in page.text
     assert "Best on validation: experts 4, gate mlp, 90.33 (" in page.text
     assert "12 trials were planned: 12 finished." in page.text
@@ -205,12 +170,10 @@ def test_of_one_seed_it_says_that_nothing_is_decided(tmp_path):
 def test_one_at_a_time(tmp_path):
     scores = np.array([[0.80, 0.81, 0.82], [0.91, 0.92, 0.925], [0.80, 0.82, 0.81]])
     path = write_study(tmp_path / "one", {"experts": [1, 2, 4]}, scores)
-    plan = json.loads((path / "plan.json").read_text())
-    plan["cells"][0]["levels"] = {"experts": None}
-    (path / "plan.json").write_text(json.dumps(plan))
-    (path / "study.toml").write_text(
-        "question = 'Which?'\ndesign = 'one_at_a_time'\nseeds = 3\n[factors]\nexperts = [2, 4]"
-    )
+    first, *others = json.loads((path / "plan.json").read_text())["cells"]
+    change_json(path / "plan.json", cells=[first | {"levels": {"experts": None}}, *others])
+    toml = "question = 'Which?'\ndesign = 'one_at_a_time'\nseeds = 3\n[factors]\nexperts = [2, 4]"
+    (path / "study.toml").write_text(toml)
     alts = [image["alt"] for image in page_of(path).all("img")]
     assert any(alt.startswith("Main effects: experts base -> 2: +10.83") for alt in alts)
 
@@ -226,15 +189,13 @@ def test_images_on_which_two_cells_differ_at_every_seed(two_by_two):
     before = (two_by_two / "ledger.jsonl").read_bytes()
     differences = read_findings(StudyDirectory(two_by_two)).images
     assert (differences.first.name, differences.second.name) == ("experts 4, gate mlp", "experts 1, gate linear")
-    assert [(image.number, image.truth, image.first, image.second) for image in differences.only_first] == [
-        (1, "1", "1", "2")
-    ]
-    assert [(image.number, image.truth, image.first, image.second) for image in differences.only_second] == [
-        (2, "2", "0", "2")
-    ]
-    assert differences.by_chance == pytest.approx(
-        2 * 2 / 20
-    )  # of 20 ways to choose 3 of 6 networks, two keep a cell whole
+    for images, expected in (
+        (differences.only_first, (1, "1", "1", "2")),
+        (differences.only_second, (2, "2", "0", "2")),
+    ):
+        assert [(image.number, image.truth, image.first, image.second) for image in images] == [expected]
+    # of 20 ways to choose 3 of 6 networks, two keep a cell whole
+    assert differences.by_chance == pytest.approx(2 * 2 / 20)
     page = page_of(two_by_two)
     check_accessible_and_whole(page)
     assert "All networks of A recognise 1 images that no network of B does; for B it is 1." in page.text
@@ -278,13 +239,11 @@ def test_a_study_without_a_finished_trial(tmp_path):
 
 
 def test_a_measured_latency_takes_the_place_of_macs(two_by_two):
-    write_latency(two_by_two, "000000000000", 0.5, (0.4, 0.6))
-    write_latency(two_by_two, "000000030000", 2.5, (2.4, 2.6))
+    for trial, p50_ms in (("000000000000", 0.5), ("000000030000", 2.5)):
+        write_latency(two_by_two, trial, p50_ms, interval_ms=(p50_ms - 0.1, p50_ms + 0.1))
     alts = [image["alt"] for image in page_of(two_by_two).all("img")]
-    assert any(
-        "Validation accuracy against measured latency, ms (median, batch 1); the Pareto front is 1: " in alt
-        for alt in alts
-    )
+    title = "Validation accuracy against measured latency, ms (median, batch 1); the Pareto front is 1: "
+    assert any(title in alt for alt in alts)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -426,14 +385,13 @@ def test_of_a_trained_study_it_shows_gates_and_mistakes_and_reads_no_test_image(
 @pytest.mark.usefixtures("undrawn")
 def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp_path):
     path = shutil.copytree(trained_study, tmp_path / "elsewhere")
-    plan = json.loads((path / "plan.json").read_text())
     for source, words in {
         f"folder:{tmp_path}/gone": "The images are not available on this machine",
         "digits": "no longer has the images that this study was trained on",
     }.items():
-        (path / "plan.json").write_text(json.dumps(plan | {"source": source}))
+        change_json(path / "plan.json", source=source)
         for config in path.glob("trials/*/config.json"):
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"fingerprint": "other"}))
+            change_json(config, fingerprint="other")
         page = page_of(path)
         assert page.text.count(words) == 2  # gates and mistakes; the confusion matrix is of kept predictions
     with pytest.raises(InputError, match="--data-dir is for cifar"):
@@ -475,6 +433,5 @@ def test_in_a_browser(browser, trained_study, tmp_path, width):
 
 def test_matplotlib_is_loaded_only_to_draw():
     body = ast.parse((REPOSITORY / "ablations" / "results" / "report" / "plots.py").read_text()).body
-    assert not [
-        node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and "matplotlib" in ast.unparse(node)
-    ]
+    imports = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "matplotlib" not in " ".join(imports)

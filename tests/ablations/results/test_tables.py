@@ -19,7 +19,6 @@ from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
 from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.ablations.results.tables.effects import Verdict
-from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Multiple, Points, Signed, Span, render, shown
 
@@ -44,36 +43,20 @@ def test_text():
 
 def test_values_as_they_are_shown():
     none = Judgement("none", 0, reason="diverged in 2 of 5 seeds")
-    values = [
-        Signed(0.412),
-        Signed(-0.004),
-        Span(-0.161, 0.22),
-        Multiple(2.04),
-        Multiple(12.3),
-        Points(67.5),
-        Verdict(none),
-    ]
-    assert [shown(value) for value in values] == [
-        "+0.41", "-0.00", "-0.16 to +0.22", "x2.0", "x12", "67.50", "no verdict: diverged in 2 of 5 seeds",
-    ]  # fmt: skip
     better, undecided = Judgement("better", 5, 1.0), Judgement("open", 5, 1.0)
-    assert [shown(Verdict(better)), shown(Verdict(better, True)), shown(Verdict(undecided, True))] == [
-        "better", "better (this split)", "open",
-    ]  # fmt: skip
+    for value, text in (
+        (Signed(0.412), "+0.41"), (Signed(-0.004), "-0.00"), (Span(-0.161, 0.22), "-0.16 to +0.22"),
+        (Multiple(2.04), "x2.0"), (Multiple(12.3), "x12"), (Points(67.5), "67.50"),
+        (Verdict(none), "no verdict: diverged in 2 of 5 seeds"), (Verdict(better), "better"),
+        (Verdict(better, True), "better (this split)"), (Verdict(undecided, True), "open"),
+    ):  # fmt: skip
+        assert shown(value) == text
 
 
 def test_github_is_a_table_of_markdown():
     lines = render(ROWS, "github", ["A note."]).splitlines()
     assert [len(line.split("|")) for line in lines[:4]] == [8] * 4
     assert lines[-1] == "- A note."
-
-
-def test_latex_is_escaped():
-    text = render(ROWS, "latex", ["A note."])
-    assert "90.12 (89.00 to 91.50)" in text
-    assert r"a\_b" in text
-    assert text.startswith(r"\begin{tabular}")
-    assert text.endswith("% A note.")
 
 
 def test_csv_and_json_are_unrounded():
@@ -133,10 +116,7 @@ def test_baselines_and_bases_in_tables(expertgrid, digits, tmp_path):
 
 def test_levels_that_are_one_network_are_named(digits, tmp_path):
     text = 'question = "?"\nseeds = 1\n[factors]\nexperts = [1, 2]\nkernel = [[5, 3], 5, 3]'
-    study = parse_study(text, tmp_path / "one.toml")
-    directory = StudyDirectory(tmp_path / "one")
-    with directory.written(study, digits, study.cells(digits)):
-        pass
+    directory = write_study(tmp_path / "one", text, digits, lambda levels, seed: None)
     assert [tuple(row.levels.values()) for row in read_results(directory).rows] == [
         ("1", "[5, 3] / 5"), ("1", "3"), ("2", "[5, 3]"), ("2", "5"), ("2", "3"),
     ]  # fmt: skip
@@ -151,22 +131,13 @@ def test_best_is_chosen_on_validation(trained_study):
     assert best_row([]) is None
 
 
-def test_level_means(trained_study):
-    evidence = read_evidence(StudyDirectory(trained_study))
-    first, second = marginals(evidence, ["experts"])
-    assert (first.cells, second.cells, second.seeds) == (1, 2, 2)
-    records = [row.records for row in evidence.results.rows[1:]]
-    by_seed = [100 * np.mean([record.test_accuracy for record in seed]) for seed in zip(*records)]
-    assert second.test == pytest.approx(accuracy_interval(by_seed))
-    with pytest.raises(InputError, match="unknown factor of .*: 'expert'; did you mean 'experts'?"):
-        marginals(evidence, ["expert"])
-
-
 def test_latex_is_whole(trained_study, tmp_path):
     """Every special character is escaped and every line has as many cells; it compiles where LaTeX is installed."""
     table = columns(read_results(StudyDirectory(trained_study)).rows)
-    table[0] = {**table[0], "experts": r"100 % & #1 $x_{2}$ ~ ^ \frac"}
+    table[0] = {**table[0], "experts": r"100 % & #1 $x_{2}$ ~ ^ \frac", "test acc %": Interval(90.123, 89, 91.5)}
     text = render(table, "latex", ["100 % of it"])
+    assert "90.12 (89.00 to 91.50)" in text
+    assert text.endswith("% 100 % of it")
     body = [line for line in text.splitlines() if "&" in line]
     plain = [re.sub(r"\\[&%$#_{}]|\\text[a-z]+\{\}|\\[\^~]\{\}", "", line) for line in body]
     assert {line.count("&") for line in plain} == {len(table[0]) - 1}

@@ -53,9 +53,8 @@ def test_cells_take_turns_and_table_and_report_show_it(expertgrid, study):
     assert [row["cell"] for row in printed] == [row.name for row in rows]
     assert [row["MACs"] for row in printed] == [row["MACs"] for row in before]
     assert {row["engine"] for row in printed} == {"onnxruntime cpu"}
-    assert [row["verdict"] in ("faster", "slower", "can't tell") for row in printed] == [False] + [True] * (
-        len(rows) - 1
-    )
+    assert {row["verdict"] for row in printed[1:]} <= {"faster", "slower", "can't tell"}
+    assert printed[0]["verdict"] not in ("faster", "slower", "can't tell")
     assert len({row.latency.finished for row in rows}) == 1
     assert all(row.latency.cells == len(rows) for row in rows)
     front = [row.name for row in rows if not dominated(row, rows)]

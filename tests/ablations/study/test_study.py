@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,17 +142,13 @@ def test_a_study_grows_by_levels_and_seeds():
     ("text", "message"),
     [
         ("seeds = 0", "my.toml: seeds: input should be greater than or equal to 1, found 0"),
-        ("sedes = 3", "my.toml: unknown field 'sedes'; did you mean 'seeds'?"),
         ("[base]\nmodle = 'x'", "my.toml: unknown field of base: 'modle'; did you mean 'model'?"),
         ("[base]\nimage_size = 0", "my.toml: base.image_size: input should be greater than or equal to 1, found 0"),
         ("[base]\nimage_size = 1025", "my.toml: base.image_size: input should be less than or equal to 1024, found"),
-        ("[base]\nimage_size = 'big'", "my.toml: base.image_size: input should be a valid integer, found 'big'"),
         ("[base]\nimage_size = 64.0", "my.toml: base.image_size: input should be a valid integer, found 64.0"),
         ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
-        ("design = 'full'", "my.toml: design: input should be 'factorial' or 'one_at_a_time', found 'full'"),
         ("[factors]\nexpert = [1]", "my.toml: unknown name 'expert'; did you mean 'experts'?"),
         ("[factors]\nexperts = []", "my.toml: factors.experts: value should have at least 1 item"),
-        ("[factors]\nexperts = 3", "my.toml: factors.experts: input should be a valid list"),
         ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
@@ -185,15 +179,11 @@ def test_wrong_study_files(text, message):
         ("[base]\nmodel = 'eight_blocks'", "unknown model 'eight_blocks'; did you mean 'eight_block'?"),
         ("[base]\nrecipe = 'slow'", "unknown recipe 'slow'"),
         ("[factors]\nmodel = [3]", "factor model: level 3 is not a name"),
-        ("[factors]\nmodel = ['']", "unknown model ''"),
-        ("[factors]\nrecipe = [false]", "factor recipe: level False is not a name"),
         ("[set]\nrecipe.epochs = true", "recipe.epochs: input should be a valid integer, found True"),
-        ("[set]\nrecipe.lr = inf", "my.toml"),
         ("[set]\nopt = 'sgd'\nopt_betas = [0.9, 0.9]", "recipe.opt_betas: optimiser 'sgd' has none"),
         ("[set]\nopt_betas = [1.0, 1.0]", "recipe.opt: 'adamw' cannot be made here with this recipe: Invalid beta"),
         ("[factors]\nexperts = [0]", "experts: 0 is not accepted"),
         ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
-        ("[set]\n'recipe.lr' = -3", "recipe.lr: input should be greater than 0, found -3"),
         ("[set]\n'recpe.lr' = 3", "unknown path 'recpe.lr'"),
         ("[set]\n'model.num_classes' = 3", "model.num_classes follows from the data and cannot be set"),
         ("[set]\n'model.layers.7.channels' = 3", "unknown field of model.layers: '7'. Accepted: 0, 1, 2"),
@@ -255,15 +245,3 @@ def test_what_is_claimed_of_a_level_that_is_true_is_shown(digits, tmp_path):
     text = HEAD + "seeds = 1\n[factors]\nalternating_flip = [false, true]\n[set]\nhflip = 0.5\n[reported]\ntrue = '95'"
     directory = write_study(tmp_path / "my", text, digits, lambda levels, seed: (90, 90))
     assert [row.reported for row in read_results(directory).rows] == ["", "95"]
-
-
-def test_a_study_is_resolved_without_torch():
-    """Importing torch takes seconds, which a table and a dry run need not wait for."""
-    code = (
-        "import sys, expertgrid.ablations.study.study_file, expertgrid.ablations.records.directory\n"
-        "from expertgrid.model.training.data import load_data\n"
-        "cells = expertgrid.ablations.study.study_file.load_study('quickstart').cells(load_data('digits'))\n"
-        "print(len(cells), 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout == "8 False\n"

@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -129,30 +128,24 @@ def server(tmp_path) -> Iterator[str]:
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(place / "log", "wb") as log:
         process = subprocess.Popen(line, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_for(f"{address}/health", process, place / "log")
+        while not _answers(f"{address}/health"):
+            running = process.poll() is None and time.monotonic() < deadline
+            assert running, f"the server did not start: {(place / 'log').read_text()[-2000:]}"
+            time.sleep(0.5)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # its own processes, which it started in a session of its own
         process.wait(60)
 
 
-def _wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
-
-
-def _post(address: str, question: dict) -> dict:
-    request = urllib.request.Request(f"{address}", json.dumps(question).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.mark.nightly
@@ -162,6 +155,8 @@ def test_a_server_has_the_study(expertgrid, exported, server):
     api = f"{server}/api/2.0/mlflow"
     with urllib.request.urlopen(f"{api}/experiments/get-by-name?experiment_name=tiny", timeout=60) as answer:
         experiment = json.load(answer)["experiment"]["experiment_id"]
-    runs = _post(f"{api}/runs/search", {"experiment_ids": [experiment]})["runs"]
-    names = {run["info"]["run_name"] for run in runs}
+    question = json.dumps({"experiment_ids": [experiment]}).encode()
+    request = urllib.request.Request(f"{api}/runs/search", question, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        names = {run["info"]["run_name"] for run in json.load(answer)["runs"]}
     assert {"tiny", "experts 2, gate mlp, seed 0", "experts 1, seed 1"} < names

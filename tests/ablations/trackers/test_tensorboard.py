@@ -4,8 +4,6 @@ import json
 
 from conftest import finished_study
 
-from expertgrid.ablations.records.directory import StudyDirectory
-
 
 def test_scalars_hyperparameters_and_the_contact_sheet(expertgrid, tmp_path, digits):
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -33,7 +31,7 @@ def test_scalars_hyperparameters_and_the_contact_sheet(expertgrid, tmp_path, dig
     assert sheet.encoded_image_string.startswith(b"\x89PNG")
     assert (sheet.width, sheet.height) > (500, 500)
 
-    run = trials[StudyDirectory(study.path).read_plan().cells[3].trials[1]]
+    run = trials[study.read_plan().cells[3].trials[1]]
     content = found.SummaryMetadata(run, "_hparams_/session_start_info").plugin_data.content
     parameters = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert (parameters["experts"].string_value, parameters["gate"].string_value) == ("2", "mlp")

@@ -1,7 +1,7 @@
 """Trackers: what they are shown, live and later, and that none of them fails a trial."""
 
 import pytest
-from conftest import finished_study, written_epochs
+from conftest import written_epochs
 from PIL import Image
 
 from expertgrid.ablations.engines.events import EpochDone, TrialDone, TrialFailed, TrialStarted
@@ -54,11 +54,6 @@ class Kept(Tracker):
         return record.trial in self.has
 
 
-@pytest.fixture
-def study(tmp_path, digits) -> StudyDirectory:
-    return finished_study(tmp_path / "study", digits)
-
-
 def trials_of(study: StudyDirectory) -> list:
     return [study.config(trial) for trial in study.read_plan().trials]
 
@@ -71,11 +66,7 @@ def test_a_finished_study_is_shown_whole(study, digits):
     first, *others = trials_of(study)
     of_first = [call for call in kept.calls[:-1] if call[1] == first.id]
     assert of_first[:2] == [("begin", first.id), ("images", first.id, "RGB")]
-    assert of_first[2:] == [
-        ("epoch", first.id, 1, 0.4),
-        ("epoch", first.id, 2, 0.5),
-        ("end", first.id, 0.5),
-    ]
+    assert of_first[2:] == [("epoch", first.id, 1, 0.4), ("epoch", first.id, 2, 0.5), ("end", first.id, 0.5)]
     assert [call for call in kept.calls if call[0] == "end"] == [("end", trial.id, 0.5) for trial in [first, *others]]
     assert len([call for call in kept.calls if call[0] == "images"]) == 1  # all trials have one recipe
     assert kept.calls[-1] == ("close", first.id)

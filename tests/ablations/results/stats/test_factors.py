@@ -22,12 +22,8 @@ def test_main_effects_are_over_matched_networks():
     points, cells, networks = factorial(CARD)
     assert len(points) == 12 and len(networks) == 10
     effects = {effect.changes[0]: effect for effect in main_effects(CARD, points, cells, 11)}  # one cell is a baseline
-    assert list(effects) == [
-        Change("experts", 1, 2),
-        Change("experts", 1, 4),
-        Change("gate", "linear", "mlp"),
-        Change("cutout", 0, 8),
-    ]
+    changes = [("experts", 1, 2), ("experts", 1, 4), ("gate", "linear", "mlp"), ("cutout", 0, 8)]
+    assert list(effects) == [Change(*change) for change in changes]
 
     def mean(condition):
         mask = np.array([condition(*network) for network in networks] + [False])
@@ -67,12 +63,8 @@ def test_interactions_are_over_matched_fours():
 
 def test_one_at_a_time():
     factors = {"depth": ("base", 2, 3), "width": ("base", 0.5)}
-    points = [
-        {"depth": "base", "width": "base"},
-        {"depth": 2, "width": "base"},
-        {"depth": 3, "width": "base"},
-        {"depth": "base", "width": 0.5},
-    ]
+    levels = [("base", "base"), (2, "base"), (3, "base"), ("base", 0.5)]
+    points = [dict(zip(factors, point)) for point in levels]
     effects = main_effects(factors, points, [0, 1, 2, 3], 4)
     assert np.array([effect.weights_C for effect in effects]) == pytest.approx(against(0, 4))
     assert [effect.pairs for effect in effects] == [((0, 1),), ((0, 2),), ((0, 3),)]

@@ -77,17 +77,10 @@ def population(cells: int, likeness: str, seed: int = 3) -> np.ndarray:
     easy_P = rng.normal(6, 5, POPULATION)
     experts_P = {1: 0.0} | {count: of_level * rng.normal(size=POPULATION) for count in (2, 4)}
     mlp_P, residual_P, cutout_P = of_level * rng.normal(size=(3, POPULATION))
-    rows = [
-        expit(
-            easy_P
-            + experts_P[experts]
-            + (gate == "mlp") * mlp_P
-            + residual * residual_P
-            + (cutout == 8) * cutout_P
-            + of_cell * rng.normal(size=POPULATION)
-        )
-        for experts, gate, residual, cutout in networks(cells)
-    ]
+    rows = []
+    for experts, gate, residual, cutout in networks(cells):
+        levels_P = experts_P[experts] + (gate == "mlp") * mlp_P + residual * residual_P + (cutout == 8) * cutout_P
+        rows.append(expit(easy_P + levels_P + of_cell * rng.normal(size=POPULATION)))
     return np.array(rows, dtype=np.float32)
 
 
