@@ -11,8 +11,10 @@ found = {}
 
 import expertgrid.model.system.errors
 found["errors"] = sorted({"pydantic", "torch", "timm", "numpy"} & set(sys.modules))
-for name in ("config", "cost", "system.files", "presets", "variants"):
+for name in ("config", "cost", "system.files", "system.machine", "presets", "variants"):
     importlib.import_module(f"expertgrid.model.{name}")
+for name in ("cpu_name", "usable_cores", "memory_bytes", "gpu_driver", "checkout_commit"):
+    getattr(expertgrid.model.system.machine, name)()
 config = expertgrid.model.presets.network("eight_block")
 expertgrid.model.cost.cost(expertgrid.model.variants.vary(config, "matched", "params"), 32, 32)
 found["data"] = sorted({"torch", "timm", "numpy"} & set(sys.modules))

@@ -38,12 +38,7 @@ def test_parts_are_stratified_and_of_equal_size_within_one_image(drawn):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(1, 50),
-    st.floats(0.01, 0.5),
-    st.text(max_size=8),
-    st.integers(0, 3),
-)
+@given(st.integers(1, 50), st.floats(0.01, 0.5), st.text(max_size=8), st.integers(0, 3))
 def test_the_seeds_of_a_partition_hold_out_each_image_once(of_each_class, share, fingerprint, partition):
     hold_out = HoldOut(share=share)
     labels_B = np.arange(10 * of_each_class) % 10
