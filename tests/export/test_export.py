@@ -116,8 +116,7 @@ def test_metadata(kind, model):
     assert json.loads(found["classes"]) == ["a", "b", "c"]
     assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
     assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
-    assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
-    assert found["data"] == "digits"
+    assert [found[key] for key in ("preset", "trial", "data", "expertgrid.input")] == ["small", "abc", "digits", kind]
     assert "bicubic" in found["resize"] and "centre crop" in found["resize"]
     assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
     assert read_metadata(found, "model") == Metadata(input=kind, config=EVERYTHING, trained=TRAINED)
