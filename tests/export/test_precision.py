@@ -217,13 +217,11 @@ def test_more_is_kept_in_growing_steps(plain, digits, precision):
     with pytest.raises(PrecisionError, match=f"{precision}: the check fails even with all .* nodes in float32"):
         lowered(plain, precision, normalised(digits[0][:16]).numpy(), never)
     assert len(calls) == 4  # none, 1, 2 and all 4 groups: three convolutions and the linear layer
-    in_float = [
-        {one.name for one in onnx.load_from_string(call).graph.initializer if one.data_type == onnx.TensorProto.FLOAT}
-        for call in calls
-    ]
-    named = [{name for name in found if name.endswith("weight")} for found in in_float]
-    assert [len(found) for found in named] == [0, 1, 2, 4]
-    assert named[1] < named[2] < named[3]
+    types = [{held.name: held.data_type for held in onnx.load_from_string(call).graph.initializer} for call in calls]
+    float32 = onnx.TensorProto.FLOAT
+    in_float = [{name for name in held if held[name] == float32 and name.endswith("weight")} for held in types]
+    assert [len(weights) for weights in in_float] == [0, 1, 2, 4]
+    assert in_float[1] < in_float[2] < in_float[3]
 
 
 def test_what_a_user_can_mend(plain, digits, precision):
