@@ -95,9 +95,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def brief_timing(monkeypatch):
     """Tests read no speeds, so they do not wait until speeds are steady and threads at rest."""
-    monkeypatch.setattr(timing, "LONGEST_WARM_UP_S", 0.05)
-    monkeypatch.setattr(timing, "LONGEST_REST_S", 0.0)
-    monkeypatch.setattr(timing, "OPENINGS", 7)
+    brief = {"LONGEST_WARM_UP_S": 0.05, "LONGEST_REST_S": 0.0, "OPENINGS": 7, "BLOCK_S": 0.002, "CHUNK_S": 0.002}
+    for name, value in brief.items():
+        monkeypatch.setattr(timing, name, value)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -47,34 +47,33 @@ from expertgrid.model.training.data import SOURCES, ImageData, load_data
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.variants import VARIANTS
 
-RUNS = pytest.mark.parametrize(
-    "cases", [200, pytest.param(int(os.environ.get("PARSER_CASES", "10000")), marks=pytest.mark.nightly, id="nightly")]
-)
+NIGHTLY = pytest.param(int(os.environ.get("PARSER_CASES", "10000")), marks=pytest.mark.nightly, id="nightly")
 LONGEST_S, LARGEST_KB = 2, 1_000_000
-Input = TypeVar("Input")
 
 
-def check(
-    cases: int, inputs: st.SearchStrategy[Input], use: Callable[[Input], object], examples: tuple[Input, ...] = ()
-) -> None:
+@pytest.fixture(params=[200, NIGHTLY])
+def check(request) -> Callable:
     """Uses so many inputs, and the examples: each is accepted or refused in one line, in little time and memory."""
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
-    @settings(max_examples=cases, derandomize=cases == 200, **options)
-    @given(inputs)
-    def check_one(value: Input) -> None:
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        try:
-            use(value)
-        except InputError as error:
-            assert str(error)
-            assert str(error).isprintable(), repr(str(error))
-        assert time.process_time() - started < LONGEST_S
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST_KB
+    def check_all(inputs: st.SearchStrategy, use: Callable[[Any], object], examples: tuple = ()) -> None:
+        @settings(max_examples=request.param, derandomize=request.param == 200, **options)
+        @given(inputs)
+        def check_one(value: object) -> None:
+            before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+            try:
+                use(value)
+            except InputError as error:
+                assert str(error)
+                assert str(error).isprintable(), repr(str(error))
+            assert time.process_time() - started < LONGEST_S
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST_KB
 
-    for value in examples:
-        check_one = example(value)(check_one)
-    check_one()
+        for value in examples:
+            check_one = example(value)(check_one)
+        check_one()
+
+    return check_all
 
 
 # --- Inputs ---
@@ -131,36 +130,30 @@ def resolve(study: Study, data: ImageData) -> None:
         study.cells(data)
 
 
-@RUNS
-def test_study_files(cases, digits):
-    check(
-        cases,
-        STUDIES,
-        lambda text: resolve(parse_study(text, Path("study.toml")), digits),
-        (
-            'question = "?"\nseeds = ' + "9" * 5000,
-            'question = "?"\nfactors.experts = [0x' + "f" * 5000 + "]",
-            'question = "?"\nfactors.lr = [[2020-01-01]]',
-            'question = "?"\nfactors.lr = [[nan]]',
-            'question = "?"\nset.a = ' + "[" * 500 + "]" * 500,
-            'question = "?"\nset.a = ' + "{a=" * 90 + "1" + "}" * 90,
-        ),
+def test_study_files(check, digits):
+    once = (
+        "seeds = " + "9" * 5000,
+        "factors.experts = [0x" + "f" * 5000 + "]",
+        "factors.lr = [[2020-01-01]]",
+        "factors.lr = [[nan]]",
+        "set.a = " + "[" * 500 + "]" * 500,
+        "set.a = " + "{a=" * 90 + "1" + "}" * 90,
     )
+    examples = tuple(f'question = "?"\n{text}' for text in once)
+    check(STUDIES, lambda text: resolve(parse_study(text, Path("study.toml")), digits), examples)
 
 
-@RUNS
-def test_study_files_as_bytes(cases, tmp_path):
+def test_study_files_as_bytes(check, tmp_path):
     file = tmp_path / "study.toml"
 
     def use(content: bytes) -> None:
         file.write_bytes(content)
         load_study(str(file))
 
-    check(cases, st.one_of(st.binary(max_size=50), changed(st.just(TINY_STUDY.encode()))), use, (b"\xff", b"#" * 10**7))
+    check(st.one_of(st.binary(max_size=50), changed(st.just(TINY_STUDY.encode()))), use, (b"\xff", b"#" * 10**7))
 
 
-@RUNS
-def test_dotted_paths(cases, digits):
+def test_dotted_paths(check, digits):
     study = parse_study('question = "?"\nseeds = 1\n[factors]\nexperts = [2]', Path("study.toml"))
 
     def use(settings: dict) -> None:
@@ -169,11 +162,10 @@ def test_dotted_paths(cases, digits):
         except InputError:
             resolve(study.change(settings=settings), digits)
 
-    check(cases, TABLES, use)
+    check(TABLES, use)
 
 
-@RUNS
-def test_presets_and_recipes_with_a_change(cases, digits):
+def test_presets_and_recipes_with_a_change(check, digits):
     """A path and a value that often fit: deeper than the first check."""
     fields = st.sampled_from(sorted(Recipe.model_fields))
 
@@ -183,14 +175,13 @@ def test_presets_and_recipes_with_a_change(cases, digits):
         resolve(parse_study(text, Path("study.toml")).change(settings=settings), digits)
 
     changes = st.dictionaries(st.one_of(fields, st.sampled_from(sorted(VARIANTS))), VALUES, min_size=1, max_size=2)
-    check(cases, st.tuples(st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(RECIPES)), changes), use)
+    check(st.tuples(st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(RECIPES)), changes), use)
 
 
 # --- The command line ---
 
 
-@RUNS
-def test_words_of_the_command_line(cases):
+def test_words_of_the_command_line(check):
     words = st.one_of(
         TEXT,
         st.text("0123456789,:@=.+- _", max_size=12),
@@ -210,11 +201,10 @@ def test_words_of_the_command_line(cases):
             except InputError as error:
                 assert str(error).isprintable()
 
-    check(cases, words, use, ("9" * 5000, "a=" + "[" * 2000, "a=0x" + "f" * 5000, "cuda:٣"))
+    check(words, use, ("9" * 5000, "a=" + "[" * 2000, "a=0x" + "f" * 5000, "cuda:٣"))
 
 
-@RUNS
-def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
+def test_names_of_studies_and_sources(check, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = [*SOURCES, "digits@0.2", "folder:.", "parquet:.", "folder:~nobody", "cifar10@.5"]
     of_files = st.builds("{}:{}".format, st.sampled_from(["folder", "parquet"]), TEXT)
@@ -230,16 +220,15 @@ def test_names_of_studies_and_sources(cases, tmp_path, monkeypatch):
         load_data(name)
 
     once = ("a" * 300, "a/" * 3000, "folder:" + "a" * 300, "folder:~nobody", "folder:\0", "\0", "digits@1.")
-    check(cases, names, use, once)
+    check(names, use, once)
 
 
-@RUNS
-def test_names_of_cells(cases, digits):
+def test_names_of_cells(check, digits):
     study = parse_study(TINY_STUDY, Path("study.toml"))
     networks = groups([cell.planned for cell in study.cells(digits)], study.combined_levels)
     names = st.sampled_from(["experts 2, gate mlp", "experts=2,gate=mlp", "experts=1", "two_block"])
     texts = st.one_of(TEXT, changed(names))
-    check(cases, texts, lambda text: find_cell(networks, text), ("experts=" * 3000, " " * 5000))
+    check(texts, lambda text: find_cell(networks, text), ("experts=" * 3000, " " * 5000))
 
 
 # --- ONNX files, checkpoints ---
@@ -253,8 +242,7 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(config, trained, build(config).state_dict())
 
 
-@RUNS
-def test_onnx_files(cases, tmp_path):
+def test_onnx_files(check, tmp_path):
     Image.new("L", (6, 6)).save(tmp_path / "image.png")
     file = tmp_path / "model.onnx"
 
@@ -273,11 +261,10 @@ def test_onnx_files(cases, tmp_path):
     wholes = [to_onnx(checkpoint(), kind) for kind in ("uint8", "float")]
     names = (b"torch", b"images", b"permute", b"Transpose")
     no_text = tuple(wholes[0].replace(name, b"\x80" + name[1:]) for name in names)
-    check(cases, st.one_of(st.binary(max_size=60), changed(st.sampled_from(wholes))), use, no_text)
+    check(st.one_of(st.binary(max_size=60), changed(st.sampled_from(wholes))), use, no_text)
 
 
-@RUNS
-def test_checkpoints(cases, tmp_path):
+def test_checkpoints(check, tmp_path):
     whole, file = checkpoint(), tmp_path / "model.safetensors"
     texts = {"config": whole.config.model_dump_json(), "trained": whole.trained.model_dump_json()}
 
@@ -296,7 +283,7 @@ def test_checkpoints(cases, tmp_path):
     timm = [("config", json.dumps({"timm": name})) for name in names]
     files = st.just(whole.to_bytes())
     inputs = st.one_of(st.binary(max_size=60), changed(files), changed(files, 3000), described)
-    check(cases, inputs, use, (*timm, ("config", "[" * 100_000)))
+    check(inputs, use, (*timm, ("config", "[" * 100_000)))
 
 
 # --- Images and Parquet files ---
@@ -321,8 +308,7 @@ def encoded(kind: str, mode: str, size: tuple[int, int] = (9, 7)) -> bytes:
 PICTURES = [encoded(kind, mode) for kind, modes in MODES.items() for mode in modes]
 
 
-@RUNS
-def test_images(cases, tmp_path):
+def test_images(check, tmp_path):
     file = tmp_path / "image"
 
     def use(content: bytes) -> None:
@@ -331,11 +317,10 @@ def test_images(cases, tmp_path):
             read_pixels(file, 8, 8, channels)
 
     pictures = st.sampled_from(PICTURES)
-    check(cases, st.one_of(st.binary(max_size=60), pictures, changed(pictures)), use, tuple(PICTURES))
+    check(st.one_of(st.binary(max_size=60), pictures, changed(pictures)), use, tuple(PICTURES))
 
 
-@RUNS
-def test_folders_of_images(cases, tmp_path):
+def test_folders_of_images(check, tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -346,7 +331,7 @@ def test_folders_of_images(cases, tmp_path):
         load_data(f"folder:{tmp_path}", image_size=image[1])
 
     pictures = st.sampled_from(PICTURES)
-    check(cases, st.tuples(st.one_of(pictures, changed(pictures)), st.sampled_from([None, 3])), use)
+    check(st.tuples(st.one_of(pictures, changed(pictures)), st.sampled_from([None, 3])), use)
 
 
 def as_parquet(rows: list, labels: list, metadata: str, name: str, kind: str) -> bytes:
@@ -361,8 +346,7 @@ def as_parquet(rows: list, labels: list, metadata: str, name: str, kind: str) ->
     return file.getvalue()
 
 
-@RUNS
-def test_parquet_files(cases, tmp_path):
+def test_parquet_files(check, tmp_path):
     names = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})
     whole = as_parquet([PICTURES[1], PICTURES[1]], [0, 1], names, "image", "bytes")
     (tmp_path / "test.parquet").write_bytes(whole)
@@ -372,9 +356,7 @@ def test_parquet_files(cases, tmp_path):
         load_data(f"parquet:{tmp_path}", image_size=8)
 
     rows = st.one_of(st.none(), st.binary(max_size=9), st.sampled_from(PICTURES))
-    labels = (
-        st.integers(0, 1), st.integers(-(2**63), 2**63 - 1), st.none(), st.text(max_size=3), st.floats()
-    )  # fmt: skip
+    labels = st.integers(0, 1), st.integers(-(2**63), 2**63 - 1), st.none(), st.text(max_size=3), st.floats()
     tables = st.integers(0, 3).flatmap(
         lambda count: st.tuples(
             st.lists(rows, min_size=count, max_size=count),
@@ -385,14 +367,13 @@ def test_parquet_files(cases, tmp_path):
         )
     )
     no_names = ([PICTURES[1]], [2**62], "{}", "image", "bytes")
-    check(cases, st.one_of(changed(st.just(whole)), tables), use, (no_names,))
+    check(st.one_of(changed(st.just(whole)), tables), use, (no_names,))
 
 
 # --- Records ---
 
 
-@RUNS
-def test_records(cases, tmp_path, digits):
+def test_records(check, tmp_path, digits):
     text = 'question = "?"\nseeds = 1\n[factors]\nexperts = [1, 2]'
     directory = write_study(tmp_path / "study", text, digits, lambda levels, seed: (90 + levels["experts"], 90))
     trial = directory.read_plan().cells[0].trials[0]
@@ -415,4 +396,4 @@ def test_records(cases, tmp_path, digits):
     inputs = st.sampled_from(files).flatmap(
         lambda name: st.tuples(st.just(name), st.one_of(st.binary(max_size=40), changed(st.just(whole[name]))))
     )
-    check(cases, inputs, use)
+    check(inputs, use)

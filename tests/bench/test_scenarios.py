@@ -94,10 +94,9 @@ def test_a_server_waits_as_a_simulation_of_its_arrivals_does(monkeypatch):
     load = generate(run, IMAGES, "server", 0.5, 1, rate=120)
     assert load.queries == len(run.calls) == len(arrivals_s) >= 368
     assert {images for *_, images in run.calls} == {1}
-    services_s = np.diff(
-        [ended for _, ended, _ in run.calls], prepend=0
-    )  # of a busy server, with what is around a call
-    busy = np.concatenate([[False], np.array(arrivals_s[1:]) < [ended for _, ended, _ in run.calls][:-1]])
+    ended_s = np.array([ended for _, ended, _ in run.calls])
+    services_s = np.diff(ended_s, prepend=0)  # of a busy server, with what is around a call
+    busy = np.concatenate([[False], np.array(arrivals_s[1:]) < ended_s[:-1]])
     expected_s = waits_s(arrivals_s, np.where(busy, services_s, run.took_s))
     assert load.latency_ms == pytest.approx(1000 * np.percentile(expected_s, 99), rel=0.25, abs=5)
 
@@ -144,9 +143,7 @@ def test_the_best_batch_is_found():
 
     assert best_batch(rate) == 16
     assert tried == [1, 2, 4, 8, 16, 32, 64]
-    assert best_batch(lambda size: {1: 200.0, 2: 100.0}.get(size, 900.0)) == 4, (
-        "one size that gains nothing is not the end"
-    )
+    assert best_batch(lambda size: {1: 200.0, 2: 100.0}.get(size, 900.0)) == 4, "a size without gain is not the end"
 
 
 def test_a_run_says_how_short_it_is():

@@ -222,9 +222,8 @@ def test_verdicts_have_the_intervals_of_scipy(openings):
 
 
 def test_one_opening_decides_nothing():
-    one = times_of([[1.0], [1.0]])
-    twice = times_of([[2.0], [2.0]])
-    for ratio in (compare(one, twice), compare_runs(one, twice)):
+    both = times_of([[1.0], [1.0]]), times_of([[2.0], [2.0]])
+    for ratio in (compare(*both), compare_runs(*both)):
         assert (ratio.value, ratio.word) == (0.5, "can't tell")
 
 

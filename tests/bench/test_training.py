@@ -149,30 +149,17 @@ def test_peaks_are_of_a_networks_convolutions_too(monkeypatch):
     net = build(vary(PRESETS["segmented"], "width", 0.125)).eval()
     monkeypatch.setattr("expertgrid.bench.peaks.LARGEST", 1000)
     convolutions = largest_convolutions(net, (2, 3, 32, 32))
+    times = Counter()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda conv, x: times.update([(x[0].shape, conv.weight.shape)]))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(2, 3, 32, 32))
-    counts = counter.get_flop_counts()["Global"]
-    of_convolutions = counts[torch.ops.aten.convolution]
-    times = Counter((tuple(x.shape), tuple(w.shape)) for x, w in _convolved(net, torch.zeros(2, 3, 32, 32)))
     operations = sum(conv.operations * times[conv.x, conv.weight] for conv in convolutions)
-    assert operations == of_convolutions
+    assert operations == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     monkeypatch.setattr("expertgrid.bench.peaks._rate", lambda conv, *_: 1e30 * conv.operations)
     peaks = measure_peaks(torch.device("cpu"), measure_s=0, size=8, convolutions=convolutions[-2:])
     assert peaks.fp32_flops == 1e30 * convolutions[-1].operations
-
-
-def _convolved(net, x_BCHW):
-    """The input and the weight of each convolution of a forward pass."""
-    calls = []
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: calls.append((args[0], module.weight)))
-        for module in net.modules()
-        if isinstance(module, torch.nn.Conv2d)
-    ]
-    net(x_BCHW)
-    for hook in hooks:
-        hook.remove()
-    return calls
 
 
 def test_what_is_copied_cannot_be_compressed(monkeypatch):

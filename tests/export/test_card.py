@@ -97,13 +97,9 @@ def test_limits(file, certificate):
         assert words in limits
 
 
-def test_a_file_that_did_not_pass(file, certificate):
-    failed = certificate.model_copy(update={"passed": False})
-    assert "**The file did not pass its comparison**" in card(file, failed, **GIVEN)
-
-
-def test_nothing_stated(file, certificate):
-    text = card(file, certificate, data={}, recipe={}, results={})
+def test_a_file_that_did_not_pass_of_which_nothing_is_stated(file, certificate):
+    text = card(file, certificate.model_copy(update={"passed": False}), data={}, recipe={}, results={})
+    assert "**The file did not pass its comparison**" in text
     assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
 
 

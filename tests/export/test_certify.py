@@ -14,12 +14,11 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
 from expertgrid.export.certificate import BOUNDS, read_certificate
 from expertgrid.export.certify import CertifiedModel, Images, Reference, certified, rewritten
-from expertgrid.export.compare import BATCH
 from expertgrid.export.metadata import entries_of, with_entries
 from expertgrid.export.prune import pruned
 from expertgrid.export.rewrites import REWRITES
 from expertgrid.export.session import open_session
-from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, as_input, served
+from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, served
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.config import TimmModel
 from expertgrid.model.gates import recorded_gates
@@ -102,22 +101,6 @@ def test_pruning_says_what_it_costs(checkpoint, images):
     assert [len(block.kernels) for block in one_left.config.blocks()] == [1, 1]
     reference = Reference(one_left, images, "uint8")
     assert certified(rewritten(reference), reference).certificate.passed
-
-
-def test_an_expert_that_one_image_needs_stays(checkpoint, images):
-    """Also where that image is in none of the last batches."""
-    net = checkpoint.network()
-    with torch.inference_mode(), recorded_gates(net) as recorded:
-        net(torch.from_numpy(as_input(images.validation, checkpoint, "float")))
-    gates = {block: gate_BK for block, (gate_BK,) in recorded.items()}
-    last = len(images.validation) % BATCH
-    gap, block, expert, threshold = max(
-        (gate_BK[:, k].max() - gate_BK[-last:, k].max(), block, k, (gate_BK[:, k].max() + gate_BK[-last:, k].max()) / 2)
-        for block, gate_BK in gates.items()
-        for k in range(gate_BK.shape[1])
-    )
-    assert gap > 0
-    _, said = pruned(checkpoint, images.validation, images.validation_labels, float(threshold))
 
 
 def test_test_images_shape_no_model(checkpoint, images):

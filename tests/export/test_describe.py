@@ -1,5 +1,7 @@
 """Descriptions against the project's own counts and hand-made graphs."""
 
+from functools import cache
+
 import numpy as np
 import onnx
 import pytest
@@ -27,19 +29,12 @@ MIXED = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def exported():
-    """The ONNX file of a preset or timm model with fresh weights, each made once."""
-    made = {}
-
-    def export(name: str) -> bytes:
-        if name not in made:
-            config = MIXED if name == "mixed" else network(name)
-            about = trained(model=name, classes=tuple("0123456789"), image_size=SIZE)
-            made[name] = to_onnx(Checkpoint(config, about, build(config).state_dict()), "float")
-        return made[name]
-
-    return export
+@cache
+def exported(name: str) -> bytes:
+    """The ONNX file of a preset or timm model with fresh weights."""
+    config = MIXED if name == "mixed" else network(name)
+    about = trained(model=name, classes=tuple("0123456789"), image_size=SIZE)
+    return to_onnx(Checkpoint(config, about, build(config).state_dict()), "float")
 
 
 class Images(CalibrationDataReader):
@@ -51,7 +46,7 @@ class Images(CalibrationDataReader):
 
 
 @pytest.fixture(scope="module", params=["QDQ", "QOperator"])
-def quantized(request, exported, tmp_path_factory) -> bytes:
+def quantized(request, tmp_path_factory) -> bytes:
     place = tmp_path_factory.mktemp("quantized")
     (place / "float.onnx").write_bytes(exported("two_block"))
     files = place / "float.onnx", place / "int8.onnx"
@@ -73,11 +68,11 @@ def zeros(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["two_block", "mixed", "resnet10t"])
-def test_macs_are_those_of_the_records(exported, name):
+def test_macs_are_those_of_the_records(name):
     assert describe(exported(name), name).macs == cost(MIXED if name == "mixed" else network(name), *SIZE)[1]
 
 
-def test_description_of_a_preset(exported):
+def test_description_of_a_preset():
     model = exported("two_block")
     found = describe(model, "two_block.onnx")
     assert (found.name, found.file_bytes) == ("two_block.onnx", len(model))
@@ -97,7 +92,7 @@ def test_description_of_a_preset(exported):
     assert f"{found.macs:,} for one image" in str(found)
 
 
-def test_quantized_files_have_the_same_macs(exported, quantized):
+def test_quantized_files_have_the_same_macs(quantized):
     plain, found = describe(exported("two_block"), "float"), describe(quantized, "int8")
     assert found.macs == plain.macs
     assert found.parameter_bytes < plain.parameter_bytes / 3
@@ -135,8 +130,8 @@ def test_macs_by_hand(case):
         assert (found.macs, found.macs_unknown) == (expected, "")
 
 
-def with_a_body() -> bytes:
-    """If, whose bodies hold a constant and a product with a tensor from outside."""
+def test_bodies_are_counted():
+    """In an If, whose bodies hold a constant and a product with a tensor from outside."""
     result = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
     product = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["r"])], "then", [], [result])
     constant = helper.make_node("Constant", [], ["r"], value=numpy_helper.from_array(zeros(2, 3)))
@@ -146,21 +141,15 @@ def with_a_body() -> bytes:
         helper.make_node("Cast", ["s"], ["c"], to=TensorProto.BOOL),
         helper.make_node("If", ["c"], ["y"], then_branch=product, else_branch=other),
     ]
-    return model_of(nodes, [("x", ("n", 2))], [("y", None)], {"w": zeros(2, 3)})
-
-
-def test_bodies_are_counted():
-    found = describe(with_a_body(), "if")
-    assert found.operators == {"ReduceSum": 1, "Cast": 1, "If": 1, "MatMul": 1}
-    assert found.parameters == 12
-    assert "the body of If" in found.macs_unknown
+    description = describe(model_of(nodes, [("x", ("n", 2))], [("y", None)], {"w": zeros(2, 3)}), "if")
+    assert description.operators == {"ReduceSum": 1, "Cast": 1, "If": 1, "MatMul": 1}
+    assert description.parameters == 12
+    assert "the body of If" in description.macs_unknown
 
 
 def test_functions_are_opened():
-    opset = [helper.make_opsetid("", 20)]
-    double = helper.make_function(
-        "elsewhere", "Double", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], opset
-    )
+    add, opset = helper.make_node("Add", ["a", "a"], ["b"]), helper.make_opsetid("", 20)
+    double = helper.make_function("elsewhere", "Double", ["a"], ["b"], [add], [opset])
     nodes = [helper.make_node("Double", [f"t{i}"], [f"t{i + 1}"], domain="elsewhere") for i in range(3)]
     model = model_of(nodes, [("t0", ("n", 2))], [("t3", ("n", 2))], functions=[double])
     assert describe(model, "functions").operators == {"Add": 3}

@@ -116,8 +116,7 @@ def test_metadata(kind, model):
     assert json.loads(found["classes"]) == ["a", "b", "c"]
     assert json.loads(found["mean"]) == [0.4, 0.5, 0.6]
     assert json.loads(found["std"]) == [0.2, 0.3, 0.4]
-    assert (found["preset"], found["trial"], found["expertgrid.input"]) == ("small", "abc", kind)
-    assert found["data"] == "digits"
+    assert [found[key] for key in ("preset", "trial", "data", "expertgrid.input")] == ["small", "abc", "digits", kind]
     assert "bicubic" in found["resize"] and "centre crop" in found["resize"]
     assert ModelConfig.model_validate_json(found["expertgrid.config"]) == EVERYTHING
     assert read_metadata(found, "model") == Metadata(input=kind, config=EVERYTHING, trained=TRAINED)
@@ -151,14 +150,19 @@ def test_a_timm_model_is_exported():
     assert compare.compare(model, served(checkpoint, "uint8"), images, labels(20)).passed
 
 
-def test_another_networks_model_fails_its_certificate(checkpoint, models):
+@pytest.mark.parametrize(
+    ("weight", "layer"),
+    [("head.classifier.weight", "the head"), ("layers.2.layers.1.experts.0.conv.weight", "layers.2")],
+)
+def test_another_networks_model_fails_its_certificate(checkpoint, kind, model, weight, layer):
+    """The first layer that diverges is named: those before it agree."""
     other = trained_a_little(EVERYTHING)
-    other.weights["head.classifier.weight"][0] += 0.5
-    images = example(checkpoint, "uint8", 64).numpy()
-    certificate = compare.compare(models["uint8"], served(other, "uint8"), images, labels(64))
-    assert not certificate.passed
+    other.weights[weight][0] += 0.5
+    images = example(checkpoint, kind, 64).numpy()
+    certificate = compare.compare(model, served(other, kind), images, labels(64))
+    assert (certificate.passed, certificate.first_divergence) == (False, layer)
     assert all(agreement.largest_difference > 1e-4 for agreement in certificate.agreements)
-    assert "fp32 DOES NOT agree (from the head on)" in str(certificate)
+    assert f"fp32 DOES NOT agree (from {layer} on)" in str(certificate)
 
 
 @pytest.mark.parametrize(
@@ -174,15 +178,6 @@ def test_the_bound_is_applied(checkpoint, models, change, precision, passed):
     certificate = compare.compare(model, served(checkpoint, "uint8"), images, all_first_B, precision)
     assert certificate.passed == passed
     assert Certificate.model_validate_json(certificate.to_bytes()).agreements == certificate.agreements
-
-
-def test_the_first_layer_that_diverges_is_named(checkpoint, kind, model):
-    """The layers before it agree."""
-    other = trained_a_little(EVERYTHING)
-    other.weights["layers.2.layers.1.experts.0.conv.weight"] *= 1.5
-    images = example(checkpoint, kind, 64).numpy()
-    certificate = compare.compare(model, served(other, kind), images, labels(64))
-    assert certificate.first_divergence == "layers.2"
 
 
 def test_lower_precision_may_lose_half_a_point():
@@ -202,29 +197,19 @@ def test_lower_precision_may_lose_half_a_point():
     assert not held("fp32", 0.9, sampled=True)
 
 
-def test_flips_are_counted_by_image(checkpoint, models):
-    net = served(checkpoint, "uint8")
-    images = example(checkpoint, "uint8", 9)
-    model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
-    expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    certificate = compare.compare(model, net, images.numpy(), labels(9))
-    assert all(agreement.argmax_flips == expected for agreement in certificate.agreements)
-    assert certificate.agreements[0].accuracy == pytest.approx(1 / 3)
-
-
 def test_other_batch_sizes_run_on_a_sample(checkpoint, models, monkeypatch):
-    """Flips have the numbers of the images in the whole test split."""
+    """Flips are counted by image, and have the numbers of the images in the whole test split."""
     monkeypatch.setattr(compare, "SAMPLE", 10)
     net = served(checkpoint, "uint8")
     images = example(checkpoint, "uint8", 35)
     model = with_weights(models["uint8"], head__classifier__bias=np.array([0.0, 0.0, 100.0]))
     whole, *sampled = compare.compare(model, net, images.numpy(), labels(35)).agreements
     expected = (net(images).argmax(1) != 2).nonzero().flatten().tolist()
-    assert (whole.images, whole.sampled, whole.argmax_flips) == (35, False, expected)
-    assert [found.batch for found in sampled] == [1, 2, 7]
-    for found in sampled:
-        assert (found.images, found.sampled) == (12, True)
-        assert found.argmax_flips == [image for image in expected if image % 3 == 0]
+    assert (whole.images, whole.sampled, whole.argmax_flips, whole.accuracy) == (35, False, expected, 11 / 35)
+    assert [agreement.batch for agreement in sampled] == [1, 2, 7]
+    for agreement in sampled:
+        assert (agreement.images, agreement.sampled) == (12, True)
+        assert agreement.argmax_flips == [image for image in expected if image % 3 == 0]
     text = str(compare.compare(models["uint8"], net, images.numpy(), labels(35)))
     assert "35 test images at batch size 64 (and on 12 of them at 1, 2, 7), on cpu" in text
 

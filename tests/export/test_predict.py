@@ -116,24 +116,20 @@ def picture(tmp_path):
     return tmp_path / "fine.png"
 
 
-def test_no_images(rgb):
-    assert predict(rgb, "model.onnx", []) == []
-
-
 def test_files_that_are_no_images(rgb, picture, tmp_path):
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
     text.write_text("not an image")
     Image.fromarray(noise(50, 50, 3)).save(tmp_path / "whole.png")
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    floats = tmp_path / "floats.tiff"
+    floats, wide = tmp_path / "floats.tiff", tmp_path / "wide.tiff"
     Image.fromarray(np.ones((4, 4), np.float32)).save(floats)
-    wide = tmp_path / "wide.tiff"
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(wide)
     cases = {
         text: "text.png: not an image", cut: "cut.png: cannot be read as an image", floats: "its pixels are floats",
         wide: "its pixels go from 70000 to 70000", tmp_path / "none.png": "none.png: there is no such file",
         tmp_path: "cannot be read as an image .Is a directory",
     }  # fmt: skip
+    assert predict(rgb, "model.onnx", []) == []
     for path, message in cases.items():
         with pytest.raises(InputError, match=message) as error:
             predict(rgb, "model.onnx", [picture, path])

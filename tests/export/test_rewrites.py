@@ -67,8 +67,12 @@ def random_net(config: ModelConfig, seed: int = 0) -> ExpertNet:
     return net
 
 
+def config_of(*layers, **fields) -> ModelConfig:
+    return ModelConfig(in_chans=4, num_classes=5, layers=layers, **fields)
+
+
 def only(**fields) -> ModelConfig:
-    return ModelConfig(in_chans=4, num_classes=5, layers=(Block(channels=8, **fields),) * 2)
+    return config_of(*(Block(channels=8, **fields),) * 2)
 
 
 def images(batch: int) -> torch.Tensor:
@@ -109,7 +113,7 @@ def test_each_rewrite_alone_and_all_others(name, config):
 @FEW
 @given(blocks.filter(lambda block: block.norm_act != "expert"), st.booleans())
 def test_linear_experts_as_one_kernel_per_image(block, with_others):
-    net = random_net(ModelConfig(in_chans=4, num_classes=5, layers=(block,)))
+    net = random_net(config_of(block))
     if len(block.kernels) > 1 or block.norm_act == "none":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rewriting, "LEAST_SAVING", 0.0)
@@ -118,7 +122,7 @@ def test_linear_experts_as_one_kernel_per_image(block, with_others):
 
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_norm_is_folded_through_pooling_where_it_does_not_turn_the_order_round(scale):
-    net = random_net(ModelConfig(in_chans=4, num_classes=5, layers=(Conv(channels=8, pool=2),)))
+    net = random_net(config_of(Conv(channels=8, pool=2)))
     norm = net.layers[0].norm
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     with torch.no_grad():
@@ -129,25 +133,19 @@ def test_norm_is_folded_through_pooling_where_it_does_not_turn_the_order_round(s
 
 
 NETS = {
-    "whiten": ModelConfig(
-        in_chans=4,
-        num_classes=5,
-        layers=(Whiten(), Conv(channels=8, pool=2), Block(channels=8, kernels=(3, 3), norm_act="mix")),
+    "whiten": config_of(
+        *(Whiten(), Conv(channels=8, pool=2), Block(channels=8, kernels=(3, 3), norm_act="mix")),
         head=HeadConfig(pool="max", scale=0.5),
         norm=NormConfig(momentum=0.4, scale=False),
         init="dirac",
     ),
     "experts": only(kernels=(5, 3, 3), gate=GateConfig(kind="mlp", hidden=(4,), temperature=3.0)),
     "mix": only(kernels=(5, 5, 5, 3), norm_act="mix"),
-    "stride": ModelConfig(
-        in_chans=4,
-        num_classes=5,
-        layers=(
-            Conv(channels=8),
-            Residual(layers=(Block(channels=8, kernels=(3,) * 6, stride=2, norm_act="mix"), Block(channels=8))),
-            Block(channels=8, gate=GateConfig(kind="uniform")),
-            Pool(),
-        ),
+    "stride": config_of(
+        Conv(channels=8),
+        Residual(layers=(Block(channels=8, kernels=(3,) * 6, stride=2, norm_act="mix"), Block(channels=8))),
+        Block(channels=8, gate=GateConfig(kind="uniform")),
+        Pool(),
         head=HeadConfig(hidden=(6,)),
     ),
 }
@@ -235,10 +233,8 @@ def test_largest_gate_weights_by_hand():
 @pytest.mark.parametrize("place", ["expert", "mix", "none"])
 def test_an_expert_without_weight_is_dropped(place):
     gate = GateConfig(kind="mlp", hidden=(6,), temperature=2.0)
-    net = random_net(ModelConfig(in_chans=4, num_classes=5, layers=(
-        Residual(layers=(Block(channels=8, kernels=(5, 3, 1), norm_act=place, gate=gate),)),
-        Block(channels=8, norm_act=place),
-    ))).eval()  # fmt: skip
+    gated = Residual(layers=(Block(channels=8, kernels=(5, 3, 1), norm_act=place, gate=gate),))
+    net = random_net(config_of(gated, Block(channels=8, norm_act=place))).eval()
     block = net.layers[0].layers[0]
     nn.init.constant_(block.gate.mlp[-1].bias[1:2], -60)
     pruned, dropped = prune_gates(net, largest(net), 1e-6)

@@ -67,25 +67,21 @@ def test_one_expert_is_a_plain_conv_network(norm_act):
     torch.testing.assert_close(net(x_BCHW), plain(x_BCHW))
 
 
-GATES = [
-    GateConfig(),
-    MLP,
-    GateConfig(kind="mlp", hidden=(5, 7)),
-    GateConfig(kind="uniform"),
-    GateConfig(kind="constant"),
-    GateConfig(shuffled=True),
-    GateConfig(frozen=True),
-]
+FIXED = GateConfig(kind="uniform"), GateConfig(kind="constant")
+SIZED = MLP, GateConfig(kind="mlp", hidden=(5, 7))
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", [GateConfig(), *SIZED, *FIXED, GateConfig(shuffled=True), GateConfig(frozen=True)])
 def test_gate_is_a_distribution_for_each_image(gate):
-    block = ExpertNet(only(Block(channels=8, kernels=(3,) * 4, gate=gate))).layers[0]
+    """A uniform one is not rounded to bfloat16."""
+    block = ExpertNet(only(Block(channels=8, gate=gate))).layers[0]
     gate_BK = block.gate(torch.randn(16, 6, 8, 8))
     torch.testing.assert_close(gate_BK.sum(1), torch.ones(16))
-    assert gate_BK.shape == (16, 4)
+    assert gate_BK.shape == (16, 3)
     assert (gate_BK >= 0).all()
-    assert (gate_BK.std(0).max() > 0) == (gate.kind not in ("uniform", "constant"))
+    if gate.kind == "uniform":
+        assert torch.equal(block.gate(torch.zeros(2, 6, 4, 4, dtype=torch.bfloat16)), torch.full((2, 3), 1 / 3))
+    assert (gate_BK.std(0).max() > 0) == (gate not in FIXED)
 
 
 class OtherLayouts(TorchDispatchMode):
@@ -132,11 +128,6 @@ def test_under_the_autocast_of_cuda_features_stay_in_the_type_of_the_maps():
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.set_autocast_dtype("cuda", before)
-
-
-def test_a_uniform_gate_is_not_rounded_to_bfloat16():
-    gate = ExpertNet(only(Block(channels=8, gate=GateConfig(kind="uniform")))).layers[0].gate
-    assert torch.equal(gate(torch.zeros(2, 6, 4, 4, dtype=torch.bfloat16)), torch.full((2, 3), 1 / 3))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 7)])
@@ -220,7 +211,7 @@ def test_macro_block_adds_its_input(channels, stride, projected):
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     net = build(PRESETS[name])
-    net(torch.randn(8, 3, 32, 32)).logsumexp(1).sum().backward()
+    net(torch.randn(2, 3, 32, 32)).logsumexp(1).sum().backward()
     gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     assert [name for name, grad in gradients.items() if grad is None or not grad.abs().sum() > 0] == []
 

@@ -67,7 +67,6 @@ def test_the_command(expertgrid, tmp_path):
         (["fsat", "--out", "sheet.png"], "unknown recipe 'fsat'; did you mean 'fast'?"),
         (["fast", "--out", "sheet.png", "--set", "cutuot=3"], "unknown field of the recipe 'cutuot'"),
         (["fast", "--out", "sheet.png", "--set", "cutout=9"], "recipe.cutout: 9 is too large for the 8x8 images"),
-        (["fast", "--out", "sheet.png", "--set", "mixup_prob=1.0"], "mixup_prob needs mixup or cutmix"),
         (["fast", "--out", "sheet.png", "--set", "auto_augment=rand-x"], "'x' is no part of timm's rand policies"),
     ],
 )

@@ -38,12 +38,7 @@ def test_parts_are_stratified_and_of_equal_size_within_one_image(drawn):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(1, 50),
-    st.floats(0.01, 0.5),
-    st.text(max_size=8),
-    st.integers(0, 3),
-)
+@given(st.integers(1, 50), st.floats(0.01, 0.5), st.text(max_size=8), st.integers(0, 3))
 def test_the_seeds_of_a_partition_hold_out_each_image_once(of_each_class, share, fingerprint, partition):
     hold_out = HoldOut(share=share)
     labels_B = np.arange(10 * of_each_class) % 10
@@ -69,9 +64,7 @@ def test_the_data_fix_the_partition():
 
 def test_the_partition_stays():
     """The same trials hold out the same images in the next version, and with another version of NumPy."""
-    assert partition_of(np.arange(20) % 2, 5, "data", 0).tolist() == [
-        3, 3, 2, 0, 3, 2, 0, 4, 4, 2, 1, 1, 2, 1, 0, 3, 4, 0, 1, 4,
-    ]  # fmt: skip
+    assert "".join(map(str, partition_of(np.arange(20) % 2, 5, "data", 0))) == "33203204421121034014"
 
 
 def test_seeds_beyond_the_parts_take_a_further_partition():

@@ -25,9 +25,8 @@ def net() -> nn.Module:
     torch.manual_seed(0)
     convs = [nn.Conv2d(channels, 8, 3, bias=False) for channels in (3, 8, 8, 8)]
     linear = [nn.Linear(inputs, 8) for inputs in (32, 8, 8)]
-    return (
-        nn.Sequential(*convs, nn.BatchNorm2d(8), nn.Flatten(), *linear).double().to(memory_format=torch.channels_last)
-    )
+    net = nn.Sequential(*convs, nn.BatchNorm2d(8), nn.Flatten(), *linear)
+    return net.double().to(memory_format=torch.channels_last)
 
 
 def trained(first: nn.Module, opt: str, stacked: bool, state: dict | None = None) -> tuple[nn.Module, dict]:

@@ -36,13 +36,10 @@ def images(channels: int, height: int, width: int) -> np.ndarray:
 
 
 def batched(name: str, x_BHWC: Tensor, values, cubic: bool) -> Tensor:
-    value_B, fill_C = (
-        torch.tensor(values, dtype=torch.float64),
-        torch.tensor(FILL[: x_BHWC.shape[3]], dtype=torch.uint8),
-    )
+    value_B = torch.tensor(values, dtype=torch.float64)
     if name in COLOUR:
         return COLOUR[name](x_BHWC, value_B)
-    return GEOMETRIC[name](x_BHWC, value_B, fill_C, cubic)
+    return GEOMETRIC[name](x_BHWC, value_B, torch.tensor(FILL[: x_BHWC.shape[3]], dtype=torch.uint8), cubic)
 
 
 def pils(name: str, pixels_HWC: np.ndarray, value: float, cubic: bool) -> np.ndarray:
@@ -84,8 +81,8 @@ def test_arguments_are_of_each_image():
 def test_a_posterize_that_keeps_no_bit_is_black():
     """timm's masks say so. Pillow refuses it since its version 12."""
     x_BHWC = torch.from_numpy(images(3, 8, 8))
-    assert not COLOUR["posterize"](x_BHWC, torch.full((len(x_BHWC),), 0.0, dtype=torch.float64)).any()
-    assert not COLOUR["posterize"](x_BHWC, torch.full((len(x_BHWC),), -4.0, dtype=torch.float64)).any()
+    for bits in (0.0, -4.0):
+        assert not batched("posterize", x_BHWC, [bits] * len(x_BHWC), cubic=False).any()
 
 
 @pytest.mark.parametrize("share", [-0.5, 0, 0.3, 1, 1.7])

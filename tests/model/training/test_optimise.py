@@ -1,5 +1,8 @@
 """Optimisers, schedules and averages: against PyTorch's own, and that they are what the reports say."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import timm.optim
 import torch
@@ -32,15 +35,15 @@ def learning_rates(recipe: Recipe) -> list[float]:
     return each_step
 
 
-def reference(recipe: Recipe, schedule: type, *arguments: float) -> list[float]:
-    """The same from PyTorch's schedule, stepped once an epoch."""
+def reference(recipe: Recipe, schedule: Callable, every: int = STEPS) -> list[float]:
+    """The same from PyTorch's schedule, which takes a step of its own after every so many."""
     optimizer = torch.optim.SGD(net().parameters(), lr=recipe.lr)
-    scheduler = schedule(optimizer, *arguments)
-    each_step = []
-    for _ in range(recipe.epochs):
-        each_step += [optimizer.param_groups[0]["lr"]] * STEPS
+    scheduler, steps, each_step = schedule(optimizer), recipe.epochs * STEPS, []
+    for step in range(1, steps + 1):
+        each_step.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler.step()
+        if step % every == 0 and step < steps:
+            scheduler.step()
     return each_step
 
 
@@ -48,10 +51,10 @@ def reference(recipe: Recipe, schedule: type, *arguments: float) -> list[float]:
 def test_step_and_cosine_schedules_are_pytorchs_at_each_epochs_start(name):
     recipe = RECIPES[name]
     if recipe.sched == "step":
-        expected = reference(recipe, StepLR, int(recipe.decay_epochs), recipe.decay_rate)
+        expected = reference(recipe, partial(StepLR, step_size=int(recipe.decay_epochs), gamma=recipe.decay_rate))
         assert learning_rates(recipe) == pytest.approx(expected)
     else:
-        expected = reference(recipe, CosineAnnealingLR, recipe.epochs)
+        expected = reference(recipe, partial(CosineAnnealingLR, T_max=recipe.epochs))
         assert learning_rates(recipe)[::STEPS] == pytest.approx(expected[::STEPS], abs=1e-8)
 
 
@@ -90,22 +93,12 @@ def test_weight_decay_is_kept_off_norms_and_biases():
 
 @pytest.mark.parametrize("warmup", [None, 0.2, 0.5])
 def test_one_cycle_is_pytorchs_with_zero_at_its_end(warmup):
-    fields = {**dict(RECIPES["fast"]), "sched": "onecycle", "warmup": warmup}
-    recipe = Recipe(**fields)
-    optimizer = torch.optim.SGD(net().parameters(), lr=recipe.lr)
-    total = recipe.epochs * STEPS
-    rise = 0.3 if warmup is None else warmup
-    schedule = OneCycleLR(
-        optimizer, recipe.lr, total, pct_start=rise, final_div_factor=float("inf"), cycle_momentum=False
-    )
-    expected = []
-    for step in range(total):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if step < total - 1:
-            schedule.step()
-    assert learning_rates(recipe) == pytest.approx(expected, abs=1e-12)
-    assert learning_rates(recipe)[-1] == 0
+    recipe = Recipe(**{**dict(RECIPES["fast"]), "sched": "onecycle", "warmup": warmup})
+    fields = {"pct_start": 0.3 if warmup is None else warmup, "final_div_factor": float("inf"), "cycle_momentum": False}
+    schedule = partial(OneCycleLR, max_lr=recipe.lr, total_steps=recipe.epochs * STEPS, **fields)
+    rates = learning_rates(recipe)
+    assert rates == pytest.approx(reference(recipe, schedule, every=1), abs=1e-12)
+    assert rates[-1] == 0
 
 
 @pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw"])

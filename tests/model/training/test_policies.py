@@ -30,24 +30,12 @@ DRAWS = 8_000
 LEAST_P = 1e-3  # of the same distribution, for seeds that are fixed
 FIRST = Image.new("RGB", (32, 32))
 
-# What timm calls for each of our operations.
-CALLED = {
+ALIKE = """equalize invert rotate posterize solarize solarize_add color contrast brightness sharpness shear_x shear_y
+gaussian_blur"""
+CALLED = {name: getattr(timms, name) for name in ALIKE.split()} | {  # what timm calls for each of our operations
     "autocontrast": timms.auto_contrast,
-    "equalize": timms.equalize,
-    "invert": timms.invert,
-    "rotate": timms.rotate,
-    "posterize": timms.posterize,
-    "solarize": timms.solarize,
-    "solarize_add": timms.solarize_add,
-    "color": timms.color,
-    "contrast": timms.contrast,
-    "brightness": timms.brightness,
-    "sharpness": timms.sharpness,
-    "shear_x": timms.shear_x,
-    "shear_y": timms.shear_y,
     "translate_x": timms.translate_x_rel,
     "translate_y": timms.translate_y_rel,
-    "gaussian_blur": timms.gaussian_blur,
     "hue": adjust_hue,
 }
 NAMES = {function: name for name, function in CALLED.items()} | {
