@@ -95,7 +95,7 @@ class Trainer(AnsweringProcess):
     def __init__(self) -> None:
         self.steps = process_context(ENGINE).Value("q", 0, lock=False)  # of its trial that are done
         self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
-        super().__init__(ENGINE, _EngineApart, str(self.crash), self.steps)
+        super().__init__(ENGINE, _EngineApart, str(self.crash), shared=(self.steps,))
         self.trial: Trial | None = None  # that it trains
         self.began = False  # that trial
         self.trials = 0  # that it was asked to train

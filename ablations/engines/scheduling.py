@@ -116,8 +116,8 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                 cluster.stop()
                 told = True
             while waiting and not told and len(submitted) < cluster.room():
-                submitted.add(waiting[0].id)
-                cluster.submit(waiting[0], directory.resume_file(waiting.popleft().id))
+                cluster.submit(waiting[0], directory.resume_file(waiting[0].id))
+                submitted.add(waiting.popleft().id)
             if not submitted:
                 raise Stopped
             received = receive()

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
@@ -43,14 +43,17 @@ def process_context(imports: str) -> "SpawnContext | ForkServerContext":
 class AnsweringProcess:
     """Another process, which answers one question after another until it is ended or this process ends.
 
-    It calls `begin(*work)` first, and the function that this returns with `send` and the words of each question. What
-    that sends arrives at `connection`, and the error that it raises.
+    It calls `begin(*work, *shared)` first, and the function that this returns with `send` and the words of each
+    question. What that sends arrives at `connection`, and the error that it raises. `shared` is memory that both see,
+    which only a new process can take.
     """
 
-    def __init__(self, imports: str, begin: Callable[..., Callable[..., object]], *work: Any):
+    def __init__(
+        self, imports: str, begin: Callable[..., Callable[..., object]], *work: Any, shared: Sequence[Any] = ()
+    ):
         context = process_context(imports)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs,))
+        self.process = context.Process(target=_answer, args=(theirs, *shared))
         self.process.start()
         theirs.close()
         self.ask(begin, *work)  # not with the start, which a signal may cut short
@@ -67,13 +70,13 @@ class AnsweringProcess:
         self.connection.close()
 
 
-def _answer(connection: Connection) -> None:
+def _answer(connection: Connection, *shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     _end_with_parent()
     with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         begin, *work = connection.recv()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
-        answer = begin(*work)
+        answer = begin(*work, *shared)
         while True:
             words = connection.recv()
             try:
