@@ -197,4 +197,4 @@ def show_study(directory: StudyDirectory) -> None:
     picture = directory.path / "accuracy.svg"
     write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
     print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
-    print(f"Picture: {picture}\n\n{answer(evidence)}", flush=True)
+    print(f"Picture: {picture}. All notes: expertgrid table {directory.path} --notes\n\n{answer(evidence)}", flush=True)

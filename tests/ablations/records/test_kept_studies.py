@@ -20,7 +20,7 @@ KEPT = sorted(file.parent for file in SHIPPED.glob("*/study.toml"))
 def test_each_number_follows_from_the_records(path):
     verified = verify_study(StudyDirectory(path))
     assert verified.problems == []
-    assert verified.checked > 100
+    assert verified.checked > 10 * len(list(path.glob("trials/*/record.json")))
     assert not [line for line in verified.skipped if "predictions" in line]
 
 
