@@ -4,12 +4,16 @@ import faulthandler
 import json
 import os
 import shutil
+import signal
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ["EXPERTGRID_ISOLATE"] = "0"  # trials are trained in the tests' own process, but for the tests of isolation
+
+# Processes that a shell starts in the background ignore it, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 
