@@ -12,9 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 
 os.environ["EXPERTGRID_ISOLATE"] = "0"  # trials are trained in the tests' own process, but for the tests of isolation
 
-# Processes that a shell starts in the background ignore it, and so would the commands that tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch
 
 if not torch.cuda.is_available():
@@ -83,6 +80,8 @@ class Outcome:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """A worker of xdist that crashes says where in a file, which .ci/run prints: what it writes on stderr is lost."""
+    # Processes that a shell starts in the background ignore it, and so would the commands that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         place = config.rootpath / ".pytest_cache"
         place.mkdir(exist_ok=True)
