@@ -79,7 +79,10 @@ class Outcome:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    """A worker of xdist that crashes says where in a file, which .ci/run prints: what it writes on stderr is lost."""
+    """Commands that tests start take Ctrl-C, and a worker of xdist that crashes says where.
+
+    It says so in a file, which .ci/run prints: what it writes on stderr is lost.
+    """
     # Processes that a shell starts in the background ignore it, and so would the commands that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):

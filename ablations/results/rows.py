@@ -133,10 +133,9 @@ def read_results(directory: StudyDirectory) -> Results:
     study = directory.read_study()
     plan, latencies = directory.read_plan(study), directory.latencies()
     timed = directory.training_rates()
-    planned = {cell.trials[0]: cell for cell in reversed(plan.cells) if cell.trials}
     rows = []
     for group in groups(plan.cells_with_trials, study.combined_levels):
-        cell = planned[group.cells[0].network]
+        cell = group.cells[0]
         trials = {plan.first_seed + place: trial for place, trial in enumerate(cell.trials)}
         by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
         for seed in by_seed:
