@@ -8,7 +8,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -206,7 +206,13 @@ class Study(BaseModel):
         Raises InputError for what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
-        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
+
+        @cache  # for this call: a user's code may change before the next
+        def describe(network: TimmModel) -> TimmModel:
+            from expertgrid.model.foreign import described
+
+            return described(network, data.image_size, data.name)
+
         for levels in self.settings():
             reference = levels.get("reference")
             model, recipe_name = (
@@ -251,7 +257,7 @@ class Study(BaseModel):
         model: str,
         recipe_name: str,
         settings: dict[str, Level],
-        describe: Callable[[str], TimmModel],
+        describe: Callable[[TimmModel], TimmModel],
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
@@ -262,7 +268,7 @@ class Study(BaseModel):
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):
-            config = describe(config.model_dump_json())
+            config = describe(config)
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
@@ -270,12 +276,6 @@ class Study(BaseModel):
         alike |= {"source": data.source, "fingerprint": data.fingerprint}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
-
-
-def _described(data: ImageData, config: str) -> TimmModel:
-    from expertgrid.model.foreign import described
-
-    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
 
 
 def _name(kind: str, level: Level) -> str:
