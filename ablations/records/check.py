@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
 from expertgrid.ablations.records.ledger import damaged_lines
+from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import cut_incomplete_line, whole_lines
 from expertgrid.model.training.resume import whole_state
