@@ -78,6 +78,12 @@ Import = Annotated[
         callback=options.module_names,
     ),
 ]
+Metric = Annotated[
+    str | None,
+    Option(
+        metavar="NAME[:MARGIN]", help="Read the study by another metric than it declares, as in cross_entropy:0.01."
+    ),
+]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
 StudyDir = Annotated[Path, Argument(metavar="DIR", help="Study directory.", callback=options.study_directory)]
@@ -216,12 +222,13 @@ def table(
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
     contrast: tuple[str, str] | None = Option(None, metavar="A B", help="Compare two cells in detail."),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
+    metric: Metric = None,
     notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
 ) -> int:
     """Print the table of one study or several."""
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
-    return results.table(directories, format, by, contrast, peek, notes)
+    return results.table(directories, format, by, contrast, peek, notes, metric)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -229,6 +236,7 @@ def report(
     directory: StudyDir,
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
     format: Literal["html", "pdf-figures", "png-figures"] = Option("html", help="One page, or figures for a paper."),
+    metric: Metric = None,
     data_dir: DataDir = None,
     modules: Import = None,
 ) -> int:
@@ -238,7 +246,7 @@ def report(
     """
     with _starting(modules):
         from expertgrid.ablations.cli.results import report
-    return report(directory, out, format, data_dir)
+    return report(directory, out, format, data_dir, metric)
 
 
 @app.command(rich_help_panel=RESULTS)

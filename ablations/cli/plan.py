@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
@@ -14,6 +16,7 @@ from expertgrid.ablations.study.study_file import load_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.metrics import scale
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ def plan_table(planned: PlannedRun) -> str:
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if planned.race is None:
-        images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
-        notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))
+        study, cells = planned.study, [cell.planned for cell in planned.cells]
+        counts_N = planned.data.held_out_of_each_class(planned.hold_out)
+        images = counts_N.sum() if study.metric == "accuracy" else len(counts_N) / (1 / np.maximum(counts_N, 1)).mean()
+        foreseen = foresee(study, cells, float(images), planned.directory)
+        notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

@@ -24,11 +24,14 @@ def table(
     contrast: tuple[str, str] | None,
     peek: bool,
     notes: bool,
+    metric: str | None = None,
 ) -> int:
     """Prints the table of one study or several: of all cells, by factor, of two cells, or of optimistic picks.
 
     With all its notes, or with the most important ones.
     """
+    if peek and metric is not None:
+        raise InputError("--peek is about accuracy, which is measured after each epoch; --metric does not go with it")
     if sum((by is not None, contrast is not None, peek)) > 1:
         raise InputError("--by, --contrast and --peek are different tables; give one of them")
     if contrast is not None and len(directories) > 1:
@@ -37,7 +40,7 @@ def table(
     tables = [
         table.named(study_name(directory)) if several else table
         for directory in map(StudyDirectory, directories)
-        for table in _tables(directory, by, contrast, peek)
+        for table in _tables(directory, by, contrast, peek, metric)
     ]
     print(render_tables(tables, format, None if notes else MOST_NOTES))
     more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
@@ -46,10 +49,12 @@ def table(
     return 0
 
 
-def _tables(directory: StudyDirectory, by: str | None, contrast: tuple[str, str] | None, peek: bool) -> list[Table]:
+def _tables(
+    directory: StudyDirectory, by: str | None, contrast: tuple[str, str] | None, peek: bool, metric: str | None
+) -> list[Table]:
     if peek:
         return [peek_table(directory, read_results(directory))]
-    evidence = read_evidence(directory)
+    evidence = read_evidence(directory, metric)
     if by is not None:
         return [level_table(evidence, marginals(evidence, by.split(",")))]
     if contrast is not None:
@@ -58,7 +63,13 @@ def _tables(directory: StudyDirectory, by: str | None, contrast: tuple[str, str]
     return study_tables(directory, evidence)
 
 
-def report(directory: Path, out: Path | None = None, format: str = "html", data_dir: Path | None = None) -> int:
+def report(
+    directory: Path,
+    out: Path | None = None,
+    format: str = "html",
+    data_dir: Path | None = None,
+    metric: str | None = None,
+) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"
     out = out or directory / ("report.html" if as_html else "figures")
@@ -70,7 +81,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
         from expertgrid.ablations.results.report import report
         from expertgrid.ablations.results.report.findings import read_findings
     with status("reading the study; its best network predicts the validation images"):
-        findings = read_findings(StudyDirectory(directory), data_dir)
+        findings = read_findings(StudyDirectory(directory), data_dir, metric)
     with status("drawing"):
         if as_html:
             files = {out: report.html(findings).encode()}

@@ -21,7 +21,7 @@ from expertgrid.ablations.engines.events import (
     by_seed,
 )
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.predictions import Predictions
+from expertgrid.ablations.records.predictions import Predictions, log_probability_bytes
 from expertgrid.ablations.records.record import Environment, Failure, Record
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
@@ -39,6 +39,7 @@ from expertgrid.model.training.loop import (
     train,
     uses_bfloat16,
 )
+from expertgrid.model.training.metrics import METRICS, measured
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
@@ -189,13 +190,19 @@ def _finish(
 
     predictions = {}
 
-    def measure(split: Split, name: str) -> dict[str, float]:
+    others = [name for name in METRICS if name not in ("accuracy", "cross_entropy")]
+
+    def measure(split: Split, name: str) -> dict[str, Any]:
         """The record's numbers of a split. Enters the predicted classes."""
         logits_BN = predict(training.result, split, mean_C, std_C)
         loss, accuracy = score(logits_BN, split.labels_B)
         numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
-        predictions[f"{name}_labels"] = split.labels_B.cpu().numpy()
+        predictions[f"{name}_labels"] = labels_B = split.labels_B.cpu().numpy()
+        log_BN = logits_BN.log_softmax(1).half().clamp(min=torch.finfo(torch.half).min).cpu().numpy()
+        if log_probability_bytes(len(splits.validation) + len(splits.test), classes := len(data.classes)):
+            predictions[f"{name}_log"] = log_BN
+        numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, classes, others)
         if flip:
             both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()

@@ -32,7 +32,7 @@ from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
-from expertgrid.ablations.records.record import Adopted, Failure, Record, TrainingRates
+from expertgrid.ablations.records.record import Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
@@ -50,6 +50,7 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.metrics import METRICS
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -177,6 +178,30 @@ class StudyDirectory:
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return self._of_trial(Record, trial_id, "record.json")
+
+    def with_metric(self, record: Record, name: str) -> Record:
+        """A record with a metric on both splits, which is computed from the predictions where the record lacks it.
+
+        Raises InputError where it cannot be: older records have no metrics, and older predictions no probabilities.
+        """
+        splits: tuple[Split, Split] = ("validation", "test")
+        if all(record.metric(split, name) is not None for split in splits):
+            return record
+        place, predictions, config = self.trial(record.trial), self.predictions(record.trial), self.config(record.trial)
+        if predictions is None or config is None or name not in METRICS:
+            raise InputError(f"{place}: has no {name}, and no predictions to compute it from")
+        if METRICS[name].needs_probabilities and predictions.validation_log is None:
+            raise InputError(
+                f"{place}: has no {name}: its predictions are classes without probabilities, as in older studies and "
+                "where classes are many"
+            )
+        added = {}
+        for split in splits:
+            values = predictions.measured(split, config.model.num_classes, [name])
+            if name not in values:
+                raise InputError(f"{place}: {name} is not defined on its {split} images")
+            added[f"{split}_metrics"] = getattr(record, f"{split}_metrics") | values
+        return record.model_copy(update=added)
 
     def adopted(self, trial_id: str) -> Adopted | None:
         """Where a trial was taken over from, None for one that was trained here. Raises InputError."""

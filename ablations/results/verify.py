@@ -161,7 +161,7 @@ class Check:
             written, tables = embedded.get("newest", ""), embedded["tables"]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        evidence = read_evidence(directory)
+        evidence = read_evidence(directory, embedded.get("metric"))
         if written < (newest_time := newest(directory, evidence.results)):
             self.skipped.append(
                 "report.html is older than the study and was not compared; `expertgrid report` renews it"

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 from tabulate import tabulate
 
@@ -18,11 +18,15 @@ MOST_NOTES = 3  # under a table, where not all are asked for
 
 
 class Points(float):
-    """Percent, or points of accuracy: shown with two decimals."""
+    """Percent, or points of accuracy: shown with two decimals, or as many as `rounded` says."""
+
+    decimals = 2
 
 
 class Signed(float):
-    """A difference in points: shown with its sign and two decimals."""
+    """A difference in points: shown with its sign, and decimals as `Points`."""
+
+    decimals = 2
 
 
 class Multiple(float):
@@ -50,19 +54,36 @@ class MeasuredMultiple(NamedTuple):
         return self.low is not None and self.high is not None and self.high <= 2 * self.low
 
 
-class Span(NamedTuple):
-    """An interval of a difference: shown with signs."""
-
+class _Span(NamedTuple):
     low: float
     high: float
 
 
-class Interval(NamedTuple):
-    """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
+class Span(_Span):
+    """An interval of a difference: shown with signs, and decimals as `Points`."""
 
+    decimals = 2
+
+
+class _Interval(NamedTuple):
     mean: float
     low: float | None = None
     high: float | None = None
+
+
+class Interval(_Interval):
+    """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
+
+    decimals = 2
+
+
+Rounded = TypeVar("Rounded", Points, Signed, Span, Interval)
+
+
+def rounded(value: Rounded, decimals: int) -> Rounded:
+    """The value itself, which from now on is shown with so many decimals."""
+    value.decimals = decimals
+    return value
 
 
 @runtime_checkable
@@ -184,26 +205,26 @@ def shown(value: object) -> str:
     match value:
         case None:
             return ""
-        case Interval(mean, None):
-            return f"{mean:.2f}"
-        case Interval(mean, low, high):
-            return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+        case Interval(mean, None, decimals=decimals):
+            return f"{mean:.{decimals}f}"
+        case Interval(mean, low, high, decimals=decimals):
+            return f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
         case Measured(mean, low, high):
             half = max(mean - low, high - mean)
             if not math.isfinite(half):
                 return f"{mean:.3g} ±?"
             digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
             return f"{mean:,.{digits}f} ±{half:,.{digits}f}"
-        case Span(low, high):
-            return f"{low:+.2f} to {high:+.2f}"
-        case Signed():
-            return f"{value:+.2f}"
+        case Span(low, high, decimals=decimals):
+            return f"{low:+.{decimals}f} to {high:+.{decimals}f}"
+        case Signed(decimals=decimals):
+            return f"{value:+.{decimals}f}"
         case MeasuredMultiple(_, low, high):
             return f"x{value.value:.2f} ({low:.2f} to {high:.2f})" if value.is_known else "can't tell"
         case Multiple():
             return f"x{value:.1f}" if value < 10 else f"x{value:.0f}"
-        case Points():
-            return f"{value:.2f}"
+        case Points(decimals=decimals):
+            return f"{value:.{decimals}f}"
         case int():
             return f"{value:,}"
         case float():

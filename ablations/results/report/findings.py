@@ -104,9 +104,9 @@ class Findings:
         return self.evidence.results
 
 
-def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
+def read_findings(directory: StudyDirectory, data_dir: Path | None = None, metric: str | None = None) -> Findings:
     """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
-    evidence = read_evidence(directory)
+    evidence = read_evidence(directory, metric)
     ranked = ranking(evidence.results.rows)
     examined = examine(directory, evidence.results.plan, ranked, data_dir)
     images, images_missing = _different_images(directory, evidence, ranked, examined.classes)

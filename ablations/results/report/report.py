@@ -19,7 +19,7 @@ from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.report import plots
 from expertgrid.ablations.results.report.findings import DifferentImage, Examined, Findings, Mistake
 from expertgrid.ablations.results.report.pictures import MOST_GATES, pictures
-from expertgrid.ablations.results.rows import Row, newest, on_test, on_validation
+from expertgrid.ablations.results.rows import Row, newest
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.text import MOST_NOTES, Points, render_tables, shown, sort_key
 
@@ -34,10 +34,11 @@ MOST_CONFUSIONS = 12
 
 def best_line(best: Row) -> str:
     """Which cell is the best on validation."""
+    by, percent = best.scale, "%" if best.scale.points else ""
     over = f"over {len(best.by_seed)} seeds" if len(best.by_seed) > 1 else "with one seed"
     return (
-        f"Best on validation: {best.name}, {shown(best.accuracy(on_validation))}% {over}; "
-        f"{shown(best.accuracy(on_test))}% on test."
+        f"Best on validation: {best.name}, {'' if by.name == 'accuracy' else f'{by.title} '}"
+        f"{shown(best.interval('validation'))}{percent} {over}; {shown(best.interval('test'))}{percent} on test."
     )
 
 
@@ -187,10 +188,13 @@ def html(findings: Findings) -> str:
         "environment": _environment_rows(results.rows),
     }
     # for `expertgrid verify`: JSON with nothing that could end its element
-    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "tables": {render_tables(tables, "json")}}}'
+    metric = json.dumps(f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None)
+    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "metric": {metric}, "tables": '
+    numbers += f"{render_tables(tables, 'json')}}}"
     return environment.get_template("report.html.j2").render(
         findings=findings,
         results=results,
+        title=results.scale.title[:1].upper() + results.scale.title[1:],
         answer=[answer(findings.evidence), *map(best_line, findings.ranked[:1])],
         by_key={table.key: table for table in tables},
         counted=counted(results.rows),

@@ -6,8 +6,9 @@ variance of its own. Every answer about cells is a contrast of the m_c; nothing 
 
 Shapes: Q contrasts, C cells, S seeds, X any further axes in front (simulated studies, say).
 
-Scores are better when they are higher, in the unit of the margin. A score that is NaN is a trial that was not trained
-yet. A trial that failed must not be given as NaN: its cell has no verdict (`judge`, `no_verdict`).
+Scores are better when they are higher (callers turn verdicts on others), in the unit of the margin. A score that is NaN
+is a trial that was not trained yet. A trial that failed must not be given as NaN: its cell has no verdict (`judge`,
+`no_verdict`).
 
 How an error is estimated. The variance of a contrast, in units of sum(weights**2) / seeds, is the largest of
 
@@ -42,6 +43,10 @@ from expertgrid.ablations.results.stats.critical import LEVEL, JointT, joint_t
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
 BETTER, WORSE, SAME, OPEN, NONE = VERDICTS
+TURNED: dict[Verdict, Verdict] = {
+    BETTER: WORSE,
+    WORSE: BETTER,
+}  # where lower is better, or two cells change places
 
 Basis = Literal["pooled", "its cells", "over seeds", "t over seeds"]
 BASES = get_args(Basis)

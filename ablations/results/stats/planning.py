@@ -7,7 +7,7 @@ Shapes: Q contrasts, C cells, D differences, X draws.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,13 +17,12 @@ from scipy.special import ndtr
 from expertgrid.ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
 from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
-DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 POWER = 0.8
 MOST_SEEDS = 1000
 DRAWS = 2048
 
 
-def binomial_spread(accuracy: float, images: int) -> float:
+def binomial_spread(accuracy: float, images: float) -> float:
     """The standard deviation of an accuracy in percent that `images` random images alone give: a floor for the spread.
 
     Jordan 2023 (arXiv 2304.01910) finds most of the spread of seeds on CIFAR-10 to be this. Raises ValueError for an
@@ -96,24 +95,26 @@ class PowerAnalysis:
 
 @dataclass(frozen=True)
 class Sight:
-    """What a study can see. Differences and the spread are in points."""
+    """What a study can see. Differences and the spread are in points, or as the metric counts."""
 
-    spread: float  # of a cell's accuracy from seed to seed beyond its block
+    spread: float  # of a cell's score from seed to seed beyond its block
     measured: bool  # from records; else the binomial floor
     seeds: int
     smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
     needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
 
 
-def sight(weights_QC: np.ndarray, spread: float, seeds: int, measured: bool = True) -> Sight | None:
-    """What `seeds` seeds can see by a spread in points. None without contrasts, and for one seed."""
+def sight(
+    weights_QC: np.ndarray, spread: float, seeds: int, differences: Sequence[float], measured: bool = True
+) -> Sight | None:
+    """What `seeds` seeds can see by a spread, and how many `differences` need. None without contrasts, for one seed."""
     if not len(weights_QC) or seeds < 2:
         return None
     analysis = PowerAnalysis(weights_QC, spread)
     hardest = int((weights_QC**2).sum(1).argmax())
     smallest = float(analysis.detectable(seeds)[hardest])
-    half = [float(f"{smallest / 2:.1g}")] if smallest < DIFFERENCES[0] else []
-    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*DIFFERENCES, *half)}
+    half = [float(f"{smallest / 2:.1g}")] if smallest < differences[0] else []
+    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*differences, *half)}
     return Sight(spread, measured, seeds, smallest, needed)
 
 

@@ -19,7 +19,7 @@ from expertgrid.ablations.results.comparison import compare
 from expertgrid.ablations.results.evidence import foresee, read_evidence
 from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.questions import study_questions
-from expertgrid.ablations.results.rows import best_row, common_scores, on_test, peek, read_results, winner
+from expertgrid.ablations.results.rows import best_row, common_scores, peek, read_results, winner
 from expertgrid.ablations.results.stats.contrasts import judge
 from expertgrid.ablations.results.stats.race import race
 from expertgrid.ablations.results.tables.cells import comparison_tables
@@ -513,7 +513,7 @@ def test_the_winner_is_corrected_for_selection(digits, tmp_path, text_of):
     chosen = [np.delete(validation_CS, seed, 1).mean(1).argmax() for seed in range(6)]
     corrected = np.mean([test_CS[cell, seed] for seed, cell in enumerate(chosen)])
     assert best.corrected.mean == pytest.approx(corrected)
-    assert best.reported.mean == pytest.approx(best_row(rows).accuracy(on_test).mean)
+    assert best.reported.mean == pytest.approx(best_row(rows).mean("test"))
     assert f"Corrected for selection as the best of 6: {corrected:.2f} (" in text_of(directory)
 
 
