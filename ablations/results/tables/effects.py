@@ -65,9 +65,10 @@ def _about(evidence: Evidence) -> str:
     plan = evidence.results.plan
     if plan.race:
         return f"validation accuracy, points; a race from {plan.race.first} to {plan.race.last} seeds"
-    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+    counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
     counts = counts or [evidence.results.study.seeds]
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+    least = f"{counts[0]:g} to " if len(counts) > 1 else ""
+    seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
     part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
     where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
     return f"validation accuracy, points; {seeds}, {where} of the images"

@@ -70,8 +70,6 @@ def split_notes(evidence: Evidence) -> list[str]:
     lines = []
     if evidence.fixed_split:
         lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
-    if "t over seeds" in {judgement.basis for judgement in evidence.judgements}:
-        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
     return lines
 
 
