@@ -117,10 +117,10 @@ def judge(
     worse: it lies on one side of 0. A difference within the margin is `same`, and `reason` says that there is one.
     Otherwise open. So a wrong verdict needs an interval that misses the truth.
 
-    The seeds must have been fixed beforehand (for others see `race`). `no_verdict` names cells that may not be judged, and why ("diverged in 2 of 5 seeds"): every contrast with
-    such a cell has the verdict "none" and this reason. These cells count in the size of the family, but not in the
-    spread. Raises ValueError for weights that do not sum to 0 or do not fit the scores, infinite scores, a margin that
-    is not above 0.
+    The seeds must have been fixed beforehand (for others see `race`). `no_verdict` names cells that may not be judged,
+    and why ("diverged in 2 of 5 seeds"): every contrast with such a cell has the verdict "none" and this reason. These
+    cells count in the size of the family, but not in the spread. Raises ValueError for weights that do not sum to 0 or
+    do not fit the scores, infinite scores, a margin that is not above 0.
     """
     weights_QC, scores_CS = checked(weights_QC, scores_CS, margin)
     no_verdict = no_verdict or {}

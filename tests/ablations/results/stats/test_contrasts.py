@@ -36,8 +36,8 @@ def fitted(scores_CS):
 
 def test_main_effects_of_a_2x2_by_hand():
     # cells 91, 92 1/3, 91 1/3, 94; seeds 91, 92, 93.5; squares of residuals 8 / 3, 6 degrees of freedom: 0.4444
-    # the first effect is 1 at every seed, the second 2, 1, 3: variances over seeds of 0 and 1. Their mean counts for the
-    # first, and both count as variances of 2 x 2 degrees of freedom beside 6
+    # the first effect is 1 at every seed, the second 2, 1, 3: variances over seeds of 0 and 1. Their mean counts for
+    # the first, and both count as variances of 2 x 2 degrees of freedom beside 6
     family = judge(BOTH, SCORES, margin=0.5)
     first, second = family.judgements
     wider = (scipy.stats.t.ppf(0.995, 4) / scipy.stats.t.ppf(0.995, 6)) ** 2
