@@ -37,7 +37,7 @@ freedom of its own cells (n - 1 for each, by Satterthwaite's formula)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -93,6 +93,7 @@ class Judgement:
     constant: float | None = None  # critical value: half of the interval's width over its error
     basis: Basis | None = None
     reason: str = ""
+    p: float | None = None  # of no difference, adjusted for the family; None in a race
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,15 @@ def judge(
     judged_CS = scores_CS.copy()
     judged_CS[list(no_verdict)] = np.nan
     estimates = estimate(weights_QC, judged_CS, level)
+    joint = joint_t(estimates.correlation_QQ)
+
+    def with_p(judgement: Judgement) -> Judgement:
+        if judgement.mean is None or judgement.error is None:
+            return judgement
+        return replace(judgement, p=joint.tail(abs(judgement.mean) / judgement.error, estimates.df))
+
     judgements = [
-        without_verdict(weights_C, no_verdict) or judged(estimates, place, margin)
+        without_verdict(weights_C, no_verdict) or with_p(judged(estimates, place, margin))
         for place, weights_C in enumerate(weights_QC)
     ]
     return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
@@ -204,7 +212,7 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
         seeds_variance_XQ = over_seeds(by_score_QCS, seeds_Q)
         many_Q = ((weights_QC != 0).sum(1) > 2) & (seeds_Q > 1)
         if many_Q.any():
-            basis_RC = _basis(weights_QC[seeds_Q > 1])
+            basis_RC = contrast_basis(weights_QC[seeds_Q > 1])
             by_score_RCS, seeds_R = fit.coefficients(basis_RC)
             family_X1 = over_seeds(by_score_RCS, seeds_R).mean(-1)[..., None]
             wider = stdtrit((seeds_R - 1).sum(), KNOWN) / stdtrit(spread.df, KNOWN)
@@ -231,7 +239,7 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
     return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, np.sqrt(spread.pooled_X), spread.df, correlation_QQ, few_Q)
 
 
-def _basis(weights_QC: np.ndarray) -> np.ndarray:
+def contrast_basis(weights_QC: np.ndarray) -> np.ndarray:
     """An orthonormal basis (R, C) of the contrasts that a family spans."""
     _, singular, rows_RC = np.linalg.svd(weights_QC, full_matrices=False)
     return rows_RC[singular > 1e-9 * singular.max()]
