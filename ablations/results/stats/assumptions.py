@@ -69,4 +69,3 @@ def may_be_best(scores_CS: np.ndarray, margin: float) -> np.ndarray:
         judgements = judge(against(cell, count), scores_CS, margin).judgements
         best_C[cell] = not any(judgement.low is not None and judgement.low > 0 for judgement in judgements)
     return best_C
-

@@ -32,17 +32,21 @@ class Verdict:
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
-    """The columns of a judgement: the effect, under this title, its interval and verdict.
+    """The columns of a judgement of a study."""
+    return judgement_columns(judgement, effect, evidence.fixed_split)
 
-    The interval that is shown is the one that decides.
-    """
+
+def judgement_columns(
+    judgement: Judgement | None, effect: str = "effect", fixed_split: bool = False
+) -> dict[str, object]:
+    """The effect, under this title, its interval and verdict. The interval that is shown is the one that decides."""
     if judgement is None:
         return {effect: None, "95% interval": None, "verdict": None}
     has_interval = judgement.low is not None and judgement.high is not None
     return {
         effect: None if judgement.mean is None else Signed(judgement.mean),
         "95% interval": Span(judgement.low, judgement.high) if has_interval else None,
-        "verdict": Verdict(judgement, evidence.fixed_split),
+        "verdict": Verdict(judgement, fixed_split),
     }
 
 

@@ -58,10 +58,14 @@ def effect_notes(evidence: Evidence) -> list[str]:
 
 def verdict_notes(evidence: Evidence) -> list[str]:
     """What the words mean, and how often such a table is wrong."""
+    return [*word_notes(evidence.margin), *_error_notes(evidence)]
+
+
+def word_notes(margin: float) -> list[str]:
+    """What the words mean."""
     return [
         "better, worse: the whole interval is on one side of 0. same: the interval lies within "
-        f'{evidence.margin:g} points. open: not decided; this is not "no difference".',
-        *_error_notes(evidence),
+        f'{margin:g} points. open: not decided; this is not "no difference".'
     ]
 
 
