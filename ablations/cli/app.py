@@ -232,6 +232,20 @@ def table(
 
 
 @app.command(rich_help_panel=RESULTS)
+def judge(
+    file: Path = Argument(metavar="SCORES.csv", help="Columns: factors, seed, score.", callback=options.readable),
+    margin: float = Option(metavar="X", help="The difference that matters, in the unit of the scores."),
+    lower_is_better: bool = Option(False, "--lower-is-better", help="A lower score is better, as of a loss."),
+    format: Format = "text",
+    notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+) -> int:
+    """Print the verdicts on scores that were made elsewhere."""
+    with _starting(text="starting"):
+        from expertgrid.ablations.cli import results
+    return results.judge(file, margin, lower_is_better, format, notes)
+
+
+@app.command(rich_help_panel=RESULTS)
 def report(
     directory: StudyDir,
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),

@@ -10,8 +10,10 @@ from expertgrid.ablations.results.comparison import compare
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.rows import read_results, study_name
+from expertgrid.ablations.results.scores import judge_scores, read_scores
 from expertgrid.ablations.results.tables.cells import comparison_tables, peek_table
 from expertgrid.ablations.results.tables.effects import level_table
+from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import MOST_NOTES, Format, Table, render_tables
@@ -61,6 +63,13 @@ def _tables(
         first, second = map(evidence.results.row, contrast)
         return comparison_tables(evidence, compare(directory, evidence, first, second))
     return study_tables(directory, evidence)
+
+
+def judge(file: Path, margin: float, lower_is_better: bool, format: Format, notes: bool) -> int:
+    """Prints the verdicts on a table of scores."""
+    judged = judge_scores(read_scores(file), margin, lower_is_better)
+    print(render_tables(score_tables(judged), format, None if notes else MOST_NOTES))
+    return 0
 
 
 def report(

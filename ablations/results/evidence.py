@@ -192,7 +192,7 @@ class Judge:
         whole_US[list(self.no_verdict)] = np.nan
         if len(whole_US) < 2 or np.isnan(whole_US).all():
             return None
-        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), ~np.isnan(whole_US))
+        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
         spread = float(np.sqrt(residuals.pooled_X)) if residuals.df > 0 else 0.0
         return spread if spread > 1e-6 * float(np.nanmax(np.abs(whole_US))) else None
 

@@ -32,18 +32,21 @@ class Verdict:
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
-    """The columns of a judgement: the effect, under this title, its interval and verdict.
+    """The columns of a judgement of a study."""
+    return judgement_columns(judgement, effect, evidence.scale.decimals, evidence.fixed_split)
 
-    The interval that is shown is the one that decides.
-    """
+
+def judgement_columns(
+    judgement: Judgement | None, effect: str = "effect", decimals: int = 2, fixed_split: bool = False
+) -> dict[str, object]:
+    """The effect, under this title, its interval and verdict. The interval that is shown is the one that decides."""
     if judgement is None:
         return {effect: None, "95% interval": None, "verdict": None}
     has_interval = judgement.low is not None and judgement.high is not None
-    decimals = evidence.scale.decimals
     return {
         effect: None if judgement.mean is None else rounded(Signed(judgement.mean), decimals),
         "95% interval": rounded(Span(judgement.low, judgement.high), decimals) if has_interval else None,
-        "verdict": Verdict(judgement, evidence.fixed_split),
+        "verdict": Verdict(judgement, fixed_split),
     }
 
 
@@ -66,9 +69,10 @@ def _about(evidence: Evidence) -> str:
     plan, what = evidence.results.plan, f"validation {evidence.scale.in_words}"
     if plan.race:
         return f"{what}; a race from {plan.race.first} to {plan.race.last} seeds"
-    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+    counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
     counts = counts or [evidence.results.study.seeds]
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+    least = f"{counts[0]:g} to " if len(counts) > 1 else ""
+    seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
     part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
     where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
     afterwards = ", chosen after seeing" if evidence.results.chosen_afterwards else ""

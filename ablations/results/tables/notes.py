@@ -58,10 +58,14 @@ def effect_notes(evidence: Evidence) -> list[str]:
 
 def verdict_notes(evidence: Evidence) -> list[str]:
     """What the words mean, and how often such a table is wrong."""
+    return [*word_notes(evidence.margin, evidence.scale.points), *_error_notes(evidence)]
+
+
+def word_notes(margin: float, unit: str = "") -> list[str]:
+    """What the words mean. `unit` is that of the margin, with a space before it."""
     return [
         "better, worse: the whole interval is on one side of 0. same: the interval lies within "
-        f'{evidence.margin:g}{evidence.scale.points}. open: not decided; this is not "no difference".',
-        *_error_notes(evidence),
+        f'{margin:g}{unit}. open: not decided; this is not "no difference".'
     ]
 
 
@@ -70,8 +74,6 @@ def split_notes(evidence: Evidence) -> list[str]:
     lines = []
     if evidence.fixed_split:
         lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
-    if "t over seeds" in {judgement.basis for judgement in evidence.judgements}:
-        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
     return lines
 
 

@@ -227,7 +227,7 @@ def test_notes_name_at_most_five_cells_or_trials(tmp_path):
         directory = StudyDirectory(write_study(tmp_path / str(count), {"experts": list(range(1, count + 1))}, scores))
         notes = cell_table(directory, read_evidence(directory)).notes
         assert [note for note in notes if note.startswith(("Open", "Not finished"))] == [
-            f"Open: {cells}: the cells have no seed in common.",
+            f"Open: {cells}: its cells cannot be compared by the trials that are finished.",
             f"Not finished: {count - 1} of the trials: {trials}.",
         ]
 
