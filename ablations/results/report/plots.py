@@ -219,7 +219,10 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
             textcoords="offset points", fontsize=9, fontweight="bold", ha="right" if number % 2 else "left",
         )  # fmt: skip
     axes.margins(x=0.1)
-    if min(costs) > 0 and max(costs) > 5 * min(costs):
+    if max(costs) <= 1.01 * min(costs):  # one cost: one column of points
+        axes.set_xlim(0.5 * min(costs), 1.5 * max(costs))
+        axes.set_xticks([float(np.mean(costs))], [f"{np.mean(costs):.3g} for all cells"])
+    elif min(costs) > 0 and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
     else:
         axes.locator_params(axis="x", nbins=4)
