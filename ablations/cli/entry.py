@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 130 stopped by the user.
 """
 
+import errno
 import io
 import os
 import shlex
@@ -10,6 +11,8 @@ import sys
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.interrupt import INTERRUPTED
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import NO_SPACE, disk_full
 
 
 def main() -> None:
@@ -28,7 +31,11 @@ def main() -> None:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except OSError as error:
-        status = _complain(_in_words(error), 1)
+        is_file = error.filename is not None or isinstance(error, FileNotFoundError)
+        is_input = is_file and error.errno not in (*NO_SPACE, errno.EIO)
+        status = _complain(_in_words(error), 2 if is_input else 1)
+    except MemoryError:
+        status = _complain("there is not enough memory for this", 1)
     if status == INTERRUPTED:
         command = shlex.join(["expertgrid", *sys.argv[1:]])
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
@@ -45,9 +52,11 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from expertgrid.ablations.cli.app import app
-    from expertgrid.model.system.errors import InputError
 
     try:
+        for word in arguments:
+            if word != word.encode(errors="replace").decode():
+                raise InputError(f"{word}: is not UTF-8")
         return app(arguments, standalone_mode=False)
     except typer.Abort:
         return INTERRUPTED
@@ -61,10 +70,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _in_words(error: OSError) -> str:
-    from expertgrid.model.system.files import disk_full
-
     if not disk_full(error):
-        return str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     resumes = sys.argv[1:2] == ["run"]
     more = "; finished trials are kept, and the same command continues once there is space" * resumes
     return f"disk full: {error}{more}"

@@ -9,7 +9,7 @@ import numpy as np
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.cells import CONTROL, Cell
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
@@ -98,7 +98,13 @@ def plan_table(planned: PlannedRun) -> str:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
         done = sum(trial.id in finished for trial in cell.trials)
-        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        levels = dict.fromkeys(planned.study.factors, "") | cell.planned.level_names
+        row = {
+            "model": CONTROL if cell.control else cell.model_name,
+            **levels,
+            "first trial": first.id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.options import check_can_be_written, write_out
 from expertgrid.ablations.cli.terminal import console, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.comparison import compare
@@ -86,6 +86,7 @@ def report(
         raise InputError(f"--out {out}: the name of an .html file is needed")
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
+    check_can_be_written("--out", out if as_html else out / "accuracy.png")
     with starting():
         from expertgrid.ablations.results.report import report
         from expertgrid.ablations.results.report.findings import read_findings

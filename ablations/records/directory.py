@@ -27,7 +27,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
-from expertgrid.ablations.records.ledger import TestRead, read_ledger
+from expertgrid.ablations.records.ledger import LEDGER, TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
@@ -41,6 +41,7 @@ from expertgrid.bench.record import LatencyRecord
 from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
+    MissingFile,
     append_line,
     make_folder,
     now,
@@ -65,10 +66,10 @@ class StudyDirectory:
 
     def read_study(self) -> Study:
         """The study that was run here. Raises InputError where there is none."""
-        file = self.path / "study.toml"
-        if not file.is_file():
-            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
-        return read_study(file)
+        try:
+            return read_study(self.path / "study.toml")
+        except MissingFile:
+            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it") from None
 
     def read_plan(self, study: Study | None = None) -> Plan:
         """The cells of the study, which is read where it is not given. Raises InputError for those of another study."""
@@ -91,7 +92,7 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
                     "directory with --out"
                 )
-            if "ledger.jsonl" in names:
+            if LEDGER in names or any(self.path.glob("trials/*/record.json")):
                 self._check_families(study, older)
         elif "plan.json" in names:  # study.toml was lost, and is written again
             self.read_plan(study)
@@ -275,8 +276,10 @@ class StudyDirectory:
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
-        file = self.trial(trial_id) / "predictions.npz"
-        return Predictions.of_file(file) if file.exists() else None
+        try:
+            return Predictions.of_file(self.trial(trial_id) / "predictions.npz")
+        except MissingFile:
+            return None
 
     def write_epochs(self, trial_id: str, lines: list[str]) -> None:
         """Writes the lines of the epochs that a training goes on after."""
@@ -300,11 +303,11 @@ class StudyDirectory:
 
     def enter(self, read: TestRead) -> None:
         """Adds a line to the ledger."""
-        append_line(self.path / "ledger.jsonl", read.to_line())
+        append_line(self.path / LEDGER, read.to_line())
 
     def test_reads(self) -> list[TestRead]:
         """Each time the test split was read, without one that is being written. Raises InputError for damage."""
-        return read_ledger(self.path / "ledger.jsonl")
+        return read_ledger(self.path / LEDGER)
 
     def training_rates(self) -> TrainingRates | None:
         """None where they were not measured. Raises InputError for damage."""
