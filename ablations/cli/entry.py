@@ -7,9 +7,12 @@ import io
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
+from typing import Any, TextIO
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.interrupt import INTERRUPTED
+from expertgrid.model.system.errors import printable
 
 
 def main() -> None:
@@ -20,20 +23,34 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
     interrupt.watch()
     try:
-        status = _run(sys.argv[1:] or ["--help"])
+        with redirect_stdout(_Printed(sys.stdout)):
+            status = _run(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has gone, and nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except OSError as error:
+    except (EOFError, OSError) as error:
         status = _complain(_in_words(error), 1)
     if status == INTERRUPTED:
         command = shlex.join(["expertgrid", *sys.argv[1:]])
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
         print(f"stopped; finished work is kept{resumes}", file=sys.stderr)
     sys.exit(status)
+
+
+class _Printed:
+    """A stream in which no character of a text is a command for a terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _run(arguments: list[str]) -> int:
@@ -49,8 +66,8 @@ def _run(arguments: list[str]) -> int:
 
     try:
         return app(arguments, standalone_mode=False)
-    except typer.Abort:
-        return INTERRUPTED
+    except typer.Abort as error:  # some versions make it of KeyboardInterrupt, and all of EOFError
+        raise error.__cause__ or KeyboardInterrupt from None
     except InputError as error:
         return _complain(str(error), 2)
     except Exception as error:
@@ -60,16 +77,17 @@ def _run(arguments: list[str]) -> int:
         return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
 
 
-def _in_words(error: OSError) -> str:
+def _in_words(error: Exception) -> str:
+    from expertgrid.model.system.errors import reason_of
     from expertgrid.model.system.files import disk_full
 
     if not disk_full(error):
-        return str(error)
+        return str(error) or reason_of(error)
     resumes = sys.argv[1:2] == ["run"]
     more = "; finished trials are kept, and the same command continues once there is space" * resumes
     return f"disk full: {error}{more}"
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
     return status
