@@ -47,6 +47,7 @@ from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
+FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
 
 
@@ -66,7 +67,7 @@ class Saver:
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.due = time.monotonic() + self.every_s
+        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
 
     def __call__(self) -> None:
         stopped = self.stop(self.training.steps)

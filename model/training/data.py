@@ -57,7 +57,7 @@ Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and wha
 ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
     (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
 }
-CACHE = Path.home() / ".cache" / "expertgrid"
+CACHE = Path(os.path.expanduser("~"), ".cache", "expertgrid")
 
 
 @dataclass(frozen=True)
