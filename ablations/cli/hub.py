@@ -81,12 +81,14 @@ def _card(
     evidence = read_evidence(study)
     row = next(row for row in evidence.results.rows if any(its.trial == trial.id for its in row.records))
     tables = render_tables(study_tables(study, evidence), "github")
+    by, which = evidence.scale, next(kept for kept in row.records if kept.trial == trial.id)
+    metric = "" if by.name == "accuracy" else f"{by.title} {which.score('validation', by):.{by.decimals}f}, "
     of_study = [
         f"The network is the best of a study that asked: {markdown(evidence.results.study.question)}",
         markdown(answer(evidence)),
         tables,
         f"This very network, of seed {record.seed}: {100 * record.validation_accuracy:.2f}% of "
-        f"{record.validation_images:,} validation images, by which it was chosen, and "
+        f"{record.validation_images:,} validation images, {metric}by which it was chosen, and "
         f"{100 * record.test_accuracy:.2f}% of {record.test_images:,} test images. `record.json` has all its numbers, "
         "and the machine and the versions that it was trained with.",
     ]

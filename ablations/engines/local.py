@@ -21,8 +21,9 @@ from expertgrid.ablations.engines.events import (
     by_seed,
 )
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.predictions import Predictions, log_probability_bytes
+from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
+from expertgrid.ablations.study.disk import log_bytes
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
@@ -201,9 +202,9 @@ def _finish(
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
         predictions[f"{name}_labels"] = labels_B = split.labels_B.cpu().numpy()
         log_BN = logits_BN.log_softmax(1).half().clamp(min=torch.finfo(torch.half).min).cpu().numpy()
-        if log_probability_bytes(len(splits.validation) + len(splits.test), classes := len(data.classes)):
+        if log_bytes([trial], data):
             predictions[f"{name}_log"] = log_BN
-        numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, classes, others)
+        numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
             both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()

@@ -32,7 +32,7 @@ from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
-from expertgrid.ablations.records.record import Adopted, Failure, Record, Split, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
@@ -51,7 +51,7 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
-from expertgrid.model.training.metrics import METRICS
+from expertgrid.model.training.metrics import SHIPPED
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -185,23 +185,18 @@ class StudyDirectory:
 
         Raises InputError where it cannot be: older records have no metrics, and older predictions no probabilities.
         """
-        splits: tuple[Split, Split] = ("validation", "test")
-        if all(record.metric(split, name) is not None for split in splits):
-            return record
-        place, predictions, config = self.trial(record.trial), self.predictions(record.trial), self.config(record.trial)
-        if predictions is None or config is None or name not in METRICS:
-            raise InputError(f"{place}: has no {name}, and no predictions to compute it from")
-        if METRICS[name].needs_probabilities and predictions.validation_log is None:
-            raise InputError(
-                f"{place}: has no {name}: its predictions are classes without probabilities, as in older studies and "
-                "where classes are many"
-            )
         added = {}
-        for split in splits:
-            values = predictions.measured(split, config.model.num_classes, [name])
-            if name not in values:
-                raise InputError(f"{place}: {name} is not defined on its {split} images")
-            added[f"{split}_metrics"] = getattr(record, f"{split}_metrics") | values
+        for split in SPLITS:
+            if record.metric(split, name) is None:
+                predictions, config = self.predictions(record.trial), self.config(record.trial)
+                computable = predictions is not None and config is not None and name in SHIPPED
+                values = predictions.measured(split, config.model.num_classes, [name]) if computable else {}
+                if name not in values:
+                    raise InputError(
+                        f"{self.trial(record.trial)}: has no {name}, and its predictions do not give it; those of "
+                        "older studies, and of many classes, are without probabilities"
+                    )
+                added[f"{split}_metrics"] = getattr(record, f"{split}_metrics") | values
         return record.model_copy(update=added)
 
     def adopted(self, trial_id: str) -> Adopted | None:
@@ -226,8 +221,9 @@ class StudyDirectory:
     def adopt(self, trial_id: str) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns the name of that study's directory, None where no study has the trial undamaged.
+        Returns the name of that study's directory, None where no study has the trial undamaged, with this one's metric.
         """
+        metric = self.read_study().metric
         from expertgrid.model.checkpoint import load
 
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
@@ -235,7 +231,8 @@ class StudyDirectory:
             try:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
-                other.record(trial_id)
+                if found := other.record(trial_id):
+                    other.with_metric(found, metric)
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]

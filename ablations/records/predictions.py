@@ -22,15 +22,6 @@ UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of array
 )  # fmt: skip
 
 
-MOST_CLASSES, MOST_BYTES = 100, 16_000_000  # for which log-probabilities are kept, of a trial
-
-
-def log_probability_bytes(images: int, classes: int) -> int:
-    """The bytes of the log-probabilities of a trial's images; 0 where they are too many to be kept."""
-    size = 2 * images * classes
-    return size if classes <= MOST_CLASSES and size <= MOST_BYTES else 0
-
-
 @dataclass(frozen=True)
 class Predictions:
     """The class that a trained network predicted for each image, and the image's own: integers (B,), in split order.

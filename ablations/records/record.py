@@ -3,7 +3,7 @@
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -54,6 +54,7 @@ class Environment(BaseModel):
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Split = Literal["validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)  # what every choice and verdict is made on, and what is reported
 
 
 class Record(BaseModel):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expertgrid.ablations.records.record import SPLITS
 from expertgrid.ablations.results.evidence import Effect, Evidence
-from expertgrid.ablations.results.rows import SPLITS, Row, interval
+from expertgrid.ablations.results.rows import Row, interval
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.system.text import Interval
 

@@ -17,7 +17,7 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import FAILED, Adopted, Failure, Record, Split, TrainingRates
+from expertgrid.ablations.records.record import FAILED, SPLITS, Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval, mean_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
@@ -26,8 +26,6 @@ from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import rounded
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
-
-SPLITS: tuple[Split, ...] = ("validation", "test")  # what every choice and verdict is made on, and what is reported
 
 
 def interval(values_S: Sequence[float], scale: Scale) -> Interval:

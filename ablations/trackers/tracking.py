@@ -25,7 +25,7 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
 )
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.rows import best_record, best_row, read_results, study_name
 from expertgrid.ablations.study.cells import Group, groups
 from expertgrid.export.exported import ExportedFile, exported_files
@@ -291,7 +291,7 @@ def _value(value: object) -> Value:
 def _final(record: Record) -> dict[str, float]:
     names = OF_A_RECORD if record.at_once > 1 else OF_A_RECORD + SPEEDS
     final = {name: float(value) for name in names if (value := getattr(record, name)) is not None}
-    for split in ("validation", "test"):
+    for split in SPLITS:
         final |= {f"{split}_{name}": value for name, value in getattr(record, f"{split}_metrics").items()}
     return {f"final/{name}": value for name, value in final.items()}
 

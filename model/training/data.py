@@ -114,7 +114,9 @@ class ImageData:
         height, width = self.image_size
         train = self.trained_on(hold_out)
         counts = f"{train:,} train, {len(self.train) - train:,} validation, {len(self.test):,} test images"
-        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+        few = hold_out.few_images(self.train.labels_B, self.classes)
+        classes = f"{len(self.classes)} classes{'; ' * bool(few)}{few}"
+        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {classes}"
 
     @classmethod
     def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":

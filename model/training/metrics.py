@@ -117,6 +117,7 @@ METRICS: dict[str, Metric] = {
     "cross_entropy": Metric(_cross_entropy, higher_is_better=False, unit="plain"),
     "auroc": Metric(_auroc, needs_each_class=True),
 }
+SHIPPED = tuple(METRICS)
 IN_POINTS = tuple(name for name, metric in METRICS.items() if metric.unit == "points")  # the margin has a default
 
 

@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
 from expertgrid.ablations.results.rows import (
-    SPLITS,
     Results,
     Row,
     best_record,
