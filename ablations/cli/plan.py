@@ -1,7 +1,9 @@
 """What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import numpy as np
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import CONTROL, Cell
+from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
+from expertgrid.model.config import ModelConfig
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
@@ -61,6 +65,54 @@ class PlannedRun:
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
 
+    @cached_property
+    def networks(self) -> dict[str, Probe]:
+        """What users' networks compute now, by trial."""
+        probed = cache(partial(probe_of, size=self.data.image_size))
+        trials = (trial for cell in self.cells for trial in cell.trials)
+        return {trial.id: network for trial in trials if (network := probed(trial.model))}
+
+    def idle_factors(self) -> list[str]:
+        """The factors whose levels are all one network and one recipe, whatever the levels of the others are."""
+        varied = [cell for cell in self.cells if cell.levels]
+        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
+
+        def same(first: Cell, second: Cell) -> bool:
+            one, other = first.trials[0], second.trials[0]
+            if one.id == other.id:
+                return True
+            if isinstance(one.model, ModelConfig) or isinstance(other.model, ModelConfig):
+                return False
+            equal = one.recipe == other.recipe and one.model.structure == other.model.structure is not None
+            if not equal:
+                return False
+            before, after = probed(one.model), probed(other.model)
+            return before is not None and after is not None and not before.difference(after)
+
+        idle = []
+        for factor in varied[0].levels if varied else ():
+            pairs = [
+                (first, second)
+                for first, second in itertools.combinations(varied, 2)
+                if [name for name in first.levels if first.levels[name] != second.levels[name]] == [factor]
+            ]
+            if pairs and all(same(*pair) for pair in pairs):
+                idle.append(factor)
+        return idle
+
+    def check_code(self) -> None:
+        """Raises InputError where finished trials are of other code than their network has now."""
+        path, other = self.directory.path, self.directory.of_other_code(self.networks)
+        if not other:
+            return
+        cells = [cell for cell in self.cells if any(trial.id in other for trial in cell.trials)]
+        names = dict.fromkeys(group.name for group in groups([cell.planned for cell in cells], {}))
+        raise InputError(
+            f"{path}: {len(other)} finished trials are of other code than {cells[0].model_name} has now (cells: "
+            f"{'; '.join(names)}; {', '.join(dict.fromkeys(other.values()))} differ): `expertgrid retire {path} "
+            f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
+        )
+
     @property
     def hold_out(self) -> HoldOut:
         return self.data.hold_out(self.study.base.hold_out)
@@ -81,7 +133,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race)
+    planned = PlannedRun(study, directory, data, cells, race)
+    planned.check_code()
+    return planned
 
 
 def plan_table(planned: PlannedRun) -> str:
@@ -114,6 +168,7 @@ def plan_table(planned: PlannedRun) -> str:
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
         notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
+    notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
         counts_N = planned.data.held_out_of_each_class(planned.hold_out)

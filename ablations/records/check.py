@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
 from expertgrid.ablations.records.ledger import LEDGER
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.system.files import cut_incomplete_line, make_folder, opened_file, read_whole, sync_folder
+from expertgrid.model.system.files import cut_incomplete_line, opened_file, read_whole
 from expertgrid.model.training.resume import whole_state
 
 Value = TypeVar("Value")
@@ -80,13 +80,7 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     """
     done = []
     for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
-        folder = directory.path / "damaged"
-        make_folder(folder)
-        names = (trial if number == 1 else f"{trial}-{number}" for number in range(1, 10**6))
-        target = next(folder / name for name in names if not os.path.lexists(folder / name))
-        directory.trial(trial).rename(target)
-        sync_folder(folder)
-        sync_folder(directory.path / "trials")
+        target = directory.move_away(trial, "damaged")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
     ledger = directory.path / LEDGER
     if os.path.isfile(ledger) and (cut := cut_incomplete_line(ledger)):
@@ -151,6 +145,7 @@ def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_wei
     if config is not None and config.id != trial:
         problems["config.json"] = f"of another trial: {config.id}"
     failure = _read("failure.json", lambda: directory.failure(trial), problems)
+    _read(NETWORK, lambda: directory.network(trial), problems)
     _read("adopted.json", lambda: directory.adopted(trial), problems)
     if "predictions.npz" not in changed:
         _read("predictions.npz", lambda: directory.predictions(trial), problems)

@@ -47,6 +47,7 @@ class Row(Group):
     rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
     scale: Scale = ACCURACY  # of the metric that decides
+    other_code: tuple[str, ...] = ()  # finished trials of other code than the newest one's: they do not count
 
     @property
     def control(self) -> bool:
@@ -153,6 +154,10 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         for seed in by_seed:
             by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
+        newest_trial = max(by_seed.values(), key=lambda record: record.finished).trial if by_seed else ""
+        code = directory.network(newest_trial) if newest_trial else None
+        other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
             Row(
@@ -160,6 +165,7 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
                 study=study_name(directory),
                 trials=trials,
                 by_seed=by_seed,
+                other_code=tuple(other),
                 failures={
                     trial: failure
                     for seed, trial in trials.items()

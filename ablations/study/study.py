@@ -7,19 +7,29 @@ a hash of these.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
 from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
-from expertgrid.model.config import ModelConfig
+from expertgrid.model.config import ModelConfig, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
@@ -115,8 +125,11 @@ class Study(BaseModel):
     contrasts: list[tuple[str, str]] = []
 
     @model_validator(mode="after")
-    def check_names(self) -> "Study":
-        """Refuses names that are nothing, those that would change the same thing twice, and too many trials."""
+    def check_names(self, info: ValidationInfo) -> "Study":
+        """Refuses names that are nothing, those that would change the same thing twice, and too many trials.
+
+        In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.
+        """
         cells = designs.count_cells(self.design, self.factors)
         trials = self.seeds * (cells + len(self.baselines) + self.control)
         if trials > MOST_TRIALS:
@@ -124,10 +137,11 @@ class Study(BaseModel):
         for name in itertools.chain(self.set, self.factors):
             if name in self.set and name in ("model", "recipe"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
-            if dotted(name) == "" or (name in self.set and name in CHOICES):
+            is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
+            if is_nothing or (name in self.set and name in CHOICES):
                 accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in self.set else CHOICES)]
                 raise unknown("name", name, accepted, ", recipe.FIELD, model.FIELD")
-        paths = [dotted(name) for name in self.factors]
+        paths = [dotted(name) or name for name in self.factors]
         for name, path in zip(self.factors, paths):
             if path in self.set:
                 raise ValueError(f"{name} is a factor, with levels {self.factors[name]}, and is set as well")
@@ -198,15 +212,16 @@ class Study(BaseModel):
         Raises InputError for what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
+        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
         for levels in self.settings():
             reference = levels.get("reference")
             model, recipe_name = (
                 _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
                 for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
             )
-            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
+            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set, describe))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training) for name in self.baselines]
+        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training, describe) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
@@ -253,6 +268,7 @@ class Study(BaseModel):
         model: str,
         recipe_name: str,
         settings: dict[str, Level],
+        describe: Callable[[str], TimmModel],
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
@@ -261,12 +277,22 @@ class Study(BaseModel):
         config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
         check_optimizer(training)
         training.check_fits(data, data.trained_on(hold_out))
-        for size in dict.fromkeys((data.image_size, training.image_size(0, data.image_size))):
+        sizes = {data.image_size, training.image_size(0, data.image_size)}
+        if isinstance(config, TimmModel):
+            config = describe(config.model_dump_json())
+            sizes.remove(data.image_size)
+        for size in sizes:
             check_image_size(model, config, size, data.name)
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
         alike |= {"source": data.source, "fingerprint": data.fingerprint}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
+
+
+def _described(data: ImageData, config: str) -> TimmModel:
+    from expertgrid.model.foreign import described
+
+    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
 
 
 def _name(kind: str, level: Level) -> str:
