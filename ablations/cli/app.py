@@ -212,15 +212,28 @@ def rerun(
 @app.command(rich_help_panel=RESULTS)
 def table(
     directories: list[Path] = Argument(metavar="DIR...", help="Study directories.", callback=options.study_directory),
-    format: Format = "text",
+    format: Literal["text", "github", "latex", "csv", "json", "parquet"] = Option(
+        "text", help="Format of the table. parquet: with --rows and --out."
+    ),
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
     contrast: tuple[str, str] | None = Option(None, metavar="A B", help="Compare two cells in detail."),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
     notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+    rows: Literal["trials", "cells", "effects", "epochs", "predictions"] | None = Option(
+        None, help="Show these as one table for other programs, as `expertgrid.open` gives them."
+    ),
+    out: Path | None = Option(None, metavar="FILE", help="File to write, of --rows."),
 ) -> int:
     """Print the table of one study or several."""
+    options.refuse(
+        (format == "parquet" and not (rows and out), "--format parquet: needs --rows and --out FILE"),
+        (out and not rows, "--out: is for --rows"),
+        (rows and (by or contrast or peek or notes), "--rows: does not go with --by, --contrast, --peek and --notes"),
+    )
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
+    if format == "parquet" or rows:
+        return results.rows(directories, str(rows), format, out)
     return results.table(directories, format, by, contrast, peek, notes)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from expertgrid.model.system.server import SAFE_PATH
@@ -54,7 +55,8 @@ class AnsweringProcess:
         context = process_context(imports)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_answer, args=(theirs, *shared))
-        self.process.start()
+        with _without_main():
+            self.process.start()
         theirs.close()
         self.ask(begin, *work)  # not with the start, which a signal may cut short
 
@@ -68,6 +70,19 @@ class AnsweringProcess:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+@contextmanager
+def _without_main() -> Generator[None]:
+    """Within, this process has a `__main__` without a file, so that a process that starts does not run a user's script.
+
+    Of a script that does not say `if __name__ == "__main__"`, each process would begin the training again.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _answer(connection: Connection, *shared: Any) -> None:

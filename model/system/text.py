@@ -143,12 +143,17 @@ def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
     file = io.StringIO()
-    flat = [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in rows]
+    flat = flat_rows(rows)
     titles = list(dict.fromkeys(title for row in flat for title in row))
     writer = csv.DictWriter(file, titles, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return file.getvalue().rstrip("\n")
+
+
+def flat_rows(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows in which each field of a value that has several is a value of its own, as CSV has them."""
+    return [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in rows]
 
 
 def _fields(value: object) -> dict[str, object] | None:
