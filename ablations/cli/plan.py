@@ -33,7 +33,7 @@ class StudyRequest:
 
 
 def read_request(
-    study: str,
+    study: str | Study,
     seeds: int | None,
     first_seed: int | None,
     data: str | None,
@@ -43,7 +43,8 @@ def read_request(
     max_seeds: int | None,
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings, first_seed)  # fails before the statistics are imported
+    study = load_study(study) if isinstance(study, str) else study
+    changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)

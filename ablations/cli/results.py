@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 from expertgrid.ablations.cli.options import check_can_be_written, write_out
 from expertgrid.ablations.cli.terminal import console, starting, status
@@ -16,7 +17,7 @@ from expertgrid.ablations.results.tables.effects import level_table
 from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import MOST_NOTES, Format, Table, render_tables
+from expertgrid.model.system.text import MOST_NOTES, Format, Table, render, render_tables
 
 
 def table(
@@ -48,6 +49,21 @@ def table(
     more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
     if more and not notes and format not in ("csv", "json"):
         console.print(f"--notes shows {more} more notes", soft_wrap=True)
+    return 0
+
+
+def rows(directories: Sequence[Path], kind: str, format: str, out: Path | None, metric: str | None) -> int:
+    """Prints or writes the rows of a study, as `expertgrid.open` gives them."""
+    from expertgrid.ablations.results.arrow import OpenedStudy, to_bytes  # the other tables need no pyarrow
+
+    if len(directories) > 1:
+        raise InputError(f"--rows: are of one study; {len(directories)} were given")
+    table = getattr(OpenedStudy(directories[0], metric), kind)()
+    text = "" if format in ("csv", "parquet") else render(table.to_pylist(), cast(Format, format))
+    content = text.encode() or to_bytes(table, cast(Literal["csv", "parquet"], format))
+    if out:
+        write_out("--out", out, content)
+    print(out or content.decode().rstrip("\n"))
     return 0
 
 

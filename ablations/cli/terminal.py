@@ -1,6 +1,6 @@
 """What a person sees on stderr while something runs. Light: it is imported before PyTorch is."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +26,8 @@ def status(text: str) -> AbstractContextManager:
 
     It is drawn at once, unlike that of `Console.status`, which waits for its thread.
     """
+    if console.is_jupyter:  # where each needs a widget
+        return nullcontext()
     return Live(Spinner("dots", Text(printable(text))), console=console, transient=True, refresh_per_second=12.5)
 
 

@@ -1,6 +1,7 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,8 +43,9 @@ class StudyProgress:
         self.now = Text(no_wrap=True, overflow="ellipsis")
 
     def live(self) -> AbstractContextManager:
-        """Shows the display while it is entered; nothing where stderr is not a terminal."""
-        return Live(Group(self.bar, self.now), console=self.console) if self.console.is_terminal else nullcontext()
+        """Shows the display while it is entered; nothing where stderr is no terminal, and no notebook with widgets."""
+        is_live = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets"))
+        return Live(Group(self.bar, self.now), console=self.console) if is_live else nullcontext()
 
     def show(self, event: Event) -> None:
         name = self.names[event.trial.id]

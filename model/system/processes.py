@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from expertgrid.model.system.errors import reason_of
@@ -98,7 +99,7 @@ class AnsweringProcess:
             self.connection, theirs = context.Pipe()
             self.process = context.Process(target=_answer, args=(theirs, *shared))
             try:
-                with theirs, _safe_path():
+                with theirs, _safe_path(), _without_main():
                     self.process.start()
                 break
             except (OSError, EOFError) as error:  # the server is dying, or its socket was removed
@@ -126,6 +127,19 @@ class AnsweringProcess:
         _signal_server(signal.SIGCONT)
         self.process.join(END_S)
         self.connection.close()
+
+
+@contextmanager
+def _without_main() -> Generator[None]:
+    """Within, this process has a `__main__` without a file, so that a process that starts does not run a user's script.
+
+    Of a script that does not say `if __name__ == "__main__"`, each process would begin the training again.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _answer(connection: Connection, *shared: Any) -> None:

@@ -120,7 +120,7 @@ def _on_one_line(text: object) -> str:
     return " ".join(printable(str(text)).split())
 
 
-def _csv_cell(value: object) -> object:
+def csv_cell(value: object) -> object:
     """No text of it is a formula."""
     return "'" * bool(FORMULA.match(value)) + printable(value) if isinstance(value, str) else value
 
@@ -183,14 +183,17 @@ def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
     file = io.StringIO()
-    flat = [
-        {_csv_cell(title): _csv_cell(value) for named in row.items() for title, value in _flat(*named)} for row in rows
-    ]
+    flat = [{csv_cell(title): csv_cell(value) for title, value in row.items()} for row in flat_rows(rows)]
     titles = list(dict.fromkeys(title for row in flat for title in row))
     writer = csv.DictWriter(file, titles, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return file.getvalue().rstrip("\n")
+
+
+def flat_rows(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows in which each field of a value that has several is a value of its own, as CSV has them."""
+    return [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in rows]
 
 
 def _fields(value: object) -> dict[str, object] | None:
