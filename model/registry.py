@@ -22,20 +22,26 @@ if TYPE_CHECKING:
     from expertgrid.model.net import ExpertNet
 
 
-def build(config: Network) -> "nn.Module":
+def build(config: Network, **options: Any) -> "nn.Module":
     """The module that `config` describes, with fresh weights from torch's global generator, in training mode.
 
-    Raises InputError for a network that is not registered with timm, and for one that timm does not make so.
+    `options` are arguments of `timm.create_model`: how weights are loaded. Raises InputError for a network that is not
+    registered with timm, and, without options, for one that timm does not make so.
     """
+    ends = {"in_chans": config.in_chans, "num_classes": config.num_classes}
     if isinstance(config, ModelConfig):
         from expertgrid.model.net import ExpertNet
 
-        return ExpertNet(config)
+        if not options:
+            return ExpertNet(config)
+        return timm.create_model("expertnet", config=config.model_dump(mode="json"), **ends, **options)
     if not timm.is_model(config.timm):
         raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     try:
-        return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
+        return timm.create_model(config.timm, **ends, **options)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # of a tag, or of what a network needs
+        if options:
+            raise
         raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
 
 

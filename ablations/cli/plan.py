@@ -11,6 +11,7 @@ from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
+from expertgrid.ablations.study.weights import WeightsReader, weights_in_words
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
@@ -57,6 +58,13 @@ class PlannedRun:
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
+    weights: Mapping[str, bytes]  # files that trials start from, by their fingerprints
+
+    @property
+    def weight_lines(self) -> list[str]:
+        """What the networks start from, where it is to be said."""
+        lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
+        return [line for line in lines if line]
 
     @property
     def hold_out(self) -> HoldOut:
@@ -67,7 +75,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=request.last_seed).cells(data)
+    reader = WeightsReader()
+    cells = study.change(seeds=request.last_seed).cells(data, reader)
+    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -78,7 +88,7 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race)
+    return PlannedRun(study, directory, data, cells, race, reader.files)
 
 
 def plan_table(planned: PlannedRun) -> str:
@@ -99,6 +109,7 @@ def plan_table(planned: PlannedRun) -> str:
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
+        *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if planned.race is None:

@@ -110,7 +110,7 @@ def run_local(
         directory.write_config(trial)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume)
+        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial))
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
@@ -144,9 +144,9 @@ def run_local(
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
-def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
+def _begun(trial: Trial, splits: Splits, resume: Path, weights: Path | None) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits)
+    training = start(trial, splits, weights)
     if not resume.exists():
         return training, [], ""
     try:
@@ -158,7 +158,7 @@ def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[s
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
+        return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:

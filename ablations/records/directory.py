@@ -7,6 +7,7 @@ trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz,
                   record.json is written last, and says that the trial is finished; until then resume.pt, and
                   failure.json where training failed; adopted.json where another study trained it
 export/  bench/   what `expertgrid export` and `bench` add
+weights/          the weights that trials start from, other than fresh ones: SHA256.safetensors
 training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
@@ -16,9 +17,10 @@ damaged/          what `expertgrid check --repair` moved out of the way
 A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -38,7 +40,7 @@ from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
-from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
     append_line,
@@ -174,6 +176,35 @@ class StudyDirectory:
     def resume_file(self, trial_id: str) -> Path:
         return self.trial(trial_id) / "resume.pt"
 
+    def weights(self, trial: Trial) -> Path | None:
+        """The file of the weights that a trial starts from, None for fresh ones.
+
+        Raises InputError where it is missing, or has another checksum.
+        """
+        if trial.weights is None:
+            return None
+        file = self.path / "weights" / f"{trial.weights.fingerprint}.safetensors"
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != trial.weights.fingerprint:
+            raise wrong_file(file, "missing or damaged", f"expertgrid run writes it from {trial.weights.source}")
+        return file
+
+    def write_weights(self, files: Mapping[str, bytes]) -> None:
+        """Writes the weights that trials start from, by their fingerprints."""
+        for fingerprint, content in files.items():
+            write_whole(self.path / "weights" / f"{fingerprint}.safetensors", content)
+
+    def check_weights(self, trials: Iterable[Trial]) -> None:
+        """Raises InputError where weights that trials here have started from have changed since."""
+        planned = {_start(trial): trial.weights.fingerprint for trial in trials if trial.weights}
+        for place in self.path.glob("trials/*") if planned else ():
+            trial = read_config(place)
+            weights = trial and trial.weights
+            if trial and weights and planned.get(_start(trial), weights.fingerprint) != weights.fingerprint:
+                raise InputError(
+                    f"weights {weights.source}: have changed since trial {trial.id} of {self.path} started from them; "
+                    "put them back, or give another directory with --out"
+                )
+
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return self._of_trial(Record, trial_id, "record.json")
@@ -302,3 +333,9 @@ class StudyDirectory:
 def read_latency(file: Path) -> LatencyRecord | None:
     """A latency record of a study; None where there is no such file. Raises InputError for damage."""
     return read_record(LatencyRecord, file, "delete it and run expertgrid bench again")
+
+
+def _start(trial: Trial) -> tuple[str, str]:
+    """What weights are read for: their source and the network."""
+    assert trial.weights is not None
+    return trial.weights.source, trial.model.model_dump_json()

@@ -11,7 +11,7 @@ from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
 
-CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+CHOICES = ("model", "recipe", "reference", "weights")  # factors that choose what the others change
 
 
 def dotted(name: str) -> str:

@@ -18,6 +18,7 @@ from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, 
 from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
+from expertgrid.ablations.study.weights import NO_WEIGHTS, WeightsReader
 from expertgrid.model.config import ModelConfig
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
@@ -66,7 +67,7 @@ def _with_dotted_keys(settings: object) -> object:
 
 
 class Base(BaseModel):
-    """What the factors vary: a preset or timm model, a recipe, and a data source.
+    """What the factors vary: a preset or timm model, a recipe, a data source, and the weights to start from.
 
     `image_size` brings all images to so many pixels in height and width. `hold_out` says whether each seed holds out
     its own part of the train images, or all the same.
@@ -79,14 +80,15 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
+    weights: str = NO_WEIGHTS
 
 
 class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
-    `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
+    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
     the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
     surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
@@ -118,7 +120,7 @@ class Study(BaseModel):
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
         for name in itertools.chain(self.set, self.factors):
-            if name in self.set and name in ("model", "recipe"):
+            if name in self.set and name in ("model", "recipe", "weights"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
             if dotted(name) == "" or (name in self.set and name in CHOICES):
                 accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in self.set else CHOICES)]
@@ -186,21 +188,27 @@ class Study(BaseModel):
         """The level of each factor in each cell of the design."""
         return designs.settings(self.design, self.factors)
 
-    def cells(self, data: ImageData) -> list[Cell]:
+    def cells(self, data: ImageData, reader: WeightsReader | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.
 
-        Raises InputError for what does not exist, is out of range or does not fit.
+        `reader` reads the weights that they start from, and has their files then. Raises InputError for what does not
+        exist, is out of range or does not fit.
         """
-        hold_out, cells = data.hold_out(self.base.hold_out), []
+        hold_out, cells, reader = data.hold_out(self.base.hold_out), [], reader or WeightsReader()
         for levels in self.settings():
             reference = levels.get("reference")
-            model, recipe_name = (
-                _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
-                for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
+            chosen = (
+                _name(kind, next(level for level in (levels.get(kind), other, base) if level is not BASE))
+                for kind, other, base in (
+                    ("model", reference, self.base.model),
+                    ("recipe", reference, self.base.recipe),
+                    ("weights", BASE, self.base.weights),
+                )
             )
-            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
+            cells.append(self._cell(data, hold_out, reader, levels, *chosen, self.set))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training) for name in self.baselines]
+        same = self.base.recipe, self.base.weights, training
+        cells += [self._cell(data, hold_out, reader, {}, name, *same) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
@@ -232,9 +240,11 @@ class Study(BaseModel):
         self,
         data: ImageData,
         hold_out: HoldOut,
+        reader: WeightsReader,
         levels: dict[str, Level],
         model: str,
         recipe_name: str,
+        weights: str,
         settings: dict[str, Level],
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
@@ -243,11 +253,15 @@ class Study(BaseModel):
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
         config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
         check_optimizer(training)
+        initial = None if weights == NO_WEIGHTS else reader.read(weights, config, data.classes)
+        own, is_set = initial and initial.normalisation, "recipe.normalise" in map(dotted, [*settings, *factors])
+        if own and training.normalise == "data" and not is_set and len(own[0]) == data.channels:
+            training = training.model_copy(update={"normalise": own})
         training.check_fits(data, data.trained_on(hold_out))
         for size in dict.fromkeys((data.image_size, training.image_size(0, data.image_size))):
             check_image_size(model, config, size, data.name)
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
-        alike |= {"source": data.source, "fingerprint": data.fingerprint}
+        alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
 

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -126,19 +128,22 @@ class Training:
         return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
 
 
-def start(trial: Trial, splits: Splits) -> Training:
+def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training:
     """A trial before its first step: network, optimiser and schedule, on the splits' device.
 
-    The initial weights follow from the trial's seed.
+    The initial weights are those of the safetensors file `weights`; what it does not have follows from the trial's
+    seed. Whitening stems without a file are fitted to the train images.
     """
     device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
     set_for_training()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device)
-    net = net.to(memory_format=torch.channels_last)
-    if isinstance(net, ExpertNet):
+    net = build(trial.model)
+    if weights is not None:
+        net.load_state_dict(load_file(weights), strict=False)
+    net = net.to(device).to(memory_format=torch.channels_last)
+    if isinstance(net, ExpertNet) and weights is None:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
     optimizer = make_optimizer(trial.recipe, net)

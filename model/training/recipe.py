@@ -15,6 +15,8 @@ from expertgrid.model.training.data import ImageData
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
+Channels = tuple[Annotated[float, Field(gt=0, le=1)], ...]
+Normalisation = tuple[Channels, Channels]  # mean and standard deviation of pixels from 0 to 1
 
 WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
 
@@ -65,7 +67,9 @@ class Recipe(BaseModel):
     alternating_flip: bool = False  # hflip decides in the first epoch; then each image is flipped in every other one
     crop_padding: Pixels = 0  # a random crop of the image padded with zeros
     translate: Pixels = 0  # a random shift by up to so many pixels, with reflection at the border
-    normalise: Literal["data", "half"] = "data"  # by the train images' mean and std, or both 0.5
+    # By the train images' mean and std; both 0.5; or [mean, std], each with a number for each channel. Weights to start
+    # from bring their own where a study does not set it.
+    normalise: Literal["data", "half"] | Annotated[Normalisation, Field(strict=False)] = "data"
     cutout: Pixels = 0  # side of the square; 0 is without
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
@@ -158,6 +162,9 @@ class Recipe(BaseModel):
                 raise InputError(
                     f"recipe.{field}: {getattr(self, field)} is too large for the {images_of}; at most {most}"
                 )
+        channels = {len(values) for values in self.mean_std(data)}
+        if channels != {data.channels}:
+            raise InputError(f"recipe.normalise: {self.normalise}, and {data.name} has {data.channels} channels")
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images
 
@@ -179,7 +186,9 @@ class Recipe(BaseModel):
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
         half = (0.5,) * data.channels
-        return (half, half) if self.normalise == "half" else (data.mean, data.std)
+        if self.normalise == "half":
+            return half, half
+        return (data.mean, data.std) if self.normalise == "data" else self.normalise
 
 
 RECIPES: dict[str, Recipe] = {
