@@ -87,13 +87,14 @@ class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
-    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
-    the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
-    surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
-    trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
-    on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
-    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`,
+    `weights`, or `reference`, a network together with its own recipe. `baselines` are further cells: networks as
+    they are, trained by the base's recipe with its changes. `margin` is the difference that matters, in points of
+    accuracy: cells that are surely nearer are the same. `contrasts` are pairs of cells that are to be compared,
+    declared before anything is trained, by their names or levels (`experts=2`). `control` adds the first cell once
+    more, trained from other seeds on the same hold-outs: whatever else a study finds, these two should come out the
+    same. The seeds are `first_seed` and those that follow. `reported` is what the source of a level claims, shown
+    beside its cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
