@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.pixels import RESIZE
-from expertgrid.model.registry import build
+from expertgrid.model.registry import build, for_shapes
 from expertgrid.model.system.errors import InputError, invalid
 
 FORMAT = "expertgrid-2"
@@ -110,7 +109,7 @@ def load(path: Path) -> Checkpoint:
         trained = Trained.model_validate_json(about.get("trained", ""))
     except ValidationError as error:
         raise invalid(f"{path}: trained", error, Trained.model_fields) from None
-    with torch.device("meta"):
+    with for_shapes(config):
         expected = build(config).state_dict()
     wrong = [
         name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)

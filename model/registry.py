@@ -4,15 +4,17 @@ Importing this module registers the presets with timm. `import expertgrid.model`
 there, possibly while `model.net` itself imports timm: so the modules are imported when a network is built.
 """
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import timm
 from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from expertgrid.model.config import Block, Conv, ModelConfig, Network, Whiten
+from expertgrid.model.config import Block, Conv, ModelConfig, Network, TimmModel, Whiten
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError, invalid, reason_of
 
@@ -22,27 +24,48 @@ if TYPE_CHECKING:
     from expertgrid.model.net import ExpertNet
 
 
-def build(config: Network, **options: Any) -> "nn.Module":
+def build(config: Network) -> "nn.Module":
     """The module that `config` describes, with fresh weights from torch's global generator, in training mode.
 
-    `options` are arguments of `timm.create_model`: how weights are loaded. Raises InputError for a network that is not
-    registered with timm, and, without options, for one that timm does not make so.
+    Raises InputError for a network that is not registered with timm, and for one that timm does not make so.
     """
-    ends = {"in_chans": config.in_chans, "num_classes": config.num_classes}
     if isinstance(config, ModelConfig):
         from expertgrid.model.net import ExpertNet
 
-        if not options:
-            return ExpertNet(config)
-        return timm.create_model("expertnet", config=config.model_dump(mode="json"), **ends, **options)
+        return ExpertNet(config)
     if not timm.is_model(config.timm):
         raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     try:
-        return timm.create_model(config.timm, **ends, **options)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # of a tag, or of what a network needs
-        if options:
-            raise
+        return create(config, copy.deepcopy(config.arguments))
+    except MemoryError:
+        raise
+    except Exception as error:  # of a tag, of what a network needs, or of a user's code
         raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
+
+
+def create(config: TimmModel, arguments: Mapping[str, Any]) -> "nn.Module":
+    """timm's network of this name with these arguments. Raises whatever its code raises."""
+    return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes, **arguments)
+
+
+def is_users(config: Network) -> bool:
+    """Whether the network is one that a user's module registers: its code can change while its name stays."""
+    if isinstance(config, ModelConfig) or not timm.is_model(config.timm):
+        return False
+    function = timm.model_entrypoint(config.timm.partition(".")[0])
+    return function.__module__.partition(".")[0] not in ("timm", "expertgrid")
+
+
+@contextmanager
+def for_shapes(config: Network) -> Generator[None]:
+    """Where a network is made to be looked at: on the device "meta", which has no memory; a user's on the CPU.
+
+    Users' networks may load or compute weights as they are made. The state of torch's random numbers is kept.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_users(config) else "meta"):
+        yield
 
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...] | None:

@@ -5,6 +5,7 @@ taken before it is loaded, and becomes a file: tensors by the names that the net
 from that file, and what is not in it starts from the trial's seed. Nothing is unpickled but tensors.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from timm.models import load_model_config_from_hf, load_pretrained, load_state_d
 from torch import Tensor, nn
 
 from expertgrid.model.checkpoint import FORMAT, Trained
-from expertgrid.model.config import Network
-from expertgrid.model.registry import build
+from expertgrid.model.config import Network, TimmModel
+from expertgrid.model.registry import create
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.trial import Weights
 
@@ -50,10 +51,10 @@ def read_weights(source: str, config: Network, classes: Sequence[str]) -> Initia
     """
     try:
         of_source, tensors = _source(source)
-        net = build(config, pretrained=False)
+        net = _made(config)
         overlay = _overlay(net, of_source, tensors, classes)
         options = {"pretrained_cfg": of_source} if of_source and tensors is None else {}
-        state = _taken(lambda: build(config, pretrained=True, pretrained_cfg_overlay=overlay, **options))
+        state = _taken(lambda: _made(config, pretrained=True, pretrained_cfg_overlay=overlay, **options))
         own = getattr(net, "pretrained_cfg", {}) | of_source | overlay
         if state is None and tensors is not None:  # the network's function does not look at `pretrained`
             state = _taken(lambda: load_pretrained(net, own, config.num_classes, config.in_chans))
@@ -66,6 +67,14 @@ def read_weights(source: str, config: Network, classes: Sequence[str]) -> Initia
         raise InputError(f"weights {source}: the network does not load them as timm's networks do; take a file")
     says_mean = tensors is None or "mean" in of_source
     return _initial(source, net, state, own, (tuple(own["mean"]), tuple(own["std"])) if says_mean else None)
+
+
+def _made(config: Network, **options: Any) -> nn.Module:
+    """The network as timm makes it, of ours too."""
+    if isinstance(config, TimmModel):
+        return create(config, {**copy.deepcopy(config.arguments), **options})
+    ends = {"in_chans": config.in_chans, "num_classes": config.num_classes}
+    return create(TimmModel(timm="expertnet", **ends), {"config": config.model_dump(mode="json"), **options})
 
 
 def _source(source: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:

@@ -11,10 +11,11 @@ from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
-from expertgrid.ablations.study.weights import WeightsReader, weights_in_words
+from expertgrid.model.config import TimmModel
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    reader = WeightsReader()
-    cells = study.change(seeds=request.last_seed).cells(data, reader)
+    weights: dict[str, bytes] = {}
+    cells = study.change(seeds=request.last_seed).cells(data, weights)
     directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
@@ -88,7 +89,22 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race, reader.files)
+    return PlannedRun(study, directory, data, cells, race, weights)
+
+
+def weights_in_words(trial: Trial) -> str:
+    """What a training starts from; "" where it starts as one expects."""
+    weights, name = trial.weights, trial.model_name
+    if weights is None:
+        has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
+        tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
+        return f"{name} starts from fresh weights, {tag}" if has_tag else ""
+    new = f"new: {', '.join(weights.new)}" if weights.new else "nothing is new"
+    by = trial.recipe.normalise
+    images = f"by {by}" if isinstance(by, str) else f"by mean {list(by[0])} and std {list(by[1])}"
+    return (
+        f"{name} starts from {weights.source}: {weights.tensors} tensors are loaded, {new}; images normalised {images}"
+    )
 
 
 def plan_table(planned: PlannedRun) -> str:

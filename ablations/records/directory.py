@@ -195,11 +195,12 @@ class StudyDirectory:
 
     def check_weights(self, trials: Iterable[Trial]) -> None:
         """Raises InputError where weights that trials here have started from have changed since."""
-        planned = {_start(trial): trial.weights.fingerprint for trial in trials if trial.weights}
+        planned = {(trial.weights.source, trial.model): trial.weights.fingerprint for trial in trials if trial.weights}
         for place in self.path.glob("trials/*") if planned else ():
             trial = read_config(place)
-            weights = trial and trial.weights
-            if trial and weights and planned.get(_start(trial), weights.fingerprint) != weights.fingerprint:
+            if trial is None or (weights := trial.weights) is None:
+                continue
+            if planned.get((weights.source, trial.model), weights.fingerprint) != weights.fingerprint:
                 raise InputError(
                     f"weights {weights.source}: have changed since trial {trial.id} of {self.path} started from them; "
                     "put them back, or give another directory with --out"
@@ -333,9 +334,3 @@ class StudyDirectory:
 def read_latency(file: Path) -> LatencyRecord | None:
     """A latency record of a study; None where there is no such file. Raises InputError for damage."""
     return read_record(LatencyRecord, file, "delete it and run expertgrid bench again")
-
-
-def _start(trial: Trial) -> tuple[str, str]:
-    """What weights are read for: their source and the network."""
-    assert trial.weights is not None
-    return trial.weights.source, trial.model.model_dump_json()

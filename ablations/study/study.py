@@ -7,9 +7,10 @@ a hash of these.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,16 +19,18 @@ from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, 
 from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
-from expertgrid.ablations.study.weights import NO_WEIGHTS, WeightsReader
-from expertgrid.model.config import ModelConfig
+from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.recipe import Recipe, recipe
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from expertgrid.model.weights import Initial
 
 MOST_TRIALS = 10_000  # of a study
 
@@ -80,7 +83,7 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
-    weights: str = NO_WEIGHTS
+    weights: str = NO_WEIGHTS  # or a source of `model.weights`
 
 
 class Study(BaseModel):
@@ -189,13 +192,18 @@ class Study(BaseModel):
         """The level of each factor in each cell of the design."""
         return designs.settings(self.design, self.factors)
 
-    def cells(self, data: ImageData, reader: WeightsReader | None = None) -> list[Cell]:
+    def cells(self, data: ImageData, files: dict[str, bytes] | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.
 
-        `reader` reads the weights that they start from, and has their files then. Raises InputError for what does not
-        exist, is out of range or does not fit.
+        The files of the weights that they start from are entered in `files`, by fingerprint. Raises InputError for
+        what does not exist, is out of range or does not fit.
         """
-        hold_out, cells, reader = data.hold_out(self.base.hold_out), [], reader or WeightsReader()
+        hold_out, cells = data.hold_out(self.base.hold_out), []
+        # Of this call: a user's code, or a file of weights, may change before the next.
+        describe, read = (
+            cache(partial(_described, data)),
+            cache(partial(_read_weights, data, {} if files is None else files)),
+        )
         for levels in self.settings():
             reference = levels.get("reference")
             chosen = (
@@ -206,10 +214,10 @@ class Study(BaseModel):
                     ("weights", BASE, self.base.weights),
                 )
             )
-            cells.append(self._cell(data, hold_out, reader, levels, *chosen, self.set))
+            cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        same = self.base.recipe, self.base.weights, training
-        cells += [self._cell(data, hold_out, reader, {}, name, *same) for name in self.baselines]
+        same = self.base.recipe, self.base.weights, training, describe, read
+        cells += [self._cell(data, hold_out, {}, name, *same) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
@@ -241,12 +249,13 @@ class Study(BaseModel):
         self,
         data: ImageData,
         hold_out: HoldOut,
-        reader: WeightsReader,
         levels: dict[str, Level],
         model: str,
         recipe_name: str,
         weights: str,
         settings: dict[str, Level],
+        describe: Callable[[str], TimmModel],
+        read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
@@ -254,17 +263,35 @@ class Study(BaseModel):
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
         config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
         check_optimizer(training)
-        initial = None if weights == NO_WEIGHTS else reader.read(weights, config, data.classes)
+        training.check_fits(data, data.trained_on(hold_out))
+        sizes = {data.image_size, training.image_size(0, data.image_size)}
+        if isinstance(config, TimmModel):
+            config = describe(config.model_dump_json())
+            sizes.remove(data.image_size)
+        for size in sizes:
+            check_image_size(model, config, size, data.name)
+        initial = None if weights == NO_WEIGHTS else read(weights, config)
         own, is_set = initial and initial.normalisation, "recipe.normalise" in map(dotted, [*settings, *factors])
         if own and training.normalise == "data" and not is_set and len(own[0]) == data.channels:
             training = training.model_copy(update={"normalise": own})
-        training.check_fits(data, data.trained_on(hold_out))
-        for size in dict.fromkeys((data.image_size, training.image_size(0, data.image_size))):
-            check_image_size(model, config, size, data.name)
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
         alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
+
+
+def _described(data: ImageData, config: str) -> TimmModel:
+    from expertgrid.model.foreign import described
+
+    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
+
+
+def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":
+    from expertgrid.model.weights import read_weights
+
+    initial = read_weights(source, config, data.classes)
+    files[initial.weights.fingerprint] = initial.file
+    return initial
 
 
 def _name(kind: str, level: Level) -> str:

@@ -10,6 +10,8 @@ from expertgrid.model.config import Network
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.recipe import Recipe
 
+NO_WEIGHTS = "none"  # what a study says for fresh ones, from a trial's seed
+
 
 class Weights(BaseModel):
     """Weights that a training starts from: those of a file `weights/FINGERPRINT.safetensors` in the study's directory.
