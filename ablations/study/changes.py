@@ -106,6 +106,16 @@ def check_optimizer(recipe: Recipe) -> None:
     optimise.check_optimizer(recipe)
 
 
+def check_layers(recipe: Recipe, config: Network) -> None:
+    """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
+    if recipe.freeze or recipe.layer_decay < 1:
+        from expertgrid.model.registry import build, for_shapes
+        from expertgrid.model.training import optimise
+
+        with for_shapes(config):
+            optimise.check_layers(recipe, build(config))
+
+
 def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:
     """What an optimiser can refuse: its name, betas and momentum. No optimiser refuses another value of a recipe."""
     return recipe.opt, recipe.opt_betas, recipe.momentum

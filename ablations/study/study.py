@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
@@ -83,21 +83,20 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
-    weights: str = NO_WEIGHTS  # or a source of `model.weights`
+    weights: str = NO_WEIGHTS
 
 
 class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`,
-    `weights`, or `reference`, a network together with its own recipe. `baselines` are further cells: networks as
-    they are, trained by the base's recipe with its changes. `margin` is the difference that matters, in points of
-    accuracy: cells that are surely nearer are the same. `contrasts` are pairs of cells that are to be compared,
-    declared before anything is trained, by their names or levels (`experts=2`). `control` adds the first cell once
-    more, trained from other seeds on the same hold-outs: whatever else a study finds, these two should come out the
-    same. The seeds are `first_seed` and those that follow. `reported` is what the source of a level claims, shown
-    beside its cell.
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
+    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained
+    by the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that
+    are surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
+    on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -199,11 +198,8 @@ class Study(BaseModel):
         what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
-        # Of this call: a user's code, or a file of weights, may change before the next.
-        describe, read = (
-            cache(partial(_described, data)),
-            cache(partial(_read_weights, data, {} if files is None else files)),
-        )
+        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
+        read = cache(partial(_read_weights, data, {} if files is None else files))
         for levels in self.settings():
             reference = levels.get("reference")
             chosen = (
@@ -270,10 +266,11 @@ class Study(BaseModel):
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
+        check_layers(training, config)
         initial = None if weights == NO_WEIGHTS else read(weights, config)
-        own, is_set = initial and initial.normalisation, "recipe.normalise" in map(dotted, [*settings, *factors])
-        if own and training.normalise == "data" and not is_set and len(own[0]) == data.channels:
-            training = training.model_copy(update={"normalise": own})
+        own = initial and initial.normalisation
+        if own and len(own[0]) == data.channels and "recipe.normalise" not in map(dotted, [*settings, *factors]):
+            training = training.model_copy(update={"normalise": own} if training.normalise == "data" else {})
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
         alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)

@@ -30,7 +30,7 @@ from expertgrid.model.pixels import normalise
 from expertgrid.model.registry import build
 from expertgrid.model.system.machine import computes_bfloat16
 from expertgrid.model.training.loader import Loader, steps_per_epoch
-from expertgrid.model.training.optimise import make_average, make_optimizer, make_scheduler
+from expertgrid.model.training.optimise import freeze, make_average, make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.splits import Split, Splits
 from expertgrid.model.training.step import training_step
@@ -67,6 +67,7 @@ class Training:
     epoch: int = 0  # epochs done
     train_seconds: float = 0.0  # that the steps took until `resumed_at`
     resumed_at: float = 0.0  # as `seconds` counts
+    frozen: list[nn.Module] = field(default_factory=list)  # parts that are not trained
     recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
 
     @property
@@ -146,6 +147,7 @@ def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training
     if isinstance(net, ExpertNet) and weights is None:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+    frozen = freeze(trial.recipe, net)
     optimizer = make_optimizer(trial.recipe, net)
     steps = steps_per_epoch(trial.recipe, len(splits.train))
     return Training(
@@ -156,6 +158,7 @@ def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training
         Loader(trial.recipe, splits, trial.seed),
         losses_S=torch.zeros(steps, device=device),
         correct=torch.zeros((), device=device, dtype=torch.int64),
+        frozen=frozen,
     )
 
 
@@ -180,6 +183,8 @@ def train(
         if not learning_rates:
             training.begin_epoch(trial.seed * recipe.epochs + epoch)
         net.train()
+        for part in training.frozen:
+            part.eval()
         for batch in loader.batches(len(learning_rates)):
             i = len(learning_rates)
             learning_rate = optimizer.param_groups[0]["lr"]
