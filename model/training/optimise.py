@@ -84,10 +84,10 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
 
 def check_layers(recipe: Recipe, net: nn.Module) -> None:
     """Raises InputError where `freeze` or `layer_decay` have no effect on a network."""
-    freeze(recipe, net)
     scales = {group.get("lr_scale") for group in make_optimizer(recipe, net).param_groups}
     if recipe.layer_decay < 1 and len(scales) < 2:
         raise InputError("recipe.layer_decay: needs a network that has layers for timm, by its method group_matcher")
+    freeze(recipe, net)
 
 
 def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler | None:

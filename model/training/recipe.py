@@ -16,7 +16,8 @@ from expertgrid.model.training.data import ImageData
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
-Normalisation = tuple[tuple[Share, ...], tuple[Annotated[float, Field(gt=0, le=1)], ...]]  # mean and std, by channel
+Mean = Annotated[tuple[Share, ...], Field(strict=False)]  # of pixels from 0 to 1, for each channel
+Std = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)]
 
 WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
 
@@ -70,7 +71,7 @@ class Recipe(BaseModel):
     crop_padding: Pixels = 0  # a random crop of the image padded with zeros
     translate: Pixels = 0  # a random shift by up to so many pixels, with reflection at the border
     # By the train images' mean and std, which weights to start from replace where a study does not set it; both 0.5.
-    normalise: Literal["data", "half"] | Annotated[Normalisation, Field(strict=False)] = "data"
+    normalise: Literal["data", "half"] | Annotated[tuple[Mean, Std], Field(strict=False)] = "data"
     cutout: Pixels = 0  # side of the square; 0 is without
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
