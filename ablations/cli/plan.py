@@ -15,12 +15,13 @@ from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
-from expertgrid.model.config import ModelConfig
+from expertgrid.model.config import ModelConfig, TimmModel
 from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
+from expertgrid.model.training.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class PlannedRun:
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
+    weights: Mapping[str, bytes]  # files that trials start from, by their fingerprints
+
+    @property
+    def weight_lines(self) -> list[str]:
+        """What the networks start from, where it is to be said."""
+        lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
+        return [line for line in lines if line]
 
     @cached_property
     def networks(self) -> dict[str, Probe]:
@@ -123,7 +131,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=request.last_seed).cells(data)
+    weights: dict[str, bytes] = {}
+    cells = study.change(seeds=request.last_seed).cells(data, weights)
+    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -134,9 +144,24 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    planned = PlannedRun(study, directory, data, cells, race)
+    planned = PlannedRun(study, directory, data, cells, race, weights)
     planned.check_code()
     return planned
+
+
+def weights_in_words(trial: Trial) -> str:
+    """What a training starts from; "" where it starts as one expects."""
+    weights, name = trial.weights, trial.model_name
+    if weights is None:
+        has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
+        tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
+        return f"{name} starts from fresh weights, {tag}" if has_tag else ""
+    new = f"new: {', '.join(weights.new)}" if weights.new else "nothing is new"
+    by = trial.recipe.normalise
+    images = f"by {by}" if isinstance(by, str) else f"by mean {list(by[0])} and std {list(by[1])}"
+    return (
+        f"{name} starts from {weights.source}: {weights.tensors} tensors are loaded, {new}; images normalised {images}"
+    )
 
 
 def plan_table(planned: PlannedRun) -> str:
@@ -164,6 +189,7 @@ def plan_table(planned: PlannedRun) -> str:
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
+        *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):

@@ -65,13 +65,15 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     on = how.train_on()
     planned = plan_run(request, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
-    console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
+    lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
+    console.print("\n".join(lines), soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
         console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.read_race():
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
+        directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
             failed = _train(racing.cells_with(cells, counts), planned, on, how, tracking)
             while race and not (failed and how.fail_fast):

@@ -62,6 +62,7 @@ class Setup:
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
     save_every_s: float = SAVE_EVERY_S
+    weights: Mapping[str, bytes] = field(default_factory=dict)  # by fingerprint, for nodes that have no such files
     environment: Mapping[str, str] = field(default_factory=dict)  # of each process, before it starts CUDA
 
 

@@ -121,7 +121,7 @@ def run_local(
         directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume, network)
+        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
@@ -157,9 +157,11 @@ def run_local(
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
-def _begun(trial: Trial, splits: Splits, resume: Path, network: Probe | None) -> tuple[Training, list[str], str]:
+def _begun(
+    trial: Trial, splits: Splits, resume: Path, weights: Path | None, network: Probe | None
+) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits)
+    training = start(trial, splits, weights)
     if not resume.exists():
         return training, [], ""
     try:
@@ -173,7 +175,7 @@ def _begun(trial: Trial, splits: Splits, resume: Path, network: Probe | None) ->
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
+        return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:

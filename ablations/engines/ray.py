@@ -130,7 +130,8 @@ class RayEngine:
     ) -> Iterator[Event]:
         """Trains trials and yields the engine's events, as `isolation.Pool.run` does."""
         if self.shared is None:
-            setup = replace(setup, begin=partial(_import_modules, self.modules))
+            weights = {file.stem: file.read_bytes() for file in directory.path.glob("weights/*.safetensors")}
+            setup = replace(setup, begin=partial(_import_modules, self.modules), weights=weights)
             self.shared = _Shared.put(setup, timeout_s, self.needs, len(trials))
         return schedule(trials, directory, self, stopped)
 
@@ -287,6 +288,7 @@ class _Workplace:
         (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
         at_once = max(1, min(shared.needs.slots(resources), shared.trials))
         self.setup = replace(ray.get(shared.setup), directory=self.directory.path, at_once=at_once)
+        self.directory.write_weights(self.setup.weights)
         self.timeout_s, self.stopped = shared.timeout_s, Flag()
         Thread(target=self._wait, args=(shared.stop,), daemon=True).start()
 

@@ -84,6 +84,8 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         machine.deterministic(record.deterministic),
     ):
         second = StudyDirectory(Path(place))
+        if weights := directory.weights(trial):
+            second.write_weights({weights.stem: weights.read_bytes()})
         try:
             *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
         finally:

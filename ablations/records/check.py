@@ -3,6 +3,7 @@
 Whether the numbers in them follow from each other is a matter of `expertgrid verify`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -208,6 +209,9 @@ def _weights_problem(file: Path, trial: str) -> str:
 
 def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
     training, latency = {}, {}
+    for file in directory.path.glob("weights/*.safetensors"):
+        if hashlib.sha256(file.read_bytes()).hexdigest() != file.stem:
+            yield from _damaged({file.name: "its name is not its checksum"}, f"{AGAIN}, which writes it", "weights/")
     _read(TRAINING, directory.training_rates, training)
     for file in sorted((directory.path / "bench").glob("*.json")):
         _read(file.name, lambda file=file: read_latency(file), latency)

@@ -8,6 +8,7 @@ trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz,
                   failure.json where training failed; adopted.json where another study trained it; network.json, what
                   the code of a user's network computed when the training began
 export/  bench/   what `expertgrid export` and `bench` add
+weights/          the weights that trials start from, other than fresh ones: SHA256.safetensors
 training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
@@ -18,10 +19,11 @@ retired/          what `expertgrid retire` moved: trials of a network whose code
 A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -42,7 +44,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.model.probe import Probe
-from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
     MissingFile,
@@ -179,6 +181,36 @@ class StudyDirectory:
 
     def resume_file(self, trial_id: str) -> Path:
         return self.trial(trial_id) / "resume.pt"
+
+    def weights(self, trial: Trial) -> Path | None:
+        """The file of the weights that a trial starts from, None for fresh ones.
+
+        Raises InputError where it is missing, or has another checksum.
+        """
+        if trial.weights is None:
+            return None
+        file = self.path / "weights" / f"{trial.weights.fingerprint}.safetensors"
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != trial.weights.fingerprint:
+            raise wrong_file(file, "missing or damaged", f"expertgrid run writes it from {trial.weights.source}")
+        return file
+
+    def write_weights(self, files: Mapping[str, bytes]) -> None:
+        """Writes the weights that trials start from, by their fingerprints."""
+        for fingerprint, content in files.items():
+            write_whole(self.path / "weights" / f"{fingerprint}.safetensors", content)
+
+    def check_weights(self, trials: Iterable[Trial]) -> None:
+        """Raises InputError where weights that trials here have started from have changed since."""
+        planned = {(trial.weights.source, trial.model): trial.weights.fingerprint for trial in trials if trial.weights}
+        for place in self.path.glob("trials/*") if planned else ():
+            trial = read_config(place)
+            if trial is None or (weights := trial.weights) is None:
+                continue
+            if planned.get((weights.source, trial.model), weights.fingerprint) != weights.fingerprint:
+                raise InputError(
+                    f"weights {weights.source}: have changed since trial {trial.id} of {self.path} started from them; "
+                    "put them back, or give another directory with --out"
+                )
 
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""

@@ -11,7 +11,7 @@ from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
 
-CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+CHOICES = ("model", "recipe", "reference", "weights")  # factors that choose what the others change
 
 
 def dotted(name: str) -> str:
@@ -100,6 +100,16 @@ def check_optimizer(recipe: Recipe) -> None:
     from expertgrid.model.training import optimise
 
     optimise.check_optimizer(recipe)
+
+
+def check_layers(recipe: Recipe, config: Network) -> None:
+    """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
+    if recipe.freeze or recipe.layer_decay < 1:
+        from expertgrid.model.registry import build, for_shapes
+        from expertgrid.model.training import optimise
+
+        with for_shapes(config):
+            optimise.check_layers(recipe, build(config))
 
 
 def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:

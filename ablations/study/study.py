@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -26,10 +26,10 @@ from pydantic import (
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
-from expertgrid.model.config import ModelConfig, TimmModel
+from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
@@ -37,8 +37,11 @@ from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.metrics import IN_POINTS, check_defined, scale
 from expertgrid.model.training.recipe import Recipe, recipe
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from expertgrid.model.weights import Initial
 
 MOST_TRIALS = 10_000  # of a study
 
@@ -78,7 +81,7 @@ def _with_dotted_keys(settings: object) -> object:
 
 
 class Base(BaseModel):
-    """What the factors vary: a preset or timm model, a recipe, and a data source.
+    """What the factors vary: a preset or timm model, a recipe, a data source, and the weights to start from.
 
     `image_size` brings all images to so many pixels in height and width. `hold_out` says whether each seed holds out
     its own part of the train images, or all the same.
@@ -91,15 +94,16 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
+    weights: str = NO_WEIGHTS
 
 
 class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
-    `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
-    the base's recipe with its changes. `metric` is one of `model.training.metrics.METRICS`: all verdicts are by it.
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
+    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained
+    by the base's recipe with its changes. `metric` is one of `model.training.metrics.METRICS`: all verdicts are by it.
     `margin` is the difference that matters, in points, or as the metric counts: cells that are surely nearer are the
     same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
@@ -135,7 +139,7 @@ class Study(BaseModel):
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
         for name in itertools.chain(self.set, self.factors):
-            if name in self.set and name in ("model", "recipe"):
+            if name in self.set and name in ("model", "recipe", "weights"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
             is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
             if is_nothing or (name in self.set and name in CHOICES):
@@ -206,22 +210,29 @@ class Study(BaseModel):
         """The level of each factor in each cell of the design."""
         return designs.settings(self.design, self.factors)
 
-    def cells(self, data: ImageData) -> list[Cell]:
+    def cells(self, data: ImageData, files: dict[str, bytes] | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.
 
-        Raises InputError for what does not exist, is out of range or does not fit.
+        The files of the weights that they start from are entered in `files`, by fingerprint. Raises InputError for
+        what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
         describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
+        read = cache(partial(_read_weights, data, {} if files is None else files))
         for levels in self.settings():
             reference = levels.get("reference")
-            model, recipe_name = (
-                _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
-                for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
+            chosen = (
+                _name(kind, next(level for level in (levels.get(kind), other, base) if level is not BASE))
+                for kind, other, base in (
+                    ("model", reference, self.base.model),
+                    ("recipe", reference, self.base.recipe),
+                    ("weights", BASE, self.base.weights),
+                )
             )
-            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set, describe))
+            cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training, describe) for name in self.baselines]
+        same = self.base.recipe, self.base.weights, training, describe, read
+        cells += [self._cell(data, hold_out, {}, name, *same) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
@@ -267,8 +278,10 @@ class Study(BaseModel):
         levels: dict[str, Level],
         model: str,
         recipe_name: str,
+        weights: str,
         settings: dict[str, Level],
         describe: Callable[[str], TimmModel],
+        read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
@@ -283,8 +296,13 @@ class Study(BaseModel):
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
+        check_layers(training, config)
+        initial = None if weights == NO_WEIGHTS else read(weights, config)
+        own = initial and initial.normalisation
+        if own and len(own[0]) == data.channels and "recipe.normalise" not in map(dotted, [*settings, *factors]):
+            training = training.model_copy(update={"normalise": own} if training.normalise == "data" else {})
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
-        alike |= {"source": data.source, "fingerprint": data.fingerprint}
+        alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
 
@@ -293,6 +311,14 @@ def _described(data: ImageData, config: str) -> TimmModel:
     from expertgrid.model.foreign import described
 
     return described(TimmModel.model_validate_json(config), data.image_size, data.name)
+
+
+def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":
+    from expertgrid.model.weights import read_weights
+
+    initial = read_weights(source, config, data.classes)
+    files[initial.weights.fingerprint] = initial.file
+    return initial
 
 
 def _name(kind: str, level: Level) -> str:
