@@ -6,7 +6,6 @@ made on the validation split. The test split is read once for each trial, and is
 Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import FAILED, SPLITS, Adopted, Failure, Record, Split, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval, mean_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
@@ -92,9 +91,12 @@ class Row(Group):
 
     @cached_property
     def no_verdict(self) -> str:
-        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may."""
-        kinds = Counter(failure.kind for failure in self.failures.values())
-        return ", ".join(f"{FAILED[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
+        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may.
+
+        A training that diverged is a result. One that ended for another reason is missing.
+        """
+        count = sum(failure.kind == "diverged" for failure in self.failures.values())
+        return f"diverged in {count} of {self.seeds} seeds" if count else ""
 
 
 @dataclass(frozen=True)

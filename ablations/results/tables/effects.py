@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
 from expertgrid.model.system.text import Signed, Span, Table, rounded
 
@@ -24,7 +24,9 @@ class Verdict:
         verdict = self.judgement.verdict
         if verdict == NONE:
             return f"no verdict: {self.judgement.reason}"
-        return f"{verdict} (this split)" if self.fixed_split and verdict != OPEN else verdict
+        low, high = self.judgement.low or 0.0, self.judgement.high or 0.0
+        word = f"same, {'above' if low > 0 else 'below'} 0" if verdict == SAME and (low > 0 or high < 0) else verdict
+        return f"{word} (this split)" if self.fixed_split and verdict != OPEN else word
 
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
