@@ -164,10 +164,11 @@ class Evidence:
         pairs = [pair for pair in effect.pairs if not (pair[0].no_verdict or pair[1].no_verdict)]
         return self._over(pairs) if pairs and len(pairs) < len(effect.pairs) and not self.race else None
 
-    def dependence(self, effect: Effect) -> tuple[str, dict[str, Judgement]] | None:
-        """The factor on which a main effect depends most, if on any, and the effect at two levels of it: exploratory.
+    def dependence(self, effect: Effect) -> tuple[Effect, str, dict[str, Judgement]] | None:
+        """The interaction by which a main effect depends most on a factor, that factor, and the effect at its levels.
 
-        It does so where an interaction is decided; what is the same on average may do so where one may pass the margin.
+        None where no interaction is decided; for what is the same on average, where none may pass the margin either.
+        Exploratory.
         """
 
         def size(interaction: Effect) -> float:
@@ -185,7 +186,7 @@ class Evidence:
             factor, *levels = next(other for other in interaction.changes if other != change)
             at = {level: [pair for pair in effect.pairs if pair[0].levels[factor] == level] for level in levels}
             if all(at.values()):
-                return factor, {level: self._over(pairs) for level, pairs in at.items()}
+                return interaction, factor, {level: self._over(pairs) for level, pairs in at.items()}
         return None
 
     def _over(self, pairs: Sequence[tuple[Row, Row]]) -> Judgement:

@@ -26,6 +26,8 @@ def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | No
     is a trial that is missing. None where no degrees of freedom are left for the noise.
     """
     mask_CS, basis_RC = ~np.isnan(scores_CS), contrast_basis(weights_QC)
+    if not mask_CS.any():
+        return None
     cells, seeds = np.nonzero(mask_CS)
     by_cell, by_seed = np.eye(mask_CS.shape[0])[cells], np.eye(mask_CS.shape[1])[seeds]
     varying = (basis_RC.T[cells][:, :, None] * by_seed[:, None, :]).reshape(len(cells), -1)

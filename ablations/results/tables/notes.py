@@ -17,7 +17,7 @@ from expertgrid.ablations.results.rows import (
     timed_together,
     winner,
 )
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
@@ -38,8 +38,9 @@ def effect_notes(evidence: Evidence) -> list[str]:
         if matched := evidence.without_diverged(effect):
             lines.append(f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, True)}.")
         if dependence := evidence.dependence(effect):
-            factor, at = dependence
-            may = "depends" if effect.judgement.verdict != SAME else "is same on average, and may depend"
+            interaction, factor, at = dependence
+            may = "depends" if interaction.judgement.verdict in (BETTER, WORSE) else "may depend"
+            may = f"is same on average, and {may}" if effect.judgement.verdict == SAME else may
             where = "; ".join(f"{_effect(judgement)} at {level}" for level, judgement in at.items())
             lines.append(f"{effect.name} {may} on {factor} (exploratory): {where}.")
     for name, seeds in evidence.hanging_on_a_seed.items():
