@@ -145,7 +145,7 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
     """What a reader needs to know of two cells side by side."""
     comparison = two.comparison
     lines = []
-    if not comparison.declared:
+    if not comparison.declared or evidence.results.chosen_afterwards:
         lines.append(
             "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
             f"{evidence.results.next_seed})."
