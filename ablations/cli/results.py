@@ -64,11 +64,7 @@ def _tables(
 
 
 def report(
-    directory: Path,
-    out: Path | None = None,
-    format: str = "html",
-    data_dir: Path | None = None,
-    metric: str | None = None,
+    directory: Path, out: Path | None, format: str = "html", data_dir: Path | None = None, metric: str | None = None
 ) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"

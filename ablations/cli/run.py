@@ -141,7 +141,8 @@ def _train(
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     if how.adopts:
-        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))
+        metric = directory.read_study().metric
+        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, metric)))
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]

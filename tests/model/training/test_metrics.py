@@ -27,7 +27,7 @@ def test_metrics_are_those_of_scikit_learn(classes):
     log_BN = log_softmax(rng.normal(size=(400, classes)) + 2 * np.eye(classes)[labels_B], axis=1)
     shares_BN, predicted_B = np.exp(log_BN), log_BN.argmax(1)
     shares = shares_BN[:, 1] if classes == 2 else shares_BN
-    assert measured(labels_B, predicted_B, log_BN, classes) == pytest.approx(
+    assert measured(labels_B, predicted_B, log_BN, classes, METRICS) == pytest.approx(
         {
             "accuracy": sklearn_metrics.accuracy_score(labels_B, predicted_B),
             "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(labels_B, predicted_B),
@@ -41,7 +41,7 @@ def test_metrics_are_those_of_scikit_learn(classes):
 def test_metrics_by_hand():
     labels_B, predicted_B = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     log_BN = np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.5, 0.5]])
-    assert measured(labels_B, predicted_B, log_BN, 2) == pytest.approx(
+    assert measured(labels_B, predicted_B, log_BN, 2, METRICS) == pytest.approx(
         {
             "accuracy": 3 / 4,
             "balanced_accuracy": (2 / 3 + 1) / 2,
@@ -50,9 +50,12 @@ def test_metrics_by_hand():
             "auroc": 2 / 3,  # of the 3 pairs of an image of each class, 0.5 is above 0.1 and 0.4
         }
     )
-    classes_alone = measured(labels_B, predicted_B, None, 2)
+    classes_alone = measured(labels_B, predicted_B, None, 2, METRICS)
     assert list(classes_alone) == ["accuracy", "balanced_accuracy", "macro_f1"]
-    assert list(measured(labels_B, predicted_B, np.pad(log_BN, ((0, 0), (0, 1))), 3)) == ["accuracy", "cross_entropy"]
+    assert list(measured(labels_B, predicted_B, np.pad(log_BN, ((0, 0), (0, 1))), 3, METRICS)) == [
+        "accuracy",
+        "cross_entropy",
+    ]
 
 
 def test_what_is_not_defined_is_one_line(monkeypatch):
