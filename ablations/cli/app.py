@@ -78,10 +78,7 @@ Import = Annotated[
     ),
 ]
 Metric = Annotated[
-    str | None,
-    Option(
-        metavar="NAME[:MARGIN]", help="Read the study by another metric than it declares, as in cross_entropy:0.01."
-    ),
+    str | None, Option(metavar="NAME[:MARGIN]", help="Read it by another metric: auroc, or cross_entropy:0.01.")
 ]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"

@@ -198,9 +198,11 @@ def plan_table(planned: PlannedRun) -> str:
     notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
-        counts_N = planned.data.held_out_of_each_class(planned.hold_out)
-        images = counts_N.sum() if study.metric == "accuracy" else len(counts_N) / (1 / np.maximum(counts_N, 1)).mean()
-        foreseen = foresee(study, cells, float(images), planned.directory)
+        images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))
+        if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
+            shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
+            images /= (1 / shares_N).mean() / len(shares_N)
+        foreseen = foresee(study, cells, images, planned.directory)
         notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}

@@ -89,11 +89,7 @@ def judge(file: Path, margin: float, lower_is_better: bool, format: Format, note
 
 
 def report(
-    directory: Path,
-    out: Path | None = None,
-    format: str = "html",
-    data_dir: Path | None = None,
-    metric: str | None = None,
+    directory: Path, out: Path | None, format: str = "html", data_dir: Path | None = None, metric: str | None = None
 ) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"

@@ -142,7 +142,8 @@ def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, t
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     if how.adopts:
-        places = (directory.adopt(trial.id, planned.networks.get(trial.id)) for trial in pending)
+        metric = directory.read_study().metric
+        places = (directory.adopt(trial.id, metric, planned.networks.get(trial.id)) for trial in pending)
         taken = Counter(filter(None, places))
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)

@@ -264,13 +264,12 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str, network: Probe | None = None) -> str | None:
+    def adopt(self, trial_id: str, metric: str = "accuracy", network: Probe | None = None) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
         `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
-        has the trial undamaged, of the same code, with this one's metric.
+        has the trial undamaged, of the same code and with this metric.
         """
-        metric = self.read_study().metric
         from expertgrid.model.checkpoint import load
 
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):

@@ -93,9 +93,11 @@ def read_plan(path: Path, study: Study) -> Plan:
     settings = study.settings()
     if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
         raise wrong_file(file, "its cells are not those of study.toml")
-    for field in ("metric", *(() if plan.margin is None else ("margin", "first_seed", "contrasts"))):
-        planned, now = plan.metric.name if field == "metric" else getattr(plan, field), getattr(study, field)
-        if planned != now:
+    declared = {
+        field: getattr(plan, field) for field in ("margin", "first_seed", "contrasts") if plan.margin is not None
+    }
+    for field, planned in (("metric", plan.metric.name), *declared.items()):
+        if planned != (now := getattr(study, field)):
             raise wrong_file(
                 file,
                 f"{field} was {_in_words(planned)} when the study was begun, study.toml has {_in_words(now)}",

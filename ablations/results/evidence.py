@@ -24,7 +24,7 @@ from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
-from expertgrid.model.training.metrics import Scale, scale
+from expertgrid.model.training.metrics import WITH_FLOOR, Scale, scale
 
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
 
@@ -324,7 +324,7 @@ def foresee(study: Study, cells: Sequence[PlannedCell], images: float, directory
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
-    if spread is None and study.metric not in ("accuracy", "balanced_accuracy"):
+    if spread is None and study.metric not in WITH_FLOOR:
         return None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
     differences = scale(study.metric, study.margin).differences(study.margin)

@@ -6,6 +6,7 @@ made on the validation split. The test split is read once for each trial, and is
 Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -195,22 +196,15 @@ def _chosen(study: Study, plan: Plan, metric: str | None) -> tuple[Scale, float]
     if metric in (None, study.metric):
         return plan.metric, study.margin
     name, _, margin = metric.partition(":")
-    by = scale(name)
+    by, number = scale(name), re.fullmatch(r"\d*\.?\d+", margin)
     if name == study.metric or plan.race:
         problem = "and what is declared stays" if name == study.metric else "which a race has decided by"
-        raise InputError(
-            f"--metric {metric}: the study declares {study.metric} and the margin {study.margin:g}, {problem}"
-        )
+        raise InputError(f"--metric {metric}: the study declares {study.metric}, margin {study.margin:g}, {problem}")
     if not margin and by.unit == plan.metric.unit == "points":
         return by, study.margin
-    try:
-        chosen = float(margin)
-    except ValueError:
-        chosen = 0.0
-    if not 0 < chosen < float("inf"):
-        example = f"{name}:{0.5 if by.points else 0.01}"
-        raise InputError(f"--metric {metric}: a margin above 0 is needed, the difference that matters, as in {example}")
-    return scale(name, chosen), chosen
+    if number is None or not float(margin):
+        raise InputError(f"--metric {metric}: NAME:MARGIN is needed: which difference in {by.title} matters?")
+    return scale(name, float(margin)), float(margin)
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
@@ -280,12 +274,8 @@ def ranking(rows: Sequence[Row]) -> list[Row]:
 def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The seeds that all these rows have, and scores (C, S) on validation and test."""
     seeds = sorted(set.intersection(*(set(row.by_seed) for row in rows))) if rows else []
-    validation_CS, test_CS = (
-        np.array([[row.by_seed[seed].score(split, row.scale) for seed in seeds] for row in rows]).reshape(
-            len(rows), len(seeds)
-        )
-        for split in SPLITS
-    )
+    scores = [[[row.by_seed[seed].score(split, row.scale) for seed in seeds] for row in rows] for split in SPLITS]
+    validation_CS, test_CS = np.array(scores, dtype=float).reshape(2, len(rows), len(seeds))
     return seeds, validation_CS, test_CS
 
 

@@ -35,7 +35,7 @@ from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
-from expertgrid.model.training.metrics import IN_POINTS, check_defined, scale
+from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
 from expertgrid.model.training.recipe import Recipe, recipe
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
@@ -158,7 +158,8 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
-        if self.metric not in IN_POINTS and "margin" not in self.model_fields_set:
+        has_default = self.metric in SHIPPED and scale(self.metric).points
+        if not has_default and "margin" not in self.model_fields_set:
             raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
@@ -245,14 +246,12 @@ class Study(BaseModel):
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
 
     def _check_metric(self, data: ImageData, hold_out: HoldOut) -> None:
-        scale(self.metric, self.margin)
-        if self.metric in ("accuracy", "cross_entropy"):  # defined on any images
-            return
         labels_B, splits = data.train.labels_B, {"the test split": data.test.labels_B}
-        few = np.bincount(labels_B, minlength=len(data.classes)).min() < hold_out.parts
-        for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
-            splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
-        check_defined(self.metric, splits, data.classes)
+        if scale(self.metric).name not in ("accuracy", "cross_entropy"):  # which are defined on any images
+            few = np.bincount(labels_B).min() < hold_out.parts
+            for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
+                splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
+            check_defined(self.metric, splits, data.classes)
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
         networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}

@@ -68,7 +68,7 @@ def factor_table(evidence: Evidence) -> Table:
 
 
 def _about(evidence: Evidence) -> str:
-    plan, what = evidence.results.plan, f"validation {evidence.scale.in_words}"
+    plan, what = evidence.results.plan, f"validation {evidence.scale.title}, {evidence.scale.reading}"
     if plan.race:
         return f"{what}; a race from {plan.race.first} to {plan.race.last} seeds"
     counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
@@ -91,7 +91,7 @@ def interaction_table(evidence: Evidence) -> Table:
         f"{len(rows)} of {counted(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
         "other. Exploratory: not declared before training."
     ]
-    return Table("interactions", f"Interactions that are decided ({evidence.scale.unit_in_words})", rows, notes)
+    return Table("interactions", f"Interactions that are decided ({evidence.scale.reading})", rows, notes)
 
 
 def contrast_table(evidence: Evidence) -> Table:
@@ -101,7 +101,7 @@ def contrast_table(evidence: Evidence) -> Table:
         for pair in evidence.declared
     ]
     notes = reasons((pair.name, pair.judgement) for pair in evidence.declared)
-    return Table("contrasts", f"Contrasts that the study declares ({evidence.scale.unit_in_words})", rows, notes)
+    return Table("contrasts", f"Contrasts that the study declares ({evidence.scale.reading})", rows, notes)
 
 
 def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
@@ -112,7 +112,7 @@ def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
     rows = []
     for marginal in marginals:
         values: dict[str, object] = {**marginal.levels, "cells": marginal.cells, "n": marginal.seeds}
-        values |= {f"val {evidence.scale.short}": marginal.validation, f"test {evidence.scale.short}": marginal.test}
+        values |= {f"val {evidence.scale.column}": marginal.validation, f"test {evidence.scale.column}": marginal.test}
         judgement = marginal.effect.judgement if marginal.effect else None
         rows.append(values | (judged(evidence, judgement, title) if effects else {}))
     notes = ["Means over the networks of each level, for each seed; in brackets the 95% interval over seeds."]

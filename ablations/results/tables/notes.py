@@ -22,7 +22,7 @@ from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import shown
-from expertgrid.model.training.metrics import ACCURACY, Scale
+from expertgrid.model.training.metrics import ACCURACY, WITH_FLOOR, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
 FIRST_NAMED = 3  # of more than these; the others are counted
@@ -133,10 +133,9 @@ def sight_line(sight: Sight, by: Scale) -> str:
 
 def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
-    if sight is None and by.name in ("accuracy", "balanced_accuracy"):
-        return ["One seed or one network has no verdicts."]
     if sight is None:
-        return [f"What this study can see by {by.title} is known once it has records of several seeds."]
+        unknown = f"What this study can see by {by.title} is known once it has records of several seeds."
+        return ["One seed or one network has no verdicts." if by.name in WITH_FLOOR else unknown]
     how = (
         f"the seeds of its records spread by {sight.spread:.2g}{by.points}"
         if sight.measured
@@ -165,7 +164,7 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
     """What a reader needs to know of two cells side by side."""
     comparison = two.comparison
     lines = []
-    if not comparison.declared:
+    if not comparison.declared or evidence.results.chosen_afterwards:
         lines.append(
             "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
             f"{evidence.results.next_seed})."

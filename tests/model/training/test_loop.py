@@ -455,6 +455,8 @@ CHANGES = {
     "warmup": (0.5, {}),
     "ema_decay": (0.9, {}),
     "smoothing": (0.3, {}),
+    "class_weights": ("balanced", {}),
+    "sampler": ("balanced", {}),
     "auto_augment": ("rand-m9", {}),
     "color_jitter": (0.5, {}),
     "hflip": (0.2, {}),
