@@ -1,6 +1,8 @@
 """`expertgrid.open`, `expertgrid.run` and `expertgrid table --rows`, as a notebook or a script calls them."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,3 +203,21 @@ def test_a_run_goes_on_with_what_the_command_has_trained(tiny_study, trained_stu
     study = library.run(tiny_study, device="cpu", isolate=False)
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert study.trials() == library.open(trained_study).trials()
+
+
+def test_the_examples_of_the_page_run(tmp_path):
+    """One after another, as a script."""
+    page = (REPOSITORY / "ablations" / "README.md").read_text()
+    section = page.partition("## From a notebook or a script")[2].partition("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 4
+    checks = """
+assert means.sort_by("hflip")["hflip"].to_pylist() == [0.0, 0.5] and len(trials) == 4
+assert set(open_ones) <= {"hflip 0.0 -> 0.5"} and len(curves) == 4 and confusion.sum() == 4 * 360
+"""
+    (tmp_path / "examples.py").write_text("\n".join([*examples, checks]))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    line = [sys.executable, "examples.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Do flips help?\n\nWhat each factor does")
