@@ -55,8 +55,11 @@ class AnsweringProcess:
         context = process_context(imports)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_answer, args=(theirs, *shared))
-        with _without_main():
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:  # a process that starts runs the file of `__main__`, and a user's script would begin again in each
             self.process.start()
+        finally:
+            sys.modules["__main__"] = main
         theirs.close()
         self.ask(begin, *work)  # not with the start, which a signal may cut short
 
@@ -70,19 +73,6 @@ class AnsweringProcess:
         self.process.kill()
         self.process.join()
         self.connection.close()
-
-
-@contextmanager
-def _without_main() -> Generator[None]:
-    """Within, this process has a `__main__` without a file, so that a process that starts does not run a user's script.
-
-    Of a script that does not say `if __name__ == "__main__"`, each process would begin the training again.
-    """
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _answer(connection: Connection, *shared: Any) -> None:
