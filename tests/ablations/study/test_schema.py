@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 from jsonschema import Draft7Validator, Draft202012Validator
 
+from expertgrid.ablations.study.schema import study_schema
 from expertgrid.ablations.study.study_file import SHIPPED, read_study
 from expertgrid.model.system.errors import InputError
 
@@ -17,9 +18,7 @@ HEAD = 'question = "?"\n'
 
 @pytest.fixture(scope="module", params=[Draft7Validator, Draft202012Validator])  # as editors take it
 def validator(request):
-    from expertgrid.ablations.cli.new import schema_text
-
-    schema = json.loads(schema_text())
+    schema = json.loads(study_schema())
     request.param.check_schema(schema)
     return request.param(schema)
 
