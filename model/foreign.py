@@ -4,7 +4,8 @@ import copy
 import inspect
 import json
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import timm
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from expertgrid.model.config import DECIDED_ELSEWHERE, Structure, TimmModel
 from expertgrid.model.cost import Size, counted
+from expertgrid.model.probe import Probe
 from expertgrid.model.registry import build, create, for_shapes, is_users
 from expertgrid.model.system.errors import InputError, reason_of, unknown
 
@@ -144,3 +146,54 @@ def _is_used(config: TimmModel, name: str, size: Size) -> bool:
         except Exception:  # a network that fails with another value has looked at it
             return True
     return touched
+
+
+def probe(config: TimmModel, size: Size) -> Probe:
+    """What the code that is imported now computes on images of `size`. Raises InputError where it fails.
+
+    The random weights are moved a little after they are read, so that no part is silent as it begins at zero.
+    """
+    try:
+        return _probe(config, size, "float64")
+    except Exception:  # such as code that makes float32 tensors itself
+        pass
+    try:
+        return _probe(config, size, "float32")
+    except Exception as error:
+        raise InputError(f"model {config.timm}: cannot be trained: {reason_of(error)}") from error
+
+
+def _probe(config: TimmModel, size: Size, number: Literal["float64", "float32"]) -> Probe:
+    dtype = getattr(torch, number)
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    values: dict[str, list[float]] = {}
+
+    def enter(kind: str, tensors: list[Tensor | None], whole: bool = False) -> None:
+        """Enters the norm and a projection of each tensor, or all its values."""
+        there = [torch.zeros(1) if tensor is None else tensor.detach() for tensor in tensors]
+        pairs = [
+            tensor if whole else torch.stack([tensor.norm(), (tensor * random(tensor.shape)).sum()]) for tensor in there
+        ]
+        values[kind] = torch.cat([pair.flatten() for pair in pairs]).nan_to_num(0, 0, 0).tolist()
+
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
+        torch.set_default_dtype(dtype)
+        try:
+            torch.default_generator.manual_seed(0)
+            net = build(config).to(dtype)
+            images_BCHW = random(4, config.in_chans, *size)
+            parameters = [parameter for _, parameter in sorted(net.named_parameters())]
+            enter("first weights", list(parameters))
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter += 0.02 * random(parameter.shape)
+            for mode, when in ((True, "in training"), (False, "in evaluation")):
+                net.zero_grad()
+                outputs_BN = net.train(mode)(images_BCHW)
+                (outputs_BN * random(outputs_BN.shape)).sum().backward()
+                enter(f"outputs {when}", [outputs_BN], whole=True)
+                enter(f"gradients {when}", [parameter.grad for parameter in parameters])
+        finally:
+            torch.set_default_dtype(before)
+    return Probe(dtype=number, values=values)

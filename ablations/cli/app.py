@@ -159,8 +159,8 @@ def run(
     options.check_engine(engine, of_ray, {"--jobs": at_once, "--no-isolate": None if isolate else "given"})
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
+    sources.import_modules(modules or [])  # first: it registers variants, which the study may name
     request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
-    sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
@@ -283,6 +283,18 @@ def check(
     with _starting(text="starting"):
         from expertgrid.ablations.cli.files import check
     return check(directory, repair)
+
+
+@app.command(rich_help_panel=RESULTS)
+def retire(directory: StudyDir, modules: Import = None) -> int:
+    """Move trials of a network whose code was changed to DIR/retired.
+
+    The network that is imported now computes something else than the one that they trained. The next run trains just
+    these trials again. Nothing is deleted, and the ledger keeps their reads of the test split.
+    """
+    with _starting(modules):
+        from expertgrid.ablations.cli.files import retire
+    return retire(directory)
 
 
 @app.command(rich_help_panel=RESULTS)

@@ -1,17 +1,20 @@
 """What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.cells import Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
-from expertgrid.model.config import TimmModel
+from expertgrid.model.config import ModelConfig, TimmModel
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
@@ -67,6 +70,54 @@ class PlannedRun:
         lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
         return [line for line in lines if line]
 
+    @cached_property
+    def networks(self) -> dict[str, Probe]:
+        """What users' networks compute now, by trial."""
+        probed = cache(partial(probe_of, size=self.data.image_size))
+        trials = (trial for cell in self.cells for trial in cell.trials)
+        return {trial.id: network for trial in trials if (network := probed(trial.model))}
+
+    def idle_factors(self) -> list[str]:
+        """The factors whose levels are all one network and one recipe, whatever the levels of the others are."""
+        varied = [cell for cell in self.cells if cell.levels]
+        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
+
+        def same(first: Cell, second: Cell) -> bool:
+            one, other = first.trials[0], second.trials[0]
+            if one.id == other.id:
+                return True
+            if isinstance(one.model, ModelConfig) or isinstance(other.model, ModelConfig):
+                return False
+            equal = one.recipe == other.recipe and one.model.structure == other.model.structure is not None
+            if not equal or one.weights != other.weights:
+                return False
+            before, after = probed(one.model), probed(other.model)
+            return before is not None and after is not None and not before.difference(after)
+
+        idle = []
+        for factor in varied[0].levels if varied else ():
+            pairs = [
+                (first, second)
+                for first, second in itertools.combinations(varied, 2)
+                if [name for name in first.levels if first.levels[name] != second.levels[name]] == [factor]
+            ]
+            if pairs and all(same(*pair) for pair in pairs):
+                idle.append(factor)
+        return idle
+
+    def check_code(self) -> None:
+        """Raises InputError where finished trials are of other code than their network has now."""
+        path, other = self.directory.path, self.directory.of_other_code(self.networks)
+        if not other:
+            return
+        cells = [cell for cell in self.cells if any(trial.id in other for trial in cell.trials)]
+        names = dict.fromkeys(group.name for group in groups([cell.planned for cell in cells], {}))
+        raise InputError(
+            f"{path}: {len(other)} finished trials are of other code than {cells[0].model_name} has now (cells: "
+            f"{'; '.join(names)}; {', '.join(dict.fromkeys(other.values()))} differ): `expertgrid retire {path} "
+            f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
+        )
+
     @property
     def hold_out(self) -> HoldOut:
         return self.data.hold_out(self.study.base.hold_out)
@@ -89,7 +140,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race, weights)
+    planned = PlannedRun(study, directory, data, cells, race, weights)
+    planned.check_code()
+    return planned
 
 
 def weights_in_words(trial: Trial) -> str:
@@ -128,6 +181,7 @@ def plan_table(planned: PlannedRun) -> str:
         *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
+    notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
     if planned.race is None:
         images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
         notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
@@ -62,6 +64,7 @@ class Saver:
     every_s: float
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
+    network: str = ""  # what the code of a user's network computes, as JSON
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,9 @@ class Saver:
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
-        write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
+        write_state(
+            self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state, "network": self.network}
+        )
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
         self.saved(self.trial)
@@ -106,17 +111,22 @@ def run_local(
     trained at once, here and in other processes.
     """
 
+    probed = cache(partial(probe_of, size=data.data.image_size))
+
     def run(trial: Trial) -> Iterator[Event]:
-        directory.write_config(trial)
+        network = probed(trial.model)
+        directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial))
+        training, epochs, reason = _begun(trial, splits, resume, network, directory.weights(trial))
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
         prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
         yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-        saver = Saver(directory, trial, training, save_every_s, stop, saved)
+        saver = Saver(
+            directory, trial, training, save_every_s, stop, saved, network.model_dump_json() if network else ""
+        )
         for epoch in train(trial, splits, training, after_step=saver):
             directory.append_epoch(trial.id, epoch)
             yield EpochDone(trial, epoch)
@@ -144,13 +154,17 @@ def run_local(
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
-def _begun(trial: Trial, splits: Splits, resume: Path, weights: Path | None) -> tuple[Training, list[str], str]:
+def _begun(
+    trial: Trial, splits: Splits, resume: Path, network: Probe | None, weights: Path | None
+) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
     training = start(trial, splits, weights)
     if not resume.exists():
         return training, [], ""
     try:
         state = read_state(resume)
+        if network and Probe.model_validate_json(state["network"]).difference(network):
+            return training, [], "the code of its network was changed"
         training.load_state_dict(state["training"])
         return training, state["epochs"], ""
     except InputError as error:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
+from expertgrid.ablations.records.checksums import NETWORK
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import write_whole
@@ -323,6 +324,8 @@ def _report(event: Event, directory: StudyDirectory) -> Report:
         TrialDone: ("epochs.jsonl", "model.safetensors"),
     }
     files = {name: (directory.trial(trial) / name).read_bytes() for name in names.get(type(event), ())}
+    if isinstance(event, TrialDone) and (network := directory.trial(trial) / NETWORK).exists():
+        files[NETWORK] = network.read_bytes()
     if not isinstance(event, TrialDone):
         return Report(event, files)
     reads = [read for read in directory.test_reads() if read.trial == trial]

@@ -5,17 +5,16 @@ Whether the numbers in them follow from each other is a matter of `expertgrid ve
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
 from expertgrid.ablations.records.ledger import damaged_lines
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.system.files import cut_incomplete_line, make_folder, sync_folder, whole_lines
+from expertgrid.model.system.files import cut_incomplete_line, whole_lines
 from expertgrid.model.training.resume import whole_state
 
 Value = TypeVar("Value")
@@ -73,13 +72,7 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     """
     done = []
     for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
-        folder = directory.path / "damaged"
-        make_folder(folder)
-        names = (trial if number == 1 else f"{trial}-{number}" for number in range(1, 10**6))
-        target = next(folder / name for name in names if not os.path.lexists(folder / name))
-        directory.trial(trial).rename(target)
-        sync_folder(folder)
-        sync_folder(directory.path / "trials")
+        target = directory.move_away(trial, "damaged")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
     ledger = directory.path / "ledger.jsonl"
     if ledger.exists() and (cut := cut_incomplete_line(ledger)):
@@ -143,6 +136,7 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
     if config is not None and config.id != trial:
         problems["config.json"] = f"of another trial: {config.id}"
     failure = _read("failure.json", lambda: directory.failure(trial), problems)
+    _read(NETWORK, lambda: directory.network(trial), problems)
     _read("adopted.json", lambda: directory.adopted(trial), problems)
     _read("predictions.npz", lambda: directory.predictions(trial), problems)
     epochs = _read("epochs.jsonl", lambda: directory.epochs(trial), problems)

@@ -10,6 +10,7 @@ from expertgrid.model.system.files import write_whole
 
 SUMS = "SHA256SUMS"
 OF_A_TRIAL = ("config.json", "epochs.jsonl", "model.safetensors", "predictions.npz", "record.json")
+NETWORK = "network.json"  # of a trial of a user's network
 OF_A_STUDY = ("study.toml", "plan.json")
 
 
@@ -23,7 +24,7 @@ def changed_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """The files of a folder that are not those of its SHA256SUMS: "missing", or "changed".
 
     Nothing where there is no SHA256SUMS, as in folders of older versions. Raises InputError for a damaged one: each of
-    `names` must be in it, and no other.
+    `names` must be in it, and no other but NETWORK.
     """
     try:
         content = (folder / SUMS).read_bytes()
@@ -31,7 +32,7 @@ def changed_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
         return {}
     sums = re.findall(r"^([0-9a-f]{64})  ([\w.]+)\n", content.decode(errors="replace"), re.MULTILINE)
     whole = "".join(f"{digest}  {name}\n" for digest, name in sums).encode() == content
-    if not whole or sorted(name for _, name in sums) != sorted(names):
+    if not whole or sorted(name for _, name in sums if name != NETWORK) != sorted(names):
         raise wrong_file(folder / SUMS, f"not the checksums of {', '.join(names)}")
     changed = {}
     for digest, name in sums:

@@ -5,7 +5,8 @@ plan.json         its cells, with their levels and trial ids, and the data
 SHA256SUMS        the checksums of these two, as `sha256sum --check` reads them
 trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz, SHA256SUMS and record.json once done:
                   record.json is written last, and says that the trial is finished; until then resume.pt, and
-                  failure.json where training failed; adopted.json where another study trained it
+                  failure.json where training failed; adopted.json where another study trained it; network.json, what
+                  the code of a user's network computed when the training began
 export/  bench/   what `expertgrid export` and `bench` add
 weights/          the weights that trials start from, other than fresh ones: SHA256.safetensors
 training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
@@ -13,11 +14,13 @@ accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
 .lock             locked by the process that writes; .lock.json says which process that is
 damaged/          what `expertgrid check --repair` moved out of the way
+retired/          what `expertgrid retire` moved: trials of a network whose code was changed since
 
 A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
@@ -28,7 +31,7 @@ from typing import Literal
 import tomli_w
 from pydantic import ValidationError
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
+from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
 from expertgrid.ablations.records.ledger import TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
@@ -40,6 +43,7 @@ from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
+from expertgrid.model.probe import Probe
 from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
@@ -69,7 +73,7 @@ class StudyDirectory:
         file = self.path / "study.toml"
         if not file.is_file():
             raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
-        return read_study(file)
+        return read_study(file, was_run=True)
 
     def read_plan(self, study: Study | None = None) -> Plan:
         """The cells of the study, which is read where it is not given. Raises InputError for those of another study."""
@@ -218,6 +222,16 @@ class StudyDirectory:
         """What a trial is, None where it was never begun. Raises InputError for a damaged one."""
         return read_config(self.trial(trial_id))
 
+    def network(self, trial_id: str) -> Probe | None:
+        """What a user's network computed as its training began, None for another network. Raises InputError."""
+        return self._of_trial(Probe, trial_id, NETWORK)
+
+    def of_other_code(self, networks: Mapping[str, Probe]) -> dict[str, str]:
+        """The finished trials whose networks did not compute `networks` (by trial), with what differs."""
+        kept = {trial: self.network(trial) for trial in networks if self.record(trial)}
+        different = {trial: probe.difference(networks[trial]) for trial, probe in kept.items() if probe}
+        return {trial: what for trial, what in different.items() if what}
+
     def failure(self, trial_id: str) -> Failure | None:
         """Why a trial failed, None where it did not. Raises InputError for a damaged one."""
         return self._of_trial(Failure, trial_id, "failure.json")
@@ -229,10 +243,11 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> str | None:
+    def adopt(self, trial_id: str, network: Probe | None = None) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns the name of that study's directory, None where no study has the trial undamaged.
+        `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
+        has the trial undamaged, and of the same code.
         """
         from expertgrid.model.checkpoint import load
 
@@ -242,6 +257,8 @@ class StudyDirectory:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
                 other.record(trial_id)
+                if network and ((theirs := other.network(trial_id)) is None or theirs.difference(network)):
+                    continue
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
@@ -264,10 +281,32 @@ class StudyDirectory:
             return other.path.name
         return None
 
-    def write_config(self, trial: Trial) -> None:
-        """Begins a training of the trial here."""
+    def move_away(self, trial_id: str, folder: str) -> Path:
+        """Moves a trial to a folder of the study; where one of its id is there already, a number is added."""
+        place = self.path / folder
+        make_folder(place)
+        names = (trial_id if number == 1 else f"{trial_id}-{number}" for number in range(1, 10**6))
+        target = next(place / name for name in names if not os.path.lexists(place / name))
+        self.trial(trial_id).rename(target)
+        sync_folder(place)
+        sync_folder(self.path / "trials")
+        return target
+
+    def retire(self, trial_id: str) -> Path:
+        """Moves a trial to retired/, with its exports, latencies and speeds: the next of this id is another network."""
+        target = self.move_away(trial_id, "retired")
+        for file in [*self.path.glob("export/*.onnx"), *self.path.glob("bench/*.json"), self.path / TRAINING]:
+            if file.exists() and trial_id.encode() in file.read_bytes():
+                for beside in file.parent.glob(f"{file.stem}.*"):  # such as the certificate
+                    beside.rename(target / beside.name)
+        return target
+
+    def write_config(self, trial: Trial, network: Probe | None = None) -> None:
+        """Begins a training of the trial here, of a user's `network` that computes this."""
         (self.trial(trial.id) / "adopted.json").unlink(missing_ok=True)
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
+        if network:
+            write_whole(self.trial(trial.id) / NETWORK, network.model_dump_json().encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
         append_line(self.trial(trial_id) / "epochs.jsonl", epoch.model_dump_json())
@@ -297,7 +336,8 @@ class StudyDirectory:
         for name, content in written.items():
             write_whole(place / name, content)
         written["record.json"] = record.model_dump_json(indent=1).encode()
-        before = {name: (place / name).read_bytes() for name in OF_A_TRIAL if name not in written}
+        begun = [*OF_A_TRIAL, *([NETWORK] if (place / NETWORK).exists() else [])]
+        before = {name: (place / name).read_bytes() for name in begun if name not in written}
         write_sums(place, before | written)
         write_whole(place / "record.json", written["record.json"])
 

@@ -56,6 +56,7 @@ class Row(Group):
     alone: float | None = None  # images/s in training, measured alone: the median over the rounds
     rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
+    other_code: tuple[str, ...] = ()  # finished trials of other code than the newest one's: they do not count
 
     @property
     def control(self) -> bool:
@@ -140,6 +141,10 @@ def read_results(directory: StudyDirectory) -> Results:
         by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
         for seed in by_seed:
             _check_hold_out(directory, plan, trials[seed])
+        newest_trial = max(by_seed.values(), key=lambda record: record.finished).trial if by_seed else ""
+        code = directory.network(newest_trial) if newest_trial else None
+        other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
             Row(
@@ -147,6 +152,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 study=study_name(directory),
                 trials=trials,
                 by_seed=by_seed,
+                other_code=tuple(other),
                 failures={
                     trial: failure
                     for seed, trial in trials.items()

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from expertgrid.ablations.study.levels import Level
-from expertgrid.model.config import DECIDED_ELSEWHERE, ModelConfig, Network, TimmModel
+from expertgrid.model.config import DECIDED_ELSEWHERE, Network, TimmModel
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
@@ -28,10 +28,6 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
     """
     for name in VARIANTS:
         if name in changes:
-            if not isinstance(config, ModelConfig):
-                raise InputError(
-                    f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models"
-                )
             config = vary(config, name, changes[name])
     paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
     for name in (name for name in changes if name not in VARIANTS):

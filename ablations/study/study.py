@@ -12,7 +12,16 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
@@ -116,8 +125,11 @@ class Study(BaseModel):
     contrasts: list[tuple[str, str]] = []
 
     @model_validator(mode="after")
-    def check_names(self) -> "Study":
-        """Refuses names that are nothing, those that would change the same thing twice, and too many trials."""
+    def check_names(self, info: ValidationInfo) -> "Study":
+        """Refuses names that are nothing, those that would change the same thing twice, and too many trials.
+
+        In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.
+        """
         cells = designs.count_cells(self.design, self.factors)
         trials = self.seeds * (cells + len(self.baselines) + self.control)
         if trials > MOST_TRIALS:
@@ -125,10 +137,11 @@ class Study(BaseModel):
         for name in itertools.chain(self.set, self.factors):
             if name in self.set and name in ("model", "recipe", "weights"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
-            if dotted(name) == "" or (name in self.set and name in CHOICES):
+            is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
+            if is_nothing or (name in self.set and name in CHOICES):
                 accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in self.set else CHOICES)]
                 raise unknown("name", name, accepted, ", recipe.FIELD, model.FIELD")
-        paths = [dotted(name) for name in self.factors]
+        paths = [dotted(name) or name for name in self.factors]
         for name, path in zip(self.factors, paths):
             if path in self.set:
                 raise ValueError(f"{name} is a factor, with levels {self.factors[name]}, and is set as well")

@@ -23,6 +23,7 @@ from expertgrid.ablations.results.rows import (
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
+from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import shown
 
 MOST_NAMED = 5  # cells or trials in a note
@@ -169,6 +170,17 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
         kinds = Counter(failure.kind for failure in failures.values())
         words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         lines.append(f"Failed: {len(failures)} of the trials ({words}).")
+    for row in rows:
+        if row.other_code:
+            lines.append(
+                f"Not counted, as other code of the network trained them than the newest trial of {row.name}: "
+                f"{_some(row.other_code)}. `expertgrid retire {directory.path} --import MODULE` moves what is of other "
+                "code than MODULE has now."
+            )
+        versions = {record.environment.versions.get("timm", "unknown") for record in row.records}
+        trial = directory.config(row.records[0].trial) if len(versions) > 1 else None
+        if trial and isinstance(trial.model, TimmModel):
+            lines.append(f"{row.name}: trained with timm {' and '.join(sorted(versions))}, whose networks may differ.")
     if results.unfinished:
         lines.append(f"Not finished: {len(results.unfinished)} of the trials: {_some(results.unfinished)}.")
     lines += [*_best_notes(rows), *_column_notes(results)]
