@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell, groups
+from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
@@ -18,6 +20,7 @@ from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.metrics import scale
 from expertgrid.model.training.trial import Trial
 
 
@@ -31,7 +34,7 @@ class StudyRequest:
 
 
 def read_request(
-    study: str,
+    study: str | Study,
     seeds: int | None,
     first_seed: int | None,
     data: str | None,
@@ -41,7 +44,8 @@ def read_request(
     max_seeds: int | None,
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings, first_seed)  # fails before the statistics are imported
+    study = load_study(study) if isinstance(study, str) else study
+    changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
@@ -164,6 +168,7 @@ def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
+    from expertgrid.ablations.study.disk import bytes_needed, in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -174,17 +179,29 @@ def plan_table(planned: PlannedRun) -> str:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
         done = sum(trial.id in finished for trial in cell.trials)
-        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        levels = dict.fromkeys(planned.study.factors, "") | cell.planned.level_names
+        row = {
+            "model": CONTROL if cell.control else cell.model_name,
+            **levels,
+            "first trial": first.id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
         *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
+    if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
+        log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
+        notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
     notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
     if planned.race is None:
-        images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
-        notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))
+        study, cells = planned.study, [cell.planned for cell in planned.cells]
+        counts_N = planned.data.held_out_of_each_class(planned.hold_out)
+        images = counts_N.sum() if study.metric == "accuracy" else len(counts_N) / (1 / np.maximum(counts_N, 1)).mean()
+        foreseen = foresee(study, cells, float(images), planned.directory)
+        notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

@@ -24,6 +24,7 @@ from expertgrid.ablations.engines.events import (
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
+from expertgrid.ablations.study.disk import log_bytes
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
@@ -41,6 +42,7 @@ from expertgrid.model.training.loop import (
     train,
     uses_bfloat16,
 )
+from expertgrid.model.training.metrics import METRICS, measured
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
@@ -48,6 +50,7 @@ from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
+FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
 
 
@@ -68,7 +71,7 @@ class Saver:
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.due = time.monotonic() + self.every_s
+        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
 
     def __call__(self) -> None:
         stopped = self.stop(self.training.steps)
@@ -118,7 +121,7 @@ def run_local(
         directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume, network, directory.weights(trial))
+        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
@@ -155,7 +158,7 @@ def run_local(
 
 
 def _begun(
-    trial: Trial, splits: Splits, resume: Path, network: Probe | None, weights: Path | None
+    trial: Trial, splits: Splits, resume: Path, weights: Path | None, network: Probe | None
 ) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
     training = start(trial, splits, weights)
@@ -203,13 +206,19 @@ def _finish(
 
     predictions = {}
 
-    def measure(split: Split, name: str) -> dict[str, float]:
+    others = [name for name in METRICS if name not in ("accuracy", "cross_entropy")]
+
+    def measure(split: Split, name: str) -> dict[str, Any]:
         """The record's numbers of a split. Enters the predicted classes."""
         logits_BN = predict(training.result, split, mean_C, std_C)
         loss, accuracy = score(logits_BN, split.labels_B)
         numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
-        predictions[f"{name}_labels"] = split.labels_B.cpu().numpy()
+        predictions[f"{name}_labels"] = labels_B = split.labels_B.cpu().numpy()
+        log_BN = logits_BN.log_softmax(1).half().clamp(min=torch.finfo(torch.half).min).cpu().numpy()
+        if log_bytes([trial], data):
+            predictions[f"{name}_log"] = log_BN
+        numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
             both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()

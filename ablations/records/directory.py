@@ -32,12 +32,12 @@ import tomli_w
 from pydantic import ValidationError
 
 from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
-from expertgrid.ablations.records.ledger import TestRead, read_ledger
+from expertgrid.ablations.records.ledger import LEDGER, TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
-from expertgrid.ablations.records.record import Adopted, Failure, Record, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
@@ -47,6 +47,7 @@ from expertgrid.model.probe import Probe
 from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
+    MissingFile,
     append_line,
     make_folder,
     now,
@@ -56,6 +57,7 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.metrics import SHIPPED
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -70,10 +72,10 @@ class StudyDirectory:
 
     def read_study(self) -> Study:
         """The study that was run here. Raises InputError where there is none."""
-        file = self.path / "study.toml"
-        if not file.is_file():
-            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
-        return read_study(file, was_run=True)
+        try:
+            return read_study(self.path / "study.toml", was_run=True)
+        except MissingFile:
+            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it") from None
 
     def read_plan(self, study: Study | None = None) -> Plan:
         """The cells of the study, which is read where it is not given. Raises InputError for those of another study."""
@@ -96,7 +98,7 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
                     "directory with --out"
                 )
-            if "ledger.jsonl" in names:
+            if LEDGER in names or any(self.path.glob("trials/*/record.json")):
                 self._check_families(study, older)
         elif "plan.json" in names:  # study.toml was lost, and is written again
             self.read_plan(study)
@@ -214,6 +216,25 @@ class StudyDirectory:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return self._of_trial(Record, trial_id, "record.json")
 
+    def with_metric(self, record: Record, name: str) -> Record:
+        """A record with a metric on both splits, which is computed from the predictions where the record lacks it.
+
+        Raises InputError where it cannot be: older records have no metrics, and older predictions no probabilities.
+        """
+        added = {}
+        for split in SPLITS:
+            if record.metric(split, name) is None:
+                predictions, config = self.predictions(record.trial), self.config(record.trial)
+                computable = predictions is not None and config is not None and name in SHIPPED
+                values = predictions.measured(split, config.model.num_classes, [name]) if computable else {}
+                if name not in values:
+                    raise InputError(
+                        f"{self.trial(record.trial)}: has no {name}, and its predictions do not give it; those of "
+                        "older studies, and of many classes, are without probabilities"
+                    )
+                added[f"{split}_metrics"] = getattr(record, f"{split}_metrics") | values
+        return record.model_copy(update=added)
+
     def adopted(self, trial_id: str) -> Adopted | None:
         """Where a trial was taken over from, None for one that was trained here. Raises InputError."""
         return self._of_trial(Adopted, trial_id, "adopted.json")
@@ -247,8 +268,9 @@ class StudyDirectory:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
         `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
-        has the trial undamaged, and of the same code.
+        has the trial undamaged, of the same code, with this one's metric.
         """
+        metric = self.read_study().metric
         from expertgrid.model.checkpoint import load
 
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
@@ -256,7 +278,8 @@ class StudyDirectory:
             try:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
-                other.record(trial_id)
+                if finished := other.record(trial_id):
+                    other.with_metric(finished, metric)
                 if network and ((theirs := other.network(trial_id)) is None or theirs.difference(network)):
                     continue
                 load(other.checkpoint(trial_id))
@@ -321,8 +344,10 @@ class StudyDirectory:
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
-        file = self.trial(trial_id) / "predictions.npz"
-        return Predictions.of_file(file) if file.exists() else None
+        try:
+            return Predictions.of_file(self.trial(trial_id) / "predictions.npz")
+        except MissingFile:
+            return None
 
     def write_epochs(self, trial_id: str, lines: list[str]) -> None:
         """Writes the lines of the epochs that a training goes on after."""
@@ -347,11 +372,11 @@ class StudyDirectory:
 
     def enter(self, read: TestRead) -> None:
         """Adds a line to the ledger."""
-        append_line(self.path / "ledger.jsonl", read.to_line())
+        append_line(self.path / LEDGER, read.to_line())
 
     def test_reads(self) -> list[TestRead]:
         """Each time the test split was read, without one that is being written. Raises InputError for damage."""
-        return read_ledger(self.path / "ledger.jsonl")
+        return read_ledger(self.path / LEDGER)
 
     def training_rates(self) -> TrainingRates | None:
         """None where they were not measured. Raises InputError for damage."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import newest
 from expertgrid.ablations.results.tables.study import study_tables
@@ -63,7 +63,7 @@ def verify_study(directory: StudyDirectory) -> "Check":
             predictions = directory.predictions(trial_id)
             without += predictions is None
             if predictions is not None:
-                check.predictions(record, predictions)
+                check.predictions(record, predictions, trial)
                 block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
                 images = predictions.validation_labels.tobytes() + predictions.test_labels.tobytes()
                 labels.setdefault((block, images), trial_id)
@@ -136,14 +136,22 @@ class Check:
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 
-    def predictions(self, record: Record, predictions: Predictions) -> None:
-        for split in ("validation", "test"):
+    def predictions(self, record: Record, predictions: Predictions, trial: Trial | None) -> None:
+        for split in SPLITS:
             labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
                 predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
                 share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
                 self.equal(name, getattr(record, name), share)
+            values = predictions.measured(split, trial.model.num_classes) if trial else {}
+            for name, again in values.items():
+                written = record.metric(split, name)
+                if name == "cross_entropy":  # of the record in fp32
+                    near = math.isclose(record.metric(split, name) or 0, again, rel_tol=1e-3, abs_tol=1e-3)
+                    self.true(f"{split}_loss is {written}, but the log-probabilities give {again}", near)
+                elif name != "accuracy" and getattr(record, f"{split}_metrics"):
+                    self.equal(f"{name} of {split}", written, again)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()
@@ -171,7 +179,7 @@ class Check:
             written, tables = embedded.get("newest", ""), embedded["tables"]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        evidence = read_evidence(directory)
+        evidence = read_evidence(directory, embedded.get("metric"))
         if written < (newest_time := newest(directory, evidence.results)):
             self.skipped.append(
                 "report.html is older than the study and was not compared; `expertgrid report` renews it"

@@ -12,6 +12,7 @@ from functools import cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -34,6 +35,7 @@ from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
+from expertgrid.model.training.metrics import IN_POINTS, check_defined, scale
 from expertgrid.model.training.recipe import Recipe, recipe
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
@@ -101,8 +103,9 @@ class Study(BaseModel):
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
     (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
     or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained
-    by the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that
-    are surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    by the base's recipe with its changes. `metric` is one of `model.training.metrics.METRICS`: all verdicts are by it.
+    `margin` is the difference that matters, in points, or as the metric counts: cells that are surely nearer are the
+    same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
     and those that follow. `reported` is what the source of a level claims, shown beside its cell.
@@ -114,6 +117,7 @@ class Study(BaseModel):
     question: str
     design: Design = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
+    metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()
     set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
@@ -154,6 +158,8 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
+        if self.metric not in IN_POINTS and "margin" not in self.model_fields_set:
+            raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
     def change(
@@ -194,7 +200,7 @@ class Study(BaseModel):
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
-        names = ("design", "margin", "first_seed", "control", "contrasts")
+        names = ("design", "metric", "margin", "first_seed", "control", "contrasts")
         fields: dict[str, object] = {name: getattr(self, name) for name in names}
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
@@ -230,12 +236,23 @@ class Study(BaseModel):
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
+        self._check_metric(data, hold_out)
         return cells
 
     @property
     def combined_levels(self) -> dict[str, int]:
         """The number of levels of each factor, where the design combines all of them; else nothing."""
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
+
+    def _check_metric(self, data: ImageData, hold_out: HoldOut) -> None:
+        scale(self.metric, self.margin)
+        if self.metric in ("accuracy", "cross_entropy"):  # defined on any images
+            return
+        labels_B, splits = data.train.labels_B, {"the test split": data.test.labels_B}
+        few = np.bincount(labels_B, minlength=len(data.classes)).min() < hold_out.parts
+        for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
+            splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
+        check_defined(self.metric, splits, data.classes)
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
         networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}

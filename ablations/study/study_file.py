@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from expertgrid.ablations.study.study import Base, Study
 from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
+from expertgrid.model.system.files import read_whole
 
 SHIPPED = Path(__file__).parents[1] / "studies"
 LARGEST_FILE = 1_000_000  # bytes of a study file
@@ -30,11 +31,7 @@ def load_study(name: str) -> Study:
 def read_study(path: Path, was_run: bool = False) -> Study:
     """The study in a TOML file, named as the file is, or one that `was_run`. Raises InputError."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise wrong_file(path, f"has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
-        return parse_study(path.read_text(encoding="utf-8-sig"), path, was_run)
-    except OSError as error:
-        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
+        return parse_study(read_whole(path, LARGEST_FILE).decode("utf-8-sig"), path, was_run)
     except UnicodeDecodeError as error:
         raise wrong_file(path, f"not TOML: {error}") from None
 

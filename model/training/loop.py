@@ -36,8 +36,8 @@ from expertgrid.model.training.splits import Split, Splits
 from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Epoch, Trial
 
-EVALUATION_BATCH = 500
-STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
+EVALUATION_BATCH, EVALUATION_PIXELS = 500, 1 << 21  # images, and their pixels, that are predicted at once at most
+STEM_IMAGES, STEM_PIXELS = 5_000, 5_000 << 10  # train images that a whitening stem is fitted to, and theirs
 
 
 class TrainingError(RuntimeError):
@@ -146,7 +146,8 @@ def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training
     net = net.to(device).to(memory_format=torch.channels_last)
     if isinstance(net, ExpertNet) and weights is None:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
-        net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+        images = min(STEM_IMAGES, max(1, STEM_PIXELS // math.prod(splits.data.image_size)))
+        net.fit_stem(normalise(splits.train.pixels_BHWC[:images].permute(0, 3, 1, 2), mean_C, std_C))
     frozen = freeze(trial.recipe, net)
     optimizer = make_optimizer(trial.recipe, net)
     steps = steps_per_epoch(trial.recipe, len(splits.train))
@@ -176,7 +177,7 @@ def train(
     steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
     amp = uses_bfloat16(recipe, device)
-    step = training_step(net, optimizer, amp, recipe.smoothing)
+    step = training_step(net, optimizer, amp, recipe.smoothing, loader.class_weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         training.start_clock()
@@ -238,7 +239,8 @@ def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bo
     """
     net.eval()
     parts = []
-    for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):
+    at_once = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // math.prod(split.pixels_BHWC.shape[1:3])))
+    for pixels_BHWC in split.pixels_BHWC.split(at_once):
         x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
             parts.append(net(x_BCHW).float())

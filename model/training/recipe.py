@@ -64,6 +64,8 @@ class Recipe(BaseModel):
     warmup: float | None = Field(None, ge=0, lt=1)  # share of all steps in which the rate rises; onecycle: 0.3, else 0
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the moving average of weights, which then is the network; 0: without
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
+    class_weights: Literal["none", "balanced"] = "none"  # of the loss; balanced: by one over a class's train images
+    sampler: Literal["shuffled", "balanced"] = "shuffled"  # balanced: each class as often, an image several times
     auto_augment: str = ""  # rand-..., augmix-... (without splits), or a policy of AutoAugment; "" is without
     color_jitter: tuple[float, ...] = ()  # brightness, contrast, saturation, and hue; a number: the first three
     hflip: Share = 0.0
