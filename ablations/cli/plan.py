@@ -71,8 +71,7 @@ class PlannedRun:
     @property
     def weight_lines(self) -> list[str]:
         """What the networks start from, where it is to be said."""
-        lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
-        return [line for line in lines if line]
+        return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
 
     @cached_property
     def networks(self) -> dict[str, Probe]:
@@ -93,7 +92,7 @@ class PlannedRun:
             if isinstance(one.model, ModelConfig) or isinstance(other.model, ModelConfig):
                 return False
             equal = one.recipe == other.recipe and one.model.structure == other.model.structure is not None
-            if not equal:
+            if not equal or one.weights != other.weights:
                 return False
             before, after = probed(one.model), probed(other.model)
             return before is not None and after is not None and not before.difference(after)
@@ -149,19 +148,16 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     return planned
 
 
-def weights_in_words(trial: Trial) -> str:
+def _start(trial: Trial) -> str:
     """What a training starts from; "" where it starts as one expects."""
-    weights, name = trial.weights, trial.model_name
+    weights, name, by = trial.weights, trial.model_name, trial.recipe.normalise
     if weights is None:
         has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
         tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
         return f"{name} starts from fresh weights, {tag}" if has_tag else ""
-    new = f"new: {', '.join(weights.new)}" if weights.new else "nothing is new"
-    by = trial.recipe.normalise
-    images = f"by {by}" if isinstance(by, str) else f"by mean {list(by[0])} and std {list(by[1])}"
-    return (
-        f"{name} starts from {weights.source}: {weights.tensors} tensors are loaded, {new}; images normalised {images}"
-    )
+    loaded = f"{weights.tensors} tensors are loaded, new: {', '.join(weights.new) or 'none'}"
+    images = by if isinstance(by, str) else f"mean {list(by[0])} and std {list(by[1])}"
+    return f"{name} starts from {weights.source}: {loaded}; images normalised by {images}"
 
 
 def plan_table(planned: PlannedRun) -> str:

@@ -64,17 +64,20 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
     """
     if not recipe.freeze:
         return []
-    groups: dict[str, Any] = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
-    patterns = groups.get(recipe.freeze, recipe.freeze)
-    if recipe.freeze == ALL_BUT_HEAD:
-        patterns = f"(?!{'|'.join(map(re.escape, classifiers(net)))})"
-    patterns = [patterns] if isinstance(patterns, str) else [pattern for pattern, _ in patterns]
+    matcher = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
+    groups: dict[str, Any] = dict(matcher) if isinstance(matcher, dict) else {}
+    groups[ALL_BUT_HEAD] = f"(?!{'|'.join(map(re.escape, classifiers(net)))})"
+    given = groups.get(recipe.freeze) or recipe.freeze
+    patterns = [given] if isinstance(given, str) else [pattern for pattern, _ in given]
     names = [name for name, _ in net.named_parameters()]
-    frozen = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    try:
+        frozen = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    except re.error as error:
+        raise InputError(f"recipe.freeze: {recipe.freeze!r} is no regular expression: {error}") from None
     if len(frozen) in (0, len(names)):
         raise InputError(
             f"recipe.freeze: {recipe.freeze!r} names {'all' if frozen else 'none'} of the {len(names)} parameters; "
-            f"accepted: {', '.join([ALL_BUT_HEAD, *groups])}, or the beginning of names such as {names[0]}"
+            f"accepted: {', '.join(groups)}, or the beginning of names such as {names[0]}"
         )
     for name in frozen:
         net.get_parameter(name).requires_grad_(False)
@@ -84,8 +87,7 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
 
 def check_layers(recipe: Recipe, net: nn.Module) -> None:
     """Raises InputError where `freeze` or `layer_decay` have no effect on a network."""
-    scales = {group.get("lr_scale") for group in make_optimizer(recipe, net).param_groups}
-    if recipe.layer_decay < 1 and len(scales) < 2:
+    if recipe.layer_decay < 1 and len({group["lr_scale"] for group in make_optimizer(recipe, net).param_groups}) < 2:
         raise InputError("recipe.layer_decay: needs a network that has layers for timm, by its method group_matcher")
     freeze(recipe, net)
 

@@ -4,7 +4,6 @@
 the optimiser and the schedule, `training.augment` and `training.policies` augment the images.
 """
 
-import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal, Self
 
@@ -100,15 +99,6 @@ class Recipe(BaseModel):
         if timm.optim.get_optimizer_info(opt).second_order:
             raise ValueError("needs gradients of second order, which the training loop does not compute")
         return opt
-
-    @field_validator("freeze")
-    @classmethod
-    def _is_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
     @field_validator("auto_augment")
     @classmethod

@@ -16,7 +16,8 @@ from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import Trial, Weights
+from expertgrid.model.weights import Initial
 
 HEAD = 'question = "?"\n'
 CIFAR_LIKE = ImageData.random(train=1200, height=32, width=32)
@@ -30,10 +31,13 @@ def ids(varied: Study, data: ImageData) -> list[str]:
     return [trial.id for cell in varied.cells(data) for trial in cell.trials]
 
 
-def test_shipped_studies():
+def test_shipped_studies(monkeypatch):
+    initial = Initial(Weights(source="", fingerprint="0" * 64, tensors=1), b"", None)
+    monkeypatch.setattr("expertgrid.model.weights.read_weights", lambda *what: initial)
     sizes = {  # cells, and different trials
-        "card": (36, 140), "card-small": (24, 100), "quickstart": (8, 36), "references": (5, 15),
-        "routing": (90, 200), "routing-small": (15, 35), "speed": (1, 5), "spread": (12, 36),
+        "card": (36, 140), "card-small": (24, 100), "finetune": (4, 20), "finetune-before": (1, 1),
+        "quickstart": (8, 36), "references": (5, 15), "routing": (90, 200), "routing-small": (15, 35),
+        "speed": (1, 5), "spread": (12, 36),
     }  # fmt: skip
     cells = {name: load_study(name).cells(CIFAR_LIKE) for name in shipped_studies()}
     assert {name: (len(of), len({t.id for cell in of for t in cell.trials})) for name, of in cells.items()} == sizes

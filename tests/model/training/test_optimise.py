@@ -225,9 +225,9 @@ def test_frozen_parameters_are_not_trained(pattern, trained):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"freeze": "conv9"}, "'conv9' names none of the 24 parameters; accepted: all but head, stem, blocks, or the"),
+        ({"freeze": "conv9"}, "'conv9' names none of the 24 parameters; accepted: stem, blocks, all but head, or the"),
         ({"freeze": "."}, "'.' names all of the 24 parameters"),
-        ({"freeze": "("}, "not a regular expression"),
+        ({"freeze": "("}, "'(' is no regular expression"),
         ({"layer_decay": 0.0}, "greater than 0"),
     ],
 )
