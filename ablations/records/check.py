@@ -88,8 +88,7 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
         sync_folder(folder)
         sync_folder(directory.path / "trials")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
-    ledger = directory.path / LEDGER
-    if os.path.isfile(ledger) and (cut := cut_incomplete_line(ledger)):
+    if cut := _read(LEDGER, lambda: cut_incomplete_line(directory.path / LEDGER), {}):
         done.append(f"cut: {LEDGER}: {cut} bytes of an incomplete last line")
     return done
 

@@ -4,6 +4,7 @@ They are narrow, so that a phone shows them without shrinking their letters. mat
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 from expertgrid.ablations.results.rows import Row, Score, on_test, on_validation
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
+from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.trial import Epoch
 
 if TYPE_CHECKING:
@@ -96,7 +98,9 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
-        figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
+        figure.suptitle(
+            title.replace("$", r"\$"), fontsize=9.5, wrap=True
+        )  # to wrap is to parse, whatever is asked for
     _under(figure, axes)
     return figure
 
@@ -115,6 +119,15 @@ def _reach(intervals: Sequence[Interval]) -> np.ndarray:
 def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
     """`accuracy_figure` as an SVG."""
     return save(accuracy_figure(title, rows))
+
+
+def check_draws(title: str) -> None:
+    """Raises InputError where matplotlib draws no picture, with the settings and the fonts that the user has."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a picture without rows
+            accuracy_plot(title, [])
+    except Exception as error:
+        raise InputError(f"matplotlib draws no picture here: {reason_of(error)}") from error
 
 
 def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "Figure":
