@@ -14,6 +14,7 @@ from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import read_whole
 
 PERCENTILES = (50, 90, 99)
+Count = Annotated[int, Field(ge=1)]
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -34,8 +35,8 @@ class Latency(BaseModel):
 
     engine: str  # its title in tables
     kind: str  # the word that --engine has for it
-    batch: Annotated[int, Field(ge=1)]
-    calls: Annotated[int, Field(ge=1)]
+    batch: Count
+    calls: Count
     p50_ms: Milliseconds
     p90_ms: float | None  # None where there were too few calls
     p99_ms: float | None

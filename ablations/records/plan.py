@@ -15,15 +15,17 @@ from expertgrid.model.system.errors import InputError, wrong_file
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut
 
+Some = Annotated[int, Field(ge=1)]
+
 
 class RaceRules(BaseModel):
     """What was fixed before the first look at a race, on validation."""
 
     alpha: Annotated[float, Field(gt=0, lt=1)]
     margin: Annotated[float, Field(gt=0)]  # in points of accuracy
-    first: Annotated[int, Field(ge=1)]  # seeds at the first look; there is one after each further seed
+    first: Some  # seeds at the first look; there is one after each further seed
     last: Annotated[int, Field(ge=1, le=1000)]
-    contrasts: Annotated[int, Field(ge=1)]
+    contrasts: Some
     seen: int = 0  # trials whose results were there before
 
 

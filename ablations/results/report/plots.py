@@ -98,9 +98,7 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
-        figure.suptitle(
-            title.replace("$", r"\$"), fontsize=9.5, wrap=True
-        )  # to wrap is to parse, whatever is asked for
+        figure.suptitle(title.replace("$", r"\$"), fontsize=9.5, wrap=True)  # wrapped text is parsed
     _under(figure, axes)
     return figure
 
