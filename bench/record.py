@@ -46,9 +46,7 @@ class Latency(BaseModel):
     peak_bytes: int | None = None  # of the engine's process, where it had one of its own
     added_bytes: int | None = None  # to what the process had with Python and its libraries alone
     steady: bool = True  # after its warm-up
-    blocks: list[
-        tuple[int, Annotated[int, Field(ge=1)]]
-    ] = []  # of calls in a row: in which opening, and how many calls
+    blocks: list[tuple[int, Count]] = []  # of calls in a row: in which opening, and how many calls
     calls_ms: Annotated[list[Milliseconds], Field(min_length=1)]
 
     @model_validator(mode="before")

@@ -159,7 +159,8 @@ def run(
     options.check_engine(engine, of_ray, {"--jobs": at_once, "--no-isolate": None if isolate else "given"})
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
-    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    name = "quickstart" if study is None else study
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
