@@ -176,7 +176,8 @@ def run(
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
-    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    name = "quickstart" if study is None else study
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0

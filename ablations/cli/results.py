@@ -99,6 +99,8 @@ def report(
     with starting():
         from expertgrid.ablations.results.report import report
         from expertgrid.ablations.results.report.findings import read_findings
+        from expertgrid.ablations.results.report.plots import check_draws
+    check_draws("")
     with status("reading the study; its best network predicts the validation images"):
         findings = read_findings(StudyDirectory(directory), data_dir, metric)
     with status("drawing"):

@@ -22,7 +22,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results import racing
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.results.report.plots import accuracy_plot
+from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import Cell
@@ -65,6 +65,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     on = how.train_on()
     planned = plan_run(request, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
+    check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
     console.print("\n".join(lines), soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
@@ -198,6 +199,6 @@ def show_study(directory: StudyDirectory) -> None:
     """The study's question, its tables and the answer on stdout, and its picture in its directory."""
     evidence = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
     print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
     print(f"Picture: {picture}. All notes: expertgrid table {directory.path} --notes\n\n{answer(evidence)}", flush=True)
+    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))

@@ -83,8 +83,7 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
         target = directory.move_away(trial, "damaged")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
-    ledger = directory.path / LEDGER
-    if os.path.isfile(ledger) and (cut := cut_incomplete_line(ledger)):
+    if cut := _read(LEDGER, lambda: cut_incomplete_line(directory.path / LEDGER), {}):
         done.append(f"cut: {LEDGER}: {cut} bytes of an incomplete last line")
     return done
 

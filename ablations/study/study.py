@@ -32,7 +32,7 @@ from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
-from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.system.errors import LONGEST_VALUE, InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
@@ -59,8 +59,8 @@ def _folder_name(name: str) -> str:
 
 
 def _each_once(levels: object) -> object:
-    if isinstance(levels, list) and any(level in levels[:i] for i, level in enumerate(levels)):
-        raise ValueError("a level is given twice")
+    if isinstance(levels, list) and (twice := [level for i, level in enumerate(levels) if level in levels[:i]]):
+        raise ValueError(f"{str(twice[0])[:LONGEST_VALUE]} is given twice")
     return levels
 
 
@@ -122,7 +122,7 @@ class Study(BaseModel):
     base: Base = Base()
     set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_each_once), Field(min_length=1)]] = {}
-    baselines: list[str] = []
+    baselines: Annotated[list[str], BeforeValidator(_each_once)] = []
     reported: dict[str, str] = {}
     first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
     control: bool = Field(False, strict=True)
@@ -171,7 +171,9 @@ class Study(BaseModel):
         first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
-        settings = {dotted(path) or path: value for path, value in settings.items()}
+        given, settings = settings, {dotted(path) or path: value for path, value in settings.items()}
+        if len(settings) < len(given):
+            raise InputError(f"--set: one field is set twice: {', '.join(given)}")
         base = None if data is None else {**dict(self.base), "data": data}
         changes = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
         try:

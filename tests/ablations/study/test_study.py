@@ -154,7 +154,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
         ("[factors]\nexpert = [1]", "my.toml: unknown name 'expert'; did you mean 'experts'?"),
         ("[factors]\nexperts = []", "my.toml: factors.experts: value should have at least 1 item"),
-        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
+        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: 3 is given twice"),
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
         ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
