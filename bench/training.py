@@ -31,7 +31,7 @@ from expertgrid.model.training.optimise import make_optimizer
 from expertgrid.model.training.prepare import Prepared, prepare
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.splits import Splits
-from expertgrid.model.training.step import training_step
+from expertgrid.model.training.step import make_loss, training_step
 from expertgrid.model.training.trial import Trial
 
 Key = TypeVar("Key")
@@ -199,7 +199,7 @@ def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[
         next(Loader(trial.recipe, splits, trial.seed).epoch(0)),
         uses_bfloat16(trial.recipe, splits.device),
     )
-    step = training_step(training.net.train(), training.optimizer, bfloat16, trial.recipe.smoothing)
+    step = training_step(training.net.train(), training.optimizer, bfloat16, make_loss(trial.recipe))
     take = partial(training.recorder, step) if training.recorder else step
     return partial(take, batch.x_BCHW, batch.targets, batch.labels_B)
 

@@ -148,6 +148,7 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
     if record is not None and epochs is not None and record.epochs != len(epochs):
         problems["epochs.jsonl"] = f"has {len(epochs)} epochs, the record has {record.epochs}"
     notes = _of_finished(directory, trial, problems) if finished else []
+    notes += [f"uses the {part} of a module that is not imported" for part in (record.parts if record else ())]
     resume = directory.resume_file(trial)
     if not finished and resume.exists():
         _read("resume.pt", lambda: whole_state(resume), problems)

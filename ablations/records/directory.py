@@ -18,6 +18,7 @@ A file is on the disk when the function that writes it returns, so that a power 
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.parts import changed_parts
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -197,10 +199,11 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> str | None:
+    def adopt(self, trial_id: str, changed: Counter[str]) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns the name of that study's directory, None where no study has the trial undamaged.
+        Returns the name of that study's directory, None where no study has the trial undamaged, with the code of parts
+        that is registered now. Parts with other code are added to `changed`.
         """
         from expertgrid.model.checkpoint import load
 
@@ -209,12 +212,15 @@ class StudyDirectory:
             try:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
-                other.record(trial_id)
+                kept = other.record(trial_id)
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
             except InputError:
                 continue  # a damaged trial is trained again
+            changed.update(parts := changed_parts(kept.parts if kept else {}))
+            if parts:
+                continue
             with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
                 copy = shutil.copytree(record.parent, Path(folder) / trial_id)
                 if not (copy / "adopted.json").exists():

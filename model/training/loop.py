@@ -31,7 +31,7 @@ from expertgrid.model.training.loader import Loader, steps_per_epoch
 from expertgrid.model.training.optimise import make_average, make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.splits import Split, Splits
-from expertgrid.model.training.step import training_step
+from expertgrid.model.training.step import make_loss, training_step
 from expertgrid.model.training.trial import Epoch, Trial
 
 EVALUATION_BATCH = 500
@@ -168,7 +168,7 @@ def train(
     steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
     amp = uses_bfloat16(recipe, device)
-    step = training_step(net, optimizer, amp, recipe.smoothing)
+    step = training_step(net, optimizer, amp, make_loss(recipe))
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         training.start_clock()
