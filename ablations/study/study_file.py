@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from expertgrid.ablations.study.changes import named_recipe
 from expertgrid.ablations.study.study import Base, Study
 from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
+from expertgrid.model.system.files import read_whole
 
 SHIPPED = Path(__file__).parents[1] / "studies"
 LARGEST_FILE = 1_000_000  # bytes of a study file
@@ -32,41 +33,31 @@ def load_study(name: str) -> Study:
     study = read_study(path)
     for name in {study.base.recipe, *map(str, study.factors.get("recipe", []))} - study.recipes.keys():
         if name.endswith(".toml"):
-            study.recipes[name] = _fields(_text(path.parent / name), path.parent / name)
+            file = path.parent / name
+            study.recipes[name] = _fields(read_whole(file, LARGEST_FILE), file)
             named_recipe(name, study.recipes)
     return study
 
 
-def read_study(path: Path) -> Study:
-    """The study in a TOML file, named as the file is. Raises InputError."""
-    return parse_study(_text(path), path)
+def read_study(path: Path, was_run: bool = False) -> Study:
+    """The study in a TOML file, named as the file is, or one that `was_run`. Raises InputError."""
+    return parse_study(read_whole(path, LARGEST_FILE), path, was_run)
 
 
-def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise wrong_file(path, f"has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise wrong_file(path, f"not TOML: {error}") from None
-
-
-def parse_study(text: str, path: Path) -> Study:
+def parse_study(content: bytes | str, path: Path, was_run: bool = False) -> Study:
     """A study from TOML. `path` names it, and is what errors name. Raises InputError."""
-    accepted, fields = sorted(set(Study.model_fields) - {"name"}), _fields(text, path)
+    accepted, fields = sorted(set(Study.model_fields) - {"name"}), _fields(content, path)
     if "name" in fields:
         raise wrong_file(path, unknown("field", "name", accepted))
     try:
-        return Study(name=path.stem, **fields)
+        return Study.model_validate({"name": path.stem, **fields}, context="run" if was_run else None)
     except ValidationError as error:
         within_base = error.errors()[0]["loc"][:1] == ("base",)
         raise wrong_file(path, invalid("", error, Base.model_fields if within_base else accepted)) from None
 
 
-def _fields(text: str, path: Path) -> dict[str, Any]:
+def _fields(content: bytes | str, path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        return tomllib.loads(content if isinstance(content, str) else content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number of thousands of digits, too
         raise wrong_file(path, f"not TOML: {error}") from None

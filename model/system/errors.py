@@ -30,9 +30,12 @@ class InputError(ValueError):
 
 def printable(text: str) -> str:
     """Text of a file as a terminal can show it: control characters are written as escapes, other than the line feed."""
-    if text.isprintable():
-        return text
-    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    lines = (line if line.isprintable() else "".join(map(_visible, line)) for line in text.split("\n"))
+    return "\n".join(lines)
+
+
+def _visible(sign: str) -> str:
+    return sign if sign.isprintable() else repr(sign)[1:-1]
 
 
 def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
@@ -94,10 +97,9 @@ def reason_of(error: BaseException) -> str:
 def reason_with_place(error: BaseException) -> str:
     """An error in one line, after the last line of the user's own files that it came through, where there is one."""
     reason = str(error) if isinstance(error, InputError) else reason_of(error)
-    ours, here = Path(__file__).parents[2], Path.cwd()
+    others = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[2]), "<")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        of_python = frame.filename.startswith((sysconfig.get_path("stdlib"), "<"))
-        if not of_python and not {"site-packages", "dist-packages"} & {*file.parts} and ours not in file.parents:
-            return f"{file.relative_to(here) if file.is_relative_to(here) else file}:{frame.lineno}: {reason}"
+        file = frame.filename
+        if not file.startswith(others) and not {"site-packages", "dist-packages"} & {*Path(file).parts}:
+            return f"{file.removeprefix(f'{Path.cwd()}/')}:{frame.lineno}: {reason}"
     return reason

@@ -15,14 +15,17 @@ RECIPE = 'base = "fast"\nepochs = 1\nopt = "heavy_ball"\nsched = "triangle"\naug
 STUDY = """
 question = "Is the focal loss better?"
 seeds = 1
+metric = "brier"
+margin = 0.05
 [base]
 recipe = "mine.toml"
 [set]
 width = 0.0625
+"recipe.batch_size" = 400
 [factors]
 "recipe.loss" = ["cross_entropy", "focal"]
 """
-USED = ["augmentation noise", "loss focal", "optimiser heavy_ball", "schedule triangle"]
+USED = ["augment noise", "loss focal", "metric brier", "opt heavy_ball", "sched triangle"]
 
 
 @pytest.fixture
@@ -43,6 +46,7 @@ def run(expertgrid, tmp_path, monkeypatch):
                     import timm.optim._optim_factory as timm
 
                     del timm.default_registry._optimizers[parts.timm_name(name)]
+                parts.METRICS.pop(name, None)
         for name in parts.CODES.keys() - before[1].keys():
             del parts.CODES[name]
 
@@ -81,22 +85,30 @@ def test_the_readmes_parts_are_trained_and_read_without_their_module(run, expert
                 (focal if part == "loss focal" else both) + f"{part} of a module that is not imported" for part in USED
             )
     (tmp_path / "mine.toml").write_text(RECIPE)
-    assert "recipe.augment: unknown augmentation 'noise'" in expertgrid("run", "study.toml", "--dry-run").complaint
+    assert "recipe.augment: unknown name 'noise'" in expertgrid("run", "study.toml", "--dry-run").complaint
 
 
-def test_changed_code_is_said_and_never_taken_over(run, tmp_path):
+def test_changed_code_is_said_and_never_averaged_nor_taken_over(run, expertgrid, tmp_path):
     assert run(MODULE).status == 0
-    changed = MODULE.replace("** 2", "** 3")
-    said = "1 trials were trained with other code of the loss focal: "
+    changed = MODULE.replace("- logs_BN.exp()) ** 2", "- logs_BN.exp()) ** 3")
+    said = "1 finished trials have other code of the loss focal; `expertgrid retire runs/"
+    more = run(changed, "--seeds", 2, "--no-adopt")
+    study = StudyDirectory(tmp_path / "runs" / "study")
+    cell = next(cell for cell in study.read_plan().cells if cell.levels["recipe.loss"] == "focal")
+    old, new = map(study.record, cell.trials)
+    assert old.parts["loss focal"] != new.parts["loss focal"]
+    assert said in more.err
+    notes = expertgrid("table", study.path, "--notes").out
+    assert f"as other code trained them than the newest trial of recipe.loss focal: {old.trial}." in notes
     elsewhere = run(changed, "--out", "runs/other").err
     assert said in elsewhere
     assert "taken over from runs/study: 1 trials" in elsewhere
-    records = [StudyDirectory(tmp_path / "runs" / name) for name in ("study", "other")]
-    (trial,) = (t for t in records[1].read_plan().trials if records[1].config(t).recipe.loss == "focal")
-    first, second = (study.record(trial) for study in records)
-    assert first.parts["loss focal"] != second.parts["loss focal"]
-    assert first.validation_loss != second.validation_loss
-    assert said in run(changed).err
+    again = StudyDirectory(tmp_path / "runs" / "other").record(old.trial)
+    assert again.parts == new.parts
+    assert again.validation_loss != old.validation_loss
+    retired = expertgrid("retire", study.path, "--import", "my_parts").out
+    assert retired.startswith(f"moved: trials/{old.trial} to retired/{old.trial}; the sources of the loss focal differ")
+    assert study.record(old.trial) is None
 
 
 def test_a_part_that_raises_is_a_failed_trial_with_the_users_line(run, tmp_path):

@@ -14,16 +14,20 @@ from expertgrid.model.training.augment import augment
 from expertgrid.model.training.loader import Loader
 from expertgrid.model.training.optimise import make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import RECIPES
-from expertgrid.model.training.step import make_loss
+from expertgrid.model.training.step import loss_of
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_a_loss_gets_what_pytorchs_cross_entropy_gets(smoothing):
     logits_BN, labels_B = torch.randn(6, 4, dtype=torch.bfloat16), torch.tensor([0, 3, 1, 1, 2, 0])
-    own = make_loss(changed_recipe("fast", {"loss": "my_cross_entropy", "smoothing": smoothing}))
+    recipe = changed_recipe("fast", {"loss": "my_cross_entropy", "smoothing": smoothing})
     for targets in (labels_B, torch.rand(6, 4).softmax(1)):
         expected = F.cross_entropy(logits_BN.float(), targets, label_smoothing=smoothing)
-        torch.testing.assert_close(own(logits_BN, targets), expected)
+        torch.testing.assert_close(loss_of(recipe, logits_BN, targets, None), expected)
+    weights_N = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    each_B = F.cross_entropy(logits_BN.float(), labels_B, reduction="none", label_smoothing=smoothing)
+    weighed = loss_of(recipe, logits_BN, labels_B, weights_N)
+    torch.testing.assert_close(weighed, (each_B * weights_N[labels_B]).mean())
 
 
 def test_a_schedule_is_a_factor_of_the_rate_at_each_step():
