@@ -14,6 +14,7 @@ from expertgrid.ablations.study.changes import CHOICES
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.parts import PARTS
 
 File = str | PathLike[str]
 open = OpenedStudy
@@ -57,18 +58,19 @@ def run(
 
 
 def _registering(study: Study) -> list[str]:
-    """The user's modules that registered the study's networks, for the processes that train.
+    """The user's modules that have registered the study's networks, or parts, for the processes that train.
 
-    Raises InputError for a network of a script or a notebook, which they cannot see.
+    Raises InputError for what is of a script or a notebook, which they cannot see.
     """
     import timm
 
     levels = [level for factor in CHOICES for level in study.factors.get(factor, ())]
     names = [name for name in (study.base.model, *study.baselines, *levels) if isinstance(name, str)]
-    homes = {timm.model_entrypoint(name).__module__: name for name in names if timm.is_model(name)}
+    homes = {timm.model_entrypoint(name).__module__: f"model {name!r}" for name in names if timm.is_model(name)}
+    homes |= {part.__module__: f"part {name!r}" for parts in PARTS.values() for name, part in parts.items()}
     if "__main__" in homes:
         raise InputError(
-            f"model {homes['__main__']!r} is registered in this script or notebook, where the processes that train "
+            f"{homes['__main__']} is registered in this script or notebook, where the processes that train "
             "cannot see it; put it into a file, and give that, as in imports=['my_net.py']"
         )
     return [home for home in homes if home.split(".")[0] not in ("timm", "expertgrid")]

@@ -73,7 +73,7 @@ Import = Annotated[
     Option(
         "--import",
         metavar="MODULE|FILE.py",
-        help="Import your module that registers networks with timm. Repeatable.",
+        help="Import your module that registers networks, or parts of a training. Repeatable.",
         callback=options.module_names,
     ),
 ]
@@ -316,13 +316,14 @@ def track(
     to: list[str] = Option(metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers),
     data: Data = None,
     data_dir: DataDir = None,
+    modules: Import = None,
 ) -> int:
     """Show a study in TensorBoard, MLflow or Weights & Biases.
 
     A tracker gets all trials, as from `run --track`, and the exported files. It keeps them in DIR/tensorboard,
     DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for the contact sheets.
     """
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.track import track
     return track(directory, to, data, data_dir)
 
@@ -644,6 +645,7 @@ def show_augment(
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     data_dir: DataDir = None,
     set_: Set = None,
+    modules: Import = None,
     seed: int = Option(0, min=0, max=2**31, metavar="N", help="Seed that chooses the images and their changes."),
     images: int = Option(8, min=1, max=options.MOST_IMAGES, metavar="N", help="Number of images to show."),
 ) -> int:
@@ -652,6 +654,6 @@ def show_augment(
     Train images are shown as the network gets them in several epochs, each beside its original.
     """
     settings = options.settings(set_ or [])
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.augment import show_augment
     return show_augment(recipe, out, data, data_dir, settings, seed, images)

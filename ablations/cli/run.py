@@ -34,6 +34,7 @@ from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import deterministic, torch_device
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.parts import changed_parts
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
 
@@ -141,14 +142,19 @@ def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, t
     """Trains what is not there yet, and returns the trials that failed."""
     data, directory = planned.data, planned.directory
     trials = by_seed([trial for cell in cells for trial in cell.trials])
-    pending = [trial for trial in trials if directory.record(trial.id) is None]
+    records = {trial.id: record for trial in trials if (record := directory.record(trial.id))}
+    pending = [trial for trial in trials if trial.id not in records]
+    changed = Counter(part for record in records.values() for part in changed_parts(record.parts))
     if how.adopts:
         metric = directory.read_study().metric
-        places = (directory.adopt(trial.id, metric, planned.networks.get(trial.id)) for trial in pending)
+        places = (directory.adopt(trial.id, metric, planned.networks.get(trial.id), changed) for trial in pending)
         taken = Counter(filter(None, places))
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]
+    for part, count in changed.items():
+        remedy = f"`expertgrid retire {directory.path} --import MODULE` moves those of this study away"
+        console.print(f"{count} finished trials have other code of the {part}; {remedy}", soft_wrap=True)
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     check_space(pending, data, directory.path)

@@ -158,6 +158,7 @@ def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_wei
     elif not finished and "record.json" in changed and failure is None:
         problems["record.json"], finished = "missing", True
     notes = _of_finished(directory, trial, changed, problems, keeps_weights) if finished else []
+    notes += [f"uses the {part} of a module that is not imported" for part in (record.parts if record else ())]
     yield from _damaged(problems, MOVE, f"{place}/", trial)
     if problems:
         return

@@ -92,6 +92,7 @@ class Record(BaseModel):
     graphs: bool = False  # and steps recorded as CUDA graphs
     deterministic: bool = False  # and whether the same bits come again on a GPU (--deterministic)
     at_once: Some = 1  # trials that were trained at once: where it is more, the times are no speeds
+    parts: dict[str, str] = {}  # the code of the user's: see model.training.parts.codes_of
     compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601

@@ -26,6 +26,7 @@ from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import rounded
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
+from expertgrid.model.training.parts import changed_parts
 
 
 def interval(values_S: Sequence[float], scale: Scale) -> Interval:
@@ -157,9 +158,11 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         for seed in by_seed:
             by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
-        newest_trial = max(by_seed.values(), key=lambda record: record.finished).trial if by_seed else ""
-        code = directory.network(newest_trial) if newest_trial else None
+        newest = max(by_seed.values(), key=lambda record: record.finished, default=None)
+        code = directory.network(newest.trial) if newest else None
         other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        parts = newest.parts if newest else {}
+        other |= {record.trial: "parts" for record in by_seed.values() if changed_parts(record.parts, parts)}
         by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(

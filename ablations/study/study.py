@@ -26,7 +26,7 @@ from pydantic import (
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_parts, dotted, named_recipe
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
@@ -36,7 +36,7 @@ from expertgrid.model.system.errors import LONGEST_VALUE, InputError, invalid, u
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
-from expertgrid.model.training.recipe import Recipe, recipe
+from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
 
@@ -108,7 +108,8 @@ class Study(BaseModel):
     same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
-    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell. `recipes` has the
+    user's own, by their names or files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -127,6 +128,7 @@ class Study(BaseModel):
     first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
     control: bool = Field(False, strict=True)
     contrasts: list[tuple[str, str]] = []
+    recipes: dict[str, dict[str, Level]] = {}
 
     @model_validator(mode="after")
     def check_names(self, info: ValidationInfo) -> "Study":
@@ -203,7 +205,7 @@ class Study(BaseModel):
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
-        names = ("design", "metric", "margin", "first_seed", "control", "contrasts")
+        names = ("design", "metric", "margin", "first_seed", "control", "contrasts", "recipes")
         fields: dict[str, object] = {name: getattr(self, name) for name in names}
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
@@ -288,8 +290,8 @@ class Study(BaseModel):
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
-        check_optimizer(training)
+        config, training = changed(*changed(config, named_recipe(recipe_name, self.recipes), settings), factors)
+        check_parts(training)
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):

@@ -196,7 +196,7 @@ def cell_notes(directory: StudyDirectory, evidence: Evidence) -> list[str]:
     for row in rows:
         if row.other_code:
             lines.append(
-                f"Not counted, as other code of the network trained them than the newest trial of {row.name}: "
+                f"Not counted, as other code trained them than the newest trial of {row.name}: "
                 f"{_some(row.other_code)}. `expertgrid retire {directory.path} --import MODULE` moves what is of other "
                 "code than MODULE has now."
             )
