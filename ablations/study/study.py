@@ -222,8 +222,14 @@ class Study(BaseModel):
         what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
-        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
         read = cache(partial(_read_weights, data, {} if files is None else files))
+
+        @cache  # for this call: a user's code may change before the next
+        def describe(network: TimmModel) -> TimmModel:
+            from expertgrid.model.foreign import described
+
+            return described(network, data.image_size, data.name)
+
         for levels in self.settings():
             reference = levels.get("reference")
             chosen = (
@@ -283,7 +289,7 @@ class Study(BaseModel):
         recipe_name: str,
         weights: str,
         settings: dict[str, Level],
-        describe: Callable[[str], TimmModel],
+        describe: Callable[[TimmModel], TimmModel],
         read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
@@ -295,7 +301,7 @@ class Study(BaseModel):
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):
-            config = describe(config.model_dump_json())
+            config = describe(config)
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
@@ -308,12 +314,6 @@ class Study(BaseModel):
         alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
-
-
-def _described(data: ImageData, config: str) -> TimmModel:
-    from expertgrid.model.foreign import described
-
-    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
 
 
 def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":
