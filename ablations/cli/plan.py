@@ -1,7 +1,10 @@
 """What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +12,17 @@ import numpy as np
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
+from expertgrid.model.config import ModelConfig, TimmModel
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
+from expertgrid.model.training.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class StudyRequest:
 
 
 def read_request(
-    study: str,
+    study: str | Study,
     seeds: int | None,
     first_seed: int | None,
     data: str | None,
@@ -39,7 +45,8 @@ def read_request(
     max_seeds: int | None,
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings, first_seed)  # fails before the statistics are imported
+    study = load_study(study) if isinstance(study, str) else study
+    changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
@@ -60,6 +67,57 @@ class PlannedRun:
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
+    weights: Mapping[str, bytes]  # files that trials start from, by their fingerprints
+
+    @property
+    def weight_lines(self) -> list[str]:
+        """What the networks start from, where it is to be said."""
+        return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
+
+    @cached_property
+    def networks(self) -> dict[str, Probe]:
+        """What users' networks compute now, by trial."""
+        probed = cache(partial(probe_of, size=self.data.image_size))
+        trials = (trial for cell in self.cells for trial in cell.trials)
+        return {trial.id: network for trial in trials if (network := probed(trial.model))}
+
+    def check_code(self) -> None:
+        """Raises InputError where finished trials are of other code than their network has now."""
+        path, other = self.directory.path, self.directory.of_other_code(self.networks)
+        if not other:
+            return
+        cells = [cell for cell in self.cells if any(trial.id in other for trial in cell.trials)]
+        names = dict.fromkeys(group.name for group in groups([cell.planned for cell in cells], {}))
+        raise InputError(
+            f"{path}: {len(other)} finished trials are of other code than {cells[0].model_name} has now (cells: "
+            f"{'; '.join(names)}; {', '.join(dict.fromkeys(other.values()))} differ): `expertgrid retire {path} "
+            f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
+        )
+
+    def network_notes(self) -> Iterator[str]:
+        """The factors whose levels are the same network and recipe; and what is seen of code only roughly."""
+        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
+
+        def same(first: Trial, second: Trial) -> bool:
+            one, other = first.model, second.model
+            if first.id == second.id or isinstance(one, ModelConfig) or isinstance(other, ModelConfig):
+                return first.id == second.id
+            if (first.recipe, first.weights) != (second.recipe, second.weights) or one.structure is None:
+                return False
+            if one.structure != other.structure:
+                return False
+            before, after = probed(one), probed(other)
+            return before is not None and after is not None and not before.difference(after)
+
+        for factor in self.study.factors:
+            alike: dict[str, list[Trial]] = defaultdict(list)
+            for cell in filter(lambda cell: cell.levels, self.cells):
+                alike[json.dumps({**cell.levels, factor: None})].append(cell.trials[0])
+            pairs = [(first, other) for first, *others in alike.values() for other in others]
+            if pairs and all(same(*pair) for pair in pairs):
+                yield f"{factor} changes nothing: the network is the same at each level."
+        if any(network.dtype == "float32" for network in self.networks.values()):
+            yield "Not all networks run in float64: of their code only changes of over 0.1% of the outputs are seen."
 
     @property
     def hold_out(self) -> HoldOut:
@@ -70,7 +128,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=request.last_seed).cells(data)
+    weights: dict[str, bytes] = {}
+    cells = study.change(seeds=request.last_seed).cells(data, weights)
+    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -81,7 +141,21 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race)
+    planned = PlannedRun(study, directory, data, cells, race, weights)
+    planned.check_code()
+    return planned
+
+
+def _start(trial: Trial) -> str:
+    """What a training starts from; "" where it starts as one expects."""
+    weights, name, by = trial.weights, trial.model_name, trial.recipe.normalise
+    if weights is None:
+        has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
+        tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
+        return f"{name} starts from fresh weights, {tag}" if has_tag else ""
+    loaded = f"{weights.tensors} tensors are loaded, new: {', '.join(weights.new) or 'none'}"
+    images = by if isinstance(by, str) else f"mean {list(by[0])} and std {list(by[1])}"
+    return f"{name} starts from {weights.source}: {loaded}; images normalised by {images}"
 
 
 def plan_table(planned: PlannedRun) -> str:
@@ -99,15 +173,23 @@ def plan_table(planned: PlannedRun) -> str:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
         done = sum(trial.id in finished for trial in cell.trials)
-        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        levels = dict.fromkeys(planned.study.factors, "") | cell.planned.level_names
+        row = {
+            "model": CONTROL if cell.control else cell.model_name,
+            **levels,
+            "first trial": first.id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
+        *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
         notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
+    notes += planned.network_notes()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
         images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))

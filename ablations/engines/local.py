@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.probe import Probe, probe_of
+from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
     Diverged,
@@ -41,6 +43,7 @@ from expertgrid.model.training.loop import (
     uses_bfloat16,
 )
 from expertgrid.model.training.metrics import METRICS, measured
+from expertgrid.model.training.parts import changed_parts, codes_of
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
@@ -48,6 +51,7 @@ from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
+FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
 
 
@@ -64,10 +68,11 @@ class Saver:
     every_s: float
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
+    network: str = ""  # what the code of a user's network computes, as JSON
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.due = time.monotonic() + self.every_s
+        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
 
     def __call__(self) -> None:
         stopped = self.stop(self.training.steps)
@@ -81,7 +86,8 @@ class Saver:
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
-        write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
+        state = {"epochs": epochs, "training": state, "network": self.network, "parts": codes_of(self.trial.recipe)}
+        write_state(self.directory.resume_file(self.trial.id), state)
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
         self.saved(self.trial)
@@ -108,17 +114,22 @@ def run_local(
     trained at once, here and in other processes.
     """
 
+    probed = cache(partial(probe_of, size=data.data.image_size))
+
     def run(trial: Trial) -> Iterator[Event]:
-        directory.write_config(trial)
+        network = probed(trial.model)
+        directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume)
+        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
         prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
         yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-        saver = Saver(directory, trial, training, save_every_s, stop, saved)
+        saver = Saver(
+            directory, trial, training, save_every_s, stop, saved, network.model_dump_json() if network else ""
+        )
         for epoch in train(trial, splits, training, after_step=saver):
             directory.append_epoch(trial.id, epoch)
             yield EpochDone(trial, epoch)
@@ -146,13 +157,19 @@ def run_local(
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
-def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
+def _begun(
+    trial: Trial, splits: Splits, resume: Path, weights: Path | None, network: Probe | None
+) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits)
+    training = start(trial, splits, weights)
     if not resume.exists():
         return training, [], ""
     try:
         state = read_state(resume)
+        if network and Probe.model_validate_json(state["network"]).difference(network):
+            return training, [], "the code of its network was changed"
+        if changed := changed_parts(state.get("parts", {})):
+            return training, [], f"the code of the {' and the '.join(changed)} was changed"
         training.load_state_dict(state["training"])
         return training, state["epochs"], ""
     except InputError as error:
@@ -160,7 +177,7 @@ def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[s
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
+        return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
@@ -177,7 +194,7 @@ def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **when)
-    return Failure(error=str(error) if isinstance(error, RecordingError) else reason_of(error), **when)
+    return Failure(error=reason_with_place(error), **when)
 
 
 def _finish(
@@ -241,6 +258,7 @@ def _finish(
         graphs=prepared.plan.graphs,
         at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        parts=codes_of(trial.recipe),
         compile_seconds=prepared.seconds,
         environment=Environment.of_machine(device),
         finished=now(),

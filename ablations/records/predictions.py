@@ -13,8 +13,10 @@ import numpy as np
 from expertgrid.ablations.records.reading import damaged, train_again
 from expertgrid.ablations.records.record import Split
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import read_whole
 from expertgrid.model.training.metrics import measured
 
+LARGEST = 2**26  # bytes of all arrays; a few kilobytes can say that they are gigabytes
 UNREADABLE_ARRAYS = (  # what NumPy and zipfile raise for damaged files of arrays
     ArithmeticError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError,
     TypeError, ValueError, struct.error, zlib.error,
@@ -64,9 +66,11 @@ class Predictions:
     @classmethod
     def of_file(cls, file: Path) -> "Predictions":
         """Raises InputError for a damaged file."""
+        content = io.BytesIO(read_whole(file))  # so that no wrong offset in it becomes an error of the system
         try:
-            content = io.BytesIO(file.read_bytes())  # so that no wrong offset in it becomes an error of the system
             with np.load(content, allow_pickle=False) as arrays:
+                if sum(array.file_size for array in arrays.zip.infolist()) > LARGEST:
+                    raise ValueError("more than a file of predictions has")
                 kinds = {name: np.float16 if name.endswith("_log") else np.int64 for name in arrays.files}
                 predictions = cls(**{name: arrays[name].astype(kind) for name, kind in kinds.items()})
         except UNREADABLE_ARRAYS:

@@ -7,7 +7,6 @@ Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import FAILED, SPLITS, Adopted, Failure, Record, Split, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval, mean_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
@@ -27,6 +26,7 @@ from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import rounded
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
+from expertgrid.model.training.parts import changed_parts
 
 
 def interval(values_S: Sequence[float], scale: Scale) -> Interval:
@@ -48,6 +48,7 @@ class Row(Group):
     rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
     scale: Scale = ACCURACY  # of the metric that decides
+    other_code: tuple[str, ...] = ()  # finished trials of other code than the newest one's: they do not count
 
     @property
     def control(self) -> bool:
@@ -92,9 +93,12 @@ class Row(Group):
 
     @cached_property
     def no_verdict(self) -> str:
-        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may."""
-        kinds = Counter(failure.kind for failure in self.failures.values())
-        return ", ".join(f"{FAILED[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
+        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may.
+
+        A training that diverged is a result. One that ended for another reason is missing.
+        """
+        count = sum(failure.kind == "diverged" for failure in self.failures.values())
+        return f"diverged in {count} of {self.seeds} seeds" if count else ""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,12 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         for seed in by_seed:
             by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
+        newest = max(by_seed.values(), key=lambda record: record.finished, default=None)
+        code = directory.network(newest.trial) if newest else None
+        other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        parts = newest.parts if newest else {}
+        other |= {record.trial: "parts" for record in by_seed.values() if changed_parts(record.parts, parts)}
+        by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
             Row(
@@ -161,6 +171,7 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
                 study=study_name(directory),
                 trials=trials,
                 by_seed=by_seed,
+                other_code=tuple(other),
                 failures={
                     trial: failure
                     for seed, trial in trials.items()

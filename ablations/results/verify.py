@@ -19,6 +19,7 @@ from expertgrid.ablations.study.cells import CONTROL_SEEDS
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Network
 from expertgrid.model.cost import cost
+from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.metrics import METRICS
@@ -33,7 +34,7 @@ def verify_study(directory: StudyDirectory) -> "Check":
     plan = directory.read_plan()
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
-    without = 0
+    without = not_run = 0
     has_weights = any(directory.path.glob("trials/*/model.safetensors"))
     seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
@@ -49,7 +50,14 @@ def verify_study(directory: StudyDirectory) -> "Check":
                 check.equal("hash of config.json", trial.id, trial_id)
                 check.equal("seed in config.json", trial.seed, seed)
                 fingerprints.setdefault(trial.fingerprint, trial_id)
-            if has_weights:
+            if kept := directory.network(trial_id):
+                now = probe_of(trial.model, plan.pixels) if trial and plan.pixels else None
+                not_run += now is None
+                if now is not None:
+                    check.true(f"the network has other {kept.difference(now)} now", not kept.difference(now))
+            if kept and now is None:
+                pass
+            elif has_weights:
                 check.checkpoint(directory, record, trial)
             elif trial is not None and plan.pixels is not None:
                 check.cost(record, trial.model, plan.pixels)
@@ -71,6 +79,8 @@ def verify_study(directory: StudyDirectory) -> "Check":
         check.report(directory)
     if without:
         check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
+    if not_run:
+        check.skipped.append(f"{not_run} trials: their networks were not run, as no --import MODULE registers them")
     if not has_weights:
         check.skipped.append("No trial keeps its weights: they were not compared with config.json")
     return check

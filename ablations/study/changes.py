@@ -6,12 +6,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from expertgrid.ablations.study.levels import Level
-from expertgrid.model.config import ModelConfig, Network
+from expertgrid.model.config import DECIDED_ELSEWHERE, Network, TimmModel
 from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.training.parts import check_names
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
 
-CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+CHOICES = ("model", "recipe", "reference", "weights")  # factors that choose what the others change
 
 
 def dotted(name: str) -> str:
@@ -28,10 +29,6 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
     """
     for name in VARIANTS:
         if name in changes:
-            if not isinstance(config, ModelConfig):
-                raise InputError(
-                    f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models"
-                )
             config = vary(config, name, changes[name])
     paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
     for name in (name for name in changes if name not in VARIANTS):
@@ -39,9 +36,21 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
         if root not in paths:
             raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
         if root == "model" and path in ("in_chans", "num_classes"):
-            raise InputError(f"{name} follows from the data and cannot be set")
+            raise InputError(f"{name} cannot be set: {DECIDED_ELSEWHERE[path]}")
         paths[root][path] = changes[name]
     return _with_paths(config, "model", paths["model"]), _with_paths(recipe, "recipe", paths["recipe"])
+
+
+def named_recipe(name: str, own: Mapping[str, Mapping[str, Level]]) -> Recipe:
+    """A recipe of `own`, by all its fields or by changes of its `base`, or one that ships. Raises InputError."""
+    if name not in own:
+        return recipe(name)
+    given = dict(own[name])
+    base = dict(recipe(str(given.pop("base")))) if "base" in given else {}
+    try:
+        return Recipe.model_validate(Recipe.without_idle(base | given, given) if base else given)
+    except ValidationError as error:
+        raise invalid(f"recipe {name}", error, ["base", *Recipe.model_fields]) from None
 
 
 def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
@@ -53,22 +62,28 @@ def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
             raise unknown("field of the recipe", path, Recipe.model_fields)
         changes[field] = value
     changed = _with_paths(recipe(name), "recipe", changes)
-    check_optimizer(changed)
+    check_parts(changed)
     return changed
 
 
 def _with_paths(spec: BaseModel, root: str, changes: Mapping[str, Level]) -> Any:
-    """`spec` with the values at dotted paths replaced, and validated again."""
+    """`spec` with the values at dotted paths replaced, and validated again. Those of a timm model are its arguments."""
     if not changes:
         return spec
     fields = spec.model_dump(mode="json")
+    of_timm = isinstance(spec, TimmModel)
     for path, value in changes.items():
-        place: Any = fields  # an object or a list of the JSON
+        place: Any = fields["arguments"] if of_timm else fields  # an object or a list of the JSON
         at = root
         *parents, last = path.split(".")
         for part in parents:
+            if of_timm and isinstance(place, dict):
+                place.setdefault(part, {})
             place, at = place[_key(place, at, part)], f"{at}.{part}"
-        place[_key(place, at, last)] = value
+        if of_timm and isinstance(place, dict):
+            place[last] = value
+        else:
+            place[_key(place, at, last)] = value
     if isinstance(spec, Recipe):
         fields = Recipe.without_idle(fields, given=changes)
     try:
@@ -87,17 +102,28 @@ def _key(place: object, at: str, part: str) -> str | int:
     return keys[part]
 
 
-def check_optimizer(recipe: Recipe) -> None:
-    """Raises InputError where the optimiser cannot be made from the recipe's values.
+def check_parts(recipe: Recipe) -> None:
+    """Raises InputError for a part that does not exist, and an optimiser that the recipe's values do not make.
 
     An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
     is tried, and that imports torch.
     """
+    check_names(recipe)
     if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
         return
     from expertgrid.model.training import optimise
 
     optimise.check_optimizer(recipe)
+
+
+def check_layers(recipe: Recipe, config: Network) -> None:
+    """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
+    if recipe.freeze or recipe.layer_decay < 1:
+        from expertgrid.model.registry import build, for_shapes
+        from expertgrid.model.training import optimise
+
+        with for_shapes(config):
+            optimise.check_layers(recipe, build(config))
 
 
 def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:

@@ -53,11 +53,9 @@ def log_bytes(trials: Sequence[Trial], data: ImageData) -> int:
 @cache
 def stored_bytes(network: Network) -> int:
     """The bytes of a network's weights and buffers, which is made without their values."""
-    import torch
+    from expertgrid.model.registry import build, for_shapes
 
-    from expertgrid.model.registry import build
-
-    with torch.device("meta"):
+    with for_shapes(network):
         return sum(tensor.numel() * tensor.element_size() for tensor in build(network).state_dict().values())
 
 

@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
@@ -15,6 +16,9 @@ from expertgrid.model.system.errors import InputError, printable
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
+
+
+FORMULA = re.compile(r"\s*[=+@＝＋－＠-](?![\d.]+(e[+-]?\d+)?$)")  # how a spreadsheet knows one, unless it is a number
 
 
 class _Rounded:
@@ -103,6 +107,25 @@ class Table:
         return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
+def markdown(text: object) -> str:
+    """A text that comes from outside, on one line, so that Markdown shows it as it is."""
+    return re.sub(r"(^>|[\\`*_\[\]<|~#&$!])", r"\\\1", _on_one_line(text))
+
+
+def _on_one_line(text: object) -> str:
+    return " ".join(printable(str(text)).split())
+
+
+def csv_cell(value: object) -> object:
+    """No text of it is a formula."""
+    return "'" * bool(FORMULA.match(value)) + printable(value) if isinstance(value, str) else value
+
+
+# What comes from outside is escaped here alone: in titles, notes and cells. tabulate then escapes the cells of LaTeX.
+ESCAPES: dict[str, Callable[[str], str]] = {"text": printable, "github": markdown, "latex": _on_one_line}
+MARKS = {"text": ("", ""), "github": ("### ", "- "), "latex": ("% ", "% ")}  # of titles and notes
+
+
 def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = ()) -> str:
     """One table without a title. Notes go under it in the formats that people read.
 
@@ -116,18 +139,16 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     if format == "csv":
         return _csv(table)
     titles = list(table[0])
-    cells = [[printable(shown(row[title])) for title in titles] for row in table]
+    escaped = ESCAPES[format]
+    cells = [[escaped(shown(row[title])) for title in titles] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
     numeric = [all(row[title] is None or sort_key(row[title]) is not None for row in table) for title in titles]
     align = ["right" if is_number else "left" for is_number in numeric]
     text = tabulate(
-        cells, headers=list(map(printable, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
+        cells, headers=list(map(escaped, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
     )
-    if format == "latex":
-        return "\n".join([text, *(f"% {note}" for note in notes)])
-    return "\n".join(
-        [text, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
-    )
+    lines = [MARKS[format][1] + escaped(note) for note in notes]
+    return "\n".join([text, *[""][: len(notes) * (format != "latex")], *lines])
 
 
 def render_tables(tables: Sequence[Table], format: Format, most_notes: int | None = MOST_NOTES) -> str:
@@ -143,12 +164,10 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
         return json.dumps(rows_by_key, indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
-    marks = {"text": "", "github": "### ", "latex": "% "}
-    parts = []
-    for table in tables:
-        title = "\n".join(marks[format] + line for line in table.title.splitlines())
-        parts.append(f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}")
-    return "\n\n".join(parts)
+    titles = [MARKS[format][0] + ESCAPES[format](table.title) for table in tables]
+    return "\n\n".join(
+        f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}" for title, table in zip(titles, tables)
+    )
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
@@ -160,12 +179,17 @@ def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
     file = io.StringIO()
-    flat = [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in rows]
+    flat = [{csv_cell(title): csv_cell(value) for title, value in row.items()} for row in flat_rows(rows)]
     titles = list(dict.fromkeys(title for row in flat for title in row))
     writer = csv.DictWriter(file, titles, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return file.getvalue().rstrip("\n")
+
+
+def flat_rows(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows in which each field of a value that has several is a value of its own, as CSV has them."""
+    return [dict(pair for title, value in row.items() for pair in _flat(title, value)) for row in rows]
 
 
 def _fields(value: object) -> dict[str, object] | None:

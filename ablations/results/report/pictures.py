@@ -68,13 +68,13 @@ def _scores(ranked: Sequence[Row]) -> Iterator[Picture]:
     )
     if others := ranked[1 : MOST_ROWS + 1]:
         yield Picture(
-            "differences",
+            "table",
             "differences",
             partial(plots.differences_figure, best, others),
             f"Dots for each seed: validation {best.scale.title} of {best.name} less that of each other cell.",
-            f"{most}{'Right' if best.scale.higher_is_better else 'Left'} of the line the best cell is better at that "
-            "seed. Dots on both sides: the order of the two depends on the seed. The best cell was chosen by these "
-            "same scores.",
+            f"The best cell against the others. {most}{'Right' if best.scale.higher_is_better else 'Left'} of the line "
+            "the best cell is better at that seed. Dots on both sides: the order of the two depends on the seed. The "
+            "best cell was chosen by these same scores.",
         )
 
 

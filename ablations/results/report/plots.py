@@ -4,6 +4,7 @@ They are narrow, so that a phone shows them without shrinking their letters. mat
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 from expertgrid.ablations.records.record import SPLITS, Split
 from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.text import Interval
 from expertgrid.model.training.metrics import ACCURACY, Scale
 from expertgrid.model.training.trial import Epoch
@@ -98,7 +100,7 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     axes.set_xlabel(f"{done[0].scale.axis if done else ''}: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
-        figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
+        figure.suptitle(title.replace("$", r"\$"), fontsize=9.5, wrap=True)  # wrapped text is parsed
     _under(figure, axes)
     return figure
 
@@ -117,6 +119,15 @@ def _reach(intervals: Sequence[Interval]) -> np.ndarray:
 def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
     """`accuracy_figure` as an SVG."""
     return save(accuracy_figure(title, rows))
+
+
+def check_draws(title: str) -> None:
+    """Raises InputError where matplotlib draws no picture, with the settings and the fonts that the user has."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a picture without rows
+            accuracy_plot(title, [])
+    except Exception as error:
+        raise InputError(f"matplotlib draws no picture here: {reason_of(error)}") from error
 
 
 def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float, by: Scale = ACCURACY) -> "Figure":
@@ -210,7 +221,10 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
             textcoords="offset points", fontsize=9, fontweight="bold", ha="right" if number % 2 else "left",
         )  # fmt: skip
     axes.margins(x=0.1)
-    if min(costs) > 0 and max(costs) > 5 * min(costs):
+    if max(costs) <= 1.01 * min(costs):  # one cost: one column of points
+        axes.set_xlim(0.5 * min(costs), 1.5 * max(costs))
+        axes.set_xticks([float(np.mean(costs))], [f"{np.mean(costs):.3g} for all cells"])
+    elif min(costs) > 0 and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
     else:
         axes.locator_params(axis="x", nbins=4)

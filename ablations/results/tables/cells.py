@@ -31,7 +31,7 @@ FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the p
 
 def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
     """The cells with their scores and costs, each against the base: the second family."""
-    results, notes = evidence.results, cell_notes(directory, evidence.results)
+    results, notes = evidence.results, cell_notes(directory, evidence)
     title = "Cells"
     if any(evidence.against_base):
         title = f"Cells, against {results.rows[0].name}"

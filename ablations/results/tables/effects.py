@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
 from expertgrid.model.system.text import Signed, Span, Table, rounded
 
@@ -24,7 +24,9 @@ class Verdict:
         verdict = self.judgement.verdict
         if verdict == NONE:
             return f"no verdict: {self.judgement.reason}"
-        return f"{verdict} (this split)" if self.fixed_split and verdict != OPEN else verdict
+        low, high = self.judgement.low or 0.0, self.judgement.high or 0.0
+        word = f"same, {'above' if low > 0 else 'below'} 0" if verdict == SAME and (low > 0 or high < 0) else verdict
+        return f"{word} (this split)" if self.fixed_split and verdict != OPEN else word
 
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
@@ -32,18 +34,21 @@ class Verdict:
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
-    """The columns of a judgement: the effect, under this title, its interval and verdict.
+    """The columns of a judgement of a study."""
+    return judgement_columns(judgement, effect, evidence.scale.decimals, evidence.fixed_split)
 
-    The interval that is shown is the one that decides.
-    """
+
+def judgement_columns(
+    judgement: Judgement | None, effect: str = "effect", decimals: int = 2, fixed_split: bool = False
+) -> dict[str, object]:
+    """The effect, under this title, its interval and verdict. The interval that is shown is the one that decides."""
     if judgement is None:
         return {effect: None, "95% interval": None, "verdict": None}
     has_interval = judgement.low is not None and judgement.high is not None
-    decimals = evidence.scale.decimals
     return {
         effect: None if judgement.mean is None else rounded(Signed(judgement.mean), decimals),
         "95% interval": rounded(Span(judgement.low, judgement.high), decimals) if has_interval else None,
-        "verdict": Verdict(judgement, evidence.fixed_split),
+        "verdict": Verdict(judgement, fixed_split),
     }
 
 
@@ -66,9 +71,10 @@ def _about(evidence: Evidence) -> str:
     plan, what = evidence.results.plan, f"validation {evidence.scale.title}, {evidence.scale.reading}"
     if plan.race:
         return f"{what}; a race from {plan.race.first} to {plan.race.last} seeds"
-    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+    counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
     counts = counts or [evidence.results.study.seeds]
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+    least = f"{counts[0]:g} to " if len(counts) > 1 else ""
+    seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
     part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
     where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
     afterwards = ", chosen after seeing" if evidence.results.chosen_afterwards else ""

@@ -11,11 +11,13 @@ from conftest import REPOSITORY, write_study
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
+from expertgrid.model.config import TimmModel
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import Trial, Weights
+from expertgrid.model.weights import Initial
 
 HEAD = 'question = "?"\n'
 CIFAR_LIKE = ImageData.random(train=1200, height=32, width=32)
@@ -29,10 +31,13 @@ def ids(varied: Study, data: ImageData) -> list[str]:
     return [trial.id for cell in varied.cells(data) for trial in cell.trials]
 
 
-def test_shipped_studies():
+def test_shipped_studies(monkeypatch):
+    initial = Initial(Weights(source="", fingerprint="0" * 64, tensors=1), b"", None)
+    monkeypatch.setattr("expertgrid.model.weights.read_weights", lambda *what: initial)
     sizes = {  # cells, and different trials
-        "card": (36, 140), "card-small": (24, 100), "quickstart": (8, 36), "references": (5, 15),
-        "routing": (90, 200), "routing-small": (15, 35), "speed": (1, 5), "spread": (12, 36),
+        "card": (36, 140), "card-small": (24, 100), "finetune": (4, 20), "finetune-before": (1, 1),
+        "quickstart": (8, 36), "references": (5, 15), "routing": (90, 200), "routing-small": (15, 35),
+        "speed": (1, 5), "spread": (12, 36),
     }  # fmt: skip
     cells = {name: load_study(name).cells(CIFAR_LIKE) for name in shipped_studies()}
     assert {name: (len(of), len({t.id for cell in of for t in cell.trials})) for name, of in cells.items()} == sizes
@@ -123,7 +128,7 @@ def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
     *cells, resnet, plain = varied.cells(digits)
     assert [cell.model_name for cell in (*cells, resnet)] == ["two_block", "two_block", "resnet10t"]
     assert (resnet.levels, plain.levels) == ({}, {})
-    assert resnet.trials[0].model.model_dump() == {"timm": "resnet10t", "in_chans": 1, "num_classes": 10}
+    assert resnet.trials[0].model == TimmModel(timm="resnet10t", in_chans=1, num_classes=10)
     assert resnet.trials[0].recipe.epochs == 5
     assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
 
@@ -149,7 +154,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
         ("[factors]\nexpert = [1]", "my.toml: unknown name 'expert'; did you mean 'experts'?"),
         ("[factors]\nexperts = []", "my.toml: factors.experts: value should have at least 1 item"),
-        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
+        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: 3 is given twice"),
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
         ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
@@ -185,7 +190,7 @@ def test_wrong_study_files(text, message):
         ("[factors]\nexperts = [0]", "experts: 0 is not accepted"),
         ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         ("[set]\n'recpe.lr' = 3", "unknown path 'recpe.lr'"),
-        ("[set]\n'model.num_classes' = 3", "model.num_classes follows from the data and cannot be set"),
+        ("[set]\n'model.num_classes' = 3", "model.num_classes cannot be set: it follows from the data"),
         ("[set]\n'model.layers.7.channels' = 3", "unknown field of model.layers: '7'. Accepted: 0, 1, 2"),
         ("[set]\n'model.head.dropout.p' = 3", "model.head.dropout has no fields"),
         ("[base]\nmodel = 'macro_residual'", "model macro_residual does not take the 8x8 images of digits"),
