@@ -73,15 +73,12 @@ Import = Annotated[
     Option(
         "--import",
         metavar="MODULE|FILE.py",
-        help="Import your module that registers networks with timm. Repeatable.",
+        help="Import your module that registers networks, or parts of a training. Repeatable.",
         callback=options.module_names,
     ),
 ]
 Metric = Annotated[
-    str | None,
-    Option(
-        metavar="NAME[:MARGIN]", help="Read the study by another metric than it declares, as in cross_entropy:0.01."
-    ),
+    str | None, Option(metavar="NAME[:MARGIN]", help="Read it by another metric: auroc, or cross_entropy:0.01.")
 ]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
@@ -90,14 +87,14 @@ DamagedDir = Annotated[Path, Argument(metavar="DIR", help="Study directory.", ca
 OnnxFile = Annotated[Path, Argument(metavar="FILE.onnx", help="ONNX file.", callback=options.readable)]
 
 
-def _completed_as(kind: Literal["studies", "recipes", "cells"]) -> Callable[[Any, str], list[str]]:
+def _completed(kind: Literal["studies", "recipes", "cells"]) -> Callable[[Any, str], list[str]]:
     """What completes a word in the shell."""
 
     def names(ctx: Any, incomplete: str) -> list[str]:
         from expertgrid.ablations.cli.lists import names
 
-        directories = ctx.params.get("directories") or ctx.args  # the rest, where a value is not there yet
-        return [name for name in names(kind, directories) if name.startswith(incomplete)]
+        # directories are in `args` where an option has no value yet
+        return [name for name in names(kind, ctx.params.get("directories") or ctx.args) if name.startswith(incomplete)]
 
     return names
 
@@ -131,7 +128,7 @@ def expertgrid(
 @app.command(rich_help_panel=TRAIN)
 def run(
     study: str | None = Argument(
-        None, help="Study that ships with expertgrid, or a TOML file of yours.", autocompletion=_completed_as("studies")
+        None, help="Study that ships with expertgrid, or a TOML file of yours.", autocompletion=_completed("studies")
     ),
     data: str | None = Option(None, metavar="SOURCE", help="Data source, instead of the study's."),
     data_dir: DataDir = None,
@@ -179,7 +176,8 @@ def run(
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
-    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    name = "quickstart" if study is None else study
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
@@ -214,7 +212,7 @@ def new(
     file: Path = Argument(metavar="FILE.toml", help="File to write.", callback=options.file_named("FILE", ".toml")),
     model: str = Option("two_block", help="Preset, or timm model."),
     recipe: str = Option(
-        "fast", help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed_as("recipes")
+        "fast", help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")
     ),
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     image_size: int | None = Option(None, min=1, metavar="N", help="Bring all images to N x N pixels."),
@@ -256,7 +254,7 @@ def table(
     ),
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
     contrast: tuple[str, str] | None = Option(
-        None, metavar="A B", help="Compare two cells in detail.", autocompletion=_completed_as("cells")
+        None, metavar="A B", help="Compare two cells in detail.", autocompletion=_completed("cells")
     ),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
     metric: Metric = None,
@@ -267,15 +265,16 @@ def table(
     out: Path | None = Option(None, metavar="FILE", help="File to write, of --rows."),
 ) -> int:
     """Print the table of one study or several."""
+    others = len(directories) > 1 or by or contrast or peek or notes
     options.refuse(
         (format == "parquet" and not (rows and out), "--format parquet: needs --rows and --out FILE"),
         (out and not rows, "--out: is for --rows"),
-        (rows and (by or contrast or peek or notes), "--rows: does not go with --by, --contrast, --peek and --notes"),
+        (rows and others, "--rows: is for one study, without --by, --contrast, --peek and --notes"),
     )
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
-    if format == "parquet" or rows:
-        return results.rows(directories, str(rows), format, out, metric)
+    if rows or format == "parquet":
+        return results.rows(directories[0], str(rows), format, out, metric)
     return results.table(directories, format, by, contrast, peek, notes, metric)
 
 
@@ -317,13 +316,14 @@ def track(
     to: list[str] = Option(metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers),
     data: Data = None,
     data_dir: DataDir = None,
+    modules: Import = None,
 ) -> int:
     """Show a study in TensorBoard, MLflow or Weights & Biases.
 
     A tracker gets all trials, as from `run --track`, and the exported files. It keeps them in DIR/tensorboard,
     DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for the contact sheets.
     """
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.track import track
     return track(directory, to, data, data_dir)
 
@@ -633,20 +633,19 @@ def list_(
 @app.command(rich_help_panel=LISTS)
 def schema() -> None:
     """Print the JSON Schema of study files."""
-    from expertgrid.ablations.cli.new import schema_text
+    from expertgrid.ablations.study.schema import study_schema
 
-    print(schema_text())
+    print(study_schema())
 
 
 @app.command("show-augment", rich_help_panel=LISTS)
 def show_augment(
-    recipe: str = Argument(
-        help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed_as("recipes")
-    ),
+    recipe: str = Argument(help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")),
     out: Path = Option(metavar="FILE.png", help="Picture to write.", callback=options.file_named("--out", ".png")),
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     data_dir: DataDir = None,
     set_: Set = None,
+    modules: Import = None,
     seed: int = Option(0, min=0, max=2**31, metavar="N", help="Seed that chooses the images and their changes."),
     images: int = Option(8, min=1, max=options.MOST_IMAGES, metavar="N", help="Number of images to show."),
 ) -> int:
@@ -655,6 +654,6 @@ def show_augment(
     Train images are shown as the network gets them in several epochs, each beside its original.
     """
     settings = options.settings(set_ or [])
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.augment import show_augment
     return show_augment(recipe, out, data, data_dir, settings, seed, images)

@@ -1,6 +1,7 @@
 """Lists of the networks, recipes, studies and data sources."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from expertgrid.model.system.errors import InputError
@@ -82,15 +83,14 @@ def _sources() -> list[dict[str, object]]:
 
 
 def names(kind: str, directories: Sequence[str]) -> list[str]:
-    """What the shell completes: studies, recipes, or the cells of a study directory, as `experts=2,gate=mlp`."""
+    """What the shell completes: studies, recipes, or the cells of study directories, as `experts=2,gate=mlp`."""
     from expertgrid.ablations.records.directory import StudyDirectory
     from expertgrid.ablations.study.study_file import shipped_studies
     from expertgrid.model.training.recipe import RECIPES
 
     if kind != "cells":
         return list(RECIPES) if kind == "recipes" else [*shipped_studies(), *map(str, Path().glob("*.toml"))]
-    try:
+    with suppress(InputError):  # of a directory that holds no study
         cells = [cell for place in directories for cell in StudyDirectory(Path(place)).read_plan().cells if cell.levels]
-    except InputError:  # of a directory that holds no study
-        return []
-    return [",".join(f"{factor}={level}" for factor, level in cell.level_names.items()) for cell in cells]
+        return [",".join(f"{factor}={level}" for factor, level in cell.level_names.items()) for cell in cells]
+    return []

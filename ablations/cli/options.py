@@ -50,6 +50,8 @@ def settings(texts: Sequence[str]) -> dict[str, Value]:
         path, equals, value = text.partition("=")
         if not equals or not path:
             raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
+        if path in values:
+            raise InputError(f"--set {text}: {path} is set twice")
         values[path] = value  # a plain word needs no quotes
         with suppress(ValueError, RecursionError):
             values[path] = tomllib.loads(f"value = {value}")["value"]

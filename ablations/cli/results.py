@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from expertgrid.ablations.cli.options import check_can_be_written, write_out
 from expertgrid.ablations.cli.terminal import console, starting, status
@@ -52,15 +52,12 @@ def table(
     return 0
 
 
-def rows(directories: Sequence[Path], kind: str, format: str, out: Path | None, metric: str | None) -> int:
+def rows(directory: Path, kind: str, format: str, out: Path | None, metric: str | None) -> int:
     """Prints or writes the rows of a study, as `expertgrid.open` gives them."""
     from expertgrid.ablations.results.arrow import OpenedStudy, to_bytes  # the other tables need no pyarrow
 
-    if len(directories) > 1:
-        raise InputError(f"--rows: are of one study; {len(directories)} were given")
-    table = getattr(OpenedStudy(directories[0], metric), kind)()
-    text = "" if format in ("csv", "parquet") else render(table.to_pylist(), cast(Format, format))
-    content = text.encode() or to_bytes(table, cast(Literal["csv", "parquet"], format))
+    table = getattr(OpenedStudy(directory, metric), kind)()
+    content = to_bytes(table, format) or render(table.to_pylist(), cast(Format, format)).encode()
     if out:
         write_out("--out", out, content)
     print(out or content.decode().rstrip("\n"))
@@ -89,11 +86,7 @@ def judge(file: Path, margin: float, lower_is_better: bool, format: Format, note
 
 
 def report(
-    directory: Path,
-    out: Path | None = None,
-    format: str = "html",
-    data_dir: Path | None = None,
-    metric: str | None = None,
+    directory: Path, out: Path | None, format: str = "html", data_dir: Path | None = None, metric: str | None = None
 ) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"
@@ -106,6 +99,8 @@ def report(
     with starting():
         from expertgrid.ablations.results.report import report
         from expertgrid.ablations.results.report.findings import read_findings
+        from expertgrid.ablations.results.report.plots import check_draws
+    check_draws("")
     with status("reading the study; its best network predicts the validation images"):
         findings = read_findings(StudyDirectory(directory), data_dir, metric)
     with status("drawing"):

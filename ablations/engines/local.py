@@ -30,7 +30,7 @@ from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
 from expertgrid.model.probe import Probe, probe_of
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
     Diverged,
@@ -43,6 +43,7 @@ from expertgrid.model.training.loop import (
     uses_bfloat16,
 )
 from expertgrid.model.training.metrics import METRICS, measured
+from expertgrid.model.training.parts import changed_parts, codes_of
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
@@ -85,9 +86,8 @@ class Saver:
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
-        write_state(
-            self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state, "network": self.network}
-        )
+        state = {"epochs": epochs, "training": state, "network": self.network, "parts": codes_of(self.trial.recipe)}
+        write_state(self.directory.resume_file(self.trial.id), state)
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
         self.saved(self.trial)
@@ -168,6 +168,8 @@ def _begun(
         state = read_state(resume)
         if network and Probe.model_validate_json(state["network"]).difference(network):
             return training, [], "the code of its network was changed"
+        if changed := changed_parts(state.get("parts", {})):
+            return training, [], f"the code of the {' and the '.join(changed)} was changed"
         training.load_state_dict(state["training"])
         return training, state["epochs"], ""
     except InputError as error:
@@ -192,7 +194,7 @@ def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **when)
-    return Failure(error=str(error) if isinstance(error, RecordingError) else reason_of(error), **when)
+    return Failure(error=reason_with_place(error), **when)
 
 
 def _finish(
@@ -256,6 +258,7 @@ def _finish(
         graphs=prepared.plan.graphs,
         at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        parts=codes_of(trial.recipe),
         compile_seconds=prepared.seconds,
         environment=Environment.of_machine(device),
         finished=now(),

@@ -32,7 +32,7 @@ from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
 from expertgrid.ablations.records.checksums import NETWORK
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores
 from expertgrid.model.system.processes import ProcessLost
@@ -400,7 +400,8 @@ def _import_modules(modules: Sequence[str]) -> None:
         try:
             import_module(Path(module).stem if _is_file(module) else module)
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
-            raise InputError(f"--import {module}: on node {socket.gethostname()}: {reason_of(error)}") from error
+            reason = reason_with_place(error)
+            raise InputError(f"--import {module}: on node {socket.gethostname()}: {reason}") from error
 
 
 def _gpus(share: float | None, device: str) -> float:

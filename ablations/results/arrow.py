@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
@@ -26,10 +24,9 @@ class OpenedStudy:
     """A study directory as tables. Each method reads it again, also while it is trained.
 
     A factor has a column of its name, in which levels keep their types; null is a level that is the base's, or that
-    does not matter, as the gate of one expert. Accuracies of trials and epochs are shares from 0 to 1, those of cells
-    in percent. `metric` is one to decide by instead of the study's, chosen after seeing. `repr`, and the last line of a
-    notebook's cell, show the tables of `expertgrid table`. All raise InputError for a directory that holds no study,
-    and for damaged files.
+    does not matter, as the gate of one expert. `metric` is one to decide by instead of the study's, chosen after
+    seeing. `repr`, and the last line of a notebook's cell, show the tables of `expertgrid table`. All raise InputError
+    for a directory that holds no study, and for damaged files.
     """
 
     def __init__(self, path: str | PathLike[str], metric: str | None = None) -> None:
@@ -90,12 +87,12 @@ class OpenedStudy:
             for seed, record in row.by_seed.items():
                 predicted = self._directory.predictions(record.trial)
                 for split in ("validation", "test") if predicted else ():
-                    arrays = {names[suffix]: getattr(predicted, split + suffix) for suffix in names}
-                    images = len(arrays["label"])
+                    arrays = {name: getattr(predicted, split + suffix) for suffix, name in names.items()}
+                    images = pa.array(range(len(arrays["label"])))
                     alike = {"cell": row.name, "seed": seed, "trial": record.trial, "split": split}
-                    of_images = {name: pa.array(array) for name, array in arrays.items() if array is not None}
-                    several = {name: pa.repeat(value, images) for name, value in alike.items()}
-                    tables.append(pa.table(several | {"image": pa.array(np.arange(images))} | of_images))
+                    parts = {name: pa.repeat(value, len(images)) for name, value in alike.items()} | {"image": images}
+                    parts |= {name: pa.array(array) for name, array in arrays.items() if array is not None}
+                    tables.append(pa.table(parts))
         return pa.concat_tables(tables, promote_options="default")
 
     def __repr__(self) -> str:
@@ -107,16 +104,16 @@ class OpenedStudy:
         return f"<pre>{escape(repr(self))}</pre>"
 
 
-def to_bytes(table: pa.Table, format: Literal["csv", "parquet"]) -> bytes:
-    """A table as a file. In CSV a quote stands before a text that a spreadsheet would take for a formula."""
+def to_bytes(table: pa.Table, format: str) -> bytes:
+    """A table as csv or parquet, nothing for another format. In CSV no text is a formula: a quote stands before it."""
     file = io.BytesIO()
     if format == "parquet":
         parquet.write_table(table, file)
-        return file.getvalue()
-    for place, (name, column) in enumerate(zip(table.column_names, table.columns)):
-        if pa.types.is_string(column.type):
-            table = table.set_column(place, name, pa.array(map(csv_cell, column.to_pylist()), pa.string()))
-    csv.write_csv(table, file)
+    elif format == "csv":
+        for place, (name, column) in enumerate(zip(table.column_names, table.columns)):
+            if pa.types.is_string(column.type):
+                table = table.set_column(place, name, pa.array(map(csv_cell, column.to_pylist()), pa.string()))
+        csv.write_csv(table, file)
     return file.getvalue()
 
 

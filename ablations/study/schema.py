@@ -1,5 +1,6 @@
 """The JSON Schema of study files, by which editors complete and check them. Imports no torch."""
 
+import json
 from typing import Any
 
 from expertgrid.ablations.study.changes import CHOICES
@@ -12,8 +13,8 @@ from expertgrid.model.variants import VARIANTS
 TITLE = "A study of expertgrid"
 
 
-def study_schema() -> dict[str, Any]:
-    """The fields of `Study` and `Base`, with the names of presets, recipes, variants and fields of a recipe."""
+def study_schema() -> str:
+    """As JSON: the fields of `Study` and `Base`, with the names of presets, recipes, variants and a recipe's fields."""
     schema: dict[str, Any] = Study.model_json_schema() | {"title": TITLE}
     fields, base = schema["properties"], schema["$defs"]["Base"]["properties"]
     del fields["name"]
@@ -29,4 +30,4 @@ def study_schema() -> dict[str, Any]:
     base["recipe"]["anyOf"] = [{"enum": list(RECIPES)}, {"type": "string", "pattern": r"\.toml$"}]
     for name, known in (("model", PRESETS), ("data", [source for source in SOURCES if source.islower()])):
         base[name]["anyOf"] = [{"enum": list(known)}, {"type": "string"}]
-    return schema
+    return json.dumps(schema, indent=1)

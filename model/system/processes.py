@@ -98,8 +98,9 @@ class AnsweringProcess:
             context = process_context(imports)
             self.connection, theirs = context.Pipe()
             self.process = context.Process(target=_answer, args=(theirs, *shared))
-            try:
-                with theirs, _safe_path(), _without_main():
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:  # a process that starts runs the file of `__main__`, and a user's script would begin again in each
+                with theirs, _safe_path():
                     self.process.start()
                 break
             except (OSError, EOFError) as error:  # the server is dying, or its socket was removed
@@ -107,6 +108,8 @@ class AnsweringProcess:
                 if not (again and (pid := _signal_server(KILL))):
                     raise ProcessLost(f"no process can be started: {reason_of(error)}") from error
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # multiprocessing itself looks for its end
+            finally:
+                sys.modules["__main__"] = main
         self.ask(begin, *work)  # not with the start, which a signal may cut short
 
     def ask(self, *words: object) -> None:
@@ -127,19 +130,6 @@ class AnsweringProcess:
         _signal_server(signal.SIGCONT)
         self.process.join(END_S)
         self.connection.close()
-
-
-@contextmanager
-def _without_main() -> Generator[None]:
-    """Within, this process has a `__main__` without a file, so that a process that starts does not run a user's script.
-
-    Of a script that does not say `if __name__ == "__main__"`, each process would begin the training again.
-    """
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _answer(connection: Connection, *shared: Any) -> None:

@@ -31,7 +31,3 @@ def __getattr__(name: str) -> Any:
         return version("expertgrid")
     except PackageNotFoundError:
         return "unknown"
-
-
-def __dir__() -> list[str]:
-    return [*globals(), "InputError", "__version__", "open", "run"]

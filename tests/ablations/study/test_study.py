@@ -113,10 +113,10 @@ def test_all_cells_of_a_study_have_its_hold_out(digits):
 
 
 def test_a_study_of_too_few_images_for_its_hold_out_is_refused():
-    few = ImageData.random(train=95, height=32, width=32)
-    with pytest.raises(InputError, match="hold-out of random: class '5' has 9 train images, and 10 parts need"):
+    few = ImageData.random(train=15, height=32, width=32)
+    with pytest.raises(InputError, match="hold-out of random: class '5' has 1 train images; at least 2 are needed"):
         study("[set]\n'recipe.batch_size' = 8").cells(few)
-    halves = replace(few, source="random@0.5")
+    halves = replace(ImageData.random(train=95, height=32, width=32), source="random@0.5")
     (cell,) = study("[set]\n'recipe.batch_size' = 47").cells(halves)
     assert cell.trials[0].hold_out.parts == 2
     with pytest.raises(InputError, match="recipe.batch_size: 48, and random has 47 images to train on"):
@@ -154,7 +154,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[base]\nhold_out = 'rot'", "my.toml: base.hold_out: input should be 'rotating' or 'fixed', found 'rot'"),
         ("[factors]\nexpert = [1]", "my.toml: unknown name 'expert'; did you mean 'experts'?"),
         ("[factors]\nexperts = []", "my.toml: factors.experts: value should have at least 1 item"),
-        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: a level is given twice"),
+        ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: 3 is given twice"),
         ("[set]\nreference = 'two_block'", "my.toml: unknown name 'reference'"),
         ("[set]\nmodel = 'two_block'", "my.toml: model is set in [base], or is a factor"),
         ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is set twice"),
