@@ -141,7 +141,10 @@ def _train(
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     if how.adopts:
-        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))
+        unreadable: dict[str, str] = {}
+        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, unreadable)))
+        for place, reason in unreadable.items():
+            console.print(f"not all is taken over from {place}: {reason}", soft_wrap=True)
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]

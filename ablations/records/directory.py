@@ -197,10 +197,11 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> str | None:
+    def adopt(self, trial_id: str, unreadable: dict[str, str]) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns the name of that study's directory, None where no study has the trial undamaged.
+        Returns the name of that study's directory, None where no study has the trial undamaged. Why one cannot be read
+        is entered in `unreadable`, by its directory.
         """
         from expertgrid.model.checkpoint import load
 
@@ -213,7 +214,8 @@ class StudyDirectory:
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
-            except InputError:
+            except (InputError, OSError) as error:
+                unreadable.setdefault(str(other.path), str(error))
                 continue  # a damaged trial is trained again
             with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
                 copy = shutil.copytree(record.parent, Path(folder) / trial_id)
