@@ -2,12 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertgrid.export.metadata import Precision, without_certificate
 from expertgrid.model.system.errors import wrong_file
+from expertgrid.model.system.files import MissingFile, read_whole
 
 AGAIN = "export it again"
 CHANCE = 0.01  # McNemar's p-value, below which a loss of accuracy on a sample of images is not by chance
@@ -79,7 +81,7 @@ class Certificate(BaseModel):
     bound: Bound
     images: int  # of the test split
     pytorch_accuracy: float  # on all of them
-    agreements: list[Agreement]
+    agreements: Annotated[list[Agreement], Field(min_length=1)]
     first_divergence: str  # the first layer whose output differs, where the bound was missed
     sha256: str  # of the ONNX file before the certificate's own hash was put into it
     opset: int
@@ -99,7 +101,7 @@ class Certificate(BaseModel):
         if sampled:
             sizes += f" (and on {next(iter(sampled.values())).images:,} of them at {', '.join(sampled)})"
         providers = ", ".join(dict.fromkeys(agreement.provider for agreement in self.agreements))
-        lowest = min(whole.values(), key=lambda agreement: agreement.accuracy)
+        lowest = min((whole or sampled).values(), key=lambda agreement: agreement.accuracy)
         verdict = "agrees" if self.passed else f"DOES NOT agree (from {self.first_divergence} on)"
         return (
             f"{self.precision} {verdict} with PyTorch on {self.images:,} test images {sizes}, "
@@ -117,9 +119,9 @@ def read_certificate(model: bytes, file: Path) -> Certificate:
     """
     beside = file.with_suffix(".certificate.json")
     try:
-        content = beside.read_bytes()
+        content = read_whole(beside)
         certificate = Certificate.model_validate_json(content)
-    except FileNotFoundError:
+    except MissingFile:
         raise wrong_file(file, "has no certificate", AGAIN) from None
     except ValidationError:
         raise wrong_file(file, f"its certificate {beside.name} is damaged", AGAIN) from None

@@ -16,6 +16,7 @@ from expertgrid.model.pixels import RESIZE
 from expertgrid.model.probe import NETWORK, Probe, probe_of
 from expertgrid.model.registry import build, for_shapes
 from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.files import MissingFile, opened_file
 
 FORMAT = "expertgrid-2"
 
@@ -97,10 +98,10 @@ def load(path: Path) -> Checkpoint:
     for a user's network whose code has changed since.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_file(path), safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
-    except FileNotFoundError:
+    except MissingFile:
         raise InputError(f"{path}: there is no such checkpoint") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file, or a damaged one ({error})") from None

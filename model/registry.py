@@ -55,6 +55,15 @@ def create(config: TimmModel, arguments: Mapping[str, Any]) -> "nn.Module":
     return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes, **arguments)
 
 
+def classifiers(net: "nn.Module") -> tuple[str, ...]:
+    """The names of a network's classifiers, as timm knows them; else of its last linear layer."""
+    from torch.nn import Linear
+
+    known = getattr(net, "pretrained_cfg", {}).get("classifier")
+    linear = [name for name, part in net.named_modules() if isinstance(part, Linear)]
+    return (known,) if isinstance(known, str) else tuple(known or linear[-1:])
+
+
 def is_users(config: Network) -> bool:
     """Whether the network is one that a user's module registers: its code can change while its name stays."""
     if isinstance(config, ModelConfig) or not timm.is_model(config.timm):

@@ -4,7 +4,7 @@ What can be checked without PyTorch is checked before it is imported.
 """
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,12 @@ class Grouped(TyperGroup):
     Contexts are of click's class, which some versions of Typer keep for themselves.
     """
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """With a default that is a bool already: for any other, Typer imports pydantic to make it one."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.default = False
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        """With defaults that are bools already: for any other, Typer imports pydantic to make it one."""
+        params = super().get_params(ctx)
+        for param in params:
+            param.default = False
+        return params
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str | None, list[tuple[str, str]]] = {}
@@ -46,7 +46,6 @@ class Grouped(TyperGroup):
 
 app = typer.Typer(
     cls=Grouped,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -74,15 +73,30 @@ Import = Annotated[
     Option(
         "--import",
         metavar="MODULE|FILE.py",
-        help="Import your module that registers networks with timm. Repeatable.",
+        help="Import your module that registers networks, or parts of a training. Repeatable.",
         callback=options.module_names,
     ),
+]
+Metric = Annotated[
+    str | None, Option(metavar="NAME[:MARGIN]", help="Read it by another metric: auroc, or cross_entropy:0.01.")
 ]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
 StudyDir = Annotated[Path, Argument(metavar="DIR", help="Study directory.", callback=options.study_directory)]
 DamagedDir = Annotated[Path, Argument(metavar="DIR", help="Study directory.", callback=options.study_remains)]
 OnnxFile = Annotated[Path, Argument(metavar="FILE.onnx", help="ONNX file.", callback=options.readable)]
+
+
+def _completed(kind: Literal["studies", "recipes", "cells"]) -> Callable[[Any, str], list[str]]:
+    """What completes a word in the shell."""
+
+    def names(ctx: Any, incomplete: str) -> list[str]:
+        from expertgrid.ablations.cli.lists import names
+
+        # directories are in `args` where an option has no value yet
+        return [name for name in names(kind, ctx.params.get("directories") or ctx.args) if name.startswith(incomplete)]
+
+    return names
 
 
 @contextmanager
@@ -113,7 +127,9 @@ def expertgrid(
 
 @app.command(rich_help_panel=TRAIN)
 def run(
-    study: str | None = Argument(None, help="Study that ships with expertgrid, or a TOML file of yours."),
+    study: str | None = Argument(
+        None, help="Study that ships with expertgrid, or a TOML file of yours.", autocompletion=_completed("studies")
+    ),
     data: str | None = Option(None, metavar="SOURCE", help="Data source, instead of the study's."),
     data_dir: DataDir = None,
     seeds: int | None = Option(None, metavar="N", help="Number of seeds, instead of the study's."),
@@ -136,7 +152,7 @@ def run(
     ),
     jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
-    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: join or start one."),
+    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
     track: list[str] | None = Option(
@@ -160,7 +176,8 @@ def run(
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
-    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    name = "quickstart" if study is None else study
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
@@ -191,6 +208,26 @@ def run(
 
 
 @app.command(rich_help_panel=TRAIN)
+def new(
+    file: Path = Argument(metavar="FILE.toml", help="File to write.", callback=options.file_named("FILE", ".toml")),
+    model: str = Option("two_block", help="Preset, or timm model."),
+    recipe: str = Option(
+        "fast", help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")
+    ),
+    data: str = Option("digits", metavar="SOURCE", help="Data source."),
+    image_size: int | None = Option(None, min=1, metavar="N", help="Bring all images to N x N pixels."),
+    modules: Import = None,
+) -> int:
+    """Write a study file with comments, to be changed in an editor.
+
+    Beside it lies study.schema.json, by which editors complete and check it.
+    """
+    with _starting(modules, "starting"):
+        from expertgrid.ablations.cli.new import new
+    return new(file, {"model": model, "recipe": recipe, "data": data, "image_size": image_size}, modules or [])
+
+
+@app.command(rich_help_panel=TRAIN)
 def rerun(
     directory: StudyDir,
     trial: str = Argument(metavar="ID", help="Trial, as the table and the ledger name it."),
@@ -212,16 +249,47 @@ def rerun(
 @app.command(rich_help_panel=RESULTS)
 def table(
     directories: list[Path] = Argument(metavar="DIR...", help="Study directories.", callback=options.study_directory),
-    format: Format = "text",
+    format: Literal["text", "github", "latex", "csv", "json", "parquet"] = Option(
+        "text", help="Format of the table. parquet: with --rows and --out."
+    ),
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
-    contrast: tuple[str, str] | None = Option(None, metavar="A B", help="Compare two cells in detail."),
+    contrast: tuple[str, str] | None = Option(
+        None, metavar="A B", help="Compare two cells in detail.", autocompletion=_completed("cells")
+    ),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
+    metric: Metric = None,
     notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+    rows: Literal["trials", "cells", "effects", "epochs", "predictions"] | None = Option(
+        None, help="Show these as one table for other programs, as `expertgrid.open` gives them."
+    ),
+    out: Path | None = Option(None, metavar="FILE", help="File to write, of --rows."),
 ) -> int:
     """Print the table of one study or several."""
+    others = len(directories) > 1 or by or contrast or peek or notes
+    options.refuse(
+        (format == "parquet" and not (rows and out), "--format parquet: needs --rows and --out FILE"),
+        (out and not rows, "--out: is for --rows"),
+        (rows and others, "--rows: is for one study, without --by, --contrast, --peek and --notes"),
+    )
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
-    return results.table(directories, format, by, contrast, peek, notes)
+    if rows or format == "parquet":
+        return results.rows(directories[0], str(rows), format, out, metric)
+    return results.table(directories, format, by, contrast, peek, notes, metric)
+
+
+@app.command(rich_help_panel=RESULTS)
+def judge(
+    file: Path = Argument(metavar="SCORES.csv", help="Columns: factors, seed, score.", callback=options.readable),
+    margin: float = Option(metavar="X", help="The difference that matters, in the unit of the scores."),
+    lower_is_better: bool = Option(False, "--lower-is-better", help="A lower score is better, as of a loss."),
+    format: Format = "text",
+    notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+) -> int:
+    """Print the verdicts on scores that were made elsewhere."""
+    with _starting(text="starting"):
+        from expertgrid.ablations.cli import results
+    return results.judge(file, margin, lower_is_better, format, notes)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -229,6 +297,7 @@ def report(
     directory: StudyDir,
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
     format: Literal["html", "pdf-figures", "png-figures"] = Option("html", help="One page, or figures for a paper."),
+    metric: Metric = None,
     data_dir: DataDir = None,
     modules: Import = None,
 ) -> int:
@@ -238,7 +307,7 @@ def report(
     """
     with _starting(modules):
         from expertgrid.ablations.cli.results import report
-    return report(directory, out, format, data_dir)
+    return report(directory, out, format, data_dir, metric)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -247,13 +316,14 @@ def track(
     to: list[str] = Option(metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers),
     data: Data = None,
     data_dir: DataDir = None,
+    modules: Import = None,
 ) -> int:
     """Show a study in TensorBoard, MLflow or Weights & Biases.
 
     A tracker gets all trials, as from `run --track`, and the exported files. It keeps them in DIR/tensorboard,
     DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for the contact sheets.
     """
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.track import track
     return track(directory, to, data, data_dir)
 
@@ -560,13 +630,22 @@ def list_(
     return list_(what, [options.module_and_folder(text)[0] for text in modules or []], format)
 
 
+@app.command(rich_help_panel=LISTS)
+def schema() -> None:
+    """Print the JSON Schema of study files."""
+    from expertgrid.ablations.study.schema import study_schema
+
+    print(study_schema())
+
+
 @app.command("show-augment", rich_help_panel=LISTS)
 def show_augment(
-    recipe: str = Argument(help="Recipe, as `expertgrid list recipes` names it."),
+    recipe: str = Argument(help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")),
     out: Path = Option(metavar="FILE.png", help="Picture to write.", callback=options.file_named("--out", ".png")),
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     data_dir: DataDir = None,
     set_: Set = None,
+    modules: Import = None,
     seed: int = Option(0, min=0, max=2**31, metavar="N", help="Seed that chooses the images and their changes."),
     images: int = Option(8, min=1, max=options.MOST_IMAGES, metavar="N", help="Number of images to show."),
 ) -> int:
@@ -575,6 +654,6 @@ def show_augment(
     Train images are shown as the network gets them in several epochs, each beside its original.
     """
     settings = options.settings(set_ or [])
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.augment import show_augment
     return show_augment(recipe, out, data, data_dir, settings, seed, images)

@@ -1,7 +1,10 @@
 """Lists of the networks, recipes, studies and data sources."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
 
 
@@ -38,7 +41,6 @@ def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
 
     from expertgrid.model.cost import check_image_size, cost
     from expertgrid.model.presets import network
-    from expertgrid.model.system.errors import InputError
 
     rows: list[dict[str, object]] = []
     for name in list_models():
@@ -78,3 +80,17 @@ def _sources() -> list[dict[str, object]]:
     from expertgrid.model.training.data import SOURCES
 
     return [{"data": source, "what": what} for source, what in SOURCES.items()]
+
+
+def names(kind: str, directories: Sequence[str]) -> list[str]:
+    """What the shell completes: studies, recipes, or the cells of study directories, as `experts=2,gate=mlp`."""
+    from expertgrid.ablations.records.directory import StudyDirectory
+    from expertgrid.ablations.study.study_file import shipped_studies
+    from expertgrid.model.training.recipe import RECIPES
+
+    if kind != "cells":
+        return list(RECIPES) if kind == "recipes" else [*shipped_studies(), *map(str, Path().glob("*.toml"))]
+    with suppress(InputError):  # of a directory that holds no study
+        cells = [cell for place in directories for cell in StudyDirectory(Path(place)).read_plan().cells if cell.levels]
+        return [",".join(f"{factor}={level}" for factor, level in cell.level_names.items()) for cell in cells]
+    return []

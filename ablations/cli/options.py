@@ -10,8 +10,8 @@ from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from expertgrid.model.system.errors import InputError, unknown
-from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.errors import InputError, reason_of, unknown
+from expertgrid.model.system.files import opened_file, write_whole
 
 HUB = "hf-hub:"
 NOT_ISOLATED = "needs separate processes; it does not go with --no-isolate"
@@ -21,6 +21,7 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
+ANSWER_S = 4.0  # that a tracker's server gets at the start
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -50,6 +51,8 @@ def settings(texts: Sequence[str]) -> dict[str, Value]:
         path, equals, value = text.partition("=")
         if not equals or not path:
             raise InputError(f"--set {text!r}: PATH=VALUE is needed, as in recipe.epochs=1")
+        if path in values:
+            raise InputError(f"--set {text}: {path} is set twice")
         values[path] = value  # a plain word needs no quotes
         with suppress(ValueError, RecursionError):
             values[path] = tomllib.loads(f"value = {value}")["value"]
@@ -141,10 +144,8 @@ def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable
 def readable(files: Path | Sequence[Path] | None) -> Path | Sequence[Path] | None:
     """Raises InputError for a file that cannot be read."""
     for file in _paths(files):
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        with opened_file(file):
+            pass
     return files
 
 
@@ -196,7 +197,7 @@ def hub_repository(target: str) -> str | None:
 
 
 def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
-    """Raises InputError for a tracker that does not exist, is not installed, or takes no store. Imports none."""
+    """Raises InputError for a tracker that does not exist, is not installed, takes no store or does not answer."""
     for text in texts or ():
         name, colon, uri = text.partition(":")
         if name not in TRACKERS:
@@ -206,17 +207,28 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
+        if uri.startswith(("http:", "https:")):
+            import requests  # as MLflow does, which itself waits for minutes
+
+            try:
+                requests.head(uri, timeout=ANSWER_S)
+            except (OSError, ValueError) as error:
+                if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
+                    raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
     return texts
 
 
-def check_can_be_written(file: Path) -> None:
-    """Makes the directory of --out. Raises InputError where no file can be written there, before the long work."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {file}: cannot be written: {error.strerror}") from None
+def check_can_be_written(option: str, *files: Path) -> None:
+    """Makes the directories. Raises InputError where one of the files cannot be written, before the long work."""
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"{option} {file}: cannot be written: there is a directory of this name")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):  # so long are our own names
+                pass
+        except OSError as error:
+            raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None
 
 
 def write_out(option: str, file: Path, content: bytes) -> None:

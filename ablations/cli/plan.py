@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell, groups
+from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
-from expertgrid.model.config import ModelConfig
+from expertgrid.model.config import ModelConfig, TimmModel
 from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.metrics import scale
 from expertgrid.model.training.trial import Trial
 
 
@@ -32,7 +35,7 @@ class StudyRequest:
 
 
 def read_request(
-    study: str,
+    study: str | Study,
     seeds: int | None,
     first_seed: int | None,
     data: str | None,
@@ -42,7 +45,8 @@ def read_request(
     max_seeds: int | None,
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
-    changed = load_study(study).change(seeds, data, settings, first_seed)  # fails before the statistics are imported
+    study = load_study(study) if isinstance(study, str) else study
+    changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
@@ -63,6 +67,12 @@ class PlannedRun:
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
+    weights: Mapping[str, bytes]  # files that trials start from, by their fingerprints
+
+    @property
+    def weight_lines(self) -> list[str]:
+        """What the networks start from, where it is to be said."""
+        return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
 
     @cached_property
     def networks(self) -> dict[str, Probe]:
@@ -92,7 +102,9 @@ class PlannedRun:
             one, other = first.model, second.model
             if first.id == second.id or isinstance(one, ModelConfig) or isinstance(other, ModelConfig):
                 return first.id == second.id
-            if first.recipe != second.recipe or one.structure is None or one.structure != other.structure:
+            if (first.recipe, first.weights) != (second.recipe, second.weights) or one.structure is None:
+                return False
+            if one.structure != other.structure:
                 return False
             before, after = probed(one), probed(other)
             return before is not None and after is not None and not before.difference(after)
@@ -116,7 +128,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=request.last_seed).cells(data)
+    weights: dict[str, bytes] = {}
+    cells = study.change(seeds=request.last_seed).cells(data, weights)
+    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -127,15 +141,28 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    planned = PlannedRun(study, directory, data, cells, race)
+    planned = PlannedRun(study, directory, data, cells, race, weights)
     planned.check_code()
     return planned
+
+
+def _start(trial: Trial) -> str:
+    """What a training starts from; "" where it starts as one expects."""
+    weights, name, by = trial.weights, trial.model_name, trial.recipe.normalise
+    if weights is None:
+        has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
+        tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
+        return f"{name} starts from fresh weights, {tag}" if has_tag else ""
+    loaded = f"{weights.tensors} tensors are loaded, new: {', '.join(weights.new) or 'none'}"
+    images = by if isinstance(by, str) else f"mean {list(by[0])} and std {list(by[1])}"
+    return f"{name} starts from {weights.source}: {loaded}; images normalised by {images}"
 
 
 def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
+    from expertgrid.ablations.study.disk import bytes_needed, in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -146,16 +173,31 @@ def plan_table(planned: PlannedRun) -> str:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
         done = sum(trial.id in finished for trial in cell.trials)
-        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        levels = dict.fromkeys(planned.study.factors, "") | cell.planned.level_names
+        row = {
+            "model": CONTROL if cell.control else cell.model_name,
+            **levels,
+            "first trial": first.id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
+        *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
+    if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
+        log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
+        notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
     notes += planned.network_notes()
     if planned.race is None:
-        images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
-        notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))
+        study, cells = planned.study, [cell.planned for cell in planned.cells]
+        images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))
+        if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
+            shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
+            images /= (1 / shares_N).mean() / len(shares_N)
+        foreseen = foresee(study, cells, images, planned.directory)
+        notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

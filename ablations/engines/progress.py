@@ -1,6 +1,7 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,6 +12,7 @@ from expertgrid.ablations.engines.events import EpochDone, Event, TrialDone, Tri
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.cost import cost
+from expertgrid.model.system.errors import printable
 from expertgrid.model.training.trial import Trial
 
 
@@ -41,8 +43,9 @@ class StudyProgress:
         self.now = Text(no_wrap=True, overflow="ellipsis")
 
     def live(self) -> AbstractContextManager:
-        """Shows the display while it is entered; nothing where stderr is not a terminal."""
-        return Live(Group(self.bar, self.now), console=self.console) if self.console.is_terminal else nullcontext()
+        """Shows the display while it is entered; nothing where stderr is no terminal, and no notebook with widgets."""
+        is_live = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets"))
+        return Live(Group(self.bar, self.now), console=self.console) if is_live else nullcontext()
 
     def show(self, event: Event) -> None:
         name = self.names[event.trial.id]
@@ -79,4 +82,4 @@ class StudyProgress:
 def _trial_name(cell: Cell, trial: Trial) -> str:
     levels = " ".join(f"{name}={level_name(level)}" for name, level in cell.levels.items())
     named = set(cell.levels) & {"model", "reference"}
-    return f"{levels if named else f'{cell.model_name} {levels}'.strip()} seed {trial.seed}"
+    return printable(f"{levels if named else f'{cell.model_name} {levels}'.strip()} seed {trial.seed}")

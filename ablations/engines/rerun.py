@@ -13,12 +13,14 @@ from torch import Tensor
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.model.checkpoint import load
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.metrics import Scale
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Epoch, Trial
 
@@ -40,8 +42,9 @@ class Rerun:
 
     compared: list[Compared]
     reasons: list[str]  # what differs between the two trainings' environments, so that bits may differ
-    margin: float  # in points of accuracy, for a training elsewhere
-    points: float = 0.0  # by which accuracies differ at most
+    margin: float  # of the study's metric, for a training elsewhere
+    by: Scale
+    apart: float = 0.0  # by which the metric differs at most
     failure: str = ""
 
     @property
@@ -49,7 +52,7 @@ class Rerun:
         """On a CPU, or with --deterministic, in the same environment: to the last bit. Else within the margin."""
         if self.failure:
             return False
-        return self.points <= self.margin if self.reasons else all(number.same for number in self.compared)
+        return self.apart <= self.margin if self.reasons else all(number.same for number in self.compared)
 
     @property
     def verdict(self) -> str:
@@ -60,10 +63,22 @@ class Rerun:
                 return "The same: weights, losses, accuracies and predictions are equal to the last bit."
             changed = ", ".join(number.what for number in self.compared if not number.same)
             return f"Different: {changed}. In the environment of the record, equality to the last bit is expected."
+        what = "accuracies are" if self.by.name == "accuracy" else f"{self.by.title} is"
         return (
-            f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
-            f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.reasons)})."
+            f"{'The same' if self.same else 'Different'}: {what} {'' if self.same else 'not '}within "
+            f"{self.margin:g}{self.by.points}; equality to the last bit is not expected ({'; '.join(self.reasons)})."
         )
+
+
+class Beside(StudyDirectory):
+    """Another place for a trial of a study: its reads of the test split are entered in the study's ledger."""
+
+    def __init__(self, path: Path, study: StudyDirectory):
+        super().__init__(path)
+        self.study = study
+
+    def enter(self, read: TestRead) -> None:
+        self.study.enter(read.model_copy(update={"reader": "rerun"}))
 
 
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
@@ -80,15 +95,13 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         _threads(record.environment.threads),
         machine.deterministic(record.deterministic),
     ):
-        second = StudyDirectory(Path(place))
-        try:
-            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
-        finally:
-            for read in second.test_reads():
-                directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
-        margin = directory.read_study().margin
+        second = Beside(Path(place), directory)
+        if weights := directory.weights(trial):
+            second.write_weights({weights.stem: weights.read_bytes()})
+        *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
+        margin, by = directory.read_study().margin, directory.read_plan().metric
         if not isinstance(last, TrialDone):
-            return Rerun([], [], margin, failure=str(second.failure(trial.id)))
+            return Rerun([], [], margin, by, failure=str(second.failure(trial.id)))
         again = last.record
         weights = [load(study.checkpoint(trial.id)).weights for study in (directory, second)]
         compared = [_compared_weights(*weights)]
@@ -98,9 +111,9 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
             compared.append(Compared(name.replace("_", " "), first, number, abs(number - first), number == first))
         if predictions := directory.predictions(trial.id):
             compared += _compared_predictions(predictions, second.predictions(trial.id))
-    accuracies = ("validation_accuracy", "test_accuracy")
-    points = max(100 * abs(getattr(again, name) - getattr(record, name)) for name in accuracies)
-    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, points)
+    kept = directory.with_metric(record, by.name)
+    apart = max(abs(again.score(split, by) - kept.score(split, by)) for split in SPLITS)
+    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, by, apart)
 
 
 @contextmanager
@@ -123,6 +136,7 @@ def _reasons(record: Record, again: Record, on_cpu: bool) -> list[str]:
             ("the number of threads", first.threads, second.threads),
             ("bf16", record.bfloat16, again.bfloat16),
             *((name, version, second.versions.get(name)) for name, version in first.versions.items()),
+            *((f"the code of the {part}", code, again.parts.get(part)) for part, code in record.parts.items()),
         )
         if before != now
     ]

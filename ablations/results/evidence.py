@@ -1,11 +1,11 @@
 """The verdicts of a study: contrasts of its networks, in the families that `questions` declares.
 
-`stats.contrasts` judges all of them, on validation accuracy in percent. What is asked later is exploratory.
+`stats.contrasts` judges all of them, on the metric that decides, those in points in percent. What is asked later is
+exploratory.
 
 Shapes: Q contrasts, U networks, S seeds.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,17 +13,18 @@ from functools import cached_property
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import FAILED
 from expertgrid.ablations.results.costs import Costs, costs
 from expertgrid.ablations.results.questions import Questions, study_questions
-from expertgrid.ablations.results.rows import Results, Row, on_test, read_results
+from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.stats import contrasts, factors, planning
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Family, Judgement
+from expertgrid.ablations.results.stats.assumptions import FTest, effects_by_seed, may_be_best, seeds_that_decide
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, TURNED, WORSE, Family, Judgement
 from expertgrid.ablations.results.stats.factors import EffectContrast
 from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
+from expertgrid.model.training.metrics import WITH_FLOOR, Scale, scale
 
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
 
@@ -36,6 +37,7 @@ class Effect:
     judgement: Judgement
     cost: Costs  # after over before, mean over the matched cells
     seeds_to_decide: int | None = None  # about how many in all; None for what is decided
+    pairs: tuple[tuple[Row, Row], ...] = ()  # the matched cells of a main effect: before, after
 
     @property
     def factor(self) -> str:
@@ -82,7 +84,12 @@ class Evidence:
 
     @property
     def margin(self) -> float:
-        return self.results.study.margin
+        return self.results.margin
+
+    @property
+    def scale(self) -> Scale:
+        """Of the metric that decides."""
+        return self.results.scale
 
     @property
     def fixed_split(self) -> bool:
@@ -112,6 +119,82 @@ class Evidence:
         against = [f"{names[network]} against {names[0]}" for network in self.questions.in_no_effect]
         return [*(effect.name for effect in self.effects), *against]
 
+    @property
+    def repeats_images(self) -> bool:
+        """Whether there are more seeds than parts of the images, so that parts are held out again."""
+        return max((row.seeds for row in self.results.rows), default=0) > self.results.plan.hold_out.parts
+
+    @property
+    def not_confirmed(self) -> str:
+        """Why more than 1 such study in 20 may hold a wrong verdict; "" where it does not."""
+        if self.results.chosen_afterwards:
+            return "the metric was chosen after seeing the results"
+        if self.added_seeds:
+            return "seeds were added after results were seen"
+        return "results of these seeds were seen before the study was made" if self.results.plan.seen else ""
+
+    @cached_property
+    def varies_by_seed(self) -> FTest | None:
+        """Whether main effects vary from seed to seed by more than the noise."""
+        weights_QU = self.questions.effect_weights_QU
+        return effects_by_seed(weights_QU, self._judge.judged_US) if len(weights_QU) else None
+
+    @cached_property
+    def hanging_on_a_seed(self) -> dict[str, list[int]]:
+        """Main effects that are decided, by name, with the seeds without any one of which they would not be so."""
+        if self.race or not self.effects:
+            return {}
+        every = sorted({seed for row in self.results.rows for seed in row.trials})
+        places = seeds_that_decide(self.questions.effect_weights_QU, self._judge.judged_US, self.margin)
+        return {effect.name: [every[i] for i in at] for effect, at in zip(self.effects, places) if at}
+
+    @cached_property
+    def may_be_best(self) -> list[Row]:
+        """The rows that no other is surely better than; none after a race, which judges other contrasts."""
+        rows = [] if self.race else [unit for unit, row in enumerate(self.results.rows) if not row.control]
+        best_C = may_be_best(self.scale.sign * self._judge.judged_US[rows]) if rows else ()
+        return [self.results.rows[unit] for unit, best in zip(rows, best_C) if best]
+
+    @cached_property
+    def _judge(self) -> "Judge":
+        return Judge(self.results)
+
+    def without_diverged(self, effect: Effect) -> Judgement | None:
+        """A main effect over the matched cells that have a verdict, where others diverged: exploratory."""
+        pairs = [pair for pair in effect.pairs if not (pair[0].no_verdict or pair[1].no_verdict)]
+        return self._over(pairs) if pairs and len(pairs) < len(effect.pairs) and not self.race else None
+
+    def dependence(self, effect: Effect) -> tuple[Effect, str, dict[str, Judgement]] | None:
+        """The interaction by which a main effect depends most on a factor, that factor, and the effect at its levels.
+
+        None where no interaction is decided; for what is the same on average, where none may pass the margin either.
+        Exploratory.
+        """
+
+        def size(interaction: Effect) -> float:
+            return abs(interaction.judgement.mean or 0.0)
+
+        def matters(judgement: Judgement) -> bool:
+            if judgement.low is None or judgement.high is None:
+                return False
+            passes = max(-judgement.low, judgement.high) > self.margin and effect.judgement.verdict == SAME
+            return passes or judgement.verdict in (BETTER, WORSE)
+
+        change = effect.changes[0]
+        those = [of for of in self.interactions if change in of.changes and matters(of.judgement)]
+        for interaction in sorted(those, key=size, reverse=True):
+            factor, *levels = next(other for other in interaction.changes if other != change)
+            at = {level: [pair for pair in effect.pairs if pair[0].levels[factor] == level] for level in levels}
+            if all(at.values()):
+                return interaction, factor, {level: self._over(pairs) for level, pairs in at.items()}
+        return None
+
+    def _over(self, pairs: Sequence[tuple[Row, Row]]) -> Judgement:
+        weights_U = np.zeros(len(self.results.rows))
+        for pair in pairs:
+            weights_U[[self.results.rows.index(row) for row in pair]] += -1 / len(pairs), 1 / len(pairs)
+        return self._judge.family(weights_U[None]).judgements[0]
+
     @cached_property
     def decided_interactions(self) -> list[Effect]:
         return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
@@ -121,17 +204,18 @@ def weigh(results: Results) -> Evidence:
     """The verdicts of a study, as it is."""
     study, plan = results.study, results.plan
     judge = Judge(results)
-    questions, state = judge.questions, None
+    questions, by, state = judge.questions, judge.scale, None
     to_decide: Sequence[int | None] = [None] * len(questions.effects)
     if plan.race is not None and questions.networks > 1:
         limits = plan.race.margin, plan.race.last, plan.race.first
         state = race(questions.race_QU, judge.scores_US, *limits, judge.no_verdict)
+        state = replace(state, judgements=[judge.directed(judgement) for judgement in state.judgements])
         judgements = state.judgements
     else:
         family = judge.family(questions.effect_weights_QU)
         judgements = family.judgements
         if plan.race is None:
-            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, study.margin)
+            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, judge.margin)
     exploratory = judge.family(questions.interaction_weights_QU).judgements if plan.race is None else []
     pairs = [(results.row(first), results.row(second)) for first, second in study.contrasts]
     return Evidence(
@@ -142,23 +226,23 @@ def weigh(results: Results) -> Evidence:
         interactions=[judge.effect(*answered) for answered in zip(questions.interactions, exploratory)],
         declared=judge.compare(pairs, declared=True) if pairs and plan.race is None else [],
         spread=judge.spread,
-        sight=sight(questions.first_family_QU, judge.spread, study.seeds)
+        sight=sight(questions.first_family_QU, judge.spread, study.seeds, by.differences(judge.margin))
         if judge.spread and plan.race is None
         else None,
         race=state,
     )
 
 
-def read_evidence(directory: StudyDirectory) -> Evidence:
-    """Reads a study directory and judges it. Raises InputError where there is no study, and for damaged files."""
-    return weigh(read_results(directory))
+def read_evidence(directory: StudyDirectory, metric: str | None = None) -> Evidence:
+    """Reads a study directory, as `rows.read_results` does, and judges it. Raises InputError as that."""
+    return weigh(read_results(directory, metric))
 
 
 class Judge:
     """The networks of a study with their scores, and what `stats` says of their contrasts."""
 
     def __init__(self, results: Results) -> None:
-        self.results, self.margin = results, results.study.margin
+        self.results, self.margin, self.scale = results, results.margin, results.scale
         self.questions = study_questions(results.study, results.rows)
         self.scores_US = results.scores()
         self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
@@ -168,23 +252,36 @@ class Judge:
         if not len(weights_QU):
             return Family([], None, 0.0)
         scores_US = self.scores_US if scores_US is None else scores_US
-        return contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        family = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        return replace(family, judgements=[self.directed(judgement) for judgement in family.judgements])
+
+    def directed(self, judgement: Judgement) -> Judgement:
+        """A judgement by a metric of which lower is better, if this one is: a rise is worse."""
+        if self.scale.higher_is_better:
+            return judgement
+        return replace(judgement, verdict=TURNED.get(judgement.verdict, judgement.verdict))
+
+    @cached_property
+    def judged_US(self) -> np.ndarray:
+        """The scores of the networks that may be judged; NaN for the others."""
+        whole_US = self.scores_US.copy()
+        whole_US[list(self.no_verdict)] = np.nan
+        return whole_US
 
     @cached_property
     def spread(self) -> float | None:
         """The pooled residual standard deviation, None where it is not known or nothing."""
-        whole_US = self.scores_US.copy()
-        whole_US[list(self.no_verdict)] = np.nan
+        whole_US = self.judged_US
         if len(whole_US) < 2 or np.isnan(whole_US).all():
             return None
-        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), ~np.isnan(whole_US))
+        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
         spread = float(np.sqrt(residuals.pooled_X)) if residuals.df > 0 else 0.0
-        return spread if spread > 1e-6 * float(np.nanmax(whole_US)) else None
+        return spread if spread > 1e-6 * float(np.nanmax(np.abs(whole_US))) else None
 
     def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: int | None = None) -> Effect:
         changes = tuple((change.factor, str(change.before), str(change.after)) for change in contrast.changes)
         pairs = [(self.results.rows[before], self.results.rows[after]) for before, after in contrast.pairs]
-        return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide)
+        return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide, tuple(pairs))
 
     def _explained(self, judgement: Judgement, weights_U: np.ndarray) -> Judgement:
         """A judgement without a verdict with the reason of all its cells together."""
@@ -193,10 +290,8 @@ class Judge:
         rows = [self.results.rows[unit] for unit in np.flatnonzero(weights_U)]
         if sum(bool(row.no_verdict) for row in rows) == 1 and len(rows) == 2:
             return judgement
-        kinds = Counter(failure.kind for row in rows for failure in row.failures.values())
-        total = sum(row.seeds for row in rows)
-        reason = ", ".join(f"{FAILED[kind]} in {count} of {total} trainings" for kind, count in kinds.items())
-        return replace(judgement, reason=reason)
+        count = sum(failure.kind == "diverged" for row in rows for failure in row.failures.values())
+        return replace(judgement, reason=f"diverged in {count} of {sum(row.seeds for row in rows)} trainings")
 
     def against_base(self, state: RaceState | None) -> list[Judgement | None]:
         """Each row against the base, in a race those that it judges so."""
@@ -211,7 +306,7 @@ class Judge:
         """Pairs of rows as one family."""
         rows = self.results.rows
         weights_QU = np.array([factors.difference(*pair, len(rows)) for pair in pairs])
-        validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores(on_test))
+        validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores("test"))
         to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin)
         return [
             Comparison(rows[first], rows[second], on_validation, on_test, declared, seeds)
@@ -221,13 +316,16 @@ class Judge:
         ]
 
 
-def foresee(study: Study, cells: Sequence[PlannedCell], images: int, directory: StudyDirectory) -> Sight | None:
+def foresee(study: Study, cells: Sequence[PlannedCell], images: float, directory: StudyDirectory) -> Sight | None:
     """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
     Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
-    None for a study with one network or one seed.
+    None for a study with one network or one seed, and without records for a metric that has no such floor.
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
+    if spread is None and study.metric not in WITH_FLOOR:
+        return None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
-    return sight(questions.first_family_QU, spread or floor, study.seeds, measured=spread is not None)
+    differences = scale(study.metric, study.margin).differences(study.margin)
+    return sight(questions.first_family_QU, spread or floor, study.seeds, differences, measured=spread is not None)

@@ -11,7 +11,7 @@ import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import newest
 from expertgrid.ablations.results.tables.study import study_tables
@@ -22,6 +22,7 @@ from expertgrid.model.cost import cost
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import render_tables
+from expertgrid.model.training.metrics import METRICS
 from expertgrid.model.training.trial import Trial
 
 NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
@@ -63,7 +64,7 @@ def verify_study(directory: StudyDirectory) -> "Check":
             predictions = directory.predictions(trial_id)
             without += predictions is None
             if predictions is not None:
-                check.predictions(record, predictions)
+                check.predictions(record, predictions, trial)
                 block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
                 images = predictions.validation_labels.tobytes() + predictions.test_labels.tobytes()
                 labels.setdefault((block, images), trial_id)
@@ -136,14 +137,24 @@ class Check:
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 
-    def predictions(self, record: Record, predictions: Predictions) -> None:
-        for split in ("validation", "test"):
+    def predictions(self, record: Record, predictions: Predictions, trial: Trial | None) -> None:
+        for split in SPLITS:
             labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
                 predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
                 share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
                 self.equal(name, getattr(record, name), share)
+            metrics = getattr(record, f"{split}_metrics")
+            names = [name for name in METRICS if name in metrics or name == "cross_entropy"] if trial else []
+            values = predictions.measured(split, trial.model.num_classes, names) if trial else {}
+            for name, again in values.items():
+                if name in metrics:
+                    self.equal(f"{name} of {split}", metrics[name], again)
+                else:  # which the record has in fp32
+                    loss = getattr(record, f"{split}_loss")
+                    near = math.isclose(loss, again, rel_tol=1e-3, abs_tol=1e-3)
+                    self.true(f"{split}_loss is {loss}, but {again} follows from the log-probabilities", near)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()
@@ -171,7 +182,7 @@ class Check:
             written, tables = embedded.get("newest", ""), embedded["tables"]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        evidence = read_evidence(directory)
+        evidence = read_evidence(directory, embedded.get("metric"))
         if written < (newest_time := newest(directory, evidence.results)):
             self.skipped.append(
                 "report.html is older than the study and was not compared; `expertgrid report` renews it"

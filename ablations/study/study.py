@@ -8,26 +8,31 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_parts, dotted, named_recipe
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
-from expertgrid.model.config import ModelConfig, TimmModel
+from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
-from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.system.errors import LONGEST_VALUE, InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
-from expertgrid.model.training.recipe import Recipe, recipe
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
+from expertgrid.model.training.recipe import Recipe
+from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from expertgrid.model.weights import Initial
 
 MOST_TRIALS = 10_000  # of a study
 
@@ -45,8 +50,8 @@ def _folder_name(name: str) -> str:
 
 
 def _each_once(levels: object) -> object:
-    if isinstance(levels, list) and any(level in levels[:i] for i, level in enumerate(levels)):
-        raise ValueError("a level is given twice")
+    if isinstance(levels, list) and (twice := [level for i, level in enumerate(levels) if level in levels[:i]]):
+        raise ValueError(f"{str(twice[0])[:LONGEST_VALUE]} is given twice")
     return levels
 
 
@@ -67,7 +72,7 @@ def _with_dotted_keys(settings: object) -> object:
 
 
 class Base(BaseModel):
-    """What the factors vary: a preset or timm model, a recipe, and a data source.
+    """What the factors vary: a preset or timm model, a recipe, a data source, and the weights to start from.
 
     `image_size` brings all images to so many pixels in height and width. `hold_out` says whether each seed holds out
     its own part of the train images, or all the same.
@@ -80,19 +85,22 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
+    weights: str = NO_WEIGHTS
 
 
 class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
-    `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
-    the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
-    surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
+    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained
+    by the base's recipe with its changes. `metric` is one of `model.training.metrics.METRICS`: all verdicts are by it.
+    `margin` is the difference that matters, in points, or as the metric counts: cells that are surely nearer are the
+    same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
-    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell. `recipes` has the
+    user's own, by their names or files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -101,15 +109,17 @@ class Study(BaseModel):
     question: str
     design: Design = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
+    metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()
     set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_each_once), Field(min_length=1)]] = {}
-    baselines: list[str] = []
+    baselines: Annotated[list[str], BeforeValidator(_each_once)] = []
     reported: dict[str, str] = {}
     first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
     control: bool = Field(False, strict=True)
     contrasts: list[tuple[str, str]] = []
+    recipes: dict[str, dict[str, Level]] = {}
 
     @model_validator(mode="after")
     def check_names(self, info: Any) -> "Study":
@@ -122,7 +132,7 @@ class Study(BaseModel):
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
         for name in itertools.chain(self.set, self.factors):
-            if name in self.set and name in ("model", "recipe"):
+            if name in self.set and name in ("model", "recipe", "weights"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
             is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
             if is_nothing or (name in self.set and name in CHOICES):
@@ -141,6 +151,9 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
+        has_default = self.metric in SHIPPED and scale(self.metric).points
+        if not has_default and "margin" not in self.model_fields_set:
+            raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
     def change(
@@ -151,7 +164,9 @@ class Study(BaseModel):
         first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
-        settings = {dotted(path) or path: value for path, value in settings.items()}
+        given, settings = settings, {dotted(path) or path: value for path, value in settings.items()}
+        if len(settings) < len(given):
+            raise InputError(f"--set: one field is set twice: {', '.join(given)}")
         base = None if data is None else {**dict(self.base), "data": data}
         changes = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
         try:
@@ -181,7 +196,7 @@ class Study(BaseModel):
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
-        names = ("design", "margin", "first_seed", "control", "contrasts")
+        names = ("design", "metric", "margin", "first_seed", "control", "contrasts", "recipes")
         fields: dict[str, object] = {name: getattr(self, name) for name in names}
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
@@ -191,12 +206,14 @@ class Study(BaseModel):
         """The level of each factor in each cell of the design."""
         return designs.settings(self.design, self.factors)
 
-    def cells(self, data: ImageData) -> list[Cell]:
+    def cells(self, data: ImageData, files: dict[str, bytes] | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.
 
-        Raises InputError for what does not exist, is out of range or does not fit.
+        The files of the weights that they start from are entered in `files`, by fingerprint. Raises InputError for
+        what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
+        read = cache(partial(_read_weights, data, {} if files is None else files))
 
         @cache  # for this call: a user's code may change before the next
         def describe(network: TimmModel) -> TimmModel:
@@ -206,22 +223,36 @@ class Study(BaseModel):
 
         for levels in self.settings():
             reference = levels.get("reference")
-            model, recipe_name = (
-                _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
-                for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
+            chosen = (
+                _name(kind, next(level for level in (levels.get(kind), other, base) if level is not BASE))
+                for kind, other, base in (
+                    ("model", reference, self.base.model),
+                    ("recipe", reference, self.base.recipe),
+                    ("weights", BASE, self.base.weights),
+                )
             )
-            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set, describe))
+            cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training, describe) for name in self.baselines]
+        same = self.base.recipe, self.base.weights, training, describe, read
+        cells += [self._cell(data, hold_out, {}, name, *same) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
+        self._check_metric(data, hold_out)
         return cells
 
     @property
     def combined_levels(self) -> dict[str, int]:
         """The number of levels of each factor, where the design combines all of them; else nothing."""
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
+
+    def _check_metric(self, data: ImageData, hold_out: HoldOut) -> None:
+        labels_B, splits = data.train.labels_B, {"the test split": data.test.labels_B}
+        if scale(self.metric).name not in ("accuracy", "cross_entropy"):  # which are defined on any images
+            few = np.bincount(labels_B).min() < hold_out.parts
+            for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
+                splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
+            check_defined(self.metric, splits, data.classes)
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
         networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}
@@ -247,15 +278,17 @@ class Study(BaseModel):
         levels: dict[str, Level],
         model: str,
         recipe_name: str,
+        weights: str,
         settings: dict[str, Level],
         describe: Callable[[TimmModel], TimmModel],
+        read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
-        check_optimizer(training)
+        config, training = changed(*changed(config, named_recipe(recipe_name, self.recipes), settings), factors)
+        check_parts(training)
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):
@@ -263,10 +296,23 @@ class Study(BaseModel):
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
+        check_layers(training, config)
+        initial = None if weights == NO_WEIGHTS else read(weights, config)
+        own = initial and initial.normalisation
+        if own and len(own[0]) == data.channels and "recipe.normalise" not in map(dotted, [*settings, *factors]):
+            training = training.model_copy(update={"normalise": own} if training.normalise == "data" else {})
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
-        alike |= {"source": data.source, "fingerprint": data.fingerprint}
+        alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
+
+
+def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":
+    from expertgrid.model.weights import read_weights
+
+    initial = read_weights(source, config, data.classes)
+    files[initial.weights.fingerprint] = initial.file
+    return initial
 
 
 def _name(kind: str, level: Level) -> str:

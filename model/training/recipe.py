@@ -11,20 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.parts import SHIPPED
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
+Mean = Annotated[tuple[Share, ...], Field(strict=False)]  # of pixels from 0 to 1, for each channel
+Std = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)]
 
 WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
-
-KNOWN_OPTIMISERS = ("adam", "adamw", "muon")  # of timm: to know that it has them takes no import of it
 
 # Fields that change something only beside others: what they need in words, and whether a recipe's fields have it.
 NEEDS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "decay_epochs": ("sched 'step'", lambda fields: fields["sched"] == "step"),
     "decay_rate": ("sched 'step'", lambda fields: fields["sched"] == "step"),
-    "warmup": ("a sched other than 'none'", lambda fields: fields["sched"] != "none"),
+    "warmup": ("a sched of ours other than 'none'", lambda fields: fields["sched"] in SHIPPED["sched"][1:]),
     "filter_bias_and_bn": ("weight_decay", lambda fields: bool(fields["weight_decay"])),
     "alternating_flip": ("hflip, the share that is flipped at first", lambda fields: bool(fields["hflip"])),
     "remode": ("reprob", lambda fields: bool(fields["reprob"])),
@@ -40,7 +41,8 @@ class Recipe(BaseModel):
 
     Schedules are stepped after each optimiser step, so that a schedule in epochs is smooth. `amp` is where the forward
     pass runs in bfloat16: "auto" on devices that compute it natively, else "on" or "off". Augmentation is in the order
-    of the fields from `auto_augment` on.
+    of the fields from `auto_augment` on. The names of an optimiser, a schedule, a loss and an augmentation may be those
+    of parts that a user's module registers: they are looked up when a study is planned, and not when it is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -53,23 +55,32 @@ class Recipe(BaseModel):
     filter_bias_and_bn: bool = False  # keep weight decay off biases and norms
     opt_betas: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None  # the optimiser's own where not given
     momentum: float | None = Field(None, ge=0, lt=1)  # 0.9 where not given, of optimisers that have it
-    sched: Literal["none", "step", "cosine", "poly", "onecycle"] = "none"  # poly: linear to zero
+    layer_decay: float = Field(1.0, gt=0, le=1)  # of the rate, from each layer to the one before it; 1 is without
+    freeze: str = (
+        "none"  # or "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
+    )
+    sched: str = "none"  # step, cosine, poly (linear to zero), onecycle, or a user's
     decay_epochs: float | None = Field(None, gt=0)  # of sched step; 30 where not given
     decay_rate: float | None = Field(None, gt=0, le=1)  # of sched step; 0.1 where not given
     warmup: float | None = Field(None, ge=0, lt=1)  # share of all steps in which the rate rises; onecycle: 0.3, else 0
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the moving average of weights, which then is the network; 0: without
+    loss: str = "cross_entropy"  # or a user's
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
+    class_weights: Literal["none", "balanced"] = "none"  # of the loss; balanced: by one over a class's train images
+    sampler: Literal["shuffled", "balanced"] = "shuffled"  # balanced: each class as often, an image several times
     auto_augment: str = ""  # rand-..., augmix-... (without splits), or a policy of AutoAugment; "" is without
     color_jitter: tuple[float, ...] = ()  # brightness, contrast, saturation, and hue; a number: the first three
     hflip: Share = 0.0
     alternating_flip: bool = False  # hflip decides in the first epoch; then each image is flipped in every other one
     crop_padding: Pixels = 0  # a random crop of the image padded with zeros
     translate: Pixels = 0  # a random shift by up to so many pixels, with reflection at the border
-    normalise: Literal["data", "half"] = "data"  # by the train images' mean and std, or both 0.5
+    # By the train images' mean and std, which weights to start from replace where a study does not set it; both 0.5.
+    normalise: Literal["data", "half"] | Annotated[tuple[Mean, Std], Field(strict=False)] = "data"
     cutout: Pixels = 0  # side of the square; 0 is without
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
     recount: int | None = Field(None, ge=1, le=100)  # 1 where not given
+    augment: str = ""  # a user's augmentation of normalised images; "" is without
     small_size: Pixels = 0  # shorter side that images are scaled down to in the first epochs; 0: in none
     small_share: float | None = Field(None, gt=0, le=1)  # of the epochs that are so; 0.5 where not given
     mixup: Alpha = 0.0
@@ -78,20 +89,6 @@ class Recipe(BaseModel):
     mixup_switch_prob: Share | None = None  # of CutMix where there are both; 0.5 where not given
     amp: Literal["auto", "on", "off"] = "auto"
     tta: Literal["none", "flip"] = "none"  # measured beside the plain accuracy, which it does not change
-
-    @field_validator("opt")
-    @classmethod
-    def _timm_has_it(cls, opt: str) -> str:
-        if opt in KNOWN_OPTIMISERS:
-            return opt
-        import timm.optim  # which imports torch
-
-        names = [str(name) for name in timm.optim.list_optimizers()]
-        if opt not in names:
-            raise ValueError(str(unknown("optimiser", opt, names)))
-        if timm.optim.get_optimizer_info(opt).second_order:
-            raise ValueError("needs gradients of second order, which the training loop does not compute")
-        return opt
 
     @field_validator("auto_augment")
     @classmethod
@@ -158,6 +155,8 @@ class Recipe(BaseModel):
                 raise InputError(
                     f"recipe.{field}: {getattr(self, field)} is too large for the {images_of}; at most {most}"
                 )
+        if {len(values) for values in self.mean_std(data)} != {data.channels}:
+            raise InputError(f"recipe.normalise: {self.normalise}, and {data.name} has {data.channels} channels")
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images
 
@@ -179,7 +178,9 @@ class Recipe(BaseModel):
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
         half = (0.5,) * data.channels
-        return (half, half) if self.normalise == "half" else (data.mean, data.std)
+        if self.normalise == "half":
+            return half, half
+        return (data.mean, data.std) if self.normalise == "data" else self.normalise
 
 
 RECIPES: dict[str, Recipe] = {
@@ -225,6 +226,12 @@ RECIPES: dict[str, Recipe] = {
     "accuracy": Recipe(
         epochs=40, batch_size=500, opt="muon", lr=0.03, weight_decay=0.1, filter_bias_and_bn=True, sched="poly",
         warmup=0.1, smoothing=0.2, hflip=0.5, alternating_flip=True, translate=4, cutout=12,
+    ),
+    # Ours, for weights to start from: AdamW, cosine and layer decay, as BEiT (2106.08254) and ConvNeXt (2201.03545) are
+    # fine-tuned, with timm's default decay. A sixth of the rate of `fast`, and half its epochs.
+    "finetune": Recipe(
+        epochs=8, batch_size=128, opt="adamw", lr=5e-4, weight_decay=0.05, filter_bias_and_bn=True, layer_decay=0.75,
+        sched="cosine", warmup=0.125, smoothing=0.1, hflip=0.5, crop_padding=4,
     ),
 }  # fmt: skip
 

@@ -1,30 +1,29 @@
 """The notes under a study's tables, a line each. Those that a reader needs most come first."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
 from expertgrid.ablations.results.rows import (
     Results,
-    Row,
     best_record,
     best_row,
     common_scores,
     complete,
-    on_test,
-    on_validation,
     smallest,
     timed_together,
     winner,
 )
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import shown
+from expertgrid.model.training.metrics import ACCURACY, WITH_FLOOR, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
 FIRST_NAMED = 3  # of more than these; the others are counted
@@ -36,13 +35,27 @@ FIRST_NAMED = 3  # of more than these; the others are counted
 def effect_notes(evidence: Evidence) -> list[str]:
     """What a reader needs to know of the main effects."""
     lines = [*verdict_notes(evidence), *reasons((effect.name, effect.judgement) for effect in evidence.effects)]
+    for effect in evidence.effects:
+        if matched := evidence.without_diverged(effect):
+            lines.append(f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, True)}.")
+        if dependence := evidence.dependence(effect):
+            interaction, factor, at = dependence
+            may = "depends" if interaction.judgement.verdict in (BETTER, WORSE) else "may depend"
+            may = f"is same on average, and {may}" if effect.judgement.verdict == SAME else may
+            where = "; ".join(f"{_effect(judgement)} at {level}" for level, judgement in at.items())
+            lines.append(f"{effect.name} {may} on {factor} (exploratory): {where}.")
+    for name, seeds in evidence.hanging_on_a_seed.items():
+        lines.append(f"{name} is narrowly decided: without seed {' or '.join(map(str, seeds))} it is not.")
     seeds = {effect.name: effect.seeds_to_decide for effect in evidence.effects if effect.seeds_to_decide is not None}
     if seeds:
         needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
-        lines.append(f"To decide what is open: {_some(needed, '; ')}.")
+        lines.append(f"To decide what is open, if it is as large as it looks: {_some(needed, '; ')}; in a fresh study.")
     if evidence.sight:
-        lines.append(sight_line(evidence.sight))
+        lines.append(sight_line(evidence.sight, evidence.scale))
     lines += split_notes(evidence)
+    if test := evidence.varies_by_seed:
+        how = "more than noise does, which the intervals count" if test.p < 0.05 else "no more than noise does"
+        lines.append(f"Effects vary from seed to seed {how} (F {test.f:.2f}, p {test.p:.2g}).")
     costs = {name for effect in evidence.effects for name in effect.cost}
     if costs:
         lines.append("Costs: after the change over before, the geometric mean over the cells that differ in it alone.")
@@ -59,10 +72,14 @@ def effect_notes(evidence: Evidence) -> list[str]:
 
 def verdict_notes(evidence: Evidence) -> list[str]:
     """What the words mean, and how often such a table is wrong."""
+    return [*word_notes(evidence.margin, evidence.scale.points), *_error_notes(evidence)]
+
+
+def word_notes(margin: float, unit: str = "") -> list[str]:
+    """What the words mean. `unit` is that of the margin, with a space before it."""
     return [
         "better, worse: the whole interval is on one side of 0. same: the interval lies within "
-        f'{evidence.margin:g} points. open: not decided; this is not "no difference".',
-        *_error_notes(evidence),
+        f'{margin:g}{unit}. open: not decided; this is not "no difference".'
     ]
 
 
@@ -71,8 +88,6 @@ def split_notes(evidence: Evidence) -> list[str]:
     lines = []
     if evidence.fixed_split:
         lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
-    if "t over seeds" in {judgement.basis for judgement in evidence.judgements}:
-        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
     return lines
 
 
@@ -80,14 +95,14 @@ def _error_notes(evidence: Evidence) -> list[str]:
     plan, unfinished = evidence.results.plan, evidence.results.unfinished
     often = "more than 1 such table in 20 may hold a wrong verdict."
     lines = []
-    if evidence.added_seeds:
-        lines.append(f"Seeds were added after results were seen, so {often}")
-    elif plan.seen:
-        lines.append(f"Results of these seeds were seen before the study was made, so {often}")
+    if reason := evidence.not_confirmed:
+        lines.append(f"{reason[0].upper()}{reason[1:]}, so {often}")
     elif unfinished and evidence.decided:
         lines.append(f"{counted(len(unfinished), 'trial')} not finished: the verdicts are not final, and {often}")
     elif evidence.decided:
-        repeated = "new seeds on this split of the images" if evidence.fixed_split else "new seeds and new images"
+        repeated = "new seeds and new images"
+        if evidence.fixed_split or evidence.repeats_images:
+            repeated = f"new seeds on {'this split of the' if evidence.fixed_split else 'these'} images"
         lines.append(
             f"If this study were repeated with {repeated}, at most 1 such table in 20 would hold a wrong verdict."
         )
@@ -110,28 +125,42 @@ def reasons(judged: Iterable[tuple[str, Judgement | None]]) -> list[str]:
     return [f"{word}: {_some(names, '; ')}: {reason}." for (word, reason), names in names_by_reason.items()]
 
 
-def sight_line(sight: Sight) -> str:
+def sight_line(sight: Sight, by: Scale) -> str:
     """What a study can see, and how many seeds other differences would need."""
     smaller = [difference for difference in sight.needed if difference < sight.smallest]
-    needed = [f"for {difference:g} points: {_about_seeds(sight.needed[difference])}" for difference in sorted(smaller)]
-    return f"This study can see effects from about {sight.smallest:.2g} points; {'; '.join(needed)}."
+    needed = [f"for {size:g}{by.points}: {_about_seeds(sight.needed[size])}" for size in sorted(smaller)]
+    return f"This study {_tells(sight, by)}; {'; '.join(needed)}."
 
 
-def plan_lines(sight: Sight | None) -> list[str]:
+def _tells(sight: Sight, by: Scale) -> str:
+    if sight.smallest >= (100 if by.points else math.inf):
+        return "can tell no effect from 0: it needs more seeds"
+    return f"can tell effects from 0 from about {sight.smallest:.2g}{by.points}"
+
+
+def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
     if sight is None:
-        return ["One seed or one network has no verdicts."]
+        unknown = f"What this study can see by {by.title} is known once it has records of several seeds."
+        return ["One seed or one network has no verdicts." if by.name in WITH_FLOOR else unknown]
     how = (
-        f"the seeds of its records spread by {sight.spread:.2g} points"
+        f"the seeds of its records spread by {sight.spread:.2g}{by.points}"
         if sight.measured
-        else f"a spread of {sight.spread:.2g} points, which finite images alone give networks of "
-        f"{EXPECTED_ACCURACY:g}% accuracy"
+        else f"a spread of {sight.spread:.2g}{by.points}, which finite images alone give networks of "
+        f"{EXPECTED_ACCURACY:g}% {by.title}"
     )
-    needed = [f"{difference:g} points: {_about_seeds(count)}" for difference, count in sorted(sight.needed.items())]
+    needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
     return [
-        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g} points (probability 80%, "
-        f"{how}). Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). "
+        f"Seeds that a difference needs: {'; '.join(needed)}."
     ]
+
+
+def _effect(judgement: Judgement, with_verdict: bool = False) -> str:
+    if judgement.mean is None or judgement.low is None or judgement.high is None:
+        return "not known"
+    verdict = f", {judgement.verdict}" if with_verdict else ""
+    return f"{judgement.mean:+.2f} ({judgement.low:+.2f} to {judgement.high:+.2f}){verdict}"
 
 
 def _about_seeds(count: int | None) -> str:
@@ -142,7 +171,7 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
     """What a reader needs to know of two cells side by side."""
     comparison = two.comparison
     lines = []
-    if not comparison.declared:
+    if not comparison.declared or evidence.results.chosen_afterwards:
         lines.append(
             "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
             f"{evidence.results.next_seed})."
@@ -162,8 +191,9 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
 # --- Cells ---
 
 
-def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
+def cell_notes(directory: StudyDirectory, evidence: Evidence) -> list[str]:
     """What a reader needs to know of the cells."""
+    results = evidence.results
     rows = results.rows
     lines = []
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
@@ -173,7 +203,7 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
     for row in rows:
         if row.other_code:
             lines.append(
-                f"Not counted, as other code of the network trained them than the newest trial of {row.name}: "
+                f"Not counted, as other code trained them than the newest trial of {row.name}: "
                 f"{_some(row.other_code)}. `expertgrid retire {directory.path} --import MODULE` moves what is of other "
                 "code than MODULE has now."
             )
@@ -183,7 +213,7 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
             lines.append(f"{row.name}: trained with timm {' and '.join(sorted(versions))}, whose networks may differ.")
     if results.unfinished:
         lines.append(f"Not finished: {len(results.unfinished)} of the trials: {_some(results.unfinished)}.")
-    lines += [*_best_notes(rows), *_column_notes(results)]
+    lines += [*_best_notes(evidence), *_column_notes(results)]
     if timed := timed_together(rows):
         lines.append(
             f"front: no other of the {len(timed)} cells that were timed together is as fast and better on validation. "
@@ -200,8 +230,8 @@ def _column_notes(results: Results) -> list[str]:
     intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
     if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
-    several = [row.accuracy(value) for row in rows if len(row.by_seed) > 1 for value in (on_validation, on_test)]
-    if any(accuracy and accuracy.low is None for accuracy in several):
+    several = [row.interval(split) for row in rows if len(row.by_seed) > 1 for split in SPLITS]
+    if any(interval and interval.low is None for interval in several):
         intervals += "; seeds that all agree have none, as their spread is unknown"
     lines = [f"n: seeds; {intervals}."]
     if any("base" in row.levels.values() for row in rows):
@@ -222,21 +252,25 @@ def _column_notes(results: Results) -> list[str]:
     return lines
 
 
-def _best_notes(rows: Sequence[Row]) -> list[str]:
+def _best_notes(evidence: Evidence) -> list[str]:
     """Which row is the best on validation, and what its test score is worth."""
+    rows = evidence.results.rows
     best = best_row(rows)
     if best is None:
         return []
     lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
+    if 1 < len(evidence.may_be_best) < len(rows):
+        others = _some([row.name for row in evidence.may_be_best if row is not best], "; ")
+        lines.append(f"It may not be the best: no cell is surely better than {others} either (95%, all together).")
     first, among = winner(rows), [row for row in complete(rows) if not row.control]
     if first is None or first.corrected is None or first.agreement is None or len(among) < 2:
         return lines
     seeds = len(common_scores(among)[0])
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
     lines.append(
-        f"Its test accuracy{on}: {shown(first.reported)}. Corrected for selection as the best of {len(among)}: "
-        f"{shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: this cell for "
-        f"{round(first.agreement * seeds)} of {seeds} seeds.)"
+        f"Its test {best.scale.title}{on}: {shown(first.reported)}. Corrected for selection as the best of "
+        f"{len(among)}: {shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: "
+        f"this cell for {round(first.agreement * seeds)} of {seeds} seeds.)"
     )
     return lines
 

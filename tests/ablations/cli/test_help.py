@@ -72,7 +72,7 @@ def test_the_words_of_the_options_are_those_of_the_code():
         callback = next(info.callback for info in app.registered_commands if info.callback.__name__ == command)
         return get_args(get_type_hints(callback)[option])
 
-    assert words("table", "format") == FORMATS
+    assert words("table", "format") == (*FORMATS, "parquet")
     assert words("report", "format") == report.FORMATS
     assert words("export", "precision") == (*BOUNDS, "all")
     assert words("bench", "provider") == options.ORT_PROVIDERS == tuple(ORT_PROVIDERS)

@@ -203,7 +203,7 @@ def test_records_of_different_code_are_not_averaged(expertgrid, study):
     row = read_results(two).rows[0]
     assert ([record.trial for record in row.records], row.other_code) == ([new], (old,))
     table = expertgrid("table", two.path, "--notes").out
-    assert f"other code of the network trained them than the newest trial of model.act relu: {old}" in table
+    assert f"other code trained them than the newest trial of model.act relu: {old}" in table
     assert "is not that of SHA256SUMS" in expertgrid("check", two.path).out or expertgrid("check", two.path).status == 1
 
 

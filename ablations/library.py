@@ -1,0 +1,76 @@
+"""`expertgrid.run`: training from a notebook or a script, the very way of the command."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from expertgrid.ablations.cli import options, plan, sources
+from expertgrid.ablations.cli.terminal import starting
+from expertgrid.ablations.results.arrow import OpenedStudy
+from expertgrid.ablations.study.changes import CHOICES
+from expertgrid.ablations.study.study import Study
+from expertgrid.ablations.study.study_file import load_study, parse_study
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.parts import PARTS
+
+File = str | PathLike[str]
+open = OpenedStudy
+
+
+def run(
+    study: File | Mapping[str, Any],
+    *,
+    imports: Sequence[str] = (),
+    data: str | None = None,
+    data_dir: File | None = None,
+    out: File | None = None,
+    device: str = "auto",
+    seeds: int | None = None,
+    jobs: int | None = None,
+) -> OpenedStudy:
+    """Trains a study, as `expertgrid run` does with the options of these names, and opens its directory.
+
+    `study` is a TOML file, a study that ships, or a dict that is like such a file, which needs `out`. `imports` are
+    modules or files that register networks. The same call continues a study that was stopped, and tries failed trials
+    again: `trials()` has their status. Raises InputError, before anything is trained, for wrong input.
+    """
+    options.module_names(imports)
+    options.device_word(device)
+    if isinstance(study, Mapping) and out is None:
+        raise InputError("out: a study that is a dict needs a directory, as in out='runs/my'")
+    file = f"{Path(out or '').name}.toml"
+    named = parse_study(tomli_w.dumps(study), Path(file)) if isinstance(study, Mapping) else load_study(fspath(study))
+    request = plan.read_request(named, seeds, None, data, {}, Path(out) if out else None, None, None)
+    from expertgrid.ablations.engines.isolation import isolated, jobs_for
+
+    with isolated(jobs or jobs_for(device), device) as trainer:
+        with starting():
+            from expertgrid.ablations.cli.run import How, say_failures, train_study
+            from expertgrid.model.fast.execution import ExecutionOptions
+        sources.import_modules(imports)
+        modules = [*imports, *_registering(request.study)]
+        how = How(device, ExecutionOptions(), True, False, None, modules, False, trainer, [])
+        say_failures(request.directory, train_study(request, Path(data_dir) if data_dir else None, how))
+    return OpenedStudy(request.directory.path)
+
+
+def _registering(study: Study) -> list[str]:
+    """The user's modules that have registered the study's networks, or parts, for the processes that train.
+
+    Raises InputError for what is of a script or a notebook, which they cannot see.
+    """
+    import timm
+
+    levels = [level for factor in CHOICES for level in study.factors.get(factor, ())]
+    names = [name for name in (study.base.model, *study.baselines, *levels) if isinstance(name, str)]
+    homes = {timm.model_entrypoint(name).__module__: f"model {name!r}" for name in names if timm.is_model(name)}
+    homes |= {part.__module__: f"part {name!r}" for parts in PARTS.values() for name, part in parts.items()}
+    if "__main__" in homes:
+        raise InputError(
+            f"{homes['__main__']} is registered in this script or notebook, where the processes that train "
+            "cannot see it; put it into a file, and give that, as in imports=['my_net.py']"
+        )
+    return [home for home in homes if home.split(".")[0] not in ("timm", "expertgrid")]
