@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from expertgrid.bench.host import Host
 from expertgrid.bench.timing import Block, Times, percentiles
 from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.files import read_whole
 
 PERCENTILES = (50, 90, 99)
 
@@ -112,9 +113,7 @@ class LatencyRecord(BaseModel):
 def read_latency(file: Path) -> LatencyRecord:
     """A record that --json wrote. Raises InputError for a file that is not one, or that has no blocks."""
     try:
-        record = LatencyRecord.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        record = LatencyRecord.model_validate_json(read_whole(file))
     except ValidationError as error:
         raise invalid(str(file), error) from None
     for latency in record.latencies:

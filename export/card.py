@@ -14,7 +14,7 @@ from expertgrid.export.certificate import Certificate
 from expertgrid.export.describe import Description
 from expertgrid.export.metadata import Metadata, read_metadata
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Interval, Measured, render
+from expertgrid.model.system.text import Interval, Measured, markdown, render
 
 JPEG_COPIES = "cifar10-jpeg"
 LISTED_CLASSES = 100
@@ -43,9 +43,9 @@ def card(
     classes, (height, width) = trained.classes, trained.image_size
     name, data_name = PurePath(file.name).name, trained.data
     sections = [
-        f"# {escaped(trained.model)} on {escaped(data_name)}",
+        f"# {markdown(trained.model)} on {markdown(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
-        f"{escaped(name)}. Its weights are those of the trial {escaped(trained.trial)}.",
+        f"{markdown(name)}. Its weights are those of the trial {markdown(trained.trial)}.",
         *(part for title, text in more.items() for part in (f"## {title}", text)),
         "## The network",
         _facts({"Preset or timm model": trained.model} | metadata.config.model_dump(mode="json")),
@@ -70,31 +70,21 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def escaped(text: object) -> str:
-    """A text that comes from outside, on one line, so that Markdown shows it as it is."""
-    return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", " ".join(str(text).split()))
-
-
 def _shown(value: object) -> str:
     match value:
         case None:
             return ""
         case str():
-            return escaped(value)
+            return markdown(value)
         case bool() | Mapping() | list() | tuple():
-            return escaped(json.dumps(value, default=str))
+            return markdown(json.dumps(value, default=str))
         case int() | float():
             return f"{value:,}"
-    return escaped(value)
+    return markdown(value)
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    return "\n".join(f"- {escaped(title)}: {_shown(value)}" for title, value in facts.items()) or "Not stated."
-
-
-def _table(rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> str:
-    cells = [{escaped(title): escaped(v) if isinstance(v, str) else v for title, v in row.items()} for row in rows]
-    return render(cells, "github", notes)
+    return "\n".join(f"- {markdown(title)}: {_shown(value)}" for title, value in facts.items()) or "Not stated."
 
 
 def _results(results: Mapping[str, object]) -> str:
@@ -105,12 +95,12 @@ def _results(results: Mapping[str, object]) -> str:
         notes.append("In brackets: 95% interval of the mean over seeds (Student's t). The file is one seed's network.")
     if any(isinstance(value, Measured) for value in values):
         notes.append("±: half of the 95% interval of the median.")
-    return _table([results], notes)
+    return render([dict(results)], "github", notes)
 
 
 def _latency(latency: Sequence[Mapping[str, object]], name: str) -> str:
     if latency:
-        return _table(latency)
+        return render(list(map(dict, latency)), "github")
     return "Not measured. This measures it:\n\n" + _fenced(f"expertgrid bench {shlex.quote(name)}", "sh")
 
 
@@ -141,7 +131,7 @@ def _file(file: Description, metadata: Metadata) -> str:
 
 
 def _listed(classes: Sequence[str]) -> str:
-    shown = ", ".join(map(escaped, classes[:LISTED_CLASSES]))
+    shown = ", ".join(map(markdown, classes[:LISTED_CLASSES]))
     left = len(classes) - LISTED_CLASSES
     return f"{shown} and {left:,} more, which are in the metadata" if left > 0 else shown
 
@@ -209,7 +199,7 @@ def _resizing(height: int, width: int) -> list[str]:
 
 
 def _limits(height: int, width: int, classes: int, data_name: str) -> str:
-    name = escaped(data_name)
+    name = markdown(data_name)
     limits = [
         f"It was trained on images of {height}x{width} pixels. The code above brings others to that size, as the "
         "evaluation of training data of another size does.",

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from expertgrid.export.metadata import Precision, without_certificate
 from expertgrid.model.system.errors import wrong_file
+from expertgrid.model.system.files import MissingFile, read_whole
 
 AGAIN = "export it again"
 CHANCE = 0.01  # McNemar's p-value, below which a loss of accuracy on a sample of images is not by chance
@@ -117,9 +118,9 @@ def read_certificate(model: bytes, file: Path) -> Certificate:
     """
     beside = file.with_suffix(".certificate.json")
     try:
-        content = beside.read_bytes()
+        content = read_whole(beside)
         certificate = Certificate.model_validate_json(content)
-    except FileNotFoundError:
+    except MissingFile:
         raise wrong_file(file, "has no certificate", AGAIN) from None
     except ValidationError:
         raise wrong_file(file, f"its certificate {beside.name} is damaged", AGAIN) from None

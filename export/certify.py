@@ -17,7 +17,7 @@ from expertgrid.export.rewrites import REWRITES
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import LOGITS, as_input, served, to_onnx
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.files import write_together
 
 CALIBRATION_IMAGES = 512
 FOLDED = ("batch_norm", "constant_gate", "temperature")
@@ -88,14 +88,14 @@ class CertifiedModel:
     certificate: Certificate
     float_nodes: list[str]  # of a model of lower precision: the nodes that stay in float32
 
-    def write(self, file: Path) -> Path:
-        """Writes the model with its certificate beside it, and returns where the model is.
+    def write(self, file: Path, card: str = "") -> Path:
+        """Writes the model with its certificate and card beside it, and returns where the model is.
 
-        That is `file`, or FILE.rejected.onnx for a model that did not pass.
+        That is `file`, or FILE.rejected.onnx for a model that did not pass. All are written, or none.
         """
         written = file if self.certificate.passed else file.with_suffix(".rejected.onnx")
-        write_whole(written.with_suffix(".certificate.json"), self.certificate.to_bytes())
-        write_whole(written, self.model)
+        contents = {written.with_suffix(".certificate.json"): self.certificate.to_bytes(), written: self.model}
+        write_together(contents | ({written.with_suffix(".md"): card.encode()} if card else {}))
         return written
 
 

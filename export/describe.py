@@ -3,7 +3,8 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from expertgrid.export.metadata import entries_of
 from expertgrid.model.system.errors import printable, wrong_file
+from expertgrid.model.system.files import opened_file, read_whole
 
 Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
 Shape = Sizes | None  # None: not even the rank is known
@@ -31,6 +33,12 @@ STANDARD = ("", "ai.onnx")  # domains
 NOT_COUNTED = {"Attention", "DFT", "DeformConv", "GRU", "LSTM", "RNN", "STFT"}  # they multiply, but not as those below
 NAMELESS = "unk__"  # how ONNX starts the names of dimensions that it does not know
 LARGEST_MODEL = 2**31 - 1  # bytes of a message of protobuf
+LARGEST_TENSOR = 2**28  # numbers, for one image
+HIGHEST_RANK = 64  # of NumPy
+MOST_EXPANDED = 2**28  # bytes of the nodes with all functions that they call, each with NODE_BYTES
+NODE_BYTES = 256
+DEEPEST_CALL = 100  # of functions, in ONNX
+LONGEST_SHAPE = 2**16  # numbers of a vector that may be a shape which is computed
 PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 
 
@@ -91,8 +99,7 @@ def describe(model: bytes, name: str) -> Description:
     Multiply-accumulates are those of a batch of one image, or one image's share where the file fixes a larger batch.
     Raises InputError for bytes that are not ONNX.
     """
-    parsed = _parsed(model, name)
-    parsed = inline_local_functions(parsed) if parsed.functions else parsed
+    parsed = _inlined(_parsed(model, name), name)
     tensors = list(_tensors(parsed))
     operators = Counter(
         _operator_name(node) for graph in _graphs(parsed.graph) for node in graph.node if node.op_type != "Constant"
@@ -120,10 +127,7 @@ def read_onnx(path: Path) -> bytes:
     Every command that is given an ONNX file opens it here. Raises InputError for a missing file, for content that is
     not ONNX, and for values that are kept in no file of its folder.
     """
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
+    model = read_whole(path, LARGEST_MODEL)
     whole = _parsed(model, str(path))
     outside = [tensor for tensor in _tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
     if not outside:
@@ -134,7 +138,7 @@ def read_onnx(path: Path) -> bytes:
         total += length
         if total > LARGEST_MODEL:
             raise wrong_file(path, f"with its values it has more than {LARGEST_MODEL:,} bytes, which ONNX cannot hold")
-        with file.open("rb") as opened:
+        with opened_file(file) as opened:
             opened.seek(offset)
             tensor.raw_data = opened.read(length)
         tensor.data_location = TensorProto.DEFAULT
@@ -206,7 +210,48 @@ def _parsed(model: bytes, name: str) -> ModelProto:
         raise wrong_file(name, "not an ONNX file, or a damaged one (a name in it is not UTF-8)")
     if not parsed.graph.output:
         raise wrong_file(name, "not an ONNX file: it has no graph")
+    _check_sizes(parsed, name)
     return parsed
+
+
+def _check_sizes(model: ModelProto, name: str) -> None:
+    """Raises InputError where the model would take a machine's memory, before anything of it is expanded or run."""
+    types, values = set(TensorProto.DataType.values()), (*model.graph.input, *model.graph.output)
+    if any(value.type.tensor_type.elem_type not in types for value in values) or any(
+        tensor.data_type not in types - {TensorProto.UNDEFINED} for tensor in _tensors(model)
+    ):
+        raise wrong_file(name, "not an ONNX file, or a damaged one (a tensor in it is of an unknown type)")
+    functions = {(function.domain, function.name): function for function in model.functions}
+
+    @cache
+    def expanded(key: tuple[str, str], depth: int) -> float:
+        """The bytes of a function with those that it calls."""
+        return total(functions[key].node, depth + 1) if depth < DEEPEST_CALL else math.inf
+
+    def total(nodes: Sequence[NodeProto], depth: int = 0) -> float:
+        """The bytes of nodes with all functions that they call."""
+        inner = [other for node in nodes for body in _bodies(node) for graph in _graphs(body) for other in graph.node]
+        called = [(node.domain, node.op_type) for node in (*nodes, *inner)]
+        own = NODE_BYTES * len(called) + sum(node.ByteSize() for node in nodes)
+        return own + sum(expanded(key, depth) for key in called if key in functions)
+
+    if functions and total(model.graph.node) > MOST_EXPANDED:
+        raise wrong_file(name, "its functions call each other too often, too deep, or themselves")
+    for tensor, sizes in _shapes(_with_plain_operators(_inlined(model, name)), data_prop=False).items():
+        known = [size for size in sizes if isinstance(size, int)]
+        if len(sizes) > HIGHEST_RANK or min(known, default=0) < 0 or math.prod(known) >= LARGEST_TENSOR:
+            shape = "x".join(map(str, sizes[:4])) + "..." * (len(sizes) > 4)
+            raise wrong_file(
+                name, f"its tensor {tensor!r} is {shape}; fewer than {LARGEST_TENSOR:,} numbers are needed"
+            )
+
+
+def _inlined(model: ModelProto, name: str) -> ModelProto:
+    """The model with its functions written out where they are called."""
+    try:
+        return inline_local_functions(model) if model.functions else model
+    except onnx.checker.ValidationError as error:
+        raise wrong_file(name, f"not an ONNX file, or a damaged one ({str(error).splitlines()[0]})") from None
 
 
 def _strings(message: Any) -> Iterator[str | bytes]:
@@ -282,12 +327,15 @@ def _with_plain_operators(model: ModelProto) -> ModelProto:
     return plain
 
 
-def _shapes(plain: ModelProto) -> dict[str, Sizes]:
-    """Each tensor's shape, as inferred, else as the file states it; of those that have one."""
+def _shapes(plain: ModelProto, data_prop: bool) -> dict[str, Sizes]:
+    """Each tensor's shape, as inferred, else as the file states it; of those that have one.
+
+    With `data_prop` shapes that are computed count too, and their numbers are kept one by one.
+    """
     bare = copy.deepcopy(plain)
     del bare.graph.value_info[:]  # what it states may be out of date, and then nothing would be inferred
     try:
-        bare = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        bare = onnx.shape_inference.infer_shapes(bare, data_prop=data_prop)
     except onnx.shape_inference.InferenceError:
         bare = plain
     values = [*plain.graph.value_info, *bare.graph.value_info, *bare.graph.input, *bare.graph.output]
@@ -316,7 +364,12 @@ def _macs(model: ModelProto) -> tuple[int | None, str]:
     """Multiply-accumulates for one image and "", or None and why they are not known."""
     plain = _with_plain_operators(model)
     batch = _close_batch(plain)
-    shapes = _shapes(plain)
+    shapes = _shapes(plain, data_prop=False)
+    made = {output for node in plain.graph.node for output in node.output}
+    if all(
+        len(shape) != 1 or shapes[name][0] in range(LONGEST_SHAPE) for name, shape in shapes.items() if name in made
+    ):
+        shapes = _shapes(plain, data_prop=True)
     total = 0
     for node in plain.graph.node:
         if node.op_type in NOT_COUNTED or node.domain not in STANDARD:

@@ -21,6 +21,7 @@ import torch
 
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import ModelConfig
+from expertgrid.model.registry import for_shapes
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import make_folder, sync_folder, sync_tree, write_whole
 
@@ -37,14 +38,15 @@ def architecture(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         fields = config.model_dump(mode="json")
         arguments = {"config": fields, "in_chans": config.in_chans, "num_classes": config.num_classes}
         return "expertnet", arguments
-    return config.timm.partition(".")[0], {"in_chans": config.in_chans, "num_classes": config.num_classes}
+    arguments = {"in_chans": config.in_chans, "num_classes": config.num_classes, **config.arguments}
+    return config.timm.partition(".")[0], arguments
 
 
 def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The content of config.json. Raises InputError for a network that timm does not make."""
     name, arguments = architecture(checkpoint)
     trained, in_chans = checkpoint.trained, checkpoint.config.in_chans
-    with torch.device("meta"):
+    with for_shapes(checkpoint.config):
         try:
             net = timm.create_model(name, **arguments)
         except (ValueError, RuntimeError, TypeError) as error:

@@ -17,6 +17,7 @@ from expertgrid.export.session import open_any, open_session, run
 from expertgrid.export.to_onnx import INPUT, LOGITS, normalised
 from expertgrid.model.pixels import FORMATS, TooManyPixels, fitted, opened
 from expertgrid.model.system.errors import InputError, wrong_file
+from expertgrid.model.system.files import read_whole
 
 BATCH = 64
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
@@ -78,14 +79,12 @@ def read_pixels(path: Path, height: int, width: int, channels: int) -> np.ndarra
     first picture. Raises InputError for a file that is missing or not an image.
     """
     try:
-        with opened(path) as image:
+        with opened(read_whole(path)) as image:
             upright = _convertible(ImageOps.exif_transpose(image), path).convert(MODES[channels])
     except Image.UnidentifiedImageError:
         raise wrong_file(path, f"not an image, or of another format than {', '.join(FORMATS)}") from None
     except TooManyPixels as error:
         raise wrong_file(path, error) from None
-    except FileNotFoundError:
-        raise wrong_file(path, "there is no such file") from None
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.pixels import RESIZE
-from expertgrid.model.registry import build
+from expertgrid.model.registry import build, for_shapes
 from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.files import MissingFile, opened_file
 
 FORMAT = "expertgrid-2"
 
@@ -96,10 +96,10 @@ def load(path: Path) -> Checkpoint:
     Raises InputError for a file that is missing, damaged or no checkpoint, and for weights that do not fit the config.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_file(path), safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
-    except FileNotFoundError:
+    except MissingFile:
         raise InputError(f"{path}: there is no such checkpoint") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
@@ -110,7 +110,7 @@ def load(path: Path) -> Checkpoint:
         trained = Trained.model_validate_json(about.get("trained", ""))
     except ValidationError as error:
         raise invalid(f"{path}: trained", error, Trained.model_fields) from None
-    with torch.device("meta"):
+    with for_shapes(config):
         expected = build(config).state_dict()
     wrong = [
         name for name in sorted(expected.keys() | weights.keys()) if _shape(expected, name) != _shape(weights, name)

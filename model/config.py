@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _odd(kernel: int) -> int:
@@ -370,12 +379,48 @@ class ModelConfig(Spec):
         return height, width
 
 
+class Structure(Spec):
+    """What a network that is not ours is built of, as far as it can be counted."""
+
+    parameters: dict[str, tuple[int, ...]]  # their shapes by name
+    macs: int  # multiply-accumulates of one image of the study
+
+
+# Keyword arguments of `timm.create_model` that are no arguments of the network, and where each is decided.
+DECIDED_ELSEWHERE = {
+    **dict.fromkeys(("in_chans", "num_classes"), "it follows from the data"),
+    **dict.fromkeys(
+        ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict"),
+        "`weights` says what a network starts from",
+    ),
+    **dict.fromkeys(("features_only", "out_indices", "feature_cfg"), "a study trains classifiers"),
+    **dict.fromkeys(("scriptable", "exportable", "no_jit"), "`expertgrid export` makes a network that can be exported"),
+    **dict.fromkeys(("device", "dtype"), "--device and the recipe's bfloat16 say where and how a network is computed"),
+}
+
+
 class TimmModel(Spec):
-    """A network of timm's registry, untrained: a baseline, or a network that a user's module has registered."""
+    """A network of timm's registry, untrained: one of timm, or one that a user's module has registered.
+
+    `arguments` are keyword arguments of `timm.create_model`. `structure` is that of a user's network, and of one of
+    timm with arguments: it is part of the id, as a name does not say what the code behind it builds.
+    """
 
     timm: str
     in_chans: Count = 3
     num_classes: Count = 10
+    arguments: dict[str, JsonValue] = {}
+    structure: Structure | None = None
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_of_the_network(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in arguments.keys() & DECIDED_ELSEWHERE.keys():
+            raise ValueError(f"{name} cannot be set: {DECIDED_ELSEWHERE[name]}")
+        return arguments
+
+    def __hash__(self) -> int:
+        return hash((self.timm, self.in_chans, self.num_classes))
 
 
 Network = ModelConfig | TimmModel

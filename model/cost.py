@@ -25,7 +25,7 @@ from expertgrid.model.config import (
 from expertgrid.model.system.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Size = tuple[int, int]  # height and width
 Cost = tuple[int, int]  # parameters and multiply-accumulates
@@ -34,7 +34,7 @@ Cost = tuple[int, int]  # parameters and multiply-accumulates
 def cost(config: Network, height: int, width: int) -> Cost:
     """Parameters, and multiply-accumulates of the forward pass of one image of `height` x `width` pixels.
 
-    Raises ValueError where a layer is left no pixel. A model of timm is built on torch's "meta" device and counted.
+    Raises ValueError where a layer is left no pixel. A model of timm is built and counted.
     """
     if not isinstance(config, ModelConfig):
         return _counted(config, height, width)
@@ -123,28 +123,27 @@ def check_image_size(model: str, config: Network, size: Size, data: str) -> None
         if isinstance(config, ModelConfig):
             config.output_size(height, width)
         else:
-            _forward(config, height, width)
+            _counted(config, height, width)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"model {model} does not take the {height}x{width} images of {data}: {reason}") from None
 
 
-def _forward(config: Network, height: int, width: int) -> "nn.Module":
-    """The network on the "meta" device, which has no memory, after the forward pass of one image."""
+def _counted(config: Network, height: int, width: int) -> Cost:
     import torch  # here, so that our own networks need no torch
 
-    from expertgrid.model.registry import build
+    from expertgrid.model.registry import build, for_shapes
 
-    with torch.device("meta"), torch.no_grad():
-        net = build(config).eval()
-        net(torch.empty(1, config.in_chans, height, width))
-    return net
+    with for_shapes(config):
+        return counted(build(config), torch.zeros(1, config.in_chans, height, width))
 
 
-def _counted(config: Network, height: int, width: int) -> Cost:
+def counted(net: "nn.Module", image_1CHW: "Tensor") -> Cost:
+    """Parameters that are trained, and multiply-accumulates of the forward pass of an image in evaluation mode."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
-        net = _forward(config, height, width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(image_1CHW)
     parameters = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     return parameters, counter.get_total_flops() // 2

@@ -3,8 +3,8 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+import io
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -23,12 +23,13 @@ class TooManyPixels(ValueError):
     """An image file of more than LARGEST_IMAGE pixels."""
 
 
-def opened(file: Path | IO[bytes]) -> Image.Image:
-    """An image file, of which the header is read, and no pixel yet.
+def opened(content: bytes) -> Image.Image:
+    """An image from the content of a file, of which the header is read, and no pixel yet.
 
-    Raises TooManyPixels, and what Pillow raises for a file that is damaged or of no format of FORMATS.
+    Raises TooManyPixels, and what Pillow raises for content that is damaged or of no format of FORMATS.
     """
     too_many = f"more than {LARGEST_IMAGE:,} pixels, which is the limit"
+    file = io.BytesIO(content)
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:

@@ -4,15 +4,17 @@ Importing this module registers the presets with timm. `import expertgrid.model`
 there, possibly while `model.net` itself imports timm: so the modules are imported when a network is built.
 """
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import timm
 from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from expertgrid.model.config import Block, Conv, ModelConfig, Network, Whiten
+from expertgrid.model.config import Block, Conv, ModelConfig, Network, TimmModel, Whiten
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError, invalid, reason_of
 
@@ -34,9 +36,45 @@ def build(config: Network) -> "nn.Module":
     if not timm.is_model(config.timm):
         raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     try:
-        return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:  # of a tag, or of what a network needs
+        return create(config, copy.deepcopy(config.arguments))
+    except MemoryError:
+        raise
+    except Exception as error:  # of a tag, of what a network needs, or of a user's code
         raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
+
+
+def create(config: TimmModel, arguments: Mapping[str, Any]) -> "nn.Module":
+    """timm's network of this name with these arguments. Raises whatever its code raises."""
+    return timm.create_model(config.timm, in_chans=config.in_chans, num_classes=config.num_classes, **arguments)
+
+
+def classifiers(net: "nn.Module") -> tuple[str, ...]:
+    """The names of a network's classifiers, as timm knows them; else of its last linear layer."""
+    from torch.nn import Linear
+
+    known = getattr(net, "pretrained_cfg", {}).get("classifier")
+    linear = [name for name, part in net.named_modules() if isinstance(part, Linear)]
+    return (known,) if isinstance(known, str) else tuple(known or linear[-1:])
+
+
+def is_users(config: Network) -> bool:
+    """Whether the network is one that a user's module registers: its code can change while its name stays."""
+    if isinstance(config, ModelConfig) or not timm.is_model(config.timm):
+        return False
+    function = timm.model_entrypoint(config.timm.partition(".")[0])
+    return function.__module__.partition(".")[0] not in ("timm", "expertgrid")
+
+
+@contextmanager
+def for_shapes(config: Network) -> Generator[None]:
+    """Where a network is made to be looked at: on the device "meta", which has no memory; a user's on the CPU.
+
+    Users' networks may load or compute weights as they are made. The state of torch's random numbers is kept.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_users(config) else "meta"):
+        yield
 
 
 def _first_convs(config: ModelConfig) -> str | tuple[str, ...] | None:

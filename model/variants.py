@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import cycle, groupby, islice, product
+from types import FunctionType
 from typing import Any
 
 from pydantic import ValidationError
 
-from expertgrid.model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Residual
+from expertgrid.model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Network, Residual, TimmModel
 from expertgrid.model.cost import cost
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.training.recipe import Recipe
 
 GATES = {
     "linear": GateConfig(kind="linear"),
@@ -215,7 +217,7 @@ def _positive(factor: float) -> None:
         raise ValueError("accepted: a number above 0, up to 64")
 
 
-VARIANTS: dict[str, Callable[[ModelConfig, Any], ModelConfig]] = {
+VARIANTS: dict[str, Callable[[Any, Any], Network]] = {
     "depth": depth,  # first: it goes by which blocks are equal
     "experts": experts,
     "kernel": kernel,
@@ -227,13 +229,34 @@ VARIANTS: dict[str, Callable[[ModelConfig, Any], ModelConfig]] = {
 }
 
 
-def vary(config: ModelConfig, name: str, level: object) -> ModelConfig:
+SHIPPED = tuple(VARIANTS)
+
+
+def register_variant(function: FunctionType) -> FunctionType:
+    """Makes a function a factor of studies, under its own name; for modules of `--import`.
+
+    It gets a config (`ModelConfig` of our networks, `TimmModel` of others) and a level, and returns the changed config.
+    It comes after the shipped ones. Raises InputError for a name that is taken.
+    """
+    name = function.__name__
+    if name in VARIANTS or name in Recipe.model_fields or name in ("model", "recipe", "reference"):
+        raise InputError(f"variant {name}: the name is taken, by another variant or a field of the recipe")
+    VARIANTS[name] = function
+    return function
+
+
+def vary(config: Network, name: str, level: object) -> Network:
     """The variant `name` of `VARIANTS` at `level`. Raises InputError, naming both, for a level that it has not."""
+    if name in SHIPPED and not isinstance(config, ModelConfig):
+        raise InputError(f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models")
     try:
-        return VARIANTS[name](config, level)
+        changed = VARIANTS[name](config, level)
+        if isinstance(changed, ModelConfig | TimmModel):
+            return changed
+        reason = f"it gives a {type(changed).__name__}, and a config is needed"
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-    except (TypeError, ValueError) as error:
-        reason = str(error)
+    except Exception as error:
+        reason = str(error) if isinstance(error, TypeError | ValueError) else reason_of(error)
     raise InputError(f"{name}: {level!r} is not accepted: {reason}") from None

@@ -77,6 +77,12 @@ Import = Annotated[
         callback=options.module_names,
     ),
 ]
+Metric = Annotated[
+    str | None,
+    Option(
+        metavar="NAME[:MARGIN]", help="Read the study by another metric than it declares, as in cross_entropy:0.01."
+    ),
+]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
 StudyDir = Annotated[Path, Argument(metavar="DIR", help="Study directory.", callback=options.study_directory)]
@@ -172,8 +178,8 @@ def run(
     options.check_engine(engine, of_ray, {"--jobs": at_once, "--no-isolate": None if isolate else "given"})
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
+    sources.import_modules(modules or [])  # first: it registers variants, which the study may name
     request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
-    sources.import_modules(modules or [])
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
@@ -253,6 +259,7 @@ def table(
         None, metavar="A B", help="Compare two cells in detail.", autocompletion=_completed("cells")
     ),
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
+    metric: Metric = None,
     notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
     rows: Literal["trials", "cells", "effects", "epochs", "predictions"] | None = Option(
         None, help="Show these as one table for other programs, as `expertgrid.open` gives them."
@@ -269,8 +276,22 @@ def table(
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
     if rows or format == "parquet":
-        return results.rows(directories[0], str(rows), format, out)
-    return results.table(directories, format, by, contrast, peek, notes)
+        return results.rows(directories[0], str(rows), format, out, metric)
+    return results.table(directories, format, by, contrast, peek, notes, metric)
+
+
+@app.command(rich_help_panel=RESULTS)
+def judge(
+    file: Path = Argument(metavar="SCORES.csv", help="Columns: factors, seed, score.", callback=options.readable),
+    margin: float = Option(metavar="X", help="The difference that matters, in the unit of the scores."),
+    lower_is_better: bool = Option(False, "--lower-is-better", help="A lower score is better, as of a loss."),
+    format: Format = "text",
+    notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+) -> int:
+    """Print the verdicts on scores that were made elsewhere."""
+    with _starting(text="starting"):
+        from expertgrid.ablations.cli import results
+    return results.judge(file, margin, lower_is_better, format, notes)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -278,6 +299,7 @@ def report(
     directory: StudyDir,
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
     format: Literal["html", "pdf-figures", "png-figures"] = Option("html", help="One page, or figures for a paper."),
+    metric: Metric = None,
     data_dir: DataDir = None,
     modules: Import = None,
 ) -> int:
@@ -287,7 +309,7 @@ def report(
     """
     with _starting(modules):
         from expertgrid.ablations.cli.results import report
-    return report(directory, out, format, data_dir)
+    return report(directory, out, format, data_dir, metric)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -332,6 +354,18 @@ def check(
     with _starting(text="starting"):
         from expertgrid.ablations.cli.files import check
     return check(directory, repair)
+
+
+@app.command(rich_help_panel=RESULTS)
+def retire(directory: StudyDir, modules: Import = None) -> int:
+    """Move trials of a network whose code was changed to DIR/retired.
+
+    The network that is imported now computes something else than the one that they trained. The next run trains just
+    these trials again. Nothing is deleted, and the ledger keeps their reads of the test split.
+    """
+    with _starting(modules):
+        from expertgrid.ablations.cli.files import retire
+    return retire(directory)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -598,10 +632,10 @@ def list_(
 
 
 @app.command(rich_help_panel=LISTS)
-def schema() -> None:
+def schema(modules: Import = None) -> None:
     """Print the JSON Schema of study files."""
-    from expertgrid.ablations.study.schema import study_schema
-
+    with _starting(modules, "starting"):
+        from expertgrid.ablations.study.schema import study_schema
     print(study_schema())
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.options import check_can_be_written, write_out
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -62,6 +62,8 @@ def bench(
     1 where a file is slower than it may be.
     """
     baseline = read_latency(against.baseline) if against.baseline else None
+    if json is not None:
+        check_can_be_written("--json", json)
     with status(f"measuring {', '.join(map(str, files))}"), TemporaryDirectory() as place:
         peers = _write_peers(files[0], Path(place)) if with_peers else []
         measured = [*files, *peers]
@@ -69,13 +71,6 @@ def bench(
         costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
     if baseline and against.baseline and not against.across_machines:
         check_comparable(baseline, records[0], against.baseline)
-    for file, record in zip(files, records):
-        content = record.model_dump_json(indent=1).encode()
-        study = file.resolve().parent.parent
-        if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
-            write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
-        if json is not None:
-            write_out("--json", json, content)
     comparisons = with_first(records)
     table = rows(records, comparisons)
     if costs:
@@ -85,6 +80,13 @@ def bench(
     print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
     if format == "text" and comparisons:
         print("\n" + "\n".join(map(str, comparisons)), flush=True)
+    for file, record in zip(files, records):
+        content = record.model_dump_json(indent=1).encode()
+        study = file.resolve().parent.parent
+        if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
+            write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
+        if json is not None:
+            write_out("--json", json, content)
     if against.fail_if_slower is None:
         return 0
     too_slow = [other for other in comparisons if other.slower_percent() > against.fail_if_slower]
@@ -137,11 +139,14 @@ def bench_cells(
     isolated: Begin | None,
 ) -> int:
     """Prints the latency of each cell of a study, and keeps it in its directory; 1 where a cell is not exported."""
-    directory = StudyDirectory(path)
+    directory, unwritten = StudyDirectory(path), None
     with directory.held():
         with status(f"exporting and timing the cells of {path}"):
             timed = measure_latencies(directory, provider, batches, measure_s, engines, front_only, isolated)
-        write_latencies(directory, timed)
+        try:
+            write_latencies(directory, timed)
+        except OSError as error:  # a full disk: what was measured is shown first
+            unwritten = error
     for what, names in (
         ("have no weights, only records, and were not timed", timed.without_weights),
         ("are not on the front, and were timed briefly", timed.off_front),
@@ -152,6 +157,8 @@ def bench_cells(
         notice(f"{name}: not exported: {reason}", style="red")
     table = rows(timed.records, with_first(timed.records))
     print(render(by_cell(table, timed, read_results(directory).rows), format, notes(timed.records)))
+    if unwritten:
+        raise unwritten
     return int(bool(timed.not_exported))
 
 
@@ -172,13 +179,14 @@ def bench_study(
     images = read_data(data or plan.source, data_dir, plan.image_size)
     with directory.held(), status(f"training the cells of {path}"):
         rates = measure_cells(directory, images, device, execution, steps, rounds, notice)
+        rows: list[dict[str, object]] = [
+            {"cell": row.name, "train images/s": rates.images_per_s[trial], "slowest": min(took), "fastest": max(took)}
+            for row in read_results(directory).rows
+            for trial, took in rates.rounds.items()
+            if trial in row.trials.values()
+        ]
+        print(render(rows, format, [f"{rates}. Medians of {rounds} rounds, in turns."]), flush=True)
         directory.write_training_rates(rates)
-    rows: list[dict[str, object]] = [
-        {"cell": row.name, "train images/s": row.alone, "slowest": min(of_rounds), "fastest": max(of_rounds)}
-        for row in read_results(directory).rows
-        for of_rounds in (rates.rounds[trial] for trial in row.trials.values() if trial in rates.rounds)
-    ]
-    print(render(rows, format, [f"{rates}. Medians of {rounds} rounds, in turns."]))
     return 0
 
 

@@ -3,13 +3,18 @@
 Exit status: 0 done, 1 some trial or certificate failed, 2 the input is wrong, 130 stopped by the user.
 """
 
+import errno
 import io
 import os
 import shlex
 import sys
+from contextlib import redirect_stdout
+from typing import Any, TextIO
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.interrupt import INTERRUPTED
+from expertgrid.model.system.errors import InputError, printable, reason_of
+from expertgrid.model.system.files import NO_SPACE, disk_full
 
 
 def main() -> None:
@@ -20,7 +25,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
     interrupt.watch()
     try:
-        status = _run(sys.argv[1:] or ["--help"])
+        with redirect_stdout(_Printed(sys.stdout)):
+            status = _run(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has gone, and nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -28,12 +34,31 @@ def main() -> None:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except OSError as error:
-        status = _complain(_in_words(error), 1)
+        is_file = error.filename is not None or isinstance(error, FileNotFoundError)
+        is_input = is_file and error.errno not in (*NO_SPACE, errno.EIO)
+        status = _complain(_in_words(error), 2 if is_input else 1)
+    except EOFError as error:
+        status = _complain(str(error) or reason_of(error), 1)
+    except MemoryError:
+        status = _complain("there is not enough memory for this", 1)
     if status == INTERRUPTED:
         command = shlex.join(["expertgrid", *sys.argv[1:]])
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
         print(f"stopped; finished work is kept{resumes}", file=sys.stderr)
     sys.exit(status)
+
+
+class _Printed:
+    """A stream in which no character of a text is a command for a terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _run(arguments: list[str]) -> int:
@@ -45,12 +70,14 @@ def _run(arguments: list[str]) -> int:
     import typer
 
     from expertgrid.ablations.cli.app import app
-    from expertgrid.model.system.errors import InputError
 
     try:
+        for word in arguments:
+            if word != word.encode(errors="replace").decode():
+                raise InputError(f"{word}: is not UTF-8")
         return app(arguments, standalone_mode=False)
-    except typer.Abort:
-        return INTERRUPTED
+    except typer.Abort as error:  # some versions make it of KeyboardInterrupt, and all of EOFError
+        raise error.__cause__ or KeyboardInterrupt from None
     except InputError as error:
         return _complain(str(error), 2)
     except Exception as error:
@@ -61,15 +88,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _in_words(error: OSError) -> str:
-    from expertgrid.model.system.files import disk_full
-
     if not disk_full(error):
-        return str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     resumes = sys.argv[1:2] == ["run"]
     more = "; finished trials are kept, and the same command continues once there is space" * resumes
     return f"disk full: {error}{more}"
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
     return status

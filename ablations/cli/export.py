@@ -25,7 +25,6 @@ from expertgrid.export.prune import pruned
 from expertgrid.export.session import check_provider
 from expertgrid.model.checkpoint import Checkpoint, Trained, load
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import Format, render
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
@@ -56,7 +55,7 @@ def export(
     file = out or (directory.path / "export" if directory else path.parent) / (
         f"model-{input}{'' if prune_gates is None else '-pruned'}{'' if tuned_for is None else '-tuned'}.onnx"
     )
-    check_can_be_written(file)
+    check_can_be_written("--out", file, file.with_stem(f"{file.stem}-fp16.rejected").with_suffix(".certificate.json"))
     checkpoint, trial = load(path), read_config(path.parent)
     held_out_for = "--prune-gates" if prune_gates is not None else f"--precision {precision}"
     if tuned_for is not None and prune_gates is None:
@@ -127,7 +126,7 @@ def _write(
 
     `trial` is what was trained, where that is known, and `rows` are those among which the card finds it.
     """
-    certificate = model.certificate
+    certificate, text = model.certificate, ""
     if certificate.passed:
         row = [row for row in rows if any(record.trial == trained.trial for record in row.records)]
         text = card(
@@ -137,8 +136,7 @@ def _write(
             recipe=trial.recipe.model_dump(mode="json") if trial else {},
             results=columns(row)[0] if row else {},
         )
-        write_whole(file.with_suffix(".md"), text.encode())
-    written = model.write(file)
+    written = model.write(file, text)
     floats = f"; {len(model.float_nodes)} nodes stay in float" if model.float_nodes else ""
     size = f"{len(model.model):,} bytes"
     print(f"{written}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)

@@ -8,6 +8,8 @@ from expertgrid.ablations.records.check import FileState, check_files, repair
 from expertgrid.ablations.records.clean import needless, remove
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.disk import in_words
+from expertgrid.model.probe import probe_of
+from expertgrid.model.system.errors import InputError
 
 
 def check(path: Path, repairs: bool) -> int:
@@ -29,6 +31,24 @@ def check(path: Path, repairs: bool) -> int:
     verdict = f"{damaged} damaged or missing" if damaged else "nothing is damaged"
     print(f"{path}: {result.finished} of {result.trials} trials finished, {verdict}")
     return 1 if damaged else 0
+
+
+def retire(path: Path) -> int:
+    """Moves trials that are of other code than their network has now to DIR/retired, with what was measured of them."""
+    directory = StudyDirectory(path)
+    with directory.held():
+        plan, networks = directory.read_plan(), {}
+        for trial in filter(None, map(directory.config, plan.trials)):
+            if directory.network(trial.id) and plan.pixels:
+                if (network := probe_of(trial.model, plan.pixels)) is None:
+                    raise InputError(f"model {trial.model_name!r}: unknown to timm; --import MODULE registers networks")
+                networks[trial.id] = network
+        retired = directory.of_other_code(networks)
+        for trial_id, what in retired.items():
+            place = directory.retire(trial_id)
+            print(f"moved: trials/{trial_id} to retired/{place.name}; {what} differ")
+    print(f"{path}: {len(retired)} of {len(networks)} trials are of other code; the next run trains them again")
+    return 0
 
 
 def clean(path: Path, agreed: bool, unplanned: bool) -> int:

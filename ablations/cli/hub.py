@@ -13,12 +13,12 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.ablations.results.tables.study import study_tables
-from expertgrid.export.card import card, escaped
+from expertgrid.export.card import card
 from expertgrid.export.exported import ExportedFile, exported_files
 from expertgrid.export.hub import check_free, front_matter, loading, upload, write_folder
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import render_tables
+from expertgrid.model.system.text import markdown, render_tables
 from expertgrid.model.training.trial import Trial
 
 
@@ -81,17 +81,19 @@ def _card(
     evidence = read_evidence(study)
     row = next(row for row in evidence.results.rows if any(its.trial == trial.id for its in row.records))
     tables = render_tables(study_tables(study, evidence), "github")
+    by, which = evidence.scale, next(kept for kept in row.records if kept.trial == trial.id)
+    metric = "" if by.name == "accuracy" else f"{by.title} {which.score('validation', by):.{by.decimals}f}, "
     of_study = [
-        f"The network is the best of a study that asked: {escaped(evidence.results.study.question)}",
-        escaped(answer(evidence)),
+        f"The network is the best of a study that asked: {markdown(evidence.results.study.question)}",
+        markdown(answer(evidence)),
         tables,
         f"This very network, of seed {record.seed}: {100 * record.validation_accuracy:.2f}% of "
-        f"{record.validation_images:,} validation images, by which it was chosen, and "
+        f"{record.validation_images:,} validation images, {metric}by which it was chosen, and "
         f"{100 * record.test_accuracy:.2f}% of {record.test_images:,} test images. `record.json` has all its numbers, "
         "and the machine and the versions that it was trained with.",
     ]
     other = [
-        f"- {escaped(exported.file.name)}, {escaped(exported.certificate_file.name)}: {escaped(exported.certificate)}"
+        f"- {markdown(f'{exported.file.name}, {exported.certificate_file.name}: {exported.certificate}')}"
         for exported in files
     ]
     first = files[0]

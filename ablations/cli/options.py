@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from expertgrid.model.system.errors import InputError, unknown
-from expertgrid.model.system.files import write_whole
+from expertgrid.model.system.files import opened_file, write_whole
 
 HUB = "hf-hub:"
 NOT_ISOLATED = "needs separate processes; it does not go with --no-isolate"
@@ -141,10 +141,8 @@ def file_named(option: str, suffix: str, parent_exists: bool = True) -> Callable
 def readable(files: Path | Sequence[Path] | None) -> Path | Sequence[Path] | None:
     """Raises InputError for a file that cannot be read."""
     for file in _paths(files):
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        with opened_file(file):
+            pass
     return files
 
 
@@ -209,14 +207,17 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
     return texts
 
 
-def check_can_be_written(file: Path) -> None:
-    """Makes the directory of --out. Raises InputError where no file can be written there, before the long work."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {file}: cannot be written: {error.strerror}") from None
+def check_can_be_written(option: str, *files: Path) -> None:
+    """Makes the directories. Raises InputError where one of the files cannot be written, before the long work."""
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"{option} {file}: cannot be written: there is a directory of this name")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):  # so long are our own names
+                pass
+        except OSError as error:
+            raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None
 
 
 def write_out(option: str, file: Path, content: bytes) -> None:

@@ -1,19 +1,27 @@
 """What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
+
+import numpy as np
 
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.study.cells import Cell
+from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
+from expertgrid.model.config import ModelConfig, TimmModel
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.metrics import scale
+from expertgrid.model.training.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,61 @@ class PlannedRun:
     data: ImageData
     cells: list[Cell]  # with all seeds that may be trained
     race: RaceRules | None
+    weights: Mapping[str, bytes]  # files that trials start from, by their fingerprints
+
+    @property
+    def weight_lines(self) -> list[str]:
+        """What the networks start from, where it is to be said."""
+        lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
+        return [line for line in lines if line]
+
+    @cached_property
+    def networks(self) -> dict[str, Probe]:
+        """What users' networks compute now, by trial."""
+        probed = cache(partial(probe_of, size=self.data.image_size))
+        trials = (trial for cell in self.cells for trial in cell.trials)
+        return {trial.id: network for trial in trials if (network := probed(trial.model))}
+
+    def idle_factors(self) -> list[str]:
+        """The factors whose levels are all one network and one recipe, whatever the levels of the others are."""
+        varied = [cell for cell in self.cells if cell.levels]
+        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
+
+        def same(first: Cell, second: Cell) -> bool:
+            one, other = first.trials[0], second.trials[0]
+            if one.id == other.id:
+                return True
+            if isinstance(one.model, ModelConfig) or isinstance(other.model, ModelConfig):
+                return False
+            equal = one.recipe == other.recipe and one.model.structure == other.model.structure is not None
+            if not equal:
+                return False
+            before, after = probed(one.model), probed(other.model)
+            return before is not None and after is not None and not before.difference(after)
+
+        idle = []
+        for factor in varied[0].levels if varied else ():
+            pairs = [
+                (first, second)
+                for first, second in itertools.combinations(varied, 2)
+                if [name for name in first.levels if first.levels[name] != second.levels[name]] == [factor]
+            ]
+            if pairs and all(same(*pair) for pair in pairs):
+                idle.append(factor)
+        return idle
+
+    def check_code(self) -> None:
+        """Raises InputError where finished trials are of other code than their network has now."""
+        path, other = self.directory.path, self.directory.of_other_code(self.networks)
+        if not other:
+            return
+        cells = [cell for cell in self.cells if any(trial.id in other for trial in cell.trials)]
+        names = dict.fromkeys(group.name for group in groups([cell.planned for cell in cells], {}))
+        raise InputError(
+            f"{path}: {len(other)} finished trials are of other code than {cells[0].model_name} has now (cells: "
+            f"{'; '.join(names)}; {', '.join(dict.fromkeys(other.values()))} differ): `expertgrid retire {path} "
+            f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
+        )
 
     @property
     def hold_out(self) -> HoldOut:
@@ -68,7 +131,9 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
     data = read_data(study.base.data, data_dir, study.base.image_size)
-    cells = study.change(seeds=request.last_seed).cells(data)
+    weights: dict[str, bytes] = {}
+    cells = study.change(seeds=request.last_seed).cells(data, weights)
+    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -79,13 +144,31 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         if before := directory.read_race():
             racing.check_same(before, race)
             race = before
-    return PlannedRun(study, directory, data, cells, race)
+    planned = PlannedRun(study, directory, data, cells, race, weights)
+    planned.check_code()
+    return planned
+
+
+def weights_in_words(trial: Trial) -> str:
+    """What a training starts from; "" where it starts as one expects."""
+    weights, name = trial.weights, trial.model_name
+    if weights is None:
+        has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
+        tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
+        return f"{name} starts from fresh weights, {tag}" if has_tag else ""
+    new = f"new: {', '.join(weights.new)}" if weights.new else "nothing is new"
+    by = trial.recipe.normalise
+    images = f"by {by}" if isinstance(by, str) else f"by mean {list(by[0])} and std {list(by[1])}"
+    return (
+        f"{name} starts from {weights.source}: {weights.tensors} tensors are loaded, {new}; images normalised {images}"
+    )
 
 
 def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
+    from expertgrid.ablations.study.disk import bytes_needed, in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -96,15 +179,29 @@ def plan_table(planned: PlannedRun) -> str:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
         done = sum(trial.id in finished for trial in cell.trials)
-        row = {"model": cell.model_name, **cell.planned.level_names, "first trial": first.id, "seeds": len(cell.trials)}
+        levels = dict.fromkeys(planned.study.factors, "") | cell.planned.level_names
+        row = {
+            "model": CONTROL if cell.control else cell.model_name,
+            **levels,
+            "first trial": first.id,
+            "seeds": len(cell.trials),
+        }
         rows.append(row | {"done": done, "epochs": first.recipe.epochs, "params": parameters, "MACs": macs})
     notes = [
         f"Data: {planned.data.in_words(planned.hold_out)}.",
+        *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
+    if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
+        log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
+        notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
+    notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
     if planned.race is None:
-        images = len(planned.data.train) - planned.data.trained_on(planned.hold_out)
-        notes += plan_lines(foresee(planned.study, [cell.planned for cell in planned.cells], images, planned.directory))
+        study, cells = planned.study, [cell.planned for cell in planned.cells]
+        counts_N = planned.data.held_out_of_each_class(planned.hold_out)
+        images = counts_N.sum() if study.metric == "accuracy" else len(counts_N) / (1 / np.maximum(counts_N, 1)).mean()
+        foreseen = foresee(study, cells, float(images), planned.directory)
+        notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

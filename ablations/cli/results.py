@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from expertgrid.ablations.cli.options import write_out
+from expertgrid.ablations.cli.options import check_can_be_written, write_out
 from expertgrid.ablations.cli.terminal import console, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.comparison import compare
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.rows import read_results, study_name
+from expertgrid.ablations.results.scores import judge_scores, read_scores
 from expertgrid.ablations.results.tables.cells import comparison_tables, peek_table
 from expertgrid.ablations.results.tables.effects import level_table
+from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import MOST_NOTES, Format, Table, render, render_tables
@@ -25,11 +27,14 @@ def table(
     contrast: tuple[str, str] | None,
     peek: bool,
     notes: bool,
+    metric: str | None = None,
 ) -> int:
     """Prints the table of one study or several: of all cells, by factor, of two cells, or of optimistic picks.
 
     With all its notes, or with the most important ones.
     """
+    if peek and metric is not None:
+        raise InputError("--peek is about accuracy, which is measured after each epoch; --metric does not go with it")
     if sum((by is not None, contrast is not None, peek)) > 1:
         raise InputError("--by, --contrast and --peek are different tables; give one of them")
     if contrast is not None and len(directories) > 1:
@@ -38,7 +43,7 @@ def table(
     tables = [
         table.named(study_name(directory)) if several else table
         for directory in map(StudyDirectory, directories)
-        for table in _tables(directory, by, contrast, peek)
+        for table in _tables(directory, by, contrast, peek, metric)
     ]
     print(render_tables(tables, format, None if notes else MOST_NOTES))
     more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
@@ -47,11 +52,11 @@ def table(
     return 0
 
 
-def rows(directory: Path, kind: str, format: str, out: Path | None) -> int:
+def rows(directory: Path, kind: str, format: str, out: Path | None, metric: str | None) -> int:
     """Prints or writes the rows of a study, as `expertgrid.open` gives them."""
     from expertgrid.ablations.results.arrow import OpenedStudy, to_bytes  # the other tables need no pyarrow
 
-    table = getattr(OpenedStudy(directory), kind)()
+    table = getattr(OpenedStudy(directory, metric), kind)()
     content = to_bytes(table, format) or render(table.to_pylist(), cast(Format, format)).encode()
     if out:
         write_out("--out", out, content)
@@ -59,10 +64,12 @@ def rows(directory: Path, kind: str, format: str, out: Path | None) -> int:
     return 0
 
 
-def _tables(directory: StudyDirectory, by: str | None, contrast: tuple[str, str] | None, peek: bool) -> list[Table]:
+def _tables(
+    directory: StudyDirectory, by: str | None, contrast: tuple[str, str] | None, peek: bool, metric: str | None
+) -> list[Table]:
     if peek:
         return [peek_table(directory, read_results(directory))]
-    evidence = read_evidence(directory)
+    evidence = read_evidence(directory, metric)
     if by is not None:
         return [level_table(evidence, marginals(evidence, by.split(",")))]
     if contrast is not None:
@@ -71,7 +78,20 @@ def _tables(directory: StudyDirectory, by: str | None, contrast: tuple[str, str]
     return study_tables(directory, evidence)
 
 
-def report(directory: Path, out: Path | None = None, format: str = "html", data_dir: Path | None = None) -> int:
+def judge(file: Path, margin: float, lower_is_better: bool, format: Format, notes: bool) -> int:
+    """Prints the verdicts on a table of scores."""
+    judged = judge_scores(read_scores(file), margin, lower_is_better)
+    print(render_tables(score_tables(judged), format, None if notes else MOST_NOTES))
+    return 0
+
+
+def report(
+    directory: Path,
+    out: Path | None = None,
+    format: str = "html",
+    data_dir: Path | None = None,
+    metric: str | None = None,
+) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"
     out = out or directory / ("report.html" if as_html else "figures")
@@ -79,11 +99,12 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
         raise InputError(f"--out {out}: the name of an .html file is needed")
     if not as_html and out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: the name of a directory is needed, for {format}")
+    check_can_be_written("--out", out if as_html else out / "accuracy.png")
     with starting():
         from expertgrid.ablations.results.report import report
         from expertgrid.ablations.results.report.findings import read_findings
     with status("reading the study; its best network predicts the validation images"):
-        findings = read_findings(StudyDirectory(directory), data_dir)
+        findings = read_findings(StudyDirectory(directory), data_dir, metric)
     with status("drawing"):
         if as_html:
             files = {out: report.html(findings).encode()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.plan import StudyRequest, plan_run
+from expertgrid.ablations.cli.plan import PlannedRun, StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.cli.track import tracked
@@ -65,15 +65,17 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     on = how.train_on()
     planned = plan_run(request, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
-    console.print(f"{study.question}\n{planned.data.in_words(planned.hold_out)}", soft_wrap=True)
+    lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
+    console.print("\n".join(lines), soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
         console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.read_race():
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
+        directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
-            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+            failed = _train(racing.cells_with(cells, counts), planned, on, how, tracking)
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
@@ -82,7 +84,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
                     break
                 counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+                failed += _train(racing.cells_with(cells, counts), planned, on, how, tracking)
         if isinstance(how.trainer, RayEngine):
             how.trainer.end()
         if any(row.packed and row.alone is None for row in read_results(directory).rows):
@@ -134,14 +136,14 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
     return 1
 
 
-def _train(
-    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking
-) -> list[TrialFailed]:
+def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, tracking: Tracking) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
+    data, directory = planned.data, planned.directory
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     if how.adopts:
-        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id)))
+        places = (directory.adopt(trial.id, planned.networks.get(trial.id)) for trial in pending)
+        taken = Counter(filter(None, places))
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]

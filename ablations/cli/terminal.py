@@ -1,13 +1,24 @@
 """What a person sees on stderr while something runs. Light: it is imported before PyTorch is."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+from expertgrid.model.system.errors import printable
+
+
+class _Terminal(Console):
+    """Shows no character of a text as a command."""
+
+    def print(self, *objects: Any, **style: Any) -> None:
+        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **style)
+
+
+console = _Terminal(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def status(text: str) -> AbstractContextManager:
@@ -17,7 +28,7 @@ def status(text: str) -> AbstractContextManager:
     """
     if console.is_jupyter:  # where each needs a widget
         return nullcontext()
-    return Live(Spinner("dots", Text(text)), console=console, transient=True, refresh_per_second=12.5)
+    return Live(Spinner("dots", Text(printable(text))), console=console, transient=True, refresh_per_second=12.5)
 
 
 def starting() -> AbstractContextManager:

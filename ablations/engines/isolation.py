@@ -11,23 +11,32 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from threading import Event as Flag
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from expertgrid.ablations.engines.events import Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
+from expertgrid.ablations.engines.events import (
+    Event,
+    StateSaved,
+    Stopped,
+    TrialDone,
+    TrialFailed,
+    TrialNote,
+    TrialStarted,
+)
 from expertgrid.ablations.engines.gpu_sharing import ALONE, SharedGpu, shared_gpu
-from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, Message, schedule
+from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, TERMINATED, Message, Terminated, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import deterministic, gpu_driver, memory_bytes, usable_cores
-from expertgrid.model.system.processes import AnsweringProcess, ProcessLost, process_context
+from expertgrid.model.system.processes import LOST_SERVER, AnsweringProcess, ProcessLost, process_context
 from expertgrid.model.training.resume import SAVE_EVERY_S
 from expertgrid.model.training.trial import Trial
 
@@ -53,6 +62,7 @@ class Setup:
     threads: int | None = None  # of each process; None for as many as PyTorch takes
     at_once: int = 1  # trials that are trained at once
     save_every_s: float = SAVE_EVERY_S
+    weights: Mapping[str, bytes] = field(default_factory=dict)  # by fingerprint, for nodes that have no such files
     environment: Mapping[str, str] = field(default_factory=dict)  # of each process, before it starts CUDA
 
 
@@ -94,8 +104,9 @@ class Trainer(AnsweringProcess):
 
     def __init__(self) -> None:
         self.steps = process_context(ENGINE).Value("q", 0, lock=False)  # of its trial that are done
-        self.crash = Path(tempfile.mkdtemp(prefix="expertgrid-")) / "crash.txt"
-        super().__init__(ENGINE, _EngineApart, str(self.crash), shared=(self.steps,))
+        handle, name = tempfile.mkstemp(prefix="expertgrid-", suffix=".txt")
+        self.crash = os.fdopen(handle, errors="replace")  # which nobody can remove
+        super().__init__(ENGINE, _EngineApart, name, shared=(self.steps,))
         self.trial: Trial | None = None  # that it trains
         self.began = False  # that trial
         self.trials = 0  # that it was asked to train
@@ -109,28 +120,31 @@ class Trainer(AnsweringProcess):
 
     def end(self) -> None:
         super().end()
-        self.crash.unlink(missing_ok=True)
-        self.crash.parent.rmdir()
+        self.crash.close()
 
     def how_it_ended(self) -> str:
         self.process.join(LAST_WORDS_S)
         code = self.process.exitcode
-        if code is None or code >= 0:
+        if code is None or code == LOST_SERVER:
+            return "an unknown cause, as the server of the processes was ended or stopped too"
+        if code >= 0:
             return f"exit status {code}"
         name = signal.Signals(-code).name
         return f"{name}, as the system does where memory runs out" if name == "SIGKILL" else name
 
     def failure(self, kind: Literal["crashed", "timeout"], error: str) -> Failure:
         """The failure of its trial, with where its threads are, or were when it crashed."""
-        if self.process.is_alive() and hasattr(signal, "SIGUSR1"):
-            assert self.process.pid is not None  # it runs
-            os.kill(self.process.pid, signal.SIGUSR1)
+        if kind == "timeout" and hasattr(signal, "SIGUSR1"):
+            self.signal(signal.SIGUSR1)
             until, size = time.monotonic() + LAST_WORDS_S, 0
-            while not (size and size == self.crash.stat().st_size) and time.monotonic() < until:  # it still writes
-                size = self.crash.stat().st_size
+            while not (size and size == self._crash_bytes()) and time.monotonic() < until:  # it still writes
+                size = self._crash_bytes()
                 time.sleep(LOOK_EVERY_S)
-        place = self.crash.read_text(errors="replace") if self.crash.exists() else ""
+        place = self.crash.read()
         return Failure(kind=kind, error=error, traceback=place, time=now(), step=int(self.steps.value))
+
+    def _crash_bytes(self) -> int:
+        return os.fstat(self.crash.fileno()).st_size
 
 
 class Pool:
@@ -190,11 +204,14 @@ class Pool:
         busy = [(trainer, trainer.trial) for trainer in self.trainers if trainer.trial]
         if self.stopping:
             for trainer, _ in busy:
-                trainer.process.terminate()  # SIGTERM, which it takes as a request
+                trainer.signal(signal.SIGTERM)  # which it takes as a request
         readable = wait([trainer.connection for trainer, _ in busy], timeout_s)
         for trainer, trial in busy:
             if trainer.connection in readable:
-                return self._message(trainer, trial)
+                try:
+                    return self._message(trainer, trial)
+                except ProcessLost as error:  # there is no other process for it
+                    return trial, error
             if time.monotonic() >= trainer.deadline:
                 error = f"not done after --trial-timeout {self.timeout_s:g} s"
                 failure = trainer.failure("timeout", error)
@@ -220,6 +237,8 @@ class Pool:
                 trainer.trial = None
             case BaseException():
                 self.end(trainer)
+                if isinstance(message, Stopped) and not self.stopping:
+                    return trial, Terminated()
         return trial, message
 
     def _lost(self, trainer: Trainer, trial: Trial) -> tuple[Trial, Message] | None:
@@ -227,6 +246,8 @@ class Pool:
         how = trainer.how_it_ended()
         failure = trainer.failure("crashed", f"the training process was ended by {how}")
         self.end(trainer)
+        if how == TERMINATED:
+            return trial, Terminated()
         if trainer.began:
             return trial, failure
         if trainer.trials == 1:
@@ -247,8 +268,9 @@ class _EngineApart:
     """The local engine in the process of a Trainer."""
 
     def __init__(self, crash: str, steps: Any):
-        self.stopped, self.steps, self.crash = Flag(), steps, open(crash, "w")  # noqa: SIM115  (as long as the process)
-        signal.signal(signal.SIGTERM, lambda signum, frame: self.stopped.set())
+        self.stopped, self.steps, self.crash = False, steps, open(crash, "w")  # noqa: SIM115  (as long as the process)
+        with suppress(OSError):  # Windows keeps the name of an open file
+            os.unlink(crash)
         faulthandler.enable(self.crash)
         if hasattr(faulthandler, "register"):
             faulthandler.register(signal.SIGUSR1, self.crash)
@@ -291,5 +313,10 @@ class _EngineApart:
         self.data = ResidentData(setup.data, torch.device(setup.device))
 
     def _stop(self, step: int) -> bool:
+        """Before the first step of a trial, for which much may be compiled, SIGTERM ends the process at once."""
+        signal.signal(signal.SIGTERM, self._terminated if step else signal.SIG_DFL)
         self.steps.value = step
-        return self.stopped.is_set()
+        return self.stopped
+
+    def _terminated(self, signum: int, frame: FrameType | None) -> None:
+        self.stopped = True

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from expertgrid.ablations.engines.events import (
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
+from expertgrid.ablations.study.disk import log_bytes
 from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
+from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
@@ -39,6 +42,7 @@ from expertgrid.model.training.loop import (
     train,
     uses_bfloat16,
 )
+from expertgrid.model.training.metrics import METRICS, measured
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
@@ -46,6 +50,7 @@ from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
+FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
 
 
@@ -62,10 +67,11 @@ class Saver:
     every_s: float
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
+    network: str = ""  # what the code of a user's network computes, as JSON
     due: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.due = time.monotonic() + self.every_s
+        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
 
     def __call__(self) -> None:
         stopped = self.stop(self.training.steps)
@@ -79,7 +85,9 @@ class Saver:
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
-        write_state(self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state})
+        write_state(
+            self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state, "network": self.network}
+        )
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
         self.saved(self.trial)
@@ -106,17 +114,22 @@ def run_local(
     trained at once, here and in other processes.
     """
 
+    probed = cache(partial(probe_of, size=data.data.image_size))
+
     def run(trial: Trial) -> Iterator[Event]:
-        directory.write_config(trial)
+        network = probed(trial.model)
+        directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume)
+        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
         directory.write_epochs(trial.id, epochs)
         prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
         yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-        saver = Saver(directory, trial, training, save_every_s, stop, saved)
+        saver = Saver(
+            directory, trial, training, save_every_s, stop, saved, network.model_dump_json() if network else ""
+        )
         for epoch in train(trial, splits, training, after_step=saver):
             directory.append_epoch(trial.id, epoch)
             yield EpochDone(trial, epoch)
@@ -144,13 +157,17 @@ def run_local(
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
 
 
-def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
+def _begun(
+    trial: Trial, splits: Splits, resume: Path, weights: Path | None, network: Probe | None
+) -> tuple[Training, list[str], str]:
     """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits)
+    training = start(trial, splits, weights)
     if not resume.exists():
         return training, [], ""
     try:
         state = read_state(resume)
+        if network and Probe.model_validate_json(state["network"]).difference(network):
+            return training, [], "the code of its network was changed"
         training.load_state_dict(state["training"])
         return training, state["epochs"], ""
     except InputError as error:
@@ -158,7 +175,7 @@ def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[s
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
+        return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
@@ -189,13 +206,19 @@ def _finish(
 
     predictions = {}
 
-    def measure(split: Split, name: str) -> dict[str, float]:
+    others = [name for name in METRICS if name not in ("accuracy", "cross_entropy")]
+
+    def measure(split: Split, name: str) -> dict[str, Any]:
         """The record's numbers of a split. Enters the predicted classes."""
         logits_BN = predict(training.result, split, mean_C, std_C)
         loss, accuracy = score(logits_BN, split.labels_B)
         numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
-        predictions[f"{name}_labels"] = split.labels_B.cpu().numpy()
+        predictions[f"{name}_labels"] = labels_B = split.labels_B.cpu().numpy()
+        log_BN = logits_BN.log_softmax(1).half().clamp(min=torch.finfo(torch.half).min).cpu().numpy()
+        if log_bytes([trial], data):
+            predictions[f"{name}_log"] = log_BN
+        numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
             both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()

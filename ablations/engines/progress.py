@@ -12,6 +12,7 @@ from expertgrid.ablations.engines.events import EpochDone, Event, TrialDone, Tri
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.cost import cost
+from expertgrid.model.system.errors import printable
 from expertgrid.model.training.trial import Trial
 
 
@@ -81,4 +82,4 @@ class StudyProgress:
 def _trial_name(cell: Cell, trial: Trial) -> str:
     levels = " ".join(f"{name}={level_name(level)}" for name, level in cell.levels.items())
     named = set(cell.levels) & {"model", "reference"}
-    return f"{levels if named else f'{cell.model_name} {levels}'.strip()} seed {trial.seed}"
+    return printable(f"{levels if named else f'{cell.model_name} {levels}'.strip()} seed {trial.seed}")

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
+from expertgrid.ablations.records.checksums import NETWORK
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import write_whole
@@ -129,7 +130,8 @@ class RayEngine:
     ) -> Iterator[Event]:
         """Trains trials and yields the engine's events, as `isolation.Pool.run` does."""
         if self.shared is None:
-            setup = replace(setup, begin=partial(_import_modules, self.modules))
+            weights = {file.stem: file.read_bytes() for file in directory.path.glob("weights/*.safetensors")}
+            setup = replace(setup, begin=partial(_import_modules, self.modules), weights=weights)
             self.shared = _Shared.put(setup, timeout_s, self.needs, len(trials))
         return schedule(trials, directory, self, stopped)
 
@@ -286,6 +288,7 @@ class _Workplace:
         (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
         at_once = max(1, min(shared.needs.slots(resources), shared.trials))
         self.setup = replace(ray.get(shared.setup), directory=self.directory.path, at_once=at_once)
+        self.directory.write_weights(self.setup.weights)
         self.timeout_s, self.stopped = shared.timeout_s, Flag()
         Thread(target=self._wait, args=(shared.stop,), daemon=True).start()
 
@@ -321,6 +324,8 @@ def _report(event: Event, directory: StudyDirectory) -> Report:
         TrialDone: ("epochs.jsonl", "model.safetensors"),
     }
     files = {name: (directory.trial(trial) / name).read_bytes() for name in names.get(type(event), ())}
+    if isinstance(event, TrialDone) and (network := directory.trial(trial) / NETWORK).exists():
+        files[NETWORK] = network.read_bytes()
     if not isinstance(event, TrialDone):
         return Report(event, files)
     reads = [read for read in directory.test_reads() if read.trial == trial]

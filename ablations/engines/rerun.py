@@ -14,11 +14,12 @@ from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.model.checkpoint import load
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.system import machine
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.metrics import Scale
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Epoch, Trial
 
@@ -40,8 +41,9 @@ class Rerun:
 
     compared: list[Compared]
     reasons: list[str]  # what differs between the two trainings' environments, so that bits may differ
-    margin: float  # in points of accuracy, for a training elsewhere
-    points: float = 0.0  # by which accuracies differ at most
+    margin: float  # of the study's metric, for a training elsewhere
+    by: Scale
+    apart: float = 0.0  # by which the metric differs at most
     failure: str = ""
 
     @property
@@ -49,7 +51,7 @@ class Rerun:
         """On a CPU, or with --deterministic, in the same environment: to the last bit. Else within the margin."""
         if self.failure:
             return False
-        return self.points <= self.margin if self.reasons else all(number.same for number in self.compared)
+        return self.apart <= self.margin if self.reasons else all(number.same for number in self.compared)
 
     @property
     def verdict(self) -> str:
@@ -60,9 +62,10 @@ class Rerun:
                 return "The same: weights, losses, accuracies and predictions are equal to the last bit."
             changed = ", ".join(number.what for number in self.compared if not number.same)
             return f"Different: {changed}. In the environment of the record, equality to the last bit is expected."
+        what = "accuracies are" if self.by.name == "accuracy" else f"{self.by.title} is"
         return (
-            f"{'The same' if self.same else 'Different'}: accuracies are {'' if self.same else 'not '}within "
-            f"{self.margin:g} points; equality to the last bit is not expected ({'; '.join(self.reasons)})."
+            f"{'The same' if self.same else 'Different'}: {what} {'' if self.same else 'not '}within "
+            f"{self.margin:g}{self.by.points}; equality to the last bit is not expected ({'; '.join(self.reasons)})."
         )
 
 
@@ -81,14 +84,16 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         machine.deterministic(record.deterministic),
     ):
         second = StudyDirectory(Path(place))
+        if weights := directory.weights(trial):
+            second.write_weights({weights.stem: weights.read_bytes()})
         try:
             *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
         finally:
             for read in second.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
-        margin = directory.read_study().margin
+        margin, by = directory.read_study().margin, directory.read_plan().metric
         if not isinstance(last, TrialDone):
-            return Rerun([], [], margin, failure=str(second.failure(trial.id)))
+            return Rerun([], [], margin, by, failure=str(second.failure(trial.id)))
         again = last.record
         weights = [load(study.checkpoint(trial.id)).weights for study in (directory, second)]
         compared = [_compared_weights(*weights)]
@@ -98,9 +103,9 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
             compared.append(Compared(name.replace("_", " "), first, number, abs(number - first), number == first))
         if predictions := directory.predictions(trial.id):
             compared += _compared_predictions(predictions, second.predictions(trial.id))
-    accuracies = ("validation_accuracy", "test_accuracy")
-    points = max(100 * abs(getattr(again, name) - getattr(record, name)) for name in accuracies)
-    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, points)
+    kept = directory.with_metric(record, by.name)
+    apart = max(abs(again.score(split, by) - kept.score(split, by)) for split in SPLITS)
+    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, by, apart)
 
 
 @contextmanager

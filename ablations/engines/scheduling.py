@@ -33,6 +33,9 @@ from expertgrid.model.system.processes import ProcessLost
 from expertgrid.model.training.trial import Trial
 
 LOOK_EVERY_S = 0.1  # for a signal
+TERMINATED = "SIGTERM"
+TOGETHER_S = 5.0  # in which the command is asked to end too, by a system that asks all processes of a job
+MOST_TERMINATIONS = 3  # of a trial's processes: then it has failed
 MOST_LOSSES = 5  # of a trial's nodes, one after another without a new state between: the trial itself may be the cause
 
 
@@ -64,9 +67,14 @@ class NodeLost:
     reason: str
 
 
+@dataclass(frozen=True)
+class Terminated:
+    """A trial's process was asked to end, and nobody asked the command: the trial can go on in another process."""
+
+
 # An event, whose files the cluster has written itself, or with the files that are to be written here. A failure is that
 # of a trial whose process was lost. An exception is an error of no trial, and ends its task; so does Stopped.
-Message = Event | Report | Ended | NodeLost | Failure | BaseException
+Message = Event | Report | Ended | NodeLost | Terminated | Failure | BaseException
 
 
 class Cluster(Protocol):
@@ -95,9 +103,10 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
     """
     waiting, submitted = deque(by_seed(list(trials))), set[str]()
     losses: Counter[str] = Counter()
+    terminations: Counter[str] = Counter()
     told = False
 
-    def receive() -> tuple[Trial, Event | Ended | NodeLost | Failure | BaseException] | None:
+    def receive() -> tuple[Trial, Event | Ended | NodeLost | Terminated | Failure | BaseException] | None:
         """The next message, after its files are written. None in its place for the end of a task that was over."""
         arrived = cluster.next(LOOK_EVERY_S)
         if arrived is None or arrived[0].id not in submitted:
@@ -124,6 +133,11 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
             if received is None:
                 continue
             trial, message = received
+            if isinstance(message, Terminated):
+                stopped.wait(TOGETHER_S)
+                terminations[trial.id] += 1
+                reason = f"its process was ended by {TERMINATED}, {terminations[trial.id]} of {MOST_TERMINATIONS} times"
+                message = NodeLost(reason) if terminations[trial.id] < MOST_TERMINATIONS else crashed(reason)
             match message:
                 case Ended() | NodeLost() | Failure() | ProcessLost() | Stopped() if stopped.is_set():
                     waiting.appendleft(trial)

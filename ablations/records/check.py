@@ -3,6 +3,7 @@
 Whether the numbers in them follow from each other is a matter of `expertgrid verify`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
-from expertgrid.ablations.records.ledger import damaged_lines
+from expertgrid.ablations.records.ledger import LEDGER
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.system.files import cut_incomplete_line, make_folder, sync_folder, whole_lines
+from expertgrid.model.system.files import cut_incomplete_line, opened_file, read_whole
 from expertgrid.model.training.resume import whole_state
 
 Value = TypeVar("Value")
@@ -55,14 +56,22 @@ def check_files(directory: StudyDirectory) -> CheckResult:
         planned = directory.read_plan().trials
     except InputError:  # it is named already; the trials are still looked at
         planned = sorted(folders)
+    finished = [trial for trial in planned if os.path.lexists(directory.trial(trial) / "record.json")]
+    problems: dict[str, str] = {}
+    reads = _read(LEDGER, directory.test_reads, problems)
+    trained = {read.trial for read in reads or () if read.reader == "training"}
+    if reads is not None and (unread := [trial for trial in finished if trial not in trained]):
+        more = f" and {len(unread) - 1} others" if unread[1:] else ""
+        problems[LEDGER] = f"lines are missing: of the training of {unread[0]}{more}, which read the test split"
+    states += _damaged(problems, "put back a copy of the file; a damaged line can be deleted")
+    keeps_weights = any(os.path.lexists(directory.checkpoint(trial)) for trial in planned)
     for trial in planned:
-        states += _trial_files(directory, trial)
+        states += _trial_files(directory, trial, trial in trained, keeps_weights)
     if others := folders - set(planned):
         states.append(FileState("note", "trials", f"{len(others)} trials are not in the plan, and were not looked at"))
     states += _measurements(directory)
     states += _exports(directory.path / "export")
-    finished = sum((directory.trial(trial) / "record.json").exists() for trial in planned)
-    return CheckResult(len(planned), finished, states)
+    return CheckResult(len(planned), len(finished), states)
 
 
 def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
@@ -72,17 +81,11 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     """
     done = []
     for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
-        folder = directory.path / "damaged"
-        make_folder(folder)
-        names = (trial if number == 1 else f"{trial}-{number}" for number in range(1, 10**6))
-        target = next(folder / name for name in names if not os.path.lexists(folder / name))
-        directory.trial(trial).rename(target)
-        sync_folder(folder)
-        sync_folder(directory.path / "trials")
+        target = directory.move_away(trial, "damaged")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
-    ledger = directory.path / "ledger.jsonl"
-    if ledger.exists() and (cut := cut_incomplete_line(ledger)):
-        done.append(f"cut: ledger.jsonl: {cut} bytes of an incomplete last line")
+    ledger = directory.path / LEDGER
+    if os.path.isfile(ledger) and (cut := cut_incomplete_line(ledger)):
+        done.append(f"cut: {LEDGER}: {cut} bytes of an incomplete last line")
     return done
 
 
@@ -90,8 +93,8 @@ def _read(name: str, read: Callable[[], Value], problems: dict[str, str]) -> Val
     """What a reader gives. Where it raises, what is wrong is entered under the file's name."""
     try:
         return read()
-    except InputError as error:
-        problems[name] = error.problem
+    except (InputError, OSError) as error:
+        problems[name] = error.problem if isinstance(error, InputError) else f"cannot be read: {error.strerror}"
         return None
 
 
@@ -102,38 +105,39 @@ def _damaged(problems: dict[str, str], remedy: str, folder: str = "", trial: str
 
 def _study_files(directory: StudyDirectory) -> Iterator[FileState]:
     path, unreadable = directory.path, {}
-    lost = {name: "missing" for name in OF_A_STUDY if not (path / name).exists()}
+    lost = {name: "missing" for name in OF_A_STUDY if not os.path.lexists(path / name)}
     study = None if "study.toml" in lost else _read("study.toml", directory.read_study, unreadable)
     if study and "plan.json" not in lost:
         _read("plan.json", lambda: directory.read_plan(study), unreadable)
     for name, how in (_read(SUMS, lambda: changed_files(path, OF_A_STUDY), lost) or {}).items():
         if name not in unreadable:
-            lost.setdefault(name, f"{how} since {SUMS} was written")
+            lost.setdefault(name, how)
     yield from _damaged(unreadable, f"move it away and {AGAIN}, which writes it again")
     yield from _damaged(lost, f"{AGAIN}, which writes it again")
-    if not (path / SUMS).exists():
+    if not os.path.lexists(path / SUMS):
         note = "missing, as in studies of older versions: study.toml and plan.json were only read"
         yield FileState("note", SUMS, note)
-    yield from _ledger(path / "ledger.jsonl")
+    for name in ("trials", "export", "bench"):
+        if os.path.lexists(path / name) and not os.path.isdir(path / name):
+            yield FileState("damaged", name, "not a folder", "move it away")
+    if rest := (_read(LEDGER, lambda: read_whole(path / LEDGER), {}) or b"").rpartition(b"\n")[2]:
+        problem = f"{len(rest)} bytes of an incomplete last line, which no reader takes"
+        yield FileState("unfinished", LEDGER, problem, "the next line that is written replaces it")
 
 
-def _ledger(ledger: Path) -> Iterator[FileState]:
-    if not ledger.exists():
+def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_weights: bool) -> Iterator[FileState]:
+    """`trained`: the ledger says that its training came to the end. `keeps_weights`: the study does, of some trial."""
+    place, problems, folder = f"trials/{trial}", {}, directory.trial(trial)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        yield FileState("damaged", place, "not a folder", MOVE, trial)
         return
-    if problems := damaged_lines(ledger):
-        more = f", and {len(problems) - 1} lines more" if len(problems) > 1 else ""
-        remedy = "put back a copy of the file, or delete the damaged lines"
-        yield FileState("damaged", ledger.name, f"{problems[0]}{more}", remedy)
-    if rest := ledger.stat().st_size - sum(len(line) + 1 for line in whole_lines(ledger)):
-        problem = f"{rest} bytes of an incomplete last line, which no reader takes"
-        yield FileState("unfinished", ledger.name, problem, "the next line that is written replaces it")
-
-
-def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
-    place, problems = f"trials/{trial}", {}
-    if not directory.trial(trial).is_dir():
-        yield FileState("unfinished", place, "not begun", "the next run trains it", trial)
+    if not os.path.lexists(folder):
+        if trained and not any((directory.path / "damaged").glob(f"{trial}*")):
+            yield FileState("damaged", place, "missing, and the ledger has its training", f"{AGAIN}, which trains it")
+        else:
+            yield FileState("unfinished", place, "not begun", "the next run trains it", trial)
         return
+    changed = _read(SUMS, lambda: changed_files(folder, OF_A_TRIAL), problems) or {}
     record = _read("record.json", lambda: directory.record(trial), problems)
     if record is not None and record.trial != trial:
         problems["record.json"] = f"of another trial: {record.trial}"
@@ -142,15 +146,19 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
     if config is not None and config.id != trial:
         problems["config.json"] = f"of another trial: {config.id}"
     failure = _read("failure.json", lambda: directory.failure(trial), problems)
+    _read(NETWORK, lambda: directory.network(trial), problems)
     _read("adopted.json", lambda: directory.adopted(trial), problems)
-    _read("predictions.npz", lambda: directory.predictions(trial), problems)
+    if "predictions.npz" not in changed:
+        _read("predictions.npz", lambda: directory.predictions(trial), problems)
     epochs = _read("epochs.jsonl", lambda: directory.epochs(trial), problems)
     if record is not None and epochs is not None and record.epochs != len(epochs):
         problems["epochs.jsonl"] = f"has {len(epochs)} epochs, the record has {record.epochs}"
-    notes = _of_finished(directory, trial, problems) if finished else []
     resume = directory.resume_file(trial)
-    if not finished and resume.exists():
+    if not finished and os.path.lexists(resume):
         _read("resume.pt", lambda: whole_state(resume), problems)
+    elif not finished and "record.json" in changed and failure is None:
+        problems["record.json"], finished = "missing", True
+    notes = _of_finished(directory, trial, changed, problems, keeps_weights) if finished else []
     yield from _damaged(problems, MOVE, f"{place}/", trial)
     if problems:
         return
@@ -160,25 +168,26 @@ def _trial_files(directory: StudyDirectory, trial: str) -> Iterator[FileState]:
         yield FileState("unfinished", place, state, "the next run trains it", trial)
 
 
-def _of_finished(directory: StudyDirectory, trial: str, problems: dict[str, str]) -> list[str]:
+def _of_finished(
+    directory: StudyDirectory, trial: str, changed: dict[str, str], problems: dict[str, str], keeps_weights: bool
+) -> list[str]:
     """Enters what is wrong with the files of a finished trial. Returns what is no damage and still worth a line."""
     folder, notes = directory.trial(trial), []
-    changed = _read(SUMS, lambda: changed_files(folder, OF_A_TRIAL), problems) or {}
     for name, how in changed.items():
-        if (name, how) != ("model.safetensors", "missing"):
-            problems.setdefault(name, f"{how} since {SUMS} was written")
-    if not (folder / "config.json").exists():
+        if keeps_weights or (name, how) != ("model.safetensors", "missing"):
+            problems.setdefault(name, how)
+    if not os.path.lexists(folder / "config.json"):
         problems["config.json"] = "missing"
-    if not (folder / SUMS).exists():
+    if not os.path.lexists(folder / SUMS):
         notes.append(f"no {SUMS}, as in trials of older versions: its files were only read")
-        if not (folder / "predictions.npz").exists():
+        if not os.path.lexists(folder / "predictions.npz"):
             notes.append("no predictions, as in trials of older versions")
     weights = directory.checkpoint(trial)
-    if not weights.exists():
+    if not os.path.lexists(weights):
         notes.append("no weights")
     elif "model.safetensors" not in problems and (problem := _weights_problem(weights, trial)):
         problems["model.safetensors"] = problem
-    if directory.resume_file(trial).exists():
+    if os.path.lexists(directory.resume_file(trial)):
         notes.append("resume.pt is not needed any more: `expertgrid clean` removes it")
     return notes
 
@@ -188,16 +197,21 @@ def _weights_problem(file: Path, trial: str) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy") as opened:
+        with opened_file(file), safe_open(file, framework="numpy") as opened:
             about = opened.metadata() or {}
         trained = json.loads(about["trained"])["trial"]
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+    except InputError as error:
+        return error.problem
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"not a checkpoint, or a damaged one ({reason_of(error)})"
     return "" if trained == trial else f"of another trial: {trained}"
 
 
 def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
     training, latency = {}, {}
+    for file in directory.path.glob("weights/*.safetensors"):
+        if hashlib.sha256(file.read_bytes()).hexdigest() != file.stem:
+            yield from _damaged({file.name: "its name is not its checksum"}, f"{AGAIN}, which writes it", "weights/")
     _read(TRAINING, directory.training_rates, training)
     for file in sorted((directory.path / "bench").glob("*.json")):
         _read(file.name, lambda file=file: read_latency(file), latency)

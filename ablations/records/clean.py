@@ -52,7 +52,7 @@ def _paths(directory: StudyDirectory, unplanned: bool) -> Iterator[tuple[Path, s
     for place in path.glob(f"{ADOPTS}*"):
         if place.is_dir():
             yield place, "left by a crash"
-    for folder in (path, *path.glob("trials/*"), *(path / name for name in ("export", "bench", "figures"))):
+    for folder in (path, *path.glob("trials/*"), *(path / name for name in ("export", "bench", "figures", "weights"))):
         if folder.is_dir() and folder not in gone:
             yield from ((file, "left by a crash") for file in folder.iterdir() if _is_left(file))
     if (path / "damaged").is_dir():

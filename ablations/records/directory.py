@@ -5,20 +5,25 @@ plan.json         its cells, with their levels and trial ids, and the data
 SHA256SUMS        the checksums of these two, as `sha256sum --check` reads them
 trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz, SHA256SUMS and record.json once done:
                   record.json is written last, and says that the trial is finished; until then resume.pt, and
-                  failure.json where training failed; adopted.json where another study trained it
+                  failure.json where training failed; adopted.json where another study trained it; network.json, what
+                  the code of a user's network computed when the training began
 export/  bench/   what `expertgrid export` and `bench` add
+weights/          the weights that trials start from, other than fresh ones: SHA256.safetensors
 training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
 accuracy.svg      the picture of its table
 ledger.jsonl      a line for each read of the test split, by a training or by an export, with its checksum
 .lock             locked by the process that writes; .lock.json says which process that is
 damaged/          what `expertgrid check --repair` moved out of the way
+retired/          what `expertgrid retire` moved: trials of a network whose code was changed since
 
 A file is on the disk when the function that writes it returns, so that a power cut takes nothing that was finished.
 """
 
+import hashlib
+import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -26,21 +31,23 @@ from typing import Literal
 import tomli_w
 from pydantic import ValidationError
 
-from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
-from expertgrid.ablations.records.ledger import TestRead, read_ledger
+from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
+from expertgrid.ablations.records.ledger import LEDGER, TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
-from expertgrid.ablations.records.record import Adopted, Failure, Record, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
-from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.probe import Probe
+from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
+    MissingFile,
     append_line,
     make_folder,
     now,
@@ -50,6 +57,7 @@ from expertgrid.model.system.files import (
     write_whole,
 )
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.metrics import SHIPPED
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -64,10 +72,10 @@ class StudyDirectory:
 
     def read_study(self) -> Study:
         """The study that was run here. Raises InputError where there is none."""
-        file = self.path / "study.toml"
-        if not file.is_file():
-            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it")
-        return read_study(file)
+        try:
+            return read_study(self.path / "study.toml", was_run=True)
+        except MissingFile:
+            raise InputError(f"{self.path}: not a study directory: there is no study.toml in it") from None
 
     def read_plan(self, study: Study | None = None) -> Plan:
         """The cells of the study, which is read where it is not given. Raises InputError for those of another study."""
@@ -90,7 +98,7 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
                     "directory with --out"
                 )
-            if "ledger.jsonl" in names:
+            if LEDGER in names or any(self.path.glob("trials/*/record.json")):
                 self._check_families(study, older)
         elif "plan.json" in names:  # study.toml was lost, and is written again
             self.read_plan(study)
@@ -174,9 +182,58 @@ class StudyDirectory:
     def resume_file(self, trial_id: str) -> Path:
         return self.trial(trial_id) / "resume.pt"
 
+    def weights(self, trial: Trial) -> Path | None:
+        """The file of the weights that a trial starts from, None for fresh ones.
+
+        Raises InputError where it is missing, or has another checksum.
+        """
+        if trial.weights is None:
+            return None
+        file = self.path / "weights" / f"{trial.weights.fingerprint}.safetensors"
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != trial.weights.fingerprint:
+            raise wrong_file(file, "missing or damaged", f"expertgrid run writes it from {trial.weights.source}")
+        return file
+
+    def write_weights(self, files: Mapping[str, bytes]) -> None:
+        """Writes the weights that trials start from, by their fingerprints."""
+        for fingerprint, content in files.items():
+            write_whole(self.path / "weights" / f"{fingerprint}.safetensors", content)
+
+    def check_weights(self, trials: Iterable[Trial]) -> None:
+        """Raises InputError where weights that trials here have started from have changed since."""
+        planned = {(trial.weights.source, trial.model): trial.weights.fingerprint for trial in trials if trial.weights}
+        for place in self.path.glob("trials/*") if planned else ():
+            trial = read_config(place)
+            if trial is None or (weights := trial.weights) is None:
+                continue
+            if planned.get((weights.source, trial.model), weights.fingerprint) != weights.fingerprint:
+                raise InputError(
+                    f"weights {weights.source}: have changed since trial {trial.id} of {self.path} started from them; "
+                    "put them back, or give another directory with --out"
+                )
+
     def record(self, trial_id: str) -> Record | None:
         """The record of a finished trial, None for another. Raises InputError for a damaged one."""
         return self._of_trial(Record, trial_id, "record.json")
+
+    def with_metric(self, record: Record, name: str) -> Record:
+        """A record with a metric on both splits, which is computed from the predictions where the record lacks it.
+
+        Raises InputError where it cannot be: older records have no metrics, and older predictions no probabilities.
+        """
+        added = {}
+        for split in SPLITS:
+            if record.metric(split, name) is None:
+                predictions, config = self.predictions(record.trial), self.config(record.trial)
+                computable = predictions is not None and config is not None and name in SHIPPED
+                values = predictions.measured(split, config.model.num_classes, [name]) if computable else {}
+                if name not in values:
+                    raise InputError(
+                        f"{self.trial(record.trial)}: has no {name}, and its predictions do not give it; those of "
+                        "older studies, and of many classes, are without probabilities"
+                    )
+                added[f"{split}_metrics"] = getattr(record, f"{split}_metrics") | values
+        return record.model_copy(update=added)
 
     def adopted(self, trial_id: str) -> Adopted | None:
         """Where a trial was taken over from, None for one that was trained here. Raises InputError."""
@@ -185,6 +242,16 @@ class StudyDirectory:
     def config(self, trial_id: str) -> Trial | None:
         """What a trial is, None where it was never begun. Raises InputError for a damaged one."""
         return read_config(self.trial(trial_id))
+
+    def network(self, trial_id: str) -> Probe | None:
+        """What a user's network computed as its training began, None for another network. Raises InputError."""
+        return self._of_trial(Probe, trial_id, NETWORK)
+
+    def of_other_code(self, networks: Mapping[str, Probe]) -> dict[str, str]:
+        """The finished trials whose networks did not compute `networks` (by trial), with what differs."""
+        kept = {trial: self.network(trial) for trial in networks if self.record(trial)}
+        different = {trial: probe.difference(networks[trial]) for trial, probe in kept.items() if probe}
+        return {trial: what for trial, what in different.items() if what}
 
     def failure(self, trial_id: str) -> Failure | None:
         """Why a trial failed, None where it did not. Raises InputError for a damaged one."""
@@ -197,11 +264,13 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str) -> str | None:
+    def adopt(self, trial_id: str, network: Probe | None = None) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        Returns the name of that study's directory, None where no study has the trial undamaged.
+        `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
+        has the trial undamaged, of the same code, with this one's metric.
         """
+        metric = self.read_study().metric
         from expertgrid.model.checkpoint import load
 
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
@@ -209,7 +278,10 @@ class StudyDirectory:
             try:
                 if changed_files(record.parent, OF_A_TRIAL):
                     continue
-                other.record(trial_id)
+                if finished := other.record(trial_id):
+                    other.with_metric(finished, metric)
+                if network and ((theirs := other.network(trial_id)) is None or theirs.difference(network)):
+                    continue
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
@@ -232,10 +304,32 @@ class StudyDirectory:
             return other.path.name
         return None
 
-    def write_config(self, trial: Trial) -> None:
-        """Begins a training of the trial here."""
+    def move_away(self, trial_id: str, folder: str) -> Path:
+        """Moves a trial to a folder of the study; where one of its id is there already, a number is added."""
+        place = self.path / folder
+        make_folder(place)
+        names = (trial_id if number == 1 else f"{trial_id}-{number}" for number in range(1, 10**6))
+        target = next(place / name for name in names if not os.path.lexists(place / name))
+        self.trial(trial_id).rename(target)
+        sync_folder(place)
+        sync_folder(self.path / "trials")
+        return target
+
+    def retire(self, trial_id: str) -> Path:
+        """Moves a trial to retired/, with its exports, latencies and speeds: the next of this id is another network."""
+        target = self.move_away(trial_id, "retired")
+        for file in [*self.path.glob("export/*.onnx"), *self.path.glob("bench/*.json"), self.path / TRAINING]:
+            if file.exists() and trial_id.encode() in file.read_bytes():
+                for beside in file.parent.glob(f"{file.stem}.*"):  # such as the certificate
+                    beside.rename(target / beside.name)
+        return target
+
+    def write_config(self, trial: Trial, network: Probe | None = None) -> None:
+        """Begins a training of the trial here, of a user's `network` that computes this."""
         (self.trial(trial.id) / "adopted.json").unlink(missing_ok=True)
         write_whole(self.trial(trial.id) / "config.json", trial.model_dump_json(indent=1).encode())
+        if network:
+            write_whole(self.trial(trial.id) / NETWORK, network.model_dump_json().encode())
 
     def append_epoch(self, trial_id: str, epoch: Epoch) -> None:
         append_line(self.trial(trial_id) / "epochs.jsonl", epoch.model_dump_json())
@@ -250,8 +344,10 @@ class StudyDirectory:
 
     def predictions(self, trial_id: str) -> Predictions | None:
         """None for a trial without them: an unfinished one, or one of an older version. Raises InputError."""
-        file = self.trial(trial_id) / "predictions.npz"
-        return Predictions.of_file(file) if file.exists() else None
+        try:
+            return Predictions.of_file(self.trial(trial_id) / "predictions.npz")
+        except MissingFile:
+            return None
 
     def write_epochs(self, trial_id: str, lines: list[str]) -> None:
         """Writes the lines of the epochs that a training goes on after."""
@@ -265,7 +361,8 @@ class StudyDirectory:
         for name, content in written.items():
             write_whole(place / name, content)
         written["record.json"] = record.model_dump_json(indent=1).encode()
-        before = {name: (place / name).read_bytes() for name in OF_A_TRIAL if name not in written}
+        begun = [*OF_A_TRIAL, *([NETWORK] if (place / NETWORK).exists() else [])]
+        before = {name: (place / name).read_bytes() for name in begun if name not in written}
         write_sums(place, before | written)
         write_whole(place / "record.json", written["record.json"])
 
@@ -275,11 +372,11 @@ class StudyDirectory:
 
     def enter(self, read: TestRead) -> None:
         """Adds a line to the ledger."""
-        append_line(self.path / "ledger.jsonl", read.to_line())
+        append_line(self.path / LEDGER, read.to_line())
 
     def test_reads(self) -> list[TestRead]:
         """Each time the test split was read, without one that is being written. Raises InputError for damage."""
-        return read_ledger(self.path / "ledger.jsonl")
+        return read_ledger(self.path / LEDGER)
 
     def training_rates(self) -> TrainingRates | None:
         """None where they were not measured. Raises InputError for damage."""

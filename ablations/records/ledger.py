@@ -2,15 +2,16 @@
 
 import json
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from expertgrid.ablations.records.reading import damaged
-from expertgrid.model.system.errors import InputError, invalid, wrong_file
+from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import whole_lines
+
+LEDGER = "ledger.jsonl"
 
 
 class TestRead(BaseModel):
@@ -58,29 +59,12 @@ def _crc32(fields: dict[str, object]) -> str:
     return f"{zlib.crc32(_compact(fields).encode()):08x}"
 
 
-def damaged_lines(ledger: Path) -> list[str]:
-    """What is wrong with each damaged line."""
-    return [problem for _, problem in _lines(ledger) if problem]
-
-
 def read_ledger(ledger: Path) -> list[TestRead]:
     """Each time the test split was read, without one that is being written. Raises InputError for damage."""
     reads = []
-    for read, problem in _lines(ledger):
-        if read is None:
-            raise damaged(ledger, problem, "delete the damaged line")
-        reads.append(read)
-    return reads
-
-
-def _lines(ledger: Path) -> Iterator[tuple[TestRead | None, str]]:
-    """Each whole line, or what is wrong with it."""
-    try:
-        lines = whole_lines(ledger)
-    except OSError as error:
-        raise wrong_file(ledger, f"cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole_lines(ledger), 1):
         try:
-            yield TestRead.of_line(line), ""
+            reads.append(TestRead.of_line(line))
         except InputError as error:
-            yield None, f"line {number}: {error}"
+            raise damaged(ledger, f"line {number}: {error}", "delete the damaged line") from None
+    return reads

@@ -68,7 +68,11 @@ def held(path: Path) -> Generator[None]:
         raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
     try:
         writer = Writer(host=platform.node(), process=os.getpid(), since=now())
-        write_whole(path / WRITER, writer.model_dump_json().encode())
+        try:
+            write_whole(path / WRITER, writer.model_dump_json().encode())
+        except OSError as error:  # what makes room on a full disk needs the lock, and not its writer's name
+            if not disk_full(error):
+                raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
         yield
     finally:
         (path / WRITER).unlink(missing_ok=True)

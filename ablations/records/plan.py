@@ -13,13 +13,14 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError, wrong_file
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
+from expertgrid.model.training.metrics import ACCURACY, Scale, scale
 
 
 class RaceRules(BaseModel):
     """What was fixed before the first look at a race, on validation."""
 
     alpha: float
-    margin: float  # in points of accuracy
+    margin: float
     first: int  # seeds at the first look; there is one after each further seed
     last: int
     contrasts: int
@@ -35,6 +36,7 @@ class Plan(BaseModel):
     pixels: tuple[int, int] | None = None  # height and width of the images; None in plans of older versions
     hold_out: HoldOut = HoldOut()
     first_seed: int = 0
+    metric: Scale = ACCURACY
     margin: float | None = None  # None in plans of older versions
     contrasts: list[tuple[str, str]] = []  # declared with the study
     cells: list[PlannedCell]
@@ -71,6 +73,7 @@ def make_plan(study: Study, data: ImageData, cells: Sequence[Cell], race: RaceRu
         pixels=data.image_size,
         hold_out=hold_out,
         first_seed=study.first_seed,
+        metric=scale(study.metric, study.margin),
         margin=study.margin,
         contrasts=study.contrasts,
         cells=[cell.planned for cell in cells],
@@ -90,14 +93,14 @@ def read_plan(path: Path, study: Study) -> Plan:
     settings = study.settings()
     if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
         raise wrong_file(file, "its cells are not those of study.toml")
-    if plan.margin is not None:
-        for field in ("margin", "first_seed", "contrasts"):
-            if (planned := getattr(plan, field)) != (now := getattr(study, field)):
-                raise wrong_file(
-                    file,
-                    f"{field} was {_in_words(planned)} when the study was begun, study.toml has {_in_words(now)}",
-                    "what is declared cannot be changed afterwards",
-                )
+    for field in ("metric", *(() if plan.margin is None else ("margin", "first_seed", "contrasts"))):
+        planned, now = plan.metric.name if field == "metric" else getattr(plan, field), getattr(study, field)
+        if planned != now:
+            raise wrong_file(
+                file,
+                f"{field} was {_in_words(planned)} when the study was begun, study.toml has {_in_words(now)}",
+                "what is declared cannot be changed afterwards",
+            )
     return plan
 
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from expertgrid.model.system.errors import InputError, invalid, wrong_file
+from expertgrid.model.system.files import MissingFile, read_whole
 from expertgrid.model.training.trial import Trial
 
 RUN_AGAIN = "delete it and run the study again"
@@ -19,11 +20,9 @@ def read_record(kind: type[AnyRecord], file: Path, remedy: str = RUN_AGAIN) -> A
     Raises InputError for a damaged file: which file, what is wrong, and what to do, which is `remedy`.
     """
     try:
-        return kind.model_validate_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        return kind.model_validate_json(read_whole(file))
+    except MissingFile:
         return None
-    except OSError as error:
-        raise wrong_file(file, f"cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise damaged(file, invalid("", error, kind.model_fields), remedy) from None
 

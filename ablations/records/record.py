@@ -3,11 +3,12 @@
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from expertgrid.model.system import machine
+from expertgrid.model.training.metrics import Scale
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,8 @@ class Environment(BaseModel):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Split = Literal["validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)  # what every choice and verdict is made on, and what is reported
 
 
 class Record(BaseModel):
@@ -73,6 +76,8 @@ class Record(BaseModel):
     test_images: int
     validation_accuracy_flip: Share | None = None  # with logits averaged over each image and its mirror image;
     test_accuracy_flip: Share | None = None  # only where the recipe's tta is "flip"
+    validation_metrics: dict[str, float] = {}  # the others by name, where they are defined; none in older records
+    test_metrics: dict[str, float] = {}
     parameters: int
     macs: int  # multiply-accumulates of one image's forward pass
     epochs: int
@@ -93,6 +98,20 @@ class Record(BaseModel):
         """How the steps ran, in words."""
         used = {"Triton kernels": self.kernels, "torch.compile": self.compiled, "CUDA graphs": self.graphs}
         return ", ".join(name for name, is_used in used.items() if is_used) or "eager"
+
+    def metric(self, split: Split, name: str) -> float | None:
+        """The value of a metric on a split, None where the record does not have it."""
+        field = {"accuracy": f"{split}_accuracy", "cross_entropy": f"{split}_loss"}.get(name)
+        return getattr(self, field) if field else getattr(self, f"{split}_metrics").get(name)
+
+    def score(self, split: Split, scale: Scale) -> float:
+        """The value of a metric that the record has, in percent where its unit is points."""
+        value = self.metric(split, scale.name)
+        assert value is not None, f"{self.trial} has no {scale.name}"
+        if scale.name == "accuracy":  # exact: rounding, as older records have it, would look like a spread over seeds
+            images = getattr(self, f"{split}_images")
+            return 100 * round(value * images) / images
+        return 100 * value if scale.unit == "points" else value
 
 
 FAILED = {  # the kinds of failures, in words

@@ -7,6 +7,7 @@ from expertgrid.ablations.results.costs import Costs
 from expertgrid.ablations.results.evidence import Effect, Evidence
 from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, VERDICTS, WORSE, Judgement
 from expertgrid.model.system.text import MeasuredMultiple, Multiple
+from expertgrid.model.training.metrics import Scale
 
 MOST_NAMED = 6  # changes in one list; the others are counted
 ALIKE = 0.05  # costs that differ by less are the same
@@ -30,16 +31,18 @@ class Change(NamedTuple):
 def answer(evidence: Evidence) -> str:
     """What the study decided, what it cost, and what is open. Nothing that has no verdict is called a difference."""
     rows = evidence.results.rows
-    margin = f"less than {evidence.margin:g} point{'' if evidence.margin == 1 else 's'}"
+    by = evidence.scale
+    margin = f"less than {evidence.margin:g}{by.points.removesuffix('s') if evidence.margin == 1 else by.points}"
+    margin += "" if by.name == "accuracy" else f" {'of' if by.points else 'in'} {by.title}"
     if not any(row.by_seed for row in rows):
         return "No trial is finished, so there is no answer yet."
     if evidence.effects:
         changes = [Change(_named(of), of.judgement, of.cost, of.seeds_to_decide) for of in evidence.effects]
-        sentence = _sentence(changes, "", ("changes", "change"), margin)
+        sentence = _sentence(changes, by, "", ("changes", "change"), margin)
     elif any(evidence.against_base):
         base = rows[0].name
         changes = [Change(row.name, judged) for row, judged in zip(rows, evidence.against_base) if judged]
-        sentence = _sentence(changes, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
+        sentence = _sentence(changes, by, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
     if evidence.fixed_split:
@@ -47,13 +50,13 @@ def answer(evidence: Evidence) -> str:
     return sentence
 
 
-def _sentence(changes: Sequence[Change], against: str, differ: tuple[str, str], margin: str) -> str:
+def _sentence(changes: Sequence[Change], by: Scale, against: str, differ: tuple[str, str], margin: str) -> str:
     by_verdict: dict[str, list[Change]] = {verdict: [] for verdict in VERDICTS}
     for change in changes:
         by_verdict[change.judgement.verdict].append(change)
     decided = by_verdict[BETTER], by_verdict[WORSE]
     parts = [
-        f"{change.name} {_points(change.judgement)}{_cost(change.cost)}{against}"
+        f"{change.name} {_amount(change.judgement, by)}{_cost(change.cost)}{against}"
         for of_verdict in decided
         for change in _largest(of_verdict)
     ]
@@ -90,10 +93,13 @@ def _named(effect: Effect) -> str:
     return f"{factor} {after} instead of {before}"
 
 
-def _points(judgement: Judgement) -> str:
+def _amount(judgement: Judgement, by: Scale) -> str:
     assert judgement.mean is not None  # a verdict better or worse has one
-    size = f"{abs(judgement.mean):.1f}" if abs(judgement.mean) >= 0.095 else f"{abs(judgement.mean):.2f}"
-    return f"{'adds' if judgement.mean > 0 else 'loses'} {size} points"
+    size, rises = abs(judgement.mean), judgement.mean > 0
+    if not by.points:
+        return f"{'raises' if rises else 'lowers'} {by.title} by {size:.{by.decimals}f}"
+    of = "" if by.name == "accuracy" else f" of {by.title}"
+    return f"{'adds' if rises else 'loses'} {size:.{1 if size >= 0.095 else 2}f} points{of}"
 
 
 def _computed(cost: Costs) -> tuple[str, float] | None:

@@ -1,8 +1,8 @@
 """A study as Arrow tables: a row for each trial, cell, effect, epoch or predicted image. Imports no torch."""
 
 import io
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -15,32 +15,36 @@ from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.tables.cells import columns
-from expertgrid.ablations.results.tables.effects import judged
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.levels import level_name
-from expertgrid.model.system.text import flat_rows, render_tables
+from expertgrid.model.system.text import csv_cell, flat_rows, render_tables
 
 
 class OpenedStudy:
     """A study directory as tables. Each method reads it again, also while it is trained.
 
     A factor has a column of its name, in which levels keep their types; null is a level that is the base's, or that
-    does not matter, as the gate of one expert. `repr`, and the last line of a notebook's cell, show the tables of
-    `expertgrid table`. All raise InputError for a directory that holds no study, and for damaged files.
+    does not matter, as the gate of one expert. `metric` is one to decide by instead of the study's, chosen after
+    seeing. `repr`, and the last line of a notebook's cell, show the tables of `expertgrid table`. All raise InputError
+    for a directory that holds no study, and for damaged files.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | PathLike[str], metric: str | None = None) -> None:
+        self.path, self.metric = Path(path), metric
         self._directory = StudyDirectory(self.path)
         self._directory.read_plan()
 
     def trials(self) -> pa.Table:
-        """Each planned trial once: its cell, levels, seed, id, status (done, failed, missing) and all of its record."""
-        results, rows = read_results(self._directory), []
+        """Each planned trial once: its cell, levels, seed, id, status and all of its record.
+
+        `status` is done, failed, missing, or "other code": of a network that has been changed, and does not count.
+        """
+        results, rows = read_results(self._directory, self.metric), []
         for row in results.rows:
             for seed, trial in row.trials.items():
                 record, failure, adopted = row.by_seed.get(seed), row.failures.get(trial), row.adopted.get(trial)
                 status = "done" if record else "failed" if failure else "missing"
+                status = "other code" if trial in row.other_code else status
                 values: dict[str, object] = {"seed": seed, "trial": trial, "status": status}
                 values |= record.model_dump(exclude={"trial", "seed"}) if record else {}
                 values |= {"failure": failure and str(failure), "adopted_from": adopted and adopted.directory}
@@ -49,7 +53,7 @@ class OpenedStudy:
 
     def cells(self) -> pa.Table:
         """Each network: the columns of the table of cells, and how many of its trials are planned and (n) finished."""
-        evidence = read_evidence(self._directory)
+        evidence = read_evidence(self._directory, self.metric)
         results, rows = evidence.results, []
         for row, values in zip(results.rows, flat_rows(columns(results.rows, evidence))):
             values = {name: value for name, value in values.items() if name not in (*results.study.factors, "model")}
@@ -57,20 +61,20 @@ class OpenedStudy:
         return _table(rows)
 
     def effects(self) -> pa.Table:
-        """Each main effect, interaction and declared contrast: its verdict and, after over before, its costs."""
-        evidence, rows = read_evidence(self._directory), []
+        """Each main effect, interaction and declared contrast: its mean, verdict and, after over before, its costs."""
+        evidence, rows = read_evidence(self._directory, self.metric), []
         for family, several in (("factors", evidence.effects), ("interactions", evidence.interactions)):
             for effect in several:
                 factor, before, after = (" and ".join(words) for words in zip(*effect.changes))
                 values = {"family": family, "name": effect.name, "factor": factor, "before": before, "after": after}
-                rows.append(values | judged(evidence, effect.judgement) | effect.cost)
+                rows.append(values | asdict(effect.judgement) | effect.cost)
         for pair in evidence.declared:
-            rows.append({"family": "contrasts", "name": pair.name} | judged(evidence, pair.judgement))
+            rows.append({"family": "contrasts", "name": pair.name} | asdict(pair.judgement))
         return _table(flat_rows(rows))
 
     def epochs(self) -> pa.Table:
         """Each epoch of each trial, also of trials that are not finished."""
-        results = read_results(self._directory)
+        results = read_results(self._directory, self.metric)
         rows = [
             _of_cell(results, row, {"seed": seed, "trial": trial} | dict(epoch))
             for row in results.rows
@@ -80,10 +84,13 @@ class OpenedStudy:
         return _table(rows)
 
     def predictions(self) -> pa.Table:
-        """The class that each finished trial predicted for each validation and test image, and the image's own."""
-        names = {"": "predicted", "_labels": "label", "_flip": "predicted_flip"}
+        """The class that each finished trial predicted for each validation and test image, and the image's own.
+
+        `log_probabilities` are lists, of all classes, where trials have them.
+        """
+        names = {"": "predicted", "_labels": "label", "_flip": "predicted_flip", "_log": "log_probabilities"}
         tables = []
-        for row in read_results(self._directory).rows:
+        for row in read_results(self._directory, self.metric).rows:
             for seed, record in row.by_seed.items():
                 predicted = self._directory.predictions(record.trial)
                 for split in ("validation", "test") if predicted else ():
@@ -91,12 +98,12 @@ class OpenedStudy:
                     images = pa.array(range(len(arrays["label"])))
                     alike = {"cell": row.name, "seed": seed, "trial": record.trial, "split": split}
                     parts = {name: pa.repeat(value, len(images)) for name, value in alike.items()} | {"image": images}
-                    parts |= {name: pa.array(array) for name, array in arrays.items() if array is not None}
+                    parts |= {name: pa.array(list(of)) for name, of in arrays.items() if of is not None}
                     tables.append(pa.table(parts))
         return pa.concat_tables(tables, promote_options="default")
 
     def __repr__(self) -> str:
-        evidence = read_evidence(self._directory)
+        evidence = read_evidence(self._directory, self.metric)
         tables = render_tables(study_tables(self._directory, evidence), "text")
         return f"{evidence.results.study.question}\n\n{tables}\n\n{answer(evidence)}"
 
@@ -111,9 +118,9 @@ def to_bytes(table: pa.Table, format: str) -> bytes:
         parquet.write_table(table, file)
     elif format == "csv":
         for place, (name, column) in enumerate(zip(table.column_names, table.columns)):
-            if pa.types.is_string(column.type):
-                texts = [text and re.sub(r"^[=+\-@\t\r]", r"'\g<0>", text) for text in column.to_pylist()]
-                table = table.set_column(place, name, pa.array(texts))
+            if pa.types.is_string(column.type) or pa.types.is_list(column.type):
+                texts = (csv_cell(str(value)) if value is not None else None for value in column.to_pylist())
+                table = table.set_column(place, name, pa.array(texts, pa.string()))
         csv.write_csv(table, file)
     return file.getvalue()
 

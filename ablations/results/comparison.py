@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.evidence import Comparison, Evidence, Judge
 from expertgrid.ablations.results.rows import Row, right_on_test
-from expertgrid.ablations.results.stats.contrasts import NONE, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, TURNED, Judgement
 from expertgrid.export.mcnemar import McNemar, mcnemar
 from expertgrid.model.system.errors import InputError
 
@@ -48,7 +48,7 @@ def compare(directory: StudyDirectory, evidence: Evidence, first: int, second: i
 
 def _turned(comparison: Comparison) -> Comparison:
     def turn(judgement: Judgement) -> Judgement:
-        verdict = {"better": "worse", "worse": "better"}.get(judgement.verdict, judgement.verdict)
+        verdict = TURNED.get(judgement.verdict, judgement.verdict)
         mean, low, high = (value and -value for value in (judgement.mean, judgement.high, judgement.low))
         return replace(judgement, verdict=verdict, mean=mean, low=low, high=high)
 

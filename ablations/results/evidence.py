@@ -1,6 +1,7 @@
 """The verdicts of a study: contrasts of its networks, in the families that `questions` declares.
 
-`stats.contrasts` judges all of them, on validation accuracy in percent. What is asked later is exploratory.
+`stats.contrasts` judges all of them, on the metric that decides, those in points in percent. What is asked later is
+exploratory.
 
 Shapes: Q contrasts, U networks, S seeds.
 """
@@ -16,14 +17,15 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import FAILED
 from expertgrid.ablations.results.costs import Costs, costs
 from expertgrid.ablations.results.questions import Questions, study_questions
-from expertgrid.ablations.results.rows import Results, Row, on_test, read_results
+from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.stats import contrasts, factors, planning
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Family, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, TURNED, Family, Judgement
 from expertgrid.ablations.results.stats.factors import EffectContrast
 from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
+from expertgrid.model.training.metrics import Scale, scale
 
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
 
@@ -82,7 +84,12 @@ class Evidence:
 
     @property
     def margin(self) -> float:
-        return self.results.study.margin
+        return self.results.margin
+
+    @property
+    def scale(self) -> Scale:
+        """Of the metric that decides."""
+        return self.results.scale
 
     @property
     def fixed_split(self) -> bool:
@@ -121,17 +128,18 @@ def weigh(results: Results) -> Evidence:
     """The verdicts of a study, as it is."""
     study, plan = results.study, results.plan
     judge = Judge(results)
-    questions, state = judge.questions, None
+    questions, by, state = judge.questions, judge.scale, None
     to_decide: Sequence[int | None] = [None] * len(questions.effects)
     if plan.race is not None and questions.networks > 1:
         limits = plan.race.margin, plan.race.last, plan.race.first
         state = race(questions.race_QU, judge.scores_US, *limits, judge.no_verdict)
+        state = replace(state, judgements=[judge.directed(judgement) for judgement in state.judgements])
         judgements = state.judgements
     else:
         family = judge.family(questions.effect_weights_QU)
         judgements = family.judgements
         if plan.race is None:
-            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, study.margin)
+            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, judge.margin)
     exploratory = judge.family(questions.interaction_weights_QU).judgements if plan.race is None else []
     pairs = [(results.row(first), results.row(second)) for first, second in study.contrasts]
     return Evidence(
@@ -142,23 +150,23 @@ def weigh(results: Results) -> Evidence:
         interactions=[judge.effect(*answered) for answered in zip(questions.interactions, exploratory)],
         declared=judge.compare(pairs, declared=True) if pairs and plan.race is None else [],
         spread=judge.spread,
-        sight=sight(questions.first_family_QU, judge.spread, study.seeds)
+        sight=sight(questions.first_family_QU, judge.spread, study.seeds, by.differences(judge.margin))
         if judge.spread and plan.race is None
         else None,
         race=state,
     )
 
 
-def read_evidence(directory: StudyDirectory) -> Evidence:
-    """Reads a study directory and judges it. Raises InputError where there is no study, and for damaged files."""
-    return weigh(read_results(directory))
+def read_evidence(directory: StudyDirectory, metric: str | None = None) -> Evidence:
+    """Reads a study directory, as `rows.read_results` does, and judges it. Raises InputError as that."""
+    return weigh(read_results(directory, metric))
 
 
 class Judge:
     """The networks of a study with their scores, and what `stats` says of their contrasts."""
 
     def __init__(self, results: Results) -> None:
-        self.results, self.margin = results, results.study.margin
+        self.results, self.margin, self.scale = results, results.margin, results.scale
         self.questions = study_questions(results.study, results.rows)
         self.scores_US = results.scores()
         self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
@@ -168,7 +176,14 @@ class Judge:
         if not len(weights_QU):
             return Family([], None, 0.0)
         scores_US = self.scores_US if scores_US is None else scores_US
-        return contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        family = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        return replace(family, judgements=[self.directed(judgement) for judgement in family.judgements])
+
+    def directed(self, judgement: Judgement) -> Judgement:
+        """A judgement by a metric of which lower is better, if this one is: a rise is worse."""
+        if self.scale.higher_is_better:
+            return judgement
+        return replace(judgement, verdict=TURNED.get(judgement.verdict, judgement.verdict))
 
     @cached_property
     def spread(self) -> float | None:
@@ -177,9 +192,9 @@ class Judge:
         whole_US[list(self.no_verdict)] = np.nan
         if len(whole_US) < 2 or np.isnan(whole_US).all():
             return None
-        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), ~np.isnan(whole_US))
+        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
         spread = float(np.sqrt(residuals.pooled_X)) if residuals.df > 0 else 0.0
-        return spread if spread > 1e-6 * float(np.nanmax(whole_US)) else None
+        return spread if spread > 1e-6 * float(np.nanmax(np.abs(whole_US))) else None
 
     def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: int | None = None) -> Effect:
         changes = tuple((change.factor, str(change.before), str(change.after)) for change in contrast.changes)
@@ -211,7 +226,7 @@ class Judge:
         """Pairs of rows as one family."""
         rows = self.results.rows
         weights_QU = np.array([factors.difference(*pair, len(rows)) for pair in pairs])
-        validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores(on_test))
+        validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores("test"))
         to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin)
         return [
             Comparison(rows[first], rows[second], on_validation, on_test, declared, seeds)
@@ -221,13 +236,16 @@ class Judge:
         ]
 
 
-def foresee(study: Study, cells: Sequence[PlannedCell], images: int, directory: StudyDirectory) -> Sight | None:
+def foresee(study: Study, cells: Sequence[PlannedCell], images: float, directory: StudyDirectory) -> Sight | None:
     """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
     Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
-    None for a study with one network or one seed.
+    None for a study with one network or one seed, and without records for a metric that has no such floor.
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
+    if spread is None and study.metric not in ("accuracy", "balanced_accuracy"):
+        return None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
-    return sight(questions.first_family_QU, spread or floor, study.seeds, measured=spread is not None)
+    differences = scale(study.metric, study.margin).differences(study.margin)
+    return sight(questions.first_family_QU, spread or floor, study.seeds, differences, measured=spread is not None)

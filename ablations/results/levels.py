@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from expertgrid.ablations.records.record import SPLITS
 from expertgrid.ablations.results.evidence import Effect, Evidence
-from expertgrid.ablations.results.rows import Row, on_test, on_validation
-from expertgrid.ablations.results.stats.selection import accuracy_interval
+from expertgrid.ablations.results.rows import Row, interval
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.system.text import Interval
 
@@ -31,7 +31,7 @@ def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
     levels. Raises InputError for factors that the study does not have, and for two of them where the design has no
     combinations.
     """
-    study, path = evidence.results.study, evidence.results.path
+    study, path, by = evidence.results.study, evidence.results.path, evidence.scale
     if not study.factors:
         raise InputError(f"{path}: the study has no factors")
     for name in names:
@@ -60,10 +60,12 @@ def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
     for levels, networks in by_levels.items():
         rows = [row for row in networks.values() if row.by_seed]
         means = [
-            accuracy_interval([float(np.mean([value(row.by_seed[seed]) for row in rows])) for seed in seeds])
+            interval(
+                [float(np.mean([row.by_seed[seed].score(split, row.scale) for row in rows])) for seed in seeds], by
+            )
             if rows and seeds
             else None
-            for value in (on_validation, on_test)
+            for split in SPLITS
         ]
         count = len(seeds) if rows else 0
         every_level.append(Marginal(dict(zip(names, levels)), len(rows), count, *means, effects.get(levels)))

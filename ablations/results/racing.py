@@ -87,7 +87,7 @@ def look_in_words(evidence: Evidence, wanted: Counts, counts: Counts) -> str:
         elif judgement.verdict == NONE:
             state = f"no verdict, {judgement.reason}"
         else:
-            state = f"{judgement.verdict}, at {judgement.seeds} seeds"
+            state = f"{judgement.verdict}, at {judgement.seeds:g} seeds"
         by_state.setdefault(state, []).append(name)
     lines = [f"  {state}: {'; '.join(names)}" for state, names in by_state.items()]
     return "\n".join([f"look at {max(counts.values())} seeds:", *lines])

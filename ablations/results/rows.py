@@ -1,15 +1,15 @@
 """What a study's records say of its cells. Each record is read once.
 
-Accuracies here are in percent. Every choice and every verdict is made on the validation split. The test split is read
-once for each trial, and is only reported.
+Scores are values of the metric that decides, in percent where its unit is points. Every choice and every verdict is
+made on the validation split. The test split is read once for each trial, and is only reported.
 
 Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,30 +17,20 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import FAILED, Adopted, Failure, Record, TrainingRates
+from expertgrid.ablations.records.record import FAILED, SPLITS, Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.results.stats import selection
-from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval
+from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval, mean_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
-
-Score = Callable[[Record], float]
-
-
-def on_validation(record: Record) -> float:
-    """What every choice and verdict is made on."""
-    return _percent(record.validation_accuracy, record.validation_images)
+from expertgrid.model.system.text import rounded
+from expertgrid.model.training.metrics import ACCURACY, Scale, scale
 
 
-def on_test(record: Record) -> float:
-    """What is reported."""
-    return _percent(record.test_accuracy, record.test_images)
-
-
-def _percent(share: float, images: int) -> float:
-    """A share of the images exactly: rounding, as older records have it, would look like a spread over seeds."""
-    return 100 * round(share * images) / images
+def interval(values_S: Sequence[float], scale: Scale) -> Interval:
+    """The mean of scores with its 95% interval, which stays between 0 and 100 percent where they are in points."""
+    return rounded((accuracy_interval if scale.unit == "points" else mean_interval)(values_S), scale.decimals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +46,8 @@ class Row(Group):
     alone: float | None = None  # images/s in training, measured alone: the median over the rounds
     rounds: tuple[float, ...] = ()  # images/s in each of them
     reported: str = ""
+    scale: Scale = ACCURACY  # of the metric that decides
+    other_code: tuple[str, ...] = ()  # finished trials of other code than the newest one's: they do not count
 
     @property
     def control(self) -> bool:
@@ -81,13 +73,22 @@ class Row(Group):
         """Whether some of its trials were trained beside others, so that their times are no speeds."""
         return any(record.at_once > 1 for record in self.records)
 
-    def accuracy(self, value: Score) -> Interval | None:
-        """An accuracy in percent with its 95% interval over the finished seeds, None where no seed is."""
-        return accuracy_interval([value(record) for record in self.records]) if self.by_seed else None
+    def scores(self, split: Split) -> list[float]:
+        """The metric that decides on a split, of each finished seed: in percent where it is in points."""
+        return [record.score(split, self.scale) for record in self.records]
 
-    def mean(self, value: Score) -> float:
+    def interval(self, split: Split) -> Interval | None:
+        """The mean over the finished seeds with its 95% interval, None where no seed is."""
+        return interval(self.scores(split), self.scale) if self.by_seed else None
+
+    def mean(self, split: Split) -> float:
         """Over the finished seeds; NaN without any."""
-        return float(np.mean([value(record) for record in self.records])) if self.by_seed else float("nan")
+        return float(np.mean(self.scores(split))) if self.by_seed else float("nan")
+
+    @property
+    def merit(self) -> float:
+        """The mean on validation, turned so that higher is better."""
+        return self.scale.sign * self.mean("validation")
 
     @cached_property
     def no_verdict(self) -> str:
@@ -105,7 +106,14 @@ class Results:
     study: Study
     plan: Plan
     rows: list[Row]  # that of the design's first cell, the base, comes first
+    scale: Scale  # of the metric that decides, that of the study unless another one was chosen afterwards
+    margin: float
     timed: TrainingRates | None = None  # the speeds of the rows, measured alone
+
+    @property
+    def chosen_afterwards(self) -> bool:
+        """Whether the metric is another one than the study declares."""
+        return self.scale.name != self.study.metric
 
     @property
     def next_seed(self) -> int:
@@ -117,10 +125,11 @@ class Results:
         """The trials that are planned, did not fail and are not finished."""
         return list(dict.fromkeys(trial for row in self.rows for trial in row.missing))
 
-    def scores(self, value: Score = on_validation) -> np.ndarray:
+    def scores(self, split: Split = "validation") -> np.ndarray:
         """The scores (C, S) of the rows by planned seed; NaN for a trial that is not finished."""
         seeds = sorted({seed for row in self.rows for seed in row.trials})
-        every = [[value(row.by_seed[seed]) if seed in row.by_seed else np.nan for seed in seeds] for row in self.rows]
+        by_seed = [dict(zip(row.by_seed, row.scores(split))) for row in self.rows]
+        every = [[scores.get(seed, np.nan) for seed in seeds] for scores in by_seed]
         return np.array(every).reshape(len(self.rows), len(seeds))
 
     def row(self, text: str) -> int:
@@ -128,10 +137,14 @@ class Results:
         return find_cell(self.rows, text)
 
 
-def read_results(directory: StudyDirectory) -> Results:
-    """Reads a study directory. Raises InputError where it is none, is damaged, or mixes records of hold-outs."""
+def read_results(directory: StudyDirectory, metric: str | None = None) -> Results:
+    """Reads a study directory, by another metric (NAME or NAME:MARGIN) where one is given.
+
+    Raises InputError where it is none, is damaged, or mixes records of hold-outs, and for a metric that it has not.
+    """
     study = directory.read_study()
     plan, latencies = directory.read_plan(study), directory.latencies()
+    by, margin = _chosen(study, plan, metric)
     timed = directory.training_rates()
     rows = []
     for group in groups(plan.cells_with_trials, study.combined_levels):
@@ -139,7 +152,12 @@ def read_results(directory: StudyDirectory) -> Results:
         trials = {plan.first_seed + place: trial for place, trial in enumerate(cell.trials)}
         by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
         for seed in by_seed:
+            by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
+        newest_trial = max(by_seed.values(), key=lambda record: record.finished).trial if by_seed else ""
+        code = directory.network(newest_trial) if newest_trial else None
+        other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
             Row(
@@ -147,6 +165,7 @@ def read_results(directory: StudyDirectory) -> Results:
                 study=study_name(directory),
                 trials=trials,
                 by_seed=by_seed,
+                other_code=tuple(other),
                 failures={
                     trial: failure
                     for seed, trial in trials.items()
@@ -163,9 +182,33 @@ def read_results(directory: StudyDirectory) -> Results:
                 reported=next(
                     (study.reported[level] for level in cell.level_names.values() if level in study.reported), ""
                 ),
+                scale=by,
             )
         )
-    return Results(study_name(directory), directory.path, study, plan, rows, timed)
+    return Results(study_name(directory), directory.path, study, plan, rows, by, margin, timed)
+
+
+def _chosen(study: Study, plan: Plan, metric: str | None) -> tuple[Scale, float]:
+    """How the metric that decides is read, and its margin. Raises InputError for what does not fit the study."""
+    if metric in (None, study.metric):
+        return plan.metric, study.margin
+    name, _, margin = metric.partition(":")
+    by = scale(name)
+    if name == study.metric or plan.race:
+        problem = "and what is declared stays" if name == study.metric else "which a race has decided by"
+        raise InputError(
+            f"--metric {metric}: the study declares {study.metric} and the margin {study.margin:g}, {problem}"
+        )
+    if not margin and by.unit == plan.metric.unit == "points":
+        return by, study.margin
+    try:
+        chosen = float(margin)
+    except ValueError:
+        chosen = 0.0
+    if not 0 < chosen < float("inf"):
+        example = f"{name}:{0.5 if by.points else 0.01}"
+        raise InputError(f"--metric {metric}: a margin above 0 is needed, the difference that matters, as in {example}")
+    return scale(name, chosen), chosen
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
@@ -196,7 +239,7 @@ def newest(directory: StudyDirectory, results: Results) -> str:
 
 
 def best_row(rows: Sequence[Row]) -> Row | None:
-    """The row with the best mean validation accuracy, the lower validation loss between equals.
+    """The row that is best on validation by its metric, the lower validation loss between equals.
 
     Rows that are `complete` go before those that are not; None where no trial is finished. The control is left out: it
     is the base again.
@@ -209,13 +252,14 @@ def best_row(rows: Sequence[Row]) -> Row | None:
 
 
 def _merit(row: Row) -> tuple[float, float]:
-    accuracy = round(row.mean(on_validation), 9)  # equal ones differ by rounding
-    return accuracy, -row.mean(lambda record: record.validation_loss)
+    loss = float(np.mean([record.validation_loss for record in row.records]))
+    return round(row.merit, 9), -loss  # equal ones differ by rounding
 
 
 def best_record(row: Row) -> Record:
     """The trial of a row that is best on the validation split."""
-    return max(row.records, key=lambda record: (record.validation_accuracy, -record.validation_loss))
+    merits = [row.scale.sign * score for score in row.scores("validation")]
+    return max(zip(merits, row.records), key=lambda pair: (pair[0], -pair[1].validation_loss))[1]
 
 
 def complete(rows: Sequence[Row]) -> list[Row]:
@@ -228,15 +272,17 @@ def ranking(rows: Sequence[Row]) -> list[Row]:
     """The rows with a finished trial, best on validation first; that of `best_row` leads. Without the control."""
     best = best_row(rows)
     done = [row for row in rows if row.by_seed and not row.control]
-    return sorted(done, key=lambda row: (row is not best, -row.mean(on_validation)))
+    return sorted(done, key=lambda row: (row is not best, -row.merit))
 
 
 def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The seeds that all these rows have, and validation and test accuracies (C, S)."""
+    """The seeds that all these rows have, and scores (C, S) on validation and test."""
     seeds = sorted(set.intersection(*(set(row.by_seed) for row in rows))) if rows else []
     validation_CS, test_CS = (
-        np.array([[value(row.by_seed[seed]) for seed in seeds] for row in rows]).reshape(len(rows), len(seeds))
-        for value in (on_validation, on_test)
+        np.array([[row.by_seed[seed].score(split, row.scale) for seed in seeds] for row in rows]).reshape(
+            len(rows), len(seeds)
+        )
+        for split in SPLITS
     )
     return seeds, validation_CS, test_CS
 
@@ -252,7 +298,8 @@ def winner(rows: Sequence[Row]) -> Winner | None:
         return None
     best = best_row(rows)
     order = sorted(range(len(whole)), key=lambda place: whole[place] is not best)  # the first of equals wins
-    first = selection.winner(validation_CS[order], test_CS[order])
+    by = best.scale if best else ACCURACY
+    first = selection.winner(by.sign * validation_CS[order], test_CS[order], partial(interval, scale=by))
     return first if first.cell == 0 else None
 
 
@@ -291,10 +338,10 @@ def pareto(costs_C: Sequence[float], scores_C: Sequence[float]) -> list[int]:
 
 
 def latency_front(rows: Sequence[Row]) -> list[Row]:
-    """The Pareto front of latency and validation accuracy among `timed_together`, fastest first."""
+    """The Pareto front of latency and the score on validation among `timed_together`, fastest first."""
     timed = timed_together(rows)
     costs = [smallest(row.latency).p50_ms for row in timed if row.latency]
-    return [timed[place] for place in pareto(costs, [row.mean(on_validation) for row in timed])]
+    return [timed[place] for place in pareto(costs, [row.merit for row in timed])]
 
 
 # --- Curves and predictions, which are read when they are asked for ---

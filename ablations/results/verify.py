@@ -11,7 +11,7 @@ import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import newest
 from expertgrid.ablations.results.tables.study import study_tables
@@ -19,6 +19,7 @@ from expertgrid.ablations.study.cells import CONTROL_SEEDS
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Network
 from expertgrid.model.cost import cost
+from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.trial import Trial
@@ -32,7 +33,7 @@ def verify_study(directory: StudyDirectory) -> "Check":
     plan = directory.read_plan()
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
-    without = 0
+    without = not_run = 0
     has_weights = any(directory.path.glob("trials/*/model.safetensors"))
     seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
@@ -48,14 +49,21 @@ def verify_study(directory: StudyDirectory) -> "Check":
                 check.equal("hash of config.json", trial.id, trial_id)
                 check.equal("seed in config.json", trial.seed, seed)
                 fingerprints.setdefault(trial.fingerprint, trial_id)
-            if has_weights:
+            if kept := directory.network(trial_id):
+                now = probe_of(trial.model, plan.pixels) if trial and plan.pixels else None
+                not_run += now is None
+                if now is not None:
+                    check.true(f"the network has other {kept.difference(now)} now", not kept.difference(now))
+            if kept and now is None:
+                pass
+            elif has_weights:
                 check.checkpoint(directory, record, trial)
             elif trial is not None and plan.pixels is not None:
                 check.cost(record, trial.model, plan.pixels)
             predictions = directory.predictions(trial_id)
             without += predictions is None
             if predictions is not None:
-                check.predictions(record, predictions)
+                check.predictions(record, predictions, trial)
                 block = seed % CONTROL_SEEDS if plan.hold_out.kind == "rotating" else 0
                 images = predictions.validation_labels.tobytes() + predictions.test_labels.tobytes()
                 labels.setdefault((block, images), trial_id)
@@ -70,6 +78,8 @@ def verify_study(directory: StudyDirectory) -> "Check":
         check.report(directory)
     if without:
         check.skipped.append(f"{without} trials kept no predictions: their accuracies were not recomputed")
+    if not_run:
+        check.skipped.append(f"{not_run} trials: their networks were not run, as no --import MODULE registers them")
     if not has_weights:
         check.skipped.append("No trial keeps its weights: they were not compared with config.json")
     return check
@@ -126,14 +136,22 @@ class Check:
         self.equal("parameters", record.parameters, parameters)
         self.equal("macs", record.macs, macs)
 
-    def predictions(self, record: Record, predictions: Predictions) -> None:
-        for split in ("validation", "test"):
+    def predictions(self, record: Record, predictions: Predictions, trial: Trial | None) -> None:
+        for split in SPLITS:
             labels_B = getattr(predictions, f"{split}_labels")
             self.equal(f"{split}_images", getattr(record, f"{split}_images"), len(labels_B))
             for suffix in ("", "_flip"):
                 predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
                 share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
                 self.equal(name, getattr(record, name), share)
+            values = predictions.measured(split, trial.model.num_classes) if trial else {}
+            for name, again in values.items():
+                written = record.metric(split, name)
+                if name == "cross_entropy":  # of the record in fp32
+                    near = math.isclose(record.metric(split, name) or 0, again, rel_tol=1e-3, abs_tol=1e-3)
+                    self.true(f"{split}_loss is {written}, but the log-probabilities give {again}", near)
+                elif name != "accuracy" and getattr(record, f"{split}_metrics"):
+                    self.equal(f"{name} of {split}", written, again)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()
@@ -161,7 +179,7 @@ class Check:
             written, tables = embedded.get("newest", ""), embedded["tables"]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
-        evidence = read_evidence(directory)
+        evidence = read_evidence(directory, embedded.get("metric"))
         if written < (newest_time := newest(directory, evidence.results)):
             self.skipped.append(
                 "report.html is older than the study and was not compared; `expertgrid report` renews it"

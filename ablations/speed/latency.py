@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.rows import Row, best_record, latency_front, on_validation, read_results, smallest
+from expertgrid.ablations.results.rows import Row, best_record, latency_front, read_results, smallest
 from expertgrid.bench.isolated import Begin
 from expertgrid.bench.latency import measure
 from expertgrid.bench.record import LatencyRecord
@@ -89,11 +89,9 @@ def _with_weights(directory: StudyDirectory, row: Row) -> str | None:
 
 def _may_be_on_front(rows: Sequence[Row], p50_ms: Sequence[float]) -> list[Row]:
     """The rows that no other row is as good as on validation and clearly faster. Not the control."""
-    timed = [(row, row.mean(on_validation), ms) for row, ms in zip(rows, p50_ms) if not row.control]
+    timed = [(row, row.merit, ms) for row, ms in zip(rows, p50_ms) if not row.control]
     return [
-        row
-        for row, accuracy, ms in timed
-        if not any(better >= accuracy and CLEARLY * less < ms for _, better, less in timed)
+        row for row, merit, ms in timed if not any(better >= merit and CLEARLY * less < ms for _, better, less in timed)
     ]
 
 
@@ -117,7 +115,7 @@ def by_cell(
     table = []
     for values in latency_rows:
         row = by_name[names[str(values["file"])]]
-        about: dict[str, object] = {"cell": row.name, "val acc %": row.accuracy(on_validation)}
+        about: dict[str, object] = {"cell": row.name, f"val {row.scale.short}": row.interval("validation")}
         about["MACs"] = row.records[0].macs
         about |= {title: value for title, value in values.items() if title != "file"}
         at = smallest(row.latency) if row.latency else None

@@ -6,12 +6,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from expertgrid.ablations.study.levels import Level
-from expertgrid.model.config import ModelConfig, Network
+from expertgrid.model.config import DECIDED_ELSEWHERE, Network, TimmModel
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
 
-CHOICES = ("model", "recipe", "reference")  # factors that choose what the others change
+CHOICES = ("model", "recipe", "reference", "weights")  # factors that choose what the others change
 
 
 def dotted(name: str) -> str:
@@ -28,10 +28,6 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
     """
     for name in VARIANTS:
         if name in changes:
-            if not isinstance(config, ModelConfig):
-                raise InputError(
-                    f"factor {name} does not apply to timm model {config.timm!r}; `baselines` takes such models"
-                )
             config = vary(config, name, changes[name])
     paths: dict[str, dict[str, Level]] = {"model": {}, "recipe": {}}
     for name in (name for name in changes if name not in VARIANTS):
@@ -39,7 +35,7 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
         if root not in paths:
             raise unknown("path", name, [*VARIANTS, *Recipe.model_fields], ", recipe.FIELD, model.FIELD")
         if root == "model" and path in ("in_chans", "num_classes"):
-            raise InputError(f"{name} follows from the data and cannot be set")
+            raise InputError(f"{name} cannot be set: {DECIDED_ELSEWHERE[path]}")
         paths[root][path] = changes[name]
     return _with_paths(config, "model", paths["model"]), _with_paths(recipe, "recipe", paths["recipe"])
 
@@ -58,17 +54,23 @@ def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
 
 
 def _with_paths(spec: BaseModel, root: str, changes: Mapping[str, Level]) -> Any:
-    """`spec` with the values at dotted paths replaced, and validated again."""
+    """`spec` with the values at dotted paths replaced, and validated again. Those of a timm model are its arguments."""
     if not changes:
         return spec
     fields = spec.model_dump(mode="json")
+    of_timm = isinstance(spec, TimmModel)
     for path, value in changes.items():
-        place: Any = fields  # an object or a list of the JSON
+        place: Any = fields["arguments"] if of_timm else fields  # an object or a list of the JSON
         at = root
         *parents, last = path.split(".")
         for part in parents:
+            if of_timm and isinstance(place, dict):
+                place.setdefault(part, {})
             place, at = place[_key(place, at, part)], f"{at}.{part}"
-        place[_key(place, at, last)] = value
+        if of_timm and isinstance(place, dict):
+            place[last] = value
+        else:
+            place[_key(place, at, last)] = value
     if isinstance(spec, Recipe):
         fields = Recipe.without_idle(fields, given=changes)
     try:
@@ -98,6 +100,16 @@ def check_optimizer(recipe: Recipe) -> None:
     from expertgrid.model.training import optimise
 
     optimise.check_optimizer(recipe)
+
+
+def check_layers(recipe: Recipe, config: Network) -> None:
+    """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
+    if recipe.freeze or recipe.layer_decay < 1:
+        from expertgrid.model.registry import build, for_shapes
+        from expertgrid.model.training import optimise
+
+        with for_shapes(config):
+            optimise.check_layers(recipe, build(config))
 
 
 def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:

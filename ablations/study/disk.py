@@ -13,6 +13,7 @@ from expertgrid.model.training.trial import Trial
 TEXT = 32_768  # bytes of a trial's config, record, checksums and headers, in whole blocks of a file system
 EPOCH = 320  # bytes of a line of epochs.jsonl
 SPARE = 1.05
+MOST_CLASSES, MOST_LOG = 100, 16_000_000  # with which log-probabilities are kept, and their bytes in a trial
 
 
 def check_space(trials: Sequence[Trial], data: ImageData, path: Path) -> None:
@@ -31,7 +32,7 @@ def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
     The state has the weights, their average, and at most two numbers of the optimiser for each parameter.
     """
     weights = {trial.model: stored_bytes(trial.model) for trial in trials}
-    files = states = 0
+    files, states = log_bytes(trials, data), 0
     for trial in trials:
         both = 3 if trial.recipe.tta == "flip" else 2  # predictions, labels, predictions of the mirror images
         held_out = len(data.train) - data.trained_on(trial.hold_out)
@@ -41,14 +42,20 @@ def bytes_needed(trials: Sequence[Trial], data: ImageData) -> int:
     return int(SPARE * (files + 2 * states))
 
 
+def log_bytes(trials: Sequence[Trial], data: ImageData) -> int:
+    """Those of the log-probabilities of trials in half precision, as far as they are kept."""
+    sizes = [
+        2 * len(data.classes) * (len(data.train) - data.trained_on(trial.hold_out) + len(data.test)) for trial in trials
+    ]
+    return sum(sizes) if len(data.classes) <= MOST_CLASSES and max(sizes, default=0) <= MOST_LOG else 0
+
+
 @cache
 def stored_bytes(network: Network) -> int:
     """The bytes of a network's weights and buffers, which is made without their values."""
-    import torch
+    from expertgrid.model.registry import build, for_shapes
 
-    from expertgrid.model.registry import build
-
-    with torch.device("meta"):
+    with for_shapes(network):
         return sum(tensor.numel() * tensor.element_size() for tensor in build(network).state_dict().values())
 
 

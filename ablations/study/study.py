@@ -7,26 +7,41 @@ a hash of these.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_optimizer, dotted
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
-from expertgrid.model.config import ModelConfig
+from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
+from expertgrid.model.training.metrics import IN_POINTS, check_defined, scale
 from expertgrid.model.training.recipe import Recipe, recipe
-from expertgrid.model.training.trial import Trial
+from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from expertgrid.model.weights import Initial
 
 MOST_TRIALS = 10_000  # of a study
 
@@ -66,7 +81,7 @@ def _with_dotted_keys(settings: object) -> object:
 
 
 class Base(BaseModel):
-    """What the factors vary: a preset or timm model, a recipe, and a data source.
+    """What the factors vary: a preset or timm model, a recipe, a data source, and the weights to start from.
 
     `image_size` brings all images to so many pixels in height and width. `hold_out` says whether each seed holds out
     its own part of the train images, or all the same.
@@ -79,16 +94,18 @@ class Base(BaseModel):
     data: str = "digits"
     image_size: int | None = Field(None, ge=1, le=LARGEST_SIDE, strict=True)
     hold_out: Kind = "rotating"
+    weights: str = NO_WEIGHTS
 
 
 class Study(BaseModel):
     """A study as its file says it.
 
     `factors` and `set` are keyed by a variant of `model.variants.VARIANTS` (`experts`), a field of the recipe
-    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, or
-    `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained by
-    the base's recipe with its changes. `margin` is the difference that matters, in points of accuracy: cells that are
-    surely nearer are the same. `contrasts` are pairs of cells that are to be compared, declared before anything is
+    (`cutout`), or a dotted path (`recipe.lr`, `model.head.dropout`); factors may also be `model`, `recipe`, `weights`,
+    or `reference`, a network together with its own recipe. `baselines` are further cells: networks as they are, trained
+    by the base's recipe with its changes. `metric` is one of `model.training.metrics.METRICS`: all verdicts are by it.
+    `margin` is the difference that matters, in points, or as the metric counts: cells that are surely nearer are the
+    same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
     and those that follow. `reported` is what the source of a level claims, shown beside its cell.
@@ -100,6 +117,7 @@ class Study(BaseModel):
     question: str
     design: Design = "factorial"
     seeds: int = Field(3, ge=1, le=1000, strict=True)
+    metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()
     set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
@@ -111,19 +129,23 @@ class Study(BaseModel):
     contrasts: list[tuple[str, str]] = []
 
     @model_validator(mode="after")
-    def check_names(self) -> "Study":
-        """Refuses names that are nothing, those that would change the same thing twice, and too many trials."""
+    def check_names(self, info: ValidationInfo) -> "Study":
+        """Refuses names that are nothing, those that would change the same thing twice, and too many trials.
+
+        In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.
+        """
         cells = designs.count_cells(self.design, self.factors)
         trials = self.seeds * (cells + len(self.baselines) + self.control)
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
         for name in itertools.chain(self.set, self.factors):
-            if name in self.set and name in ("model", "recipe"):
+            if name in self.set and name in ("model", "recipe", "weights"):
                 raise ValueError(f"{name} is set in [base], or is a factor")
-            if dotted(name) == "" or (name in self.set and name in CHOICES):
+            is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
+            if is_nothing or (name in self.set and name in CHOICES):
                 accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in self.set else CHOICES)]
                 raise unknown("name", name, accepted, ", recipe.FIELD, model.FIELD")
-        paths = [dotted(name) for name in self.factors]
+        paths = [dotted(name) or name for name in self.factors]
         for name, path in zip(self.factors, paths):
             if path in self.set:
                 raise ValueError(f"{name} is a factor, with levels {self.factors[name]}, and is set as well")
@@ -136,6 +158,8 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
+        if self.metric not in IN_POINTS and "margin" not in self.model_fields_set:
+            raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
     def change(
@@ -176,7 +200,7 @@ class Study(BaseModel):
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
-        names = ("design", "margin", "first_seed", "control", "contrasts")
+        names = ("design", "metric", "margin", "first_seed", "control", "contrasts")
         fields: dict[str, object] = {name: getattr(self, name) for name in names}
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
@@ -186,30 +210,49 @@ class Study(BaseModel):
         """The level of each factor in each cell of the design."""
         return designs.settings(self.design, self.factors)
 
-    def cells(self, data: ImageData) -> list[Cell]:
+    def cells(self, data: ImageData, files: dict[str, bytes] | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.
 
-        Raises InputError for what does not exist, is out of range or does not fit.
+        The files of the weights that they start from are entered in `files`, by fingerprint. Raises InputError for
+        what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
+        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
+        read = cache(partial(_read_weights, data, {} if files is None else files))
         for levels in self.settings():
             reference = levels.get("reference")
-            model, recipe_name = (
-                _name(kind, next(level for level in (levels.get(kind), reference, base) if level is not BASE))
-                for kind, base in (("model", self.base.model), ("recipe", self.base.recipe))
+            chosen = (
+                _name(kind, next(level for level in (levels.get(kind), other, base) if level is not BASE))
+                for kind, other, base in (
+                    ("model", reference, self.base.model),
+                    ("recipe", reference, self.base.recipe),
+                    ("weights", BASE, self.base.weights),
+                )
             )
-            cells.append(self._cell(data, hold_out, levels, model, recipe_name, self.set))
+            cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
-        cells += [self._cell(data, hold_out, {}, name, self.base.recipe, training) for name in self.baselines]
+        same = self.base.recipe, self.base.weights, training, describe, read
+        cells += [self._cell(data, hold_out, {}, name, *same) for name in self.baselines]
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
+        self._check_metric(data, hold_out)
         return cells
 
     @property
     def combined_levels(self) -> dict[str, int]:
         """The number of levels of each factor, where the design combines all of them; else nothing."""
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
+
+    def _check_metric(self, data: ImageData, hold_out: HoldOut) -> None:
+        scale(self.metric, self.margin)
+        if self.metric in ("accuracy", "cross_entropy"):  # defined on any images
+            return
+        labels_B, splits = data.train.labels_B, {"the test split": data.test.labels_B}
+        few = np.bincount(labels_B, minlength=len(data.classes)).min() < hold_out.parts
+        for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
+            splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
+        check_defined(self.metric, splits, data.classes)
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
         networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}
@@ -235,7 +278,10 @@ class Study(BaseModel):
         levels: dict[str, Level],
         model: str,
         recipe_name: str,
+        weights: str,
         settings: dict[str, Level],
+        describe: Callable[[str], TimmModel],
+        read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
@@ -244,12 +290,35 @@ class Study(BaseModel):
         config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
         check_optimizer(training)
         training.check_fits(data, data.trained_on(hold_out))
-        for size in dict.fromkeys((data.image_size, training.image_size(0, data.image_size))):
+        sizes = {data.image_size, training.image_size(0, data.image_size)}
+        if isinstance(config, TimmModel):
+            config = describe(config.model_dump_json())
+            sizes.remove(data.image_size)
+        for size in sizes:
             check_image_size(model, config, size, data.name)
+        check_layers(training, config)
+        initial = None if weights == NO_WEIGHTS else read(weights, config)
+        own = initial and initial.normalisation
+        if own and len(own[0]) == data.channels and "recipe.normalise" not in map(dotted, [*settings, *factors]):
+            training = training.model_copy(update={"normalise": own} if training.normalise == "data" else {})
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
-        alike |= {"source": data.source, "fingerprint": data.fingerprint}
+        alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
+
+
+def _described(data: ImageData, config: str) -> TimmModel:
+    from expertgrid.model.foreign import described
+
+    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
+
+
+def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":
+    from expertgrid.model.weights import read_weights
+
+    initial = read_weights(source, config, data.classes)
+    files[initial.weights.fingerprint] = initial.file
+    return initial
 
 
 def _name(kind: str, level: Level) -> str:

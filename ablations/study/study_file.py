@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from expertgrid.ablations.study.study import Base, Study
 from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
+from expertgrid.model.system.files import read_whole
 
 SHIPPED = Path(__file__).parents[1] / "studies"
 LARGEST_FILE = 1_000_000  # bytes of a study file
@@ -27,19 +28,15 @@ def load_study(name: str) -> Study:
     return read_study(path)
 
 
-def read_study(path: Path) -> Study:
-    """The study in a TOML file, named as the file is. Raises InputError."""
+def read_study(path: Path, was_run: bool = False) -> Study:
+    """The study in a TOML file, named as the file is, or one that `was_run`. Raises InputError."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise wrong_file(path, f"has {path.stat().st_size:,} bytes; a study file has at most {LARGEST_FILE:,}")
-        return parse_study(path.read_text(encoding="utf-8-sig"), path)
-    except OSError as error:
-        raise wrong_file(path, f"cannot be read: {error.strerror}") from None
+        return parse_study(read_whole(path, LARGEST_FILE).decode("utf-8-sig"), path, was_run)
     except UnicodeDecodeError as error:
         raise wrong_file(path, f"not TOML: {error}") from None
 
 
-def parse_study(text: str, path: Path) -> Study:
+def parse_study(text: str, path: Path, was_run: bool = False) -> Study:
     """A study from TOML. `path` names it, and is what errors name. Raises InputError."""
     accepted = sorted(set(Study.model_fields) - {"name"})
     try:
@@ -49,7 +46,7 @@ def parse_study(text: str, path: Path) -> Study:
     if "name" in fields:
         raise wrong_file(path, unknown("field", "name", accepted))
     try:
-        return Study(name=path.stem, **fields)
+        return Study.model_validate({"name": path.stem, **fields}, context="run" if was_run else None)
     except ValidationError as error:
         within_base = error.errors()[0]["loc"][:1] == ("base",)
         raise wrong_file(path, invalid("", error, Base.model_fields if within_base else accepted)) from None

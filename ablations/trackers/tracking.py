@@ -25,8 +25,8 @@ from expertgrid.ablations.engines.events import (
     TrialStarted,
 )
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
-from expertgrid.ablations.results.rows import best_record, best_row, on_validation, read_results, study_name
+from expertgrid.ablations.records.record import SPLITS, Record
+from expertgrid.ablations.results.rows import best_record, best_row, read_results, study_name
 from expertgrid.ablations.study.cells import Group, groups
 from expertgrid.export.exported import ExportedFile, exported_files
 from expertgrid.model.system.errors import InputError, reason_of
@@ -290,7 +290,10 @@ def _value(value: object) -> Value:
 
 def _final(record: Record) -> dict[str, float]:
     names = OF_A_RECORD if record.at_once > 1 else OF_A_RECORD + SPEEDS
-    return {f"final/{name}": float(value) for name in names if (value := getattr(record, name)) is not None}
+    final = {name: float(value) for name in names if (value := getattr(record, name)) is not None}
+    for split in SPLITS:
+        final |= {f"{split}_{name}": value for name, value in getattr(record, f"{split}_metrics").items()}
+    return {f"final/{name}": value for name, value in final.items()}
 
 
 def _ended(directory: StudyDirectory) -> Ended:
@@ -299,7 +302,8 @@ def _ended(directory: StudyDirectory) -> Ended:
     metrics = {"trials_finished": float(len({record.trial for row in rows for record in row.records}))}
     metrics |= {"trials_failed": float(len({trial for row in rows for trial in row.failures}))}
     if best is not None:
-        metrics["best_validation_accuracy"] = best.mean(on_validation) / 100
+        mean = best.mean("validation")
+        metrics[f"best_validation_{best.scale.name}"] = mean / 100 if best.scale.points else mean
     files = [file for name in OF_A_STUDY if (file := directory.path / name).is_file()]
     exported = exported_files(directory.path / "export")
     return Ended(metrics, files, exported, best_record(best).trial if best else None)

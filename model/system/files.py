@@ -1,17 +1,53 @@
-"""Files that survive a crash: atomic writes, lines that are added whole, and the time as it is written in records."""
+"""Files that survive a crash: atomic writes, lines that are added whole, and the time as it is written in records.
+
+Only regular files are opened: a pipe would keep a command waiting, and a device may have no end.
+"""
 
 import errno
 import os
 import re
-import tempfile
-from contextlib import suppress
+import stat
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
+
+from expertgrid.model.system.errors import InputError, wrong_file
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+MOST_BYTES = 2**28  # of a file that is read as a whole, if it is no network
+BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 LEFT_BY_A_CRASH = re.compile(  # `.NAME.xxxxxxxx`, as `write_whole` calls a file until it is whole
     r"\.(.+\.(toml|json|jsonl|npz|safetensors|pt|svg|html|onnx|md|pdf|png)|SHA256SUMS)\.[a-z0-9_]{8}"
 )
+
+
+class MissingFile(InputError):
+    """There is no such file."""
+
+
+@contextmanager
+def opened_file(path: Path) -> Generator[BinaryIO]:
+    """A regular file that is open for reading.
+
+    Raises InputError where it cannot be read, which is MissingFile where there is none.
+    """
+    try:
+        with os.fdopen(_handle(path, os.O_RDONLY), "rb") as file:
+            yield file
+    except OSError as error:
+        kind = MissingFile if isinstance(error, FileNotFoundError | NotADirectoryError) else InputError
+        problem = f"cannot be read: {error.strerror}"
+        raise kind(f"{path}: {problem}", problem) from None
+
+
+def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file. Raises as `opened_file`, and InputError for more than `most` bytes."""
+    with opened_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise wrong_file(path, f"cannot be read: it has {size:,} bytes; at most {most:,} are read")
+        return file.read(size)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -19,20 +55,33 @@ def write_whole(path: Path, content: bytes) -> None:
 
     It returns once the disk has the file and its name, so that both survive a power cut.
     """
-    make_folder(path.parent)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """`write_whole` of several files: where one of them cannot be written, none is."""
+    beside: dict[Path, Path] = {}
     try:
-        try:
-            _write(handle, content)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        for path, content in contents.items():
+            make_folder(path.parent)
+            new = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+            handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+            beside[path] = new
+            try:
+                _write(handle, content)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        if folders := [path for path in contents if path.is_dir()]:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folders[0]))
+        for path, new in beside.items():
+            os.replace(new, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        for new in beside.values():
+            new.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    for folder in {path.parent for path in contents}:
+        sync_folder(folder)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -42,7 +91,7 @@ def append_line(path: Path, line: str) -> None:
     was. Raises OSError.
     """
     is_new = not path.exists()
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = _handle(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         _lock(handle)
         end = _end_of_lines(handle)
@@ -64,14 +113,14 @@ def append_line(path: Path, line: str) -> None:
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, without a last one that has no newline: its writer is at it, or crashed. None: no file."""
     try:
-        return path.read_bytes().split(b"\n")[:-1]
-    except (FileNotFoundError, NotADirectoryError):
+        return read_whole(path).split(b"\n")[:-1]
+    except MissingFile:
         return []
 
 
 def cut_incomplete_line(path: Path) -> int:
     """Cuts away a last line without newline. Returns how many bytes that were."""
-    handle = os.open(path, os.O_RDWR)
+    handle = _handle(path, os.O_RDWR)
     try:
         _lock(handle)
         end, size = _end_of_lines(handle), os.fstat(handle).st_size
@@ -120,6 +169,15 @@ def disk_full(error: BaseException) -> bool:
 def now() -> str:
     """The time as it is written in records: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _handle(path: Path, flags: int) -> int:
+    """Opens a regular file. Raises OSError, also for a pipe, a device and a folder."""
+    handle = os.open(path, flags | BINARY | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return handle
 
 
 def _write(handle: int, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """Processes of our own: how they start and end, and how this one asks them, undisturbed by them."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -7,14 +8,23 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from threading import Thread
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from expertgrid.model.system.server import SAFE_PATH
+from expertgrid.model.system.errors import reason_of
+from expertgrid.model.system.server import SAFE_PATH, SIGNALS, leave_safe_path
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
+
+END_S = (
+    10.0  # that a process gets to end: after its connection was closed, and for the system to say that it was killed
+)
+LOST_SERVER = 255  # multiprocessing's exit status of a process whose server was killed: it may well go on
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
+KILLED_FIRST = "500"  # of 1000: where memory runs out, the system ends a process that computes, not the command
 
 
 class ProcessLost(OSError):
@@ -24,21 +34,53 @@ class ProcessLost(OSError):
 def process_context(imports: str) -> "SpawnContext | ForkServerContext":
     """How processes are made that compute. In Linux they are forked from a server, which imports PyTorch once.
 
-    The server starts with the first call, and then imports the module that is named. It neither computes nor looks
-    for a GPU: neither CUDA nor OpenMP survive a fork. It does not look for modules in the working directory.
+    The server starts with the first call, and again where it was killed, and then imports the module that is named. It
+    neither computes nor looks for a GPU: neither CUDA nor OpenMP survive a fork. It does not look for modules in the
+    working directory.
     """
+    _renew_folder()
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver  # Windows has none
+    from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     multiprocessing.set_forkserver_preload(["expertgrid.model.system.server", imports])
+    resource_tracker.ensure_running()  # first: it takes the signals back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the server ignores them
+    try:
+        with _safe_path():
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _signal_server(signal.SIGCONT)  # it may have been stopped, and nobody else continues it
+    return multiprocessing.get_context("forkserver")
+
+
+@atexit.register  # later than multiprocessing does, so that it is called before
+def _renew_folder() -> None:
+    """Makes multiprocessing's temporary folder again where somebody has removed it. It is also removed at the end."""
+    if folder := multiprocessing.current_process()._config.get("tempdir"):  # ty: ignore[missing-attribute]
+        with suppress(OSError):  # then no process can start, or there is nothing to remove
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def _safe_path() -> Generator[None]:
+    """Processes that start within look for no modules in the working directory."""
     os.environ.setdefault("PYTHONSAFEPATH", SAFE_PATH)
     try:
-        forkserver.ensure_running()
+        yield
     finally:
-        if os.environ["PYTHONSAFEPATH"] == SAFE_PATH:
-            del os.environ["PYTHONSAFEPATH"]
-    return multiprocessing.get_context("forkserver")
+        leave_safe_path()
+
+
+def _signal_server(signum: int) -> int | None:
+    """Sends the server a signal. Returns its process id, None where there is no server."""
+    forkserver: Any = sys.modules.get("multiprocessing.forkserver")
+    pid: int | None = forkserver and forkserver._forkserver._forkserver_pid
+    if pid:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signum)
+    return pid
 
 
 class AnsweringProcess:
@@ -52,15 +94,19 @@ class AnsweringProcess:
     def __init__(
         self, imports: str, begin: Callable[..., Callable[..., object]], *work: Any, shared: Sequence[Any] = ()
     ):
-        context = process_context(imports)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_answer, args=(theirs, *shared))
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:  # a process that starts runs the file of `__main__`, and a user's script would begin again in each
-            self.process.start()
-        finally:
-            sys.modules["__main__"] = main
-        theirs.close()
+        for again in (True, False):
+            context = process_context(imports)
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_answer, args=(theirs, *shared))
+            try:
+                with theirs, _safe_path(), _without_main():
+                    self.process.start()
+                break
+            except (OSError, EOFError) as error:  # the server is dying, or its socket was removed
+                self.connection.close()
+                if not (again and (pid := _signal_server(KILL))):
+                    raise ProcessLost(f"no process can be started: {reason_of(error)}") from error
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # multiprocessing itself looks for its end
         self.ask(begin, *work)  # not with the start, which a signal may cut short
 
     def ask(self, *words: object) -> None:
@@ -68,16 +114,37 @@ class AnsweringProcess:
         with suppress(OSError):
             self.connection.send(words)
 
+    def signal(self, signum: int) -> None:
+        """Sends a signal, also where the server, which tells that the process has ended, was killed."""
+        if self.process.exitcode in (None, LOST_SERVER):
+            assert self.process.pid is not None  # it was started
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signum)
+
     def end(self) -> None:
-        """Ends the process, whatever it does."""
-        self.process.kill()
-        self.process.join()
+        """Ends the process, whatever it does, and whatever became of its server."""
+        self.signal(KILL)
+        _signal_server(signal.SIGCONT)
+        self.process.join(END_S)
         self.connection.close()
+
+
+@contextmanager
+def _without_main() -> Generator[None]:
+    """Within, `__main__` has no file: a process that starts runs that, and a user's script would begin again in it."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _answer(connection: Connection, *shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
+    leave_safe_path()
     _end_with_parent()
+    with suppress(OSError):  # other systems have no such file
+        Path("/proc/self/oom_score_adj").write_text(KILLED_FIRST)
     with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         begin, *work = connection.recv()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
@@ -121,7 +188,7 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
         try:
             answer = apart.connection.recv()
         except (EOFError, OSError):
-            apart.process.join()
+            apart.process.join(END_S)
             raise ProcessLost(f"the process of {name} ended with status {apart.process.exitcode}") from None
         if isinstance(answer, BaseException):
             raise answer
@@ -130,11 +197,12 @@ def answers(name: str, begin: Callable[..., Callable[..., Any]], *work: Any) -> 
     try:
         yield ask
     except KeyboardInterrupt:
-        apart.process.terminate()
+        apart.end()
         raise
     finally:
         apart.connection.close()
-        apart.process.join()
+        apart.process.join(END_S)
+        apart.end()
 
 
 def _begin_with_threads(threads: int, begin: Callable[..., Callable[..., Any]], *work: Any) -> Callable[..., object]:

@@ -4,9 +4,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 from tabulate import tabulate
 
@@ -17,12 +18,19 @@ FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
 
 
+FORMULA = re.compile(r"\s*[=+@＝＋－＠-](?![\d.]+(e[+-]?\d+)?$)")  # how a spreadsheet knows one, unless it is a number
+
+
 class Points(float):
-    """Percent, or points of accuracy: shown with two decimals."""
+    """Percent, or points of accuracy: shown with two decimals, or as many as `rounded` says."""
+
+    decimals = 2
 
 
 class Signed(float):
-    """A difference in points: shown with its sign and two decimals."""
+    """A difference in points: shown with its sign, and decimals as `Points`."""
+
+    decimals = 2
 
 
 class Multiple(float):
@@ -50,19 +58,36 @@ class MeasuredMultiple(NamedTuple):
         return self.low is not None and self.high is not None and self.high <= 2 * self.low
 
 
-class Span(NamedTuple):
-    """An interval of a difference: shown with signs."""
-
+class _Span(NamedTuple):
     low: float
     high: float
 
 
-class Interval(NamedTuple):
-    """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
+class Span(_Span):
+    """An interval of a difference: shown with signs, and decimals as `Points`."""
 
+    decimals = 2
+
+
+class _Interval(NamedTuple):
     mean: float
     low: float | None = None
     high: float | None = None
+
+
+class Interval(_Interval):
+    """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
+
+    decimals = 2
+
+
+Rounded = TypeVar("Rounded", Points, Signed, Span, Interval)
+
+
+def rounded(value: Rounded, decimals: int) -> Rounded:
+    """The value itself, which from now on is shown with so many decimals."""
+    value.decimals = decimals
+    return value
 
 
 @runtime_checkable
@@ -86,6 +111,25 @@ class Table:
         return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
 
 
+def markdown(text: object) -> str:
+    """A text that comes from outside, on one line, so that Markdown shows it as it is."""
+    return re.sub(r"(^>|[\\`*_\[\]<|~#&$!])", r"\\\1", _on_one_line(text))
+
+
+def _on_one_line(text: object) -> str:
+    return " ".join(printable(str(text)).split())
+
+
+def csv_cell(value: object) -> object:
+    """No text of it is a formula."""
+    return "'" * bool(FORMULA.match(value)) + printable(value) if isinstance(value, str) else value
+
+
+# What comes from outside is escaped here alone: in titles, notes and cells. tabulate then escapes the cells of LaTeX.
+ESCAPES: dict[str, Callable[[str], str]] = {"text": printable, "github": markdown, "latex": _on_one_line}
+MARKS = {"text": ("", ""), "github": ("### ", "- "), "latex": ("% ", "% ")}  # of titles and notes
+
+
 def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = ()) -> str:
     """One table without a title. Notes go under it in the formats that people read.
 
@@ -99,18 +143,16 @@ def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[s
     if format == "csv":
         return _csv(table)
     titles = list(table[0])
-    cells = [[printable(shown(row[title])) for title in titles] for row in table]
+    escaped = ESCAPES[format]
+    cells = [[escaped(shown(row[title])) for title in titles] for row in table]
     styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
     numeric = [all(row[title] is None or sort_key(row[title]) is not None for row in table) for title in titles]
     align = ["right" if is_number else "left" for is_number in numeric]
     text = tabulate(
-        cells, headers=list(map(printable, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
+        cells, headers=list(map(escaped, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
     )
-    if format == "latex":
-        return "\n".join([text, *(f"% {note}" for note in notes)])
-    return "\n".join(
-        [text, *([""] if notes else []), *((f"- {note}" if format == "github" else note) for note in notes)]
-    )
+    lines = [MARKS[format][1] + escaped(note) for note in notes]
+    return "\n".join([text, *[""][: len(notes) * (format != "latex")], *lines])
 
 
 def render_tables(tables: Sequence[Table], format: Format, most_notes: int | None = MOST_NOTES) -> str:
@@ -126,12 +168,10 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
         return json.dumps(rows_by_key, indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
-    marks = {"text": "", "github": "### ", "latex": "% "}
-    parts = []
-    for table in tables:
-        title = "\n".join(marks[format] + line for line in table.title.splitlines())
-        parts.append(f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}")
-    return "\n\n".join(parts)
+    titles = [MARKS[format][0] + ESCAPES[format](table.title) for table in tables]
+    return "\n\n".join(
+        f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}" for title, table in zip(titles, tables)
+    )
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
@@ -143,7 +183,7 @@ def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 def _csv(rows: Sequence[dict[str, object]]) -> str:
     file = io.StringIO()
-    flat = flat_rows(rows)
+    flat = [{csv_cell(title): csv_cell(value) for title, value in row.items()} for row in flat_rows(rows)]
     titles = list(dict.fromkeys(title for row in flat for title in row))
     writer = csv.DictWriter(file, titles, lineterminator="\n")
     writer.writeheader()
@@ -189,26 +229,26 @@ def shown(value: object) -> str:
     match value:
         case None:
             return ""
-        case Interval(mean, None):
-            return f"{mean:.2f}"
-        case Interval(mean, low, high):
-            return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+        case Interval(mean, None, decimals=decimals):
+            return f"{mean:.{decimals}f}"
+        case Interval(mean, low, high, decimals=decimals):
+            return f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
         case Measured(mean, low, high):
             half = max(mean - low, high - mean)
             if not math.isfinite(half):
                 return f"{mean:.3g} ±?"
             digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
             return f"{mean:,.{digits}f} ±{half:,.{digits}f}"
-        case Span(low, high):
-            return f"{low:+.2f} to {high:+.2f}"
-        case Signed():
-            return f"{value:+.2f}"
+        case Span(low, high, decimals=decimals):
+            return f"{low:+.{decimals}f} to {high:+.{decimals}f}"
+        case Signed(decimals=decimals):
+            return f"{value:+.{decimals}f}"
         case MeasuredMultiple(_, low, high):
             return f"x{value.value:.2f} ({low:.2f} to {high:.2f})" if value.is_known else "can't tell"
         case Multiple():
             return f"x{value:.1f}" if value < 10 else f"x{value:.0f}"
-        case Points():
-            return f"{value:.2f}"
+        case Points(decimals=decimals):
+            return f"{value:.{decimals}f}"
         case int():
             return f"{value:,}"
         case float():

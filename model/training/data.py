@@ -7,13 +7,15 @@ imports no torch unless a source needs torchvision. Shapes: B images, H x W pixe
 
 import hashlib
 import io
+import itertools
 import json
 import os.path
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from threading import Lock
@@ -25,10 +27,12 @@ from PIL import Image, UnidentifiedImageError
 
 from expertgrid.model.pixels import FORMATS, fitted, opened
 from expertgrid.model.system.errors import InputError, unknown
+from expertgrid.model.system.files import opened_file, read_whole
+from expertgrid.model.system.machine import memory_bytes
 from expertgrid.model.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pyarrow.dataset
 
 SOURCES = {
     "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
@@ -44,6 +48,8 @@ ONE_SIZE = "image_size = N in [base] brings all to N x N pixels"
 LARGEST_SIDE = 1024  # pixels that `image_size` can ask for
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")  # of 8 bits a channel
 MOST_CLASSES = 100_000  # of data that do not name them
+MOST_IMAGES = 2_000_000  # of a split, which are all in memory
+TOGETHER = 64  # images that are read at once
 LARGE = 4_000_000  # pixels; larger images are decoded one at a time, so that memory holds one of them
 Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and what reads its file
 
@@ -51,7 +57,7 @@ Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and wha
 ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
     (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
 }
-CACHE = Path.home() / ".cache" / "expertgrid"
+CACHE = Path(os.path.expanduser("~"), ".cache", "expertgrid")
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,19 @@ class ImageData:
         """The number of images that a seed trains on, of the first seed."""
         return len(self.train) - hold_out.size(self.train.labels_B, self.fingerprint)
 
+    def held_out_of_each_class(self, hold_out: HoldOut) -> np.ndarray:
+        """The numbers of images (N,) that the first seed holds out of each class."""
+        held_out = hold_out.held_out(self.train.labels_B, self.fingerprint, seed=hold_out.offset)
+        return np.bincount(self.train.labels_B[held_out], minlength=len(self.classes))
+
     def in_words(self, hold_out: HoldOut) -> str:
         """The source in a line, with the numbers of images."""
         height, width = self.image_size
         train = self.trained_on(hold_out)
         counts = f"{train:,} train, {len(self.train) - train:,} validation, {len(self.test):,} test images"
-        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {len(self.classes)} classes"
+        few = hold_out.few_images(self.train.labels_B, self.classes)
+        classes = f"{len(self.classes)} classes{'; ' * bool(few)}{few}"
+        return f"{self.name}: {counts} of {height}x{width}x{self.channels}, {classes}"
 
     @classmethod
     def random(cls, train: int, height: int, width: int, classes: int = 10) -> "ImageData":
@@ -174,6 +187,11 @@ def _assemble(
     if pixels_BHWC.shape[1:] != test[0].shape[1:]:
         sizes = ["x".join(map(str, pixels.shape[1:3])) for pixels in (pixels_BHWC, test[0])]
         raise _wrong(source, f"train images have {sizes[0]} pixels, test images {sizes[1]}; {ONE_SIZE}")
+    for text in (source, name, *classes):
+        if text != text.encode(errors="replace").decode():
+            raise _wrong(source, f"{text!r} is not UTF-8, in which the names of classes and folders are written")
+    if len(set(classes)) < len(classes):
+        raise _wrong(source, f"two classes have the name {next(c for c in classes if classes.count(c) > 1)!r}")
     if len(classes) < 2:
         raise _wrong(source, f"has {len(classes)} class; at least 2 are needed")
     digest = hashlib.sha256()
@@ -231,7 +249,7 @@ def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None
 
     try:
         train, test, meta = read_all()
-    except (OSError, UnpicklingError):
+    except (InputError, UnpicklingError):
         if data_dir is not None:
             raise InputError(
                 f"{name}: no complete copy in {root}: files are missing or have another checksum"
@@ -239,7 +257,7 @@ def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None
         try:
             download_and_extract_archive(about.url, str(root), filename=about.filename, md5=about.tgz_md5)
             train, test, meta = read_all()
-        except (URLError, OSError, RuntimeError, UnpicklingError) as error:
+        except (URLError, OSError, RuntimeError, InputError, UnpicklingError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
     labels = "labels" if name == "cifar10" else "fine_labels"
@@ -262,7 +280,7 @@ class _ArraysOnly(Unpickler):
 
 def _unpickled(file: Path, md5: str) -> dict:
     """A file of CIFAR, which is a pickle. Raises UnpicklingError for another checksum and for what is no array."""
-    content = file.read_bytes()
+    content = read_whole(file)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise UnpicklingError(f"{file} has another checksum")
     return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
@@ -284,14 +302,14 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
         raise _wrong(source, f"train/ and test/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
-        readers: list[Reader] = [(path, Path(path).read_bytes) for path, _ in part.samples]
-        arrays.append((_decode(source, readers, image_size), np.array(part.targets)))
+        readers: Iterator[Reader] = ((path, partial(read_whole, Path(path))) for path, _ in part.samples)
+        arrays.append((_decode(source, readers, len(part.samples), image_size), np.array(part.targets)))
     return _assemble(source, directory.resolve().name, train.classes, *arrays)
 
 
 def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
     import pyarrow
-    import pyarrow.compute
+    import pyarrow.dataset
 
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     classes: tuple[str, ...] = ()
@@ -299,35 +317,55 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
             raise _wrong(source, f"no {split}*.parquet in {directory}")
-        tables = [_read_table(source, file) for file in files]
-        image_column, label_column = _columns(source, files[0], tables[0].schema)
+        if (rows := sum(_rows(source, file) for file in files)) > MOST_IMAGES:
+            raise _wrong(source, f"{split} has {rows:,} rows; at most {MOST_IMAGES:,} images are read")
         try:
-            table = pyarrow.concat_tables(table.select([image_column, label_column]) for table in tables)
-        except (pyarrow.ArrowInvalid, KeyError) as error:
-            raise _wrong(source, f"the {split}*.parquet files differ in their columns: {error}") from None
-        labels_B = table[label_column].cast("int64", safe=False).fill_null(-1).to_numpy()
+            table = pyarrow.dataset.dataset([str(file) for file in files], format="parquet")
+            image_column, label_column = _columns(source, files[0], table.schema)
+            column = table.to_table([label_column])[label_column]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _wrong(
+                source, f"the {split}*.parquet files differ in their columns, or are damaged: {error}"
+            ) from None
+        labels_B = column.cast("int64", safe=False).fill_null(-1).to_numpy()
         if split == "train":
-            classes = _class_names(tables[0].schema, label_column, labels_B)
+            classes = _class_names(table.schema, label_column, labels_B)
         if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
             labels = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
             needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
             raise _wrong(source, f"{split}: column {label_column!r} {needs}; found {labels}")
-        images = table[image_column].combine_chunks()
-        blobs = pyarrow.compute.struct_field(images, "bytes")  # ty: ignore[missing-attribute]
-        readers: list[Reader] = [(f"{split} row {i}", blob.as_py) for i, blob in enumerate(blobs)]
-        arrays.append((_decode(source, readers, image_size), labels_B))
+        arrays.append(
+            (_decode(source, _images(source, table, image_column, split), len(labels_B), image_size), labels_B)
+        )
     return _assemble(source, directory.resolve().name, classes, *arrays)
 
 
-def _read_table(source: str, file: Path) -> "pyarrow.Table":
+def _rows(source: str, file: Path) -> int:
+    """The rows of a Parquet file, of which nothing else is read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file)
+        with opened_file(file) as opened:
+            metadata = pyarrow.parquet.read_metadata(opened)
+        return sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise _wrong(source, f"{file} is not Parquet, or is truncated: {reason}") from None
+
+
+def _images(source: str, table: "pyarrow.dataset.Dataset", column: str, split: str) -> Iterator[Reader]:
+    """The images of a table, some at a time: a few kilobytes can say the same megabytes in each row."""
+    import pyarrow
+    import pyarrow.compute
+
+    places = itertools.count()
+    try:
+        for batch in table.to_batches([column], batch_size=TOGETHER, batch_readahead=1, fragment_readahead=1):
+            for blob in pyarrow.compute.struct_field(batch[column], "bytes"):  # ty: ignore[missing-attribute]
+                yield f"{split} row {next(places)}", blob.as_py
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _wrong(source, f"{split} row {next(places)} cannot be read: {error}") from None
 
 
 def _columns(source: str, file: Path, schema: "pyarrow.Schema") -> tuple[str, str]:
@@ -355,8 +393,8 @@ def _class_names(schema: "pyarrow.Schema", label_column: str, labels_B: np.ndarr
         return tuple(map(str, range(largest + 1))) if largest < MOST_CLASSES else ()
 
 
-def _decode(source: str, readers: list[Reader], image_size: int | None = None) -> np.ndarray:
-    """Decodes images to uint8 (B, H, W, 3). `readers` gives each image's name and a function that reads its bytes."""
+def _decode(source: str, readers: Iterator[Reader], count: int, image_size: int | None = None) -> np.ndarray:
+    """Decodes `count` images to uint8 (B, H, W, 3). A reader is an image's name and a function that reads its bytes."""
 
     alone = Lock()
 
@@ -366,24 +404,38 @@ def _decode(source: str, readers: list[Reader], image_size: int | None = None) -
             content = read()
             if content is None:  # the row of a Parquet file has the image's path alone, which is not followed
                 raise ValueError("it has no bytes")
-            with opened(io.BytesIO(content)) as image, alone if image.width * image.height > LARGE else nullcontext():
+            with opened(content) as image, alone if image.width * image.height > LARGE else nullcontext():
                 if image.mode not in MODES:
                     raise ValueError(f"its mode is {image.mode}; accepted: {', '.join(MODES)}")
                 image = image.convert("RGB")
                 return np.asarray(image if image_size is None else fitted(image, image_size, image_size))
         except Exception as error:  # each format's decoder has errors of its own
             known = f"its format is none of {', '.join(FORMATS)}"
-            reason = known if isinstance(error, UnidentifiedImageError) else error
+            reason = known if isinstance(error, UnidentifiedImageError) else getattr(error, "problem", error)
             raise _wrong(source, f"{name} does not decode as an image: {reason}") from None
 
+    pixels_BHWC, first = np.empty((0, 0, 0, 3), np.uint8), ""
     with ThreadPoolExecutor() as pool:
-        arrays = list(pool.map(decode, readers))
-    for (name, _), array in zip(readers, arrays):
-        if array.shape != arrays[0].shape:
-            sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (arrays[0], array)]
-            first = readers[0][0]
-            raise _wrong(source, f"images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; {ONE_SIZE}")
-    return np.stack(arrays)
+        for start in range(0, count, TOGETHER):
+            some = list(itertools.islice(readers, TOGETHER))
+            for place, (name, _), pixels_HWC in zip(itertools.count(start), some, pool.map(decode, some)):
+                if not place:
+                    pixels_BHWC, first = _room(source, count, pixels_HWC), name
+                if pixels_HWC.shape != pixels_BHWC.shape[1:]:
+                    sizes = [f"{width}x{height}" for height, width, _ in (pixels_BHWC.shape[1:], pixels_HWC.shape)]
+                    raise _wrong(
+                        source, f"images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; {ONE_SIZE}"
+                    )
+                pixels_BHWC[place] = pixels_HWC
+    return pixels_BHWC
+
+
+def _room(source: str, count: int, pixels_HWC: np.ndarray) -> np.ndarray:
+    """An array for `count` such images. Raises InputError where the machine has not that much memory."""
+    needed, memory = count * pixels_HWC.nbytes, memory_bytes()
+    if memory is not None and needed > memory:
+        raise _wrong(source, f"its {count:,} images need {needed:,} bytes as pixels; the memory has {memory:,}")
+    return np.empty((count, *pixels_HWC.shape), np.uint8)
 
 
 def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:

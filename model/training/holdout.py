@@ -16,6 +16,7 @@ from expertgrid.model.system.errors import InputError
 
 SHARE = 0.1  # where the source gives no other share
 SMALLEST_SHARE, LARGEST_SHARE = 0.01, 0.5
+FEW = 10  # validation images of a class
 
 Kind = Literal["rotating", "fixed"]
 
@@ -42,13 +43,20 @@ class HoldOut(BaseModel):
         return f"each seed its own, {part}" if self.kind == "rotating" else f"the same for all seeds, {part}"
 
     def check_fits(self, labels_B: np.ndarray, classes: tuple[str, ...], data: str) -> None:
-        """Raises InputError where some class has fewer images than there are parts."""
-        counts = np.bincount(labels_B, minlength=len(classes))
-        if counts.min() < self.parts:
-            raise InputError(
-                f"hold-out of {data}: class {classes[int(counts.argmin())]!r} has {counts.min()} train images, and "
-                f"{self.parts} parts need at least one each; a larger share has fewer parts (SOURCE@0.5 has 2)"
-            )
+        """Raises InputError where a class has not two images: one to train on, and one to hold out."""
+        counts_N = np.bincount(labels_B, minlength=len(classes))
+        if counts_N.min() < 2:
+            name, count = classes[int(counts_N.argmin())], int(counts_N.min())
+            raise InputError(f"hold-out of {data}: class {name!r} has {count} train images; at least 2 are needed")
+
+    def few_images(self, labels_B: np.ndarray, classes: tuple[str, ...]) -> str:
+        """What a seed's hold-out has of the smallest class, where that is few images; else ""."""
+        counts_N = np.bincount(labels_B, minlength=len(classes))
+        few, smallest = int((counts_N < FEW * self.parts).sum()), int(counts_N.min())
+        low, high = smallest // self.parts, -(-smallest // self.parts)
+        name, count = classes[int(counts_N.argmin())], f"{low}" if low == high else f"{low} to {high}"
+        others = f" ({few} classes have fewer than {FEW})" if few > 1 else ""
+        return f"class {name!r} has {count} validation images, which say little of it{others}" if few else ""
 
     def held_out(self, labels_B: np.ndarray, fingerprint: str, seed: int) -> np.ndarray:
         """The sorted indices of the images that `seed` holds out. `fingerprint` is the data's."""

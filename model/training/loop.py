@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -28,14 +30,14 @@ from expertgrid.model.pixels import normalise
 from expertgrid.model.registry import build
 from expertgrid.model.system.machine import computes_bfloat16
 from expertgrid.model.training.loader import Loader, steps_per_epoch
-from expertgrid.model.training.optimise import make_average, make_optimizer, make_scheduler
+from expertgrid.model.training.optimise import freeze, make_average, make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.splits import Split, Splits
 from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Epoch, Trial
 
-EVALUATION_BATCH = 500
-STEM_IMAGES = 5_000  # train images that a whitening stem is fitted to
+EVALUATION_BATCH, EVALUATION_PIXELS = 500, 1 << 21  # images, and their pixels, that are predicted at once at most
+STEM_IMAGES, STEM_PIXELS = 5_000, 5_000 << 10  # train images that a whitening stem is fitted to, and theirs
 
 
 class TrainingError(RuntimeError):
@@ -65,6 +67,7 @@ class Training:
     epoch: int = 0  # epochs done
     train_seconds: float = 0.0  # that the steps took until `resumed_at`
     resumed_at: float = 0.0  # as `seconds` counts
+    frozen: list[nn.Module] = field(default_factory=list)  # parts that are not trained
     recorder: Recorder | None = None  # of the steps, where they are taken as CUDA graphs
 
     @property
@@ -126,21 +129,26 @@ class Training:
         return {"cpu": torch} | ({} if device.type == "cpu" else {"device": torch.get_device_module(device)})
 
 
-def start(trial: Trial, splits: Splits) -> Training:
+def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training:
     """A trial before its first step: network, optimiser and schedule, on the splits' device.
 
-    The initial weights follow from the trial's seed.
+    The initial weights are those of the safetensors file `weights`; what it does not have follows from the trial's
+    seed. Whitening stems without a file are fitted to the train images.
     """
     device = splits.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton starts its kernels
     set_for_training()
     torch.manual_seed(trial.seed)  # weights start from torch's global generator
-    net = build(trial.model).to(device)
-    net = net.to(memory_format=torch.channels_last)
-    if isinstance(net, ExpertNet):
+    net = build(trial.model)
+    if weights is not None:
+        net.load_state_dict(load_file(weights), strict=False)
+    net = net.to(device).to(memory_format=torch.channels_last)
+    if isinstance(net, ExpertNet) and weights is None:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
-        net.fit_stem(normalise(splits.train.pixels_BHWC[:STEM_IMAGES].permute(0, 3, 1, 2), mean_C, std_C))
+        images = min(STEM_IMAGES, max(1, STEM_PIXELS // math.prod(splits.data.image_size)))
+        net.fit_stem(normalise(splits.train.pixels_BHWC[:images].permute(0, 3, 1, 2), mean_C, std_C))
+    frozen = freeze(trial.recipe, net)
     optimizer = make_optimizer(trial.recipe, net)
     steps = steps_per_epoch(trial.recipe, len(splits.train))
     return Training(
@@ -151,6 +159,7 @@ def start(trial: Trial, splits: Splits) -> Training:
         Loader(trial.recipe, splits, trial.seed),
         losses_S=torch.zeros(steps, device=device),
         correct=torch.zeros((), device=device, dtype=torch.int64),
+        frozen=frozen,
     )
 
 
@@ -168,13 +177,15 @@ def train(
     steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
     amp = uses_bfloat16(recipe, device)
-    step = training_step(net, optimizer, amp, recipe.smoothing)
+    step = training_step(net, optimizer, amp, recipe.smoothing, loader.class_weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         training.start_clock()
         if not learning_rates:
             training.begin_epoch(trial.seed * recipe.epochs + epoch)
         net.train()
+        for part in training.frozen:
+            part.eval()
         for batch in loader.batches(len(learning_rates)):
             i = len(learning_rates)
             learning_rate = optimizer.param_groups[0]["lr"]
@@ -228,7 +239,8 @@ def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bo
     """
     net.eval()
     parts = []
-    for pixels_BHWC in split.pixels_BHWC.split(EVALUATION_BATCH):
+    at_once = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // math.prod(split.pixels_BHWC.shape[1:3])))
+    for pixels_BHWC in split.pixels_BHWC.split(at_once):
         x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
             parts.append(net(x_BCHW).float())

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from typing import Any
 
 import timm.optim
@@ -12,11 +13,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from expertgrid.model.registry import classifiers
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.muon import StackedMuon
 from expertgrid.model.training.recipe import Recipe
 
 FUSED_ON = ("cpu", "cuda")
+ALL_BUT_HEAD = "all but head"
 ONE_CYCLE_RISE = 0.3  # share of the steps, as in PyTorch
 ONE_CYCLE_START = 1 / 25  # of the peak rate, as in PyTorch
 
@@ -27,7 +30,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
     PyTorch's fused implementation is used where the optimiser is one of PyTorch's that has it and the parameters
     are on a CPU or a CUDA device: it does the whole step in a kernel or two. On CUDA an optimiser that can be
     recorded in a graph counts its steps on the device, whether it is recorded or not. Muon takes weights of one shape
-    together.
+    together. With `layer_decay` the groups of the last layer, which have the whole rate, come first.
     """
     chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
     kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
@@ -36,6 +39,8 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
         chosen["fused"] = True
     if "capturable" in knows and device == "cuda":
         chosen["capturable"] = True
+    if recipe.layer_decay < 1:
+        chosen["layer_decay"] = recipe.layer_decay
     optimizer = timm.optim.create_optimizer_v2(
         net,
         opt=recipe.opt,
@@ -45,14 +50,51 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
         filter_bias_and_bn=recipe.filter_bias_and_bn,
         **chosen,
     )
+    optimizer.param_groups.sort(key=lambda group: -group.get("lr_scale", 1.0))
     if type(optimizer) is timm.optim.Muon and optimizer.defaults["algo"] == "muon":
         optimizer.__class__ = StackedMuon
     return optimizer
 
 
+def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
+    """Takes the gradients from the parameters that `recipe.freeze` names.
+
+    Returns the modules that have only such parameters: in evaluation mode their norms keep their statistics. Raises
+    InputError where it names no parameter, or all.
+    """
+    if not recipe.freeze:
+        return []
+    groups: dict[str, Any] = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
+    patterns = groups.get(recipe.freeze, recipe.freeze)
+    if recipe.freeze == ALL_BUT_HEAD:
+        patterns = f"(?!{'|'.join(map(re.escape, classifiers(net)))})"
+    patterns = [patterns] if isinstance(patterns, str) else [pattern for pattern, _ in patterns]
+    names = [name for name, _ in net.named_parameters()]
+    frozen = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    if len(frozen) in (0, len(names)):
+        raise InputError(
+            f"recipe.freeze: {recipe.freeze!r} names {'all' if frozen else 'none'} of the {len(names)} parameters; "
+            f"accepted: {', '.join([ALL_BUT_HEAD, *groups])}, or the beginning of names such as {names[0]}"
+        )
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    parts = ((module, [parameter.requires_grad for parameter in module.parameters()]) for module in net.modules())
+    return [module for module, trained in parts if trained and not any(trained)]
+
+
+def check_layers(recipe: Recipe, net: nn.Module) -> None:
+    """Raises InputError where `freeze` or `layer_decay` have no effect on a network."""
+    scales = {group.get("lr_scale") for group in make_optimizer(recipe, net).param_groups}
+    if recipe.layer_decay < 1 and len(scales) < 2:
+        raise InputError("recipe.layer_decay: needs a network that has layers for timm, by its method group_matcher")
+    freeze(recipe, net)
+
+
 def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler | None:
     """timm's scheduler, to be stepped with `step_update(steps done)`; None for a constant rate."""
     if recipe.sched == "none":
+        for group in optimizer.param_groups:  # as timm's schedules do it
+            group["lr"] *= group.get("lr_scale", 1.0)
         return None
     if recipe.sched == "onecycle":
         rise = ONE_CYCLE_RISE if recipe.warmup is None else recipe.warmup

@@ -92,6 +92,8 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> flo
     `name` is "kernels" or "compile". Returns the seconds that it took; 0 where the network has no part for them.
     """
     recipe, device = trial.recipe, splits.device
+    if training.frozen:  # both compute norms by the batch
+        return 0.0
     if name == "kernels":
         from expertgrid.model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:

@@ -4,6 +4,7 @@
 the optimiser and the schedule, `training.augment` and `training.policies` augment the images.
 """
 
+import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal, Self
 
@@ -15,6 +16,8 @@ from expertgrid.model.training.data import ImageData
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
+Mean = Annotated[tuple[Share, ...], Field(strict=False)]  # of pixels from 0 to 1, for each channel
+Std = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)]
 
 WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
 
@@ -53,19 +56,24 @@ class Recipe(BaseModel):
     filter_bias_and_bn: bool = False  # keep weight decay off biases and norms
     opt_betas: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None  # the optimiser's own where not given
     momentum: float | None = Field(None, ge=0, lt=1)  # 0.9 where not given, of optimisers that have it
+    layer_decay: float = Field(1.0, gt=0, le=1)  # of the rate, from each layer to the one before it; 1 is without
+    freeze: str = ""  # "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
     sched: Literal["none", "step", "cosine", "poly", "onecycle"] = "none"  # poly: linear to zero
     decay_epochs: float | None = Field(None, gt=0)  # of sched step; 30 where not given
     decay_rate: float | None = Field(None, gt=0, le=1)  # of sched step; 0.1 where not given
     warmup: float | None = Field(None, ge=0, lt=1)  # share of all steps in which the rate rises; onecycle: 0.3, else 0
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the moving average of weights, which then is the network; 0: without
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
+    class_weights: Literal["none", "balanced"] = "none"  # of the loss; balanced: by one over a class's train images
+    sampler: Literal["shuffled", "balanced"] = "shuffled"  # balanced: each class as often, an image several times
     auto_augment: str = ""  # rand-..., augmix-... (without splits), or a policy of AutoAugment; "" is without
     color_jitter: tuple[float, ...] = ()  # brightness, contrast, saturation, and hue; a number: the first three
     hflip: Share = 0.0
     alternating_flip: bool = False  # hflip decides in the first epoch; then each image is flipped in every other one
     crop_padding: Pixels = 0  # a random crop of the image padded with zeros
     translate: Pixels = 0  # a random shift by up to so many pixels, with reflection at the border
-    normalise: Literal["data", "half"] = "data"  # by the train images' mean and std, or both 0.5
+    # By the train images' mean and std, which weights to start from replace where a study does not set it; both 0.5.
+    normalise: Literal["data", "half"] | Annotated[tuple[Mean, Std], Field(strict=False)] = "data"
     cutout: Pixels = 0  # side of the square; 0 is without
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
@@ -92,6 +100,15 @@ class Recipe(BaseModel):
         if timm.optim.get_optimizer_info(opt).second_order:
             raise ValueError("needs gradients of second order, which the training loop does not compute")
         return opt
+
+    @field_validator("freeze")
+    @classmethod
+    def _is_pattern(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
 
     @field_validator("auto_augment")
     @classmethod
@@ -158,6 +175,8 @@ class Recipe(BaseModel):
                 raise InputError(
                     f"recipe.{field}: {getattr(self, field)} is too large for the {images_of}; at most {most}"
                 )
+        if {len(values) for values in self.mean_std(data)} != {data.channels}:
+            raise InputError(f"recipe.normalise: {self.normalise}, and {data.name} has {data.channels} channels")
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images
 
@@ -179,7 +198,9 @@ class Recipe(BaseModel):
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
         half = (0.5,) * data.channels
-        return (half, half) if self.normalise == "half" else (data.mean, data.std)
+        if self.normalise == "half":
+            return half, half
+        return (data.mean, data.std) if self.normalise == "data" else self.normalise
 
 
 RECIPES: dict[str, Recipe] = {
@@ -225,6 +246,12 @@ RECIPES: dict[str, Recipe] = {
     "accuracy": Recipe(
         epochs=40, batch_size=500, opt="muon", lr=0.03, weight_decay=0.1, filter_bias_and_bn=True, sched="poly",
         warmup=0.1, smoothing=0.2, hflip=0.5, alternating_flip=True, translate=4, cutout=12,
+    ),
+    # Ours, for weights to start from: AdamW, cosine and layer decay, as BEiT (2106.08254) and ConvNeXt (2201.03545) are
+    # fine-tuned, with timm's default decay. A sixth of the rate of `fast`, and half its epochs.
+    "finetune": Recipe(
+        epochs=8, batch_size=128, opt="adamw", lr=5e-4, weight_decay=0.05, filter_bias_and_bn=True, layer_decay=0.75,
+        sched="cosine", warmup=0.125, smoothing=0.1, hflip=0.5, crop_padding=4,
     ),
 }  # fmt: skip
 

@@ -4,11 +4,27 @@ import hashlib
 import json
 from functools import cached_property
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from expertgrid.model.config import Network
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.recipe import Recipe
+
+NO_WEIGHTS = "none"  # what a study says for fresh ones, from a trial's seed
+
+
+class Weights(BaseModel):
+    """Weights that a training starts from: those of a file `weights/FINGERPRINT.safetensors` in the study's directory.
+
+    They have the names and shapes of the network's tensors, so their fingerprint is all that a trial's id has of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # as the study names them
+    fingerprint: str = Field(pattern="^[0-9a-f]{64}$")  # SHA-256 of the file
+    tensors: int  # that are loaded
+    new: tuple[str, ...] = ()  # tensors of the network that start from the trial's seed
 
 
 class Trial(BaseModel):
@@ -26,14 +42,16 @@ class Trial(BaseModel):
     source: str
     fingerprint: str
     hold_out: HoldOut = HoldOut()
+    weights: Weights | None = None  # fresh ones
     seed: int
 
     @cached_property
     def id(self) -> str:
-        """12 hexadecimal digits: the same for the same network, recipe, data, hold-out and seed."""
+        """12 hexadecimal digits: the same for the same network, recipe, data, hold-out, first weights and seed."""
         identity = {"model": _essence(self.model), "recipe": _essence(self.recipe)}
         identity |= {"fingerprint": self.fingerprint, "seed": self.seed}
         identity |= {"hold_out": hold_out} if (hold_out := _essence(self.hold_out)) else {}
+        identity |= {"weights": self.weights.fingerprint} if self.weights else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small_networks import CLASSES, small_checkpoint, small_model
 
-from expertgrid.export.card import card, escaped
+from expertgrid.export.card import card
 from expertgrid.export.certificate import Certificate
 from expertgrid.export.compare import compare
 from expertgrid.export.describe import Description, describe
@@ -16,7 +16,7 @@ from expertgrid.export.predict import read_pixels
 from expertgrid.export.to_onnx import example, served
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Interval, Measured
+from expertgrid.model.system.text import Interval, Measured, markdown
 
 GIVEN = {
     "data": {"Source": "folder:/data/my_data", "train images": 1293},
@@ -103,11 +103,11 @@ def test_a_file_that_did_not_pass_of_which_nothing_is_stated(file, certificate):
     assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
 
 
-def test_names_are_escaped(file, certificate):
+def test_names_are_markdown(file, certificate):
     text = card(file, certificate, **GIVEN | {"data": {"a|b\n# c": "<script>_x_</script>\n## No"}})
     assert "- a\\|b \\# c: \\<script\\>\\_x\\_\\</script\\> \\#\\# No\n" in text
     assert "a cat, b\\_dog\\*, \\<c\\> \\| \\`d\\`." in text
-    assert escaped("![x](y) a\\b 10 000 $1 & ~2~") == "\\!\\[x\\](y) a\\\\b 10 000 \\$1 \\& \\~2\\~"
+    assert markdown("![x](y) a\\b 10 000 $1 & ~2~") == "\\!\\[x\\](y) a\\\\b 10 000 \\$1 \\& \\~2\\~"
     assert len(re.findall("^#", text, re.MULTILINE)) == 10  # the card's own
 
 

@@ -1,7 +1,7 @@
 """What a report says of a study, from its records, its best network and its validation images; nothing is drawn here.
 
-What is not there is left out with a reason, never guessed. No image of the test split is looked at: the confusion
-matrix on it is of the predictions that were kept when the split was read.
+What is not there is left out with a reason, never guessed. No network is run on the test split: what is said of its
+images is of the predictions that were kept when the split was read.
 
 Shapes: B images, H x W pixels, C channels, N classes, S seeds, E epochs.
 """
@@ -71,6 +71,7 @@ class DifferentImage:
     truth: str
     first: str  # what the networks of the first cell take it for, most frequent first
     second: str
+    pixels_HWC: np.ndarray | None  # uint8; None where the data are not here
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,14 @@ class Findings:
         return self.evidence.results
 
 
-def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Findings:
+def read_findings(directory: StudyDirectory, data_dir: Path | None = None, metric: str | None = None) -> Findings:
     """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
-    evidence = read_evidence(directory)
+    evidence = read_evidence(directory, metric)
     ranked = ranking(evidence.results.rows)
-    examined = examine(directory, evidence.results.plan, ranked, data_dir)
-    images, images_missing = _different_images(directory, evidence, ranked, examined.classes)
+    plan = evidence.results.plan
+    resident, reason = _images(directory, plan, best_record(ranked[0]).trial, data_dir) if ranked else (None, "")
+    examined = examine(directory, plan, ranked, resident, reason)
+    images, images_missing = _different_images(directory, evidence, ranked, examined.classes, resident)
     return Findings(
         evidence=evidence,
         ranked=ranked,
@@ -125,7 +128,11 @@ def read_findings(directory: StudyDirectory, data_dir: Path | None = None) -> Fi
 
 
 def _different_images(
-    directory: StudyDirectory, evidence: Evidence, ranked: Sequence[Row], classes: Sequence[str]
+    directory: StudyDirectory,
+    evidence: Evidence,
+    ranked: Sequence[Row],
+    classes: Sequence[str],
+    resident: ResidentData | None,
 ) -> tuple[ImageDifferences | None, str]:
     """The best cell against the base (against the next best where the base is the best), or why there is nothing."""
     if len(ranked) < 2:
@@ -143,6 +150,10 @@ def _different_images(
     labels_B = getattr(predictions[0][0], f"{split}_labels")
     right = [np.array([predicted_B == labels_B for predicted_B in row]) for row in taken]
     consistent = consistent_images(*right)
+    pixels_BHWC = None
+    if resident is not None:
+        splits = resident.splits(evidence.results.plan.hold_out, seeds[0])
+        pixels_BHWC = (splits.validation if split == "validation" else splits.test).pixels_BHWC.numpy()
 
     def listed(places_B: np.ndarray) -> list[DifferentImage]:
         return [
@@ -150,6 +161,7 @@ def _different_images(
                 int(place),
                 _class_name(classes, labels_B[place]),
                 *(_taken_for([predicted_B[place] for predicted_B in row], classes) for row in taken),
+                None if pixels_BHWC is None else pixels_BHWC[place],
             )
             for place in places_B[:MOST_IMAGES]
         ]
@@ -172,11 +184,13 @@ def _taken_for(labels: Sequence[int], classes: Sequence[str]) -> str:
 # --- The best network, image by image ---
 
 
-def examine(directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], data_dir: Path | None = None) -> Examined:
+def examine(
+    directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], resident: ResidentData | None, reason: str
+) -> Examined:
     """The best trial of the best row on the validation images, and its kept predictions of the test images.
 
-    Where that network has no gate, the gates are those of the best row that has some. Raises InputError for damaged
-    files, and for a `data_dir` without the data.
+    Where that network has no gate, the gates are those of the best row that has some. `reason` says why there are no
+    images, where there are none. Raises InputError for damaged files.
     """
     if not ranked:
         missing = dict.fromkeys(("confusion", "mistakes", "gates"), "No trial is finished.")
@@ -191,10 +205,8 @@ def examine(directory: StudyDirectory, plan: Plan, ranked: Sequence[Row], data_d
         examined.classes = tuple(str(label) for label in range(last + 1))
     if predictions:
         _count(examined, predictions.test_labels, predictions.test, "test")
-    resident, reason = None, f"The checkpoint of trial {best.trial} is not in the study directory."
-    if checkpoint:
-        resident, reason = _images(directory, plan, best.trial, data_dir)
     if checkpoint is None or resident is None:
+        reason = reason if checkpoint else f"The checkpoint of trial {best.trial} is not in the study directory."
         examined.missing = {"mistakes": reason, "gates": reason} | ({} if predictions else {"confusion": reason})
         return examined
     validation = resident.splits(plan.hold_out, best.seed).validation

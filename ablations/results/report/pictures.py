@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from expertgrid.ablations.results.evidence import Effect
+from expertgrid.ablations.results.evidence import Effect, Evidence
 from expertgrid.ablations.results.report import plots
 from expertgrid.ablations.results.report.findings import Examined, Findings
 from expertgrid.ablations.results.rows import Row, latency_front, smallest, timed_together
@@ -47,8 +47,8 @@ def pictures(findings: Findings) -> list[Picture]:
     added = "What one change adds to the other: 0 where each does the same with and without the other. Exploratory."
     return [
         *_scores(findings.ranked),
-        *_effects("Main effects", evidence.effects, evidence.margin, alone),
-        *_effects("Interactions", evidence.interactions, evidence.margin, added),
+        *_effects("Main effects", evidence, evidence.effects, alone),
+        *_effects("Interactions", evidence, evidence.interactions, added),
         *_curves(findings),
         _cost(findings),
         *_gates(findings.examined),
@@ -63,30 +63,32 @@ def _scores(ranked: Sequence[Row]) -> Iterator[Picture]:
         "table",
         "accuracy",
         partial(plots.accuracy_figure, "", drawn),
-        f"Validation and test accuracy of {len(drawn)} cells; best on validation is {best.name}.",
+        f"Validation and test {best.scale.title} of {len(drawn)} cells; best on validation is {best.name}.",
         f"{most}Lines are 95% intervals of the mean over seeds; a dot without one has one seed, or seeds that agree.",
     )
     if others := ranked[1 : MOST_ROWS + 1]:
         yield Picture(
-            "differences",
+            "table",
             "differences",
             partial(plots.differences_figure, best, others),
-            f"Dots for each seed: validation accuracy of {best.name} less that of each other cell.",
-            f"{most}Right of the line the best cell is better at that seed. Dots on both sides: the order of the two "
-            "depends on the seed. The best cell was chosen by these same scores.",
+            f"Dots for each seed: validation {best.scale.title} of {best.name} less that of each other cell.",
+            f"The best cell against the others. {most}{'Right' if best.scale.higher_is_better else 'Left'} of the line "
+            "the best cell is better at that seed. Dots on both sides: the order of the two depends on the seed. The "
+            "best cell was chosen by these same scores.",
         )
 
 
-def _effects(title: str, effects: Sequence[Effect], margin: float, meaning: str) -> Iterator[Picture]:
+def _effects(title: str, evidence: Evidence, effects: Sequence[Effect], meaning: str) -> Iterator[Picture]:
     known = [effect for effect in effects if effect.judgement.mean is not None]
+    margin, by = evidence.margin, evidence.scale
     largest = sorted(known, key=lambda effect: -abs(effect.judgement.mean or 0))[:MOST_EFFECTS]
     left_out = f" The {MOST_EFFECTS} largest of {len(known)}." if len(known) > MOST_EFFECTS else ""
     if largest:
         yield Picture(
             "effects",
             title.lower().replace(" ", "-"),
-            partial(plots.effects_figure, [(effect.name, effect.judgement) for effect in largest], margin),
-            f"{title}: " + "; ".join(f"{effect.name}: {effect.judgement.mean:+.2f}" for effect in largest[:8]),
+            partial(plots.effects_figure, [(effect.name, effect.judgement) for effect in largest], margin, by),
+            f"{title}: " + "; ".join(f"{of.name}: {of.judgement.mean:+.{by.decimals}f}" for of in largest[:8]),
             f"{title}. {meaning} Lines are the simultaneous 95% intervals that decide, the shade is the margin; a "
             f"filled dot has a verdict.{left_out}",
         )
@@ -107,7 +109,7 @@ def _curves(findings: Findings) -> Iterator[Picture]:
 
 
 def _cost(findings: Findings) -> Picture:
-    """Accuracy against latency where two rows were timed together, else against MACs."""
+    """The score against latency where two rows were timed together, else against MACs."""
     latencies = {row: smallest(row.latency) for row in timed_together(findings.ranked) if row.latency}
     front = [list(latencies).index(row) for row in latency_front(findings.ranked)]
     if latencies:
@@ -127,7 +129,9 @@ def _cost(findings: Findings) -> Picture:
             f"`expertgrid bench {shlex.quote(str(findings.results.path))}` measures all of them."
         )
     draw = partial(plots.costs_figure, rows, costs, front, what)
-    return Picture("cost", "cost", draw, f"Validation accuracy against {what}{on_front}.", caption)
+    return Picture(
+        "cost", "cost", draw, f"Validation {findings.evidence.scale.title} against {what}{on_front}.", caption
+    )
 
 
 def _gates(examined: Examined) -> Iterator[Picture]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from expertgrid.ablations.results.rows import Row, Score, on_test, on_validation
+from expertgrid.ablations.records.record import Split
+from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
-from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
+from expertgrid.model.system.text import Interval
+from expertgrid.model.training.metrics import ACCURACY, Scale
 from expertgrid.model.training.trial import Epoch
 
 if TYPE_CHECKING:
@@ -75,17 +77,20 @@ def _under(figure: "Figure", axes: "Axes", columns: int = 2) -> None:
 
 
 def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
-    """Each row's test and validation accuracy with 95% intervals, best on validation first.
+    """Each row's test and validation accuracy, or other metric, with 95% intervals, best on validation first.
 
     Rows without a finished trial are left out.
     """
     done = [row for row in rows if row.by_seed]
-    done.sort(key=lambda row: -row.mean(on_validation))
+    done.sort(key=lambda row: -row.merit)
     figure = _figure(1.2 + 0.46 * len(done))
     axes = figure.add_subplot()
-    series = {"validation (selects)": (VALIDATION, 0.0, on_validation), "test": (TEST, 0.22, on_test)}
-    for label, (colour, shift, value) in series.items():
-        intervals = _accuracies(done, value)
+    series: dict[str, tuple[str, float, Split]] = {
+        "validation (selects)": (VALIDATION, 0.0, "validation"),
+        "test": (TEST, 0.22, "test"),
+    }
+    for label, (colour, shift, split) in series.items():
+        intervals = _intervals(done, split)
         axes.errorbar(
             [interval.mean for interval in intervals],
             [y + shift for y in range(len(done))],
@@ -93,7 +98,7 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
             fmt="o", markersize=4.5, capsize=2, linewidth=1.4, color=colour, label=label,
         )  # fmt: skip
     _listed(axes, [row.name for row in done])
-    axes.set_xlabel("accuracy, %: mean over seeds, and its 95% interval", fontsize=8.5)
+    axes.set_xlabel(f"{_axis(done)}: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
         figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
@@ -101,9 +106,15 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-def _accuracies(rows: Sequence[Row], value: Score) -> list[Interval]:
-    """Of rows that each have a finished trial."""
-    return [accuracy_interval([value(record) for record in row.records]) for row in rows]
+def _intervals(rows: Sequence[Row], split: Split) -> list[Interval]:
+    """Of rows that have a finished trial."""
+    return [interval for row in rows if (interval := row.interval(split))]
+
+
+def _axis(rows: Sequence[Row]) -> str:
+    """The metric of rows, with its unit."""
+    by = rows[0].scale if rows else ACCURACY
+    return f"{by.title}, %" if by.points else by.title
 
 
 def _reach(intervals: Sequence[Interval]) -> np.ndarray:
@@ -117,8 +128,8 @@ def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
     return save(accuracy_figure(title, rows))
 
 
-def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "Figure":
-    """Differences in points with their intervals; filled where there is a verdict, the margin shaded."""
+def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float, by: Scale = ACCURACY) -> "Figure":
+    """Differences with their intervals; filled where there is a verdict, the margin shaded."""
     figure = _figure(1.0 + 0.44 * len(effects))
     axes = figure.add_subplot()
     axes.axvspan(-margin, margin, color="#e9edf0", linewidth=0, zorder=0)
@@ -133,20 +144,20 @@ def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float) -> "
             markerfacecolor=colour if decided else "white",
         )  # fmt: skip
     _listed(axes, [label for label, _ in effects])
-    axes.set_xlabel("change in validation accuracy, points", fontsize=8.5)
+    axes.set_xlabel(f"change in validation {by.in_words}", fontsize=8.5)
     _bare(axes)
     return figure
 
 
 def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
-    """The best row's validation accuracy less that of others, a dot for each seed that both have, and the mean."""
+    """The best row's score on validation less that of others, a dot for each seed that both have, and the mean."""
     figure = _figure(1.0 + 0.44 * len(others))
     axes = figure.add_subplot()
     axes.axvline(0, color="#555555", linewidth=0.8)
-    ours = best.by_seed
+    by = best.scale
     for place, row in enumerate(others):
-        common = sorted(ours.keys() & row.by_seed.keys())
-        differences = [on_validation(ours[seed]) - on_validation(row.by_seed[seed]) for seed in common]
+        common = [(seed, best.by_seed[seed]) for seed in sorted(best.by_seed.keys() & row.by_seed.keys())]
+        differences = [of.score("validation", by) - row.by_seed[seed].score("validation", by) for seed, of in common]
         label = place == 0
         axes.plot(
             differences, [place] * len(differences), "o", color=TEST, markersize=5, alpha=0.45, markeredgewidth=0,
@@ -159,7 +170,7 @@ def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
                 label="mean over seeds" if label else None,
             )  # fmt: skip
     _listed(axes, [row.name for row in others])
-    axes.set_xlabel("best less this cell, validation accuracy in points", fontsize=8.5)
+    axes.set_xlabel(f"best less this cell, validation {by.title}{' in points' * bool(by.points)}", fontsize=8.5)
     _bare(axes)
     _under(figure, axes)
     return figure
@@ -189,10 +200,10 @@ def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
 
 
 def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[int], what: str) -> "Figure":
-    """Validation accuracy against a cost; those on the front, if any, are joined and numbered in their order."""
+    """The score on validation against a cost; those on the front, if any, are joined and numbered in their order."""
     figure = _figure(3.4)
     axes = figure.add_subplot()
-    intervals = _accuracies(rows, on_validation)
+    intervals = _intervals(rows, "validation")
     axes.errorbar(
         costs, [interval.mean for interval in intervals], yerr=_reach(intervals), fmt="o",
         markersize=4.5, capsize=2, linewidth=0.9, color=UNDECIDED, label="cell, with its 95% interval",
@@ -208,12 +219,15 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
             textcoords="offset points", fontsize=9, fontweight="bold", ha="right" if number % 2 else "left",
         )  # fmt: skip
     axes.margins(x=0.1)
-    if min(costs) > 0 and max(costs) > 5 * min(costs):
+    if max(costs) <= 1.01 * min(costs):  # one cost: one column of points
+        axes.set_xlim(0.5 * min(costs), 1.5 * max(costs))
+        axes.set_xticks([float(np.mean(costs))], [f"{np.mean(costs):.3g} for all cells"])
+    elif min(costs) > 0 and max(costs) > 5 * min(costs):
         axes.set_xscale("log")
     else:
         axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(what, fontsize=8.5)
-    axes.set_ylabel("validation accuracy, %", fontsize=8.5)
+    axes.set_ylabel(f"validation {_axis(rows)}", fontsize=8.5)
     _bare(axes, "both")
     _under(figure, axes)
     return figure

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from typing import Literal, get_args
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.report import plots
-from expertgrid.ablations.results.report.findings import DifferentImage, Examined, Findings, Mistake
+from expertgrid.ablations.results.report.findings import Examined, Findings
 from expertgrid.ablations.results.report.pictures import MOST_GATES, pictures
-from expertgrid.ablations.results.rows import Row, newest, on_test, on_validation
+from expertgrid.ablations.results.rows import Row, newest
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.text import MOST_NOTES, Points, render_tables, shown, sort_key
 
@@ -34,10 +36,11 @@ MOST_CONFUSIONS = 12
 
 def best_line(best: Row) -> str:
     """Which cell is the best on validation."""
+    by, percent = best.scale, "%" if best.scale.points else ""
     over = f"over {len(best.by_seed)} seeds" if len(best.by_seed) > 1 else "with one seed"
     return (
-        f"Best on validation: {best.name}, {shown(best.accuracy(on_validation))}% {over}; "
-        f"{shown(best.accuracy(on_test))}% on test."
+        f"Best on validation: {best.name}, {'' if by.name == 'accuracy' else f'{by.title} '}"
+        f"{shown(best.interval('validation'))}{percent} {over}; {shown(best.interval('test'))}{percent} on test."
     )
 
 
@@ -69,10 +72,13 @@ class Cell:
 
 
 def table_cells(rows: Sequence[dict[str, object]]) -> tuple[list[str], list[list[Cell]]]:
-    """Titles and cells of titled values."""
+    """Titles and cells of titled values. A line does not break within an interval."""
     titles = list(rows[0]) if rows else []
     return titles, [
-        [Cell(shown(value), sort_key(value), heading=place == 0) for place, value in enumerate(row.values())]
+        [
+            Cell(shown(value).replace(" to ", "\u00a0to\u00a0"), sort_key(value), heading=place == 0)
+            for place, value in enumerate(row.values())
+        ]
         for row in rows
     ]
 
@@ -114,13 +120,6 @@ def _class_rows(examined: Examined) -> list[dict[str, object]]:
             "to": None if share.share is None else Points(100 * share.high),
         }
         for name, share in zip(examined.classes, examined.shares)
-    ]
-
-
-def _image_rows(images: Sequence[DifferentImage]) -> list[dict[str, object]]:
-    return [
-        {"image": str(image.number), "is": image.truth, "A takes it for": image.first, "B takes it for": image.second}
-        for image in images
     ]
 
 
@@ -174,6 +173,7 @@ def html(findings: Findings) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["code"] = _with_code
     script = loader.get_source(environment, "report.js")[0]
     examined, results = findings.examined, findings.results
     directory = StudyDirectory(results.path)
@@ -181,16 +181,17 @@ def html(findings: Findings) -> str:
     rows_by_table = {table.key: table.rows for table in tables} | {
         "gates": _gate_rows(examined),
         "classes": _class_rows(examined),
-        "only-a": _image_rows(findings.images.only_first) if findings.images else [],
-        "only-b": _image_rows(findings.images.only_second) if findings.images else [],
         "ledger": _ledger_rows(findings),
         "environment": _environment_rows(results.rows),
     }
     # for `expertgrid verify`: JSON with nothing that could end its element
-    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "tables": {render_tables(tables, "json")}}}'
+    metric = json.dumps(f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None)
+    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "metric": {metric}, "tables": '
+    numbers += f"{render_tables(tables, 'json')}}}"
     return environment.get_template("report.html.j2").render(
         findings=findings,
         results=results,
+        title=results.scale.title[:1].upper() + results.scale.title[1:],
         answer=[answer(findings.evidence), *map(best_line, findings.ranked[:1])],
         by_key={table.key: table for table in tables},
         counted=counted(results.rows),
@@ -198,7 +199,8 @@ def html(findings: Findings) -> str:
         tables={name: table_cells(rows) for name, rows in rows_by_table.items() if rows},
         pictures=pictures(findings),
         confusions=_confusions(examined),
-        mistakes=[(mistake, mistake_uri(mistake)) for mistake in examined.mistakes or []],
+        image_uri=image_uri,
+        left_out=list(dict.fromkeys([findings.images_missing, *examined.missing.values()])) if findings.ranked else [],
         gates_drawn=MOST_GATES,
         quoted=shlex.quote,
         numbers=numbers.replace("<", "\\u003c"),
@@ -208,9 +210,13 @@ def html(findings: Findings) -> str:
     )
 
 
-def mistake_uri(mistake: Mistake) -> str:
+def _with_code(text: str) -> Markup:
+    """A line as HTML, with what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def image_uri(pixels_HWC: np.ndarray) -> str:
     """An image as it is, as a PNG in a data URI."""
-    pixels = mistake.pixels_HWC
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[2] == 1 else pixels_HWC).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

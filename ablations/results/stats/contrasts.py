@@ -6,8 +6,11 @@ variance of its own. Every answer about cells is a contrast of the m_c; nothing 
 
 Shapes: Q contrasts, C cells, S seeds, X any further axes in front (simulated studies, say).
 
-Scores are better when they are higher, in the unit of the margin. A score that is NaN is a trial that was not trained
-yet. A trial that failed must not be given as NaN: its cell has no verdict (`judge`, `no_verdict`).
+Scores are better when they are higher (callers turn verdicts on others), in the unit of the margin. A score that is NaN
+is a trial that was not trained, or was lost for a reason that has nothing to do with its score. A trial that failed by
+itself must not be given as NaN: its cell has no verdict (`judge`, `no_verdict`). Cells and seeds are fitted together by
+least squares, so that a missing score costs little more than itself; where none is missing, a contrast is the mean over
+the seeds.
 
 How an error is estimated. The variance of a contrast, in units of sum(weights**2) / seeds, is the largest of
 
@@ -16,38 +19,48 @@ How an error is estimated. The variance of a contrast, in units of sum(weights**
   that it counts (t / z)**2 times, Student's t of n - 1 degrees of freedom over the normal z, both at 99%: 9.0 times for
   3 seeds, 2.6 for 5, 1.5 for 10;
 - *over seeds*: the variance of the contrast itself from seed to seed. It also holds where cells of one level rise and
-  fall together from hold-out to hold-out, which residuals of single cells do not show.
+  fall together from hold-out to hold-out, which residuals of single cells do not show. n - 1 degrees of freedom know it
+  badly, so that for a contrast of more than two cells the mean of this variance over the R dimensions of its family
+  counts where that is larger, and either counts (t' / t)**2 times: Student's t at 99.5% of R (n - 1) degrees of freedom
+  over that of the pooled residuals. (A family that spans all differences of the cells has the pooled variance as this
+  mean, and nothing changes.)
 
-The critical value is that of the pooled residuals. Where all spreads are equal this is a little cautious (about 3%
-errors instead of 5%); where one cell is three times as noisy the family's error is 5%. A contrast of few cells at few
-seeds is too poorly known even so. With the degrees of freedom of its own cells (n - 1 for each, by Satterthwaite's
-formula)
+The critical value is that of the pooled residuals. Where all spreads are equal this is a little cautious (2 to 3%
+errors instead of 5%); where one cell is three times as noisy, or half of the noise is shared by the cells of a level,
+the family's error is at most 5%. A contrast of few cells at few seeds is too poorly known even so. With the degrees of
+freedom of its own cells (n - 1 for each, by Satterthwaite's formula)
 
 - below 8 (two cells at 3 or 4 seeds): the excess is counted cell by cell, and a quiet cell does not make up for a noisy
   one;
-- below 4 (two cells at 2 seeds): Student's t over seeds alone, with Bonferroni's correction.
+- below 4 (two cells at 2 seeds): there is no interval.
 
 `Judgement.basis` says which of them an interval rests on. The simulations among the tests have the numbers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from expertgrid.ablations.results.stats.critical import LEVEL, JointT, joint_t
+from expertgrid.ablations.results.stats.critical import LEVEL, joint_t
 
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
 BETTER, WORSE, SAME, OPEN, NONE = VERDICTS
+TURNED: dict[Verdict, Verdict] = {
+    BETTER: WORSE,
+    WORSE: BETTER,
+}  # where lower is better, or two cells change places
 
-Basis = Literal["pooled", "its cells", "over seeds", "t over seeds"]
+Basis = Literal["pooled", "its cells", "over seeds"]
 BASES = get_args(Basis)
 
 FEW = 8  # degrees of freedom of a contrast's own cells, below which their excess is counted cell by cell
-TOO_FEW = 4  # below which Student's t over seeds decides alone
+TOO_FEW = 4  # below which a contrast has no interval
+ROUNDING = 1e-9  # of a value that is 0, relative to the largest
+KNOWN = 0.995  # level at which a variance of few degrees of freedom counts as one of many
 
 
 class Estimates(NamedTuple):
@@ -56,10 +69,11 @@ class Estimates(NamedTuple):
     mean_XQ: np.ndarray
     error_XQ: np.ndarray  # standard error of the mean
     basis_XQ: np.ndarray  # index into BASES
-    seeds_Q: np.ndarray  # that all cells of the contrast have
-    by_seeds_Q: np.ndarray  # whether the error has the contrast's own seeds - 1 degrees of freedom, not `df`
+    seeds_Q: np.ndarray  # that the estimate is worth: all of them where no score is missing
     spread_X: np.ndarray  # pooled residual standard deviation; NaN without degrees of freedom
     df: float  # of it
+    correlation_QQ: np.ndarray  # of the estimates
+    few_Q: np.ndarray  # whether the contrast's own cells have too few degrees of freedom for an interval
     constant_Q: np.ndarray = np.array(np.nan)  # critical value: half of an interval's width over its error
 
     @property
@@ -76,7 +90,7 @@ class Judgement:
     """What may be said of one contrast of a family. `error`, `low` and `high` are None where `reason` says why."""
 
     verdict: Verdict  # "none": the contrast has no verdict
-    seeds: int
+    seeds: float  # that the estimate is worth, as `Fit.coefficients` counts them
     mean: float | None = None
     error: float | None = None
     low: float | None = None
@@ -84,6 +98,7 @@ class Judgement:
     constant: float | None = None  # critical value: half of the interval's width over its error
     basis: Basis | None = None
     reason: str = ""
+    p: float | None = None  # of no difference, adjusted for the family; None in a race
 
 
 @dataclass(frozen=True)
@@ -108,11 +123,10 @@ def judge(
     worse: it lies on one side of 0. A difference within the margin is `same`, and `reason` says that there is one.
     Otherwise open. So a wrong verdict needs an interval that misses the truth.
 
-    The seeds must have been fixed beforehand (for others see `race`). A contrast uses the seeds that all of its cells
-    have. `no_verdict` names cells that may not be judged, and why ("diverged in 2 of 5 seeds"): every contrast with
-    such a cell has the verdict "none" and this reason. These cells count in the size of the family, but not in the
-    spread. Raises ValueError for weights that do not sum to 0 or do not fit the scores, infinite scores, a margin that
-    is not above 0.
+    The seeds must have been fixed beforehand (for others see `race`). `no_verdict` names cells that may not be judged,
+    and why ("diverged in 2 of 5 seeds"): every contrast with such a cell has the verdict "none" and this reason. These
+    cells count in the size of the family, but not in the spread. Raises ValueError for weights that do not sum to 0 or
+    do not fit the scores, infinite scores, a margin that is not above 0.
     """
     weights_QC, scores_CS = checked(weights_QC, scores_CS, margin)
     no_verdict = no_verdict or {}
@@ -121,8 +135,15 @@ def judge(
     judged_CS = scores_CS.copy()
     judged_CS[list(no_verdict)] = np.nan
     estimates = estimate(weights_QC, judged_CS, level)
+    joint = joint_t(estimates.correlation_QQ)
+
+    def with_p(judgement: Judgement) -> Judgement:
+        if judgement.mean is None or judgement.error is None:
+            return judgement
+        return replace(judgement, p=joint.tail(abs(judgement.mean) / judgement.error, estimates.df))
+
     judgements = [
-        without_verdict(weights_C, no_verdict) or judged(estimates, place, margin)
+        without_verdict(weights_C, no_verdict) or with_p(judged(estimates, place, margin))
         for place, weights_C in enumerate(weights_QC)
     ]
     return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
@@ -136,11 +157,11 @@ def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Jud
 
 def judged(estimates: Estimates, place: int, margin: float) -> Judgement:
     """The judgement on the contrast at this place of one study."""
-    seeds = int(estimates.seeds_Q[place])
+    seeds = float(estimates.seeds_Q[place])
     mean, error = float(estimates.mean_XQ[place]), float(estimates.error_XQ[place])
     constant = float(estimates.constant_Q[place])
     if np.isnan(error):
-        return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds))
+        return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds, bool(estimates.few_Q[place])))
     low, high = mean - constant * error, mean + constant * error
     verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
@@ -148,11 +169,11 @@ def judged(estimates: Estimates, place: int, margin: float) -> Judgement:
     return Judgement(verdict, seeds, mean, error, low, high, constant, BASES[estimates.basis_XQ[place]], reason)
 
 
-def _no_interval(seeds: int) -> str:
+def _no_interval(seeds: float, few: bool) -> str:
     if seeds == 0:
-        return "the cells have no seed in common"
-    if seeds == 1:
-        return "one seed has no spread"
+        return "its cells cannot be compared by the trials that are finished"
+    if few:
+        return f"{seeds:.2g} seed{'' if seeds == 1 else 's'}: no verdict"
     return "the scores differ by the same amount at every seed, and their spread is unknown"
 
 
@@ -165,17 +186,13 @@ def verdicts(low_XQ: np.ndarray, high_XQ: np.ndarray, margin: float) -> np.ndarr
 def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVEL) -> Estimates:
     """Estimates and simultaneous intervals of contrasts, by the rules at the head of this file.
 
-    In the unbalanced case (NaN at some cells and seeds, the same ones for all X) a contrast is the mean over the seeds
-    that all of its cells have, and the variances are from all scores: unbiased ones, of residuals after a fit of cells
-    and seeds. A contrast without an interval has NaN for its error: fewer than two seeds, no spread at all.
+    Scores may be missing (NaN at some cells and seeds, the same ones for all X). A contrast without an interval has
+    NaN for its error: one that the scores do not determine, one seed, too few degrees of freedom, no spread at all.
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
     known = errors(weights_QC, scores_XCS)
-    joint = _joint(weights_QC, np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0]))
-    constant_Q = np.full(len(weights_QC), joint.constant(known.df, level) if known.df > 0 else np.nan)
-    for seeds in np.unique(known.seeds_Q[known.by_seeds_Q & (known.seeds_Q > 1)]):
-        constant_Q[known.by_seeds_Q & (known.seeds_Q == seeds)] = by_seeds_constant(seeds, len(weights_QC), level)
-    return known._replace(constant_Q=constant_Q)
+    constant = joint_t(known.correlation_QQ).constant(known.df, level) if known.df > 0 else np.nan
+    return known._replace(constant_Q=np.full(len(weights_QC), constant))
 
 
 def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
@@ -183,56 +200,61 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
     mask_CS = ~np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0])
     if (np.isnan(scores_XCS) == mask_CS).any():
         raise ValueError("scores of several studies must be missing at the same cells and seeds")
-    scores_XCS = np.where(mask_CS, scores_XCS, 0.0)
+    scores_XCS, fit = np.where(mask_CS, scores_XCS, 0.0), Fit(mask_CS)
     squares_QC = weights_QC**2
     total_Q = squares_QC.sum(1)
-    mask_QS = ~((weights_QC != 0) @ ~mask_CS)
-    seeds_Q = mask_QS.sum(1)
-    own_df_Q = (seeds_Q - 1) * total_Q**2 / (squares_QC**2).sum(1)
-    too_few_Q = own_df_Q < TOO_FEW
-    with np.errstate(divide="ignore", invalid="ignore"):
-        by_seed_XQS = np.where(mask_QS, weights_QC @ scores_XCS, 0.0)
-        mean_XQ = by_seed_XQS.sum(-1) / seeds_Q
-        away_XQS = np.where(mask_QS, by_seed_XQS - mean_XQ[..., None], 0.0)
-        seeds_variance_XQ = (away_XQS**2).sum(-1) / (seeds_Q - 1) / total_Q
+    by_score_QCS, seeds_Q = fit.coefficients(weights_QC)
+    spread = residual_variances(scores_XCS, fit)
+    residual_XCS = fit.residuals(scores_XCS)
 
-        spread = residual_variances(scores_XCS, mask_CS)
+    def over_seeds(by_score_QCS: np.ndarray, seeds_Q: np.ndarray) -> np.ndarray:
+        """The variance (X, Q) of estimates from seed to seed, in units of sum(weights**2) / seeds."""
+        by_seed_XQS = np.einsum("qcs,...cs->...qs", by_score_QCS, residual_XCS)
+        return (by_seed_XQS**2).sum(-1) * seeds_Q / (seeds_Q - 1) / (by_score_QCS**2).sum((1, 2))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        own_df_Q = (seeds_Q - 1) * total_Q**2 / (squares_QC**2).sum(1)
+        seeds_variance_XQ = over_seeds(by_score_QCS, seeds_Q)
+        many_Q = ((weights_QC != 0).sum(1) > 2) & (seeds_Q > 1)
+        if many_Q.any():
+            basis_RC = contrast_basis(weights_QC[seeds_Q > 1])
+            by_score_RCS, seeds_R = fit.coefficients(basis_RC)
+            family_X1 = over_seeds(by_score_RCS, seeds_R).mean(-1)[..., None]
+            wider = stdtrit((seeds_R - 1).sum(), KNOWN) / stdtrit(spread.df, KNOWN)
+            shared_XQ = np.maximum(seeds_variance_XQ, family_X1) * max(wider, 1.0) ** 2
+            seeds_variance_XQ = np.where(many_Q, shared_XQ, seeds_variance_XQ)
         pooled_X1 = spread.pooled_X[..., None]
         excess_XC = np.nan_to_num(spread.own_XC / pooled_X1 - 1)  # 0 for a cell without scores
         share_CQ = (squares_QC / total_Q[:, None]).T
         together_XQ = np.maximum(0, excess_XC @ share_CQ)
         apart_XQ = np.maximum(0, excess_XC) @ share_CQ
         excess_XQ = surcharge(seeds_Q) * np.where(own_df_Q < FEW, apart_XQ, together_XQ)
-        cells_variance_XQ = np.where(too_few_Q, 0.0, pooled_X1 * (1 + excess_XQ))
+        cells_variance_XQ = pooled_X1 * (1 + excess_XQ)
         variance_XQ = np.maximum(cells_variance_XQ, seeds_variance_XQ)
         scale_X1 = np.abs(scores_XCS).max((-2, -1))[..., None]
-        known_XQ = (seeds_Q > 1) & (variance_XQ > (1e-6 * scale_X1) ** 2)  # else only rounding in single precision
-        error_XQ = np.where(known_XQ, np.sqrt(variance_XQ * total_Q / seeds_Q), np.nan)
+        few_Q = own_df_Q < TOO_FEW - 1e-6
+        known_XQ = ~few_Q & (variance_XQ > (1e-6 * scale_X1) ** 2)  # else rounding in single precision
+        error_XQ = np.where(known_XQ, np.sqrt(variance_XQ * (by_score_QCS**2).sum((1, 2))), np.nan)
+        mean_XQ = np.where(seeds_Q > 0, np.einsum("qcs,...cs->...q", by_score_QCS, scores_XCS), np.nan)
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
-    basis_XQ = np.where(too_few_Q, 3, basis_XQ)
-    return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, too_few_Q, np.sqrt(spread.pooled_X), spread.df)
+    correlated_QCS = np.where((seeds_Q > 0)[:, None, None], by_score_QCS, weights_QC[:, :, None])  # as with all scores
+    vectors_QN = correlated_QCS.reshape(len(weights_QC), -1)
+    unit_QN = vectors_QN / np.linalg.norm(vectors_QN, axis=1, keepdims=True)
+    correlation_QQ = unit_QN @ unit_QN.T
+    return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, np.sqrt(spread.pooled_X), spread.df, correlation_QQ, few_Q)
 
 
-def by_seeds_constant(seeds: int, contrasts: int, level: float = LEVEL) -> float:
-    """Student's t over seeds, by Bonferroni's inequality: each contrast has a spread of its own, not a common one."""
-    return float(-stdtrit(seeds - 1, (1 - level) / 2 / contrasts))
+def contrast_basis(weights_QC: np.ndarray) -> np.ndarray:
+    """An orthonormal basis (R, C) of the contrasts that a family spans."""
+    _, singular, rows_RC = np.linalg.svd(weights_QC, full_matrices=False)
+    return rows_RC[singular > 1e-9 * singular.max()]
 
 
-def surcharge(seeds: np.ndarray | int) -> np.ndarray:
+def surcharge(seeds: np.ndarray | float) -> np.ndarray:
     """How many times an excess that `seeds` seeds show counts: (t / z)**2; inf below 2 seeds."""
     seeds = np.asarray(seeds, dtype=float)
     t = stdtrit(np.maximum(seeds - 1, 1), 0.99)
     return np.where(seeds > 1, (t / ndtri(0.99)) ** 2, np.inf)
-
-
-def _joint(weights_QC: np.ndarray, missing_CS: np.ndarray) -> JointT:
-    """The joint t of contrasts over the seeds that all their cells have. A contrast without any counts as with all."""
-    mask_QS = ~((weights_QC != 0) @ missing_CS)
-    mask_QS = np.where(mask_QS.any(1)[:, None], mask_QS, True).astype(float)
-    seeds_Q = mask_QS.sum(1)
-    covariance_QQ = (weights_QC @ weights_QC.T) * (mask_QS @ mask_QS.T) / np.outer(seeds_Q, seeds_Q)
-    scale_Q = np.sqrt(np.diag(covariance_QQ))
-    return joint_t(covariance_QQ / np.outer(scale_Q, scale_Q))
 
 
 def checked(
@@ -247,11 +269,51 @@ def checked(
     if np.isinf(scores_XCS).any():
         raise ValueError("scores must be finite, or NaN where a trial was not trained yet")
     largest_Q = np.abs(weights_QC).max(1) if weights_QC.size else np.ones(0)
-    if (largest_Q == 0).any() or (np.abs(weights_QC.sum(1)) > 1e-9 * largest_Q).any():
+    if (largest_Q == 0).any() or (np.abs(weights_QC.sum(1)) > ROUNDING * largest_Q).any():
         raise ValueError("the weights of a contrast must sum to 0, and not all be 0")
     if margin is not None and not margin > 0:
         raise ValueError(f"the margin must be above 0, found {margin}")
     return weights_QC, scores_XCS
+
+
+class Fit:
+    """The fit m_c + f_s by least squares to scores that are there where the mask (C, S) is True."""
+
+    def __init__(self, mask_CS: np.ndarray) -> None:
+        self.mask_CS, self.n_C = mask_CS.astype(float), np.maximum(mask_CS.sum(1), 1)
+        # each cell centred; what is left is a regression on the seeds, centred alike
+        eye_SS = np.eye(mask_CS.shape[1])
+        self.normal_CSS = self.mask_CS[:, :, None] * (eye_SS - self.mask_CS[:, None, :] / self.n_C[:, None, None])
+        self.inverse_SS = np.linalg.pinv(self.normal_CSS.sum(0), rcond=ROUNDING, hermitian=True)
+        rank = np.linalg.matrix_rank(self.normal_CSS.sum(0), hermitian=True)
+        self.df = float(mask_CS.sum() - mask_CS.any(1).sum() - rank)
+
+    def residuals(self, scores_XCS: np.ndarray) -> np.ndarray:
+        """What scores (X, C, S), 0 where they are missing, are away from the fit; 0 where they are missing."""
+        mask_CS, n_C = self.mask_CS, self.n_C
+        centred_XCS = mask_CS * (scores_XCS - (scores_XCS.sum(-1) / n_C)[..., None])
+        seeds_XS = centred_XCS.sum(-2) @ self.inverse_SS
+        return centred_XCS - mask_CS * (seeds_XS[..., None, :] - (seeds_XS @ mask_CS.T / n_C)[..., None])
+
+    def coefficients(self, weights_QC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The weight of each score (Q, C, S) in the estimates of contrasts, and how many seeds these are worth (Q,).
+
+        With all scores each has the contrast's weight / seeds. Otherwise the estimate is as well known as one from so
+        many seeds: sum(weights**2) over the sum of squares of its scores' weights. 0 for a contrast that the scores do
+        not determine.
+        """
+        mask_CS, n_C = self.mask_CS, self.n_C
+        seeds_QS = (weights_QC / n_C) @ mask_CS
+        by_seed_QS = seeds_QS @ self.inverse_SS
+        by_cell_QC = (weights_QC + by_seed_QS @ mask_CS.T) / n_C
+        by_score_QCS = mask_CS * (by_cell_QC[:, :, None] - by_seed_QS[:, None, :])
+        largest_Q = np.abs(weights_QC).max(1)
+        determined_Q = np.abs(by_score_QCS.sum(2) - weights_QC).max(1) < ROUNDING * largest_Q
+        determined_Q &= np.abs(by_score_QCS.sum(1)).max(1) < ROUNDING * largest_Q
+        by_score_QCS[~determined_Q] = 0
+        squares_Q = (by_score_QCS**2).sum((1, 2))
+        worth_Q = (weights_QC**2).sum(1) / np.where(determined_Q, squares_Q, np.inf)
+        return by_score_QCS, np.round(worth_Q, 9)
 
 
 class Residuals(NamedTuple):
@@ -262,30 +324,21 @@ class Residuals(NamedTuple):
     df: float
 
 
-def residual_variances(scores_XCS: np.ndarray, mask_CS: np.ndarray) -> Residuals:
-    """The residual variances of the fit m_c + f_s by least squares; scores where the mask is False do not count.
+def residual_variances(scores_XCS: np.ndarray, fit: Fit) -> Residuals:
+    """The residual variances of the fit of cells and seeds; scores that are missing are 0.
 
     Pooled is the mean square of the residuals. A cell's own is unbiased whatever the variances of the others: expected
     sums of squares of each cell's residuals are linear in the variances of all cells (K), and are solved for (MINQUE:
     Rao 1970). For C cells with the same S seeds and the sum of squares q_c it is C / (C - 2) * (q_c / (S - 1) -
     pooled / C). Two cells have the same residuals, and cannot be told apart: each has the mean.
     """
-    counts_C = mask_CS.sum(1)
-    cells, mask_CS, scores_XCS = counts_C > 0, mask_CS[counts_C > 0].astype(float), scores_XCS[..., counts_C > 0, :]
-    n_C = counts_C[cells]
-    # each cell centred; what is left is a regression on the seeds, centred alike
-    centred_XCS = mask_CS * (scores_XCS - ((scores_XCS * mask_CS).sum(-1) / n_C)[..., None])
-    normal_CSS = mask_CS[:, :, None] * (np.eye(mask_CS.shape[1]) - mask_CS[:, None, :] / n_C[:, None, None])
-    inverse_SS = np.linalg.pinv(normal_CSS.sum(0), hermitian=True)
-    seeds_XS = centred_XCS.sum(-2) @ inverse_SS
-    fitted_XCS = mask_CS * (seeds_XS[..., None, :] - (seeds_XS @ mask_CS.T / n_C)[..., None])
-    squares_XC = ((centred_XCS - fitted_XCS) ** 2).sum(-1)
-    explained_CSS = inverse_SS @ normal_CSS
+    cells, squares_XC = fit.mask_CS.any(1), (fit.residuals(scores_XCS) ** 2).sum(-1)
+    normal_CSS = fit.normal_CSS[cells]
+    explained_CSS = fit.inverse_SS @ normal_CSS
     left_CSS = normal_CSS - explained_CSS
     K_CC = np.einsum("cij,dji->cd", explained_CSS, explained_CSS)
     np.fill_diagonal(K_CC, np.einsum("cij,cji->c", left_CSS, left_CSS))
-    df = float(n_C.sum() - len(n_C) - np.linalg.matrix_rank(normal_CSS.sum(0), hermitian=True))
-    own_XC = np.full((*squares_XC.shape[:-1], len(cells)), np.nan)
-    own_XC[..., cells] = squares_XC @ np.linalg.pinv(K_CC, hermitian=True)
-    pooled_X = squares_XC.sum(-1) / df if df > 0 else np.full(squares_XC.shape[:-1], np.nan)
-    return Residuals(pooled_X, own_XC, df)
+    own_XC = np.full(squares_XC.shape, np.nan)
+    own_XC[..., cells] = squares_XC[..., cells] @ np.linalg.pinv(K_CC, rcond=ROUNDING, hermitian=True)
+    pooled_X = squares_XC.sum(-1) / fit.df if fit.df > 0 else np.full(squares_XC.shape[:-1], np.nan)
+    return Residuals(pooled_X, own_XC, fit.df)

@@ -7,23 +7,22 @@ Shapes: Q contrasts, C cells, D differences, X draws.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import ndtr, stdtrit
 
-from expertgrid.ablations.results.stats.contrasts import FEW, OPEN, TOO_FEW, Family, by_seeds_constant, surcharge
+from expertgrid.ablations.results.stats.contrasts import FEW, KNOWN, OPEN, TOO_FEW, Family, surcharge
 from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
 
-DIFFERENCES = (0.3, 0.5, 1.0)  # points, for which a plan says how many seeds they need
 POWER = 0.8
 MOST_SEEDS = 1000
 DRAWS = 2048
 
 
-def binomial_spread(accuracy: float, images: int) -> float:
+def binomial_spread(accuracy: float, images: float) -> float:
     """The standard deviation of an accuracy in percent that `images` random images alone give: a floor for the spread.
 
     Jordan 2023 (arXiv 2304.01910) finds most of the spread of seeds on CIFAR-10 to be this. Raises ValueError for an
@@ -43,6 +42,7 @@ class PowerAnalysis:
             raise ValueError(f"the spread must be above 0, found {spread}")
         self.spread, self.level = spread, level
         self._joint = joint_t(correlation(self.weights_QC))
+        self._rank = self._joint.root_QR.shape[1]
 
     def power(self, contrast: int, difference: float, seeds: int, margin: float | None = None) -> float:
         """The probability that a true `difference` is found: better if it is above 0, worse below.
@@ -54,7 +54,9 @@ class PowerAnalysis:
             return 0.0
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
-        half_X = self._constant(contrast, seeds) * _widths(_form(weights_C), seeds)
+        if _own_df(weights_C, seeds) < TOO_FEW:
+            return 0.0
+        half_X = self._constant(seeds) * _widths(_form(weights_C), seeds, self._rank)
         effect = abs(difference) / unit
         decided_X = ndtr(effect - half_X)
         if margin is not None:  # estimates within margin - half are the same, those above half (or there too) better
@@ -75,7 +77,9 @@ class PowerAnalysis:
     def _detectable(self, contrast: int, seeds: int, power: float) -> float:
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
-        most = unit * (50 + 50 * self._constant(contrast, seeds))
+        if _own_df(weights_C, seeds) < TOO_FEW:
+            return math.inf
+        most = unit * (50 + 50 * self._constant(seeds))
         return crossing(lambda difference: self.power(contrast, difference, seeds) > power, 0.0, most)
 
     def seeds_for(
@@ -87,33 +91,32 @@ class PowerAnalysis:
         """
         return _fewest(lambda seeds: self.power(contrast, difference, seeds, margin) >= power)
 
-    def _constant(self, contrast: int, seeds: int) -> float:
-        weights_C = self.weights_QC[contrast]
-        if _own_df(weights_C, seeds) < TOO_FEW:
-            return by_seeds_constant(seeds, len(self.weights_QC), self.level)
-        return self._joint.constant((len(weights_C) - 1) * (seeds - 1), self.level)
+    def _constant(self, seeds: int) -> float:
+        return self._joint.constant((self.weights_QC.shape[1] - 1) * (seeds - 1), self.level)
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What a study can see. Differences and the spread are in points."""
+    """What a study can see. Differences and the spread are in points, or as the metric counts."""
 
-    spread: float  # of a cell's accuracy from seed to seed beyond its block
+    spread: float  # of a cell's score from seed to seed beyond its block
     measured: bool  # from records; else the binomial floor
     seeds: int
     smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
     needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
 
 
-def sight(weights_QC: np.ndarray, spread: float, seeds: int, measured: bool = True) -> Sight | None:
-    """What `seeds` seeds can see by a spread in points. None without contrasts, and for one seed."""
+def sight(
+    weights_QC: np.ndarray, spread: float, seeds: int, differences: Sequence[float], measured: bool = True
+) -> Sight | None:
+    """What `seeds` seeds can see by a spread, and how many `differences` need. None without contrasts, for one seed."""
     if not len(weights_QC) or seeds < 2:
         return None
     analysis = PowerAnalysis(weights_QC, spread)
     hardest = int((weights_QC**2).sum(1).argmax())
     smallest = float(analysis.detectable(seeds)[hardest])
-    half = [float(f"{smallest / 2:.1g}")] if smallest < DIFFERENCES[0] else []
-    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*DIFFERENCES, *half)}
+    half = [float(f"{smallest / 2:.1g}")] if smallest < differences[0] else []
+    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*differences, *half)}
     return Sight(spread, measured, seeds, smallest, needed)
 
 
@@ -143,17 +146,22 @@ def _own_df(weights_C: np.ndarray, seeds: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _widths(weights: tuple[float, ...], seeds: int) -> np.ndarray:
+def _widths(weights: tuple[float, ...], seeds: int, rank: int) -> np.ndarray:
     """Errors (X,) that `estimate` gives a contrast, over the true one, where all cells spread alike: drawn, fixed seed.
 
-    `weights` is a `_form`, so that contrasts of one form have one answer. Drawn from chi-squared distributions, the
-    variance over seeds as if it were independent of those of cells.
+    `weights` is a `_form`, so that contrasts of one form have one answer, and `rank` that of their family. Drawn from
+    chi-squared distributions, the variances over seeds as if they were independent of those of cells.
     """
     count, used_C = len(weights), np.array([weight for weight in weights if weight])
     share_C, own_df, rng = used_C**2 / (used_C**2).sum(), _own_df(used_C, seeds), np.random.default_rng(0)
     over_seeds_X = rng.chisquare(seeds - 1, DRAWS) / (seeds - 1)
-    if count == 2 or own_df < TOO_FEW:
+    if count == 2:
         return np.sqrt(over_seeds_X)
+    if len(used_C) > 2 and rank < count - 1:
+        others_X = rng.chisquare((rank - 1) * (seeds - 1), DRAWS) if rank > 1 else 0.0
+        family_X = (over_seeds_X * (seeds - 1) + others_X) / (rank * (seeds - 1))
+        wider = stdtrit(rank * (seeds - 1), KNOWN) / stdtrit((count - 1) * (seeds - 1), KNOWN)
+        over_seeds_X = np.maximum(over_seeds_X, family_X) * wider**2
     own_XC = rng.chisquare(seeds - 1, (DRAWS, len(used_C))) / (seeds - 1)
     others = count - len(used_C)
     others_X = rng.chisquare(others * (seeds - 1), DRAWS) / (seeds - 1) if others else 0.0

@@ -6,7 +6,7 @@ Shapes: C cells, S seeds, E epochs, X any.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,17 +73,21 @@ class Winner:
     agreement: float | None  # the share of seeds without which the same cell wins
 
 
-def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
+def winner(
+    validation_CS: np.ndarray,
+    test_CS: np.ndarray,
+    interval: Callable[[Sequence[float]], Interval] = accuracy_interval,
+) -> Winner:
     """The cell with the highest mean on validation (the first of equals), and its test accuracy, corrected for choice.
 
-    Both are in percent. To choose on validation does not bias the test accuracy by way of the images: the splits share
-    none. It does by way of the seeds: a cell that was lucky with its seeds is lucky on both splits, and the best of C
-    cells is likely to have been. So each seed is left out in turn, the winner is chosen by validation on the others,
-    and its test accuracy (the mean of equals) is read on the seed left out; the mean of these has no such bias, and is
-    what the rule "take the best on validation" gives with S - 1 seeds (cross-validation over seeds: Stone, 1974). With
-    S - 1 seeds the choice is a little worse, so the correction is rather too large than too small, and with few
-    seeds it is noisy and may be upwards. The interval of `corrected` is approximate, as the choices share seeds. Raises
-    ValueError for shapes that differ.
+    Both are in percent where no `interval` is given. To choose on validation does not bias the test accuracy by way of
+    the images: the splits share none. It does by way of the seeds: a cell that was lucky with its seeds is lucky on
+    both splits, and the best of C cells is likely to have been. So each seed is left out in turn, the winner is chosen
+    by validation on the others, and its test accuracy (the mean of equals) is read on the seed left out; the mean of
+    these has no such bias, and is what the rule "take the best on validation" gives with S - 1 seeds (cross-validation
+    over seeds: Stone, 1974). With S - 1 seeds the choice is a little worse, so the correction is rather too large than
+    too small, and with few seeds it is noisy and may be upwards. The interval of `corrected` is approximate, as the
+    choices share seeds. Raises ValueError for shapes that differ.
     """
     validation_CS, test_CS = _finite(validation_CS, "scores", 2), _finite(test_CS, "scores", 2)
     if validation_CS.shape != test_CS.shape:
@@ -92,13 +96,13 @@ def winner(validation_CS: np.ndarray, test_CS: np.ndarray) -> Winner:
         )
     n = validation_CS.shape[1]
     cell = int(_highest(validation_CS.mean(1)).argmax())
-    reported = accuracy_interval(test_CS[cell])
+    reported = interval(test_CS[cell])
     if n == 1:
         return Winner(cell, reported, None, None)
     without_SC = np.array([np.delete(validation_CS, seed, axis=1).mean(1) for seed in range(n)])
     chosen_SC = _highest(without_SC)  # equal ones share: the winner owes its place to the seed left out
     corrected_S = (chosen_SC * test_CS.T).sum(1) / chosen_SC.sum(1)
-    return Winner(cell, reported, accuracy_interval(corrected_S), float(chosen_SC[:, cell].mean()))
+    return Winner(cell, reported, interval(corrected_S), float(chosen_SC[:, cell].mean()))
 
 
 @dataclass(frozen=True)

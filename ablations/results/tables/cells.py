@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import Record, Split
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import Evidence
-from expertgrid.ablations.results.rows import Results, Row, latency_front, on_test, on_validation, peek, smallest
+from expertgrid.ablations.results.rows import Results, Row, latency_front, peek, smallest
 from expertgrid.ablations.results.stats.contrasts import NONE
 from expertgrid.ablations.results.stats.selection import accuracy_interval
 from expertgrid.ablations.results.tables.effects import judged
@@ -18,9 +20,9 @@ from expertgrid.ablations.results.tables.notes import (
     split_notes,
     verdict_notes,
 )
-from expertgrid.model.system.text import Measured, Points, Signed, Table
+from expertgrid.model.system.text import Measured, Points, Signed, Table, rounded
 
-ACCURACIES: dict[str, Callable[[Record], float]] = {"val acc %": on_validation, "test acc %": on_test}
+HEADS: dict[str, Split] = {"val": "validation", "test": "test"}  # of columns
 FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
     "val acc % with flip TTA": lambda record: record.validation_accuracy_flip,
     "test acc % with flip TTA": lambda record: record.test_accuracy_flip,
@@ -35,7 +37,7 @@ def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
         title = f"Cells, against {results.rows[0].name}"
         notes = reasons((row.name, judgement) for row, judgement in zip(results.rows, evidence.against_base)) + notes
         if not evidence.effects:
-            sight = [sight_line(evidence.sight)] if evidence.sight else []
+            sight = [sight_line(evidence.sight, evidence.scale)] if evidence.sight else []
             notes = verdict_notes(evidence) + notes + sight + split_notes(evidence)
     return Table("cells", title, columns(results.rows, evidence), notes)
 
@@ -58,7 +60,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
         values |= {"model": row.model} if named else {}
         values |= {name: row.levels.get(name, "") for name in factors if name != "model" or row.levels}
         values["n"] = _seeds(row)
-        values |= {title: row.accuracy(value) for title, value in ACCURACIES.items()}
+        values |= {f"{head} {row.scale.short}": row.interval(split) for head, split in HEADS.items()}
         for title, value in FLIP_ACCURACIES.items():
             if any(value(record) is not None for other in rows for record in other.records):
                 shares = [share for record in row.records if (share := value(record)) is not None]
@@ -96,7 +98,7 @@ def training_rate(row: Row) -> float | None:
     """Images/s in training: measured alone where that was done, else of the trials that were trained one at a time."""
     if row.alone is not None or not row.by_seed or row.packed:
         return row.alone
-    return row.mean(lambda record: record.images_per_s)
+    return float(np.mean([record.images_per_s for record in row.records]))
 
 
 def peek_table(directory: StudyDirectory, results: Results) -> Table:
@@ -127,18 +129,21 @@ PEEK_NOTES = [
 
 def comparison_tables(evidence: Evidence, two: TwoCells) -> list[Table]:
     """Two cells in full, by split and by seed. A is the first, B the second."""
-    first, second = two.comparison.first, two.comparison.second
+    first, second, by = two.comparison.first, two.comparison.second, evidence.scale
+    what = f"{by.title} in points" if by.points else by.title
     splits = [
-        {"accuracy in points": "validation (decides)", **judged(evidence, two.comparison.judgement, "A - B")},
-        {"accuracy in points": "test", **judged(evidence, two.comparison.test, "A - B"), "verdict": None},
+        {what: "validation (decides)", **judged(evidence, two.comparison.judgement, "A - B")},
+        {what: "test", **judged(evidence, two.comparison.test, "A - B"), "verdict": None},
     ]
     seeds = []
     for seed in two.seeds:
         values: dict[str, object] = {"seed": seed}
-        for name, value in (("val", on_validation), ("test", on_test)):
-            a, b = (value(row.by_seed[seed]) if seed in row.by_seed else None for row in (first, second))
-            values |= {f"{name} A": None if a is None else Points(a), f"{name} B": None if b is None else Points(b)}
-            values[f"{name} A - B"] = None if a is None or b is None else Signed(a - b)
+        for name, split in HEADS.items():
+            a, b = (row.by_seed[seed].score(split, by) if seed in row.by_seed else None for row in (first, second))
+            values |= {
+                f"{name} {which}": x if x is None else rounded(Points(x), by.decimals) for which, x in zip("AB", (a, b))
+            }
+            values[f"{name} A - B"] = None if a is None or b is None else rounded(Signed(a - b), by.decimals)
         if two.mcnemar:
             test = two.mcnemar.get(seed)
             values |= {

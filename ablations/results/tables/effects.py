@@ -7,7 +7,7 @@ from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
-from expertgrid.model.system.text import Signed, Span, Table
+from expertgrid.model.system.text import Signed, Span, Table, rounded
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
 COSTS = ("parameters", "MACs", "training time", "latency")
@@ -32,17 +32,21 @@ class Verdict:
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
-    """The columns of a judgement: the effect, under this title, its interval and verdict.
+    """The columns of a judgement of a study."""
+    return judgement_columns(judgement, effect, evidence.scale.decimals, evidence.fixed_split)
 
-    The interval that is shown is the one that decides.
-    """
+
+def judgement_columns(
+    judgement: Judgement | None, effect: str = "effect", decimals: int = 2, fixed_split: bool = False
+) -> dict[str, object]:
+    """The effect, under this title, its interval and verdict. The interval that is shown is the one that decides."""
     if judgement is None:
         return {effect: None, "95% interval": None, "verdict": None}
     has_interval = judgement.low is not None and judgement.high is not None
     return {
-        effect: None if judgement.mean is None else Signed(judgement.mean),
-        "95% interval": Span(judgement.low, judgement.high) if has_interval else None,
-        "verdict": Verdict(judgement, evidence.fixed_split),
+        effect: None if judgement.mean is None else rounded(Signed(judgement.mean), decimals),
+        "95% interval": rounded(Span(judgement.low, judgement.high), decimals) if has_interval else None,
+        "verdict": Verdict(judgement, fixed_split),
     }
 
 
@@ -62,15 +66,17 @@ def factor_table(evidence: Evidence) -> Table:
 
 
 def _about(evidence: Evidence) -> str:
-    plan = evidence.results.plan
+    plan, what = evidence.results.plan, f"validation {evidence.scale.in_words}"
     if plan.race:
-        return f"validation accuracy, points; a race from {plan.race.first} to {plan.race.last} seeds"
-    counts = sorted({judgement.seeds for judgement in evidence.judgements if judgement.seeds})
+        return f"{what}; a race from {plan.race.first} to {plan.race.last} seeds"
+    counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
     counts = counts or [evidence.results.study.seeds]
-    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else counted(counts[0], "seed")
+    least = f"{counts[0]:g} to " if len(counts) > 1 else ""
+    seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
     part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
     where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
-    return f"validation accuracy, points; {seeds}, {where} of the images"
+    afterwards = ", chosen after seeing" if evidence.results.chosen_afterwards else ""
+    return f"{what}{afterwards}; {seeds}, {where} of the images"
 
 
 def interaction_table(evidence: Evidence) -> Table:
@@ -83,7 +89,7 @@ def interaction_table(evidence: Evidence) -> Table:
         f"{len(rows)} of {counted(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
         "other. Exploratory: not declared before training."
     ]
-    return Table("interactions", "Interactions that are decided (points)", rows, notes)
+    return Table("interactions", f"Interactions that are decided ({evidence.scale.unit_in_words})", rows, notes)
 
 
 def contrast_table(evidence: Evidence) -> Table:
@@ -93,7 +99,7 @@ def contrast_table(evidence: Evidence) -> Table:
         for pair in evidence.declared
     ]
     notes = reasons((pair.name, pair.judgement) for pair in evidence.declared)
-    return Table("contrasts", "Contrasts that the study declares (points)", rows, notes)
+    return Table("contrasts", f"Contrasts that the study declares ({evidence.scale.unit_in_words})", rows, notes)
 
 
 def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
@@ -104,7 +110,7 @@ def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
     rows = []
     for marginal in marginals:
         values: dict[str, object] = {**marginal.levels, "cells": marginal.cells, "n": marginal.seeds}
-        values |= {"val acc %": marginal.validation, "test acc %": marginal.test}
+        values |= {f"val {evidence.scale.short}": marginal.validation, f"test {evidence.scale.short}": marginal.test}
         judgement = marginal.effect.judgement if marginal.effect else None
         rows.append(values | (judged(evidence, judgement, title) if effects else {}))
     notes = ["Means over the networks of each level, for each seed; in brackets the 95% interval over seeds."]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
 from expertgrid.ablations.results.rows import (
@@ -14,8 +14,6 @@ from expertgrid.ablations.results.rows import (
     best_row,
     common_scores,
     complete,
-    on_test,
-    on_validation,
     smallest,
     timed_together,
     winner,
@@ -23,7 +21,9 @@ from expertgrid.ablations.results.rows import (
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
+from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import shown
+from expertgrid.model.training.metrics import ACCURACY, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
 FIRST_NAMED = 3  # of more than these; the others are counted
@@ -40,7 +40,7 @@ def effect_notes(evidence: Evidence) -> list[str]:
         needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
         lines.append(f"To decide what is open: {_some(needed, '; ')}.")
     if evidence.sight:
-        lines.append(sight_line(evidence.sight))
+        lines.append(sight_line(evidence.sight, evidence.scale))
     lines += split_notes(evidence)
     costs = {name for effect in evidence.effects for name in effect.cost}
     if costs:
@@ -58,10 +58,14 @@ def effect_notes(evidence: Evidence) -> list[str]:
 
 def verdict_notes(evidence: Evidence) -> list[str]:
     """What the words mean, and how often such a table is wrong."""
+    return [*word_notes(evidence.margin, evidence.scale.points), *_error_notes(evidence)]
+
+
+def word_notes(margin: float, unit: str = "") -> list[str]:
+    """What the words mean. `unit` is that of the margin, with a space before it."""
     return [
         "better, worse: the whole interval is on one side of 0. same: the interval lies within "
-        f'{evidence.margin:g} points. open: not decided; this is not "no difference".',
-        *_error_notes(evidence),
+        f'{margin:g}{unit}. open: not decided; this is not "no difference".'
     ]
 
 
@@ -70,8 +74,6 @@ def split_notes(evidence: Evidence) -> list[str]:
     lines = []
     if evidence.fixed_split:
         lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
-    if "t over seeds" in {judgement.basis for judgement in evidence.judgements}:
-        lines.append("2 seeds: some intervals are Student's t over seeds, as the spread of their cells is not known.")
     return lines
 
 
@@ -79,7 +81,10 @@ def _error_notes(evidence: Evidence) -> list[str]:
     plan, unfinished = evidence.results.plan, evidence.results.unfinished
     often = "more than 1 such table in 20 may hold a wrong verdict."
     lines = []
-    if evidence.added_seeds:
+    if evidence.results.chosen_afterwards:
+        declared = evidence.results.plan.metric.title
+        lines.append(f"By {evidence.scale.title}, chosen after seeing: the study declares {declared}, so {often}")
+    elif evidence.added_seeds:
         lines.append(f"Seeds were added after results were seen, so {often}")
     elif plan.seen:
         lines.append(f"Results of these seeds were seen before the study was made, so {often}")
@@ -109,27 +114,29 @@ def reasons(judged: Iterable[tuple[str, Judgement | None]]) -> list[str]:
     return [f"{word}: {_some(names, '; ')}: {reason}." for (word, reason), names in names_by_reason.items()]
 
 
-def sight_line(sight: Sight) -> str:
+def sight_line(sight: Sight, by: Scale) -> str:
     """What a study can see, and how many seeds other differences would need."""
     smaller = [difference for difference in sight.needed if difference < sight.smallest]
-    needed = [f"for {difference:g} points: {_about_seeds(sight.needed[difference])}" for difference in sorted(smaller)]
-    return f"This study can see effects from about {sight.smallest:.2g} points; {'; '.join(needed)}."
+    needed = [f"for {size:g}{by.points}: {_about_seeds(sight.needed[size])}" for size in sorted(smaller)]
+    return f"This study can see effects from about {sight.smallest:.2g}{by.points}; {'; '.join(needed)}."
 
 
-def plan_lines(sight: Sight | None) -> list[str]:
+def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
-    if sight is None:
+    if sight is None and by.name in ("accuracy", "balanced_accuracy"):
         return ["One seed or one network has no verdicts."]
+    if sight is None:
+        return [f"What this study can see by {by.title} is known once it has records of several seeds."]
     how = (
-        f"the seeds of its records spread by {sight.spread:.2g} points"
+        f"the seeds of its records spread by {sight.spread:.2g}{by.points}"
         if sight.measured
-        else f"a spread of {sight.spread:.2g} points, which finite images alone give networks of "
-        f"{EXPECTED_ACCURACY:g}% accuracy"
+        else f"a spread of {sight.spread:.2g}{by.points}, which finite images alone give networks of "
+        f"{EXPECTED_ACCURACY:g}% {by.title}"
     )
-    needed = [f"{difference:g} points: {_about_seeds(count)}" for difference, count in sorted(sight.needed.items())]
+    needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
     return [
-        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g} points (probability 80%, "
-        f"{how}). Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g}{by.points} (probability "
+        f"80%, {how}). Seeds that a difference needs: {'; '.join(needed)}."
     ]
 
 
@@ -169,6 +176,17 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
         kinds = Counter(failure.kind for failure in failures.values())
         words = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         lines.append(f"Failed: {len(failures)} of the trials ({words}).")
+    for row in rows:
+        if row.other_code:
+            lines.append(
+                f"Not counted, as other code of the network trained them than the newest trial of {row.name}: "
+                f"{_some(row.other_code)}. `expertgrid retire {directory.path} --import MODULE` moves what is of other "
+                "code than MODULE has now."
+            )
+        versions = {record.environment.versions.get("timm", "unknown") for record in row.records}
+        trial = directory.config(row.records[0].trial) if len(versions) > 1 else None
+        if trial and isinstance(trial.model, TimmModel):
+            lines.append(f"{row.name}: trained with timm {' and '.join(sorted(versions))}, whose networks may differ.")
     if results.unfinished:
         lines.append(f"Not finished: {len(results.unfinished)} of the trials: {_some(results.unfinished)}.")
     lines += [*_best_notes(rows), *_column_notes(results)]
@@ -188,8 +206,8 @@ def _column_notes(results: Results) -> list[str]:
     intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
     if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
-    several = [row.accuracy(value) for row in rows if len(row.by_seed) > 1 for value in (on_validation, on_test)]
-    if any(accuracy and accuracy.low is None for accuracy in several):
+    several = [row.interval(split) for row in rows if len(row.by_seed) > 1 for split in SPLITS]
+    if any(interval and interval.low is None for interval in several):
         intervals += "; seeds that all agree have none, as their spread is unknown"
     lines = [f"n: seeds; {intervals}."]
     if any("base" in row.levels.values() for row in rows):
@@ -222,9 +240,9 @@ def _best_notes(rows: Sequence[Row]) -> list[str]:
     seeds = len(common_scores(among)[0])
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
     lines.append(
-        f"Its test accuracy{on}: {shown(first.reported)}. Corrected for selection as the best of {len(among)}: "
-        f"{shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: this cell for "
-        f"{round(first.agreement * seeds)} of {seeds} seeds.)"
+        f"Its test {best.scale.title}{on}: {shown(first.reported)}. Corrected for selection as the best of "
+        f"{len(among)}: {shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: "
+        f"this cell for {round(first.agreement * seeds)} of {seeds} seeds.)"
     )
     return lines
 

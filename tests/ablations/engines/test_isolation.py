@@ -32,7 +32,13 @@ from expertgrid.model.training.resume import read_state
 from expertgrid.model.training.trial import Trial
 
 NETWORKS = networks_with_faults(
-    {"with_none": "pass", "with_crash": "ctypes.string_at(0)", "with_hang": "time.sleep(1000)"}
+    {
+        "with_none": "pass",
+        "with_crash": "ctypes.string_at(0)",
+        "with_hang": "time.sleep(1000)",
+        "with_late_hang": "self.steps = getattr(self, 'steps', 0) + 1; time.sleep(1000 * (self.steps == 3))",
+        "with_naps": "time.sleep(0.1)",
+    }
 )
 STUDY = """
 question = "Do the others go on?"
@@ -126,7 +132,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study, tmp_
 
     At the first one process saves the state of a long training. The network that hangs never ends its step.
     """
-    directory = study(3000, "with_none", "with_hang")
+    directory = study(3000, "with_none", "with_late_hang")
     process = subprocess.Popen(LINE, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def both_train() -> bool:

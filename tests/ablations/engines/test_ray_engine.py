@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, written_record
 from networks_with_faults import networks_with_faults
+from safetensors.torch import save_file
 
 from expertgrid.ablations.engines.events import EpochDone, Event, StateSaved, TrialDone, TrialFailed, TrialNote
 from expertgrid.ablations.engines.isolation import Pool, Setup, isolated
@@ -30,9 +31,11 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.fast.execution import EAGER
+from expertgrid.model.registry import build
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
+from expertgrid.model.weights import read_weights
 
 pytest.importorskip("ray")
 
@@ -122,7 +125,8 @@ def assert_same(local: StudyDirectory, by_ray: StudyDirectory, trial: str) -> No
 
 
 def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, monkeypatch):
-    """A module that --import names by its file is sent to the nodes. One trial raises, and two are killed.
+    """A module that --import names by its file is sent to the nodes, and so are weights that a trial starts from. One
+    trial raises, and two are killed.
 
     Nothing in the working directory is taken for a module.
     """
@@ -138,6 +142,11 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
     cells = parse_study(text + levels, tmp_path / "s.toml").cells(digits)
     trials = [cell.trials[0] for cell in cells]
     directory = StudyDirectory(tmp_path / "ray")
+    save_file(build(trials[0].model).state_dict(), "start.safetensors")
+    initial = read_weights("start.safetensors", trials[0].model, digits.classes)
+    trials[0] = Trial.model_validate(dict(trials[0]) | {"weights": initial.weights})
+    for place in ("ray", "local"):
+        StudyDirectory(tmp_path / place).write_weights({initial.weights.fingerprint: initial.file})
     with ray_engine("auto", 1, None, "auto", ["networks/networks_on_ray.py"]) as engine:
         assert engine.in_words.startswith("Ray, embedded on this machine: room for ")
         events = list(train(engine, trials, digits, directory.path))

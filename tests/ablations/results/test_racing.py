@@ -81,7 +81,7 @@ def test_seeds_go_to_what_is_undecided(expertgrid, engine, tmp_path):
     }  # fmt: skip
     for kernel in (5, 7, 9):
         judgement = judgements[f"kernel 3 -> {kernel}"]
-        mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(judgement.seeds)])
+        mean = np.mean([drawn(kernel, seed) - drawn(3, seed) for seed in range(int(judgement.seeds))])
         assert judgement.mean == pytest.approx(mean, abs=1e-6)
         assert judgement.low < judgement.mean < judgement.high
     assert directory.read_race().model_dump() == {

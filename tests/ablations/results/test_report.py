@@ -227,7 +227,7 @@ def test_notes_name_at_most_five_cells_or_trials(tmp_path):
         directory = StudyDirectory(write_study(tmp_path / str(count), {"experts": list(range(1, count + 1))}, scores))
         notes = cell_table(directory, read_evidence(directory)).notes
         assert [note for note in notes if note.startswith(("Open", "Not finished"))] == [
-            f"Open: {cells}: the cells have no seed in common.",
+            f"Open: {cells}: its cells cannot be compared by the trials that are finished.",
             f"Not finished: {count - 1} of the trials: {trials}.",
         ]
 
@@ -393,7 +393,7 @@ def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp
         for config in path.glob("trials/*/config.json"):
             change_json(config, fingerprint="other")
         page = page_of(path)
-        assert page.text.count(words) == 2  # gates and mistakes; the confusion matrix is of kept predictions
+        assert page.text.count(words) == 1  # for gates and mistakes; the confusion matrix is of kept predictions
     with pytest.raises(InputError, match="--data-dir is for cifar"):
         read_findings(StudyDirectory(path), tmp_path)
 

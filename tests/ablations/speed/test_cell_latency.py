@@ -8,7 +8,7 @@ import torch
 from conftest import write_latency
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.rows import latency_front, on_validation, read_results, smallest
+from expertgrid.ablations.results.rows import latency_front, read_results, smallest
 from expertgrid.ablations.speed.latency import _may_be_on_front
 from expertgrid.bench.record import LatencyRecord
 
@@ -38,8 +38,8 @@ def set_latencies(study, p50_ms: dict[str, float], run: str = "2026-01-01", cell
 
 def dominated(row, rows) -> bool:
     """Whether another row is as fast and better, or as good and faster: every pair is looked at."""
-    ms, accuracy = smallest(row.latency).p50_ms, row.mean(on_validation)
-    others = [(smallest(other.latency).p50_ms, other.mean(on_validation)) for other in rows if other is not row]
+    ms, accuracy = smallest(row.latency).p50_ms, row.mean("validation")
+    others = [(smallest(other.latency).p50_ms, other.mean("validation")) for other in rows if other is not row]
     return any((a <= ms and b > accuracy) or (a < ms and b >= accuracy) for a, b in others)
 
 
@@ -82,14 +82,14 @@ def test_the_front_alone_is_timed_at_length(expertgrid, study):
     timed = {row["cell"] for row in json.loads(outcome.out)}
     rows = read_results(StudyDirectory(study)).rows
     assert timed == {row.name for row in rows if row.latency}
-    best = max(row.mean(on_validation) for row in rows)
-    assert best in [row.mean(on_validation) for row in rows if row.name in timed]
+    best = max(row.mean("validation") for row in rows)
+    assert best in [row.mean("validation") for row in rows if row.name in timed]
     left = [row.name for row in rows if row.name not in timed]
     assert ("are not on the front, and were timed briefly: " + "; ".join(left) in outcome.err) == bool(left)
 
 
 def test_a_cell_is_left_out_where_another_is_clearly_faster_and_as_good(study):
-    rows = sorted(read_results(StudyDirectory(study)).rows, key=lambda row: row.mean(on_validation))
+    rows = sorted(read_results(StudyDirectory(study)).rows, key=lambda row: row.mean("validation"))
     best = rows[-1]
     assert _may_be_on_front(rows, [2.0] * (len(rows) - 1) + [1.0]) == [best]
     assert _may_be_on_front(rows, [1.05] * (len(rows) - 1) + [1.0]) == rows, "brief times cannot tell"

@@ -11,6 +11,7 @@ from conftest import REPOSITORY, write_study
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
+from expertgrid.model.config import TimmModel
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
@@ -123,7 +124,7 @@ def test_baselines_are_as_they_are_and_trained_like_the_base(digits):
     *cells, resnet, plain = varied.cells(digits)
     assert [cell.model_name for cell in (*cells, resnet)] == ["two_block", "two_block", "resnet10t"]
     assert (resnet.levels, plain.levels) == ({}, {})
-    assert resnet.trials[0].model.model_dump() == {"timm": "resnet10t", "in_chans": 1, "num_classes": 10}
+    assert resnet.trials[0].model == TimmModel(timm="resnet10t", in_chans=1, num_classes=10)
     assert resnet.trials[0].recipe.epochs == 5
     assert plain.trials[0].model == PRESETS["two_block"].change(in_chans=1)
 
@@ -185,7 +186,7 @@ def test_wrong_study_files(text, message):
         ("[factors]\nexperts = [0]", "experts: 0 is not accepted"),
         ("[set]\n'recipe.epoch' = 3", "unknown field of recipe: 'epoch'; did you mean 'epochs'?"),
         ("[set]\n'recpe.lr' = 3", "unknown path 'recpe.lr'"),
-        ("[set]\n'model.num_classes' = 3", "model.num_classes follows from the data and cannot be set"),
+        ("[set]\n'model.num_classes' = 3", "model.num_classes cannot be set: it follows from the data"),
         ("[set]\n'model.layers.7.channels' = 3", "unknown field of model.layers: '7'. Accepted: 0, 1, 2"),
         ("[set]\n'model.head.dropout.p' = 3", "model.head.dropout has no fields"),
         ("[base]\nmodel = 'macro_residual'", "model macro_residual does not take the 8x8 images of digits"),

@@ -82,17 +82,22 @@ def test_a_fixed_hold_out_is_the_first_part_for_all_seeds():
     assert str(FIXED) == "the same for all seeds, one of 10 parts of the train images"
 
 
-def test_a_class_of_fewer_images_than_parts_is_an_error_of_one_line():
-    labels_B = np.repeat([0, 1, 2], [20, 9, 10])
-    with pytest.raises(InputError) as error:
-        ROTATING.check_fits(labels_B, ("cat", "dog", "owl"), "pets")
-    assert str(error.value) == (
-        "hold-out of pets: class 'dog' has 9 train images, and 10 parts need at least one each; "
-        "a larger share has fewer parts (SOURCE@0.5 has 2)"
+def test_a_class_of_few_images_is_named_and_one_that_cannot_be_held_out_is_refused():
+    pets = ("cat", "dog", "owl")
+    labels_B = np.repeat([0, 1, 2], [100, 24, 2])
+    ROTATING.check_fits(labels_B, pets, "pets")
+    assert ROTATING.few_images(labels_B, pets) == (
+        "class 'owl' has 0 to 1 validation images, which say little of it (2 classes have fewer than 10)"
     )
-    with pytest.raises(InputError, match="class 'owl' has 0 train images"):
-        HoldOut(share=0.5).check_fits(np.repeat([0, 1], 20), ("cat", "dog", "owl"), "pets")
-    ROTATING.check_fits(np.repeat([0, 1, 2], [20, 10, 10]), ("cat", "dog", "owl"), "pets")
+    of_owl = [(labels_B[ROTATING.held_out(labels_B, "data", seed)] == 2).sum() for seed in range(10)]
+    assert sorted(of_owl) == [0] * 8 + [1] * 2
+    assert ROTATING.few_images(np.repeat([0, 1, 2], [100, 100, 20]), pets) == (
+        "class 'owl' has 2 validation images, which say little of it"
+    )
+    assert ROTATING.few_images(np.repeat([0, 1, 2], 100), pets) == ""
+    with pytest.raises(InputError) as error:
+        ROTATING.check_fits(np.repeat([0, 1, 2], [20, 1, 10]), pets, "pets")
+    assert str(error.value) == "hold-out of pets: class 'dog' has 1 train images; at least 2 are needed"
 
 
 @pytest.mark.parametrize("fields", [{"share": 0.0}, {"share": 0.6}, {"kind": "random"}, {"seed": 1}])

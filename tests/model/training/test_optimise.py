@@ -1,5 +1,6 @@
 """Optimisers, schedules and averages: against PyTorch's own, and that they are what the reports say."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.training.optimise import check_optimizer, make_average, make_optimizer, make_scheduler
+from expertgrid.model.training.optimise import check_optimizer, freeze, make_average, make_optimizer, make_scheduler
 from expertgrid.model.training.recipe import KNOWN_OPTIMISERS, RECIPES, Recipe
 
 STEPS = 5
@@ -177,3 +178,59 @@ def test_an_optimiser_of_no_shipped_recipe_is_tried(monkeypatch):
     assert changed_recipe("fast", {"lr": 0.5}).opt == "adamw"
     with pytest.raises(InputError, match="recipe.opt: 'lion' cannot be made here with .*: bitsandbytes is not there$"):
         changed_recipe("fast", {"opt": "lion"})
+
+
+@pytest.mark.parametrize("sched", ["none", "cosine", "onecycle"])
+def test_layer_decay_is_timms(sched):
+    """The rate of each parameter before and after a step, against timm's groups; the head has the whole rate."""
+    recipe = RECIPES["finetune"].model_copy(update={"sched": sched, "warmup": None})
+    whole = recipe.model_copy(update={"layer_decay": 1.0})
+    network = build(PRESETS["speed"])
+    groups = timm.optim.param_groups_layer_decay(network, layer_decay=0.75, weight_decay=0.05)
+    scales = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert min(scales.values()) < 0.2 < max(scales.values()) == 1
+    optimizers = [make_optimizer(recipe, network), make_optimizer(whole, network)]
+    schedulers = [make_scheduler(recipe, optimizer, STEPS) for optimizer in optimizers]
+    for step in range(STEPS + 1):
+        for scheduler in filter(None, schedulers):
+            scheduler.step_update(step)
+        rate = optimizers[1].param_groups[0]["lr"]
+        assert optimizers[0].param_groups[0]["lr"] == rate
+        rates = {parameter: group["lr"] for group in optimizers[0].param_groups for parameter in group["params"]}
+        assert rates == pytest.approx({parameter: rate * scale for parameter, scale in scales.items()})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "trained"),
+    [
+        ("all but head", "fc"),
+        ("stem", "layer|fc"),  # timm's group
+        (r"(conv1|bn1|layer[123]\.)", "layer4|fc"),
+    ],
+)
+def test_frozen_parameters_are_not_trained(pattern, trained):
+    network = timm.create_model("test_resnet", num_classes=3, zero_init_last=False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    recipe = RECIPES["finetune"].model_copy(update={"freeze": pattern, "opt": "sgd", "weight_decay": 0.1})
+    frozen, optimizer = freeze(recipe, network), make_optimizer(recipe, network)
+    network.train()
+    for part in frozen:
+        part.eval()
+    network(torch.rand(4, 3, 96, 96)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if re.match(trained, name)}  # statistics of norms among them
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"freeze": "conv9"}, "'conv9' names none of the 24 parameters; accepted: all but head, stem, blocks, or the"),
+        ({"freeze": "."}, "'.' names all of the 24 parameters"),
+        ({"freeze": "("}, "not a regular expression"),
+        ({"layer_decay": 0.0}, "greater than 0"),
+    ],
+)
+def test_freezing_that_does_nothing_is_refused(change, problem):
+    with pytest.raises((InputError, ValueError), match=re.escape(problem)):
+        freeze(Recipe.model_validate(dict(RECIPES["finetune"]) | change), build(PRESETS["speed"]))

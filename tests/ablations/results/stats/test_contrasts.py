@@ -10,6 +10,7 @@ import scipy.stats
 from statsmodels.formula.api import ols
 
 from expertgrid.ablations.results.stats.contrasts import (
+    Fit,
     Judgement,
     estimate,
     judge,
@@ -35,16 +36,28 @@ def fitted(scores_CS):
 
 def test_main_effects_of_a_2x2_by_hand():
     # cells 91, 92 1/3, 91 1/3, 94; seeds 91, 92, 93.5; squares of residuals 8 / 3, 6 degrees of freedom: 0.4444
-    # the first effect is 1 at every seed: pooled, sqrt(0.4444 / 3) = 0.3849
-    # the second is 2, 1, 3: a variance of 1 over seeds, above 0.4444: sqrt(1 / 3) = 0.5774
+    # the first effect is 1 at every seed, the second 2, 1, 3: variances over seeds of 0 and 1. Their mean counts for
+    # the first, and both count as variances of 2 x 2 degrees of freedom beside 6
     family = judge(BOTH, SCORES, margin=0.5)
     first, second = family.judgements
-    assert (first.mean, second.mean, first.seeds, family.df) == (1, 2, 3, 6)
+    wider = (scipy.stats.t.ppf(0.995, 4) / scipy.stats.t.ppf(0.995, 6)) ** 2
+    assert (first.mean, second.mean, first.seeds, family.df) == (pytest.approx(1), pytest.approx(2), 3, 6)
     assert family.spread**2 == pytest.approx(4 / 9)
-    assert (first.error, second.error) == (pytest.approx((4 / 27) ** 0.5), pytest.approx((1 / 3) ** 0.5))
-    assert (first.basis, second.basis, first.verdict, second.verdict) == ("pooled", "over seeds", "open", "better")
+    assert (first.error**2, second.error**2) == (pytest.approx(wider / 2 / 3), pytest.approx(wider / 3))
+    assert (first.basis, second.basis, first.verdict, second.verdict) == ("over seeds", "over seeds", "open", "open")
     assert 2.4469 < first.constant < 2.9687  # Student's t of 6 degrees of freedom for one contrast, Bonferroni's for 2
-    assert (second.low, second.high) == pytest.approx((2 - second.constant / 3**0.5, 2 + second.constant / 3**0.5))
+    half = second.constant * second.error
+    assert (second.low, second.high) == pytest.approx((2 - half, 2 + half))
+
+
+def test_a_family_of_all_differences_has_the_pooled_variance():
+    half = np.array([-0.5, -0.5, 0.5, 0.5])
+    scores_CS = np.random.default_rng(0).normal(size=(4, 7)) + 8 * np.outer(half, np.arange(7) % 3)
+    judgement = judge([half, [-1, 1, 0, 0], [0, 0, -1, 1]], scores_CS, margin=0.5).judgements[0]
+    assert judgement.basis == "over seeds"
+    assert judgement.error**2 == pytest.approx((half @ scores_CS).var(ddof=1) / 7)
+    alone = judge([half], scores_CS, margin=0.5).judgements[0]
+    assert alone.error > judgement.error  # of one dimension, which 6 degrees of freedom know
 
 
 def test_two_cells_are_the_paired_t_test():
@@ -60,7 +73,7 @@ def test_a_noisy_cell_by_hand():
     scores_CS = np.add.outer(np.arange(6.0), np.arange(7.0))
     scores_CS[3] += away_S
     variance = (away_S**2).sum() / 6
-    spread = residual_variances(scores_CS, np.ones((6, 7), bool))
+    spread = residual_variances(scores_CS, Fit(np.ones((6, 7), bool)))
     assert spread.pooled_X == pytest.approx(variance / 6)
     assert spread.own_XC == pytest.approx(np.array([0, 0, 0, variance, 0, 0]), abs=1e-12)
     # a pair with it: over pooled, its cells spread by (6 + 0) / 2 = 3 times; the excess of 2 counts 1.8248 times
@@ -79,15 +92,6 @@ def test_few_seeds_count_a_noisy_cell_apart():
     assert estimates.error_XQ[0] ** 2 == pytest.approx(1 / 6 * (1 + surcharge(3) * (5 + 0) / 2) * 2 / 3)
 
 
-def test_two_seeds_of_pairs_are_t_tests_of_their_own():
-    scores_CS = np.random.default_rng(0).normal(90, 1, size=(4, 2))
-    family = judge(against(0, 4), scores_CS, margin=0.5)
-    for cell, judgement in enumerate(family.judgements, start=1):
-        oracle = scipy.stats.ttest_rel(scores_CS[cell], scores_CS[0]).confidence_interval(1 - 0.05 / 3)
-        assert (judgement.low, judgement.high) == pytest.approx((oracle.low, oracle.high), rel=1e-6)
-        assert judgement.basis == "t over seeds"
-
-
 def test_surcharge():
     assert surcharge(np.array([3, 5, 10])) == pytest.approx([8.96, 2.59, 1.47], abs=0.01)
     assert surcharge(10_000) == pytest.approx(1, abs=1e-3)
@@ -98,7 +102,7 @@ def test_verdicts_of_intervals():
     high = np.array([0.9, -0.1, 0.4, 0.6, 0.4, -0.1, np.nan, 0.9])
     expected = ["better", "worse", "same", "open", "same", "same", "open", "open"]
     assert list(verdicts(low, high, 0.5)) == expected
-    small = judge(BOTH, SCORES, margin=10).judgements[1]
+    small = judge(BOTH, SCORES + [[0], [5], [0], [5]], margin=20).judgements[1]
     assert (small.verdict, small.reason) == ("same", "there is a difference, within the margin")
 
 
@@ -108,11 +112,12 @@ def test_verdicts_of_intervals():
 @pytest.mark.parametrize(
     ("scores_CS", "mean", "reason"),
     [
-        ([[90.0], [91.0]], 1, "one seed has no spread"),
-        ([[90.0, np.nan], [91.0, 92.0]], 1, "one seed has no spread"),
-        ([[90.0, np.nan], [np.nan, 92.0]], None, "no seed in common"),
+        ([[90.0], [91.0]], 1, "1 seed: no verdict"),
+        ([[90.0, np.nan], [91.0, 92.0]], 1, "1 seed: no verdict"),
+        ([[90.0, 91.0], [91.0, 93.0]], 1.5, "2 seeds: no verdict"),
+        ([[90.0, np.nan], [np.nan, 92.0]], None, "cannot be compared"),
         ([[0.9, 0.7, 0.5], [0.8, 0.6, 0.4]], -0.1, "same amount at every seed"),  # but for rounding
-        ([[90.0, 90.0], [90.0, 90.0]], 0, "same amount at every seed"),
+        ([[90.0] * 3] * 2, 0, "same amount at every seed"),
     ],
 )
 def test_no_interval_has_a_reason(scores_CS, mean, reason):
@@ -180,14 +185,28 @@ def test_missing_trials():
     scores_CS = rng.normal(90, 1, size=(6, 7)) + 3 * np.arange(7)
     scores_CS[2, 5:] = scores_CS[4, 0] = scores_CS[5, 3] = np.nan
     fit, rows = fitted(scores_CS)
-    spread = residual_variances(np.nan_to_num(scores_CS), ~np.isnan(scores_CS))
+    spread = residual_variances(np.nan_to_num(scores_CS), Fit(~np.isnan(scores_CS)))
     assert (spread.pooled_X, spread.df) == (pytest.approx(fit.mse_resid), fit.df_resid)
     squares_C = (fit.resid**2).groupby(rows.cell).sum().to_numpy()
     assert squares_C.sum() / fit.df_resid == pytest.approx(spread.pooled_X)
     estimates = estimate(np.array([difference(2, 0, 6), difference(4, 5, 6), difference(1, 0, 6)]), scores_CS)
-    assert list(estimates.seeds_Q) == [5, 5, 7]  # those that both have
-    assert estimates.mean_XQ[0] == pytest.approx((scores_CS[2, :5] - scores_CS[0, :5]).mean())
-    assert estimates.mean_XQ[1] == pytest.approx((scores_CS[4] - scores_CS[5])[[1, 2, 4, 5, 6]].mean())
+    by_cell = fit.params.filter(like="cell").to_numpy()  # against cell 0
+    assert estimates.mean_XQ == pytest.approx([by_cell[1], by_cell[3] - by_cell[4], by_cell[0]])
+    tests = [fit.t_test(contrast) for contrast in ("C(cell)[T.2]", "C(cell)[T.4] - C(cell)[T.5]", "C(cell)[T.1]")]
+    errors = [test.sd.item() for test in tests]  # by the pooled residuals alone
+    assert estimates.seeds_Q == pytest.approx([2 * fit.mse_resid / error**2 for error in errors])
+    assert 5 < estimates.seeds_Q[0] < 7 == estimates.seeds_Q[2]
+    covariance = fit.cov_params().loc[["C(cell)[T.2]", "C(cell)[T.1]"], ["C(cell)[T.2]", "C(cell)[T.1]"]].to_numpy()
+    assert estimates.correlation_QQ[0, 2] == pytest.approx(
+        covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]) ** 0.5
+    )
+
+
+def test_trials_that_no_other_cell_shares_decide_nothing():
+    scores_CS = np.array([[90, 91, 92, np.nan, np.nan], [91, 92, 94, np.nan, np.nan], [np.nan] * 3 + [90, 91]])
+    first, second = judge(against(0, 3), scores_CS, margin=0.5).judgements
+    assert (first.seeds, second.seeds, second.verdict) == (3, 0, "open")
+    assert (first.mean, second.mean) == (pytest.approx(4 / 3), None)
 
 
 def test_own_variances_are_unbiased_where_trials_are_missing():
@@ -195,7 +214,7 @@ def test_own_variances_are_unbiased_where_trials_are_missing():
     mask_CS = np.array([[1, 0, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 0, 1, 0]], bool)
     sd_C = np.array([1, 2, 3, 1, 0.5])
     scores_XCS = rng.normal(size=(100_000, 5, 5)) * sd_C[:, None] + 10 * rng.normal(size=5) + rng.normal(size=(5, 1))
-    spread = residual_variances(np.where(mask_CS, scores_XCS, 0), mask_CS)
+    spread = residual_variances(np.where(mask_CS, scores_XCS, 0), Fit(mask_CS))
     assert spread.own_XC.mean(0) == pytest.approx(sd_C**2, abs=0.1)
 
 

@@ -1,0 +1,71 @@
+"""What the verdicts rest on: whether effects vary from seed to seed, whether one seed decides, which cells may be best.
+
+Shapes: Q contrasts, C cells, S seeds, R dimensions of a family.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import fdtrc
+
+from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, contrast_basis, judge
+from expertgrid.ablations.results.stats.factors import against
+
+
+class FTest(NamedTuple):
+    """An F test: the ratio of two mean squares, and the probability of a larger one where nothing is there."""
+
+    f: float
+    p: float
+
+
+def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | None:
+    """Whether the contrasts of a family vary from seed to seed by more than the noise of single cells (an F test).
+
+    The fit of cells and seeds is compared with one that has a value of each dimension of the family at each seed. NaN
+    is a trial that is missing. None where no degrees of freedom are left for the noise.
+    """
+    mask_CS, basis_RC = ~np.isnan(scores_CS), contrast_basis(weights_QC)
+    cells, seeds = np.nonzero(mask_CS)
+    by_cell, by_seed = np.eye(mask_CS.shape[0])[cells], np.eye(mask_CS.shape[1])[seeds]
+    varying = (basis_RC.T[cells][:, :, None] * by_seed[:, None, :]).reshape(len(cells), -1)
+    scores = scores_CS[mask_CS] - scores_CS[mask_CS].mean()
+
+    def residuals(*columns: np.ndarray) -> tuple[float, int]:
+        design = np.hstack(columns)
+        fitted, _, rank, _ = np.linalg.lstsq(design, scores, rcond=None)
+        return float(((scores - design @ fitted) ** 2).sum()), len(scores) - int(rank)
+
+    (without, df_without), (left, df) = residuals(by_cell, by_seed), residuals(by_cell, by_seed, varying)
+    if not 0 < df < df_without or left <= 1e-12 * (scores**2).sum():
+        return None
+    f = (without - left) / (df_without - df) / (left / df)
+    return FTest(f, float(fdtrc(df_without - df, df, f)))
+
+
+def seeds_that_decide(weights_QC: np.ndarray, scores_CS: np.ndarray, margin: float) -> list[list[int]]:
+    """For each contrast the seeds (places) without any one of which its verdict better or worse would be another."""
+    decided = (BETTER, WORSE)
+    verdicts_Q = [judgement.verdict for judgement in judge(weights_QC, scores_CS, margin).judgements]
+    places: list[list[int]] = [[] for _ in verdicts_Q]
+    for seed in range(scores_CS.shape[1] if scores_CS.shape[1] > 1 else 0):
+        without = judge(weights_QC, np.delete(scores_CS, seed, axis=1), margin).judgements
+        for place, (verdict, judgement) in enumerate(zip(verdicts_Q, without)):
+            if verdict in decided and judgement.verdict != verdict:
+                places[place].append(seed)
+    return places
+
+
+def may_be_best(scores_CS: np.ndarray, margin: float) -> np.ndarray:
+    """Which cells (C,) may have the highest true mean: those that no other cell surely exceeds.
+
+    Each cell is compared with all others as one family, by two-sided intervals of `judge`, so that the best cell is
+    among them with a probability of 95% or more (multiple comparisons with the best: Hsu 1984). A cell without scores
+    may be the best.
+    """
+    count = len(scores_CS)
+    best_C = np.ones(count, dtype=bool)
+    for cell in range(count if count > 1 else 0):
+        judgements = judge(against(cell, count), scores_CS, margin).judgements
+        best_C[cell] = not any(judgement.low is not None and judgement.low > 0 for judgement in judgements)
+    return best_C

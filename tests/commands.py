@@ -1,0 +1,85 @@
+"""A server of commands: it has imported everything, and runs each command in a fork of its own, with limits.
+
+A line of JSON comes in, `{"arguments": [...], "folder": ..., "file": ...}`, and one goes out: `{"status": ..., "out": ...,
+"err": ..., "bytes": ..., "late": ...}`. A command may take LONGEST_S seconds and MOST_BYTES more than the server has;
+`file` is where its output goes meanwhile.
+"""
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "EXPERTGRID_ISOLATE": "0", "CUDA_VISIBLE_DEVICES": ""}
+
+import json
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+LONGEST_S = float(os.environ.get("LONGEST_S", "20"))
+WAITED = float(os.environ.get("WAITED", "6"))  # times as long it may wait
+MOST_BYTES = 1 << 30
+
+
+def cpu_seconds(process: int) -> float:
+    """That a process has used so far."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def run(arguments: list[str], folder: str, file: str) -> dict[str, object]:
+    sys.stdout.flush()
+    if child := os.fork():
+        until = time.monotonic() + WAITED * LONGEST_S
+        while not (ended := os.wait4(child, os.WNOHANG))[0]:
+            if late := time.monotonic() > until or cpu_seconds(child) > LONGEST_S:
+                os.killpg(child, signal.SIGKILL)
+                ended = os.wait4(child, 0)
+                break
+            time.sleep(0.01)
+        else:
+            late = False
+        out, err = (Path(f"{file}.{name}").read_text(errors="replace")[-4000:] for name in ("out", "err"))
+        size = 1024 * ended[2].ru_maxrss
+        return {"status": os.waitstatus_to_exitcode(ended[1]), "out": out, "err": err, "bytes": size, "late": late}
+    try:
+        os.setpgid(0, 0)
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{file}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + 3 * MOST_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        os.chdir(folder)
+        sys.argv = ["expertgrid", *arguments]
+        entry.main()
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+    os._exit(70)
+
+
+if __name__ == "__main__":
+    import matplotlib.figure  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch
+
+    import expertgrid.ablations.cli.augment
+    import expertgrid.ablations.cli.bench
+    import expertgrid.ablations.cli.hub
+    import expertgrid.ablations.cli.quickstart
+    import expertgrid.ablations.cli.rerun
+    import expertgrid.ablations.results.report.findings
+    import expertgrid.ablations.results.verify  # noqa: F401
+    from expertgrid.ablations.cli import entry
+    from expertgrid.bench import timing
+    from expertgrid.model.training.data import load_data
+
+    timing.LONGEST_WARM_UP_S, timing.LONGEST_REST_S, timing.OPENINGS, timing.LEAST_OPENINGS = 0.01, 0.0, 2, 2
+    torch.set_num_threads(1)
+    load_data("digits")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
