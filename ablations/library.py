@@ -14,6 +14,7 @@ from expertgrid.ablations.study.changes import CHOICES
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.parts import PARTS
 from expertgrid.model.variants import VARIANTS
 
 File = str | PathLike[str]
@@ -68,6 +69,7 @@ def _registering(study: Study) -> list[str]:
     names = [name for name in (study.base.model, *study.baselines, *levels) if isinstance(name, str)]
     functions = {name: timm.model_entrypoint(name) for name in names if timm.is_model(name)}
     functions |= {name: VARIANTS[name] for name in (*study.set, *study.factors) if name in VARIANTS}
+    functions |= {name: part for parts in PARTS.values() for name, part in parts.items()}
     homes = {function.__module__: name for name, function in functions.items()}
     if "__main__" in homes:
         raise InputError(

@@ -117,6 +117,8 @@ def engines(
             engine = Engine(kind, model, name, provider, inputs[0].name, outputs[0].name, metadata, options)
             engine.check()
             by_title[engine.title] = engine
+    if not by_title:
+        raise InputError(f"{name}: does not say which network it is; engine {', '.join(kinds)} needs that")
     return by_title, metadata
 
 

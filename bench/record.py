@@ -14,6 +14,8 @@ from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import read_whole
 
 PERCENTILES = (50, 90, 99)
+Count = Annotated[int, Field(ge=1)]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -33,19 +35,19 @@ class Latency(BaseModel):
 
     engine: str  # its title in tables
     kind: str  # the word that --engine has for it
-    batch: int
-    calls: int
-    p50_ms: float
+    batch: Count
+    calls: Count
+    p50_ms: Milliseconds
     p90_ms: float | None  # None where there were too few calls
     p99_ms: float | None
-    intervals_ms: dict[str, tuple[float, float]] = {}  # of "p50" and so on
+    intervals_ms: dict[str, tuple[Milliseconds, Milliseconds]] = {}  # of "p50" and so on
     images_per_s: float
     joules_per_image: float | None = None
     peak_bytes: int | None = None  # of the engine's process, where it had one of its own
     added_bytes: int | None = None  # to what the process had with Python and its libraries alone
     steady: bool = True  # after its warm-up
-    blocks: list[tuple[int, int]] = []  # of calls in a row: in which opening, and how many calls
-    calls_ms: list[float]
+    blocks: list[tuple[int, Count]] = []  # of calls in a row: in which opening, and how many calls
+    calls_ms: Annotated[list[Milliseconds], Field(min_length=1)]
 
     @model_validator(mode="before")
     @classmethod

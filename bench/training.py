@@ -197,7 +197,7 @@ def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[
     """The training step of a trial on its first batch, augmented once; a CUDA graph where the training has those."""
     loader, bfloat16 = Loader(trial.recipe, splits, trial.seed), uses_bfloat16(trial.recipe, splits.device)
     batch, weights_N = next(loader.epoch(0)), loader.class_weights_N
-    step = training_step(training.net.train(), training.optimizer, bfloat16, trial.recipe.smoothing, weights_N)
+    step = training_step(training.net.train(), training.optimizer, bfloat16, trial.recipe, weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     return partial(take, batch.x_BCHW, batch.targets, batch.labels_B)
 

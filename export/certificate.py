@@ -2,9 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expertgrid.export.metadata import Precision, without_certificate
 from expertgrid.model.system.errors import wrong_file
@@ -80,7 +81,7 @@ class Certificate(BaseModel):
     bound: Bound
     images: int  # of the test split
     pytorch_accuracy: float  # on all of them
-    agreements: list[Agreement]
+    agreements: Annotated[list[Agreement], Field(min_length=1)]
     first_divergence: str  # the first layer whose output differs, where the bound was missed
     sha256: str  # of the ONNX file before the certificate's own hash was put into it
     opset: int
@@ -100,7 +101,7 @@ class Certificate(BaseModel):
         if sampled:
             sizes += f" (and on {next(iter(sampled.values())).images:,} of them at {', '.join(sampled)})"
         providers = ", ".join(dict.fromkeys(agreement.provider for agreement in self.agreements))
-        lowest = min(whole.values(), key=lambda agreement: agreement.accuracy)
+        lowest = min((whole or sampled).values(), key=lambda agreement: agreement.accuracy)
         verdict = "agrees" if self.passed else f"DOES NOT agree (from {self.first_divergence} on)"
         return (
             f"{self.precision} {verdict} with PyTorch on {self.images:,} test images {sizes}, "

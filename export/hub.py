@@ -86,7 +86,7 @@ def front_matter(checkpoint: Checkpoint, accuracy: float, images: int) -> str:
         "metrics": ["accuracy"],
         "model-index": [{"name": trained.model, "results": [result]}],
     }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]  # JSON is YAML
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
 
 

@@ -1,7 +1,7 @@
 """What a network costs: its parameters, and the multiply-accumulates of one image; and which images it takes.
 
 Parameters are the values that training changes. Fixed values are buffers and do not count: the filters of a whitening
-stem, the weights of norms without scale, frozen gates.
+stem, the weights of norms without scale, frozen gates. What `recipe.freeze` keeps fixed in a training does count.
 
 Multiply-accumulates are those of convolutions and linear layers, as PyTorch's `FlopCounterMode` counts them (two
 operations each). The cost of a `ModelConfig` is worked out from the config alone, without torch.

@@ -3,9 +3,7 @@
 import copy
 import inspect
 import json
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 
 from expertgrid.model.config import DECIDED_ELSEWHERE, Structure, TimmModel
 from expertgrid.model.cost import Size, counted
-from expertgrid.model.probe import Probe
 from expertgrid.model.registry import build, create, for_shapes, is_users
 from expertgrid.model.system.errors import InputError, reason_of, unknown
 
@@ -28,26 +25,25 @@ def described(config: TimmModel, size: Size, data: str) -> TimmModel:
         try:
             net = build(config)
         except InputError as error:
-            raise _refusal(config, error) from None
+            raise _refusal(config, error) if config.arguments else error from None
         for name, value in config.arguments.items():
             if not _is_used(config, name, size):
                 if name not in (accepted := _accepted(config, net)):
                     raise unknown(f"argument of {config.timm}:", name, accepted)
                 raise InputError(f"model.{name} = {json.dumps(value)}: {config.timm} does not use this argument")
-        images_BCHW = torch.zeros(2, config.in_chans, *size)
         try:
+            images_BCHW = torch.zeros(2, config.in_chans, *size)
             _, macs = counted(net, images_BCHW[:1])
             with torch.no_grad():
-                wrong = {mode: _no_logits(net.train(mode)(images_BCHW), config.num_classes) for mode in (False, True)}
+                evaluated, trained = (net.train(training)(images_BCHW) for training in (False, True))
         except Exception as error:  # a user's network may fail in any way
             if "img_size" in config.arguments or "img_size" not in _accepted(config, net):
                 text = f"model {config.timm} does not take the {size[0]}x{size[1]} images of {data}"
                 raise InputError(f"{text}: {reason_of(error)}") from None
             fitting: Any = size[0] if size[0] == size[1] else list(size)
             return described(config.change(arguments={**config.arguments, "img_size": fitting}), size, data)
-        for mode, found in wrong.items():
-            if found:
-                when = "in training" if mode else "in evaluation"
+        for outputs, when in ((evaluated, "in evaluation"), (trained, "in training")):
+            if found := _no_logits(outputs, config.num_classes):
                 text = f"model {config.timm} gives {found} {when}"
                 raise InputError(f"{text}; logits are needed, a tensor of images x {config.num_classes} classes")
         if not config.arguments and not is_users(config):
@@ -67,6 +63,10 @@ def _no_logits(outputs: object, classes: int) -> str:
     return "" if outputs.is_floating_point() else f"outputs of {outputs.dtype}"
 
 
+def _without(config: TimmModel, name: str) -> TimmModel:
+    return config.change(arguments={other: value for other, value in config.arguments.items() if other != name})
+
+
 def _accepted(config: TimmModel, net: nn.Module | None) -> list[str]:
     """The arguments that the signatures name: of the function that timm calls, and of the network's classes."""
     functions = [timm.model_entrypoint(config.timm.partition(".")[0])]
@@ -80,14 +80,8 @@ def _accepted(config: TimmModel, net: nn.Module | None) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in DECIDED_ELSEWHERE and name != "self"]
 
 
-def _without(config: TimmModel, name: str) -> TimmModel:
-    return config.change(arguments={other: value for other, value in config.arguments.items() if other != name})
-
-
 def _refusal(config: TimmModel, error: InputError) -> InputError:
-    """Why a network is not made, with the argument to blame."""
-    if not config.arguments:
-        return error
+    """Why a network is not made, with the argument to blame: the one without which it is made, or all."""
 
     def made(other: TimmModel) -> nn.Module | None:
         try:
@@ -96,104 +90,45 @@ def _refusal(config: TimmModel, error: InputError) -> InputError:
             return None
 
     cause = error.__cause__ or error
-    accepted = _accepted(config, made(config.change(arguments={})))
     if isinstance(cause, TypeError):
-        for name in config.arguments:
-            if name not in accepted:
-                return unknown(f"argument of {config.timm}:", name, accepted)
+        accepted = _accepted(config, made(config.change(arguments={})))
+        for name in config.arguments.keys() - set(accepted):
+            return unknown(f"argument of {config.timm}:", name, accepted)
     blamed = [name for name in config.arguments if made(_without(config, name))] or list(config.arguments)
     values = ", ".join(f"model.{name} = {json.dumps(config.arguments[name])}" for name in blamed)
     return InputError(f"{values}: {config.timm} does not take it: {reason_of(cause)}")
 
 
-class _Touched(Exception):
-    """Raised where code looks at the value that stands for an argument."""
-
-
 def _is_used(config: TimmModel, name: str, size: Size) -> bool:
-    """Whether a network looks at an argument, or is another one where its value is true, false or the one given.
+    """Whether a network looks at an argument, or is another one with its value, true or false than without it.
 
-    The argument is first an object that notices whatever is done with it, but for `is` and passing it on.
+    The value is replaced by an object that notices whatever is done with it, but for `is` and passing it on.
     """
     touched = False
 
     def touch(*_: object, **__: object) -> None:
         nonlocal touched
         touched = True
-        raise _Touched
+        raise TypeError("looked at")
 
-    kept = {"__new__", "__init__", "__class__", "__doc__", "__init_subclass__", "__subclasshook__", "__setattr__"}
-    special = {method for kind in (int, float, str, list, dict) for method in dir(kind) if method.startswith("__")}
-    watched = type("Watched", (), dict.fromkeys(special - kept | {"__call__"}, touch))()
+    special = {name for kind in (int, float, str, list, dict) for name in dir(kind) if name.startswith("__")}
+    special -= {"__new__", "__init__", "__class__", "__doc__", "__init_subclass__", "__subclasshook__", "__setattr__"}
+    watched = type("Watched", (), dict.fromkeys([*special, "__call__"], touch))()
 
-    def given(value: object) -> Iterator[Tensor]:
-        """Parameters, buffers and outputs with this value of the argument; without it where the value is `_Touched`."""
-        rest = copy.deepcopy(_without(config, name).arguments)
+    def computed(**argument: object) -> list[Tensor]:
         torch.manual_seed(0)
-        net = create(config, rest if value is _Touched else {**rest, name: value})
-        yield from net.state_dict().values()
-        for mode in (True, False):
-            yield net.train(mode)(torch.rand(2, config.in_chans, *size))
+        net = create(config, {**copy.deepcopy(_without(config, name).arguments), **argument})
+        outputs = [net.train(training)(torch.rand(2, config.in_chans, *size)) for training in (True, False)]
+        return [*net.state_dict().values(), *outputs]
 
     with torch.device("cpu"), torch.no_grad():
         try:
-            list(given(watched))
-            plain = list(given(_Touched))
+            computed(**{name: watched})
+            without = computed()
             for value in (config.arguments[name], True, False):
-                other = list(given(value))
-                if len(other) != len(plain) or not all(map(torch.equal, other, plain)):
+                tensors = computed(**{name: value})
+                if len(tensors) != len(without) or not all(map(torch.equal, tensors, without)):
                     return True
         except Exception:  # a network that fails with another value has looked at it
             return True
     return touched
-
-
-def probe(config: TimmModel, size: Size) -> Probe:
-    """What the code that is imported now computes on images of `size`. Raises InputError where it fails.
-
-    The random weights are moved a little after they are read, so that no part is silent as it begins at zero.
-    """
-    try:
-        return _probe(config, size, "float64")
-    except Exception:  # such as code that makes float32 tensors itself
-        pass
-    try:
-        return _probe(config, size, "float32")
-    except Exception as error:
-        raise InputError(f"model {config.timm}: cannot be trained: {reason_of(error)}") from error
-
-
-def _probe(config: TimmModel, size: Size, number: Literal["float64", "float32"]) -> Probe:
-    dtype = getattr(torch, number)
-    random = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    values: dict[str, list[float]] = {}
-
-    def enter(kind: str, tensors: list[Tensor | None], whole: bool = False) -> None:
-        """Enters the norm and a projection of each tensor, or all its values."""
-        there = [torch.zeros(1) if tensor is None else tensor.detach() for tensor in tensors]
-        pairs = [
-            tensor if whole else torch.stack([tensor.norm(), (tensor * random(tensor.shape)).sum()]) for tensor in there
-        ]
-        values[kind] = torch.cat([pair.flatten() for pair in pairs]).nan_to_num(0, 0, 0).tolist()
-
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
-        torch.set_default_dtype(dtype)
-        try:
-            torch.default_generator.manual_seed(0)
-            net = build(config).to(dtype)
-            images_BCHW = random(4, config.in_chans, *size)
-            parameters = [parameter for _, parameter in sorted(net.named_parameters())]
-            enter("first weights", list(parameters))
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter += 0.02 * random(parameter.shape)
-            for mode, when in ((True, "in training"), (False, "in evaluation")):
-                net.zero_grad()
-                outputs_BN = net.train(mode)(images_BCHW)
-                (outputs_BN * random(outputs_BN.shape)).sum().backward()
-                enter(f"outputs {when}", [outputs_BN], whole=True)
-                enter(f"gradients {when}", [parameter.grad for parameter in parameters])
-        finally:
-            torch.set_default_dtype(before)
-    return Probe(dtype=number, values=values)

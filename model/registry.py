@@ -5,6 +5,7 @@ there, possibly while `model.net` itself imports timm: so the modules are import
 """
 
 import copy
+import logging
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from expertgrid.model.net import ExpertNet
+
+
+# A user's network needs no entry of weights to load, which timm would say for each network that is built.
+logging.getLogger("timm.models._builder").addFilter(
+    lambda record: not str(record.msg).startswith("No pretrained configuration")
+)
 
 
 def build(config: Network) -> "nn.Module":

@@ -105,25 +105,21 @@ def _source(source: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         raise InputError(f"weights {source!r}: accepted: {accepted}")
     if not file.is_file():
         raise InputError(f"weights {source}: there is no file {file}")
+    about = {}
     try:
         tensors = load_state_dict(str(file), weights_only=True)
         named = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        about = _of_checkpoint(file) if file.suffix == ".safetensors" else {}
+        if file.suffix == FILES[0]:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+            if metadata.get("format") == FORMAT:  # a checkpoint of ours
+                trained = Trained.model_validate_json(metadata["trained"])
+                about = {"label_names": trained.classes, "mean": trained.mean, "std": trained.std}
     except Exception as error:  # of PyTorch for a file that is no pickle, of any type
         pickled = isinstance(error.__cause__, UnpicklingError)
         why = "code in it is never run" if pickled else reason_of(error)
         raise InputError(f"weights {source}: are not tensors alone ({why}); {NEEDED}") from error
     return about, named
-
-
-def _of_checkpoint(file: Path) -> dict[str, Any]:
-    """What a checkpoint of ours says of its images; nothing of another file."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        return {}
-    trained = Trained.model_validate_json(metadata["trained"])
-    return {"label_names": trained.classes, "mean": trained.mean, "std": trained.std}
 
 
 def _fit(

@@ -39,7 +39,7 @@ def run(arguments: list[str], folder: str, file: str) -> dict[str, object]:
             time.sleep(0.01)
         else:
             late = False
-        out, err = (Path(f"{file}.{name}").read_text(errors="replace")[-4000:] for name in ("out", "err"))
+        out, err = (Path(f"{file}.{name}").read_text(errors="replace")[-50_000:] for name in ("out", "err"))
         size = 1024 * ended[2].ru_maxrss
         return {"status": os.waitstatus_to_exitcode(ended[1]), "out": out, "err": err, "bytes": size, "late": late}
     try:

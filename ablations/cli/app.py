@@ -73,15 +73,12 @@ Import = Annotated[
     Option(
         "--import",
         metavar="MODULE|FILE.py",
-        help="Import your module that registers networks with timm. Repeatable.",
+        help="Import your module that registers networks, or parts of a training. Repeatable.",
         callback=options.module_names,
     ),
 ]
 Metric = Annotated[
-    str | None,
-    Option(
-        metavar="NAME[:MARGIN]", help="Read the study by another metric than it declares, as in cross_entropy:0.01."
-    ),
+    str | None, Option(metavar="NAME[:MARGIN]", help="Read it by another metric: auroc, or cross_entropy:0.01.")
 ]
 TRACKER = "NAME[:URI]"
 TRACKERS = f"{', '.join(options.TRACKERS)}. Repeatable"
@@ -155,7 +152,7 @@ def run(
     ),
     jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
-    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: join or start one."),
+    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
     track: list[str] | None = Option(
@@ -179,7 +176,8 @@ def run(
     with _starting(text="starting"):
         from expertgrid.ablations.cli import plan, sources
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
-    request = plan.read_request(study or "quickstart", seeds, first_seed, data, settings, out, until, max_seeds)
+    name = "quickstart" if study is None else study
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0
@@ -318,13 +316,14 @@ def track(
     to: list[str] = Option(metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers),
     data: Data = None,
     data_dir: DataDir = None,
+    modules: Import = None,
 ) -> int:
     """Show a study in TensorBoard, MLflow or Weights & Biases.
 
     A tracker gets all trials, as from `run --track`, and the exported files. It keeps them in DIR/tensorboard,
     DIR/mlflow or DIR/wandb; `mlflow:URI` is a server or another store. The images are read for the contact sheets.
     """
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.track import track
     return track(directory, to, data, data_dir)
 
@@ -646,6 +645,7 @@ def show_augment(
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     data_dir: DataDir = None,
     set_: Set = None,
+    modules: Import = None,
     seed: int = Option(0, min=0, max=2**31, metavar="N", help="Seed that chooses the images and their changes."),
     images: int = Option(8, min=1, max=options.MOST_IMAGES, metavar="N", help="Number of images to show."),
 ) -> int:
@@ -654,6 +654,6 @@ def show_augment(
     Train images are shown as the network gets them in several epochs, each beside its original.
     """
     settings = options.settings(set_ or [])
-    with _starting():
+    with _starting(modules):
         from expertgrid.ablations.cli.augment import show_augment
     return show_augment(recipe, out, data, data_dir, settings, seed, images)

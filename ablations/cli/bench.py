@@ -14,7 +14,7 @@ from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
 from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.bench import scenarios, training
-from expertgrid.bench.engines import USUAL
+from expertgrid.bench.engines import PYTORCH, USUAL
 from expertgrid.bench.isolated import Begin
 from expertgrid.bench.latency import check_comparable, measure, notes, rows, with_baseline, with_first
 from expertgrid.bench.peers import peers_of
@@ -71,6 +71,10 @@ def bench(
         costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
     if baseline and against.baseline and not against.across_machines:
         check_comparable(baseline, records[0], against.baseline)
+    for file, record in zip(files, records):
+        timed = {latency.kind for latency in record.latencies}
+        if left_out := [kind for kind in engines if kind in PYTORCH and kind not in timed]:
+            notice(f"{file}: not timed in {', '.join(left_out)}: it does not say which network it is")
     comparisons = with_first(records)
     table = rows(records, comparisons)
     if costs:

@@ -10,6 +10,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.disk import in_words
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.parts import changed_parts
 
 
 def check(path: Path, repairs: bool) -> int:
@@ -44,10 +45,13 @@ def retire(path: Path) -> int:
                     raise InputError(f"model {trial.model_name!r}: unknown to timm; --import MODULE registers networks")
                 networks[trial.id] = network
         retired = directory.of_other_code(networks)
+        for record in filter(None, map(directory.record, plan.trials)):
+            if changed := changed_parts(record.parts):
+                retired.setdefault(record.trial, f"the sources of the {' and the '.join(changed)}")
         for trial_id, what in retired.items():
             place = directory.retire(trial_id)
             print(f"moved: trials/{trial_id} to retired/{place.name}; {what} differ")
-    print(f"{path}: {len(retired)} of {len(networks)} trials are of other code; the next run trains them again")
+    print(f"{path}: {len(retired)} of {len(plan.trials)} trials are of other code; the next run trains them again")
     return 0
 
 

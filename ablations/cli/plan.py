@@ -1,7 +1,8 @@
 """What `run` will train: the study, its cells on its data, and the race it may be. Trains and writes nothing."""
 
-import itertools
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -71,8 +72,7 @@ class PlannedRun:
     @property
     def weight_lines(self) -> list[str]:
         """What the networks start from, where it is to be said."""
-        lines = dict.fromkeys(weights_in_words(cell.trials[0]) for cell in self.cells)
-        return [line for line in lines if line]
+        return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
 
     @cached_property
     def networks(self) -> dict[str, Probe]:
@@ -80,34 +80,6 @@ class PlannedRun:
         probed = cache(partial(probe_of, size=self.data.image_size))
         trials = (trial for cell in self.cells for trial in cell.trials)
         return {trial.id: network for trial in trials if (network := probed(trial.model))}
-
-    def idle_factors(self) -> list[str]:
-        """The factors whose levels are all one network and one recipe, whatever the levels of the others are."""
-        varied = [cell for cell in self.cells if cell.levels]
-        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
-
-        def same(first: Cell, second: Cell) -> bool:
-            one, other = first.trials[0], second.trials[0]
-            if one.id == other.id:
-                return True
-            if isinstance(one.model, ModelConfig) or isinstance(other.model, ModelConfig):
-                return False
-            equal = one.recipe == other.recipe and one.model.structure == other.model.structure is not None
-            if not equal:
-                return False
-            before, after = probed(one.model), probed(other.model)
-            return before is not None and after is not None and not before.difference(after)
-
-        idle = []
-        for factor in varied[0].levels if varied else ():
-            pairs = [
-                (first, second)
-                for first, second in itertools.combinations(varied, 2)
-                if [name for name in first.levels if first.levels[name] != second.levels[name]] == [factor]
-            ]
-            if pairs and all(same(*pair) for pair in pairs):
-                idle.append(factor)
-        return idle
 
     def check_code(self) -> None:
         """Raises InputError where finished trials are of other code than their network has now."""
@@ -121,6 +93,31 @@ class PlannedRun:
             f"{'; '.join(names)}; {', '.join(dict.fromkeys(other.values()))} differ): `expertgrid retire {path} "
             f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
         )
+
+    def network_notes(self) -> Iterator[str]:
+        """The factors whose levels are the same network and recipe; and what is seen of code only roughly."""
+        probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
+
+        def same(first: Trial, second: Trial) -> bool:
+            one, other = first.model, second.model
+            if first.id == second.id or isinstance(one, ModelConfig) or isinstance(other, ModelConfig):
+                return first.id == second.id
+            if (first.recipe, first.weights) != (second.recipe, second.weights) or one.structure is None:
+                return False
+            if one.structure != other.structure:
+                return False
+            before, after = probed(one), probed(other)
+            return before is not None and after is not None and not before.difference(after)
+
+        for factor in self.study.factors:
+            alike: dict[str, list[Trial]] = defaultdict(list)
+            for cell in filter(lambda cell: cell.levels, self.cells):
+                alike[json.dumps({**cell.levels, factor: None})].append(cell.trials[0])
+            pairs = [(first, other) for first, *others in alike.values() for other in others]
+            if pairs and all(same(*pair) for pair in pairs):
+                yield f"{factor} changes nothing: the network is the same at each level."
+        if any(network.dtype == "float32" for network in self.networks.values()):
+            yield "Not all networks run in float64: of their code only changes of over 0.1% of the outputs are seen."
 
     @property
     def hold_out(self) -> HoldOut:
@@ -149,19 +146,16 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     return planned
 
 
-def weights_in_words(trial: Trial) -> str:
+def _start(trial: Trial) -> str:
     """What a training starts from; "" where it starts as one expects."""
-    weights, name = trial.weights, trial.model_name
+    weights, name, by = trial.weights, trial.model_name, trial.recipe.normalise
     if weights is None:
         has_tag = isinstance(trial.model, TimmModel) and "." in trial.model.timm
         tag = 'although its name has the tag of weights; weights = "timm" in [base] starts from those'
         return f"{name} starts from fresh weights, {tag}" if has_tag else ""
-    new = f"new: {', '.join(weights.new)}" if weights.new else "nothing is new"
-    by = trial.recipe.normalise
-    images = f"by {by}" if isinstance(by, str) else f"by mean {list(by[0])} and std {list(by[1])}"
-    return (
-        f"{name} starts from {weights.source}: {weights.tensors} tensors are loaded, {new}; images normalised {images}"
-    )
+    loaded = f"{weights.tensors} tensors are loaded, new: {', '.join(weights.new) or 'none'}"
+    images = by if isinstance(by, str) else f"mean {list(by[0])} and std {list(by[1])}"
+    return f"{name} starts from {weights.source}: {loaded}; images normalised by {images}"
 
 
 def plan_table(planned: PlannedRun) -> str:
@@ -195,12 +189,14 @@ def plan_table(planned: PlannedRun) -> str:
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
         notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
-    notes += [f"{factor} changes nothing: the network is the same at each level." for factor in planned.idle_factors()]
+    notes += planned.network_notes()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
-        counts_N = planned.data.held_out_of_each_class(planned.hold_out)
-        images = counts_N.sum() if study.metric == "accuracy" else len(counts_N) / (1 / np.maximum(counts_N, 1)).mean()
-        foreseen = foresee(study, cells, float(images), planned.directory)
+        images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))
+        if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
+            shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
+            images /= (1 / shares_N).mean() / len(shares_N)
+        foreseen = foresee(study, cells, images, planned.directory)
         notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}

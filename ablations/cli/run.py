@@ -22,7 +22,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results import racing
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.results.report.plots import accuracy_plot
+from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import Cell
@@ -34,6 +34,7 @@ from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import deterministic, torch_device
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.parts import changed_parts
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
 
@@ -65,6 +66,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     on = how.train_on()
     planned = plan_run(request, data_dir)
     study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
+    check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
     console.print("\n".join(lines), soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
@@ -140,13 +142,22 @@ def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, t
     """Trains what is not there yet, and returns the trials that failed."""
     data, directory = planned.data, planned.directory
     trials = by_seed([trial for cell in cells for trial in cell.trials])
-    pending = [trial for trial in trials if directory.record(trial.id) is None]
+    records = {trial.id: record for trial in trials if (record := directory.record(trial.id))}
+    pending = [trial for trial in trials if trial.id not in records]
+    changed = Counter(part for record in records.values() for part in changed_parts(record.parts))
     if how.adopts:
-        places = (directory.adopt(trial.id, planned.networks.get(trial.id)) for trial in pending)
+        refused: Counter[str] = Counter()
+        metric = directory.read_study().metric
+        places = (directory.adopt(trial.id, refused, metric, planned.networks.get(trial.id)) for trial in pending)
         taken = Counter(filter(None, places))
+        for reason, count in refused.items():
+            console.print(f"not taken over: {count} trials of {reason}", soft_wrap=True)
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]
+    for part, count in changed.items():
+        remedy = f"`expertgrid retire {directory.path} --import MODULE` moves those of this study away"
+        console.print(f"{count} finished trials have other code of the {part}; {remedy}", soft_wrap=True)
     done_before = len(trials) - len(pending)
     console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
     check_space(pending, data, directory.path)
@@ -197,6 +208,6 @@ def show_study(directory: StudyDirectory) -> None:
     """The study's question, its tables and the answer on stdout, and its picture in its directory."""
     evidence = read_evidence(directory)
     picture = directory.path / "accuracy.svg"
-    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
     print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
     print(f"Picture: {picture}. All notes: expertgrid table {directory.path} --notes\n\n{answer(evidence)}", flush=True)
+    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))

@@ -1,4 +1,4 @@
-"""What a user brings: images, and modules that register networks with timm."""
+"""What a user brings: images, and modules that register networks with timm, and parts of a training."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from expertgrid.ablations.cli.options import module_and_folder
 from expertgrid.ablations.cli.terminal import status
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import InputError, reason_with_place
 
 if TYPE_CHECKING:
     from expertgrid.model.training.data import ImageData
@@ -28,7 +28,7 @@ def read_data(source: str, data_dir: Path | None, image_size: int | None = None)
 
 
 def import_modules(texts: Sequence[str]) -> None:
-    """Imports the modules of --import, which register networks with timm.
+    """Imports the modules of --import, which register networks and parts of a training.
 
     The folder of a module comes first on Python's path while it is imported, as for a script, and last from then on.
     Raises InputError for a module that fails, with its reason, and for one that expertgrid uses itself.
@@ -44,7 +44,7 @@ def import_modules(texts: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
-            raise InputError(f"--import {text}: {reason_of(error)}") from error
+            raise InputError(f"--import {text}: {reason_with_place(error)}") from error
         finally:
             with suppress(ValueError):  # the module has changed the path
                 sys.path.remove(str(folder))

@@ -4,7 +4,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
 from expertgrid.model.probe import Probe, probe_of
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
     Diverged,
@@ -43,12 +43,14 @@ from expertgrid.model.training.loop import (
     uses_bfloat16,
 )
 from expertgrid.model.training.metrics import METRICS, measured
+from expertgrid.model.training.parts import changed_parts, codes_of
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
 from expertgrid.model.training.resume import SAVE_EVERY_S, read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
 from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
+NOT_OF_A_STATE = (Diverged, RecordingError, torch.OutOfMemoryError, MemoryError, OSError)  # errors with other causes
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
 FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
@@ -68,14 +70,13 @@ class Saver:
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
     network: str = ""  # what the code of a user's network computes, as JSON
-    due: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
+    due: float | None = None  # by the clock; None before the first step
+    saves: int = 0
 
     def __call__(self) -> None:
-        stopped = self.stop(self.training.steps)
-        if stopped or time.monotonic() >= self.due:
+        stopped, now_s = self.stop(self.training.steps), time.monotonic()
+        self.due = self.due or now_s + min(self.every_s, FIRST_SAVE_S)
+        if stopped or now_s >= self.due:
             self.save()
         if stopped:
             raise Stopped
@@ -85,11 +86,11 @@ class Saver:
         begun = time.monotonic()
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
-        write_state(
-            self.directory.resume_file(self.trial.id), {"epochs": epochs, "training": state, "network": self.network}
-        )
+        state = {"epochs": epochs, "training": state, "network": self.network, "parts": codes_of(self.trial.recipe)}
+        write_state(self.directory.resume_file(self.trial.id), state)
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
+        self.saves += 1
         self.saved(self.trial)
         self.training.start_clock()
 
@@ -124,15 +125,22 @@ def run_local(
         training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
-        directory.write_epochs(trial.id, epochs)
-        prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
-        yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-        saver = Saver(
-            directory, trial, training, save_every_s, stop, saved, network.model_dump_json() if network else ""
-        )
-        for epoch in train(trial, splits, training, after_step=saver):
-            directory.append_epoch(trial.id, epoch)
-            yield EpochDone(trial, epoch)
+        went_on, code = resume.exists() and not reason, network.model_dump_json() if network else ""
+        saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
+        try:
+            directory.write_epochs(trial.id, epochs)
+            prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
+            yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
+            for epoch in train(trial, splits, training, after_step=saver):
+                directory.append_epoch(trial.id, epoch)
+                yield EpochDone(trial, epoch)
+        except Exception as error:
+            if isinstance(error, NOT_OF_A_STATE) or not went_on or saver.saves:
+                raise
+            resume.unlink()
+            yield TrialNote(trial, f"trained from the start, because its state may be at fault: {reason_of(error)}")
+            yield from run(trial)
+            return
         record = _finish(trial, splits, directory, training, prepared, at_once)
         resume.unlink(missing_ok=True)
         (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
@@ -168,12 +176,14 @@ def _begun(
         state = read_state(resume)
         if network and Probe.model_validate_json(state["network"]).difference(network):
             return training, [], "the code of its network was changed"
+        if changed := changed_parts(state.get("parts", {})):
+            return training, [], f"the code of the {' and the '.join(changed)} was changed"
         training.load_state_dict(state["training"])
         return training, state["epochs"], ""
     except InputError as error:
         return training, [], str(error)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # whatever another version, or somebody else, has written there
+        if isinstance(error, NOT_OF_A_STATE):
             raise
         return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
@@ -192,7 +202,7 @@ def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:
             fits = fitting_batch_size(trial, data)
             reason += f"; a step at batch size {fits} fits" if fits else "; no smaller batch size fits"
         return Failure(kind="out_of_memory", error=reason, batch_size=size, **when)
-    return Failure(error=str(error) if isinstance(error, RecordingError) else reason_of(error), **when)
+    return Failure(error=reason_with_place(error), **when)
 
 
 def _finish(
@@ -256,6 +266,7 @@ def _finish(
         graphs=prepared.plan.graphs,
         at_once=at_once,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        parts=codes_of(trial.recipe),
         compile_seconds=prepared.seconds,
         environment=Environment.of_machine(device),
         finished=now(),

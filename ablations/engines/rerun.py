@@ -13,6 +13,7 @@ from torch import Tensor
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.model.checkpoint import load
@@ -69,6 +70,17 @@ class Rerun:
         )
 
 
+class Beside(StudyDirectory):
+    """Another place for a trial of a study: its reads of the test split are entered in the study's ledger."""
+
+    def __init__(self, path: Path, study: StudyDirectory):
+        super().__init__(path)
+        self.study = study
+
+    def enter(self, read: TestRead) -> None:
+        self.study.enter(read.model_copy(update={"reader": "rerun"}))
+
+
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
     """Trains a trial again on the data's device, in a temporary directory, and compares.
 
@@ -83,14 +95,10 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         _threads(record.environment.threads),
         machine.deterministic(record.deterministic),
     ):
-        second = StudyDirectory(Path(place))
+        second = Beside(Path(place), directory)
         if weights := directory.weights(trial):
             second.write_weights({weights.stem: weights.read_bytes()})
-        try:
-            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
-        finally:
-            for read in second.test_reads():
-                directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
+        *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
         margin, by = directory.read_study().margin, directory.read_plan().metric
         if not isinstance(last, TrialDone):
             return Rerun([], [], margin, by, failure=str(second.failure(trial.id)))
@@ -128,6 +136,7 @@ def _reasons(record: Record, again: Record, on_cpu: bool) -> list[str]:
             ("the number of threads", first.threads, second.threads),
             ("bf16", record.bfloat16, again.bfloat16),
             *((name, version, second.versions.get(name)) for name, version in first.versions.items()),
+            *((f"the code of the {part}", code, again.parts.get(part)) for part, code in record.parts.items()),
         )
         if before != now
     ]

@@ -83,8 +83,7 @@ def repair(directory: StudyDirectory, result: CheckResult) -> list[str]:
     for trial in dict.fromkeys(state.trial for state in result.damaged if state.trial):
         target = directory.move_away(trial, "damaged")
         done.append(f"moved: trials/{trial} to damaged/{target.name}; the next run trains the trial again")
-    ledger = directory.path / LEDGER
-    if os.path.isfile(ledger) and (cut := cut_incomplete_line(ledger)):
+    if cut := _read(LEDGER, lambda: cut_incomplete_line(directory.path / LEDGER), {}):
         done.append(f"cut: {LEDGER}: {cut} bytes of an incomplete last line")
     return done
 
@@ -159,6 +158,7 @@ def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_wei
     elif not finished and "record.json" in changed and failure is None:
         problems["record.json"], finished = "missing", True
     notes = _of_finished(directory, trial, changed, problems, keeps_weights) if finished else []
+    notes += [f"uses the {part} of a module that is not imported" for part in (record.parts if record else ())]
     yield from _damaged(problems, MOVE, f"{place}/", trial)
     if problems:
         return

@@ -23,6 +23,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ from expertgrid.model.system.files import (
 )
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.metrics import SHIPPED
+from expertgrid.model.training.parts import changed_parts
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
@@ -264,13 +266,14 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str, network: Probe | None = None) -> str | None:
+    def adopt(
+        self, trial_id: str, refused: Counter[str], metric: str = "accuracy", network: Probe | None = None
+    ) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
         `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
-        has the trial undamaged, of the same code, with this one's metric.
+        has the trial undamaged, of the same code and with this metric. Why one is not taken is counted in `refused`.
         """
-        metric = self.read_study().metric
         from expertgrid.model.checkpoint import load
 
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
@@ -285,8 +288,12 @@ class StudyDirectory:
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
-            except InputError:
+            except (InputError, OSError) as error:
+                refused[f"{other.path}: {error}"] += 1
                 continue  # a damaged trial is trained again
+            if finished and (parts := changed_parts(finished.parts)):
+                refused.update(f"{other.path}: they have other code of the {part}" for part in parts)
+                continue
             with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
                 copy = shutil.copytree(record.parent, Path(folder) / trial_id)
                 if not (copy / "adopted.json").exists():

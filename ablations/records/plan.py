@@ -4,26 +4,29 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from expertgrid.ablations.records.reading import read_record
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, PlannedCell
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError, wrong_file
-from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
+
+Some = Annotated[int, Field(ge=1)]
 
 
 class RaceRules(BaseModel):
     """What was fixed before the first look at a race, on validation."""
 
-    alpha: float
-    margin: float
-    first: int  # seeds at the first look; there is one after each further seed
-    last: int
-    contrasts: int
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    margin: Annotated[float, Field(gt=0)]
+    first: Some  # seeds at the first look; there is one after each further seed
+    last: Annotated[int, Field(ge=1, le=1000)]
+    contrasts: Some
     seen: int = 0  # trials whose results were there before
 
 
@@ -32,10 +35,12 @@ class Plan(BaseModel):
 
     data: str  # in words, with the number of images
     source: str
-    image_size: int | None = None  # that the images were brought to
-    pixels: tuple[int, int] | None = None  # height and width of the images; None in plans of older versions
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None  # that the images were brought to
+    pixels: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = (
+        None  # height and width of the images; None in plans of older versions
+    )
     hold_out: HoldOut = HoldOut()
-    first_seed: int = 0
+    first_seed: Annotated[int, Field(ge=0, lt=CONTROL_SEEDS)] = 0
     metric: Scale = ACCURACY
     margin: float | None = None  # None in plans of older versions
     contrasts: list[tuple[str, str]] = []  # declared with the study
@@ -93,9 +98,11 @@ def read_plan(path: Path, study: Study) -> Plan:
     settings = study.settings()
     if [cell.levels for cell in plan.cells[: len(settings)]] != settings:
         raise wrong_file(file, "its cells are not those of study.toml")
-    for field in ("metric", *(() if plan.margin is None else ("margin", "first_seed", "contrasts"))):
-        planned, now = plan.metric.name if field == "metric" else getattr(plan, field), getattr(study, field)
-        if planned != now:
+    declared = {
+        field: getattr(plan, field) for field in ("margin", "first_seed", "contrasts") if plan.margin is not None
+    }
+    for field, planned in (("metric", plan.metric.name), *declared.items()):
+        if planned != (now := getattr(study, field)):
             raise wrong_file(
                 file,
                 f"{field} was {_in_words(planned)} when the study was begun, study.toml has {_in_words(now)}",

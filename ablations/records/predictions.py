@@ -12,6 +12,7 @@ import numpy as np
 
 from expertgrid.ablations.records.reading import damaged, train_again
 from expertgrid.ablations.records.record import Split
+from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import read_whole
 from expertgrid.model.training.metrics import measured
 
@@ -50,9 +51,16 @@ class Predictions:
         np.savez_compressed(file, **{name: array.astype(kinds[name]) for name, array in arrays.items()})
         return file.getvalue()
 
-    def measured(self, split: Split, classes: int, names: Sequence[str] = ()) -> dict[str, float]:
-        """`model.training.metrics.measured` of a split."""
+    def measured(self, split: Split, classes: int, names: Sequence[str]) -> dict[str, float]:
+        """`model.training.metrics.measured` of a split. Raises InputError for predictions of other classes."""
         labels_B, predicted_B, log_BN = (getattr(self, split + what) for what in ("_labels", "", "_log"))
+        both = np.concatenate([labels_B, predicted_B])
+        if (
+            both.min(initial=0) < 0
+            or both.max(initial=0) >= classes
+            or (log_BN is not None and log_BN.shape[1] != classes)
+        ):
+            raise InputError(f"the predictions of {split} are not of {classes} classes")
         return measured(labels_B, predicted_B, log_BN, classes, names)
 
     @classmethod
@@ -70,13 +78,13 @@ class Predictions:
         for split in ("validation", "test"):
             arrays = {name: array for name, array in vars(predictions).items() if name.startswith(split)}
             log_BN = arrays.pop(f"{split}_log")
-            shapes, problem = {array.shape for array in arrays.values() if array is not None}, ""
+            shapes = {array.shape for array in arrays.values() if array is not None}
+            if log_BN is not None:
+                shapes |= {log_BN.shape[:1] if log_BN.ndim == 2 else log_BN.shape[:2]}
+                if not (np.isfinite(log_BN) & (log_BN <= 0)).all():
+                    problem = f"log-probabilities of {split} are not finite, or above 0"
+                    raise damaged(file, problem, train_again(file.parent))
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
                 problem = f"the arrays of {split} have the shapes {sorted(shapes)}"
-            elif log_BN is not None and (log_BN.ndim != 2 or (len(log_BN),) not in shapes):
-                problem = f"the log-probabilities of {split} have the shape {log_BN.shape}"
-            elif log_BN is not None and not (np.isfinite(log_BN) & (log_BN <= 0)).all():
-                problem = f"the log-probabilities of {split} are not all finite and at most 0"
-            if problem:
                 raise damaged(file, problem, train_again(file.parent))
         return predictions

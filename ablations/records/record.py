@@ -55,6 +55,9 @@ class Environment(BaseModel):
 Share = Annotated[float, Field(ge=0, le=1)]
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)  # what every choice and verdict is made on, and what is reported
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Some = Annotated[int, Field(ge=1, lt=2**63)]
+Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -67,28 +70,29 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     trial: str
-    seed: int
+    seed: Count
     validation_accuracy: Share
     validation_loss: float
-    validation_images: int
+    validation_images: Some
     test_accuracy: Share
     test_loss: float
-    test_images: int
+    test_images: Some
     validation_accuracy_flip: Share | None = None  # with logits averaged over each image and its mirror image;
     test_accuracy_flip: Share | None = None  # only where the recipe's tta is "flip"
     validation_metrics: dict[str, float] = {}  # the others by name, where they are defined; none in older records
     test_metrics: dict[str, float] = {}
-    parameters: int
-    macs: int  # multiply-accumulates of one image's forward pass
-    epochs: int
-    images_per_s: float  # while training: the median of the epochs after the first
-    train_seconds: float  # of all epochs, without validation
+    parameters: Count
+    macs: Count  # multiply-accumulates of one image's forward pass
+    epochs: Count
+    images_per_s: Speed  # while training: the median of the epochs after the first
+    train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of all epochs, without validation
     bfloat16: bool  # whether the forward pass of the training ran in bfloat16
     kernels: bool = False  # whether it used the fused Triton kernels,
     compiled: bool = False  # blocks compiled by torch.compile,
     graphs: bool = False  # and steps recorded as CUDA graphs
     deterministic: bool = False  # and whether the same bits come again on a GPU (--deterministic)
-    at_once: int = 1  # trials that were trained at once: where it is more, the times are no speeds
+    at_once: Some = 1  # trials that were trained at once: where it is more, the times are no speeds
+    parts: dict[str, str] = {}  # the code of the user's: see model.training.parts.codes_of
     compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
@@ -160,8 +164,8 @@ class TrainingRates(BaseModel):
     torch: str
     others_share: float | None = None  # of the processors' time, taken by other processes meanwhile
     finished: str
-    images_per_s: dict[str, float]  # medians over the rounds
-    rounds: dict[str, list[float]]
+    images_per_s: dict[str, Speed]  # medians over the rounds
+    rounds: dict[str, Annotated[list[Speed], Field(min_length=1)]]
 
     def __str__(self) -> str:
         busy = f", {self.others_share:.0%} of its processors taken by others" if self.others_share else ""

@@ -38,16 +38,19 @@ def answer(evidence: Evidence) -> str:
         return "No trial is finished, so there is no answer yet."
     if evidence.effects:
         changes = [Change(_named(of), of.judgement, of.cost, of.seeds_to_decide) for of in evidence.effects]
-        sentence = _sentence(changes, by, "", ("changes", "change"), margin)
+        mean = " on average over the other factors" if len(evidence.results.study.factors) > 1 else ""
+        sentence = _sentence(changes, by, "", ("changes", "change"), margin + mean)
     elif any(evidence.against_base):
         base = rows[0].name
         changes = [Change(row.name, judged) for row, judged in zip(rows, evidence.against_base) if judged]
         sentence = _sentence(changes, by, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
+    if evidence.results.chosen_afterwards:
+        sentence += f" This is by {by.title}, chosen after seeing."
     if evidence.fixed_split:
-        return f"On this split of the images: {sentence[0].lower()}{sentence[1:]}"
-    return sentence
+        sentence = f"On this split of the images: {sentence[0].lower()}{sentence[1:]}"
+    return f"{sentence} To be confirmed: {evidence.not_confirmed}." if evidence.not_confirmed else sentence
 
 
 def _sentence(changes: Sequence[Change], by: Scale, against: str, differ: tuple[str, str], margin: str) -> str:
@@ -71,7 +74,7 @@ def _sentence(changes: Sequence[Change], by: Scale, against: str, differ: tuple[
         parts.append(f"{_listed(names)} {verb} open{against}{seeds}")
     if without := by_verdict[NONE]:
         names, verb = [change.name for change in without], ("has", "have")[len(without) > 1]
-        parts.append(f"{_listed(names)} {verb} no verdict, as trainings failed")
+        parts.append(f"{_listed(names)} {verb} no verdict, as trainings diverged")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -84,6 +87,7 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 
 def _named(effect: Effect) -> str:
     (factor, before, after), *_ = effect.changes
+    factor = factor.rpartition(".")[2]
     if (factor, before, after) in NAMES:
         return NAMES[factor, before, after]
     if factor == "experts" and before.isdigit() and after.isdigit():
@@ -126,7 +130,7 @@ def _price(cost: Costs) -> str:
 def _cost(cost: Costs) -> str:
     match _computed(cost), _latency(cost):
         case None, "":
-            return " at the same cost" if cost else ""
+            return f" at the same {'cost' if 'latency' in cost else 'MACs'}" if cost else ""
         case (name, ratio), "" if abs(ratio - 2) < ALIKE:
             return f" and doubles the {name}"
     return f" for {_price(cost)}"
@@ -137,7 +141,7 @@ def _seeds(needed: Sequence[int | None]) -> str:
     if len(known) < len(needed) or not known:
         return ""
     least, most = min(known), max(known)
-    return f": about {least if least == most else f'{least} to {most}'} seeds would show"
+    return f": about {least if least == most else f'{least} to {most}'} seeds would decide it in a fresh study"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ exploratory.
 Shapes: Q contrasts, U networks, S seeds.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,18 +13,18 @@ from functools import cached_property
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import FAILED
 from expertgrid.ablations.results.costs import Costs, costs
 from expertgrid.ablations.results.questions import Questions, study_questions
 from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.stats import contrasts, factors, planning
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, TURNED, Family, Judgement
+from expertgrid.ablations.results.stats.assumptions import FTest, effects_by_seed, may_be_best, seeds_that_decide
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, TURNED, WORSE, Family, Judgement
 from expertgrid.ablations.results.stats.factors import EffectContrast
 from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
-from expertgrid.model.training.metrics import Scale, scale
+from expertgrid.model.training.metrics import WITH_FLOOR, Scale, scale
 
 EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
 
@@ -38,6 +37,7 @@ class Effect:
     judgement: Judgement
     cost: Costs  # after over before, mean over the matched cells
     seeds_to_decide: int | None = None  # about how many in all; None for what is decided
+    pairs: tuple[tuple[Row, Row], ...] = ()  # the matched cells of a main effect: before, after
 
     @property
     def factor(self) -> str:
@@ -119,6 +119,82 @@ class Evidence:
         against = [f"{names[network]} against {names[0]}" for network in self.questions.in_no_effect]
         return [*(effect.name for effect in self.effects), *against]
 
+    @property
+    def repeats_images(self) -> bool:
+        """Whether there are more seeds than parts of the images, so that parts are held out again."""
+        return max((row.seeds for row in self.results.rows), default=0) > self.results.plan.hold_out.parts
+
+    @property
+    def not_confirmed(self) -> str:
+        """Why more than 1 such study in 20 may hold a wrong verdict; "" where it does not."""
+        if self.results.chosen_afterwards:
+            return "the metric was chosen after seeing the results"
+        if self.added_seeds:
+            return "seeds were added after results were seen"
+        return "results of these seeds were seen before the study was made" if self.results.plan.seen else ""
+
+    @cached_property
+    def varies_by_seed(self) -> FTest | None:
+        """Whether main effects vary from seed to seed by more than the noise."""
+        weights_QU = self.questions.effect_weights_QU
+        return effects_by_seed(weights_QU, self._judge.judged_US) if len(weights_QU) else None
+
+    @cached_property
+    def hanging_on_a_seed(self) -> dict[str, list[int]]:
+        """Main effects that are decided, by name, with the seeds without any one of which they would not be so."""
+        if self.race or not self.effects:
+            return {}
+        every = sorted({seed for row in self.results.rows for seed in row.trials})
+        places = seeds_that_decide(self.questions.effect_weights_QU, self._judge.judged_US, self.margin)
+        return {effect.name: [every[i] for i in at] for effect, at in zip(self.effects, places) if at}
+
+    @cached_property
+    def may_be_best(self) -> list[Row]:
+        """The rows that no other is surely better than; none after a race, which judges other contrasts."""
+        rows = [] if self.race else [unit for unit, row in enumerate(self.results.rows) if not row.control]
+        best_C = may_be_best(self.scale.sign * self._judge.judged_US[rows]) if rows else ()
+        return [self.results.rows[unit] for unit, best in zip(rows, best_C) if best]
+
+    @cached_property
+    def _judge(self) -> "Judge":
+        return Judge(self.results)
+
+    def without_diverged(self, effect: Effect) -> Judgement | None:
+        """A main effect over the matched cells that have a verdict, where others diverged: exploratory."""
+        pairs = [pair for pair in effect.pairs if not (pair[0].no_verdict or pair[1].no_verdict)]
+        return self._over(pairs) if pairs and len(pairs) < len(effect.pairs) and not self.race else None
+
+    def dependence(self, effect: Effect) -> tuple[Effect, str, dict[str, Judgement]] | None:
+        """The interaction by which a main effect depends most on a factor, that factor, and the effect at its levels.
+
+        None where no interaction is decided; for what is the same on average, where none may pass the margin either.
+        Exploratory.
+        """
+
+        def size(interaction: Effect) -> float:
+            return abs(interaction.judgement.mean or 0.0)
+
+        def matters(judgement: Judgement) -> bool:
+            if judgement.low is None or judgement.high is None:
+                return False
+            passes = max(-judgement.low, judgement.high) > self.margin and effect.judgement.verdict == SAME
+            return passes or judgement.verdict in (BETTER, WORSE)
+
+        change = effect.changes[0]
+        those = [of for of in self.interactions if change in of.changes and matters(of.judgement)]
+        for interaction in sorted(those, key=size, reverse=True):
+            factor, *levels = next(other for other in interaction.changes if other != change)
+            at = {level: [pair for pair in effect.pairs if pair[0].levels[factor] == level] for level in levels}
+            if all(at.values()):
+                return interaction, factor, {level: self._over(pairs) for level, pairs in at.items()}
+        return None
+
+    def _over(self, pairs: Sequence[tuple[Row, Row]]) -> Judgement:
+        weights_U = np.zeros(len(self.results.rows))
+        for pair in pairs:
+            weights_U[[self.results.rows.index(row) for row in pair]] += -1 / len(pairs), 1 / len(pairs)
+        return self._judge.family(weights_U[None]).judgements[0]
+
     @cached_property
     def decided_interactions(self) -> list[Effect]:
         return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
@@ -186,10 +262,16 @@ class Judge:
         return replace(judgement, verdict=TURNED.get(judgement.verdict, judgement.verdict))
 
     @cached_property
-    def spread(self) -> float | None:
-        """The pooled residual standard deviation, None where it is not known or nothing."""
+    def judged_US(self) -> np.ndarray:
+        """The scores of the networks that may be judged; NaN for the others."""
         whole_US = self.scores_US.copy()
         whole_US[list(self.no_verdict)] = np.nan
+        return whole_US
+
+    @cached_property
+    def spread(self) -> float | None:
+        """The pooled residual standard deviation, None where it is not known or nothing."""
+        whole_US = self.judged_US
         if len(whole_US) < 2 or np.isnan(whole_US).all():
             return None
         residuals = contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
@@ -199,7 +281,7 @@ class Judge:
     def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: int | None = None) -> Effect:
         changes = tuple((change.factor, str(change.before), str(change.after)) for change in contrast.changes)
         pairs = [(self.results.rows[before], self.results.rows[after]) for before, after in contrast.pairs]
-        return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide)
+        return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide, tuple(pairs))
 
     def _explained(self, judgement: Judgement, weights_U: np.ndarray) -> Judgement:
         """A judgement without a verdict with the reason of all its cells together."""
@@ -208,10 +290,8 @@ class Judge:
         rows = [self.results.rows[unit] for unit in np.flatnonzero(weights_U)]
         if sum(bool(row.no_verdict) for row in rows) == 1 and len(rows) == 2:
             return judgement
-        kinds = Counter(failure.kind for row in rows for failure in row.failures.values())
-        total = sum(row.seeds for row in rows)
-        reason = ", ".join(f"{FAILED[kind]} in {count} of {total} trainings" for kind, count in kinds.items())
-        return replace(judgement, reason=reason)
+        count = sum(failure.kind == "diverged" for row in rows for failure in row.failures.values())
+        return replace(judgement, reason=f"diverged in {count} of {sum(row.seeds for row in rows)} trainings")
 
     def against_base(self, state: RaceState | None) -> list[Judgement | None]:
         """Each row against the base, in a race those that it judges so."""
@@ -244,7 +324,7 @@ def foresee(study: Study, cells: Sequence[PlannedCell], images: float, directory
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
-    if spread is None and study.metric not in ("accuracy", "balanced_accuracy"):
+    if spread is None and study.metric not in WITH_FLOOR:
         return None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
     differences = scale(study.metric, study.margin).differences(study.margin)

@@ -60,9 +60,7 @@ def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
     for levels, networks in by_levels.items():
         rows = [row for row in networks.values() if row.by_seed]
         means = [
-            interval(
-                [float(np.mean([row.by_seed[seed].score(split, row.scale) for row in rows])) for seed in seeds], by
-            )
+            interval([float(np.mean([row.by_seed[seed].score(split, by) for row in rows])) for seed in seeds], by)
             if rows and seeds
             else None
             for split in SPLITS

@@ -6,7 +6,7 @@ made on the validation split. The test split is read once for each trial, and is
 Shapes: C rows (one for each network of the study), S seeds, E epochs.
 """
 
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.predictions import Predictions
-from expertgrid.ablations.records.record import FAILED, SPLITS, Adopted, Failure, Record, Split, TrainingRates
+from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, Split, TrainingRates
 from expertgrid.ablations.results.stats import selection
 from expertgrid.ablations.results.stats.selection import Interval, Peek, Winner, accuracy_interval, mean_interval
 from expertgrid.ablations.study.cells import Group, find_cell, groups
@@ -26,6 +26,7 @@ from expertgrid.bench.record import Latency, LatencyRecord
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import rounded
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
+from expertgrid.model.training.parts import changed_parts
 
 
 def interval(values_S: Sequence[float], scale: Scale) -> Interval:
@@ -92,9 +93,12 @@ class Row(Group):
 
     @cached_property
     def no_verdict(self) -> str:
-        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may."""
-        kinds = Counter(failure.kind for failure in self.failures.values())
-        return ", ".join(f"{FAILED[kind]} in {count} of {self.seeds} seeds" for kind, count in kinds.items())
+        """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may.
+
+        A training that diverged is a result. One that ended for another reason is missing.
+        """
+        count = sum(failure.kind == "diverged" for failure in self.failures.values())
+        return f"diverged in {count} of {self.seeds} seeds" if count else ""
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,11 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         for seed in by_seed:
             by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
-        newest_trial = max(by_seed.values(), key=lambda record: record.finished).trial if by_seed else ""
-        code = directory.network(newest_trial) if newest_trial else None
+        newest = max(by_seed.values(), key=lambda record: record.finished, default=None)
+        code = directory.network(newest.trial) if newest else None
         other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
+        parts = newest.parts if newest else {}
+        other |= {record.trial: "parts" for record in by_seed.values() if changed_parts(record.parts, parts)}
         by_seed = {seed: record for seed, record in by_seed.items() if record.trial not in other}
         timed_trial = next((trial for trial in trials.values() if timed and trial in timed.images_per_s), None)
         rows.append(
@@ -193,22 +199,15 @@ def _chosen(study: Study, plan: Plan, metric: str | None) -> tuple[Scale, float]
     if metric in (None, study.metric):
         return plan.metric, study.margin
     name, _, margin = metric.partition(":")
-    by = scale(name)
+    by, number = scale(name), re.fullmatch(r"\d*\.?\d+", margin)
     if name == study.metric or plan.race:
         problem = "and what is declared stays" if name == study.metric else "which a race has decided by"
-        raise InputError(
-            f"--metric {metric}: the study declares {study.metric} and the margin {study.margin:g}, {problem}"
-        )
+        raise InputError(f"--metric {metric}: the study declares {study.metric}, margin {study.margin:g}, {problem}")
     if not margin and by.unit == plan.metric.unit == "points":
         return by, study.margin
-    try:
-        chosen = float(margin)
-    except ValueError:
-        chosen = 0.0
-    if not 0 < chosen < float("inf"):
-        example = f"{name}:{0.5 if by.points else 0.01}"
-        raise InputError(f"--metric {metric}: a margin above 0 is needed, the difference that matters, as in {example}")
-    return scale(name, chosen), chosen
+    if number is None or not float(margin):
+        raise InputError(f"--metric {metric}: NAME:MARGIN is needed: which difference in {by.title} matters?")
+    return scale(name, float(margin)), float(margin)
 
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
@@ -278,12 +277,8 @@ def ranking(rows: Sequence[Row]) -> list[Row]:
 def common_scores(rows: Sequence[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The seeds that all these rows have, and scores (C, S) on validation and test."""
     seeds = sorted(set.intersection(*(set(row.by_seed) for row in rows))) if rows else []
-    validation_CS, test_CS = (
-        np.array([[row.by_seed[seed].score(split, row.scale) for seed in seeds] for row in rows]).reshape(
-            len(rows), len(seeds)
-        )
-        for split in SPLITS
-    )
+    scores = [[[row.by_seed[seed].score(split, row.scale) for seed in seeds] for row in rows] for split in SPLITS]
+    validation_CS, test_CS = np.array(scores, dtype=float).reshape(2, len(rows), len(seeds))
     return seeds, validation_CS, test_CS
 
 

@@ -88,7 +88,7 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
         return replace(judgement, verdict=verdict)
 
     needed = seeds_to_decide(weights_QC, family, margin)
-    best_C = may_be_best(-scores_CS if lower_is_better else scores_CS, margin)
+    best_C = may_be_best(-scores_CS if lower_is_better else scores_CS)
     against = [None, *map(turned, base.judgements)]
     return JudgedScores(
         margin,

@@ -22,6 +22,7 @@ from expertgrid.model.cost import cost
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import render_tables
+from expertgrid.model.training.metrics import METRICS
 from expertgrid.model.training.trial import Trial
 
 NUMBERS = re.compile(r'<script type="application/json" id="numbers">(.*?)</script>', re.DOTALL)
@@ -144,14 +145,16 @@ class Check:
                 predicted_B, name = getattr(predictions, split + suffix), f"{split}_accuracy{suffix}"
                 share = None if predicted_B is None else float(np.mean(predicted_B == labels_B))
                 self.equal(name, getattr(record, name), share)
-            values = predictions.measured(split, trial.model.num_classes) if trial else {}
+            metrics = getattr(record, f"{split}_metrics")
+            names = [name for name in METRICS if name in metrics or name == "cross_entropy"] if trial else []
+            values = predictions.measured(split, trial.model.num_classes, names) if trial else {}
             for name, again in values.items():
-                written = record.metric(split, name)
-                if name == "cross_entropy":  # of the record in fp32
-                    near = math.isclose(record.metric(split, name) or 0, again, rel_tol=1e-3, abs_tol=1e-3)
-                    self.true(f"{split}_loss is {written}, but the log-probabilities give {again}", near)
-                elif name != "accuracy" and getattr(record, f"{split}_metrics"):
-                    self.equal(f"{name} of {split}", written, again)
+                if name in metrics:
+                    self.equal(f"{name} of {split}", metrics[name], again)
+                else:  # which the record has in fp32
+                    loss = getattr(record, f"{split}_loss")
+                    near = math.isclose(loss, again, rel_tol=1e-3, abs_tol=1e-3)
+                    self.true(f"{split}_loss is {loss}, but {again} follows from the log-probabilities", near)
 
     def ledger(self, directory: StudyDirectory, trials: list[str]) -> None:
         reads = directory.test_reads()

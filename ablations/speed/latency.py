@@ -115,7 +115,7 @@ def by_cell(
     table = []
     for values in latency_rows:
         row = by_name[names[str(values["file"])]]
-        about: dict[str, object] = {"cell": row.name, f"val {row.scale.short}": row.interval("validation")}
+        about: dict[str, object] = {"cell": row.name, f"val {row.scale.column}": row.interval("validation")}
         about["MACs"] = row.records[0].macs
         about |= {title: value for title, value in values.items() if title != "file"}
         at = smallest(row.latency) if row.latency else None

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from expertgrid.ablations.study.levels import Level
 from expertgrid.model.config import DECIDED_ELSEWHERE, Network, TimmModel
 from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.training.parts import check_names
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
 
@@ -40,6 +41,18 @@ def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tu
     return _with_paths(config, "model", paths["model"]), _with_paths(recipe, "recipe", paths["recipe"])
 
 
+def named_recipe(name: str, own: Mapping[str, Mapping[str, Level]]) -> Recipe:
+    """A recipe of `own`, by all its fields or by changes of its `base`, or one that ships. Raises InputError."""
+    if name not in own:
+        return recipe(name)
+    given = dict(own[name])
+    base = dict(recipe(str(given.pop("base")))) if "base" in given else {}
+    try:
+        return Recipe.model_validate(Recipe.without_idle(base | given, given) if base else given)
+    except ValidationError as error:
+        raise invalid(f"recipe {name}", error, ["base", *Recipe.model_fields]) from None
+
+
 def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
     """The recipe called `name` with fields set, by their names or dotted paths. Raises InputError."""
     changes = {}
@@ -49,7 +62,7 @@ def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:
             raise unknown("field of the recipe", path, Recipe.model_fields)
         changes[field] = value
     changed = _with_paths(recipe(name), "recipe", changes)
-    check_optimizer(changed)
+    check_parts(changed)
     return changed
 
 
@@ -89,12 +102,13 @@ def _key(place: object, at: str, part: str) -> str | int:
     return keys[part]
 
 
-def check_optimizer(recipe: Recipe) -> None:
-    """Raises InputError where the optimiser cannot be made from the recipe's values.
+def check_parts(recipe: Recipe) -> None:
+    """Raises InputError for a part that does not exist, and an optimiser that the recipe's values do not make.
 
     An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
     is tried, and that imports torch.
     """
+    check_names(recipe)
     if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
         return
     from expertgrid.model.training import optimise
@@ -104,7 +118,7 @@ def check_optimizer(recipe: Recipe) -> None:
 
 def check_layers(recipe: Recipe, config: Network) -> None:
     """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
-    if recipe.freeze or recipe.layer_decay < 1:
+    if recipe.freeze != "none" or recipe.layer_decay < 1:
         from expertgrid.model.registry import build, for_shapes
         from expertgrid.model.training import optimise
 

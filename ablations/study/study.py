@@ -26,17 +26,17 @@ from pydantic import (
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_optimizer, dotted
+from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_parts, dotted, named_recipe
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
-from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.system.errors import LONGEST_VALUE, InputError, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
-from expertgrid.model.training.metrics import IN_POINTS, check_defined, scale
-from expertgrid.model.training.recipe import Recipe, recipe
+from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
+from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 from expertgrid.model.variants import VARIANTS
 
@@ -59,8 +59,8 @@ def _folder_name(name: str) -> str:
 
 
 def _each_once(levels: object) -> object:
-    if isinstance(levels, list) and any(level in levels[:i] for i, level in enumerate(levels)):
-        raise ValueError("a level is given twice")
+    if isinstance(levels, list) and (twice := [level for i, level in enumerate(levels) if level in levels[:i]]):
+        raise ValueError(f"{str(twice[0])[:LONGEST_VALUE]} is given twice")
     return levels
 
 
@@ -108,7 +108,8 @@ class Study(BaseModel):
     same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
-    and those that follow. `reported` is what the source of a level claims, shown beside its cell.
+    and those that follow. `reported` is what the source of a level claims, shown beside its cell. `recipes` has the
+    user's own, by their names or files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -122,11 +123,12 @@ class Study(BaseModel):
     base: Base = Base()
     set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
     factors: dict[str, Annotated[list[Level], BeforeValidator(_each_once), Field(min_length=1)]] = {}
-    baselines: list[str] = []
+    baselines: Annotated[list[str], BeforeValidator(_each_once)] = []
     reported: dict[str, str] = {}
     first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
     control: bool = Field(False, strict=True)
     contrasts: list[tuple[str, str]] = []
+    recipes: dict[str, dict[str, Level]] = {}
 
     @model_validator(mode="after")
     def check_names(self, info: ValidationInfo) -> "Study":
@@ -158,7 +160,8 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
-        if self.metric not in IN_POINTS and "margin" not in self.model_fields_set:
+        has_default = self.metric in SHIPPED and scale(self.metric).points
+        if not has_default and "margin" not in self.model_fields_set:
             raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
@@ -170,7 +173,9 @@ class Study(BaseModel):
         first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
-        settings = {dotted(path) or path: value for path, value in settings.items()}
+        given, settings = settings, {dotted(path) or path: value for path, value in settings.items()}
+        if len(settings) < len(given):
+            raise InputError(f"--set: one field is set twice: {', '.join(given)}")
         base = None if data is None else {**dict(self.base), "data": data}
         changes = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
         try:
@@ -200,7 +205,7 @@ class Study(BaseModel):
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
-        names = ("design", "metric", "margin", "first_seed", "control", "contrasts")
+        names = ("design", "metric", "margin", "first_seed", "control", "contrasts", "recipes")
         fields: dict[str, object] = {name: getattr(self, name) for name in names}
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
@@ -217,8 +222,14 @@ class Study(BaseModel):
         what does not exist, is out of range or does not fit.
         """
         hold_out, cells = data.hold_out(self.base.hold_out), []
-        describe = cache(partial(_described, data))  # of this call: a user's code may change before the next
         read = cache(partial(_read_weights, data, {} if files is None else files))
+
+        @cache  # for this call: a user's code may change before the next
+        def describe(network: TimmModel) -> TimmModel:
+            from expertgrid.model.foreign import described
+
+            return described(network, data.image_size, data.name)
+
         for levels in self.settings():
             reference = levels.get("reference")
             chosen = (
@@ -245,14 +256,12 @@ class Study(BaseModel):
         return {name: len(of) for name, of in self.factors.items()} if self.design == "factorial" else {}
 
     def _check_metric(self, data: ImageData, hold_out: HoldOut) -> None:
-        scale(self.metric, self.margin)
-        if self.metric in ("accuracy", "cross_entropy"):  # defined on any images
-            return
         labels_B, splits = data.train.labels_B, {"the test split": data.test.labels_B}
-        few = np.bincount(labels_B, minlength=len(data.classes)).min() < hold_out.parts
-        for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
-            splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
-        check_defined(self.metric, splits, data.classes)
+        if scale(self.metric).name not in ("accuracy", "cross_entropy"):  # which are defined on any images
+            few = np.bincount(labels_B).min() < hold_out.parts
+            for seed in range(self.first_seed, self.first_seed + (min(self.seeds, hold_out.parts) if few else 1)):
+                splits[f"the hold-out of seed {seed}"] = labels_B[hold_out.held_out(labels_B, data.fingerprint, seed)]
+            check_defined(self.metric, splits, data.classes)
 
     def _check_contrasts(self, cells: Sequence[Cell]) -> None:
         networks, seen = groups([cell.planned for cell in cells], self.combined_levels), {}
@@ -280,19 +289,19 @@ class Study(BaseModel):
         recipe_name: str,
         weights: str,
         settings: dict[str, Level],
-        describe: Callable[[str], TimmModel],
+        describe: Callable[[TimmModel], TimmModel],
         read: "Callable[[str, Network], Initial]",
     ) -> Cell:
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
         factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        config, training = changed(*changed(config, recipe(recipe_name), settings), factors)
-        check_optimizer(training)
+        config, training = changed(*changed(config, named_recipe(recipe_name, self.recipes), settings), factors)
+        check_parts(training)
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):
-            config = describe(config.model_dump_json())
+            config = describe(config)
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
@@ -305,12 +314,6 @@ class Study(BaseModel):
         alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return Cell(model, levels, tuple(Trial(**alike, seed=seed) for seed in seeds))
-
-
-def _described(data: ImageData, config: str) -> TimmModel:
-    from expertgrid.model.foreign import described
-
-    return described(TimmModel.model_validate_json(config), data.image_size, data.name)
 
 
 def _read_weights(data: ImageData, files: dict[str, bytes], source: str, config: Network) -> "Initial":

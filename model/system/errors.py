@@ -3,8 +3,11 @@
 Every part of expertgrid raises `InputError` for input that a user can correct. The CLI prints it and exits with 2.
 """
 
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,12 +30,9 @@ class InputError(ValueError):
 
 def printable(text: str) -> str:
     """Text of a file as a terminal can show it: control characters are written as escapes, other than the line feed."""
-    lines = (line if line.isprintable() else "".join(map(_visible, line)) for line in text.split("\n"))
-    return "\n".join(lines)
-
-
-def _visible(sign: str) -> str:
-    return sign if sign.isprintable() else repr(sign)[1:-1]
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
 def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
@@ -62,7 +62,8 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
     errors = error.errors()
     first = errors[0]
     at = first["loc"]
-    if sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in errors) > 1:
+    alike = sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in errors)
+    if alike > 1 and first["type"] != "missing":
         at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
         types = {str(other["loc"][-1]) for other in errors if other["loc"][:-1] == at}
         if types >= {"bool", "int", "float", "str"}:
@@ -88,3 +89,14 @@ def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) ->
 def reason_of(error: BaseException) -> str:
     """An error of any kind in one line."""
     return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
+
+
+def reason_with_place(error: BaseException) -> str:
+    """An error in one line, after the last line of the user's own files that it came through, where there is one."""
+    reason = str(error) if isinstance(error, InputError) else reason_of(error)
+    others = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[2]), "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = frame.filename
+        if not file.startswith(others) and not {"site-packages", "dist-packages"} & {*Path(file).parts}:
+            return f"{file.removeprefix(f'{Path.cwd()}/')}:{frame.lineno}: {reason}"
+    return reason

@@ -10,13 +10,14 @@ import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from expertgrid.model.system.errors import InputError, wrong_file
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 MOST_BYTES = 2**28  # of a file that is read as a whole, if it is no network
+LONGEST_LINE = 2**20
 BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 LEFT_BY_A_CRASH = re.compile(  # `.NAME.xxxxxxxx`, as `write_whole` calls a file until it is whole
     r"\.(.+\.(toml|json|jsonl|npz|safetensors|pt|svg|html|onnx|md|pdf|png)|SHA256SUMS)\.[a-z0-9_]{8}"
@@ -28,7 +29,7 @@ class MissingFile(InputError):
 
 
 @contextmanager
-def opened_file(path: Path) -> Generator[BinaryIO]:
+def opened_file(path: Path) -> Generator[BufferedReader]:
     """A regular file that is open for reading.
 
     Raises InputError where it cannot be read, which is MissingFile where there is none.
@@ -188,12 +189,14 @@ def _write(handle: int, content: bytes) -> None:
 
 def _end_of_lines(handle: int) -> int:
     """Where the last newline of a file ends. Reads from the end of the file."""
-    end = os.fstat(handle).st_size
+    end = size = os.fstat(handle).st_size
     while end:
         start = max(0, end - 4096)
         newline = os.pread(handle, end - start, start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
+        if size - start > LONGEST_LINE:
+            raise OSError(errno.EFBIG, "not a file of lines")
         end = start
     return 0
 

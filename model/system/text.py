@@ -21,16 +21,16 @@ MOST_NOTES = 3  # under a table, where not all are asked for
 FORMULA = re.compile(r"\s*[=+@＝＋－＠-](?![\d.]+(e[+-]?\d+)?$)")  # how a spreadsheet knows one, unless it is a number
 
 
-class Points(float):
-    """Percent, or points of accuracy: shown with two decimals, or as many as `rounded` says."""
-
-    decimals = 2
+class _Rounded:
+    decimals = 2  # that are shown, unless `rounded` says otherwise
 
 
-class Signed(float):
-    """A difference in points: shown with its sign, and decimals as `Points`."""
+class Points(_Rounded, float):
+    """Percent, or points of accuracy."""
 
-    decimals = 2
+
+class Signed(_Rounded, float):
+    """A difference in points: shown with its sign."""
 
 
 class Multiple(float):
@@ -63,10 +63,8 @@ class _Span(NamedTuple):
     high: float
 
 
-class Span(_Span):
-    """An interval of a difference: shown with signs, and decimals as `Points`."""
-
-    decimals = 2
+class Span(_Rounded, _Span):
+    """An interval of a difference: shown with signs."""
 
 
 class _Interval(NamedTuple):
@@ -75,16 +73,14 @@ class _Interval(NamedTuple):
     high: float | None = None
 
 
-class Interval(_Interval):
+class Interval(_Rounded, _Interval):
     """A mean and its confidence interval; None where one value, or equal ones, give no interval."""
 
-    decimals = 2
+
+Value = TypeVar("Value", bound=_Rounded)
 
 
-Rounded = TypeVar("Rounded", Points, Signed, Span, Interval)
-
-
-def rounded(value: Rounded, decimals: int) -> Rounded:
+def rounded(value: Value, decimals: int) -> Value:
     """The value itself, which from now on is shown with so many decimals."""
     value.decimals = decimals
     return value

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from expertgrid.model.pixels import normalise
+from expertgrid.model.training.parts import part
 from expertgrid.model.training.recipe import Recipe
 
 ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
@@ -206,6 +207,8 @@ def augment(
         x_BCHW = cutout(x_BCHW, recipe.cutout, generator)
     if recipe.reprob:
         x_BCHW = random_erasing(x_BCHW, recipe.reprob, recipe.remode or "pixel", recipe.recount or 1, generator)
+    if recipe.augment:
+        x_BCHW = part("augment", recipe.augment)(x_BCHW, generator)
     if size is not None and size != x_BCHW.shape[2:]:
         x_BCHW = scaled_down(x_BCHW, size)
     return x_BCHW.contiguous(memory_format=torch.channels_last)

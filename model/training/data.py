@@ -104,11 +104,6 @@ class ImageData:
         """The number of images that a seed trains on, of the first seed."""
         return len(self.train) - hold_out.size(self.train.labels_B, self.fingerprint)
 
-    def held_out_of_each_class(self, hold_out: HoldOut) -> np.ndarray:
-        """The numbers of images (N,) that the first seed holds out of each class."""
-        held_out = hold_out.held_out(self.train.labels_B, self.fingerprint, seed=hold_out.offset)
-        return np.bincount(self.train.labels_B[held_out], minlength=len(self.classes))
-
     def in_words(self, hold_out: HoldOut) -> str:
         """The source in a line, with the numbers of images."""
         height, width = self.image_size

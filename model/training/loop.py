@@ -177,7 +177,7 @@ def train(
     steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
     amp = uses_bfloat16(recipe, device)
-    step = training_step(net, optimizer, amp, recipe.smoothing, loader.class_weights_N)
+    step = training_step(net, optimizer, amp, recipe, loader.class_weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         training.start_clock()

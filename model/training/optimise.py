@@ -3,6 +3,8 @@
 import inspect
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm.optim
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from expertgrid.model.registry import classifiers
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.muon import StackedMuon
+from expertgrid.model.training.parts import PARTS, SHIPPED, part, timm_name
 from expertgrid.model.training.recipe import Recipe
 
 FUSED_ON = ("cpu", "cuda")
@@ -33,7 +36,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
     together. With `layer_decay` the groups of the last layer, which have the whole rate, come first.
     """
     chosen: dict[str, Any] = {} if recipe.opt_betas is None else {"betas": recipe.opt_betas}
-    kind = timm.optim.get_optimizer_class(recipe.opt, bind_defaults=False)
+    kind = timm.optim.get_optimizer_class(timm_name(recipe.opt), bind_defaults=False)
     knows, device = inspect.signature(kind).parameters, next(net.parameters()).device.type
     if "fused" in knows and device in FUSED_ON:
         chosen["fused"] = True
@@ -43,7 +46,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> Optimizer:
         chosen["layer_decay"] = recipe.layer_decay
     optimizer = timm.optim.create_optimizer_v2(
         net,
-        opt=recipe.opt,
+        opt=timm_name(recipe.opt),
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         momentum=0.9 if recipe.momentum is None else recipe.momentum,
@@ -62,19 +65,22 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
     Returns the modules that have only such parameters: in evaluation mode their norms keep their statistics. Raises
     InputError where it names no parameter, or all.
     """
-    if not recipe.freeze:
+    if recipe.freeze == "none":
         return []
-    groups: dict[str, Any] = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
-    patterns = groups.get(recipe.freeze, recipe.freeze)
-    if recipe.freeze == ALL_BUT_HEAD:
-        patterns = f"(?!{'|'.join(map(re.escape, classifiers(net)))})"
-    patterns = [patterns] if isinstance(patterns, str) else [pattern for pattern, _ in patterns]
+    matcher = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
+    groups: dict[str, Any] = dict(matcher) if isinstance(matcher, dict) else {}
+    groups[ALL_BUT_HEAD] = f"(?!{'|'.join(map(re.escape, classifiers(net)))})"
+    given = groups.get(recipe.freeze) or recipe.freeze
+    patterns = [given] if isinstance(given, str) else [pattern for pattern, _ in given]
     names = [name for name, _ in net.named_parameters()]
-    frozen = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    try:
+        frozen = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
+    except re.error as error:
+        raise InputError(f"recipe.freeze: {recipe.freeze!r} is no regular expression: {error}") from None
     if len(frozen) in (0, len(names)):
         raise InputError(
             f"recipe.freeze: {recipe.freeze!r} names {'all' if frozen else 'none'} of the {len(names)} parameters; "
-            f"accepted: {', '.join([ALL_BUT_HEAD, *groups])}, or the beginning of names such as {names[0]}"
+            f"accepted: {', '.join(groups)}, or the beginning of names such as {names[0]}"
         )
     for name in frozen:
         net.get_parameter(name).requires_grad_(False)
@@ -84,8 +90,7 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
 
 def check_layers(recipe: Recipe, net: nn.Module) -> None:
     """Raises InputError where `freeze` or `layer_decay` have no effect on a network."""
-    scales = {group.get("lr_scale") for group in make_optimizer(recipe, net).param_groups}
-    if recipe.layer_decay < 1 and len(scales) < 2:
+    if recipe.layer_decay < 1 and len({group["lr_scale"] for group in make_optimizer(recipe, net).param_groups}) < 2:
         raise InputError("recipe.layer_decay: needs a network that has layers for timm, by its method group_matcher")
     freeze(recipe, net)
 
@@ -96,9 +101,10 @@ def make_scheduler(recipe: Recipe, optimizer: Optimizer, steps_per_epoch: int) -
         for group in optimizer.param_groups:  # as timm's schedules do it
             group["lr"] *= group.get("lr_scale", 1.0)
         return None
-    if recipe.sched == "onecycle":
+    if recipe.sched == "onecycle" or recipe.sched not in SHIPPED["sched"]:
         rise = ONE_CYCLE_RISE if recipe.warmup is None else recipe.warmup
-        return OneCycle(optimizer, recipe.epochs * steps_per_epoch, rise)
+        factor = partial(one_cycle, rise=rise) if recipe.sched == "onecycle" else part("sched", recipe.sched)
+        return Factors(optimizer, recipe.epochs * steps_per_epoch, factor)
     rate = 0.1 if recipe.decay_rate is None else recipe.decay_rate
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
@@ -125,7 +131,12 @@ def make_average(recipe: Recipe, net: nn.Module) -> ModelEmaV3 | None:
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Raises InputError where the optimiser cannot be made from the recipe's values."""
+    """Raises InputError where there is no such optimiser, and where it cannot be made from the recipe's values."""
+    names = [str(name) for name in timm.optim.list_optimizers() if name not in map(timm_name, PARTS["opt"])]
+    if recipe.opt not in names:
+        part("opt", recipe.opt, names)
+    if timm.optim.get_optimizer_info(timm_name(recipe.opt)).second_order:
+        raise InputError(f"recipe.opt: {recipe.opt!r} needs gradients of second order, which training does not compute")
     try:
         optimizer = make_optimizer(recipe, torch.nn.Linear(1, 1))
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
@@ -136,22 +147,28 @@ def check_optimizer(recipe: Recipe) -> None:
             raise InputError(f"recipe.{field}: optimiser {recipe.opt!r} has none")
 
 
-class OneCycle(Scheduler):
-    """The rate of PyTorch's OneCycleLR (1708.07120), ending at zero, as a function of the steps done.
+def one_cycle(step: int, steps: int, rise: float) -> float:
+    """The factor of PyTorch's OneCycleLR (1708.07120), ending at zero.
 
     In `rise` of the steps it goes along a cosine from a 25th of the peak to the peak, then down to zero in the last
     step. Momentum stays as it is.
     """
+    last, peak = steps - 1, rise * steps - 1
+    if step <= peak:
+        low, done = ONE_CYCLE_START, step / peak if peak else 1.0
+    else:
+        low, done = 0.0, 1 - (step - peak) / max(last - peak, 1e-9)
+    return low + (1 - low) * (1 - math.cos(math.pi * done)) / 2
 
-    def __init__(self, optimizer: Optimizer, steps: int, rise: float):
-        self.last, self.peak = steps - 1, rise * steps - 1
+
+class Factors(Scheduler):
+    """The rate times a function of the step, from 0, and the number of steps. It stays after the last step."""
+
+    def __init__(self, optimizer: Optimizer, steps: int, factor: Callable[[int, int], float]):
+        self.steps, self.factor = steps, factor
         super().__init__(optimizer, "lr", t_in_epochs=False)
         self.step_update(0)
 
     def _get_lr(self, t: int) -> list[float]:
-        if t <= self.peak:
-            low, done = ONE_CYCLE_START, t / self.peak if self.peak else 1.0
-        else:
-            low, done = 0.0, 1 - (min(t, self.last) - self.peak) / max(self.last - self.peak, 1e-9)
-        share = low + (1 - low) * (1 - math.cos(math.pi * done)) / 2
-        return [share * value for value in self.base_values]
+        factor = self.factor(min(t, self.steps - 1), self.steps)
+        return [factor * value for value in self.base_values]

@@ -4,7 +4,6 @@
 the optimiser and the schedule, `training.augment` and `training.policies` augment the images.
 """
 
-import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Literal, Self
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.training.data import ImageData
+from expertgrid.model.training.parts import SHIPPED
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
@@ -21,13 +21,11 @@ Std = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=Fa
 
 WITH_JITTER = "3a"  # the policy of AutoAugment beside which timm uses color_jitter
 
-KNOWN_OPTIMISERS = ("adam", "adamw", "muon")  # of timm: to know that it has them takes no import of it
-
 # Fields that change something only beside others: what they need in words, and whether a recipe's fields have it.
 NEEDS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "decay_epochs": ("sched 'step'", lambda fields: fields["sched"] == "step"),
     "decay_rate": ("sched 'step'", lambda fields: fields["sched"] == "step"),
-    "warmup": ("a sched other than 'none'", lambda fields: fields["sched"] != "none"),
+    "warmup": ("a sched of ours other than 'none'", lambda fields: fields["sched"] in SHIPPED["sched"][1:]),
     "filter_bias_and_bn": ("weight_decay", lambda fields: bool(fields["weight_decay"])),
     "alternating_flip": ("hflip, the share that is flipped at first", lambda fields: bool(fields["hflip"])),
     "remode": ("reprob", lambda fields: bool(fields["reprob"])),
@@ -43,7 +41,8 @@ class Recipe(BaseModel):
 
     Schedules are stepped after each optimiser step, so that a schedule in epochs is smooth. `amp` is where the forward
     pass runs in bfloat16: "auto" on devices that compute it natively, else "on" or "off". Augmentation is in the order
-    of the fields from `auto_augment` on.
+    of the fields from `auto_augment` on. The names of an optimiser, a schedule, a loss and an augmentation may be those
+    of parts that a user's module registers: they are looked up when a study is planned, and not when it is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
@@ -57,12 +56,15 @@ class Recipe(BaseModel):
     opt_betas: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None  # the optimiser's own where not given
     momentum: float | None = Field(None, ge=0, lt=1)  # 0.9 where not given, of optimisers that have it
     layer_decay: float = Field(1.0, gt=0, le=1)  # of the rate, from each layer to the one before it; 1 is without
-    freeze: str = ""  # "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
-    sched: Literal["none", "step", "cosine", "poly", "onecycle"] = "none"  # poly: linear to zero
+    freeze: str = (
+        "none"  # or "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
+    )
+    sched: str = "none"  # step, cosine, poly (linear to zero), onecycle, or a user's
     decay_epochs: float | None = Field(None, gt=0)  # of sched step; 30 where not given
     decay_rate: float | None = Field(None, gt=0, le=1)  # of sched step; 0.1 where not given
     warmup: float | None = Field(None, ge=0, lt=1)  # share of all steps in which the rate rises; onecycle: 0.3, else 0
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the moving average of weights, which then is the network; 0: without
+    loss: str = "cross_entropy"  # or a user's
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
     class_weights: Literal["none", "balanced"] = "none"  # of the loss; balanced: by one over a class's train images
     sampler: Literal["shuffled", "balanced"] = "shuffled"  # balanced: each class as often, an image several times
@@ -78,6 +80,7 @@ class Recipe(BaseModel):
     reprob: Share = 0.0  # random erasing
     remode: Literal["const", "rand", "pixel"] | None = None  # pixel where not given, as in timm's train.py
     recount: int | None = Field(None, ge=1, le=100)  # 1 where not given
+    augment: str = ""  # a user's augmentation of normalised images; "" is without
     small_size: Pixels = 0  # shorter side that images are scaled down to in the first epochs; 0: in none
     small_share: float | None = Field(None, gt=0, le=1)  # of the epochs that are so; 0.5 where not given
     mixup: Alpha = 0.0
@@ -86,29 +89,6 @@ class Recipe(BaseModel):
     mixup_switch_prob: Share | None = None  # of CutMix where there are both; 0.5 where not given
     amp: Literal["auto", "on", "off"] = "auto"
     tta: Literal["none", "flip"] = "none"  # measured beside the plain accuracy, which it does not change
-
-    @field_validator("opt")
-    @classmethod
-    def _timm_has_it(cls, opt: str) -> str:
-        if opt in KNOWN_OPTIMISERS:
-            return opt
-        import timm.optim  # which imports torch
-
-        names = [str(name) for name in timm.optim.list_optimizers()]
-        if opt not in names:
-            raise ValueError(str(unknown("optimiser", opt, names)))
-        if timm.optim.get_optimizer_info(opt).second_order:
-            raise ValueError("needs gradients of second order, which the training loop does not compute")
-        return opt
-
-    @field_validator("freeze")
-    @classmethod
-    def _is_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
     @field_validator("auto_augment")
     @classmethod

@@ -129,9 +129,8 @@ def _cost(findings: Findings) -> Picture:
             f"`expertgrid bench {shlex.quote(str(findings.results.path))}` measures all of them."
         )
     draw = partial(plots.costs_figure, rows, costs, front, what)
-    return Picture(
-        "cost", "cost", draw, f"Validation {findings.evidence.scale.title} against {what}{on_front}.", caption
-    )
+    alt = f"Validation {rows[0].scale.title} against {what}{on_front}."
+    return Picture("cost", "cost", draw, alt, caption)
 
 
 def _gates(examined: Examined) -> Iterator[Picture]:

@@ -4,14 +4,16 @@ They are narrow, so that a phone shows them without shrinking their letters. mat
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from expertgrid.ablations.records.record import Split
+from expertgrid.ablations.records.record import SPLITS, Split
 from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.text import Interval
 from expertgrid.model.training.metrics import ACCURACY, Scale
 from expertgrid.model.training.trial import Epoch
@@ -85,11 +87,8 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
     done.sort(key=lambda row: -row.merit)
     figure = _figure(1.2 + 0.46 * len(done))
     axes = figure.add_subplot()
-    series: dict[str, tuple[str, float, Split]] = {
-        "validation (selects)": (VALIDATION, 0.0, "validation"),
-        "test": (TEST, 0.22, "test"),
-    }
-    for label, (colour, shift, split) in series.items():
+    looks = ("validation (selects)", "test"), (VALIDATION, TEST), (0.0, 0.22)
+    for split, label, colour, shift in zip(SPLITS, *looks):
         intervals = _intervals(done, split)
         axes.errorbar(
             [interval.mean for interval in intervals],
@@ -98,10 +97,10 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
             fmt="o", markersize=4.5, capsize=2, linewidth=1.4, color=colour, label=label,
         )  # fmt: skip
     _listed(axes, [row.name for row in done])
-    axes.set_xlabel(f"{_axis(done)}: mean over seeds, and its 95% interval", fontsize=8.5)
+    axes.set_xlabel(f"{done[0].scale.axis if done else ''}: mean over seeds, and its 95% interval", fontsize=8.5)
     _bare(axes)
     if title:
-        figure.suptitle(title, fontsize=9.5, wrap=True, parse_math=False)
+        figure.suptitle(title.replace("$", r"\$"), fontsize=9.5, wrap=True)  # wrapped text is parsed
     _under(figure, axes)
     return figure
 
@@ -109,12 +108,6 @@ def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
 def _intervals(rows: Sequence[Row], split: Split) -> list[Interval]:
     """Of rows that have a finished trial."""
     return [interval for row in rows if (interval := row.interval(split))]
-
-
-def _axis(rows: Sequence[Row]) -> str:
-    """The metric of rows, with its unit."""
-    by = rows[0].scale if rows else ACCURACY
-    return f"{by.title}, %" if by.points else by.title
 
 
 def _reach(intervals: Sequence[Interval]) -> np.ndarray:
@@ -126,6 +119,15 @@ def _reach(intervals: Sequence[Interval]) -> np.ndarray:
 def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
     """`accuracy_figure` as an SVG."""
     return save(accuracy_figure(title, rows))
+
+
+def check_draws(title: str) -> None:
+    """Raises InputError where matplotlib draws no picture, with the settings and the fonts that the user has."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a picture without rows
+            accuracy_plot(title, [])
+    except Exception as error:
+        raise InputError(f"matplotlib draws no picture here: {reason_of(error)}") from error
 
 
 def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float, by: Scale = ACCURACY) -> "Figure":
@@ -144,7 +146,7 @@ def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float, by: 
             markerfacecolor=colour if decided else "white",
         )  # fmt: skip
     _listed(axes, [label for label, _ in effects])
-    axes.set_xlabel(f"change in validation {by.in_words}", fontsize=8.5)
+    axes.set_xlabel(f"change in validation {by.title}, {by.reading}", fontsize=8.5)
     _bare(axes)
     return figure
 
@@ -227,7 +229,7 @@ def costs_figure(rows: Sequence[Row], costs: Sequence[float], front: Sequence[in
     else:
         axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel(what, fontsize=8.5)
-    axes.set_ylabel(f"validation {_axis(rows)}", fontsize=8.5)
+    axes.set_ylabel(f"validation {rows[0].scale.axis}", fontsize=8.5)
     _bare(axes, "both")
     _under(figure, axes)
     return figure

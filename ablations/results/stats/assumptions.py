@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtrc
 
-from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, contrast_basis, judge
+from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, contrast_basis, estimate, judge
 from expertgrid.ablations.results.stats.factors import against
 
 
@@ -26,6 +26,8 @@ def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | No
     is a trial that is missing. None where no degrees of freedom are left for the noise.
     """
     mask_CS, basis_RC = ~np.isnan(scores_CS), contrast_basis(weights_QC)
+    if not mask_CS.any():
+        return None
     cells, seeds = np.nonzero(mask_CS)
     by_cell, by_seed = np.eye(mask_CS.shape[0])[cells], np.eye(mask_CS.shape[1])[seeds]
     varying = (basis_RC.T[cells][:, :, None] * by_seed[:, None, :]).reshape(len(cells), -1)
@@ -56,16 +58,15 @@ def seeds_that_decide(weights_QC: np.ndarray, scores_CS: np.ndarray, margin: flo
     return places
 
 
-def may_be_best(scores_CS: np.ndarray, margin: float) -> np.ndarray:
+def may_be_best(scores_CS: np.ndarray) -> np.ndarray:
     """Which cells (C,) may have the highest true mean: those that no other cell surely exceeds.
 
-    Each cell is compared with all others as one family, by two-sided intervals of `judge`, so that the best cell is
+    Each cell is compared with all others as one family, by two-sided intervals of `estimate`, so that the best cell is
     among them with a probability of 95% or more (multiple comparisons with the best: Hsu 1984). A cell without scores
     may be the best.
     """
     count = len(scores_CS)
     best_C = np.ones(count, dtype=bool)
     for cell in range(count if count > 1 else 0):
-        judgements = judge(against(cell, count), scores_CS, margin).judgements
-        best_C[cell] = not any(judgement.low is not None and judgement.low > 0 for judgement in judgements)
+        best_C[cell] = not (estimate(against(cell, count), scores_CS).low_XQ > 0).any()
     return best_C

@@ -73,11 +73,7 @@ class Winner:
     agreement: float | None  # the share of seeds without which the same cell wins
 
 
-def winner(
-    validation_CS: np.ndarray,
-    test_CS: np.ndarray,
-    interval: Callable[[Sequence[float]], Interval] = accuracy_interval,
-) -> Winner:
+def winner(validation_CS: np.ndarray, test_CS: np.ndarray, interval: Callable = accuracy_interval) -> Winner:
     """The cell with the highest mean on validation (the first of equals), and its test accuracy, corrected for choice.
 
     Both are in percent where no `interval` is given. To choose on validation does not bias the test accuracy by way of

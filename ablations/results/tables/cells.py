@@ -31,7 +31,7 @@ FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the p
 
 def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
     """The cells with their scores and costs, each against the base: the second family."""
-    results, notes = evidence.results, cell_notes(directory, evidence.results)
+    results, notes = evidence.results, cell_notes(directory, evidence)
     title = "Cells"
     if any(evidence.against_base):
         title = f"Cells, against {results.rows[0].name}"
@@ -60,7 +60,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
         values |= {"model": row.model} if named else {}
         values |= {name: row.levels.get(name, "") for name in factors if name != "model" or row.levels}
         values["n"] = _seeds(row)
-        values |= {f"{head} {row.scale.short}": row.interval(split) for head, split in HEADS.items()}
+        values |= {f"{head} {row.scale.column}": row.interval(split) for head, split in HEADS.items()}
         for title, value in FLIP_ACCURACIES.items():
             if any(value(record) is not None for other in rows for record in other.records):
                 shares = [share for record in row.records if (share := value(record)) is not None]

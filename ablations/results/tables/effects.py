@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
 from expertgrid.model.system.text import Signed, Span, Table, rounded
 
@@ -24,7 +24,9 @@ class Verdict:
         verdict = self.judgement.verdict
         if verdict == NONE:
             return f"no verdict: {self.judgement.reason}"
-        return f"{verdict} (this split)" if self.fixed_split and verdict != OPEN else verdict
+        low, high = self.judgement.low or 0.0, self.judgement.high or 0.0
+        word = f"same, {'above' if low > 0 else 'below'} 0" if verdict == SAME and (low > 0 or high < 0) else verdict
+        return f"{word} (this split)" if self.fixed_split and verdict != OPEN else word
 
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
@@ -66,7 +68,7 @@ def factor_table(evidence: Evidence) -> Table:
 
 
 def _about(evidence: Evidence) -> str:
-    plan, what = evidence.results.plan, f"validation {evidence.scale.in_words}"
+    plan, what = evidence.results.plan, f"validation {evidence.scale.title}, {evidence.scale.reading}"
     if plan.race:
         return f"{what}; a race from {plan.race.first} to {plan.race.last} seeds"
     counts = sorted({round(judgement.seeds, 1) for judgement in evidence.judgements if judgement.seeds})
@@ -89,7 +91,7 @@ def interaction_table(evidence: Evidence) -> Table:
         f"{len(rows)} of {counted(len(evidence.interactions), 'interaction')} decided: what one change adds to the "
         "other. Exploratory: not declared before training."
     ]
-    return Table("interactions", f"Interactions that are decided ({evidence.scale.unit_in_words})", rows, notes)
+    return Table("interactions", f"Interactions that are decided ({evidence.scale.reading})", rows, notes)
 
 
 def contrast_table(evidence: Evidence) -> Table:
@@ -99,7 +101,7 @@ def contrast_table(evidence: Evidence) -> Table:
         for pair in evidence.declared
     ]
     notes = reasons((pair.name, pair.judgement) for pair in evidence.declared)
-    return Table("contrasts", f"Contrasts that the study declares ({evidence.scale.unit_in_words})", rows, notes)
+    return Table("contrasts", f"Contrasts that the study declares ({evidence.scale.reading})", rows, notes)
 
 
 def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
@@ -110,7 +112,7 @@ def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
     rows = []
     for marginal in marginals:
         values: dict[str, object] = {**marginal.levels, "cells": marginal.cells, "n": marginal.seeds}
-        values |= {f"val {evidence.scale.short}": marginal.validation, f"test {evidence.scale.short}": marginal.test}
+        values |= {f"val {evidence.scale.column}": marginal.validation, f"test {evidence.scale.column}": marginal.test}
         judgement = marginal.effect.judgement if marginal.effect else None
         rows.append(values | (judged(evidence, judgement, title) if effects else {}))
     notes = ["Means over the networks of each level, for each seed; in brackets the 95% interval over seeds."]

@@ -1,5 +1,6 @@
 """The notes under a study's tables, a line each. Those that a reader needs most come first."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +10,6 @@ from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
 from expertgrid.ablations.results.rows import (
     Results,
-    Row,
     best_record,
     best_row,
     common_scores,
@@ -18,12 +18,12 @@ from expertgrid.ablations.results.rows import (
     timed_together,
     winner,
 )
-from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, Judgement
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import shown
-from expertgrid.model.training.metrics import ACCURACY, Scale
+from expertgrid.model.training.metrics import ACCURACY, WITH_FLOOR, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
 FIRST_NAMED = 3  # of more than these; the others are counted
@@ -35,13 +35,27 @@ FIRST_NAMED = 3  # of more than these; the others are counted
 def effect_notes(evidence: Evidence) -> list[str]:
     """What a reader needs to know of the main effects."""
     lines = [*verdict_notes(evidence), *reasons((effect.name, effect.judgement) for effect in evidence.effects)]
+    for effect in evidence.effects:
+        if matched := evidence.without_diverged(effect):
+            lines.append(f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, True)}.")
+        if dependence := evidence.dependence(effect):
+            interaction, factor, at = dependence
+            may = "depends" if interaction.judgement.verdict in (BETTER, WORSE) else "may depend"
+            may = f"is same on average, and {may}" if effect.judgement.verdict == SAME else may
+            where = "; ".join(f"{_effect(judgement)} at {level}" for level, judgement in at.items())
+            lines.append(f"{effect.name} {may} on {factor} (exploratory): {where}.")
+    for name, seeds in evidence.hanging_on_a_seed.items():
+        lines.append(f"{name} is narrowly decided: without seed {' or '.join(map(str, seeds))} it is not.")
     seeds = {effect.name: effect.seeds_to_decide for effect in evidence.effects if effect.seeds_to_decide is not None}
     if seeds:
         needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
-        lines.append(f"To decide what is open: {_some(needed, '; ')}.")
+        lines.append(f"To decide what is open, if it is as large as it looks: {_some(needed, '; ')}; in a fresh study.")
     if evidence.sight:
         lines.append(sight_line(evidence.sight, evidence.scale))
     lines += split_notes(evidence)
+    if test := evidence.varies_by_seed:
+        how = "more than noise does, which the intervals count" if test.p < 0.05 else "no more than noise does"
+        lines.append(f"Effects vary from seed to seed {how} (F {test.f:.2f}, p {test.p:.2g}).")
     costs = {name for effect in evidence.effects for name in effect.cost}
     if costs:
         lines.append("Costs: after the change over before, the geometric mean over the cells that differ in it alone.")
@@ -81,17 +95,14 @@ def _error_notes(evidence: Evidence) -> list[str]:
     plan, unfinished = evidence.results.plan, evidence.results.unfinished
     often = "more than 1 such table in 20 may hold a wrong verdict."
     lines = []
-    if evidence.results.chosen_afterwards:
-        declared = evidence.results.plan.metric.title
-        lines.append(f"By {evidence.scale.title}, chosen after seeing: the study declares {declared}, so {often}")
-    elif evidence.added_seeds:
-        lines.append(f"Seeds were added after results were seen, so {often}")
-    elif plan.seen:
-        lines.append(f"Results of these seeds were seen before the study was made, so {often}")
+    if reason := evidence.not_confirmed:
+        lines.append(f"{reason[0].upper()}{reason[1:]}, so {often}")
     elif unfinished and evidence.decided:
         lines.append(f"{counted(len(unfinished), 'trial')} not finished: the verdicts are not final, and {often}")
     elif evidence.decided:
-        repeated = "new seeds on this split of the images" if evidence.fixed_split else "new seeds and new images"
+        repeated = "new seeds and new images"
+        if evidence.fixed_split or evidence.repeats_images:
+            repeated = f"new seeds on {'this split of the' if evidence.fixed_split else 'these'} images"
         lines.append(
             f"If this study were repeated with {repeated}, at most 1 such table in 20 would hold a wrong verdict."
         )
@@ -118,15 +129,20 @@ def sight_line(sight: Sight, by: Scale) -> str:
     """What a study can see, and how many seeds other differences would need."""
     smaller = [difference for difference in sight.needed if difference < sight.smallest]
     needed = [f"for {size:g}{by.points}: {_about_seeds(sight.needed[size])}" for size in sorted(smaller)]
-    return f"This study can see effects from about {sight.smallest:.2g}{by.points}; {'; '.join(needed)}."
+    return f"This study {_tells(sight, by)}; {'; '.join(needed)}."
+
+
+def _tells(sight: Sight, by: Scale) -> str:
+    if sight.smallest >= (100 if by.points else math.inf):
+        return "can tell no effect from 0: it needs more seeds"
+    return f"can tell effects from 0 from about {sight.smallest:.2g}{by.points}"
 
 
 def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
-    if sight is None and by.name in ("accuracy", "balanced_accuracy"):
-        return ["One seed or one network has no verdicts."]
     if sight is None:
-        return [f"What this study can see by {by.title} is known once it has records of several seeds."]
+        unknown = f"What this study can see by {by.title} is known once it has records of several seeds."
+        return ["One seed or one network has no verdicts." if by.name in WITH_FLOOR else unknown]
     how = (
         f"the seeds of its records spread by {sight.spread:.2g}{by.points}"
         if sight.measured
@@ -135,9 +151,16 @@ def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     )
     needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
     return [
-        f"With {sight.seeds} seeds this study can see effects from about {sight.smallest:.2g}{by.points} (probability "
-        f"80%, {how}). Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). "
+        f"Seeds that a difference needs: {'; '.join(needed)}."
     ]
+
+
+def _effect(judgement: Judgement, with_verdict: bool = False) -> str:
+    if judgement.mean is None or judgement.low is None or judgement.high is None:
+        return "not known"
+    verdict = f", {judgement.verdict}" if with_verdict else ""
+    return f"{judgement.mean:+.2f} ({judgement.low:+.2f} to {judgement.high:+.2f}){verdict}"
 
 
 def _about_seeds(count: int | None) -> str:
@@ -148,7 +171,7 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
     """What a reader needs to know of two cells side by side."""
     comparison = two.comparison
     lines = []
-    if not comparison.declared:
+    if not comparison.declared or evidence.results.chosen_afterwards:
         lines.append(
             "Chosen after seeing the table: read this as a suggestion and test it on new seeds (--first-seed "
             f"{evidence.results.next_seed})."
@@ -168,8 +191,9 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
 # --- Cells ---
 
 
-def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
+def cell_notes(directory: StudyDirectory, evidence: Evidence) -> list[str]:
     """What a reader needs to know of the cells."""
+    results = evidence.results
     rows = results.rows
     lines = []
     if failures := {trial: failure for row in rows for trial, failure in row.failures.items()}:
@@ -179,7 +203,7 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
     for row in rows:
         if row.other_code:
             lines.append(
-                f"Not counted, as other code of the network trained them than the newest trial of {row.name}: "
+                f"Not counted, as other code trained them than the newest trial of {row.name}: "
                 f"{_some(row.other_code)}. `expertgrid retire {directory.path} --import MODULE` moves what is of other "
                 "code than MODULE has now."
             )
@@ -189,7 +213,7 @@ def cell_notes(directory: StudyDirectory, results: Results) -> list[str]:
             lines.append(f"{row.name}: trained with timm {' and '.join(sorted(versions))}, whose networks may differ.")
     if results.unfinished:
         lines.append(f"Not finished: {len(results.unfinished)} of the trials: {_some(results.unfinished)}.")
-    lines += [*_best_notes(rows), *_column_notes(results)]
+    lines += [*_best_notes(evidence), *_column_notes(results)]
     if timed := timed_together(rows):
         lines.append(
             f"front: no other of the {len(timed)} cells that were timed together is as fast and better on validation. "
@@ -228,12 +252,16 @@ def _column_notes(results: Results) -> list[str]:
     return lines
 
 
-def _best_notes(rows: Sequence[Row]) -> list[str]:
+def _best_notes(evidence: Evidence) -> list[str]:
     """Which row is the best on validation, and what its test score is worth."""
+    rows = evidence.results.rows
     best = best_row(rows)
     if best is None:
         return []
     lines = [f"Best on validation: {best.name}, trial {best_record(best).trial}."]
+    if 1 < len(evidence.may_be_best) < len(rows):
+        others = _some([row.name for row in evidence.may_be_best if row is not best], "; ")
+        lines.append(f"It may not be the best: no cell is surely better than {others} either (95%, all together).")
     first, among = winner(rows), [row for row in complete(rows) if not row.control]
     if first is None or first.corrected is None or first.agreement is None or len(among) < 2:
         return lines

@@ -1,17 +1,20 @@
-"""A user's own network: its code is part of what a trial is, and a changed network is never averaged with the old one."""
+"""A user's own network: its code is part of what a trial is, and a changed one is never averaged with the old one."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
-from conftest import change_json, snapshot
+import timm
+from conftest import REPOSITORY, change_json, snapshot
 
 from expertgrid.ablations.cli.plan import plan_run, read_request
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.variants import SHIPPED, VARIANTS
 
 NETWORK = """
 import torch
@@ -92,6 +95,8 @@ def place(tmp_path, monkeypatch):
     write()
     yield tmp_path
     sys.modules.pop("my_net", None)
+    for name in VARIANTS.keys() - set(SHIPPED):
+        del VARIANTS[name]
 
 
 def write(*change: str, file: str = "my_net.py") -> None:
@@ -196,7 +201,7 @@ def test_records_of_different_code_are_not_averaged(expertgrid, study):
     row = read_results(two).rows[0]
     assert ([record.trial for record in row.records], row.other_code) == ([new], (old,))
     table = expertgrid("table", two.path, "--notes").out
-    assert f"other code of the network trained them than the newest trial of model.act relu: {old}" in table
+    assert f"other code trained them than the newest trial of model.act relu: {old}" in table
     assert "is not that of SHA256SUMS" in expertgrid("check", two.path).out or expertgrid("check", two.path).status == 1
 
 
@@ -227,3 +232,24 @@ def test_arguments_that_cannot_be_are_one_line(expertgrid, place, model, line, m
     (place / "mine.toml").write_text(STUDY.split("[factors]")[0].replace("my_net", model) + line)
     outcome = expertgrid(*RUN, "--dry-run")
     assert (outcome.status, message in outcome.complaint) == (2, True), outcome.complaint
+
+
+def test_the_readme_s_network_and_variant(expertgrid, place):
+    """Trained, exported and published with its arguments; a kept study with a variant is read without its module."""
+    section = (REPOSITORY / "ablations" / "README.md").read_text().split("## Your own network")[1].split("\n## ")[0]
+    (place / "my_net.py").write_text("\n".join(re.findall("```python\n(.*?)```", section, re.DOTALL)))
+    (place / "mine.toml").write_text(STUDY + "wide = [false, true]\n")
+    outcome = expertgrid(*RUN)
+    assert outcome.status == 0, outcome.err
+    assert expertgrid("publish", "runs/mine", "published", "--import", "my_net").status == 0
+    arguments = json.loads((place / "published" / "config.json").read_text())["model_args"]
+    net = timm.create_model("local-dir:published", pretrained=True)
+    assert (net.conv.out_channels, "act" in arguments) == (arguments.get("width", 16), True)
+    sys.modules.pop("my_net")
+    taken = "variant wide: the name is taken, by another variant or a field of the recipe"
+    assert taken in expertgrid(*RUN).complaint
+    del VARIANTS["wide"]
+    for command in ("table", "check", "report"):
+        outcome = expertgrid(command, "runs/mine")
+        assert outcome.status == 0, outcome.err
+    assert "unknown name 'wide'" in expertgrid("run", "mine.toml").complaint

@@ -23,7 +23,7 @@ from expertgrid.ablations.results.rows import best_row, common_scores, peek, rea
 from expertgrid.ablations.results.stats.contrasts import judge
 from expertgrid.ablations.results.stats.race import race
 from expertgrid.ablations.results.tables.cells import comparison_tables
-from expertgrid.ablations.results.tables.notes import plan_lines
+from expertgrid.ablations.results.tables.notes import effect_notes, plan_lines
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import groups
 from expertgrid.ablations.study.study_file import parse_study
@@ -189,7 +189,33 @@ def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path
     assert "no verdict: diverged in 2 of 36 trainings" in text
     assert "Failed: 2 of the trials (2 diverged)." in text
     assert f"Failed: {evidence.results.rows[1].trials[1]}: diverged: the loss is nan" in text
-    assert "have no verdict, as trainings failed" in answer(evidence)
+    assert "have no verdict, as trainings diverged" in answer(evidence)
+
+    matched = [line for line in effect_notes(evidence) if "over the cells that did not diverge (exploratory)" in line]
+    assert [line.split(" over")[0] for line in matched] == ["experts 2 -> 4", "kernel 3 -> 5"]
+    assert ", better." in matched[1]
+
+
+def test_a_training_that_was_lost_is_a_gap(digits, tmp_path):
+    def some(levels, seed):
+        return "crashed" if levels == {"experts": 2, "kernel": 5} and seed == 1 else drawn(levels, seed)
+
+    evidence = read_evidence(grid_of(digits, tmp_path, scores=some))
+    assert verdicts(evidence) == verdicts(read_evidence(grid_of(digits, tmp_path / "whole")))
+    assert all(5 < effect.judgement.seeds < 6 for effect in evidence.effects if effect.name != "kernel 3 -> 7")
+
+
+def test_what_is_the_same_on_average_may_depend_on_another_factor(digits, tmp_path):
+    def crossed(levels, seed):
+        both = drawn(levels | {"kernel": 3}, seed)
+        change = {5: 0, 7: 2 if levels["experts"] == 4 else -2}.get(levels["kernel"], 0)
+        return both[0] + change, both[1] + change
+
+    evidence = read_evidence(grid_of(digits, tmp_path, scores=crossed))
+    line = next(
+        line for line in effect_notes(evidence) if "kernel 3 -> 7 is same on average, and depends on experts" in line
+    )
+    assert re.fullmatch(r".*\(exploratory\): \S+ \(.*\) at 2; \+2\S+ \(.*\) at 4\.", line)
 
 
 def test_an_unfinished_study_says_so(digits, tmp_path, text_of):
@@ -274,7 +300,7 @@ def test_the_first_table_is_what_each_factor_does(grid, text_of):
     five = next(effect.judgement for effect in read_evidence(grid).effects if effect.name == "kernel 3 -> 5")
     interval = rf"\{five.low:+.2f} to \{five.high:+.2f}"
     assert re.match(rf"kernel +3 -> 5 +\{five.mean:+.2f} +{interval} +better +x1.0", lines[5])
-    assert any(line.startswith("This study can see effects from about 0.") for line in lines)
+    assert any(line.startswith("This study can tell effects from 0 from about 0.") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +417,7 @@ def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path
     assert after.needed[1.0] < after.needed[0.5] < after.needed[0.3]
     assert after.smallest == pytest.approx(before.smallest * after.spread / before.spread, rel=1e-3)
     (line,) = plan_lines(before)
-    assert line.startswith("With 6 seeds this study can see effects from about ")
+    assert line.startswith("With 6 seeds this study can tell effects from 0 from about ")
     assert re.search(r"Seeds that a difference needs: 0.3 points: about \d+ seeds; 0.5 points: .*; 1 points: .*", line)
 
 

@@ -134,7 +134,7 @@ def test_a_race_can_be_no_other_than_it_was(expertgrid, engine, tmp_path):
         assert message in expertgrid("run", "s.toml", *arguments).complaint
     (tmp_path / "s.toml").write_text(STUDY.replace("9]", "9, 11]"))
     complaint = expertgrid("run", "s.toml", *RACE).complaint
-    assert "the number of contrasts was 3 when this race was begun, and cannot be 4 now" in complaint
+    assert "has results, and the study now has more levels of kernel: 11" in complaint
     (tmp_path / "s.toml").write_text(STUDY.replace("margin = 1.0", "margin = 2.0"))
     assert "holds another study" in expertgrid("run", "s.toml", *RACE).complaint
     assert (tmp_path / "runs" / "s" / "plan.json").read_bytes() == before

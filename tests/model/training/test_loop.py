@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import own_parts  # noqa: F401  (it registers a loss and an augmentation)
 import pytest
 import torch
 from conftest import TINY_STUDY
@@ -454,7 +455,10 @@ CHANGES = {
     "decay_rate": (0.5, {"sched": "step", "decay_epochs": 0.5}),
     "warmup": (0.5, {}),
     "ema_decay": (0.9, {}),
+    "loss": ("my_squares", {}),
     "smoothing": (0.3, {}),
+    "class_weights": ("balanced", {}),
+    "sampler": ("balanced", {}),
     "auto_augment": ("rand-m9", {}),
     "color_jitter": (0.5, {}),
     "hflip": (0.2, {}),
@@ -466,6 +470,7 @@ CHANGES = {
     "reprob": (0.5, {}),
     "remode": ("rand", {"reprob": 0.5}),
     "recount": (3, {"reprob": 0.5}),
+    "augment": ("my_hflip", {}),
     "small_size": (4, {"small_size": 7, "small_share": 1.0}),
     "small_share": (1.0, {"small_size": 4, "small_share": 0.4}),
     "mixup": (0.5, {}),

@@ -66,7 +66,7 @@ def test_the_best_cell_may_be_the_best():
     rng, missed, sizes = np.random.default_rng(2), 0, []
     truth_C = np.array([0.0, 0.1, 0.2, 0.3, -2])
     for _ in range(300):
-        best_C = may_be_best(truth_C[:, None] + rng.normal(0, 0.3, size=(5, 5)), margin=0.5)
+        best_C = may_be_best(truth_C[:, None] + rng.normal(0, 0.3, size=(5, 5)))
         missed += not best_C[3]
         sizes.append(best_C.sum())
         assert not best_C[4]
