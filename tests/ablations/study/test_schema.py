@@ -40,7 +40,7 @@ def test_the_studies_that_ship_have_the_schema(validator):
         ("[base]\nrecipe = 'fastt'", False),
         ("[base]\nmodell = 'resnet18'", False),
         ("[set]\ncutoutt = 2", False),
-        ("[set]\nexperts = 2\n'recipe.sched' = 'cosin'", False),
+        ("[set]\nexperts = 2\n'recipe.tta' = 'flop'", False),
         ("[set]\nrecipe.hflip = 2", False),
         ("[factors]\nhflip = 0.5", False),
         ("[factors]\ncutout = [0, 0.5]", False),
