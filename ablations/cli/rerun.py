@@ -10,6 +10,7 @@ from expertgrid.ablations.cli.terminal import starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.study.changes import check_parts
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
@@ -34,6 +35,7 @@ def rerun(
         from expertgrid.model.system.machine import torch_device
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
+    check_parts(trial.recipe)
     kept, now = study.network(trial_id), plan.pixels and probe_of(trial.model, plan.pixels)
     if kept and now and (what := kept.difference(now)):
         raise InputError(f"trial {trial_id}: was trained by other code than {trial.model_name} has now: {what} differ")
