@@ -10,6 +10,7 @@ from expertgrid.ablations.cli.terminal import starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.record import Record
+from expertgrid.ablations.study.changes import check_parts
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
 from expertgrid.model.training.trial import Trial
@@ -34,6 +35,7 @@ def rerun(
         from expertgrid.model.system.machine import torch_device
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
+    check_parts(trial.recipe)
     load(study.checkpoint(trial_id))  # raises InputError for a network whose code has changed
     on = torch_device(device_name)
     images = read_data(data or trial.source, data_dir, plan.image_size)

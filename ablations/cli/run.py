@@ -143,9 +143,9 @@ def _train(
 ) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
     trials = by_seed([trial for cell in cells for trial in cell.trials])
-    records = {trial.id: record for trial in trials if (record := directory.record(trial.id))}
-    pending = [trial for trial in trials if trial.id not in records]
-    changed = Counter(part for record in records.values() for part in changed_parts(record.parts))
+    pending = [trial for trial in trials if directory.record(trial.id) is None]
+    records = filter(None, (directory.record(trial.id) for trial in trials))
+    changed = Counter(part for record in records for part in changed_parts(record.parts))
     if how.adopts:
         refused: Counter[str] = Counter()
         metric = directory.read_study().metric
