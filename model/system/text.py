@@ -18,7 +18,8 @@ FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
 
 
-FORMULA = re.compile(r"\s*[=+@＝＋－＠-](?![\d.]+(e[+-]?\d+)?$)")  # how a spreadsheet knows one, unless it is a number
+MARKDOWN = re.compile(r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*_\[\]<|~#&$!])")  # where a sign is
+FORMULA = re.compile(r"\s*([=@＝＋－＠]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$))")  # as a spreadsheet knows one
 
 
 class Points(float):
@@ -92,7 +93,7 @@ class Table:
 
 def markdown(text: object) -> str:
     """A text that comes from outside, on one line, so that Markdown shows it as it is."""
-    return re.sub(r"(^>|[\\`*_\[\]<|~#&$!])", r"\\\1", _on_one_line(text))
+    return MARKDOWN.sub(r"\1\\", _on_one_line(text))
 
 
 def _on_one_line(text: object) -> str:
