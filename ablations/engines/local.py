@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from expertgrid.model.checkpoint import Checkpoint, Trained
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import reason_of
 from expertgrid.model.system.files import disk_full, now
 from expertgrid.model.training.loop import (
     Diverged,
@@ -112,11 +111,13 @@ def run_local(
         directory.write_config(trial)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume)
-        if reason:
-            yield TrialNote(trial, f"trained from the start, because {reason}")
-        went_on, saver = resume.exists() and not reason, Saver(directory, trial, training, save_every_s, stop, saved)
+        training, epochs, went_on = start(trial, splits), [], resume.exists()
+        saver = Saver(directory, trial, training, save_every_s, stop, saved)
         try:
+            if went_on:
+                state = read_state(resume)
+                training.load_state_dict(state["training"])
+                epochs = state["epochs"]
             directory.write_epochs(trial.id, epochs)
             prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
             yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
@@ -126,8 +127,8 @@ def run_local(
         except Exception as error:
             if isinstance(error, NOT_OF_A_STATE) or not went_on or saver.saves:
                 raise
-            resume.unlink()
-            yield TrialNote(trial, f"trained from the start, because its state may be at fault: {reason_of(error)}")
+            resume.unlink()  # another version may have written it, or somebody else
+            yield TrialNote(trial, f"trained from the start, because {resume} does not fit: {reason_of(error)}")
             yield from run(trial)
             return
         record = _finish(trial, splits, directory, training, prepared, at_once)
@@ -152,23 +153,6 @@ def run_local(
                 failure = _failure(trial, later, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
-
-
-def _begun(trial: Trial, splits: Splits, resume: Path) -> tuple[Training, list[str], str]:
-    """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits)
-    if not resume.exists():
-        return training, [], ""
-    try:
-        state = read_state(resume)
-        training.load_state_dict(state["training"])
-        return training, state["epochs"], ""
-    except InputError as error:
-        return training, [], str(error)
-    except Exception as error:  # whatever another version, or somebody else, has written there
-        if isinstance(error, NOT_OF_A_STATE):
-            raise
-        return start(trial, splits), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:

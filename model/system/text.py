@@ -148,10 +148,11 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
         return json.dumps(rows_by_key, indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
-    titles = [MARKS[format][0] + ESCAPES[format](table.title) for table in tables]
-    return "\n\n".join(
-        f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}" for title, table in zip(titles, tables)
-    )
+    mark, escaped = MARKS[format][0], ESCAPES[format]
+    parts = [
+        f"{mark}{escaped(table.title)}\n\n{render(table.rows, format, table.notes[:most_notes])}" for table in tables
+    ]
+    return "\n\n".join(parts)
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
