@@ -1,5 +1,6 @@
 """Files of unknown origin: nothing in them runs, leaves its folder, fills the memory, or becomes part of a page."""
 
+import csv
 import hashlib
 import io
 import json
@@ -17,6 +18,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, change_json, write_study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -25,8 +29,8 @@ from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.predict import read_pixels
 from expertgrid.model.pixels import LARGEST_IMAGE, fitted
-from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import render
+from expertgrid.model.system.errors import InputError, printable
+from expertgrid.model.system.text import Table, render, render_tables
 from expertgrid.model.training import data
 from expertgrid.model.training.data import load_data
 
@@ -321,6 +325,63 @@ def test_a_terminal_shows_text_as_text(tmp_path):
     for text in (shown, table, str(InputError(clear))):
         assert not set("\x1b\x9b\r") & set(text)
         assert r"\x1b[2J\x9b2J" in text
+
+
+SIGNS = "|\\`*_[]<>~#&$!=+-@%{}^.)\n\r\t\x1b\x9b\u202e\u2028'\",;:/1a "
+NASTY = st.text(st.one_of(st.sampled_from(SIGNS), st.characters()))
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def plain_texts(markdown: str) -> list[str]:
+    """The texts of headings, cells and items. Fails where one holds anything but text."""
+    parsed = MarkdownIt("commonmark").enable("table").parse(markdown)
+    texts = [part for part in parsed if part.type == "inline"]
+    assert {child.type for part in texts for child in part.children} <= {"text", "text_special"}
+    assert not {part.type for part in parsed} & {"ordered_list_open", "blockquote_open", "code_block", "hr"}
+    assert sum(part.type == "bullet_list_open" for part in parsed) <= 1
+    return ["".join(child.content for child in part.children) for part in texts]
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=pytest.mark.nightly)])
+def test_tables_carry_nothing(cases):
+    """Titles, notes and cells are text to who reads Markdown, LaTeX, CSV or a terminal."""
+
+    @settings(max_examples=cases, deadline=None)
+    @given(NASTY, NASTY, NASTY, NASTY)
+    def check(title, note, name, value):
+        title, note, name = f"t{title}", f"{note}n", f"c{name}"
+        tables = [Table("key", title, [{name: value, "number": -3.25}], [note])]
+        expected = [title, name, "number", value, "-3.25", note]
+        assert plain_texts(render_tables(tables, "github")) == list(map(on_one_line, expected))
+        text = render_tables(tables, "text")
+        assert text.replace("\n", "").isprintable()
+        lines = render_tables(tables, "latex").split("\n")
+        assert len(lines) == 10 and lines[0] == f"% {on_one_line(title)}" and lines[-1] == f"% {on_one_line(note)}"
+        assert [number for number, line in enumerate(lines) if line.startswith("%")] == [0, len(lines) - 1]
+        header, cells = csv.reader(io.StringIO(render_tables(tables, "csv")))
+        assert not any(cell.lstrip()[:1] in set("=+@-") for cell in (header[1], cells[1]) if not is_number(cell))
+        assert cells[1].removeprefix("'") == printable(value).removeprefix("'") and cells[2] == "-3.25"
+
+    check()
+
+
+def is_number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def test_commands_print_text_as_text(expertgrid, tmp_path, digits):
+    """On stdout and stderr, whatever a study says."""
+    study = study_that_says("\x1b[2J\x9b2J", tmp_path / "study", digits)
+    for arguments in (["table", study], ["table", study, "--format", "csv"], ["check", study], ["verify", study]):
+        outcome = expertgrid(*arguments)
+        assert not set("\x1b\x9b") & set(outcome.out + outcome.err)
+    assert r"\x1b[2J" in expertgrid("table", study).out
 
 
 def test_a_picture_shows_text_as_text(tmp_path, digits):

@@ -21,7 +21,6 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
-ANSWER_S = 4.0  # that a tracker's server gets at the start
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -208,10 +207,10 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
         if uri.startswith(("http:", "https:")):
-            import requests  # as MLflow does, which itself waits for minutes
+            import requests  # as MLflow does
 
             try:
-                requests.head(uri, timeout=ANSWER_S)
+                requests.head(uri, timeout=4.0)  # MLflow itself waits for minutes
             except (OSError, ValueError) as error:
                 if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
                     raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
