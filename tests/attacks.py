@@ -11,6 +11,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,8 +106,8 @@ def place(path: Path, name: str) -> None:
 # --- Values that are something else ---
 
 VALUES = (
-    0, -1, -4, 1, 2, 10**6, 10**12, 2**63, 10**400, 1e308, -1e308, 0.0, -0.5, 1.5, True, None, "", "x", "../..", "$a$ $",
-    "$\\frac{$", "\x1b[2J", "\ud800", "a" * 100_000, [], {}, [[]], [0], [None], {"a": 1}, "0" * 12, 101, 256, 1e-320,
+    0, -1, -4, 1, 2, 10**6, 10**12, 2**63, 10**400, 1e308, -1e308, 0.0, -0.5, 1.5, True, None, "", "x", "../..",
+    "$a$ $", "$\\frac{$", "\x1b[2J", "\ud800", "a" * 100_000, [], {}, [[]], [0], [None], {"a": 1}, "0" * 12, 101, 256, 1e-320,
 )  # fmt: skip
 
 
@@ -231,18 +232,19 @@ def hostile_onnx(chance: random.Random) -> tuple[str, bytes]:
         )
         model.opset_import[0].version = chance.choice([0, -1, 2**40, 20])
         return "names", model.SerializeToString()
-    big = chance.choice([2**28, 2**34, 2**40])
-    sizes = helper.make_tensor("s", TensorProto.INT64, [1], [big])
-    model.graph.initializer.append(sizes)
+    make = helper.make_node
+    if kind == "constant":
+        big = chance.choice([2**28, 2**34, 2**40])
+        model.graph.initializer.append(helper.make_tensor("s", TensorProto.INT64, [1], [big]))
+        nodes = [make("ConstantOfShape", ["s"], ["f"])]
+    else:
+        big = chance.choice([24, 40])
+        model.graph.initializer.append(helper.make_tensor("c0", TensorProto.FLOAT, [1], [1]))
+        nodes = [make("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(big)]
+        nodes.append(make("Identity", [f"c{big}"], ["f"]))
     del model.graph.node[:]
-    model.graph.node.extend(
-        [
-            helper.make_node("ConstantOfShape", ["s"], ["c"]),
-            helper.make_node("ReduceSum", ["c"], ["r"]),
-            helper.make_node("Add", ["x", "r"], ["y"]),
-        ]
-    )
-    return f"constant of {big}", model.SerializeToString()
+    model.graph.node.extend([*nodes, make("ReduceSum", ["f"], ["r"]), make("Add", ["x", "r"], ["y"])])
+    return f"{kind} {big}", model.SerializeToString()
 
 
 # --- Images to train on ---
@@ -318,9 +320,14 @@ def image_folder(folder: Path, chance: random.Random) -> str:
 
 # --- Words of the command line ---
 
-WORDS = ("", " ", DIGITS, "-" + DIGITS, "0", "-1", "1e999", "nan", "inf", "\0x", "a" * 250, "a" * 300, "a/" * 2500, "/", "/proc/x", "/dev/null",
-         "/sys/x", "..", ".", "\udcff", "x\ny", "1,1,1", "[" * 3000, "a=" + "[" * 3000, "hf-hub:a/b", "folder:/", "parquet:/dev", "\x1b[2J", "🦊", "a" * 240 + ".onnx", "a" * 245 + ".onnx",
-         "a" * 250 + ".onnx", "a" * 255 + ".onnx", "/proc/a.onnx", "/dev/full", "x.onnx", "a" * 246 + ".html", "a" * 250 + ".json", "/sys/a.json", "/proc/a.html", "0.5%", "1" * 12)  # fmt: skip
+WORDS = (
+    "", " ", DIGITS, "-" + DIGITS, "0", "-1", "1e999", "nan", "inf", "a" * 250, "a" * 300, "a/" * 2500, "/", "/proc/x",
+    "/dev/null", "/sys/x", "..", ".", "\udcff", "x\ny", "1,1,1", "[" * 3000, "a=" + "[" * 3000, "hf-hub:a/b", "folder:/",
+    "parquet:/dev", "\x1b[2J", "🦊", "x.onnx", "/proc/a.onnx", "/dev/full", "/sys/a.json", "/proc/a.html", "0.5%", "1" * 12,
+    *("a" * length + suffix for length in (236, 240, 245, 250, 255) for suffix in (".onnx", ".html", ".json", ".png")),
+)  # fmt: skip
+
+
 FILE = "s/export/model-uint8.onnx"
 BRIEF = ["--batch", "1", "--seconds", "0.01", "--engine", "own"]
 COMMANDS = (
@@ -328,18 +335,19 @@ COMMANDS = (
     ["table", "s"], ["table", "s", "--by", "experts"], ["table", "s", "--peek"], ["table", "s", "--format", "json"],
     ["table", "s", "--contrast", "experts=1", "experts=2"], ["report", "s"], ["report", "s", "--format", "png-figures"],
     ["verify", "s"], ["run", "s.toml", "--out", "s"], ["run", "s.toml", "--out", "s", "--dry-run"],
-    ["run", "s.toml", "--out", "beside"], ["export", "s"], ["export", "s/trials/ID/model.safetensors"],
-    ["bench", FILE, *BRIEF], ["bench", "s", *BRIEF], ["bench-train", "s", "--steps", "1", "--rounds", "1"],
+    ["run", "s.toml", "--out", "beside"], ["export", "s"], 
+    ["bench", FILE, *BRIEF], ["bench-train", "s", "--steps", "1", "--rounds", "1"],
     ["rerun", "s", "ID"], ["publish", "s", "published"], ["predict", FILE, "image.png"], ["show-model", FILE],
     ["track", "s", "--to", "tensorboard"],
 )  # fmt: skip
 OPTIONS = {
-    "run s.toml": "--data --data-dir --seeds --first-seed --set --out --device --max-seeds --import --jobs --trial-timeout "
-    "--address --gpus-per-trial --cpus-per-trial --track --until",
+    "run s.toml": "--data --data-dir --seeds --first-seed --set --out --device --max-seeds --import --jobs "
+    "--trial-timeout --address --gpus-per-trial --cpus-per-trial --track --until",
     "table s": "--by --format --contrast", "report s": "--out --format --data-dir", "clean s": "--yes",
     "export s": "--out --input --precision --outputs --prune-gates --provider --batch --data --data-dir",
-    f"bench {FILE} --seconds 0.01": "--batch --json --engine --seconds --fail-if-slower --baseline --bound-ms --scenario",
-    "rerun s ID": "--data --data-dir --device", "publish s": "--data --data-dir", f"predict {FILE} image.png": "--top --provider",
+    f"bench {FILE} --seconds 0.01": "--batch --json --engine --seconds --fail-if-slower --baseline --bound-ms",
+    "rerun s ID": "--data --data-dir --device", "publish s": "--data --data-dir",
+    f"predict {FILE} image.png": "--top --provider",
     "list data": "--format --import", "show-augment fast --out x.png": "--out --data --set --seed --images",
     "bench-train two_block --steps 1 --rounds 1": "--batch --steps --rounds --device", "track s": "--to --data",
     "show-model": "", "check": "", "judge": "",
@@ -363,63 +371,46 @@ def wrong_words(chance: random.Random) -> list[str]:
 
 
 def attacks(study: Path, folder: Path, seed: int, kinds: str = "placed values onnx images words") -> Iterator[Attack]:
-    """Attacks without end: each is made ready in `folder`, which is made anew from the finished `study`."""
+    """Attacks without end: for each `folder` is made anew from the folder of the finished `study`."""
     chance = random.Random(seed)
     trials = sorted(path.name for path in (study / "trials").iterdir())
     while True:
         if folder.exists():
             shutil.rmtree(folder)
         shutil.copytree(study.parent, folder, symlinks=True)
-        kind = chance.choice(kinds.split())
-        command = list(chance.choice(COMMANDS))
-        trial = chance.choice(trials)
+        kind, command, trial = chance.choice(kinds.split()), list(chance.choice(COMMANDS)), chance.choice(trials)
+        files = sorted((folder / "s").rglob("*"))
+        files = [path for path in files if path.parent.name not in trials or path.parent.name == trial]
         if kind == "placed":
-            everything = sorted(path for path in (folder / "s").rglob("*"))
-            here = [path for path in everything if path.parent.name not in trials or path.parent.name == trial]
-            path, name = chance.choice(here), chance.choice(list(PLACED))
+            path, name = chance.choice(files), chance.choice(list(PLACED))
             place(path, name)
             what = f"{name} as {path.relative_to(folder)}"
         elif kind == "values":
-            files = [
-                path
-                for path in (folder / "s").rglob("*")
-                if path.suffix in (".json", ".jsonl") and "tensorboard" not in str(path)
-            ]
-            path = chance.choice(
-                [path for path in files if path.parent.name not in trials or path.parent.name == trial]
-            )
+            path = chance.choice([path for path in files if path.suffix in (".json", ".jsonl")])
             change_file(path, chance)
             what = f"values of {path.relative_to(folder)}"
         elif kind == "onnx":
             what, content = hostile_onnx(chance)
             (folder / FILE).write_bytes(content)
-            command = list(chance.choice([c for c in COMMANDS if FILE in c or c[0] in ("check", "verify", "publish")]))
+            command = list(chance.choice([c for c in COMMANDS if FILE in c or c[0] in ("check", "verify")]))
         elif kind == "images":
-            command = ["run", "s.toml", "--out", "other", "--data"]
-            if chance.random() < 0.5:
-                what = image_folder(folder / "images", chance)
-                command += ["folder:images"]
-            else:
-                what = chance.choice(list(PARQUETS))
-                (folder / "images").mkdir()
-                (folder / "images" / "train.parquet").write_bytes(made(what))
-                (folder / "images" / "test.parquet").write_bytes(
-                    made("label" if what == "label" else "one name twice" if what == "no rows" else what)
-                )
-                command += ["parquet:images"]
-            what = f"{what} in {command[-1]}"
-            if chance.random() < 0.5:
-                command += ["--set", "base.image_size=8"] if False else ["--dry-run"]
+            is_folder = chance.random() < 0.5
+            what = image_folder(folder / "images", chance) if is_folder else parquets(folder / "images", chance)
+            command = ["run", "s.toml", "--out", "other", "--data", f"{'folder' if is_folder else 'parquet'}:images"]
         else:
-            command = wrong_words(chance)
-            what = ""
+            what, command = "", wrong_words(chance)
         yield Attack(kind, what, [word.replace("ID", trial) for word in command])
 
 
-_MADE: dict[str, bytes] = {}
+def parquets(folder: Path, chance: random.Random) -> str:
+    """A folder of Parquet files of which each is wrong in the same way."""
+    name = chance.choice(list(PARQUETS))
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").write_bytes(_made(name))
+    return name
 
 
-def made(name: str) -> bytes:
-    if name not in _MADE:
-        _MADE[name] = PARQUETS[name]()
-    return _MADE[name]
+@cache
+def _made(name: str) -> bytes:
+    return PARQUETS[name]()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertgrid.ablations.cli.options import check_can_be_written, write_out
+from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.terminal import console, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.comparison import compare
@@ -14,6 +14,7 @@ from expertgrid.ablations.results.tables.cells import comparison_tables, peek_ta
 from expertgrid.ablations.results.tables.effects import level_table
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import MOST_NOTES, Format, Table, render_tables
 
 
@@ -81,7 +82,7 @@ def report(directory: Path, out: Path | None = None, format: str = "html", data_
             figures = report.figures(findings, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
-        write_out("--out", file, content)
+        write_whole(file, content)
         print(file)
     return 0
 

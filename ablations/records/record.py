@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from expertgrid.model.system import machine
+from expertgrid.model.training.trial import Share
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,6 @@ class Environment(BaseModel):
         )
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Some = Annotated[int, Field(ge=1, lt=2**63)]
 Speed = Annotated[float, Field(gt=0, allow_inf_nan=False)]
