@@ -1,8 +1,8 @@
 """A server of commands: it has imported everything, and runs each command in a fork of its own, with limits.
 
-A line of JSON comes in: `arguments`, the `folder` to run in, and the `file` where its output goes meanwhile. One goes out:
-`status`, `out`, `err`, `bytes` of memory that it had at most, and whether it was `late`: ended after LONGEST_S seconds of
-a processor, or WAITED times as long.
+A line of JSON comes in: `arguments`, the `folder` to run in, and the `file` where its output goes meanwhile. One goes
+out: `status`, `out`, `err`, the most `bytes` of memory that it had, and whether it was `late`: it was ended after
+LONGEST_S seconds of a processor, or WAITED times as long.
 """
 
 import os

@@ -213,14 +213,15 @@ def _weights_problem(file: Path, trial: str) -> str:
 def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
     training, latency = {}, {}
     _read(TRAINING, directory.training_rates, training)
-    for file in sorted((directory.path / "bench").glob("*.json")):
+    bench = directory.path / "bench"
+    for file in sorted(bench.glob("*.json") if os.path.isdir(bench) else ()):
         _read(file.name, lambda file=file: read_latency(file), latency)
     yield from _damaged(training, "delete it and run expertgrid bench-train again")
     yield from _damaged(latency, "delete it and run expertgrid bench again", "bench/")
 
 
 def _exports(folder: Path) -> Iterator[FileState]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     from expertgrid.export.exported import export_problems  # which imports torch
 
