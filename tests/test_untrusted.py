@@ -6,12 +6,14 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import struct
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import attacks
 import numpy as np
 import onnx
 import pyarrow
@@ -261,6 +263,59 @@ def test_a_study_of_too_many_trials_is_refused():
         parse_study("\n".join(['question = "?"\n[factors]', *factors]), Path("study.toml"))
 
 
+HOSTILE = {
+    "nested": "its functions call each other too often, too deep, or themselves",
+    "recursive": "its functions call each other too often, too deep, or themselves",
+    "shape": "has too many numbers for one image",
+    "constant": "'f' has too many numbers for one image: 268435456|: 1099511627776",
+    "doubled": "has too many numbers for one image",
+    "type": "of an unknown type",
+    "tensor": "of an unknown type",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_onnx_file_is_counted_before_it_is_expanded(kind, tmp_path):
+    """Some of each kind are harmless; the largest is not."""
+    file, chance = tmp_path / "model.onnx", random.Random(1)
+    file.write_bytes(max((attacks.hostile_onnx(kind, chance) for _ in range(9)), key=len))
+    with pytest.raises(InputError, match=f"model.onnx: .*({HOSTILE[kind]})"):
+        read_onnx(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "rows": "train has 3,000,000 rows; at most 2,000,000 images are read",
+        "one name twice": "two classes have the name 'a'",
+        "surrogate": r"'\\ud800' is not UTF-8",
+        "label": "column 'label' needs labels 0 to 1",
+    }.items(),
+)
+def test_a_parquet_file_is_counted_before_it_is_read(name, message, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes(attacks.PARQUETS[name]())
+    with pytest.raises(InputError, match=message):
+        load_data(f"parquet:{tmp_path}")
+
+
+def test_more_pixels_than_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "memory_bytes", lambda: 300 * 8 * 8 * 3 - 1)
+    (tmp_path / "train.parquet").write_bytes(attacks.parquet(300, attacks.png(), ["a", "b"]))
+    with pytest.raises(InputError, match="its 300 images are 57,600 bytes: more than the memory has"):
+        load_data(f"parquet:{tmp_path}")
+
+
+def test_the_name_of_a_class_is_utf_8(tmp_path):
+    for split in (b"train", b"test"):
+        for name in (b"caf\xe9", b"dog"):
+            folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), split, name)))
+            folder.mkdir(parents=True)
+            (folder / "0.png").write_bytes(attacks.png())
+    with pytest.raises(InputError, match="is not UTF-8, in which the names of classes"):
+        load_data(f"folder:{tmp_path}")
+
+
 # --- Nothing becomes part of a page ---
 
 TAG = "<script>alert(1)</script>'\"&amp;</td><img src=x onerror=alert(2)>"
@@ -390,7 +445,9 @@ def test_a_picture_shows_text_as_text(tmp_path, digits):
 
     from expertgrid.ablations.results.report.plots import accuracy_plot
 
-    for number, words in enumerate((TAG, "$\\frac{$", "]]> <!-- &lt;")):
+    for number, words in enumerate(
+        (TAG, "$\\frac{$", "]]> <!-- &lt;", "so long that it is wrapped " * 5 + "$\\frac{$")
+    ):
         evidence = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
         picture = ElementTree.fromstring(accuracy_plot(words, evidence.results.rows))
         assert not {part.tag.rpartition("}")[2] for part in picture.iter()} & {"script", "img", "td"}

@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from expertgrid.model.system.errors import InputError, reason_of, unknown
-from expertgrid.model.system.files import opened_file, write_whole
+from expertgrid.model.system.files import opened_file
 
 HUB = "hf-hub:"
 NOT_ISOLATED = "needs separate processes; it does not go with --no-isolate"
@@ -228,11 +228,3 @@ def check_can_be_written(option: str, *files: Path) -> None:
                 pass
         except OSError as error:
             raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None
-
-
-def write_out(option: str, file: Path, content: bytes) -> None:
-    """Writes a file that `option` named. Raises InputError where it cannot be written."""
-    try:
-        write_whole(file, content)
-    except OSError as error:
-        raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None

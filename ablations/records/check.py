@@ -214,14 +214,15 @@ def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
         if hashlib.sha256(file.read_bytes()).hexdigest() != file.stem:
             yield from _damaged({file.name: "its name is not its checksum"}, f"{AGAIN}, which writes it", "weights/")
     _read(TRAINING, directory.training_rates, training)
-    for file in sorted((directory.path / "bench").glob("*.json")):
+    bench = directory.path / "bench"
+    for file in sorted(bench.glob("*.json") if os.path.isdir(bench) else ()):
         _read(file.name, lambda file=file: read_latency(file), latency)
     yield from _damaged(training, "delete it and run expertgrid bench-train again")
     yield from _damaged(latency, "delete it and run expertgrid bench again", "bench/")
 
 
 def _exports(folder: Path) -> Iterator[FileState]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     from expertgrid.export.exported import export_problems  # which imports torch
 
