@@ -54,10 +54,11 @@ def read_weights(source: str, config: Network, classes: Sequence[str]) -> Initia
             net = _made(config)
             fit = _fit(net, about, tensors, classes)
             hub = {"pretrained_cfg": about} if source.startswith(HUB) else {}
-            state = _taken(lambda: _made(config, pretrained=True, pretrained_cfg_overlay=fit, **hub))
-        about = getattr(net, "pretrained_cfg", {}) | about | fit if tensors is None else about
-        if state is None and tensors is not None:  # the network's function does not look at `pretrained`
-            state = _taken(lambda: load_pretrained(net, fit, config.num_classes, config.in_chans))
+            if tensors is None or hasattr(net, "pretrained_cfg"):
+                state = _taken(lambda: _made(config, pretrained=True, pretrained_cfg_overlay=fit, **hub))
+            else:  # a user's network, whose function does not look at `pretrained`
+                state = _taken(lambda: load_pretrained(net, fit, config.num_classes, config.in_chans))
+        about = getattr(net, "pretrained_cfg", {}) | about if tensors is None else about
     except InputError:
         raise
     except Exception as error:  # of the Hub's HTTP library, which is another one in other versions, too

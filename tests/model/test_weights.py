@@ -27,7 +27,8 @@ class Code:
 
 @register_model
 def plain_net(pretrained=False, in_chans=3, num_classes=10, **kwargs):
-    """As a user writes it: `pretrained` is not looked at."""
+    """As a user writes it: `pretrained` is not looked at, and a part has weights of its own."""
+    nn.Linear(1, 1).load_state_dict({"weight": torch.ones(1, 1), "bias": torch.ones(1)})
     return nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, num_classes))
 
 

@@ -154,7 +154,8 @@ def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     )
     needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
     return [
-        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). "
+        f"Seeds that a difference needs: {'; '.join(needed)}."
     ]
 
 

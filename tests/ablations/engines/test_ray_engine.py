@@ -147,7 +147,7 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
     directory = StudyDirectory(tmp_path / "ray")
     save_file(build(trials[0].model).state_dict(), "start.safetensors")
     initial = read_weights("start.safetensors", trials[0].model, digits.classes)
-    trials[0] = Trial.model_validate(dict(trials[0]) | {"weights": initial.weights})
+    trials[0] = Trial.model_validate(trials[0].model_dump() | {"weights": initial.weights})
     for place in ("ray", "local"):
         StudyDirectory(tmp_path / place).write_weights({initial.weights.fingerprint: initial.file})
     with ray_engine("auto", 1, None, "auto", ["networks/networks_on_ray.py"]) as engine:
@@ -179,7 +179,7 @@ def assert_nobody_can_join() -> None:
         pass
     script = f"import ray; ray.init({address!r}); ray.get(ray.remote(print).remote('ran'))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    line = [sys.executable, "-c", script]
+    line = [sys.executable, "-P", "-c", script]
     done = subprocess.run(line, env=environment | {"HOME": "/nowhere"}, capture_output=True, text=True, timeout=100)
     assert done.returncode and "AuthenticationError" in done.stderr, done.stderr
 
