@@ -119,7 +119,7 @@ def check_parts(recipe: Recipe) -> None:
 
 def check_layers(recipe: Recipe, config: Network) -> None:
     """Raises InputError where `freeze` or `layer_decay` have no effect on the network."""
-    if recipe.freeze or recipe.layer_decay < 1:
+    if recipe.freeze != "none" or recipe.layer_decay < 1:
         from expertgrid.model.registry import build, for_shapes
         from expertgrid.model.training import optimise
 

@@ -65,7 +65,7 @@ def freeze(recipe: Recipe, net: nn.Module) -> list[nn.Module]:
     Returns the modules that have only such parameters: in evaluation mode their norms keep their statistics. Raises
     InputError where it names no parameter, or all.
     """
-    if not recipe.freeze:
+    if recipe.freeze == "none":
         return []
     matcher = net.group_matcher() if hasattr(net, "group_matcher") else {}  # ty: ignore[not-callable]
     groups: dict[str, Any] = dict(matcher) if isinstance(matcher, dict) else {}

@@ -56,7 +56,9 @@ class Recipe(BaseModel):
     opt_betas: Annotated[tuple[Share, Share] | None, Field(strict=False)] = None  # the optimiser's own where not given
     momentum: float | None = Field(None, ge=0, lt=1)  # 0.9 where not given, of optimisers that have it
     layer_decay: float = Field(1.0, gt=0, le=1)  # of the rate, from each layer to the one before it; 1 is without
-    freeze: str = ""  # "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
+    freeze: str = (
+        "none"  # or "all but head", a group of timm's (stem, blocks), or a pattern that begins parameters' names
+    )
     sched: str = "none"  # step, cosine, poly (linear to zero), onecycle, or a user's
     decay_epochs: float | None = Field(None, gt=0)  # of sched step; 30 where not given
     decay_rate: float | None = Field(None, gt=0, le=1)  # of sched step; 0.1 where not given

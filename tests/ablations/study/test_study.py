@@ -113,10 +113,10 @@ def test_all_cells_of_a_study_have_its_hold_out(digits):
 
 
 def test_a_study_of_too_few_images_for_its_hold_out_is_refused():
-    few = ImageData.random(train=95, height=32, width=32)
-    with pytest.raises(InputError, match="hold-out of random: class '5' has 9 train images, and 10 parts need"):
+    few = ImageData.random(train=15, height=32, width=32)
+    with pytest.raises(InputError, match="hold-out of random: class '5' has 1 train images; at least 2 are needed"):
         study("[set]\n'recipe.batch_size' = 8").cells(few)
-    halves = replace(few, source="random@0.5")
+    halves = replace(ImageData.random(train=95, height=32, width=32), source="random@0.5")
     (cell,) = study("[set]\n'recipe.batch_size' = 47").cells(halves)
     assert cell.trials[0].hold_out.parts == 2
     with pytest.raises(InputError, match="recipe.batch_size: 48, and random has 47 images to train on"):
