@@ -366,11 +366,11 @@ def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_di
     bad, good, *_ = trials(digits, **{"recipe.epochs": 1})
     real, sizes = engines.start, []
 
-    def start(trial, data):
+    def start(trial, data, weights=None):
         sizes.append(trial.recipe.batch_size)
         if trial.seed == bad.seed and trial.recipe.batch_size > 32:
             raise error
-        return real(trial, data)
+        return real(trial, data, weights)
 
     for module in (engines, preparation):
         monkeypatch.setattr(module, "start", start)
@@ -450,6 +450,8 @@ CHANGES = {
     "filter_bias_and_bn": (False, {"weight_decay": 5.0}),
     "opt_betas": ((0.5, 0.9), {}),
     "momentum": (0.5, {"opt": "sgd"}),
+    "layer_decay": (0.5, {}),
+    "freeze": ("all but head", {}),
     "sched": ("cosine", {}),
     "decay_epochs": (0.5, {"sched": "step"}),
     "decay_rate": (0.5, {"sched": "step", "decay_epochs": 0.5}),
