@@ -152,7 +152,7 @@ def run(
     ),
     jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
-    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: join or start one."),
+    address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
     track: list[str] | None = Option(

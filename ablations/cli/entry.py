@@ -8,8 +8,6 @@ import io
 import os
 import shlex
 import sys
-from contextlib import redirect_stdout
-from typing import Any, TextIO
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.interrupt import INTERRUPTED
@@ -23,10 +21,12 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± still gets its table
+    write = sys.stdout.write
+    # No character of a text is a command for a terminal.
+    sys.stdout.write = lambda text: write(printable(text))  # ty: ignore[invalid-assignment]
     interrupt.watch()
     try:
-        with redirect_stdout(_Printed(sys.stdout)):
-            status = _run(sys.argv[1:] or ["--help"])
+        status = _run(sys.argv[1:] or ["--help"])
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has gone, and nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,19 +46,6 @@ def main() -> None:
         resumes = f", and the same command continues it: {command}" if sys.argv[1:2] == ["run"] else ""
         print(f"stopped; finished work is kept{resumes}", file=sys.stderr)
     sys.exit(status)
-
-
-class _Printed:
-    """A stream in which no character of a text is a command for a terminal."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        return self.stream.write(printable(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def _run(arguments: list[str]) -> int:

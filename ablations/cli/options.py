@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from expertgrid.model.system.errors import InputError, unknown
+from expertgrid.model.system.errors import InputError, reason_of, unknown
 from expertgrid.model.system.files import opened_file, write_whole
 
 HUB = "hf-hub:"
@@ -21,6 +21,7 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
+ANSWER_S = 4.0  # that a tracker's server gets at the start
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -196,7 +197,7 @@ def hub_repository(target: str) -> str | None:
 
 
 def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
-    """Raises InputError for a tracker that does not exist, is not installed, or takes no store. Imports none."""
+    """Raises InputError for a tracker that does not exist, is not installed, takes no store or does not answer."""
     for text in texts or ():
         name, colon, uri = text.partition(":")
         if name not in TRACKERS:
@@ -206,6 +207,14 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
+        if uri.startswith(("http:", "https:")):
+            import requests  # as MLflow does, which itself waits for minutes
+
+            try:
+                requests.head(uri, timeout=ANSWER_S)
+            except (OSError, ValueError) as error:
+                if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
+                    raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
     return texts
 
 

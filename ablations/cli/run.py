@@ -146,9 +146,12 @@ def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, t
     pending = [trial for trial in trials if trial.id not in records]
     changed = Counter(part for record in records.values() for part in changed_parts(record.parts))
     if how.adopts:
+        refused: Counter[str] = Counter()
         metric = directory.read_study().metric
-        places = (directory.adopt(trial.id, metric, planned.networks.get(trial.id), changed) for trial in pending)
+        places = (directory.adopt(trial.id, refused, metric, planned.networks.get(trial.id)) for trial in pending)
         taken = Counter(filter(None, places))
+        for reason, count in refused.items():
+            console.print(f"not taken over: {count} trials of {reason}", soft_wrap=True)
         for place, count in taken.items():
             console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
         pending = [trial for trial in pending if directory.record(trial.id) is None]

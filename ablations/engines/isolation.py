@@ -19,15 +19,7 @@ from threading import Event as Flag
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from expertgrid.ablations.engines.events import (
-    Event,
-    StateSaved,
-    Stopped,
-    TrialDone,
-    TrialFailed,
-    TrialNote,
-    TrialStarted,
-)
+from expertgrid.ablations.engines.events import Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
 from expertgrid.ablations.engines.gpu_sharing import ALONE, SharedGpu, shared_gpu
 from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, TERMINATED, Message, Terminated, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -137,14 +129,11 @@ class Trainer(AnsweringProcess):
         if kind == "timeout" and hasattr(signal, "SIGUSR1"):
             self.signal(signal.SIGUSR1)
             until, size = time.monotonic() + LAST_WORDS_S, 0
-            while not (size and size == self._crash_bytes()) and time.monotonic() < until:  # it still writes
-                size = self._crash_bytes()
+            while not (size and size == os.stat(self.crash.fileno()).st_size) and time.monotonic() < until:
+                size = os.stat(self.crash.fileno()).st_size  # it still writes
                 time.sleep(LOOK_EVERY_S)
         place = self.crash.read()
         return Failure(kind=kind, error=error, traceback=place, time=now(), step=int(self.steps.value))
-
-    def _crash_bytes(self) -> int:
-        return os.fstat(self.crash.fileno()).st_size
 
 
 class Pool:
@@ -237,7 +226,7 @@ class Pool:
                 trainer.trial = None
             case BaseException():
                 self.end(trainer)
-                if isinstance(message, Stopped) and not self.stopping:
+                if isinstance(message, KeyboardInterrupt) and not self.stopping:
                     return trial, Terminated()
         return trial, message
 

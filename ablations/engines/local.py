@@ -4,7 +4,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from expertgrid.model.training.splits import ResidentData, Split, Splits
 from expertgrid.model.training.trial import Trial
 
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # as PyTorch's CPU allocator says it
+NOT_OF_A_STATE = (Diverged, RecordingError, torch.OutOfMemoryError, MemoryError, OSError)  # errors with other causes
 DEATH_S = 0.5  # in which the system tells of a process that died, after the connection to it was lost
 FIRST_SAVE_S = 1.0  # after the start, so that a machine that starts slowly and is taken away often gets on
 SAVING_SHARE = 0.01  # of the time, at most, is spent on saving: where it takes long, it is done less often
@@ -69,14 +70,13 @@ class Saver:
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
     network: str = ""  # what the code of a user's network computes, as JSON
-    due: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.due = time.monotonic() + min(self.every_s, FIRST_SAVE_S)
+    due: float | None = None  # by the clock; None before the first step
+    saves: int = 0
 
     def __call__(self) -> None:
-        stopped = self.stop(self.training.steps)
-        if stopped or time.monotonic() >= self.due:
+        stopped, now_s = self.stop(self.training.steps), time.monotonic()
+        self.due = self.due or now_s + min(self.every_s, FIRST_SAVE_S)
+        if stopped or now_s >= self.due:
             self.save()
         if stopped:
             raise Stopped
@@ -90,6 +90,7 @@ class Saver:
         write_state(self.directory.resume_file(self.trial.id), state)
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
+        self.saves += 1
         self.saved(self.trial)
         self.training.start_clock()
 
@@ -124,15 +125,22 @@ def run_local(
         training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
-        directory.write_epochs(trial.id, epochs)
-        prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
-        yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
-        saver = Saver(
-            directory, trial, training, save_every_s, stop, saved, network.model_dump_json() if network else ""
-        )
-        for epoch in train(trial, splits, training, after_step=saver):
-            directory.append_epoch(trial.id, epoch)
-            yield EpochDone(trial, epoch)
+        went_on, code = resume.exists() and not reason, network.model_dump_json() if network else ""
+        saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
+        try:
+            directory.write_epochs(trial.id, epochs)
+            prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
+            yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
+            for epoch in train(trial, splits, training, after_step=saver):
+                directory.append_epoch(trial.id, epoch)
+                yield EpochDone(trial, epoch)
+        except Exception as error:
+            if isinstance(error, NOT_OF_A_STATE) or not went_on or saver.saves:
+                raise
+            resume.unlink()
+            yield TrialNote(trial, f"trained from the start, because its state may be at fault: {reason_of(error)}")
+            yield from run(trial)
+            return
         record = _finish(trial, splits, directory, training, prepared, at_once)
         resume.unlink(missing_ok=True)
         (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
@@ -174,8 +182,8 @@ def _begun(
         return training, state["epochs"], ""
     except InputError as error:
         return training, [], str(error)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:  # whatever another version, or somebody else, has written there
+        if isinstance(error, NOT_OF_A_STATE):
             raise
         return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 

@@ -12,9 +12,11 @@ import asyncio
 import os
 import queue
 import re
+import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
@@ -50,6 +52,7 @@ WAITING = 16  # tasks, at least, that are submitted beyond those that run: the n
 LOOK_AT_NODES_S = 2.0
 ANSWER_S = 5.0  # in which a node that is there accepts a connection
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+EMBEDDED = "local"  # as Ray calls it
 NODE_LOST = NodeLost("its node was lost")
 
 
@@ -57,28 +60,30 @@ NODE_LOST = NodeLost("its node was lost")
 def ray_engine(
     address: str, cpus: int, gpus: float | None, device: str, modules: Sequence[str]
 ) -> Generator["RayEngine"]:
-    """An engine on the cluster at `address`; with "auto" on the one that this machine belongs to, or an embedded one.
+    """An engine on the cluster at `address`; with "auto" on that of RAY_ADDRESS, or an embedded one.
 
     A trial gets so many CPUs, and so much of a GPU: with None a whole one where the cluster has some and `device`
     allows it. `modules`, as --import names them, are sent to the nodes and imported there. Raises InputError where Ray
     is not installed, where no cluster is found, and for what a trial needs and `device` or the cluster do not give.
     """
-    if address != "auto" and not ADDRESS.fullmatch(address):
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or EMBEDDED
+    if address != EMBEDDED and not ADDRESS.fullmatch(address):
         raise InputError(f"--address {address}: auto or HOST:PORT is needed, as in 10.0.0.1:6379")
     with ExitStack() as resources:
         # Ray's threads print what happens to nodes on stdout, which is for results. Events say it on stderr.
         resources.enter_context(redirect_stdout(resources.enter_context(open(os.devnull, "w"))))
-        embedded = _connect(address, modules, resources.enter_context(tempfile.TemporaryDirectory()))
+        _connect(address, modules, resources.enter_context(tempfile.TemporaryDirectory()))
         import ray
 
         resources.callback(ray.shutdown)
         needs = Needs(cpus, _gpus(gpus, device))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if embedded and not needs.slots(nodes[0]):
+        if address == EMBEDDED and not needs.slots(nodes[0]):
             has = f"{nodes[0].get('CPU', 0):g} CPUs and {nodes[0].get('GPU', 0):g} GPUs"
             raise InputError(f"--cpus-per-trial {cpus}, --gpus-per-trial {needs.gpus:g}: this machine has {has}")
         loop = resources.enter_context(_event_loop())
-        yield RayEngine(needs, embedded, loop, resources.close, nodes, modules)
+        yield RayEngine(needs, address, loop, resources.close, nodes, modules)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class RayEngine:
     def __init__(
         self,
         needs: Needs,
-        embedded: bool,
+        address: str,
         loop: asyncio.AbstractEventLoop,
         end: Callable[[], None],
         nodes: Sequence[Mapping[str, float]],
@@ -108,12 +113,13 @@ class RayEngine:
     ) -> None:
         import ray
 
-        self.needs, self.embedded, self.loop, self.end, self.modules = needs, embedded, loop, end, modules
+        self.needs, self.loop, self.end, self.modules = needs, loop, end, modules
+        self.embedded = address == EMBEDDED
         self.device = "cuda" if needs.gpus else "cpu"
         self.threads = needs.cpus
         self.at_once = 1  # each task says what its node has room for
         self.slots = sum(map(needs.slots, nodes))
-        self.in_words = _in_words(len(nodes), self.slots, embedded)
+        self.in_words = _in_words(len(nodes), self.slots, address)
         self.task: Any = ray.remote(_train).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=0)
         self.shared: _Shared | None = None
         self.messages: queue.Queue[tuple[Trial, Message]] = queue.Queue()
@@ -345,8 +351,8 @@ def _of_this_code(report: Report) -> Report:
     return replace(report, event=TrialDone(report.event.trial, record))
 
 
-def _connect(address: str, modules: Sequence[str], empty: str) -> bool:
-    """Joins a cluster, or starts an embedded one. Returns whether it is embedded.
+def _connect(address: str, modules: Sequence[str], empty: str) -> None:
+    """Joins a cluster, or starts an embedded one, which nobody else can join.
 
     Its processes work in a copy of the folder `empty`, as Ray has them look for modules in the folder where they work.
     """
@@ -354,6 +360,12 @@ def _connect(address: str, modules: Sequence[str], empty: str) -> bool:
     # Of an embedded cluster: trials are no work for idle times, and a busy machine starts processes slowly.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
+    if address == EMBEDDED:
+        if (
+            "ray" not in sys.modules
+        ):  # where a user's module has imported it, it needs a token too, but listens anywhere
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on all systems
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # no file has it
     try:
         import ray
     except ImportError:
@@ -365,12 +377,9 @@ def _connect(address: str, modules: Sequence[str], empty: str) -> bool:
     }
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if address == "auto":
-            with suppress(ValueError):  # which Ray raises for num_cpus where there is a cluster
-                ray.init(num_cpus=usable_cores(), include_dashboard=False, **options)
-                return True
+        if address == EMBEDDED:
+            options |= {"num_cpus": usable_cores(), "include_dashboard": False}
         ray.init(address=address, **options)
-        return False
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(f"--address {address}: no cluster can be joined: {reason_of(error)}") from error
     finally:
@@ -419,8 +428,9 @@ def _gpus(share: float | None, device: str) -> float:
     return 1.0 if device == "cuda" or ray.cluster_resources().get("GPU", 0) else 0.0
 
 
-def _in_words(nodes: int, slots: int, embedded: bool) -> str:
-    place = "embedded on this machine" if embedded else f"{nodes} {'node' if nodes == 1 else 'nodes'}"
+def _in_words(nodes: int, slots: int, address: str) -> str:
+    joined = f"at {address}, {nodes} {'node' if nodes == 1 else 'nodes'}"
+    place = "embedded on this machine" if address == EMBEDDED else joined
     waits = "" if slots else "; trials wait for a node that has what they need"
     return f"Ray, {place}: room for {slots} {'trial' if slots == 1 else 'trials'} at once{waits}"
 

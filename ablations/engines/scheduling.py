@@ -104,7 +104,8 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
     waiting, submitted = deque(by_seed(list(trials))), set[str]()
     losses: Counter[str] = Counter()
     terminations: Counter[str] = Counter()
-    told = False
+    told, study = False, directory.path / "study.toml"
+    of_a_study = study.exists()  # nodes have directories without one
 
     def receive() -> tuple[Trial, Event | Ended | NodeLost | Terminated | Failure | BaseException] | None:
         """The next message, after its files are written. None in its place for the end of a task that was over."""
@@ -121,6 +122,9 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
 
     try:
         while waiting or submitted:
+            if of_a_study and not study.exists():
+                submitted.clear()  # nothing can be saved
+                raise FileNotFoundError(f"{directory.path}: was removed, so that nothing more is trained")
             if stopped.is_set() and not told:
                 cluster.stop()
                 told = True

@@ -266,11 +266,13 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(self, trial_id: str, metric: str, network: Probe | None, changed: Counter[str]) -> str | None:
+    def adopt(
+        self, trial_id: str, refused: Counter[str], metric: str = "accuracy", network: Probe | None = None
+    ) -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
         `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
-        has the trial undamaged, of the same code and with this metric. Parts of other code are added to `changed`.
+        has the trial undamaged, of the same code and with this metric. Why one is not taken is counted in `refused`.
         """
         from expertgrid.model.checkpoint import load
 
@@ -286,10 +288,11 @@ class StudyDirectory:
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
-            except InputError:
+            except (InputError, OSError) as error:
+                refused[f"{other.path}: {error}"] += 1
                 continue  # a damaged trial is trained again
             if finished and (parts := changed_parts(finished.parts)):
-                changed.update(parts)
+                refused.update(f"{other.path}: they have other code of the {part}" for part in parts)
                 continue
             with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
                 copy = shutil.copytree(record.parent, Path(folder) / trial_id)

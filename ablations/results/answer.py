@@ -87,6 +87,7 @@ def _largest(changes: Sequence[Change]) -> list[Change]:
 
 def _named(effect: Effect) -> str:
     (factor, before, after), *_ = effect.changes
+    factor = factor.rpartition(".")[2]
     if (factor, before, after) in NAMES:
         return NAMES[factor, before, after]
     if factor == "experts" and before.isdigit() and after.isdigit():

@@ -4,6 +4,7 @@ No table and no report reads what a tracker keeps. A tracker that fails is named
 """
 
 import json
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -253,7 +254,8 @@ class Tracking:
         for name in names:
             del self.trackers[name]
             self.lost.append(name)
-            self.say(f"tracker {name}: {reason_of(error)}; it gets nothing more, and everything else goes on")
+            later = shlex.join(["expertgrid", "track", str(self.directory.path), "--to", name])
+            self.say(f"tracker {name}: {reason_of(error)}; everything else goes on, and this sends the rest: {later}")
 
 
 def study_run(directory: StudyDirectory) -> StudyRun:

@@ -30,12 +30,9 @@ class InputError(ValueError):
 
 def printable(text: str) -> str:
     """Text of a file as a terminal can show it: control characters are written as escapes, other than the line feed."""
-    lines = (line if line.isprintable() else "".join(map(_visible, line)) for line in text.split("\n"))
-    return "\n".join(lines)
-
-
-def _visible(sign: str) -> str:
-    return sign if sign.isprintable() else repr(sign)[1:-1]
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
 
 
 def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:

@@ -10,8 +10,8 @@ import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from expertgrid.model.system.errors import InputError, wrong_file
 
@@ -29,7 +29,7 @@ class MissingFile(InputError):
 
 
 @contextmanager
-def opened_file(path: Path) -> Generator[BinaryIO]:
+def opened_file(path: Path) -> Generator[BufferedReader]:
     """A regular file that is open for reading.
 
     Raises InputError where it cannot be read, which is MissingFile where there is none.

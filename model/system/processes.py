@@ -19,9 +19,7 @@ from expertgrid.model.system.server import SAFE_PATH, SIGNALS, leave_safe_path
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-END_S = (
-    10.0  # that a process gets to end: after its connection was closed, and for the system to say that it was killed
-)
+END_S = 10.0  # that a process gets to end by itself, and the system to tell that it has ended
 LOST_SERVER = 255  # multiprocessing's exit status of a process whose server was killed: it may well go on
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
 KILLED_FIRST = "500"  # of 1000: where memory runs out, the system ends a process that computes, not the command
@@ -51,7 +49,7 @@ def process_context(imports: str) -> "SpawnContext | ForkServerContext":
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    _signal_server(signal.SIGCONT)  # it may have been stopped, and nobody else continues it
+    _signal_server("SIGCONT")  # it may have been stopped, and nobody else continues it
     return multiprocessing.get_context("forkserver")
 
 
@@ -73,13 +71,13 @@ def _safe_path() -> Generator[None]:
         leave_safe_path()
 
 
-def _signal_server(signum: int) -> int | None:
+def _signal_server(name: str) -> int | None:
     """Sends the server a signal. Returns its process id, None where there is no server."""
     forkserver: Any = sys.modules.get("multiprocessing.forkserver")
     pid: int | None = forkserver and forkserver._forkserver._forkserver_pid
     if pid:
         with suppress(ProcessLookupError):
-            os.kill(pid, signum)
+            os.kill(pid, signal.Signals[name])
     return pid
 
 
@@ -105,7 +103,7 @@ class AnsweringProcess:
                 break
             except (OSError, EOFError) as error:  # the server is dying, or its socket was removed
                 self.connection.close()
-                if not (again and (pid := _signal_server(KILL))):
+                if not (again and (pid := _signal_server("SIGKILL"))):
                     raise ProcessLost(f"no process can be started: {reason_of(error)}") from error
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # multiprocessing itself looks for its end
             finally:
@@ -127,7 +125,7 @@ class AnsweringProcess:
     def end(self) -> None:
         """Ends the process, whatever it does, and whatever became of its server."""
         self.signal(KILL)
-        _signal_server(signal.SIGCONT)
+        _signal_server("SIGCONT")
         self.process.join(END_S)
         self.connection.close()
 

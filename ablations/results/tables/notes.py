@@ -1,5 +1,6 @@
 """The notes under a study's tables, a line each. Those that a reader needs most come first."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -128,7 +129,13 @@ def sight_line(sight: Sight, by: Scale) -> str:
     """What a study can see, and how many seeds other differences would need."""
     smaller = [difference for difference in sight.needed if difference < sight.smallest]
     needed = [f"for {size:g}{by.points}: {_about_seeds(sight.needed[size])}" for size in sorted(smaller)]
-    return f"This study can tell effects from 0 from about {sight.smallest:.2g}{by.points}; {'; '.join(needed)}."
+    return f"This study {_tells(sight, by)}; {'; '.join(needed)}."
+
+
+def _tells(sight: Sight, by: Scale) -> str:
+    if sight.smallest >= (100 if by.points else math.inf):
+        return "can tell no effect from 0: it needs more seeds"
+    return f"can tell effects from 0 from about {sight.smallest:.2g}{by.points}"
 
 
 def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
@@ -144,8 +151,8 @@ def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     )
     needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
     return [
-        f"With {sight.seeds} seeds this study can tell effects from 0 from about {sight.smallest:.2g}{by.points} "
-        f"(probability 80%, {how}). Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). "
+        f"Seeds that a difference needs: {'; '.join(needed)}."
     ]
 
 

@@ -6,6 +6,7 @@ Each test has nodes of its own, which it kills or ends.
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event as Flag
 
@@ -37,7 +39,8 @@ from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
 from expertgrid.model.weights import read_weights
 
-pytest.importorskip("ray")
+if find_spec("ray") is None:  # it is imported by the engine, which sets it before
+    pytest.skip("Ray is not installed", allow_module_level=True)
 
 NETWORKS = networks_with_faults(
     {
@@ -150,6 +153,7 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
     with ray_engine("auto", 1, None, "auto", ["networks/networks_on_ray.py"]) as engine:
         assert engine.in_words.startswith("Ray, embedded on this machine: room for ")
         events = list(train(engine, trials, digits, directory.path))
+        assert_nobody_can_join()
     assert sum(isinstance(event, TrialDone) for event in events) == 2
     reasons = {event.trial.model_name: event.reason for event in events if isinstance(event, TrialFailed)}
     killed = "crashed: the training process was ended by SIGKILL, as the system does where memory runs out"
@@ -163,6 +167,29 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
     local = trained_here(healthy, digits, tmp_path / "local")
     for trial in healthy:
         assert_same(local, directory, trial.id)
+
+
+def assert_nobody_can_join() -> None:
+    """Another process has no token, and the cluster listens on this machine alone."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    with pytest.raises(OSError), socket.create_connection((machine_address(), int(address.partition(":")[2])), 5):
+        pass
+    script = f"import ray; ray.init({address!r}); ray.get(ray.remote(print).remote('ran'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, env=environment | {"HOME": "/nowhere"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "AuthenticationError" in done.stderr, done.stderr
+
+
+def machine_address() -> str:
+    """That of this machine for others; where it has none, one of its loopback's that nothing listens on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route, suppress(OSError):
+        route.connect(("192.0.2.99", 9))  # sends nothing
+        return route.getsockname()[0]
+    return "127.0.0.2"
 
 
 def processes(node) -> tuple[int, list[int]]:
@@ -216,7 +243,7 @@ def trains(node) -> bool:
 def test_a_trial_goes_on_where_its_node_is_killed(digits, tmp_path, way):
     (trial,) = parse_study(STUDY.format(epochs=EPOCHS), tmp_path / "s.toml").cells(digits)[0].trials
     with cluster(2) as (address, nodes), ray_engine(address, 1, None, "cpu", []) as engine:
-        assert engine.in_words == "Ray, 3 nodes: room for 2 trials at once"
+        assert engine.in_words == f"Ray, at {address}, 3 nodes: room for 2 trials at once"
         seen = lost_and_gone_on(train(engine, [trial], digits, tmp_path / "ray"), nodes, way)
     (lost,) = (place for place, event in enumerate(seen) if isinstance(event, TrialNote))
     assert seen[lost].text == "its node was lost; it goes on from its last saved state"

@@ -176,16 +176,14 @@ def test_a_damaged_trial_beside_is_not_taken_over(study):
     epochs = study.trial(changed) / "epochs.jsonl"
     epochs.write_bytes(epochs.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
     assert len(study.epochs(changed)) == 2
-    adopted = [
-        other.adopt(trial, None, Counter()) for trial in (no_record, no_weights, changed, "no such trial", whole)
-    ]
+    adopted = [other.adopt(trial, Counter()) for trial in (no_record, no_weights, changed, "no such trial", whole)]
     assert adopted == [None, None, None, None, "tiny"]
 
 
 def test_a_trial_is_taken_over_from_the_study_beside(study, trial):
     other = StudyDirectory(study.path.parent / "other")
     other.path.mkdir()
-    assert other.adopt(trial, None, Counter()) == "tiny"
+    assert other.adopt(trial, Counter()) == "tiny"
     assert other.adopted(trial).directory == "tiny"
     assert study.adopted(trial) is None
     copied = snapshot(other.trial(trial))
@@ -194,7 +192,7 @@ def test_a_trial_is_taken_over_from_the_study_beside(study, trial):
     assert [(read.trial, read.reader) for read in other.test_reads()] == [(trial, "training")]
     assert sorted(path.name for path in other.path.iterdir()) == ["ledger.jsonl", "trials"]
     shutil.rmtree(other.trial(trial))  # as if the copy had been interrupted after the ledger's line
-    assert other.adopt(trial, None, Counter()) == "tiny"
+    assert other.adopt(trial, Counter()) == "tiny"
     assert len(other.test_reads()) == 1
     other.write_config(other.config(trial))  # a training here begins
     assert other.adopted(trial) is None
