@@ -15,6 +15,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.parts import PARTS
+from expertgrid.model.variants import VARIANTS
 
 File = str | PathLike[str]
 open = OpenedStudy
@@ -41,6 +42,7 @@ def run(
     options.device_word(device)
     if isinstance(study, Mapping) and out is None:
         raise InputError("out: a study that is a dict needs a directory, as in out='runs/my'")
+    sources.import_modules(imports)  # first: it registers variants, which the study may name
     file = f"{Path(out or '').name}.toml"
     named = parse_study(tomli_w.dumps(study), Path(file)) if isinstance(study, Mapping) else load_study(fspath(study))
     request = plan.read_request(named, seeds, None, data, {}, Path(out) if out else None, None, None)
@@ -50,7 +52,6 @@ def run(
         with starting():
             from expertgrid.ablations.cli.run import How, say_failures, train_study
             from expertgrid.model.fast.execution import ExecutionOptions
-        sources.import_modules(imports)
         modules = [*imports, *_registering(request.study)]
         how = How(device, ExecutionOptions(), True, False, None, modules, False, trainer, [])
         say_failures(request.directory, train_study(request, Path(data_dir) if data_dir else None, how))
@@ -58,19 +59,21 @@ def run(
 
 
 def _registering(study: Study) -> list[str]:
-    """The user's modules that have registered the study's networks, or parts, for the processes that train.
+    """The user's modules that registered what the study names, for the processes that train.
 
-    Raises InputError for what is of a script or a notebook, which they cannot see.
+    Raises InputError for what a script or a notebook registered itself, which they cannot see.
     """
     import timm
 
     levels = [level for factor in CHOICES for level in study.factors.get(factor, ())]
     names = [name for name in (study.base.model, *study.baselines, *levels) if isinstance(name, str)]
-    homes = {timm.model_entrypoint(name).__module__: f"model {name!r}" for name in names if timm.is_model(name)}
-    homes |= {part.__module__: f"part {name!r}" for parts in PARTS.values() for name, part in parts.items()}
+    functions = {name: timm.model_entrypoint(name) for name in names if timm.is_model(name)}
+    functions |= {name: VARIANTS[name] for name in (*study.set, *study.factors) if name in VARIANTS}
+    functions |= {name: part for parts in PARTS.values() for name, part in parts.items()}
+    homes = {function.__module__: name for name, function in functions.items()}
     if "__main__" in homes:
         raise InputError(
-            f"{homes['__main__']} is registered in this script or notebook, where the processes that train "
-            "cannot see it; put it into a file, and give that, as in imports=['my_net.py']"
+            f"{homes['__main__']} is registered in this script or notebook, where the processes that train cannot see "
+            "it; put it into a file, and give that, as in imports=['my_net.py']"
         )
     return [home for home in homes if home.split(".")[0] not in ("timm", "expertgrid")]

@@ -38,7 +38,7 @@ HIGHEST_RANK = 64  # of NumPy
 MOST_EXPANDED = 2**28  # bytes of the nodes with all functions that they call, each with NODE_BYTES
 NODE_BYTES = 256
 DEEPEST_CALL = 100  # of functions, in ONNX
-LONGEST_SHAPE = 2**16  # numbers of a vector that may be a shape which is computed
+MOST_IN_VECTORS = 2**22  # numbers of all vectors, which may be shapes that are computed
 PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 
 
@@ -237,13 +237,14 @@ def _check_sizes(model: ModelProto, name: str) -> None:
 
     if functions and total(model.graph.node) > MOST_EXPANDED:
         raise wrong_file(name, "its functions call each other too often, too deep, or themselves")
+    vectors = 0
     for tensor, sizes in _shapes(_with_plain_operators(_inlined(model, name)), data_prop=False).items():
         known = [size for size in sizes if isinstance(size, int)]
-        if len(sizes) > HIGHEST_RANK or min(known, default=0) < 0 or math.prod(known) >= LARGEST_TENSOR:
+        numbers = math.prod(known) if len(sizes) <= HIGHEST_RANK and min(known, default=0) >= 0 else math.inf
+        vectors += numbers * (len(sizes) == 1)
+        if numbers >= LARGEST_TENSOR or vectors > MOST_IN_VECTORS:
             shape = "x".join(map(str, sizes[:4])) + "..." * (len(sizes) > 4)
-            raise wrong_file(
-                name, f"its tensor {tensor!r} is {shape}; fewer than {LARGEST_TENSOR:,} numbers are needed"
-            )
+            raise wrong_file(name, f"its tensor {tensor!r} has too many numbers for one image: {shape}")
 
 
 def _inlined(model: ModelProto, name: str) -> ModelProto:
@@ -330,7 +331,7 @@ def _with_plain_operators(model: ModelProto) -> ModelProto:
 def _shapes(plain: ModelProto, data_prop: bool) -> dict[str, Sizes]:
     """Each tensor's shape, as inferred, else as the file states it; of those that have one.
 
-    With `data_prop` shapes that are computed count too, and their numbers are kept one by one.
+    With `data_prop` from the numbers of vectors, too.
     """
     bare = copy.deepcopy(plain)
     del bare.graph.value_info[:]  # what it states may be out of date, and then nothing would be inferred
@@ -364,12 +365,7 @@ def _macs(model: ModelProto) -> tuple[int | None, str]:
     """Multiply-accumulates for one image and "", or None and why they are not known."""
     plain = _with_plain_operators(model)
     batch = _close_batch(plain)
-    shapes = _shapes(plain, data_prop=False)
-    made = {output for node in plain.graph.node for output in node.output}
-    if all(
-        len(shape) != 1 or shapes[name][0] in range(LONGEST_SHAPE) for name, shape in shapes.items() if name in made
-    ):
-        shapes = _shapes(plain, data_prop=True)
+    shapes = _shapes(plain, data_prop=True)
     total = 0
     for node in plain.graph.node:
         if node.op_type in NOT_COUNTED or node.domain not in STANDARD:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.pixels import RESIZE
+from expertgrid.model.probe import NETWORK, Probe, probe_of
 from expertgrid.model.registry import build, for_shapes
 from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import MissingFile, opened_file
@@ -93,7 +94,8 @@ def parse_config(text: str, where: str) -> Network:
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint.
 
-    Raises InputError for a file that is missing, damaged or no checkpoint, and for weights that do not fit the config.
+    Raises InputError for a file that is missing, damaged or no checkpoint, for weights that do not fit the config, and
+    for a user's network whose code has changed since.
     """
     try:
         with opened_file(path), safe_open(path, framework="pt") as file:
@@ -118,7 +120,19 @@ def load(path: Path) -> Checkpoint:
     if wrong:
         shape, needed = _shape(weights, wrong[0]), _shape(expected, wrong[0])
         raise InputError(f"{path}: weights of another config: {wrong[0]} is {shape}, its config needs {needed}")
+    if (file := path.with_name(NETWORK)).exists():
+        _check_code(file, config, trained)
     return Checkpoint(config, trained, weights)
+
+
+def _check_code(file: Path, config: Network, trained: Trained) -> None:
+    """Raises InputError where a user's network does not compute any more what it did when it was trained."""
+    try:
+        kept, now = Probe.model_validate_json(file.read_bytes()), probe_of(config, trained.image_size)
+    except ValidationError as error:
+        raise invalid(str(file), error, Probe.model_fields) from None
+    if now and (what := kept.difference(now)):
+        raise InputError(f"{file.parent}: was trained by other code than {trained.model} has now: {what} differ")
 
 
 def _shape(weights: dict[str, Tensor], name: str) -> str:

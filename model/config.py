@@ -12,16 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 def _odd(kernel: int) -> int:
@@ -409,12 +400,12 @@ class TimmModel(Spec):
     timm: str
     in_chans: Count = 3
     num_classes: Count = 10
-    arguments: dict[str, JsonValue] = {}
+    arguments: dict[str, Any] = {}  # values as JSON has them
     structure: Structure | None = None
 
     @field_validator("arguments")
     @classmethod
-    def _are_of_the_network(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _are_of_the_network(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         for name in arguments.keys() & DECIDED_ELSEWHERE.keys():
             raise ValueError(f"{name} cannot be set: {DECIDED_ELSEWHERE[name]}")
         return arguments

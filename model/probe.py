@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from expertgrid.model.config import ModelConfig, Network
 from expertgrid.model.system.errors import InputError, reason_of
 
+NETWORK = "network.json"  # a probe beside the checkpoint of a user's network
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of the largest number of a kind
 
 

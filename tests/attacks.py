@@ -3,6 +3,7 @@
 An attack is a folder that is made ready, and a command in it. Which ones they are follows from a seed.
 """
 
+import copy
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,8 +107,9 @@ def place(path: Path, name: str) -> None:
 # --- Values that are something else ---
 
 VALUES = (
-    0, -1, -4, 1, 2, 10**6, 10**12, 2**63, 10**400, 1e308, -1e308, 0.0, -0.5, 1.5, True, None, "", "x", "../..", "$a$ $",
-    "$\\frac{$", "\x1b[2J", "\ud800", "a" * 100_000, [], {}, [[]], [0], [None], {"a": 1}, "0" * 12, 101, 256, 1e-320,
+    0, -1, -4, 1, 2, 10**6, 10**12, 2**63, 10**400, 1e308, -1e308, 0.0, -0.5, 1.5, True, None, "", "x", "../..",
+    "$a$ $", "$\\frac{$", "\x1b[2J", "\ud800", "a" * 100_000, [], {}, [[]], [0], [None], {"a": 1}, "0" * 12, 101, 256,
+    1e-320,
 )  # fmt: skip
 
 
@@ -123,7 +126,7 @@ def change(content: object, chance: random.Random) -> object:
 
         look(content)
         if not places:
-            return chance.choice(VALUES)
+            return copy.deepcopy(chance.choice(VALUES))
         holder, key = chance.choice(places)
         way = chance.random()
         if way < 0.15:
@@ -131,7 +134,7 @@ def change(content: object, chance: random.Random) -> object:
         elif way < 0.25 and isinstance(holder[key], list):
             holder[key] = holder[key] * chance.choice([0, 2, 300])
         else:
-            holder[key] = chance.choice(VALUES)
+            holder[key] = copy.deepcopy(chance.choice(VALUES))
     return content
 
 
@@ -174,75 +177,52 @@ def recursive_functions(length: int) -> bytes:
     return model_of(calls("f0", 1), functions).SerializeToString()
 
 
-def hostile_onnx(chance: random.Random) -> tuple[str, bytes]:
-    kind = chance.choice(
-        ["nested", "recursive", "type", "rank", "tensor", "dims", "bodies", "attribute", "names", "big"]
-    )
+SHAPES = ([1, 2**62], [2**33, 2**33], [-5, 4], [0, 0], [1, 8, 8, 10**7], [10**12, 4], [9] * 1000, [2**62] * 100_000)
+KINDS = ("nested", "recursive", "type", "shape", "tensor", "bodies", "attribute", "names", "constant", "doubled")
+
+
+def hostile_onnx(kind: str, chance: random.Random) -> bytes:
+    """An ONNX file of one of KINDS."""
     if kind == "nested":
-        depth, times = chance.choice([(2, 3), (8, 10), (9, 40), (30, 2), (300, 1), (2000, 1), (3, 2000), (60, 3)])
-        return f"nested {depth} x {times}", nested_functions(depth, times)
+        return nested_functions(*chance.choice([(2, 3), (8, 10), (9, 40), (30, 2), (300, 1), (3, 2000), (60, 3)]))
     if kind == "recursive":
-        length = chance.choice([1, 2, 5, 1000])
-        return f"recursive {length}", recursive_functions(length)
-    model = model_of(calls("Relu", 1, ""))
+        return recursive_functions(chance.choice([1, 2, 5, 1000]))
+    make, model = helper.make_node, model_of(calls("Relu", 1, ""))
+    graph, number = model.graph, chance.choice([99, 999, -1, 2**31 - 1])
     if kind == "type":
-        number = chance.choice([0, 99, 999, 2**31 - 1, -1, 8, 23])
-        model.graph.input[0].type.tensor_type.elem_type = number
-        if chance.random() < 0.5:
-            model.graph.output[0].type.tensor_type.elem_type = number
-        return f"type {number}", model.SerializeToString()
-    if kind == "rank":
-        rank, size = chance.choice([5, 1000, 100_000]), chance.choice([0, 1, 9, 2**62, -1])
-        for _ in range(rank):
-            model.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
-        return f"rank {rank} of {size}", model.SerializeToString()
-    if kind == "tensor":
-        number, dims = (
-            chance.choice([0, 1, 8, 99, -1]),
-            chance.choice([[], [4], [-1], [2**62] * 3, [9] * 100_000, [10**9]]),
-        )
-        model.graph.initializer.append(TensorProto(name="w", data_type=number, dims=dims))
-        model.graph.node[0].CopyFrom(helper.make_node("Add", ["x", "w"], ["y"]))
-        return f"tensor {number} {str(dims)[:30]}", model.SerializeToString()
-    if kind == "dims":
-        for value in (*model.graph.input, *model.graph.output):
-            del value.type.tensor_type.shape.dim[:]
-            for size in chance.choice([[1, 2**62], [2**33, 2**33], [-5, 4], [0, 0], [1, 8, 8, 10**7], [10**12, 4]]):
-                value.type.tensor_type.shape.dim.add(dim_value=size)
-        return "dims", model.SerializeToString()
-    if kind == "bodies":
-        graph, depth = model.graph, chance.choice([3, 20, 30])
-        for _ in range(depth):
-            node = helper.make_node(
-                "If", ["x"], ["y"], then_branch=graph, else_branch=graph if chance.random() < 0.1 else onnx.GraphProto()
-            )
+        graph.input[0].type.tensor_type.elem_type = number
+    elif kind == "shape":
+        shape = chance.choice(SHAPES)
+        for value in (*graph.input, *graph.output):
+            value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    elif kind == "tensor":
+        graph.initializer.append(TensorProto(name="w", data_type=chance.choice([0, 1, 8, number])))
+        graph.initializer[0].dims.extend(chance.choice([[], [4], [-1], [10**9], *SHAPES]))
+        graph.node[0].CopyFrom(make("Add", ["x", "w"], ["y"]))
+    elif kind == "bodies":
+        for _ in range(chance.choice([3, 20, 30])):
+            node = make("If", ["x"], ["y"], then_branch=graph, else_branch=onnx.GraphProto())
             graph = helper.make_graph([node], "g", list(model.graph.input), list(model.graph.output))
-        return f"bodies {depth}", helper.make_model(graph).SerializeToString()
-    if kind == "attribute":
+        model.graph.CopyFrom(graph)
+    elif kind == "attribute":
         name = chance.choice(["Conv", "Gemm", "MatMul", "Einsum", "QLinearConv", "Resize", "Constant", "If"])
-        node = helper.make_node(name, ["x", "x"][: chance.choice([0, 1, 2])], ["y"])
-        node.attribute.add(name=chance.choice(["equation", "transA", "kernel_shape"]), i=chance.choice([0, -1, 2**62]))
-        model.graph.node[0].CopyFrom(node)
-        return f"attribute of {name}", model.SerializeToString()
-    if kind == "names":
-        helper.set_model_props(
-            model,
-            {chance.choice(["expertgrid.config", "classes", "mean"]): chance.choice([DEEP, DIGITS, "\x1b[2J", ""])},
-        )
+        graph.node[0].CopyFrom(make(name, ["x", "x"][: chance.choice([0, 1, 2])], ["y"]))
+        graph.node[0].attribute.add(name=chance.choice(["equation", "transA", "kernel_shape"]), i=number)
+    elif kind == "names":
+        key = chance.choice(["expertgrid.config", "classes", "mean"])
+        helper.set_model_props(model, {key: chance.choice([DEEP, DIGITS, "\x1b[2J", ""])})
         model.opset_import[0].version = chance.choice([0, -1, 2**40, 20])
-        return "names", model.SerializeToString()
-    big = chance.choice([2**28, 2**34, 2**40])
-    sizes = helper.make_tensor("s", TensorProto.INT64, [1], [big])
-    model.graph.initializer.append(sizes)
-    del model.graph.node[:]
-    model.graph.node.extend(
-        [
-            helper.make_node("ConstantOfShape", ["s"], ["c"]),
-            helper.make_node("ReduceSum", ["c"], ["r"]),
-            helper.make_node("Add", ["x", "r"], ["y"]),
-        ]
-    )
-    return f"constant of {big}", model.SerializeToString()
+    else:
+        if kind == "constant":
+            graph.initializer.append(helper.make_tensor("s", TensorProto.INT64, [1], [chance.choice([2**28, 2**40])]))
+            nodes = [make("ConstantOfShape", ["s"], ["f"])]
+        else:
+            graph.initializer.append(helper.make_tensor("c0", TensorProto.FLOAT, [1], [1]))
+            nodes = [make("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(chance.choice([24, 40]))]
+            nodes.append(make("Identity", [f"c{len(nodes)}"], ["f"]))
+        graph.node[0].CopyFrom(nodes[0])
+        graph.node.extend([*nodes[1:], make("ReduceSum", ["f"], ["r"]), make("Add", ["x", "r"], ["y"])])
+    return model.SerializeToString()
 
 
 # --- Images to train on ---
@@ -318,9 +298,14 @@ def image_folder(folder: Path, chance: random.Random) -> str:
 
 # --- Words of the command line ---
 
-WORDS = ("", " ", DIGITS, "-" + DIGITS, "0", "-1", "1e999", "nan", "inf", "\0x", "a" * 250, "a" * 300, "a/" * 2500, "/", "/proc/x", "/dev/null",
-         "/sys/x", "..", ".", "\udcff", "x\ny", "1,1,1", "[" * 3000, "a=" + "[" * 3000, "hf-hub:a/b", "folder:/", "parquet:/dev", "\x1b[2J", "🦊", "a" * 240 + ".onnx", "a" * 245 + ".onnx",
-         "a" * 250 + ".onnx", "a" * 255 + ".onnx", "/proc/a.onnx", "/dev/full", "x.onnx", "a" * 246 + ".html", "a" * 250 + ".json", "/sys/a.json", "/proc/a.html", "0.5%", "1" * 12)  # fmt: skip
+WORDS = (
+    "", " ", DIGITS, "-" + DIGITS, "0", "-1", "1e999", "nan", "inf", "a" * 250, "a" * 300, "a/" * 2500, "/", "/proc/x",
+    "/dev/null", "/sys/x", "..", ".", "\udcff", "x\ny", "1,1,1", "[" * 3000, "a=" + "[" * 3000, "hf-hub:a/b",
+    "folder:/", "parquet:/dev", "\x1b[2J", "🦊", "x.onnx", "/proc/a.onnx", "/dev/full", "/sys/a.json", "/proc/a.html",
+    *("a" * length + suffix for length in (236, 240, 245, 250, 255) for suffix in (".onnx", ".html", ".json", ".png")),
+)  # fmt: skip
+
+
 FILE = "s/export/model-uint8.onnx"
 BRIEF = ["--batch", "1", "--seconds", "0.01", "--engine", "own"]
 COMMANDS = (
@@ -328,18 +313,19 @@ COMMANDS = (
     ["table", "s"], ["table", "s", "--by", "experts"], ["table", "s", "--peek"], ["table", "s", "--format", "json"],
     ["table", "s", "--contrast", "experts=1", "experts=2"], ["report", "s"], ["report", "s", "--format", "png-figures"],
     ["verify", "s"], ["run", "s.toml", "--out", "s"], ["run", "s.toml", "--out", "s", "--dry-run"],
-    ["run", "s.toml", "--out", "beside"], ["export", "s"], ["export", "s/trials/ID/model.safetensors"],
-    ["bench", FILE, *BRIEF], ["bench", "s", *BRIEF], ["bench-train", "s", "--steps", "1", "--rounds", "1"],
+    ["run", "s.toml", "--out", "beside"], ["export", "s"], 
+    ["bench", FILE, *BRIEF], ["bench-train", "s", "--steps", "1", "--rounds", "1"],
     ["rerun", "s", "ID"], ["publish", "s", "published"], ["predict", FILE, "image.png"], ["show-model", FILE],
     ["track", "s", "--to", "tensorboard"],
 )  # fmt: skip
 OPTIONS = {
-    "run s.toml": "--data --data-dir --seeds --first-seed --set --out --device --max-seeds --import --jobs --trial-timeout "
-    "--address --gpus-per-trial --cpus-per-trial --track --until",
+    "run s.toml": "--data --data-dir --seeds --first-seed --set --out --device --max-seeds --import --jobs "
+    "--trial-timeout --address --gpus-per-trial --cpus-per-trial --track --until",
     "table s": "--by --format --contrast", "report s": "--out --format --data-dir", "clean s": "--yes",
     "export s": "--out --input --precision --outputs --prune-gates --provider --batch --data --data-dir",
-    f"bench {FILE} --seconds 0.01": "--batch --json --engine --seconds --fail-if-slower --baseline --bound-ms --scenario",
-    "rerun s ID": "--data --data-dir --device", "publish s": "--data --data-dir", f"predict {FILE} image.png": "--top --provider",
+    f"bench {FILE} --seconds 0.01": "--batch --json --engine --seconds --fail-if-slower --baseline --bound-ms",
+    "rerun s ID": "--data --data-dir --device", "publish s": "--data --data-dir",
+    f"predict {FILE} image.png": "--top --provider",
     "list data": "--format --import", "show-augment fast --out x.png": "--out --data --set --seed --images",
     "bench-train two_block --steps 1 --rounds 1": "--batch --steps --rounds --device", "track s": "--to --data",
     "show-model": "", "check": "", "judge": "",
@@ -363,63 +349,46 @@ def wrong_words(chance: random.Random) -> list[str]:
 
 
 def attacks(study: Path, folder: Path, seed: int, kinds: str = "placed values onnx images words") -> Iterator[Attack]:
-    """Attacks without end: each is made ready in `folder`, which is made anew from the finished `study`."""
+    """Attacks without end: for each `folder` is made anew from the folder of the finished `study`."""
     chance = random.Random(seed)
     trials = sorted(path.name for path in (study / "trials").iterdir())
     while True:
         if folder.exists():
             shutil.rmtree(folder)
         shutil.copytree(study.parent, folder, symlinks=True)
-        kind = chance.choice(kinds.split())
-        command = list(chance.choice(COMMANDS))
-        trial = chance.choice(trials)
+        kind, command, trial = chance.choice(kinds.split()), list(chance.choice(COMMANDS)), chance.choice(trials)
+        files = sorted((folder / "s").rglob("*"))
+        files = [path for path in files if path.parent.name not in trials or path.parent.name == trial]
         if kind == "placed":
-            everything = sorted(path for path in (folder / "s").rglob("*"))
-            here = [path for path in everything if path.parent.name not in trials or path.parent.name == trial]
-            path, name = chance.choice(here), chance.choice(list(PLACED))
+            path, name = chance.choice(files), chance.choice(list(PLACED))
             place(path, name)
             what = f"{name} as {path.relative_to(folder)}"
         elif kind == "values":
-            files = [
-                path
-                for path in (folder / "s").rglob("*")
-                if path.suffix in (".json", ".jsonl") and "tensorboard" not in str(path)
-            ]
-            path = chance.choice(
-                [path for path in files if path.parent.name not in trials or path.parent.name == trial]
-            )
+            path = chance.choice([path for path in files if path.suffix in (".json", ".jsonl")])
             change_file(path, chance)
             what = f"values of {path.relative_to(folder)}"
         elif kind == "onnx":
-            what, content = hostile_onnx(chance)
-            (folder / FILE).write_bytes(content)
-            command = list(chance.choice([c for c in COMMANDS if FILE in c or c[0] in ("check", "verify", "publish")]))
+            what = chance.choice(KINDS)
+            (folder / FILE).write_bytes(hostile_onnx(what, chance))
+            command = list(chance.choice([c for c in COMMANDS if FILE in c or c[0] in ("check", "verify")]))
         elif kind == "images":
-            command = ["run", "s.toml", "--out", "other", "--data"]
-            if chance.random() < 0.5:
-                what = image_folder(folder / "images", chance)
-                command += ["folder:images"]
-            else:
-                what = chance.choice(list(PARQUETS))
-                (folder / "images").mkdir()
-                (folder / "images" / "train.parquet").write_bytes(made(what))
-                (folder / "images" / "test.parquet").write_bytes(
-                    made("label" if what == "label" else "one name twice" if what == "no rows" else what)
-                )
-                command += ["parquet:images"]
-            what = f"{what} in {command[-1]}"
-            if chance.random() < 0.5:
-                command += ["--set", "base.image_size=8"] if False else ["--dry-run"]
+            is_folder = chance.random() < 0.5
+            what = image_folder(folder / "images", chance) if is_folder else parquets(folder / "images", chance)
+            command = ["run", "s.toml", "--out", "other", "--data", f"{'folder' if is_folder else 'parquet'}:images"]
         else:
-            command = wrong_words(chance)
-            what = ""
+            what, command = "", wrong_words(chance)
         yield Attack(kind, what, [word.replace("ID", trial) for word in command])
 
 
-_MADE: dict[str, bytes] = {}
+def parquets(folder: Path, chance: random.Random) -> str:
+    """A folder of Parquet files of which each is wrong in the same way."""
+    name = chance.choice(list(PARQUETS))
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").write_bytes(_made(name))
+    return name
 
 
-def made(name: str) -> bytes:
-    if name not in _MADE:
-        _MADE[name] = PARQUETS[name]()
-    return _MADE[name]
+@cache
+def _made(name: str) -> bytes:
+    return PARQUETS[name]()

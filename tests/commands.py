@@ -1,8 +1,8 @@
 """A server of commands: it has imported everything, and runs each command in a fork of its own, with limits.
 
-A line of JSON comes in, `{"arguments": [...], "folder": ..., "file": ...}`, and one goes out: `{"status": ..., "out": ...,
-"err": ..., "bytes": ..., "late": ...}`. A command may take LONGEST_S seconds and MOST_BYTES more than the server has;
-`file` is where its output goes meanwhile.
+A line of JSON comes in: `arguments`, the `folder` to run in, and the `file` where its output goes meanwhile. One goes
+out: `status`, `out`, `err`, the most `bytes` of memory that it had, and whether it was `late`: it was ended after
+LONGEST_S seconds of a processor, or WAITED times as long.
 """
 
 import os
@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-LONGEST_S = float(os.environ.get("LONGEST_S", "20"))
-WAITED = float(os.environ.get("WAITED", "6"))  # times as long it may wait
+LONGEST_S = float(os.environ.get("LONGEST_S", "60"))
+WAITED = float(os.environ.get("WAITED", "3"))  # times as long it may wait
 MOST_BYTES = 1 << 30
 
 

@@ -1,22 +1,28 @@
 """Files of unknown origin: nothing in them runs, leaves its folder, fills the memory, or becomes part of a page."""
 
+import csv
 import hashlib
 import io
 import json
 import os
 import pickle
+import random
 import re
 import struct
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import attacks
 import numpy as np
 import onnx
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, change_json, write_study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -25,8 +31,8 @@ from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.predict import read_pixels
 from expertgrid.model.pixels import LARGEST_IMAGE, fitted
-from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import render
+from expertgrid.model.system.errors import InputError, printable
+from expertgrid.model.system.text import Table, render, render_tables
 from expertgrid.model.training import data
 from expertgrid.model.training.data import load_data
 
@@ -257,6 +263,59 @@ def test_a_study_of_too_many_trials_is_refused():
         parse_study("\n".join(['question = "?"\n[factors]', *factors]), Path("study.toml"))
 
 
+HOSTILE = {
+    "nested": "its functions call each other too often, too deep, or themselves",
+    "recursive": "its functions call each other too often, too deep, or themselves",
+    "shape": "has too many numbers for one image",
+    "constant": "'f' has too many numbers for one image: 268435456|: 1099511627776",
+    "doubled": "has too many numbers for one image",
+    "type": "of an unknown type",
+    "tensor": "of an unknown type",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_onnx_file_is_counted_before_it_is_expanded(kind, tmp_path):
+    """Some of each kind are harmless; the largest is not."""
+    file, chance = tmp_path / "model.onnx", random.Random(1)
+    file.write_bytes(max((attacks.hostile_onnx(kind, chance) for _ in range(9)), key=len))
+    with pytest.raises(InputError, match=f"model.onnx: .*({HOSTILE[kind]})"):
+        read_onnx(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "rows": "train has 3,000,000 rows; at most 2,000,000 images are read",
+        "one name twice": "two classes have the name 'a'",
+        "surrogate": r"'\\ud800' is not UTF-8",
+        "label": "column 'label' needs labels 0 to 1",
+    }.items(),
+)
+def test_a_parquet_file_is_counted_before_it_is_read(name, message, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes(attacks.PARQUETS[name]())
+    with pytest.raises(InputError, match=message):
+        load_data(f"parquet:{tmp_path}")
+
+
+def test_more_pixels_than_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "memory_bytes", lambda: 300 * 8 * 8 * 3 - 1)
+    (tmp_path / "train.parquet").write_bytes(attacks.parquet(300, attacks.png(), ["a", "b"]))
+    with pytest.raises(InputError, match="its 300 images are 57,600 bytes: more than the memory has"):
+        load_data(f"parquet:{tmp_path}")
+
+
+def test_the_name_of_a_class_is_utf_8(tmp_path):
+    for split in (b"train", b"test"):
+        for name in (b"caf\xe9", b"dog"):
+            folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), split, name)))
+            folder.mkdir(parents=True)
+            (folder / "0.png").write_bytes(attacks.png())
+    with pytest.raises(InputError, match="is not UTF-8, in which the names of classes"):
+        load_data(f"folder:{tmp_path}")
+
+
 # --- Nothing becomes part of a page ---
 
 TAG = "<script>alert(1)</script>'\"&amp;</td><img src=x onerror=alert(2)>"
@@ -323,13 +382,72 @@ def test_a_terminal_shows_text_as_text(tmp_path):
         assert r"\x1b[2J\x9b2J" in text
 
 
+SIGNS = "|\\`*_[]<>~#&$!=+-@%{}^.)\n\r\t\x1b\x9b\u202e\u2028'\",;:/1a "
+NASTY = st.text(st.one_of(st.sampled_from(SIGNS), st.characters()))
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def plain_texts(markdown: str) -> list[str]:
+    """The texts of headings, cells and items. Fails where one holds anything but text."""
+    parsed = MarkdownIt("commonmark").enable("table").parse(markdown)
+    texts = [part for part in parsed if part.type == "inline"]
+    assert {child.type for part in texts for child in part.children} <= {"text", "text_special"}
+    assert not {part.type for part in parsed} & {"ordered_list_open", "blockquote_open", "code_block", "hr"}
+    assert sum(part.type == "bullet_list_open" for part in parsed) <= 1
+    return ["".join(child.content for child in part.children) for part in texts]
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(5000, marks=pytest.mark.nightly)])
+def test_tables_carry_nothing(cases):
+    """Titles, notes and cells are text to who reads Markdown, LaTeX, CSV or a terminal."""
+
+    @settings(max_examples=cases, deadline=None)
+    @given(NASTY, NASTY, NASTY, NASTY)
+    def check(title, note, name, value):
+        title, note, name = f"t{title}", f"{note}n", f"c{name}"
+        tables = [Table("key", title, [{name: value, "number": -3.25}], [note])]
+        expected = [title, name, "number", value, "-3.25", note]
+        assert plain_texts(render_tables(tables, "github")) == list(map(on_one_line, expected))
+        text = render_tables(tables, "text")
+        assert text.replace("\n", "").isprintable()
+        lines = render_tables(tables, "latex").split("\n")
+        assert len(lines) == 10 and lines[0] == f"% {on_one_line(title)}" and lines[-1] == f"% {on_one_line(note)}"
+        assert [number for number, line in enumerate(lines) if line.startswith("%")] == [0, len(lines) - 1]
+        header, cells = csv.reader(io.StringIO(render_tables(tables, "csv")))
+        assert not any(cell.lstrip()[:1] in set("=+@-") for cell in (header[1], cells[1]) if not is_number(cell))
+        assert cells[1].removeprefix("'") == printable(value).removeprefix("'") and cells[2] == "-3.25"
+
+    check()
+
+
+def is_number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def test_commands_print_text_as_text(expertgrid, tmp_path, digits):
+    """On stdout and stderr, whatever a study says."""
+    study = study_that_says("\x1b[2J\x9b2J", tmp_path / "study", digits)
+    for arguments in (["table", study], ["table", study, "--format", "csv"], ["check", study], ["verify", study]):
+        outcome = expertgrid(*arguments)
+        assert not set("\x1b\x9b") & set(outcome.out + outcome.err)
+    assert r"\x1b[2J" in expertgrid("table", study).out
+
+
 def test_a_picture_shows_text_as_text(tmp_path, digits):
     """SVG: the parts of a picture are those of plain words, and `$` begins no formula."""
     from xml.etree import ElementTree
 
     from expertgrid.ablations.results.report.plots import accuracy_plot
 
-    for number, words in enumerate((TAG, "$\\frac{$", "]]> <!-- &lt;")):
+    for number, words in enumerate(
+        (TAG, "$\\frac{$", "]]> <!-- &lt;", "so long that it is wrapped " * 5 + "$\\frac{$")
+    ):
         evidence = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
         picture = ElementTree.fromstring(accuracy_plot(words, evidence.results.rows))
         assert not {part.tag.rpartition("}")[2] for part in picture.iter()} & {"script", "img", "td"}

@@ -631,10 +631,10 @@ def list_(
 
 
 @app.command(rich_help_panel=LISTS)
-def schema() -> None:
+def schema(modules: Import = None) -> None:
     """Print the JSON Schema of study files."""
-    from expertgrid.ablations.study.schema import study_schema
-
+    with _starting(modules, "starting"):
+        from expertgrid.ablations.study.schema import study_schema
     print(study_schema())
 
 

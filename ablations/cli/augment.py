@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from expertgrid.ablations.cli.options import check_can_be_written, write_out
+from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.ablations.study.levels import Level
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.contact_sheet import as_png, contact_sheet
 
 
@@ -18,6 +19,6 @@ def show_augment(
     changed = changed_recipe(recipe, settings)
     read = read_data(data, data_dir)
     changed.check_fits(read, len(read.train))
-    write_out("--out", out, as_png(contact_sheet(changed, read, seed, images)))
+    write_whole(out, as_png(contact_sheet(changed, read, seed, images)))
     print(out)
     return 0

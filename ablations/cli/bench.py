@@ -1,12 +1,12 @@
 """Measuring latency and training speed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from expertgrid.ablations.cli.options import check_can_be_written, write_out
+from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -90,7 +90,7 @@ def bench(
         if record.trial and file.resolve().parent.name == "export" and (study / "study.toml").exists():
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
-            write_out("--json", json, content)
+            write_whole(json, content)
     if against.fail_if_slower is None:
         return 0
     too_slow = [other for other in comparisons if other.slower_percent() > against.fail_if_slower]
@@ -143,26 +143,23 @@ def bench_cells(
     isolated: Begin | None,
 ) -> int:
     """Prints the latency of each cell of a study, and keeps it in its directory; 1 where a cell is not exported."""
-    directory, unwritten = StudyDirectory(path), None
+    directory = StudyDirectory(path)
     with directory.held():
         with status(f"exporting and timing the cells of {path}"):
             timed = measure_latencies(directory, provider, batches, measure_s, engines, front_only, isolated)
-        try:
-            write_latencies(directory, timed)
-        except OSError as error:  # a full disk: what was measured is shown first
-            unwritten = error
-    for what, names in (
-        ("have no weights, only records, and were not timed", timed.without_weights),
-        ("are not on the front, and were timed briefly", timed.off_front),
-    ):
-        if names:
-            notice(f"{len(names)} of the cells {what}: {'; '.join(names)}")
-    for name, reason in timed.not_exported.items():
-        notice(f"{name}: not exported: {reason}", style="red")
-    table = rows(timed.records, with_first(timed.records))
-    print(render(by_cell(table, timed, read_results(directory).rows), format, notes(timed.records)))
-    if unwritten:
-        raise unwritten
+        for what, names in (
+            ("have no weights, only records, and were not timed", timed.without_weights),
+            ("are not on the front, and were timed briefly", timed.off_front),
+        ):
+            if names:
+                notice(f"{len(names)} of the cells {what}: {'; '.join(names)}")
+        for name, reason in timed.not_exported.items():
+            notice(f"{name}: not exported: {reason}", style="red")
+        new = {row.name: record for row, record in zip(timed.rows, timed.records)}
+        results = [replace(row, latency=new.get(row.name, row.latency)) for row in read_results(directory).rows]
+        table = by_cell(rows(timed.records, with_first(timed.records)), timed, results)
+        print(render(table, format, notes(timed.records)), flush=True)  # first: the disk may be full
+        write_latencies(directory, timed)
     return int(bool(timed.not_exported))
 
 

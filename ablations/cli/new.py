@@ -7,13 +7,13 @@ from typing import Any
 
 from jinja2 import Template
 
-from expertgrid.ablations.cli.options import write_out
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.study.schema import TITLE, study_schema
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.config import ModelConfig
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.data import ImageData, split_share
 from expertgrid.model.training.recipe import recipe
 
@@ -40,6 +40,6 @@ def new(file: Path, base: dict[str, Any], modules: Sequence[str]) -> int:
         images = read_data(source, None, side)
     parse_study(text, file).cells(images)
     for path, content in ((schema_file, study_schema()), (file, text)):
-        write_out("FILE", path, content.encode())
+        write_whole(path, content.encode())
         print(path)
     return 0

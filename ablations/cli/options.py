@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from expertgrid.model.system.errors import InputError, reason_of, unknown
-from expertgrid.model.system.files import opened_file, write_whole
+from expertgrid.model.system.files import opened_file
 
 HUB = "hf-hub:"
 NOT_ISOLATED = "needs separate processes; it does not go with --no-isolate"
@@ -21,7 +21,6 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
-ANSWER_S = 4.0  # that a tracker's server gets at the start
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -208,10 +207,10 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
         if uri.startswith(("http:", "https:")):
-            import requests  # as MLflow does, which itself waits for minutes
+            import requests  # as MLflow does
 
             try:
-                requests.head(uri, timeout=ANSWER_S)
+                requests.head(uri, timeout=4.0)  # MLflow itself waits for minutes
             except (OSError, ValueError) as error:
                 if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
                     raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
@@ -229,11 +228,3 @@ def check_can_be_written(option: str, *files: Path) -> None:
                 pass
         except OSError as error:
             raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None
-
-
-def write_out(option: str, file: Path, content: bytes) -> None:
-    """Writes a file that `option` named. Raises InputError where it cannot be written."""
-    try:
-        write_whole(file, content)
-    except OSError as error:
-        raise InputError(f"{option} {file}: cannot be written: {error.strerror}") from None

@@ -10,7 +10,7 @@ from expertgrid.ablations.cli.terminal import starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.records.record import Record
-from expertgrid.model.probe import probe_of
+from expertgrid.ablations.study.changes import check_parts
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Format, render
 from expertgrid.model.training.trial import Trial
@@ -31,12 +31,12 @@ def rerun(
     trial, record = _finished_trial(study, plan, trial_id)
     with starting():
         from expertgrid.ablations.engines.rerun import train_again
+        from expertgrid.model.checkpoint import load
         from expertgrid.model.system.machine import torch_device
         from expertgrid.model.training.splits import ResidentData
     import_modules(modules)
-    kept, now = study.network(trial_id), plan.pixels and probe_of(trial.model, plan.pixels)
-    if kept and now and (what := kept.difference(now)):
-        raise InputError(f"trial {trial_id}: was trained by other code than {trial.model_name} has now: {what} differ")
+    check_parts(trial.recipe)
+    load(study.checkpoint(trial_id))  # raises InputError for a network whose code has changed
     on = torch_device(device_name)
     images = read_data(data or trial.source, data_dir, plan.image_size)
     with status(f"training trial {trial_id} again"):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from expertgrid.ablations.cli.options import check_can_be_written, write_out
+from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.terminal import console, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.comparison import compare
@@ -17,6 +17,7 @@ from expertgrid.ablations.results.tables.effects import level_table
 from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import MOST_NOTES, Format, Table, render, render_tables
 
 
@@ -59,7 +60,7 @@ def rows(directory: Path, kind: str, format: str, out: Path | None, metric: str 
     table = getattr(OpenedStudy(directory, metric), kind)()
     content = to_bytes(table, format) or render(table.to_pylist(), cast(Format, format)).encode()
     if out:
-        write_out("--out", out, content)
+        write_whole(out, content)
     print(out or content.decode().rstrip("\n"))
     return 0
 
@@ -110,7 +111,7 @@ def report(
             figures = report.figures(findings, "pdf" if format == "pdf-figures" else "png")
             files = {out / name: content for name, content in figures.items()}
     for file, content in files.items():
-        write_out("--out", file, content)
+        write_whole(file, content)
         print(file)
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.plan import PlannedRun, StudyRequest, plan_run
+from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.cli.track import tracked
@@ -77,7 +77,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
-            failed = _train(racing.cells_with(cells, counts), planned, on, how, tracking)
+            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
@@ -86,7 +86,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
                     break
                 counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-                failed += _train(racing.cells_with(cells, counts), planned, on, how, tracking)
+                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
         if isinstance(how.trainer, RayEngine):
             how.trainer.end()
         if any(row.packed and row.alone is None for row in read_results(directory).rows):
@@ -138,18 +138,18 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
     return 1
 
 
-def _train(cells: list[Cell], planned: PlannedRun, on: torch.device, how: How, tracking: Tracking) -> list[TrialFailed]:
+def _train(
+    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking
+) -> list[TrialFailed]:
     """Trains what is not there yet, and returns the trials that failed."""
-    data, directory = planned.data, planned.directory
     trials = by_seed([trial for cell in cells for trial in cell.trials])
-    records = {trial.id: record for trial in trials if (record := directory.record(trial.id))}
-    pending = [trial for trial in trials if trial.id not in records]
-    changed = Counter(part for record in records.values() for part in changed_parts(record.parts))
+    pending = [trial for trial in trials if directory.record(trial.id) is None]
+    records = filter(None, (directory.record(trial.id) for trial in trials))
+    changed = Counter(part for record in records for part in changed_parts(record.parts))
     if how.adopts:
         refused: Counter[str] = Counter()
         metric = directory.read_study().metric
-        places = (directory.adopt(trial.id, refused, metric, planned.networks.get(trial.id)) for trial in pending)
-        taken = Counter(filter(None, places))
+        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, refused, metric)))
         for reason, count in refused.items():
             console.print(f"not taken over: {count} trials of {reason}", soft_wrap=True)
         for place, count in taken.items():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expertgrid.ablations.engines.events import Event, StateSaved, TrialDone, TrialFailed, TrialNote, TrialStarted
 from expertgrid.ablations.engines.gpu_sharing import ALONE, SharedGpu, shared_gpu
-from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, TERMINATED, Message, Terminated, schedule
+from expertgrid.ablations.engines.scheduling import LOOK_EVERY_S, Message, NodeLost, schedule
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
 from expertgrid.model.fast.execution import ExecutionOptions
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 ENGINE = "expertgrid.ablations.engines.local"  # what the processes need, whose import takes seconds
 JOB_BYTES = 3 * 2**30  # of memory for each process that trains: PyTorch, the images and a small network
 MOST_JOBS = 8  # that "auto" takes; more was not measured
+TERMINATED = NodeLost("its process was ended by SIGTERM", asked=True)
 LAST_WORDS_S = 2.0  # that a process gets to write where it hangs, and to end after its last message
 
 
@@ -227,7 +228,7 @@ class Pool:
             case BaseException():
                 self.end(trainer)
                 if isinstance(message, KeyboardInterrupt) and not self.stopping:
-                    return trial, Terminated()
+                    return trial, TERMINATED
         return trial, message
 
     def _lost(self, trainer: Trainer, trial: Trial) -> tuple[Trial, Message] | None:
@@ -235,8 +236,8 @@ class Pool:
         how = trainer.how_it_ended()
         failure = trainer.failure("crashed", f"the training process was ended by {how}")
         self.end(trainer)
-        if how == TERMINATED:
-            return trial, Terminated()
+        if how == "SIGTERM":
+            return trial, TERMINATED
         if trainer.began:
             return trial, failure
         if trainer.trials == 1:

@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,12 +121,18 @@ def run_local(
         directory.write_config(trial, network)
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
-        training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
-        if reason:
-            yield TrialNote(trial, f"trained from the start, because {reason}")
-        went_on, code = resume.exists() and not reason, network.model_dump_json() if network else ""
+        training, epochs, went_on = start(trial, splits, directory.weights(trial)), [], resume.exists()
+        code = network.model_dump_json() if network else ""
         saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
         try:
+            if went_on:
+                state = read_state(resume)
+                if network and Probe.model_validate_json(state["network"]).difference(network):
+                    raise InputError("the code of its network was changed")
+                if changed := changed_parts(state.get("parts", {})):
+                    raise InputError(f"the code of the {' and the '.join(changed)} was changed")
+                training.load_state_dict(state["training"])
+                epochs = state["epochs"]
             directory.write_epochs(trial.id, epochs)
             prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
             yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
@@ -137,8 +142,9 @@ def run_local(
         except Exception as error:
             if isinstance(error, NOT_OF_A_STATE) or not went_on or saver.saves:
                 raise
-            resume.unlink()
-            yield TrialNote(trial, f"trained from the start, because its state may be at fault: {reason_of(error)}")
+            resume.unlink()  # another version may have written it, or somebody else
+            why = str(error) if isinstance(error, InputError) else f"{resume} does not fit: {reason_of(error)}"
+            yield TrialNote(trial, f"trained from the start, because {why}")
             yield from run(trial)
             return
         record = _finish(trial, splits, directory, training, prepared, at_once)
@@ -163,29 +169,6 @@ def run_local(
                 failure = _failure(trial, later, data)
             directory.write_failure(trial.id, failure)
             yield TrialFailed(trial, str(failure), isinstance(error, RecordingError) and execution.graphs != "on")
-
-
-def _begun(
-    trial: Trial, splits: Splits, resume: Path, weights: Path | None, network: Probe | None
-) -> tuple[Training, list[str], str]:
-    """A training, from its state where it has one, with the lines of its epochs; and why its state is not usable."""
-    training = start(trial, splits, weights)
-    if not resume.exists():
-        return training, [], ""
-    try:
-        state = read_state(resume)
-        if network and Probe.model_validate_json(state["network"]).difference(network):
-            return training, [], "the code of its network was changed"
-        if changed := changed_parts(state.get("parts", {})):
-            return training, [], f"the code of the {' and the '.join(changed)} was changed"
-        training.load_state_dict(state["training"])
-        return training, state["epochs"], ""
-    except InputError as error:
-        return training, [], str(error)
-    except Exception as error:  # whatever another version, or somebody else, has written there
-        if isinstance(error, NOT_OF_A_STATE):
-            raise
-        return start(trial, splits, weights), [], f"{resume} is of another version: {reason_of(error)}"
 
 
 def _failure(trial: Trial, error: Exception, data: ResidentData) -> Failure:

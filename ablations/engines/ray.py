@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
-from expertgrid.ablations.records.checksums import NETWORK
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import checkout_commit, usable_cores

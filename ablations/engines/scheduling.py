@@ -33,7 +33,6 @@ from expertgrid.model.system.processes import ProcessLost
 from expertgrid.model.training.trial import Trial
 
 LOOK_EVERY_S = 0.1  # for a signal
-TERMINATED = "SIGTERM"
 TOGETHER_S = 5.0  # in which the command is asked to end too, by a system that asks all processes of a job
 MOST_TERMINATIONS = 3  # of a trial's processes: then it has failed
 MOST_LOSSES = 5  # of a trial's nodes, one after another without a new state between: the trial itself may be the cause
@@ -62,19 +61,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class NodeLost:
-    """A trial's task is over, because its node was lost: the trial can go on elsewhere."""
+    """A trial's task is over, because its node or its process was lost: the trial can go on elsewhere."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Terminated:
-    """A trial's process was asked to end, and nobody asked the command: the trial can go on in another process."""
+    asked: bool = False  # the process to end, by SIGTERM, and nobody has asked the command so far
 
 
 # An event, whose files the cluster has written itself, or with the files that are to be written here. A failure is that
 # of a trial whose process was lost. An exception is an error of no trial, and ends its task; so does Stopped.
-Message = Event | Report | Ended | NodeLost | Terminated | Failure | BaseException
+Message = Event | Report | Ended | NodeLost | Failure | BaseException
 
 
 class Cluster(Protocol):
@@ -107,7 +102,7 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
     told, study = False, directory.path / "study.toml"
     of_a_study = study.exists()  # nodes have directories without one
 
-    def receive() -> tuple[Trial, Event | Ended | NodeLost | Terminated | Failure | BaseException] | None:
+    def receive() -> tuple[Trial, Event | Ended | NodeLost | Failure | BaseException] | None:
         """The next message, after its files are written. None in its place for the end of a task that was over."""
         arrived = cluster.next(LOOK_EVERY_S)
         if arrived is None or arrived[0].id not in submitted:
@@ -137,15 +132,13 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
             if received is None:
                 continue
             trial, message = received
-            if isinstance(message, Terminated):
+            if isinstance(message, NodeLost) and message.asked:
                 stopped.wait(TOGETHER_S)
                 terminations[trial.id] += 1
-                reason = f"its process was ended by {TERMINATED}, {terminations[trial.id]} of {MOST_TERMINATIONS} times"
-                message = NodeLost(reason) if terminations[trial.id] < MOST_TERMINATIONS else crashed(reason)
             match message:
                 case Ended() | NodeLost() | Failure() | ProcessLost() | Stopped() if stopped.is_set():
                     waiting.appendleft(trial)
-                case NodeLost(reason) if losses[trial.id] < MOST_LOSSES:
+                case NodeLost(reason) if losses[trial.id] < MOST_LOSSES and terminations[trial.id] < MOST_TERMINATIONS:
                     losses[trial.id] += 1
                     waiting.appendleft(trial)
                     yield TrialNote(trial, f"{reason}; it goes on from its last saved state")

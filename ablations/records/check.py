@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
+from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
 from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
 from expertgrid.ablations.records.ledger import LEDGER
+from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import cut_incomplete_line, opened_file, read_whole
 from expertgrid.model.training.resume import whole_state
@@ -213,14 +214,15 @@ def _measurements(directory: StudyDirectory) -> Iterator[FileState]:
         if hashlib.sha256(file.read_bytes()).hexdigest() != file.stem:
             yield from _damaged({file.name: "its name is not its checksum"}, f"{AGAIN}, which writes it", "weights/")
     _read(TRAINING, directory.training_rates, training)
-    for file in sorted((directory.path / "bench").glob("*.json")):
+    bench = directory.path / "bench"
+    for file in sorted(bench.glob("*.json") if os.path.isdir(bench) else ()):
         _read(file.name, lambda file=file: read_latency(file), latency)
     yield from _damaged(training, "delete it and run expertgrid bench-train again")
     yield from _damaged(latency, "delete it and run expertgrid bench again", "bench/")
 
 
 def _exports(folder: Path) -> Iterator[FileState]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     from expertgrid.export.exported import export_problems  # which imports torch
 

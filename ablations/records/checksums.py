@@ -5,12 +5,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, wrong_file
 from expertgrid.model.system.files import MissingFile, opened_file, read_whole, write_whole
 
 SUMS = "SHA256SUMS"
 OF_A_TRIAL = ("config.json", "epochs.jsonl", "model.safetensors", "predictions.npz", "record.json")
-NETWORK = "network.json"  # of a trial of a user's network
 OF_A_STUDY = ("study.toml", "plan.json")
 
 

@@ -32,7 +32,7 @@ from typing import Literal
 import tomli_w
 from pydantic import ValidationError
 
-from expertgrid.ablations.records.checksums import NETWORK, OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
+from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, changed_files, write_sums
 from expertgrid.ablations.records.ledger import LEDGER, TestRead, read_ledger
 from expertgrid.ablations.records.lock import LOCK, WRITER, held
 from expertgrid.ablations.records.plan import Plan, RaceRules, make_plan, read_plan
@@ -44,7 +44,7 @@ from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
-from expertgrid.model.probe import Probe
+from expertgrid.model.probe import NETWORK, Probe
 from expertgrid.model.system.errors import InputError, invalid, wrong_file
 from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
@@ -266,13 +266,11 @@ class StudyDirectory:
     def write_failure(self, trial_id: str, failure: Failure) -> None:
         write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
 
-    def adopt(
-        self, trial_id: str, refused: Counter[str], metric: str = "accuracy", network: Probe | None = None
-    ) -> str | None:
+    def adopt(self, trial_id: str, refused: Counter[str], metric: str = "accuracy") -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
-        `network` is what a user's network computes now. Returns the name of that study's directory, None where no study
-        has the trial undamaged, of the same code and with this metric. Why one is not taken is counted in `refused`.
+        Returns the name of that study's directory, None where no study has the trial undamaged, of the same code and
+        with this metric. Why one is not taken is counted in `refused`.
         """
         from expertgrid.model.checkpoint import load
 
@@ -283,14 +281,12 @@ class StudyDirectory:
                     continue
                 if finished := other.record(trial_id):
                     other.with_metric(finished, metric)
-                if network and ((theirs := other.network(trial_id)) is None or theirs.difference(network)):
-                    continue
                 load(other.checkpoint(trial_id))
                 other.predictions(trial_id)
                 reads = [read for read in other.test_reads() if read.trial == trial_id]
             except (InputError, OSError) as error:
                 refused[f"{other.path}: {error}"] += 1
-                continue  # a damaged trial is trained again
+                continue  # a trial that is damaged, or of other code, is trained again
             if finished and (parts := changed_parts(finished.parts)):
                 refused.update(f"{other.path}: they have other code of the {part}" for part in parts)
                 continue

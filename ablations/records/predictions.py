@@ -76,15 +76,13 @@ class Predictions:
         except UNREADABLE_ARRAYS:
             raise damaged(file, "not a file of predictions", train_again(file.parent)) from None
         for split in ("validation", "test"):
-            arrays = {name: array for name, array in vars(predictions).items() if name.startswith(split)}
-            log_BN = arrays.pop(f"{split}_log")
-            shapes = {array.shape for array in arrays.values() if array is not None}
-            if log_BN is not None:
-                shapes |= {log_BN.shape[:1] if log_BN.ndim == 2 else log_BN.shape[:2]}
-                if not (np.isfinite(log_BN) & (log_BN <= 0)).all():
-                    problem = f"log-probabilities of {split} are not finite, or above 0"
-                    raise damaged(file, problem, train_again(file.parent))
+            arrays = [(name, array) for name, array in vars(predictions).items() if name.startswith(split)]
+            shapes = {of.shape[: of.ndim - name.endswith("_log")] for name, of in arrays if of is not None}
+            log_BN = arrays[-1][1]
             if len(shapes) > 1 or len(next(iter(shapes))) != 1:
                 problem = f"the arrays of {split} have the shapes {sorted(shapes)}"
+                raise damaged(file, problem, train_again(file.parent))
+            if log_BN is not None and not (np.isfinite(log_BN) & (log_BN <= 0)).all():
+                problem = f"log-probabilities of {split} are not finite, or above 0"
                 raise damaged(file, problem, train_again(file.parent))
         return predictions

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from expertgrid.model.system import machine
 from expertgrid.model.training.metrics import Scale
+from expertgrid.model.training.trial import Share
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,6 @@ class Environment(BaseModel):
         )
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Split = Literal["validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)  # what every choice and verdict is made on, and what is reported
 Count = Annotated[int, Field(ge=0, lt=2**63)]

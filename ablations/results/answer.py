@@ -46,8 +46,6 @@ def answer(evidence: Evidence) -> str:
         sentence = _sentence(changes, by, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
-    if evidence.results.chosen_afterwards:
-        sentence += f" This is by {by.title}, chosen after seeing."
     if evidence.fixed_split:
         sentence = f"On this split of the images: {sentence[0].lower()}{sentence[1:]}"
     return f"{sentence} To be confirmed: {evidence.not_confirmed}." if evidence.not_confirmed else sentence

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,6 @@ from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.tables.cells import columns
-from expertgrid.ablations.results.tables.effects import judged
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.system.text import csv_cell, flat_rows, render_tables
@@ -35,12 +35,16 @@ class OpenedStudy:
         self._directory.read_plan()
 
     def trials(self) -> pa.Table:
-        """Each planned trial once: its cell, levels, seed, id, status (done, failed, missing) and all of its record."""
+        """Each planned trial once: its cell, levels, seed, id, status and all of its record.
+
+        `status` is done, failed, missing, or "other code": of a network that has been changed, and does not count.
+        """
         results, rows = read_results(self._directory, self.metric), []
         for row in results.rows:
             for seed, trial in row.trials.items():
                 record, failure, adopted = row.by_seed.get(seed), row.failures.get(trial), row.adopted.get(trial)
                 status = "done" if record else "failed" if failure else "missing"
+                status = "other code" if trial in row.other_code else status
                 values: dict[str, object] = {"seed": seed, "trial": trial, "status": status}
                 values |= record.model_dump(exclude={"trial", "seed"}) if record else {}
                 values |= {"failure": failure and str(failure), "adopted_from": adopted and adopted.directory}
@@ -57,15 +61,15 @@ class OpenedStudy:
         return _table(rows)
 
     def effects(self) -> pa.Table:
-        """Each main effect, interaction and declared contrast: its verdict and, after over before, its costs."""
+        """Each main effect, interaction and declared contrast: its mean, verdict and, after over before, its costs."""
         evidence, rows = read_evidence(self._directory, self.metric), []
         for family, several in (("factors", evidence.effects), ("interactions", evidence.interactions)):
             for effect in several:
                 factor, before, after = (" and ".join(words) for words in zip(*effect.changes))
                 values = {"family": family, "name": effect.name, "factor": factor, "before": before, "after": after}
-                rows.append(values | judged(evidence, effect.judgement) | effect.cost)
+                rows.append(values | asdict(effect.judgement) | effect.cost)
         for pair in evidence.declared:
-            rows.append({"family": "contrasts", "name": pair.name} | judged(evidence, pair.judgement))
+            rows.append({"family": "contrasts", "name": pair.name} | asdict(pair.judgement))
         return _table(flat_rows(rows))
 
     def epochs(self) -> pa.Table:
@@ -80,8 +84,11 @@ class OpenedStudy:
         return _table(rows)
 
     def predictions(self) -> pa.Table:
-        """The class that each finished trial predicted for each validation and test image, and the image's own."""
-        names = {"": "predicted", "_labels": "label", "_flip": "predicted_flip"}
+        """The class that each finished trial predicted for each validation and test image, and the image's own.
+
+        `log_probabilities` are lists, of all classes, where trials have them.
+        """
+        names = {"": "predicted", "_labels": "label", "_flip": "predicted_flip", "_log": "log_probabilities"}
         tables = []
         for row in read_results(self._directory, self.metric).rows:
             for seed, record in row.by_seed.items():
@@ -91,7 +98,7 @@ class OpenedStudy:
                     images = pa.array(range(len(arrays["label"])))
                     alike = {"cell": row.name, "seed": seed, "trial": record.trial, "split": split}
                     parts = {name: pa.repeat(value, len(images)) for name, value in alike.items()} | {"image": images}
-                    parts |= {name: pa.array(array) for name, array in arrays.items() if array is not None}
+                    parts |= {name: pa.array(list(of)) for name, of in arrays.items() if of is not None}
                     tables.append(pa.table(parts))
         return pa.concat_tables(tables, promote_options="default")
 
@@ -111,8 +118,9 @@ def to_bytes(table: pa.Table, format: str) -> bytes:
         parquet.write_table(table, file)
     elif format == "csv":
         for place, (name, column) in enumerate(zip(table.column_names, table.columns)):
-            if pa.types.is_string(column.type):
-                table = table.set_column(place, name, pa.array(map(csv_cell, column.to_pylist()), pa.string()))
+            if pa.types.is_string(column.type) or pa.types.is_list(column.type):
+                texts = (csv_cell(str(value)) if value is not None else None for value in column.to_pylist())
+                table = table.set_column(place, name, pa.array(texts, pa.string()))
         csv.write_csv(table, file)
     return file.getvalue()
 

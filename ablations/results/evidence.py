@@ -128,7 +128,7 @@ class Evidence:
     def not_confirmed(self) -> str:
         """Why more than 1 such study in 20 may hold a wrong verdict; "" where it does not."""
         if self.results.chosen_afterwards:
-            return "the metric was chosen after seeing the results"
+            return f"the metric, {self.scale.title}, was chosen after seeing the results"
         if self.added_seeds:
             return "seeds were added after results were seen"
         return "results of these seeds were seen before the study was made" if self.results.plan.seen else ""

@@ -107,7 +107,7 @@ def by_cell(
 ) -> list[dict[str, object]]:
     """Rows of `bench.latency.rows` with each cell's name and accuracy in place of the file's name.
 
-    `results` are the study's rows, read again after `write_latencies`: these say what is on the front.
+    `results` are the study's rows with these latencies: they say what is on the front.
     """
     names = {record.file: row.name for row, record in zip(timed.rows, timed.records)}
     by_name = {row.name: row for row in results}

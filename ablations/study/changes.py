@@ -106,10 +106,11 @@ def check_parts(recipe: Recipe) -> None:
     """Raises InputError for a part that does not exist, and an optimiser that the recipe's values do not make.
 
     An optimiser with the settings of a shipped recipe can be made, which a test sees to. Any other optimiser
-    is tried, and that imports torch.
+    is tried, and that imports torch. It can refuse its name, betas and momentum, and no other value of a recipe.
     """
     check_names(recipe)
-    if _optimizer_settings(recipe) in map(_optimizer_settings, RECIPES.values()):
+    settings, *shipped = ((each.opt, each.opt_betas, each.momentum) for each in (recipe, *RECIPES.values()))
+    if settings in shipped:
         return
     from expertgrid.model.training import optimise
 
@@ -124,8 +125,3 @@ def check_layers(recipe: Recipe, config: Network) -> None:
 
         with for_shapes(config):
             optimise.check_layers(recipe, build(config))
-
-
-def _optimizer_settings(recipe: Recipe) -> tuple[str, tuple[float, float] | None, float | None]:
-    """What an optimiser can refuse: its name, betas and momentum. No optimiser refuses another value of a recipe."""
-    return recipe.opt, recipe.opt_betas, recipe.momentum

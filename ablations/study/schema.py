@@ -7,6 +7,7 @@ from expertgrid.ablations.study.changes import CHOICES
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.training.data import SOURCES
+from expertgrid.model.training.parts import SHIPPED
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.variants import VARIANTS
 
@@ -20,6 +21,8 @@ def study_schema() -> str:
     del fields["name"]
     schema["required"].remove("name")
     of_recipe = Recipe.model_json_schema()["properties"] | {"color_jitter": {}}  # a number, or several
+    for name, known in SHIPPED.items():
+        of_recipe[name]["anyOf"] = [{"enum": list(known)}, {"type": "string"}]
     values = dict.fromkeys(VARIANTS, {}) | of_recipe | {f"recipe.{name}": of for name, of in of_recipe.items()}
     levels = {name: {"type": "array", "items": of, "minItems": 1} for name, of in values.items()}
     choices = {name: {"type": "array", "items": {"type": "string"}, "minItems": 1} for name in CHOICES}

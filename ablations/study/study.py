@@ -13,16 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from expertgrid.ablations.study import designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
@@ -131,7 +122,7 @@ class Study(BaseModel):
     recipes: dict[str, dict[str, Level]] = {}
 
     @model_validator(mode="after")
-    def check_names(self, info: ValidationInfo) -> "Study":
+    def check_names(self, info: Any) -> "Study":
         """Refuses names that are nothing, those that would change the same thing twice, and too many trials.
 
         In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.

@@ -18,7 +18,6 @@ from expertgrid.model.system.errors import InputError, wrong_file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 MOST_BYTES = 2**28  # of a file that is read as a whole, if it is no network
 LONGEST_LINE = 2**20
-BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 LEFT_BY_A_CRASH = re.compile(  # `.NAME.xxxxxxxx`, as `write_whole` calls a file until it is whole
     r"\.(.+\.(toml|json|jsonl|npz|safetensors|pt|svg|html|onnx|md|pdf|png)|SHA256SUMS)\.[a-z0-9_]{8}"
 )
@@ -66,15 +65,15 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for path, content in contents.items():
             make_folder(path.parent)
             new = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-            handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+            handle = _handle(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             beside[path] = new
             try:
                 _write(handle, content)
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        if folders := [path for path in contents if path.is_dir()]:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folders[0]))
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         for path, new in beside.items():
             os.replace(new, path)
     except BaseException:
@@ -174,7 +173,7 @@ def now() -> str:
 
 def _handle(path: Path, flags: int) -> int:
     """Opens a regular file. Raises OSError, also for a pipe, a device and a folder."""
-    handle = os.open(path, flags | BINARY | getattr(os, "O_NONBLOCK", 0), 0o666)
+    handle = os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -18,7 +18,8 @@ FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
 
 
-FORMULA = re.compile(r"\s*[=+@＝＋－＠-](?![\d.]+(e[+-]?\d+)?$)")  # how a spreadsheet knows one, unless it is a number
+MARKDOWN = re.compile(r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*_\[\]<|~#&$!])")  # where a sign is
+FORMULA = re.compile(r"\s*([=@＝＋－＠]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$))")  # as a spreadsheet knows one
 
 
 class _Rounded:
@@ -109,7 +110,7 @@ class Table:
 
 def markdown(text: object) -> str:
     """A text that comes from outside, on one line, so that Markdown shows it as it is."""
-    return re.sub(r"(^>|[\\`*_\[\]<|~#&$!])", r"\\\1", _on_one_line(text))
+    return MARKDOWN.sub(r"\1\\", _on_one_line(text))
 
 
 def _on_one_line(text: object) -> str:
@@ -164,10 +165,9 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
         return json.dumps(rows_by_key, indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
-    titles = [MARKS[format][0] + ESCAPES[format](table.title) for table in tables]
-    return "\n\n".join(
-        f"{title}\n\n{render(table.rows, format, table.notes[:most_notes])}" for title, table in zip(titles, tables)
-    )
+    mark, escaped = MARKS[format][0], ESCAPES[format]
+    parts = [(mark + escaped(table.title), render(table.rows, format, table.notes[:most_notes])) for table in tables]
+    return "\n\n".join(text for part in parts for text in part)
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:

@@ -32,7 +32,7 @@ from expertgrid.model.system.machine import memory_bytes
 from expertgrid.model.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
 
 if TYPE_CHECKING:
-    import pyarrow.dataset
+    import pyarrow.parquet
 
 SOURCES = {
     "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
@@ -304,7 +304,6 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
 
 def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
     import pyarrow
-    import pyarrow.dataset
 
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     classes: tuple[str, ...] = ()
@@ -312,54 +311,50 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
             raise _wrong(source, f"no {split}*.parquet in {directory}")
-        if (rows := sum(_rows(source, file) for file in files)) > MOST_IMAGES:
+        tables = [_opened_table(source, file) for file in files]
+        if (rows := sum(table.metadata.num_rows for table in tables)) > MOST_IMAGES:
             raise _wrong(source, f"{split} has {rows:,} rows; at most {MOST_IMAGES:,} images are read")
+        image_column, label_column = _columns(source, files[0], tables[0].schema_arrow)
         try:
-            table = pyarrow.dataset.dataset([str(file) for file in files], format="parquet")
-            image_column, label_column = _columns(source, files[0], table.schema)
-            column = table.to_table([label_column])[label_column]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _wrong(
-                source, f"the {split}*.parquet files differ in their columns, or are damaged: {error}"
-            ) from None
-        labels_B = column.cast("int64", safe=False).fill_null(-1).to_numpy()
+            columns = [table.read([label_column])[label_column].cast("int64", safe=False) for table in tables]
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            raise _wrong(source, f"the {split}*.parquet files differ in columns, or are damaged: {error}") from None
+        labels_B = np.concatenate([column.fill_null(-1).to_numpy() for column in columns])
         if split == "train":
-            classes = _class_names(table.schema, label_column, labels_B)
+            classes = _class_names(tables[0].schema_arrow, label_column, labels_B)
         if len(labels_B) == 0 or labels_B.min() < 0 or labels_B.max() >= len(classes):
             labels = f"{labels_B.min()} to {labels_B.max()}" if len(labels_B) else "none"
             needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
             raise _wrong(source, f"{split}: column {label_column!r} {needs}; found {labels}")
-        arrays.append(
-            (_decode(source, _images(source, table, image_column, split), len(labels_B), image_size), labels_B)
-        )
+        images = _images(source, tables, image_column, split)
+        arrays.append((_decode(source, images, len(labels_B), image_size), labels_B))
     return _assemble(source, directory.resolve().name, classes, *arrays)
 
 
-def _rows(source: str, file: Path) -> int:
-    """The rows of a Parquet file, of which nothing else is read."""
+def _opened_table(source: str, file: Path) -> "pyarrow.parquet.ParquetFile":
+    """A Parquet file of which the end is read, which says how many rows there are."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with opened_file(file) as opened:
-            metadata = pyarrow.parquet.read_metadata(opened)
-        return sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        with opened_file(file):
+            return pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise _wrong(source, f"{file} is not Parquet, or is truncated: {reason}") from None
 
 
-def _images(source: str, table: "pyarrow.dataset.Dataset", column: str, split: str) -> Iterator[Reader]:
-    """The images of a table, some at a time: a few kilobytes can say the same megabytes in each row."""
+def _images(source: str, tables: list["pyarrow.parquet.ParquetFile"], column: str, split: str) -> Iterator[Reader]:
+    """The images of a split, some at a time: a few kilobytes can say the same megabytes in each row."""
     import pyarrow
     import pyarrow.compute
 
     places = itertools.count()
     try:
-        for batch in table.to_batches([column], batch_size=TOGETHER, batch_readahead=1, fragment_readahead=1):
+        for batch in itertools.chain.from_iterable(table.iter_batches(TOGETHER, columns=[column]) for table in tables):
             for blob in pyarrow.compute.struct_field(batch[column], "bytes"):  # ty: ignore[missing-attribute]
                 yield f"{split} row {next(places)}", blob.as_py
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise _wrong(source, f"{split} row {next(places)} cannot be read: {error}") from None
 
 
@@ -413,24 +408,17 @@ def _decode(source: str, readers: Iterator[Reader], count: int, image_size: int 
     with ThreadPoolExecutor() as pool:
         for start in range(0, count, TOGETHER):
             some = list(itertools.islice(readers, TOGETHER))
-            for place, (name, _), pixels_HWC in zip(itertools.count(start), some, pool.map(decode, some)):
+            for place, (name, _), array in zip(itertools.count(start), some, pool.map(decode, some)):
                 if not place:
-                    pixels_BHWC, first = _room(source, count, pixels_HWC), name
-                if pixels_HWC.shape != pixels_BHWC.shape[1:]:
-                    sizes = [f"{width}x{height}" for height, width, _ in (pixels_BHWC.shape[1:], pixels_HWC.shape)]
-                    raise _wrong(
-                        source, f"images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}; {ONE_SIZE}"
-                    )
-                pixels_BHWC[place] = pixels_HWC
+                    if (needed := count * array.nbytes) > (memory_bytes() or needed):
+                        raise _wrong(source, f"its {count:,} images are {needed:,} bytes: more than the memory has")
+                    pixels_BHWC, first = np.empty((count, *array.shape), np.uint8), name
+                if array.shape != pixels_BHWC.shape[1:]:
+                    sizes = [f"{width}x{height}" for height, width, _ in (pixels_BHWC.shape[1:], array.shape)]
+                    differ = f"images differ in size: {first} has {sizes[0]}, {name} {sizes[1]}"
+                    raise _wrong(source, f"{differ}; {ONE_SIZE}")
+                pixels_BHWC[place] = array
     return pixels_BHWC
-
-
-def _room(source: str, count: int, pixels_HWC: np.ndarray) -> np.ndarray:
-    """An array for `count` such images. Raises InputError where the machine has not that much memory."""
-    needed, memory = count * pixels_HWC.nbytes, memory_bytes()
-    if memory is not None and needed > memory:
-        raise _wrong(source, f"its {count:,} images need {needed:,} bytes as pixels; the memory has {memory:,}")
-    return np.empty((count, *pixels_HWC.shape), np.uint8)
 
 
 def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:

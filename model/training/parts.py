@@ -67,10 +67,10 @@ def timm_name(opt: str) -> str:
 
 def part(kind: str, name: str, shipped: Iterable[str] = ()) -> Callable:
     """The part that is registered under a name. Raises InputError for another, and names those that ship, too."""
-    if name not in PARTS[kind]:
-        accepted = [name or '""' for name in (*SHIPPED.get(kind, shipped), *PARTS[kind])]
-        raise InputError(f"recipe.{kind}: {unknown('name', name, accepted, '; --import MODULE registers others')}")
-    return PARTS[kind][name]
+    if name in PARTS[kind]:
+        return PARTS[kind][name]
+    accepted = [name or '""' for name in (*SHIPPED.get(kind, shipped), *PARTS[kind])]
+    raise InputError(f"recipe.{kind}: {unknown('name', name, accepted, '; --import MODULE registers others')}")
 
 
 def check_names(recipe: BaseModel) -> None:

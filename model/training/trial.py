@@ -3,6 +3,7 @@
 import hashlib
 import json
 from functools import cached_property
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +11,7 @@ from expertgrid.model.config import Network
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.recipe import Recipe
 
+Share = Annotated[float, Field(ge=0, le=1)]
 NO_WEIGHTS = "none"  # what a study says for fresh ones, from a trial's seed
 
 
@@ -69,9 +71,9 @@ class Epoch(BaseModel):
     epoch: int  # from 1
     lr: float  # after the last step
     train_loss: float
-    train_accuracy: float  # on the augmented images, while training; under mixup, of the class with the larger share
+    train_accuracy: Share  # on the augmented images, while training; under mixup, of the class with the larger share
     validation_loss: float
-    validation_accuracy: float
+    validation_accuracy: Share
     images_per_s: float  # of training alone
     train_seconds: float
     validation_seconds: float

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY, write_study, written_epochs
+from sklearn.metrics import f1_score
 
 import expertgrid as library
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -57,7 +59,8 @@ def test_trials_are_the_records_with_levels_of_their_types(typed):
             record = json.loads(file.read_text())
             environment = record.pop("environment")
             assert row["environment.versions.torch"] == environment["versions"]["torch"]
-            assert {name: row[name] for name in record} == record
+            plain = {name: value for name, value in record.items() if not isinstance(value, dict)}
+            assert {name: row[name] for name in plain} == plain
 
 
 def test_cells_and_effects_are_those_of_the_tables(expertgrid, typed):
@@ -73,7 +76,7 @@ def test_cells_and_effects_are_those_of_the_tables(expertgrid, typed):
     effects = [row for row in study.effects().to_pylist() if row["family"] == "factors"]
     for row, effect in zip(effects, shown["factors"], strict=True):
         assert (row["factor"], f"{row['before']} -> {row['after']}") == (effect["factor"], effect["change"])
-        assert (row["effect"], row["verdict"]) == (effect["effect"], effect["verdict"]["verdict"])
+        assert (row["mean"], row["verdict"]) == (pytest.approx(effect["effect"]), effect["verdict"]["verdict"])
 
 
 def test_epochs_and_predictions_are_those_of_the_files(trained_study):
@@ -85,6 +88,11 @@ def test_epochs_and_predictions_are_those_of_the_files(trained_study):
         for split, images in predictions[predictions.trial == row["trial"]].groupby("split"):
             assert (images.predicted == images.label).mean() == pytest.approx(row[f"{split}_accuracy"])
             assert list(images.image) == list(range(row[f"{split}_images"]))
+            log_BN = np.stack(images.log_probabilities).astype(np.float64)
+            assert -log_BN[range(len(log_BN)), images.label].mean() == pytest.approx(row[f"{split}_loss"], abs=1e-3)
+            assert row[f"{split}_metrics.macro_f1"] == pytest.approx(
+                f1_score(images.label, images.predicted, average="macro", zero_division=0)
+            )
 
 
 def test_a_column_that_is_called_as_a_factor_is_told_from_it(tmp_path, digits):
@@ -105,6 +113,7 @@ def test_rows_are_written_for_other_programs(expertgrid, typed, tmp_path):
     assert json.loads(expertgrid(*command, "json").out)[0]["trial"] == trials.trial[0]
     assert expertgrid(*command, "csv", "--out", tmp_path / "trials.csv").status == 0
     read = pd.read_csv(tmp_path / "trials.csv", dtype={"trial": str})
+    assert read.test_loss.equals(trials.test_loss)
     assert list(read.columns) == list(trials.columns) and list(read.trial) == list(trials.trial)
     assert expertgrid("table", typed.path, "--rows", "effects").out.startswith("family")
     for wrong, message in (
@@ -173,7 +182,7 @@ def test_a_script_trains_in_other_processes_which_do_not_run_it_again(trained_st
     assert done.returncode == 0, done.stderr
     first, status, refused = done.stdout.splitlines()
     assert (first, status) == ("the script runs", "['done', 'done']")
-    assert refused.startswith("model 'net_of_a_cell' is registered in this script or notebook, where")
+    assert refused.startswith("net_of_a_cell is registered in this script or notebook, where")
     assert "trial 2/2 net_of_a_file seed" in done.stderr
     assert not (tmp_path / "runs" / "of_a_cell").exists()
 

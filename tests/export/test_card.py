@@ -105,8 +105,8 @@ def test_a_file_that_did_not_pass_of_which_nothing_is_stated(file, certificate):
 
 def test_names_are_markdown(file, certificate):
     text = card(file, certificate, **GIVEN | {"data": {"a|b\n# c": "<script>_x_</script>\n## No"}})
-    assert "- a\\|b \\# c: \\<script\\>\\_x\\_\\</script\\> \\#\\# No\n" in text
-    assert "a cat, b\\_dog\\*, \\<c\\> \\| \\`d\\`." in text
+    assert "- a\\|b \\# c: \\<script>\\_x\\_\\</script> \\#\\# No\n" in text
+    assert "a cat, b\\_dog\\*, \\<c> \\| \\`d\\`." in text
     assert markdown("![x](y) a\\b 10 000 $1 & ~2~") == "\\!\\[x\\](y) a\\\\b 10 000 \\$1 \\& \\~2\\~"
     assert len(re.findall("^#", text, re.MULTILINE)) == 10  # the card's own
 

@@ -22,7 +22,7 @@ from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAM
 from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
-from expertgrid.model.system.text import shown
+from expertgrid.model.system.text import Signed, Span, rounded, shown
 from expertgrid.model.training.metrics import ACCURACY, WITH_FLOOR, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
@@ -34,15 +34,18 @@ FIRST_NAMED = 3  # of more than these; the others are counted
 
 def effect_notes(evidence: Evidence) -> list[str]:
     """What a reader needs to know of the main effects."""
+    by = evidence.scale
     lines = [*verdict_notes(evidence), *reasons((effect.name, effect.judgement) for effect in evidence.effects)]
     for effect in evidence.effects:
         if matched := evidence.without_diverged(effect):
-            lines.append(f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, True)}.")
+            lines.append(
+                f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, by, True)}."
+            )
         if dependence := evidence.dependence(effect):
             interaction, factor, at = dependence
             may = "depends" if interaction.judgement.verdict in (BETTER, WORSE) else "may depend"
             may = f"is same on average, and {may}" if effect.judgement.verdict == SAME else may
-            where = "; ".join(f"{_effect(judgement)} at {level}" for level, judgement in at.items())
+            where = "; ".join(f"{_effect(judgement, by)} at {level}" for level, judgement in at.items())
             lines.append(f"{effect.name} {may} on {factor} (exploratory): {where}.")
     for name, seeds in evidence.hanging_on_a_seed.items():
         lines.append(f"{name} is narrowly decided: without seed {' or '.join(map(str, seeds))} it is not.")
@@ -51,7 +54,7 @@ def effect_notes(evidence: Evidence) -> list[str]:
         needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
         lines.append(f"To decide what is open, if it is as large as it looks: {_some(needed, '; ')}; in a fresh study.")
     if evidence.sight:
-        lines.append(sight_line(evidence.sight, evidence.scale))
+        lines.append(sight_line(evidence.sight, by))
     lines += split_notes(evidence)
     if test := evidence.varies_by_seed:
         how = "more than noise does, which the intervals count" if test.p < 0.05 else "no more than noise does"
@@ -156,11 +159,12 @@ def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
     ]
 
 
-def _effect(judgement: Judgement, with_verdict: bool = False) -> str:
+def _effect(judgement: Judgement, by: Scale, with_verdict: bool = False) -> str:
     if judgement.mean is None or judgement.low is None or judgement.high is None:
         return "not known"
     verdict = f", {judgement.verdict}" if with_verdict else ""
-    return f"{judgement.mean:+.2f} ({judgement.low:+.2f} to {judgement.high:+.2f}){verdict}"
+    mean, span = Signed(judgement.mean), Span(judgement.low, judgement.high)
+    return f"{shown(rounded(mean, by.decimals))} ({shown(rounded(span, by.decimals))}){verdict}"
 
 
 def _about_seeds(count: int | None) -> str:

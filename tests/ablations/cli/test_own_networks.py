@@ -11,6 +11,8 @@ from conftest import REPOSITORY, change_json, snapshot
 
 from expertgrid.ablations.cli.plan import plan_run, read_request
 from expertgrid.ablations.cli.sources import import_modules
+from expertgrid.ablations.engines.events import Stopped, TrialNote
+from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.model.system.errors import InputError
@@ -203,6 +205,23 @@ def test_records_of_different_code_are_not_averaged(expertgrid, study):
     table = expertgrid("table", two.path, "--notes").out
     assert f"other code trained them than the newest trial of model.act relu: {old}" in table
     assert "is not that of SHA256SUMS" in expertgrid("check", two.path).out or expertgrid("check", two.path).status == 1
+
+
+def test_a_stopped_training_goes_on_with_the_same_code_alone(resident_digits, place):
+    trial, directory = planned().cells[0].trials[0], StudyDirectory(place / "stopped")
+
+    def notes(last_step: int) -> list[str]:
+        texts = []
+        with pytest.raises(Stopped):
+            for event in run_local([trial], resident_digits, directory, stop=lambda step: step == last_step):
+                texts += [event.text] if isinstance(event, TrialNote) else []
+        return texts
+
+    assert notes(1) == notes(2) == []
+    write("momentum=0.1", "momentum=0.2")
+    import_modules(["my_net"])
+    assert notes(1) == ["trained from the start, because the code of its network was changed"]
+    assert notes(2) == []
 
 
 def test_factors_that_change_nothing_are_said(expertgrid, place):

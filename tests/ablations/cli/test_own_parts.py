@@ -84,6 +84,9 @@ def test_the_readmes_parts_are_trained_and_read_without_their_module(run, expert
             assert sorted(notes) == sorted(
                 (focal if part == "loss focal" else both) + f"{part} of a module that is not imported" for part in USED
             )
+    assert (
+        "recipe.augment: unknown name 'noise'" in expertgrid("rerun", study.path, study.read_plan().trials[0]).complaint
+    )
     (tmp_path / "mine.toml").write_text(RECIPE)
     assert "recipe.augment: unknown name 'noise'" in expertgrid("run", "study.toml", "--dry-run").complaint
 

@@ -179,7 +179,7 @@ def assert_nobody_can_join() -> None:
         pass
     script = f"import ray; ray.init({address!r}); ray.get(ray.remote(print).remote('ran'))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    line = [sys.executable, "-c", script]
+    line = [sys.executable, "-P", "-c", script]
     done = subprocess.run(line, env=environment | {"HOME": "/nowhere"}, capture_output=True, text=True, timeout=100)
     assert done.returncode and "AuthenticationError" in done.stderr, done.stderr
 

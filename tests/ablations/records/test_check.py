@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import change_json, snapshot
+from attacks import place
+from conftest import TINY_STUDY, change_json, snapshot
 
 from expertgrid.ablations.records.check import check_files
-from expertgrid.ablations.records.checksums import SUMS
+from expertgrid.ablations.records.checksums import OF_A_TRIAL, SUMS
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
+from expertgrid.ablations.study.study_file import parse_study
+from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.resume import write_state
 
@@ -118,6 +121,34 @@ def test_a_damaged_file_of_the_study_is_named(expertgrid, study, damage):
     assert outcome.status == 1
     assert expertgrid("check", study.path, "--repair").status == 1, "what it cannot repair stays as it is"
     assert snapshot(study.path) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder", "loop", "long link"])
+def test_what_cannot_be_read_is_named_and_the_check_goes_on(expertgrid, study, trial, kind):
+    """A file of each kind is something else at once; the input error is that of a disk."""
+    export = study.path / "export" / "x.onnx"
+    export.parent.mkdir()
+    files = [study.path / name for name in ("ledger.jsonl", "plan.json", "training.json", "bench")]
+    files += [study.trial(trial) / name for name in (*OF_A_TRIAL, SUMS, "failure.json", "adopted.json")]
+    for file in (*files, export, study.trial(study.read_plan().trials[0])):
+        place(file, kind)
+    outcome = expertgrid("check", study.path)
+    assert outcome.status == 1
+    named = {line.split(": ")[1] for line in outcome.out.splitlines() if line.startswith("damaged: ")}
+    missing = {str(file.relative_to(study.path)) for file in (*files, export)} - named
+    assert missing <= ({"bench"} if kind == "folder" else set()), outcome.out
+
+
+def test_a_lost_ledger_still_keeps_new_levels_out(study, digits):
+    (study.path / "ledger.jsonl").unlink()
+    more = parse_study(TINY_STUDY.replace("experts = [1, 2]", "experts = [1, 2, 4]"), study.path.with_suffix(".toml"))
+    with pytest.raises(InputError, match="has results, and the study now has more levels of experts: 4"):
+        study.check_holds(more)
+
+
+def test_a_trial_whose_training_is_in_the_ledger_is_lost_not_unbegun(expertgrid, study, trial):
+    shutil.rmtree(study.trial(trial))
+    assert f"damaged: trials/{trial}: missing, and the ledger has its training" in expertgrid("check", study.path).out
 
 
 @pytest.mark.parametrize("name", ["study.toml", "plan.json", SUMS])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attacks import NPZ_BOMB, PLACED
 from conftest import REPOSITORY, change_json, snapshot
 
 from expertgrid.ablations.engines.events import TrialDone
@@ -29,7 +30,14 @@ from expertgrid.model.config import GateConfig, NormConfig
 from expertgrid.model.presets import PRESETS, network
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.files import append_line, cut_incomplete_line, whole_lines, write_whole
+from expertgrid.model.system.files import (
+    append_line,
+    cut_incomplete_line,
+    read_whole,
+    whole_lines,
+    write_together,
+    write_whole,
+)
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
 
@@ -48,6 +56,51 @@ def test_the_names_of_a_file_and_of_its_new_folders_reach_the_disk(tmp_path, mon
     *folders, content, replaced, name = happened
     assert folders == [path.stat().st_ino for path in (tmp_path, tmp_path / "a")]
     assert (content, replaced, name) == (file.stat().st_ino, "replace", file.parent.stat().st_ino)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "/dev/zero", "folder", "loop", "sparse"])
+def test_only_regular_files_are_opened(tmp_path, kind):
+    """Neither to be read nor to be written: a line that goes to /dev/zero is lost."""
+    file = tmp_path / "file"
+    PLACED[kind](file, b"")
+    with pytest.raises(InputError, match=r"file: cannot be read: (not a regular|No such device|Too many|it has 1,099)"):
+        read_whole(file)
+    with pytest.raises(OSError, match=r"not a |Is a directory|Too many|No such device"):
+        append_line(file, "line")
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in "abc"]
+    before = dict.fromkeys(files, b"old")
+    write_together(before)
+    for failing, number in (("fsync", 2), ("write", 3), ("fsync", 3)):
+        calls, real = [], getattr(os, failing)
+
+        def fails(*words, calls=calls, number=number, real=real):
+            calls.append(words)
+            if len(calls) == number:
+                raise FULL
+            return real(*words)
+
+        monkeypatch.setattr(os, failing, fails)
+        with pytest.raises(OSError, match="No space"):
+            write_together(dict.fromkeys(files, b"new"))
+        monkeypatch.undo()
+    files[2].unlink()
+    files[2].mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_together(dict.fromkeys(files, b"new"))
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == dict(list(before.items())[:2])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("torn", [b"", b"half a li", b"x" * 9000])
@@ -159,6 +212,14 @@ def test_a_file_that_was_cut_short_is_damaged_or_shorter(study, trial, name):
             with pytest.raises(InputError) as error:
                 read()
             assert str(error.value).startswith(str(file))
+
+
+def test_arrays_of_gigabytes_are_refused_before_they_are_expanded(expertgrid, study, trial):
+    file = study.trial(trial) / "predictions.npz"
+    file.write_bytes(NPZ_BOMB)
+    with pytest.raises(InputError, match="not a file of predictions"):
+        study.predictions(trial)
+    assert f"trials/{trial}/predictions.npz: changed since {SUMS}" in expertgrid("check", study.path).out
 
 
 def test_arrays_with_changed_bytes_are_read_or_refused(study, trial):
@@ -344,6 +405,22 @@ def test_a_full_disk_is_one_line(expertgrid, tiny_study, tmp_path, monkeypatch):
     assert outcome.complaint.startswith("error: disk full: ")
     assert outcome.complaint.endswith("finished trials are kept, and the same command continues once there is space")
     assert not list((tmp_path / "runs").rglob("failure.json"))
+
+
+def test_what_makes_room_needs_none(expertgrid, study, trial, monkeypatch):
+    """`clean` and `check --repair` on a full disk."""
+    (study.trial(trial) / "resume.pt").write_bytes(b"state")
+    (study.path / "damaged").mkdir()
+    cut = study.trial(study.read_plan().trials[0]) / "record.json"
+    cut.write_bytes(b"{")
+
+    def full(*_):
+        raise FULL
+
+    monkeypatch.setattr(os, "write", full)
+    assert "moved: " in expertgrid("check", study.path, "--repair").out
+    assert expertgrid("clean", study.path, "--yes").out.endswith("removed\n")
+    assert not (study.path / "damaged").exists()
 
 
 def mount(place: Path, options: bytes, flags: int = 0) -> bool:

@@ -79,6 +79,10 @@ def test_a_new_study_says_its_schema_and_can_be_run(expertgrid, validator, tmp_p
         (["x.toml", "--model", "two_blok"], "unknown model 'two_blok'; did you mean 'two_block'?"),
         (["x.toml", "--recipe", "slow"], "unknown recipe 'slow'"),
         (["x.toml", "--data", "folder:none"], "there is no directory none"),
+        (
+            ["x.toml", "--data", "cifar100", "--image-size", "1"],
+            "crop_padding: 4 is too large for the 1x1 images of cifar100",
+        ),
         (["x.toml", "--recipe", "segmented"], "recipe.cutout: 16 is too large for the 8x8 images of digits"),
     ],
 )

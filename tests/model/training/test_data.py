@@ -192,12 +192,12 @@ def test_labels_of_any_integer_type(parquet):
     assert load_data(f"parquet:{parquet}").fingerprint == before
 
 
-def test_a_class_of_fewer_images_than_parts_is_refused_once_the_hold_out_is_asked_for(folder):
+def test_a_class_of_one_image_is_refused_once_the_hold_out_is_asked_for(folder):
     for split in ("train", "test"):
         (folder / split / "owl").mkdir()
         (folder / split / "owl" / "0.png").write_bytes(encoded(picture(1, 1)))
     data = load_data(f"folder:{folder}")
-    with pytest.raises(InputError, match="hold-out of pets: class 'owl' has 1 train images, and 10 parts need"):
+    with pytest.raises(InputError, match="hold-out of pets: class 'owl' has 1 train images; at least 2 are needed"):
         data.hold_out()
 
 
