@@ -125,6 +125,8 @@ def run_local(
         training, epochs, reason = _begun(trial, splits, resume, directory.weights(trial), network)
         if reason:
             yield TrialNote(trial, f"trained from the start, because {reason}")
+        if network and network.dtype == "float32":
+            yield TrialNote(trial, "its network needs float32: a change of its code by less than 0.1% will not be seen")
         went_on, code = resume.exists() and not reason, network.model_dump_json() if network else ""
         saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
         try:
