@@ -207,12 +207,16 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
         if uri.startswith(("http:", "https:")):
-            import requests  # as MLflow does
+            import ssl
+            from urllib.error import HTTPError
+            from urllib.request import Request, urlopen
 
             try:
-                requests.head(uri, timeout=4.0)  # MLflow itself waits for minutes
+                urlopen(Request(uri, method="HEAD"), timeout=4.0).close()  # MLflow itself waits for minutes
+            except HTTPError:  # it answers
+                pass
             except (OSError, ValueError) as error:
-                if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
+                if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # MLflow has settings for those
                     raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
     return texts
 

@@ -159,7 +159,7 @@ def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
-    from expertgrid.ablations.study.disk import bytes_needed, in_words, log_bytes
+    from expertgrid.ablations.study.disk import in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -184,8 +184,7 @@ def plan_table(planned: PlannedRun) -> str:
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
-        log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
-        notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
+        notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
     notes += planned.idle_factors()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
