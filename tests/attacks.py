@@ -3,6 +3,7 @@
 An attack is a folder that is made ready, and a command in it. Which ones they are follows from a seed.
 """
 
+import copy
 import io
 import json
 import os
@@ -125,7 +126,7 @@ def change(content: object, chance: random.Random) -> object:
 
         look(content)
         if not places:
-            return chance.choice(VALUES)
+            return copy.deepcopy(chance.choice(VALUES))
         holder, key = chance.choice(places)
         way = chance.random()
         if way < 0.15:
@@ -133,7 +134,7 @@ def change(content: object, chance: random.Random) -> object:
         elif way < 0.25 and isinstance(holder[key], list):
             holder[key] = holder[key] * chance.choice([0, 2, 300])
         else:
-            holder[key] = chance.choice(VALUES)
+            holder[key] = copy.deepcopy(chance.choice(VALUES))
     return content
 
 

@@ -122,6 +122,8 @@ def run_local(
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
         training, epochs, went_on = start(trial, splits, directory.weights(trial)), [], resume.exists()
+        if network and network.dtype == "float32":
+            yield TrialNote(trial, "its network needs float32: a change of its code by less than 0.1% will not be seen")
         code = network.model_dump_json() if network else ""
         saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
         try:

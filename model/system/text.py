@@ -166,10 +166,8 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
     mark, escaped = MARKS[format][0], ESCAPES[format]
-    parts = [
-        f"{mark}{escaped(table.title)}\n\n{render(table.rows, format, table.notes[:most_notes])}" for table in tables
-    ]
-    return "\n\n".join(parts)
+    parts = [(mark + escaped(table.title), render(table.rows, format, table.notes[:most_notes])) for table in tables]
+    return "\n\n".join(text for part in parts for text in part)
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:

@@ -229,6 +229,10 @@ def test_factors_that_change_nothing_are_said(expertgrid, place):
     (place / "mine.toml").write_text(STUDY + '"model.depth" = [1, 2]\n')
     out = expertgrid(*RUN, "--dry-run").out
     assert "model.act changes nothing" in out and "model.depth changes nothing" not in out
+    drop_path = STUDY.replace("my_net", "resnet10t").replace("model.act", "model.drop_path_rate")
+    (place / "mine.toml").write_text(drop_path.replace('["relu", "gelu"]', "[0.0, 0.1]"))
+    out = expertgrid(*RUN, "--dry-run").out
+    assert "resnet10t" in out and "changes nothing" not in out
 
 
 @pytest.mark.parametrize(

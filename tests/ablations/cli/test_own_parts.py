@@ -104,8 +104,8 @@ def test_changed_code_is_said_and_never_averaged_nor_taken_over(run, expertgrid,
     notes = expertgrid("table", study.path, "--notes").out
     assert f"as other code trained them than the newest trial of recipe.loss focal: {old.trial}." in notes
     elsewhere = run(changed, "--out", "runs/other").err
-    assert said in elsewhere
-    assert "taken over from runs/study: 1 trials" in elsewhere
+    assert "not taken over: 1 trials of runs/study: they have other code of the loss focal" in elsewhere
+    assert "\ntaken over from runs/study: 1 trials" in elsewhere
     again = StudyDirectory(tmp_path / "runs" / "other").record(old.trial)
     assert again.parts == new.parts
     assert again.validation_loss != old.validation_loss

@@ -239,3 +239,69 @@ def test_a_user_without_a_home(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "~").exists()
+
+
+def in_place_of(file: Path, way: str) -> None:
+    file.unlink()
+    if way == "folder":
+        file.mkdir()
+    elif way == "loop":
+        file.symlink_to(file)
+    else:
+        file.write_bytes(b"\xff\x00\n")
+
+
+@pytest.mark.parametrize("way", ["folder", "loop", "bytes"])
+def test_a_study_beside_that_cannot_be_read_is_left_out(study, trial, way, tmp_path):
+    for name in ("record.json", "model.safetensors", "predictions.npz", "epochs.jsonl", "SHA256SUMS", "ledger.jsonl"):
+        beside = StudyDirectory(shutil.copytree(study.path, tmp_path / way / name))
+        in_place_of(beside.path / name if name == "ledger.jsonl" else beside.trial(trial) / name, way)
+        other, unreadable = StudyDirectory(beside.path.parent / "other"), {}
+        other.path.mkdir(exist_ok=True)
+        assert other.adopt(trial, unreadable) is None
+        assert name != "ledger.jsonl" or str(beside.path) in unreadable
+        shutil.rmtree(beside.path)
+
+
+HARMFUL = """
+import pathlib
+pathlib.Path({marks!r}, __name__).touch()
+"""
+MODULES = (
+    "random",
+    "types",
+    "struct",
+    "queue",
+    "token",
+    "typing",
+    "signal",
+    "timm",
+    "torch",
+    "numpy",
+    "model",
+    "bench",
+)
+STUDY = TINY_STUDY.replace("experts = [1, 2]", "experts = [1]").replace('gate = ["linear", "mlp"]', "")
+COMMANDS = [
+    "run s.toml --device cpu --jobs 2 --track tensorboard --track mlflow --track wandb",
+    "run s.toml --device cpu --engine ray --out ray --no-adopt",
+    "run s.toml --device cpu --compile on --out compiled --no-adopt --set recipe.epochs=1",
+    "table runs/s", "report runs/s", "export runs/s", "bench runs/s", "bench-train runs/s", "verify runs/s",
+    "check runs/s", "list models", "show-augment", "track runs/s --to mlflow",
+]  # fmt: skip
+
+
+@pytest.mark.nightly
+def test_no_command_runs_a_file_of_the_working_directory(tmp_path):
+    """Neither the command nor a process that it starts."""
+    place, marks = tmp_path / "place", tmp_path / "marks"
+    place.mkdir(), marks.mkdir()
+    (tmp_path / "expertgrid-script.py").write_text("from expertgrid.__main__ import main\nmain()\n")
+    (place / "s.toml").write_text(STUDY)
+    for module in MODULES:
+        (place / f"{module}.py").write_text(HARMFUL.format(marks=str(marks)))
+    for command in COMMANDS:
+        line = [sys.executable, str(tmp_path / "expertgrid-script.py"), *command.split()]
+        done = subprocess.run(line, cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, f"{command}: {done.stderr}"
+        assert not list(marks.iterdir()), command

@@ -36,7 +36,7 @@ from expertgrid.model.checkpoint import load
 from expertgrid.model.cost import cost
 from expertgrid.model.presets import network
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.training import loader
+from expertgrid.model.training import loader, parts
 from expertgrid.model.training import prepare as preparation
 from expertgrid.model.training.data import ImageData, Images
 from expertgrid.model.training.holdout import HoldOut
@@ -255,6 +255,20 @@ def assert_trained_from_the_start(events: Iterable[Event]) -> None:
     (note,) = (event for event in events if isinstance(event, TrialNote))
     assert note.text.startswith("trained from the start, because ") and "resume.pt" in note.text
     assert done.record.epochs == 3
+
+
+def test_a_stopped_training_begins_again_where_the_code_of_a_part_was_changed(
+    digits, resident_digits, tmp_path, monkeypatch
+):
+    trial, directory = trials(digits, **{"recipe.loss": "my_squares", "recipe.epochs": 1})[0], StudyDirectory(tmp_path)
+    notes = []
+    for code in ("same", "same", "changed"):
+        monkeypatch.setitem(parts.CODES, "loss my_squares", code)
+        with pytest.raises(Stopped):
+            notes.append([])
+            for event in run_local([trial], resident_digits, directory, stop=lambda step: step > 0):
+                notes[-1] += [event.text] if isinstance(event, TrialNote) else []
+    assert notes == [[], [], ["trained from the start, because the code of the loss my_squares was changed"]]
 
 
 @pytest.mark.parametrize("missing", [("training",), ("training", "so_far"), ("training", "so_far", "loader")])
