@@ -197,7 +197,7 @@ def _finish(
     data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    flip = trial.recipe.tta == "flip"
+    flip, most = trial.recipe.tta == "flip", trial.recipe.batch_size
 
     predictions = {}
 
@@ -205,7 +205,7 @@ def _finish(
 
     def measure(split: Split, name: str) -> dict[str, Any]:
         """The record's numbers of a split. Enters the predicted classes."""
-        logits_BN = predict(training.result, split, mean_C, std_C)
+        logits_BN = predict(training.result, split, mean_C, std_C, most=most)
         loss, accuracy = score(logits_BN, split.labels_B)
         numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
@@ -215,7 +215,7 @@ def _finish(
             predictions[f"{name}_log"] = log_BN
         numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
-            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
+            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C, most=most)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
             numbers[f"{name}_accuracy_flip"] = score(both_BN, split.labels_B)[1]
         return numbers
