@@ -48,8 +48,9 @@ class Loader:
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator, self.mixing = torch.Generator(self.device), np.random.RandomState()
-        self.counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes)).clamp(min=1)
-        balanced_N = len(splits.train) / (len(self.counts_N) * self.counts_N)
+        self.counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes))
+        self.there_P = self.counts_N.nonzero().flatten()  # the classes that have images
+        balanced_N = len(splits.train) / (len(self.there_P) * self.counts_N.clamp(min=1))
         self.class_weights_N = balanced_N if recipe.class_weights == "balanced" else None
         self.by_class_B = splits.train.labels_B.argsort(stable=True)
         self.pixels_BHWC, self.policy = splits.train.pixels_BHWC, None
@@ -87,7 +88,7 @@ class Loader:
         if recipe.sampler == "shuffled":
             order_B = torch.randperm(images, **random)
         else:  # a class, and one of its images
-            class_B = torch.randint(len(self.counts_N), (images,), **random)
+            class_B = self.there_P[torch.randint(len(self.there_P), (images,), **random)]
             within_B = (torch.rand(images, **random) * self.counts_N[class_B]).long()
             order_B = self.by_class_B[(self.counts_N.cumsum(0) - self.counts_N)[class_B] + within_B]
         self.order = order_B[: images // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
