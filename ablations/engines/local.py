@@ -136,6 +136,8 @@ def run_local(
                 training.load_state_dict(state["training"])
                 epochs = state["epochs"]
             directory.write_epochs(trial.id, epochs)
+            if len(directory.epochs(trial.id)) != training.epoch:
+                raise ValueError("its epochs are not those of its weights")
             prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
             yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
             for epoch in train(trial, splits, training, after_step=saver):
