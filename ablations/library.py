@@ -1,5 +1,6 @@
 """`expertgrid.run`: training from a notebook or a script, the very way of the command."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -19,6 +20,7 @@ from expertgrid.model.variants import VARIANTS
 
 File = str | PathLike[str]
 open = OpenedStudy
+_SOURCES: dict[str, bytes] = {}  # what the user's modules held at the first run in this process
 
 
 def run(
@@ -43,6 +45,7 @@ def run(
     if isinstance(study, Mapping) and out is None:
         raise InputError("out: a study that is a dict needs a directory, as in out='runs/my'")
     sources.import_modules(imports)  # first: it registers variants, which the study may name
+    _check_unchanged()
     file = f"{Path(out or '').name}.toml"
     named = parse_study(tomli_w.dumps(study), Path(file)) if isinstance(study, Mapping) else load_study(fspath(study))
     request = plan.read_request(named, seeds, None, data, {}, Path(out) if out else None, None, None)
@@ -56,6 +59,18 @@ def run(
         how = How(device, ExecutionOptions(), True, False, None, modules, False, trainer, [])
         say_failures(request.directory, train_study(request, Path(data_dir) if data_dir else None, how))
     return OpenedStudy(request.directory.path)
+
+
+def _check_unchanged() -> None:
+    """Raises InputError for a module whose file was changed: this process has older code than those that train."""
+    for name, module in list(sys.modules.items()):
+        file, package = Path(getattr(module, "__file__", None) or ""), name.partition(".")[0]
+        not_users = package in (*sys.stdlib_module_names, "__main__", "expertgrid") or "-packages" in str(file)
+        if not_users or not file.is_absolute() or not file.is_file():  # some modules of torch have no real file
+            continue
+        content = file.read_bytes()
+        if _SOURCES.setdefault(name, content) != content:
+            raise InputError(f"{file} was changed after it was imported; restart Python, or the notebook's kernel")
 
 
 def _registering(study: Study) -> list[str]:

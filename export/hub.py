@@ -21,13 +21,14 @@ import torch
 
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import ModelConfig
-from expertgrid.model.registry import for_shapes
+from expertgrid.model.registry import for_shapes, is_users
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import make_folder, sync_folder, sync_tree, write_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # What timm needs to fit a network to other images or classes.
 OF_THE_ENDS = ("first_conv", "classifier", "fixed_input_size")
+PUBLISHED = "; a network that is published is made by timm.models.build_model_with_cfg"
 DATA_SETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # the Hub's names of ours
 
 
@@ -94,6 +95,9 @@ def loading(checkpoint: Checkpoint, place: str) -> str:
     """Code that loads the folder with timm and says what it needs; `place` is what `timm.create_model` is given."""
     ours = isinstance(checkpoint.config, ModelConfig)
     needed = ["import expertgrid.model  # `pip install .` in a checkout of expertgrid"] if ours else []
+    if is_users(checkpoint.config):
+        module = timm.models.model_entrypoint(architecture(checkpoint)[0]).__module__
+        needed.append(f"import {module}  # your module, which registers the network with timm")
     lines = ["import timm", *needed, "", f"net = timm.create_model({place!r}, pretrained=True).eval()"]
     lines.append("transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))")
     return "\n".join(["```python", *lines, "```"])
@@ -104,16 +108,13 @@ def check_loads(folder: Path, checkpoint: Checkpoint) -> None:
     name, _ = architecture(checkpoint)
     try:
         weights = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"model {name!r}: timm does not load its folder: {reason_of(error)}") from error
+    except Exception as error:  # a user's code may fail in any way
+        raise InputError(f"model {name!r}: timm does not load its folder: {reason_of(error)}{PUBLISHED}") from error
     same = weights.keys() == checkpoint.weights.keys() and all(
         torch.equal(weights[key], weight) for key, weight in checkpoint.weights.items()
     )
     if not same:
-        raise InputError(
-            f"model {name!r}: timm makes it without the weights of the folder; a network that is published is made by "
-            "timm.models.build_model_with_cfg"
-        )
+        raise InputError(f"model {name!r}: timm makes it without the weights of the folder{PUBLISHED}")
 
 
 def write_folder(

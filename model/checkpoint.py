@@ -86,8 +86,6 @@ def parse_config(text: str, where: str) -> Network:
         raise invalid(f"{where}: config", error) from None
     except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
         raise InputError(f"{where}: the network's config is not JSON") from None
-    if isinstance(config, TimmModel) and not timm.is_model(config.timm):
-        raise InputError(f"{where}: model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     return config
 
 
@@ -108,6 +106,8 @@ def load(path: Path) -> Checkpoint:
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}; expertgrid checkpoints have {FORMAT!r}")
     config = parse_config(about.get("config", ""), str(path))
+    if isinstance(config, TimmModel) and not timm.is_model(config.timm):
+        raise InputError(f"{path}: model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     try:
         trained = Trained.model_validate_json(about.get("trained", ""))
     except ValidationError as error:

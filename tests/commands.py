@@ -2,7 +2,7 @@
 
 A line of JSON comes in: `arguments`, the `folder` to run in, and the `file` where its output goes meanwhile. One goes
 out: `status`, `out`, `err`, the most `bytes` of memory that it had, and whether it was `late`: it was ended after
-LONGEST_S seconds of a processor, or WAITED times as long.
+LONGEST_S seconds of a processor, or LONGEST_REST_S of sleep.
 """
 
 import os
@@ -17,28 +17,29 @@ import time
 from pathlib import Path
 
 LONGEST_S = float(os.environ.get("LONGEST_S", "60"))
-WAITED = float(os.environ.get("WAITED", "3"))  # times as long it may wait
+LONGEST_REST_S = 10.0  # asleep
 MOST_BYTES = 1 << 30
 
 
-def cpu_seconds(process: int) -> float:
-    """That a process has used so far."""
-    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+def state_of(process: int) -> tuple[bool, float]:
+    """Whether a process sleeps, and the seconds of a processor that it has used so far."""
+    words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return words[0] == "S", (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run(arguments: list[str], folder: str, file: str) -> dict[str, object]:
     sys.stdout.flush()
     if child := os.fork():
-        until = time.monotonic() + WAITED * LONGEST_S
+        since, before, late = time.monotonic(), 0.0, False
         while not (ended := os.wait4(child, os.WNOHANG))[0]:
-            if late := time.monotonic() > until or cpu_seconds(child) > LONGEST_S:
+            sleeps, used = state_of(child)
+            if used != before or not sleeps:
+                since, before = time.monotonic(), used
+            if late := used > LONGEST_S or time.monotonic() - since > LONGEST_REST_S:
                 os.killpg(child, signal.SIGKILL)
                 ended = os.wait4(child, 0)
                 break
             time.sleep(0.01)
-        else:
-            late = False
         out, err = (Path(f"{file}.{name}").read_text(errors="replace")[-50_000:] for name in ("out", "err"))
         size = 1024 * ended[2].ru_maxrss
         return {"status": os.waitstatus_to_exitcode(ended[1]), "out": out, "err": err, "bytes": size, "late": late}

@@ -21,6 +21,7 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
+ANSWER_S = 4.0  # that a tracker's server gets at the start: MLflow itself would wait for minutes
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -207,12 +208,16 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
         if spec is None or spec.origin is None:  # a folder of that name without any code has no origin
             raise InputError(f"tracker {name}: is not installed; `uv sync --extra {name}` brings it")
         if uri.startswith(("http:", "https:")):
-            import requests  # as MLflow does
+            from http.client import HTTPException
+            from ssl import SSLError
+            from urllib.error import HTTPError
+            from urllib.request import urlopen
 
             try:
-                requests.head(uri, timeout=4.0)  # MLflow itself waits for minutes
-            except (OSError, ValueError) as error:
-                if not isinstance(error, requests.exceptions.SSLError):  # MLflow has settings of its own for those
+                urlopen(uri, timeout=ANSWER_S).close()
+            except (OSError, ValueError, HTTPException) as error:
+                # A refusal is an answer, and MLflow has settings of its own for certificates.
+                if not isinstance(error, HTTPError) and not isinstance(getattr(error, "reason", None), SSLError):
                     raise InputError(f"tracker mlflow: {uri}: {reason_of(error)}") from error
     return texts
 

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,15 @@ from expertgrid.ablations.study.cells import CONTROL, Cell, groups
 from expertgrid.ablations.study.levels import Level
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
-from expertgrid.model.config import ModelConfig, TimmModel
-from expertgrid.model.probe import Probe, probe_of
+from expertgrid.model.config import TimmModel
+from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
 from expertgrid.model.training.trial import Trial
+
+MOST_COMPARED = 64  # pairs of networks
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,11 @@ class PlannedRun:
         """What the networks start from, where it is to be said."""
         return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
 
-    @cached_property
-    def networks(self) -> dict[str, Probe]:
-        """What users' networks compute now, by trial."""
-        probed = cache(partial(probe_of, size=self.data.image_size))
-        trials = (trial for cell in self.cells for trial in cell.trials)
-        return {trial.id: network for trial in trials if (network := probed(trial.model))}
-
     def check_code(self) -> None:
         """Raises InputError where finished trials are of other code than their network has now."""
-        path, other = self.directory.path, self.directory.of_other_code(self.networks)
+        path, probed = self.directory.path, cache(partial(probe_of, size=self.data.image_size))
+        begun = [trial for cell in self.cells for trial in cell.trials if self.directory.network(trial.id)]
+        other = self.directory.of_other_code({trial.id: now for trial in begun if (now := probed(trial.model))})
         if not other:
             return
         cells = [cell for cell in self.cells if any(trial.id in other for trial in cell.trials)]
@@ -94,19 +91,16 @@ class PlannedRun:
             f"--import MODULE` moves these trials to {path}/retired; or give another directory with --out"
         )
 
-    def network_notes(self) -> Iterator[str]:
-        """The factors whose levels are the same network and recipe; and what is seen of code only roughly."""
+    def idle_factors(self) -> Iterator[str]:
+        """A line for each factor whose levels are the same network and recipe, or are too many to compare."""
         probed = cache(partial(probe_of, size=self.data.image_size, of_timm=True))
 
-        def same(first: Trial, second: Trial) -> bool:
-            one, other = first.model, second.model
-            if first.id == second.id or isinstance(one, ModelConfig) or isinstance(other, ModelConfig):
-                return first.id == second.id
-            if (first.recipe, first.weights) != (second.recipe, second.weights) or one.structure is None:
-                return False
-            if one.structure != other.structure:
-                return False
-            before, after = probed(one), probed(other)
+        def described(trial: Trial) -> object:
+            built = trial.model.structure if isinstance(trial.model, TimmModel) else None
+            return (trial.recipe, trial.weights, built) if built else trial.id
+
+        def compute_the_same(first: Trial, second: Trial) -> bool:
+            before, after = probed(first.model), probed(second.model)
             return before is not None and after is not None and not before.difference(after)
 
         for factor in self.study.factors:
@@ -114,10 +108,13 @@ class PlannedRun:
             for cell in filter(lambda cell: cell.levels, self.cells):
                 alike[json.dumps({**cell.levels, factor: None})].append(cell.trials[0])
             pairs = [(first, other) for first, *others in alike.values() for other in others]
-            if pairs and all(same(*pair) for pair in pairs):
+            if not pairs or any(described(first) != described(other) for first, other in pairs):
+                continue
+            pairs = [(first, other) for first, other in pairs if first.id != other.id]
+            if len(pairs) > MOST_COMPARED:
+                yield f"{factor} changes nothing that is built; {len(pairs)} networks were not run to compare them."
+            elif all(compute_the_same(*pair) for pair in pairs):
                 yield f"{factor} changes nothing: the network is the same at each level."
-        if any(network.dtype == "float32" for network in self.networks.values()):
-            yield "Not all networks run in float64: of their code only changes of over 0.1% of the outputs are seen."
 
     @property
     def hold_out(self) -> HoldOut:
@@ -162,7 +159,7 @@ def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
     from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
-    from expertgrid.ablations.study.disk import bytes_needed, in_words, log_bytes
+    from expertgrid.ablations.study.disk import in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -187,9 +184,8 @@ def plan_table(planned: PlannedRun) -> str:
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
-        log = f", {in_words(log_bytes(to_do, planned.data))} of them log-probabilities of each image"
-        notes.append(f"Disk: at most {in_words(bytes_needed(to_do, planned.data))} for what is not done{log}.")
-    notes += planned.network_notes()
+        notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
+    notes += planned.idle_factors()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
         images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))

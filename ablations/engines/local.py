@@ -122,6 +122,8 @@ def run_local(
         splits = data.splits(trial.hold_out, trial.seed)
         resume = directory.resume_file(trial.id)
         training, epochs, went_on = start(trial, splits, directory.weights(trial)), [], resume.exists()
+        if network and network.dtype == "float32":
+            yield TrialNote(trial, "its network needs float32: a change of its code by less than 0.1% will not be seen")
         code = network.model_dump_json() if network else ""
         saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
         try:
@@ -134,6 +136,8 @@ def run_local(
                 training.load_state_dict(state["training"])
                 epochs = state["epochs"]
             directory.write_epochs(trial.id, epochs)
+            if len(directory.epochs(trial.id)) != training.epoch:
+                raise ValueError("its epochs are not those of its weights")
             prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
             yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
             for epoch in train(trial, splits, training, after_step=saver):
@@ -195,7 +199,7 @@ def _finish(
     data, device = splits.data, splits.device
     mean, std = trial.recipe.mean_std(data)
     mean_C, std_C = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    flip = trial.recipe.tta == "flip"
+    flip, most = trial.recipe.tta == "flip", trial.recipe.batch_size
 
     predictions = {}
 
@@ -203,7 +207,7 @@ def _finish(
 
     def measure(split: Split, name: str) -> dict[str, Any]:
         """The record's numbers of a split. Enters the predicted classes."""
-        logits_BN = predict(training.result, split, mean_C, std_C)
+        logits_BN = predict(training.result, split, mean_C, std_C, most=most)
         loss, accuracy = score(logits_BN, split.labels_B)
         numbers = {f"{name}_loss": loss, f"{name}_accuracy": accuracy, f"{name}_images": len(split)}
         predictions[name] = logits_BN.argmax(1).cpu().numpy()
@@ -213,7 +217,7 @@ def _finish(
             predictions[f"{name}_log"] = log_BN
         numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
-            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C)) / 2
+            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C, most=most)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
             numbers[f"{name}_accuracy_flip"] = score(both_BN, split.labels_B)[1]
         return numbers

@@ -254,7 +254,7 @@ class Tracking:
         for name in names:
             del self.trackers[name]
             self.lost.append(name)
-            later = shlex.join(["expertgrid", "track", str(self.directory.path), "--to", name])
+            later = f"expertgrid track {shlex.quote(str(self.directory.path))} --to {shlex.quote(name)}"
             self.say(f"tracker {name}: {reason_of(error)}; everything else goes on, and this sends the rest: {later}")
 
 

@@ -48,10 +48,11 @@ class Loader:
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator, self.mixing = torch.Generator(self.device), np.random.RandomState()
-        counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes)).clamp(min=1)
-        balanced_N = len(splits.train) / (len(counts_N) * counts_N)
+        self.counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes))
+        self.there_P = self.counts_N.nonzero().flatten()  # the classes that have images
+        balanced_N = len(splits.train) / (len(self.there_P) * self.counts_N.clamp(min=1))
         self.class_weights_N = balanced_N if recipe.class_weights == "balanced" else None
-        self.chances_B = balanced_N[splits.train.labels_B] if recipe.sampler == "balanced" else None
+        self.by_class_B = splits.train.labels_B.argsort(stable=True)
         self.pixels_BHWC, self.policy = splits.train.pixels_BHWC, None
         if recipe.auto_augment or recipe.color_jitter:
             if self.device.type == "mps":  # which has no float64
@@ -83,10 +84,13 @@ class Loader:
         self.number = epoch
         self.generator.manual_seed(self.seed * recipe.epochs + epoch)
         self.mixing.seed([MIXING, self.seed, epoch])
-        if self.chances_B is None:
-            order_B = torch.randperm(images, device=self.device, generator=self.generator)
-        else:
-            order_B = torch.multinomial(self.chances_B, images, replacement=True, generator=self.generator)
+        random: dict[str, Any] = {"device": self.device, "generator": self.generator}
+        if recipe.sampler == "shuffled":
+            order_B = torch.randperm(images, **random)
+        else:  # a class, and one of its images
+            class_B = self.there_P[torch.randint(len(self.there_P), (images,), **random)]
+            within_B = (torch.rand(images, **random) * self.counts_N[class_B]).long()
+            order_B = self.by_class_B[(self.counts_N.cumsum(0) - self.counts_N)[class_B] + within_B]
         self.order = order_B[: images // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
         self.mirrored_N = None
         if recipe.alternating_flip:

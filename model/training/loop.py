@@ -36,7 +36,8 @@ from expertgrid.model.training.splits import Split, Splits
 from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Epoch, Trial
 
-EVALUATION_BATCH, EVALUATION_PIXELS = 500, 1 << 21  # images, and their pixels, that are predicted at once at most
+EVALUATION_BATCH, EVALUATION_PIXELS = 500, 1 << 21  # images, and of images above SMALL their pixels, at once at most
+SMALL = 32 * 32  # pixels
 STEM_IMAGES, STEM_PIXELS = 5_000, 5_000 << 10  # train images that a whitening stem is fitted to, and theirs
 
 
@@ -202,7 +203,7 @@ def train(
         training.stop_clock()
         _check_finite(losses_S, epoch * steps, epoch, learning_rates)
         validating = time.perf_counter()
-        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp)
+        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp, recipe.batch_size)
         validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
         if not math.isfinite(validation_loss):
             raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, learning_rates[-1])
@@ -232,14 +233,17 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, learning_rate
 @untuned()
 @full_fp32()
 @torch.inference_mode()
-def predict(net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False) -> Tensor:
+def predict(
+    net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False, most: int = EVALUATION_BATCH
+) -> Tensor:
     """Logits (B, N) of all images of a split, in their order and without augmentation.
 
-    Sets the network to evaluation mode.
+    Sets the network to evaluation mode. Of images above 32 x 32 pixels it takes `most` at once, or fewer.
     """
     net.eval()
     parts = []
-    at_once = min(EVALUATION_BATCH, max(1, EVALUATION_PIXELS // math.prod(split.pixels_BHWC.shape[1:3])))
+    pixels = math.prod(split.pixels_BHWC.shape[1:3])
+    at_once = EVALUATION_BATCH if pixels <= SMALL else min(EVALUATION_BATCH, most, max(1, EVALUATION_PIXELS // pixels))
     for pixels_BHWC in split.pixels_BHWC.split(at_once):
         x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):

@@ -209,6 +209,18 @@ def test_a_run_goes_on_with_what_the_command_has_trained(tiny_study, trained_stu
     assert study.trials() == library.open(trained_study).trials()
 
 
+def test_a_module_that_was_changed_since_is_an_error(tmp_path, monkeypatch):
+    """The trials would be called by its older code, and trained by its newer one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "changing_nets.py").write_text("first = 1")
+    for content, message in (("first = 1", "unknown study"), ("second = 2", "changing_nets.py was changed after it")):
+        (tmp_path / "changing_nets.py").write_text(content)
+        with pytest.raises(library.InputError, match=message):
+            library.run("no_study", imports=["changing_nets.py"])
+    del sys.modules["changing_nets"]
+
+
 def test_the_examples_of_the_page_run(tmp_path):
     """One after another, as a script."""
     page = (REPOSITORY / "ablations" / "README.md").read_text()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import timm
-from conftest import REPOSITORY, change_json, snapshot
+from conftest import REPOSITORY, change_json, snapshot, write_latency
 
 from expertgrid.ablations.cli.plan import plan_run, read_request
 from expertgrid.ablations.cli.sources import import_modules
@@ -167,10 +167,12 @@ def test_a_corrected_cell_costs_that_cell_alone(expertgrid, study):
     fresh = StudyDirectory(study.path.parent / "fresh")
     assert (fresh.adopted(relu), fresh.adopted(gelu).directory) == (None, "mine")
 
+    write_latency(study.path, relu, 1.0)
     retired = expertgrid("retire", study.path, "--import", "my_net")
     assert f"moved: trials/{relu} to retired/{relu}; outputs in training differ" in retired.out
     assert (study.record(relu), study.record(gelu).trial) == (None, gelu)
-    assert (study.path / "retired" / relu / "record.json").exists()
+    moved = {file.name for file in (study.path / "retired" / relu).iterdir()}
+    assert moved >= {"record.json", "network.json", f"{relu}-2026-01-01.json"}
     assert "1 of them done before" in expertgrid(*RUN, "--no-adopt").err
     assert expertgrid("verify", study.path, "--import", "my_net").status == 0
     assert "2 trials: their networks were not run" in verify_without(expertgrid, study)
@@ -229,6 +231,10 @@ def test_factors_that_change_nothing_are_said(expertgrid, place):
     (place / "mine.toml").write_text(STUDY + '"model.depth" = [1, 2]\n')
     out = expertgrid(*RUN, "--dry-run").out
     assert "model.act changes nothing" in out and "model.depth changes nothing" not in out
+    drop_path = STUDY.replace("my_net", "resnet10t").replace("model.act", "model.drop_path_rate")
+    (place / "mine.toml").write_text(drop_path.replace('["relu", "gelu"]', "[0.0, 0.1]"))
+    out = expertgrid(*RUN, "--dry-run").out
+    assert "resnet10t" in out and "changes nothing" not in out
 
 
 @pytest.mark.parametrize(
@@ -262,6 +268,7 @@ def test_the_readme_s_network_and_variant(expertgrid, place):
     assert outcome.status == 0, outcome.err
     assert expertgrid("publish", "runs/mine", "published", "--import", "my_net").status == 0
     arguments = json.loads((place / "published" / "config.json").read_text())["model_args"]
+    assert "import my_net  # your module" in (place / "published" / "README.md").read_text()
     net = timm.create_model("local-dir:published", pretrained=True)
     assert (net.conv.out_channels, "act" in arguments) == (arguments.get("width", 16), True)
     sys.modules.pop("my_net")

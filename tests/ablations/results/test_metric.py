@@ -133,10 +133,7 @@ def test_a_race_goes_by_the_metric(entropy):
 def test_a_study_is_read_by_another_metric_and_says_so(expertgrid, accuracy):
     out = expertgrid("table", accuracy.path, "--metric", "cross_entropy:0.02", "--notes").out
     assert "(validation cross entropy, lower is better, chosen after seeing; 6 seeds" in out
-    assert (
-        "The metric, cross entropy, was chosen after seeing the results, so more than 1 such table in 20 may hold a wrong verdict."
-        in out
-    )
+    assert "The metric, cross entropy, was chosen after seeing the results, so more than 1 such table in 20" in out
     assert "at most 1 such table" not in out
     two = ("--contrast", "kernel 3", "kernel 5", "--metric", "auroc")
     assert "Chosen after seeing the table" in expertgrid("table", accuracy.path, *two).out

@@ -78,6 +78,7 @@ def test_ids_are_of_what_is_trained(digits):
     assert ids(study(""), digits)[0] == "4fc29465abec"
     segmented = study("seeds = 1\n[base]\nmodel = 'eight_block'\nrecipe = 'segmented'\n[set]\ncutout = 3")
     assert ids(segmented, digits) == ["b5cced766f9c"]
+    assert ids(study("[base]\nmodel = 'resnet18'"), digits)[0] == "3cdd7d67da71"
 
 
 def test_ids_depend_on_the_data():

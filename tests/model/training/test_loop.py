@@ -380,11 +380,11 @@ def test_no_memory_ends_the_trial_and_no_other(error, tried, digits, resident_di
     bad, good, *_ = trials(digits, **{"recipe.epochs": 1})
     real, sizes = engines.start, []
 
-    def start(trial, data):
+    def start(trial, data, weights=None):
         sizes.append(trial.recipe.batch_size)
         if trial.seed == bad.seed and trial.recipe.batch_size > 32:
             raise error
-        return real(trial, data)
+        return real(trial, data, weights)
 
     for module in (engines, preparation):
         monkeypatch.setattr(module, "start", start)

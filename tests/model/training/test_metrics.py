@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and by hand, and training with classes of few images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,10 +101,16 @@ def test_balanced_class_weights_and_sampler(digits):
     )
     assert torch.equal(drawn_B, again_B)
     assert np.bincount(drawn_B) / len(drawn_B) == pytest.approx([1 / 3] * 3, abs=0.03)
+    without = torch.arange(128) % 2 * 2  # as where speed is measured on few images: no image of a class
+    few = replace(splits, train=Split(splits.train.pixels_BHWC[:128], without))
+    loader = Loader(changed_recipe("fast", {"sampler": "balanced", "batch_size": 128}), few, seed=0)
+    assert set(next(loader.epoch(0)).labels_B.tolist()) == {0, 2}
 
 
-@pytest.mark.parametrize(("side", "largest"), [(8, 500), (32, 500), (64, 500), (224, 41), (1500, 1)])
-def test_evaluation_takes_as_many_images_at_once_as_fit(side, largest):
+@pytest.mark.parametrize(
+    ("side", "most", "largest"), [(8, 9, 500), (32, 9, 500), (64, 900, 500), (64, 9, 9), (224, 900, 41), (1500, 9, 1)]
+)
+def test_evaluation_takes_as_many_images_at_once_as_fit(side, most, largest):
     sizes = []
 
     class Net(nn.Module):
@@ -112,5 +120,5 @@ def test_evaluation_takes_as_many_images_at_once_as_fit(side, largest):
 
     pixels = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(largest + 1, side, side, 1)
     split = Split(pixels, torch.zeros(largest + 1, dtype=torch.int64))
-    assert len(predict(Net(), split, torch.zeros(1), torch.ones(1))) == largest + 1
+    assert len(predict(Net(), split, torch.zeros(1), torch.ones(1), most=most)) == largest + 1
     assert sizes == [largest, 1]
