@@ -126,8 +126,8 @@ def test_files_that_are_no_images(rgb, picture, tmp_path):
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(wide)
     cases = {
         text: "text.png: not an image", cut: "cut.png: cannot be read as an image", floats: "its pixels are floats",
-        wide: "its pixels go from 70000 to 70000", tmp_path / "none.png": "none.png: there is no such file",
-        tmp_path: "cannot be read as an image .Is a directory",
+        wide: "its pixels go from 70000 to 70000", tmp_path / "none.png": "none.png: cannot be read: No such file",
+        tmp_path: "cannot be read: not a regular file",
     }  # fmt: skip
     assert predict(rgb, "model.onnx", []) == []
     for path, message in cases.items():
