@@ -1,6 +1,7 @@
 """Files of unknown origin: nothing in them runs, leaves its folder, fills the memory, or becomes part of a page."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from expertgrid.ablations.cli import bench as bench_command
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.study.study_file import parse_study
@@ -174,6 +176,25 @@ def test_an_onnx_file_takes_values_from_its_folder(folder, expertgrid):
     for place in ({"offset": "30"}, {"offset": "-1"}, {"length": "99"}, {"offset": "x"}):
         with_values_in(folder, "weights", **({"length": "16"} | place))
         assert "at no place that the file has: it has 32 bytes" in expertgrid("show-model", file).complaint
+
+
+def test_pytorch_runs_no_foreign_file(folder, expertgrid):
+    """Alone that is wrong input; beside another engine it is said."""
+    bench = ["bench", with_values_in(folder, "weights", length="16"), "--batch", 1, "--seconds", 0.01, "--engine"]
+    assert "does not say which network it is; engine eager needs that" in expertgrid(*bench, "eager").complaint
+    outcome = expertgrid(*bench, "own,compiled,eager")
+    assert "not timed in compiled, eager: it does not say" in " ".join(outcome.err.split())
+
+
+def test_a_table_is_shown_before_it_is_kept(folder, expertgrid, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "record.json")
+
+    monkeypatch.setattr(bench_command, "write_whole", full)
+    file = with_values_in(folder, "weights", length="16")
+    outcome = expertgrid("bench", file, "--batch", 1, "--seconds", 0.01, "--json", folder / "record.json")
+    assert (outcome.status, outcome.complaint[:17]) == (1, "error: disk full:")
+    assert "onnxruntime cpu" in outcome.out
 
 
 @pytest.mark.parametrize("name", ["..toml", "...toml"])

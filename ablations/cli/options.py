@@ -21,7 +21,6 @@ DEVICES = "auto, cpu, cuda, cuda:N, mps"
 OUTPUTS = ("logits", "probabilities", "gates")
 ORT_PROVIDERS = ("cpu", "cuda", "tensorrt")
 PROVIDERS = (*ORT_PROVIDERS, "openvino")
-ANSWER_S = 4.0  # that a tracker's server gets at the start: MLflow itself would wait for minutes
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 ENGINES = (
     "own", "onnxruntime", "eager", "eager-bf16", "compiled", "compiled-bf16", "openvino", "openvino-bf16",
@@ -214,7 +213,7 @@ def trackers(texts: Sequence[str] | None) -> Sequence[str] | None:
             from urllib.request import urlopen
 
             try:
-                urlopen(uri, timeout=ANSWER_S).close()
+                urlopen(uri, timeout=4.0).close()  # MLflow itself would wait for minutes
             except (OSError, ValueError, HTTPException) as error:
                 # A refusal is an answer, and MLflow has settings of its own for certificates.
                 if not isinstance(error, HTTPError) and not isinstance(getattr(error, "reason", None), SSLError):

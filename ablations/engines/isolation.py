@@ -133,8 +133,7 @@ class Trainer(AnsweringProcess):
             while not (size and size == os.stat(self.crash.fileno()).st_size) and time.monotonic() < until:
                 size = os.stat(self.crash.fileno()).st_size  # it still writes
                 time.sleep(LOOK_EVERY_S)
-        place = self.crash.read()
-        return Failure(kind=kind, error=error, traceback=place, time=now(), step=int(self.steps.value))
+        return Failure(kind=kind, error=error, traceback=self.crash.read(), time=now(), step=int(self.steps.value))
 
 
 class Pool:

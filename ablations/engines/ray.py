@@ -361,9 +361,7 @@ def _connect(address: str, modules: Sequence[str], empty: str) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     if address == EMBEDDED:
-        if (
-            "ray" not in sys.modules
-        ):  # where a user's module has imported it, it needs a token too, but listens anywhere
+        if "ray" not in sys.modules:  # else, by a user's module: then a token is needed too, but it listens anywhere
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on all systems
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # no file has it
     try:

@@ -13,7 +13,6 @@ from torch import Tensor
 from expertgrid.ablations.engines.events import TrialDone
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.model.checkpoint import load
@@ -70,17 +69,6 @@ class Rerun:
         )
 
 
-class Beside(StudyDirectory):
-    """Another place for a trial of a study: its reads of the test split are entered in the study's ledger."""
-
-    def __init__(self, path: Path, study: StudyDirectory):
-        super().__init__(path)
-        self.study = study
-
-    def enter(self, read: TestRead) -> None:
-        self.study.enter(read.model_copy(update={"reader": "rerun"}))
-
-
 def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: ResidentData) -> Rerun:
     """Trains a trial again on the data's device, in a temporary directory, and compares.
 
@@ -95,10 +83,15 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
         _threads(record.environment.threads),
         machine.deterministic(record.deterministic),
     ):
-        second = Beside(Path(place), directory)
+        second = StudyDirectory(Path(place))
         if weights := directory.weights(trial):
             second.write_weights({weights.stem: weights.read_bytes()})
-        *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
+        directory.try_ledger()
+        try:
+            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
+        finally:
+            for read in second.test_reads():
+                directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)
         margin, by = directory.read_study().margin, directory.read_plan().metric
         if not isinstance(last, TrialDone):
             return Rerun([], [], margin, by, failure=str(second.failure(trial.id)))

@@ -1,13 +1,14 @@
 """The SHA256SUMS of a study and of each trial."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, wrong_file
-from expertgrid.model.system.files import MissingFile, opened_file, read_whole, write_whole
+from expertgrid.model.system.files import MOST_OF_A_NETWORK, MissingFile, opened_file, read_whole, write_whole
 
 SUMS = "SHA256SUMS"
 OF_A_TRIAL = ("config.json", "epochs.jsonl", "model.safetensors", "predictions.npz", "record.json")
@@ -38,7 +39,8 @@ def changed_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
     for digest, name in sums:
         try:
             with opened_file(folder / name) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                too_large = os.fstat(file.fileno()).st_size > MOST_OF_A_NETWORK
+                if too_large or hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     changed[name] = f"changed since {SUMS} was written"
         except MissingFile:
             changed[name] = "missing"

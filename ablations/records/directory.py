@@ -50,6 +50,7 @@ from expertgrid.model.system.files import (
     LEFT_BY_A_CRASH,
     MissingFile,
     append_line,
+    cut_incomplete_line,
     make_folder,
     now,
     sync_folder,
@@ -127,6 +128,7 @@ class StudyDirectory:
         """Makes this the directory of `study` and keeps others from writing to it. Raises InputError if it is taken."""
         with self.held():
             self.check_holds(study)
+            self.try_ledger()
             fields = study.model_dump(mode="json", exclude_none=True)
             write_whole(self.path / "study.toml", tomli_w.dumps(fields).encode())
             self.write_plan(study, data, cells, race)
@@ -372,6 +374,11 @@ class StudyDirectory:
     def enter_test_read(self, trial_id: str, reader: str, images: int, tta: Literal["flip"] | None = None) -> None:
         """Adds the ledger's line for one read of the test split."""
         self.enter(TestRead(time=now(), trial=trial_id, reader=reader, images=images, tta=tta))
+
+    def try_ledger(self) -> None:
+        """Raises OSError where the ledger takes no line, before there is one that it must take."""
+        if os.path.lexists(self.path / LEDGER):
+            cut_incomplete_line(self.path / LEDGER)
 
     def enter(self, read: TestRead) -> None:
         """Adds a line to the ledger."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from expertgrid.model.system.errors import InputError, wrong_file
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-MOST_BYTES = 2**28  # of a file that is read as a whole, if it is no network
+MOST_BYTES, MOST_OF_A_NETWORK = 2**28, 2**35  # of a file that is read as a whole
 LONGEST_LINE = 2**20
 LEFT_BY_A_CRASH = re.compile(  # `.NAME.xxxxxxxx`, as `write_whole` calls a file until it is whole
     r"\.(.+\.(toml|json|jsonl|npz|safetensors|pt|svg|html|onnx|md|pdf|png)|SHA256SUMS)\.[a-z0-9_]{8}"

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 END_S = 10.0  # that a process gets to end by itself, and the system to tell that it has ended
 LOST_SERVER = 255  # multiprocessing's exit status of a process whose server was killed: it may well go on
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
-KILLED_FIRST = "500"  # of 1000: where memory runs out, the system ends a process that computes, not the command
 
 
 class ProcessLost(OSError):
@@ -42,13 +41,13 @@ def process_context(imports: str) -> "SpawnContext | ForkServerContext":
     from multiprocessing import forkserver, resource_tracker  # Windows has none
 
     multiprocessing.set_forkserver_preload(["expertgrid.model.system.server", imports])
-    resource_tracker.ensure_running()  # first: it takes the signals back
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the server ignores them
-    try:
-        with _safe_path():
+    with _safe_path():
+        resource_tracker.ensure_running()  # first: it takes the signals back
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the server ignores them
+        try:
             forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _signal_server("SIGCONT")  # it may have been stopped, and nobody else continues it
     return multiprocessing.get_context("forkserver")
 
@@ -134,8 +133,8 @@ def _answer(connection: Connection, *shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
     leave_safe_path()
     _end_with_parent()
-    with suppress(OSError):  # other systems have no such file
-        Path("/proc/self/oom_score_adj").write_text(KILLED_FIRST)
+    with suppress(OSError):  # where memory runs out, Linux ends this process rather than the command
+        Path("/proc/self/oom_score_adj").write_text("500")  # of 1000
     with connection, suppress(EOFError, ConnectionError):  # the parent needs it no more
         begin, *work = connection.recv()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it

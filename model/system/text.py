@@ -16,8 +16,6 @@ from expertgrid.model.system.errors import InputError, printable
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
-
-
 MARKDOWN = re.compile(r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*_\[\]<|~#&$!])")  # where a sign is
 FORMULA = re.compile(r"\s*([=@＝＋－＠]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$))")  # as a spreadsheet knows one
 

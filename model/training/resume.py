@@ -6,10 +6,9 @@ import pickle
 from pathlib import Path
 
 from expertgrid.model.system.errors import wrong_file
-from expertgrid.model.system.files import read_whole, write_whole
+from expertgrid.model.system.files import MOST_OF_A_NETWORK, read_whole, write_whole
 
 SAVE_EVERY_S = 10.0  # between two saves of a training's state
-LARGEST = 2**35  # bytes of a state
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -38,7 +37,7 @@ def read_state(file: Path) -> dict:
 
 def whole_state(file: Path) -> bytes:
     """The bytes that the checksum is of. Raises InputError where it does not fit."""
-    content = read_whole(file, LARGEST)
+    content = read_whole(file, MOST_OF_A_NETWORK)
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
         raise wrong_file(file, "damaged, or of an older version: its checksum does not fit")
     return content[DIGEST:]

@@ -430,3 +430,62 @@ def test_a_reader_that_goes_away_is_no_error(trained_study, unbuffered):
     line = f"PYTHONUNBUFFERED={unbuffered} '{sys.executable}' -m expertgrid table --notes '{trained_study}' | true"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- What is wrong is one line, before anything is trained ---
+
+
+def test_a_dry_run_shows_baselines_and_the_control(expertgrid, tiny_study):
+    text = tiny_study.read_text().replace("seeds = 2", 'seeds = 2\nbaselines = ["two_block"]\ncontrol = true')
+    tiny_study.write_text(text)
+    lines = [line.split("  ")[0] for line in expertgrid("run", tiny_study, "--dry-run").out.splitlines()]
+    assert lines[4:10] == ["two_block"] * 5 + ["base again"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["tiny.toml", "--set", "lr=1", "--set", "lr=2"], "--set lr=2: lr is set twice"),
+        (["tiny.toml", "--set", "lr=1", "--set", "recipe.lr=2"], "--set: one field is set twice: lr, recipe.lr"),
+        ([""], "study : is a directory"),
+        (["\udcff.toml"], r"\udcff.toml: is not UTF-8"),
+        (["a" * 300], "unknown study"),
+        (["tiny.toml", "--out", "a" * 300], "a: File name too long"),
+        (["tiny.toml", "--isolate", "--jobs", "9" * 5000], "a whole number from 1 to 256 is needed"),
+    ],
+)
+def test_wrong_words_of_run(expertgrid, tiny_study, words, complaint):
+    outcome = expertgrid("run", *words)
+    assert outcome.status == 2
+    assert complaint in outcome.complaint
+    assert not list(tiny_study.parent.rglob("trials"))
+
+
+def test_a_baseline_is_named_once(expertgrid, tiny_study):
+    tiny_study.write_text(tiny_study.read_text().replace("seeds = 2", 'seeds = 2\nbaselines = ["vgg", "vgg"]'))
+    assert "tiny.toml: baselines: vgg is given twice" in expertgrid("run", tiny_study).complaint
+
+
+@pytest.mark.parametrize("length", [242, 250, 255, 300])
+def test_a_name_that_is_too_long_is_refused_before_the_work(expertgrid, study, length):
+    for words in (["export", study.path, "--out", "a" * (length - 5) + ".onnx"],
+                  ["report", study.path, "--out", "a" * (length - 5) + ".html"]):  # fmt: skip
+        if length > 242 or words[0] == "export":
+            assert "File name too long" in expertgrid(*words).complaint
+    assert not (study.path / "export").exists() or not list((study.path / "export").iterdir())
+
+
+def test_matplotlib_is_tried_before_the_training(expertgrid, tiny_study, monkeypatch):
+    from matplotlib import rc_context
+
+    monkeypatch.setenv("PATH", "")  # where no LaTeX is
+    with rc_context({"text.usetex": True}):
+        assert "matplotlib draws no picture here: RuntimeError" in expertgrid("run", tiny_study).complaint
+    assert not list(tiny_study.parent.rglob("trials"))
+
+
+def test_the_ledger_is_tried_before_the_training(expertgrid, study, trial, tiny_study):
+    (study.path / "ledger.jsonl").unlink()
+    (study.path / "ledger.jsonl").mkdir()
+    for words in (["rerun", study.path, trial], ["run", tiny_study, "--out", study.path]):
+        assert "ledger.jsonl: Is a directory" in expertgrid(*words).complaint

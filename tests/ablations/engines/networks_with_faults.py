@@ -30,5 +30,5 @@ for name, fault in FAULTS.items():
 
 
 def networks_with_faults(faults: Mapping[str, str]) -> str:
-    """`faults` has the statement that each network, by its name in timm, runs in a forward pass of a training's batch."""
+    """`faults` has the statement that each network, by its name in timm, runs on each batch of a training."""
     return SOURCE.format(faults=dict(faults))

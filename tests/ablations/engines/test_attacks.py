@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,6 +215,15 @@ def test_only_a_signal_is_a_stop(expertgrid, study, monkeypatch):
     monkeypatch.setattr("expertgrid.ablations.cli.files.check_files", read_to_the_end)
     outcome = expertgrid("check", study.path)
     assert (outcome.status, outcome.complaint) == (1, "error: the file has ended")
+
+
+def test_a_tracker_that_does_not_answer_is_wrong_input(expertgrid, study):
+    """A server that hangs, before anything is imported for it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri, begun = f"http://127.0.0.1:{server.getsockname()[1]}", time.monotonic()
+        outcome = expertgrid("track", study.path, "--to", f"mlflow:{uri}")
+    assert (outcome.status, outcome.out) == (2, "") and time.monotonic() - begun < 6
+    assert outcome.complaint == f"error: tracker mlflow: {uri}: TimeoutError: timed out"
 
 
 def _ignores_sigterm():
