@@ -15,7 +15,7 @@ class Network(torch.nn.Module):
         self.head, self.fault = torch.nn.Linear(in_chans, num_classes), fault
 
     def forward(self, x):
-        if self.training:
+        if self.training and len(x) > 8:  # not where a network is looked at before the training
             exec(self.fault)
         return self.head(x.mean((2, 3)))
 
@@ -30,5 +30,5 @@ for name, fault in FAULTS.items():
 
 
 def networks_with_faults(faults: Mapping[str, str]) -> str:
-    """`faults` has the statement that each network, by its name in timm, runs in a forward pass of training."""
+    """`faults` has the statement that each network, by its name in timm, runs on each batch of a training."""
     return SOURCE.format(faults=dict(faults))
