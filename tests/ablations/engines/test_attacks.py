@@ -301,7 +301,7 @@ COMMANDS = [
     "run s.toml --device cpu --engine ray --out ray --no-adopt",
     "run s.toml --device cpu --compile on --out compiled --no-adopt --set recipe.epochs=1",
     "table runs/s", "report runs/s", "export runs/s", "bench runs/s", "bench-train runs/s", "verify runs/s",
-    "check runs/s", "list models", "show-augment fast", "track runs/s --to mlflow",
+    "check runs/s", "list models", "show-augment fast --out augment.png", "track runs/s --to mlflow",
 ]  # fmt: skip
 
 
