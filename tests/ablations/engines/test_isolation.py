@@ -37,7 +37,6 @@ NETWORKS = networks_with_faults(
         "with_crash": "ctypes.string_at(0)",
         "with_hang": "time.sleep(1000)",
         "with_late_hang": "self.steps = getattr(self, 'steps', 0) + 1; time.sleep(1000 * (self.steps == 3))",
-        "with_naps": "time.sleep(0.1)",
     }
 )
 STUDY = """

@@ -2,6 +2,7 @@
 
 import heapq
 import random
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -141,6 +142,17 @@ def test_a_trial_that_takes_its_nodes_with_it_fails(first, tmp_path):
     assert isinstance(other, TrialDone)
     assert len(cluster.submitted) == 2 * MOST_LOSSES + 1
     assert StudyDirectory(tmp_path).failure(trials[0].id).kind == "crashed"
+
+
+def test_a_study_whose_directory_is_removed_ends(first, tmp_path):
+    (tmp_path / "study" / "study.toml").parent.mkdir()
+    (tmp_path / "study" / "study.toml").touch()
+    cluster = Script([started, passed(1)])
+    with pytest.raises(FileNotFoundError, match="study: was removed, so that nothing more is trained"):
+        for event in schedule(trials_of(first, 2), StudyDirectory(tmp_path / "study"), cluster, Flag()):
+            if isinstance(event, EpochDone):
+                shutil.rmtree(tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_process_that_is_lost_fails_its_trial_alone(first, tmp_path):
