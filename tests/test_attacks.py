@@ -1,6 +1,6 @@
 """Attacks on the command line: each ends as done, or in one line, in little time and memory.
 
-60 in the usual run, and 5,000 in that of `-m nightly`; ATTACKS is another number for the latter.
+25 in the usual run, and 5,000 in that of `-m nightly`; ATTACKS is another number for the latter.
 """
 
 import json
@@ -74,7 +74,7 @@ def fault(outcome: dict) -> str:
     return ""
 
 
-@pytest.mark.parametrize("count", [60, NIGHTLY])
+@pytest.mark.parametrize("count", [25, NIGHTLY])
 def test_each_attack_ends_in_one_line(study, command, count, tmp_path):
     faults, folder = [], tmp_path / "here"
     for _, attack in zip(range(count), attacks.attacks(study, folder, seed=count)):

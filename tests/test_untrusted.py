@@ -337,6 +337,16 @@ def test_the_name_of_a_class_is_utf_8(tmp_path):
         load_data(f"folder:{tmp_path}")
 
 
+def test_a_trial_is_taken_over_without_what_is_no_file(study, trial, tmp_path):
+    for name, kind in {"failure.json": "/dev/zero", "notes": "loop", "more": "pipe"}.items():
+        attacks.place(study.trial(trial) / name, kind)
+    other = StudyDirectory(study.path.parent / "other")
+    other.path.mkdir()
+    assert other.adopt(trial) == study.path.name
+    assert other.record(trial) == study.record(trial)
+    assert not other.failure(trial)
+
+
 # --- Nothing becomes part of a page ---
 
 TAG = "<script>alert(1)</script>'\"&amp;</td><img src=x onerror=alert(2)>"

@@ -293,7 +293,7 @@ class StudyDirectory:
                 refused.update(f"{other.path}: they have other code of the {part}" for part in parts)
                 continue
             with tempfile.TemporaryDirectory(dir=self.path, prefix=ADOPTS) as folder:
-                copy = shutil.copytree(record.parent, Path(folder) / trial_id)
+                copy = shutil.copytree(record.parent, Path(folder) / trial_id, ignore=_no_files)
                 if not (copy / "adopted.json").exists():
                     adopted = Adopted(directory=other.path.name, time=now())
                     write_whole(copy / "adopted.json", adopted.model_dump_json().encode())
@@ -404,6 +404,10 @@ class StudyDirectory:
         records = [record for file in files if (record := read_latency(file))]
         records = [record for record in records if record.precision == "fp32" and not record.pruned]
         return {record.trial: record for record in sorted(records, key=LatencyRecord.rank)}
+
+
+def _no_files(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not os.path.isfile(os.path.join(folder, name))]
 
 
 def read_latency(file: Path) -> LatencyRecord | None:

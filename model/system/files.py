@@ -94,7 +94,7 @@ def append_line(path: Path, line: str) -> None:
     handle = _handle(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         _lock(handle)
-        end = _end_of_lines(handle)
+        end = _end_of_lines(handle, path)
         if end != os.fstat(handle).st_size:
             os.ftruncate(handle, end)
         try:
@@ -123,7 +123,7 @@ def cut_incomplete_line(path: Path) -> int:
     handle = _handle(path, os.O_RDWR)
     try:
         _lock(handle)
-        end, size = _end_of_lines(handle), os.fstat(handle).st_size
+        end, size = _end_of_lines(handle, path), os.fstat(handle).st_size
         if end != size:
             os.ftruncate(handle, end)
             os.fsync(handle)
@@ -186,7 +186,7 @@ def _write(handle: int, content: bytes) -> None:
         left = left[os.write(handle, left) :]
 
 
-def _end_of_lines(handle: int) -> int:
+def _end_of_lines(handle: int, path: Path) -> int:
     """Where the last newline of a file ends. Reads from the end of the file."""
     end = size = os.fstat(handle).st_size
     while end:
@@ -195,7 +195,7 @@ def _end_of_lines(handle: int) -> int:
         if newline >= 0:
             return start + newline + 1
         if size - start > LONGEST_LINE:
-            raise OSError(errno.EFBIG, "not a file of lines")
+            raise OSError(errno.EFBIG, "not a file of lines", str(path))
         end = start
     return 0
 

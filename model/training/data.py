@@ -289,7 +289,7 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
         try:
             parts.append(ImageFolder(directory / split))
         except OSError as error:
-            reason = " ".join(str(error).split()).split(". Supported")[0]
+            reason = " ".join((error.strerror or str(error)).split()).split(". Supported")[0]
             raise _wrong(source, f"no images in {split}/CLASS/: {reason}") from None
     train, test = parts
     if train.classes != test.classes:
