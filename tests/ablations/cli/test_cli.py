@@ -373,7 +373,10 @@ def test_lists(expertgrid):
         ("run --out full", "--out full: is not empty, and holds no study"),
         ("run --out tiny", "--out tiny: holds another study"),
         ("table full", "full: not a study directory"),
-        ("table tiny --format md", "'--format': 'md' is not one of 'text', 'github', 'latex', 'csv', 'json', 'parquet'."),
+        (
+            "table tiny --format md",
+            "'--format': 'md' is not one of 'text', 'github', 'latex', 'csv', 'json', 'parquet'.",
+        ),
         ("table", "Missing argument 'DIR...'"),
         ("export full", "full: not a study directory"),
         ("export none.safetensors", "none.safetensors: there is no such checkpoint"),
