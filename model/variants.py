@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from expertgrid.model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Network, Residual, TimmModel
 from expertgrid.model.cost import cost
 from expertgrid.model.system.errors import InputError, reason_of
-from expertgrid.model.training.recipe import Recipe
 
 GATES = {
     "linear": GateConfig(kind="linear"),
@@ -238,6 +237,8 @@ def register_variant(function: FunctionType) -> FunctionType:
     It gets a config (`ModelConfig` of our networks, `TimmModel` of others) and a level, and returns the changed config.
     It comes after the shipped ones. Raises InputError for a name that is taken.
     """
+    from expertgrid.model.training.recipe import Recipe  # which imports numpy
+
     name = function.__name__
     if name in VARIANTS or name in Recipe.model_fields or name in ("model", "recipe", "reference"):
         raise InputError(f"variant {name}: the name is taken, by another variant or a field of the recipe")

@@ -11,6 +11,7 @@ import random
 import re
 import struct
 import zlib
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -342,7 +343,7 @@ def test_a_trial_is_taken_over_without_what_is_no_file(study, trial, tmp_path):
         attacks.place(study.trial(trial) / name, kind)
     other = StudyDirectory(study.path.parent / "other")
     other.path.mkdir()
-    assert other.adopt(trial) == study.path.name
+    assert other.adopt(trial, Counter()) == study.path.name
     assert other.record(trial) == study.record(trial)
     assert not other.failure(trial)
 

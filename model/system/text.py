@@ -16,7 +16,9 @@ from expertgrid.model.system.errors import InputError, printable
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
 MOST_NOTES = 3  # under a table, where not all are asked for
-MARKDOWN = re.compile(r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*_\[\]<|~#&$!])")  # where a sign is
+MARKDOWN = re.compile(  # where a sign is; an underscore within a word is none
+    r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*\[\]<|~#&$!])|(?<![^\W_])(?=_)|(?=_(?![^\W_]))"
+)
 FORMULA = re.compile(r"\s*([=@＝＋－＠]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$))")  # as a spreadsheet knows one
 
 

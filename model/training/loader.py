@@ -48,11 +48,13 @@ class Loader:
         self.device = splits.device
         self.mean_C, self.std_C = (torch.tensor(values, device=self.device) for values in recipe.mean_std(splits.data))
         self.generator, self.mixing = torch.Generator(self.device), np.random.RandomState()
-        self.counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes))
-        self.there_P = self.counts_N.nonzero().flatten()  # the classes that have images
-        balanced_N = len(splits.train) / (len(self.there_P) * self.counts_N.clamp(min=1))
-        self.class_weights_N = balanced_N if recipe.class_weights == "balanced" else None
-        self.by_class_B = splits.train.labels_B.argsort(stable=True)
+        self.class_weights_N: Tensor | None = None
+        if "balanced" in (recipe.class_weights, recipe.sampler):
+            self.counts_N = torch.bincount(splits.train.labels_B, minlength=len(splits.data.classes))
+            self.there_P = self.counts_N.nonzero().flatten()  # the classes that have images
+            self.by_class_B = splits.train.labels_B.argsort(stable=True)
+            if recipe.class_weights == "balanced":
+                self.class_weights_N = len(splits.train) / (len(self.there_P) * self.counts_N.clamp(min=1))
         self.pixels_BHWC, self.policy = splits.train.pixels_BHWC, None
         if recipe.auto_augment or recipe.color_jitter:
             if self.device.type == "mps":  # which has no float64

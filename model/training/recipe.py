@@ -153,7 +153,7 @@ class Recipe(BaseModel):
                 raise InputError(
                     f"recipe.{field}: {getattr(self, field)} is too large for the {images_of}; at most {most}"
                 )
-        if {len(values) for values in self.mean_std(data)} != {data.channels}:
+        if not isinstance(self.normalise, str) and {len(values) for values in self.normalise} != {data.channels}:
             raise InputError(f"recipe.normalise: {self.normalise}, and {data.name} has {data.channels} channels")
         if self.auto_augment or self.color_jitter:
             from expertgrid.model.training.policies import check_images

@@ -102,7 +102,7 @@ def test_what_ends_one_of_several_processes_ends_one_trial(study, tmp_path, digi
     assert len(said) == 3
     assert f"{crashed}, seed 0: crashed: the training process was ended by SIGSEGV; traceback in " in said[1]
     assert f"{hung}, seed 0: timeout: not done after --trial-timeout 3 s; traceback in " in said[2]
-    assert "no verdict" in done.stdout
+    assert "are open" in done.stdout  # what was lost is a gap
     assert "train images/s" in done.stdout
 
     record, config = directory.record(trained), directory.config(trained)
@@ -240,7 +240,8 @@ def test_where_no_graph_can_be_recorded_a_new_process_trains_without(digits, tmp
         events = list(pool.run([trial], setup, directory, Event()))
     assert not any(isinstance(event, TrialFailed) for event in events)
     (note,) = (event.text for event in events if isinstance(event, TrialNote))
-    assert note == "trained without CUDA graphs: error: operation not permitted"
+    assert note.startswith("trained without CUDA graphs: error: ")
+    assert note.endswith("operation not permitted")
     assert directory.record(trial.id).graphs is False and directory.failure(trial.id) is None
 
 
