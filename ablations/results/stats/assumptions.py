@@ -26,7 +26,7 @@ def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | No
     is a trial that is missing. None where no degrees of freedom are left for the noise.
     """
     mask_CS, basis_RC = ~np.isnan(scores_CS), contrast_basis(weights_QC)
-    if not mask_CS.any():
+    if not mask_CS.any() or len(basis_RC) >= mask_CS.any(1).sum() - 1:
         return None
     cells, seeds = np.nonzero(mask_CS)
     by_cell, by_seed = np.eye(mask_CS.shape[0])[cells], np.eye(mask_CS.shape[1])[seeds]
@@ -67,6 +67,11 @@ def may_be_best(scores_CS: np.ndarray) -> np.ndarray:
     """
     count = len(scores_CS)
     best_C = np.ones(count, dtype=bool)
-    for cell in range(count if count > 1 else 0):
+    if count < 2 or np.isnan(scores_CS).all():
+        return best_C
+    highest = int(np.nanargmax(np.nansum(scores_CS, axis=1) / np.maximum((~np.isnan(scores_CS)).sum(1), 1)))
+    worse = estimate(against(highest, count), scores_CS).high_XQ < 0  # most are: the others are looked at one by one
+    best_C[np.delete(np.arange(count), highest)[worse]] = False
+    for cell in np.flatnonzero(best_C):
         best_C[cell] = not (estimate(against(cell, count), scores_CS).low_XQ > 0).any()
     return best_C
