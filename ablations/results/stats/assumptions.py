@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtrc
 
-from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, contrast_basis, estimate, judge
+from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, Fit, contrast_basis, estimate, judge
 from expertgrid.ablations.results.stats.factors import against
 
 
@@ -72,6 +72,7 @@ def may_be_best(scores_CS: np.ndarray) -> np.ndarray:
     highest = int(np.nanargmax(np.nansum(scores_CS, axis=1) / np.maximum((~np.isnan(scores_CS)).sum(1), 1)))
     worse = estimate(against(highest, count), scores_CS).high_XQ < 0  # most are: the others are looked at one by one
     best_C[np.delete(np.arange(count), highest)[worse]] = False
+    fit = Fit(~np.isnan(scores_CS))
     for cell in np.flatnonzero(best_C):
-        best_C[cell] = not (estimate(against(cell, count), scores_CS).low_XQ > 0).any()
+        best_C[cell] = not (estimate(against(cell, count), scores_CS, fit=fit).low_XQ > 0).any()
     return best_C

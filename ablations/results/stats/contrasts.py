@@ -39,6 +39,7 @@ freedom of its own cells (n - 1 for each, by Satterthwaite's formula)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -183,24 +184,27 @@ def verdicts(low_XQ: np.ndarray, high_XQ: np.ndarray, margin: float) -> np.ndarr
     return np.select([same_XQ, low_XQ > 0, high_XQ < 0], [SAME, BETTER, WORSE], OPEN)
 
 
-def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVEL) -> Estimates:
+def estimate(
+    weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVEL, fit: "Fit | None" = None
+) -> Estimates:
     """Estimates and simultaneous intervals of contrasts, by the rules at the head of this file.
 
     Scores may be missing (NaN at some cells and seeds, the same ones for all X). A contrast without an interval has
     NaN for its error: one that the scores do not determine, one seed, too few degrees of freedom, no spread at all.
+    `fit` is that of these scores, where it was made before.
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
-    known = errors(weights_QC, scores_XCS)
+    known = errors(weights_QC, scores_XCS, fit)
     constant = joint_t(known.correlation_QQ).constant(known.df, level) if known.df > 0 else np.nan
     return known._replace(constant_Q=np.full(len(weights_QC), constant))
 
 
-def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray) -> Estimates:
+def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray, fit: "Fit | None" = None) -> Estimates:
     """What `estimate` knows before it asks for critical values (NaN); weights and scores are not checked."""
     mask_CS = ~np.isnan(scores_XCS.reshape(-1, *scores_XCS.shape[-2:])[0])
     if (np.isnan(scores_XCS) == mask_CS).any():
         raise ValueError("scores of several studies must be missing at the same cells and seeds")
-    scores_XCS, fit = np.where(mask_CS, scores_XCS, 0.0), Fit(mask_CS)
+    scores_XCS, fit = np.where(mask_CS, scores_XCS, 0.0), fit or Fit(mask_CS)
     squares_QC = weights_QC**2
     total_Q = squares_QC.sum(1)
     by_score_QCS, seeds_Q = fit.coefficients(weights_QC)
@@ -288,6 +292,16 @@ class Fit:
         rank = np.linalg.matrix_rank(self.normal_CSS.sum(0), hermitian=True)
         self.df = float(mask_CS.sum() - mask_CS.any(1).sum() - rank)
 
+    @cached_property
+    def unmixed_CC(self) -> np.ndarray:
+        """The inverse of what each cell's variance is expected to add to each cell's sum of squared residuals."""
+        normal_CSS = self.normal_CSS[self.mask_CS.any(1)]
+        explained_CSS = self.inverse_SS @ normal_CSS
+        left_CSS = normal_CSS - explained_CSS
+        K_CC = np.einsum("cij,dji->cd", explained_CSS, explained_CSS)
+        np.fill_diagonal(K_CC, np.einsum("cij,cji->c", left_CSS, left_CSS))
+        return np.linalg.pinv(K_CC, rcond=ROUNDING, hermitian=True)
+
     def residuals(self, scores_XCS: np.ndarray) -> np.ndarray:
         """What scores (X, C, S), 0 where they are missing, are away from the fit; 0 where they are missing."""
         mask_CS, n_C = self.mask_CS, self.n_C
@@ -333,12 +347,7 @@ def residual_variances(scores_XCS: np.ndarray, fit: Fit) -> Residuals:
     pooled / C). Two cells have the same residuals, and cannot be told apart: each has the mean.
     """
     cells, squares_XC = fit.mask_CS.any(1), (fit.residuals(scores_XCS) ** 2).sum(-1)
-    normal_CSS = fit.normal_CSS[cells]
-    explained_CSS = fit.inverse_SS @ normal_CSS
-    left_CSS = normal_CSS - explained_CSS
-    K_CC = np.einsum("cij,dji->cd", explained_CSS, explained_CSS)
-    np.fill_diagonal(K_CC, np.einsum("cij,cji->c", left_CSS, left_CSS))
     own_XC = np.full(squares_XC.shape, np.nan)
-    own_XC[..., cells] = squares_XC[..., cells] @ np.linalg.pinv(K_CC, rcond=ROUNDING, hermitian=True)
+    own_XC[..., cells] = squares_XC[..., cells] @ fit.unmixed_CC
     pooled_X = squares_XC.sum(-1) / fit.df if fit.df > 0 else np.full(squares_XC.shape[:-1], np.nan)
     return Residuals(pooled_X, own_XC, fit.df)
