@@ -60,7 +60,8 @@ def clean(path: Path, agreed: bool, unplanned: bool) -> int:
     directory = StudyDirectory(path)
     removable = needless(directory, unplanned)
     for item in removable:
-        print(f"{in_words(item.size):>10}  {item.path.relative_to(path)}  ({item.why})")
+        place = item.path.relative_to(path) if item.path.is_relative_to(path) else item.path
+        print(f"{in_words(item.size):>10}  {place}  ({item.why})")
     print(f"{path}: {len(removable)} to remove, {in_words(sum(item.size for item in removable))}", flush=True)
     if not removable:
         return 0

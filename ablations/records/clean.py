@@ -1,6 +1,8 @@
 """What a study directory holds that nothing needs any more."""
 
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from expertgrid.ablations.records.directory import ADOPTS, StudyDirectory
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import LEFT_BY_A_CRASH
 
+WEEK_S = 7 * 86_400  # no command that has a temporary file in the system's folder runs so long
 AGE_S = 600  # of a temporary file that no process is writing any more: exports and reports are written without the lock
 
 
@@ -55,6 +58,10 @@ def _paths(directory: StudyDirectory, unplanned: bool) -> Iterator[tuple[Path, s
     for folder in (path, *path.glob("trials/*"), *(path / name for name in ("export", "bench", "figures", "weights"))):
         if folder.is_dir() and folder not in gone:
             yield from ((file, "left by a crash") for file in folder.iterdir() if _is_left(file))
+    for place in Path(tempfile.gettempdir()).glob("expertgrid-*"):
+        is_own = not hasattr(os, "getuid") or place.lstat().st_uid == os.getuid()
+        if is_own and time.time() - place.lstat().st_mtime > WEEK_S:
+            yield place, "left by a crash in the system's temporary folder"
     if (path / "damaged").is_dir():
         yield path / "damaged", "moved away by `expertgrid check --repair`"
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,12 @@ from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.resume import write_state
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path_factory, monkeypatch):
+    """Of these tests alone: that of the machine may have what a crash left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("system")))
 
 
 def unfinished(study: StudyDirectory, trial: str) -> Path:
@@ -289,3 +296,12 @@ def test_exports_are_compared_with_their_certificates(study, monkeypatch):
     (study.path / "export" / "a.onnx").touch()
     (damage,) = check_files(study).damaged
     assert str(damage) == "damaged: export/a.onnx: has no certificate; delete it and run expertgrid export again"
+
+
+def test_clean_knows_what_a_crash_left_in_the_temporary_folder(expertgrid, study):
+    old, new = (Path(tempfile.gettempdir()) / name for name in ("expertgrid-old", "expertgrid-new"))
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (time.time() - 30 * 86_400,) * 2)
+    assert f"{old}  (left by a crash in the system's temporary folder)" in expertgrid("clean", study.path, "--yes").out
+    assert (old.exists(), new.exists()) == (False, True)
