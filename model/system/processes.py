@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_sharer
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -55,9 +56,15 @@ def process_context(imports: str) -> "SpawnContext | ForkServerContext":
 @atexit.register  # later than multiprocessing does, so that it is called before
 def _renew_folder() -> None:
     """Makes multiprocessing's temporary folder again where somebody has removed it. It is also removed at the end."""
-    if folder := multiprocessing.current_process()._config.get("tempdir"):  # ty: ignore[missing-attribute]
+    folder = multiprocessing.current_process()._config.get("tempdir")  # ty: ignore[missing-attribute]
+    if folder and not os.path.isdir(folder):
         with suppress(OSError):  # then no process can start, or there is nothing to remove
             os.makedirs(folder, mode=0o700, exist_ok=True)
+        shares: Any = resource_sharer._resource_sharer  # ty: ignore[missing-attribute]
+        if shares._listener is not None:  # its socket was in the folder: the next tensor makes another
+            with suppress(OSError):
+                shares._listener.close()
+            shares._listener = shares._address = None
 
 
 @contextmanager
