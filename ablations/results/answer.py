@@ -139,7 +139,8 @@ def _seeds(needed: Sequence[int | None]) -> str:
     if len(known) < len(needed) or not known:
         return ""
     least, most = min(known), max(known)
-    return f": about {least if least == most else f'{least} to {most}'} seeds would decide it in a fresh study"
+    count, them = least if least == most else f"{least} to {most}", "it" if len(needed) == 1 else "them"
+    return f": about {count} seeds would decide {them} in a fresh study"
 
 
 def _listed(names: Sequence[str]) -> str:
