@@ -158,7 +158,7 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         for seed in by_seed:
             by_seed[seed] = directory.with_metric(by_seed[seed], by.name)
             _check_hold_out(directory, plan, trials[seed])
-        newest = max(by_seed.values(), key=lambda record: record.finished, default=None)
+        newest = max(by_seed.values(), key=lambda record: (record.finished, record.seed), default=None)
         code = directory.network(newest.trial) if newest else None
         other = directory.of_other_code({trials[seed]: code for seed in by_seed} if code else {})
         parts = newest.parts if newest else {}
