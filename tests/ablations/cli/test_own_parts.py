@@ -93,7 +93,7 @@ def test_the_readmes_parts_are_trained_and_read_without_their_module(run, expert
 
 def test_changed_code_is_said_and_never_averaged_nor_taken_over(run, expertgrid, tmp_path):
     assert run(MODULE).status == 0
-    changed = MODULE.replace("- logs_BN.exp()) ** 2", "- logs_BN.exp()) ** 3")
+    changed = MODULE.replace("- logs_BN.exp()) ** 2", "- logs_BN.exp()) ** 3.0")  # of another size: bytecode goes by it
     said = "1 finished trials have other code of the loss focal; `expertgrid retire runs/"
     more = run(changed, "--seeds", 2, "--no-adopt")
     study = StudyDirectory(tmp_path / "runs" / "study")
