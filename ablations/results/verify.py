@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 
@@ -35,6 +36,7 @@ def verify_study(directory: StudyDirectory) -> "Check":
     labels: dict[tuple[int, bytes], str] = {}
     fingerprints: dict[str, str] = {}
     without = not_run = 0
+    probed = cache(probe_of)
     has_weights = any(directory.path.glob("trials/*/model.safetensors"))
     seeds = {trial: seed for cell in plan.cells for trial, seed in plan.seeds_of(cell).items()}
     for trial_id, seed in seeds.items():
@@ -50,13 +52,14 @@ def verify_study(directory: StudyDirectory) -> "Check":
                 check.equal("hash of config.json", trial.id, trial_id)
                 check.equal("seed in config.json", trial.seed, seed)
                 fingerprints.setdefault(trial.fingerprint, trial_id)
-            if kept := directory.network(trial_id):
-                now = probe_of(trial.model, plan.pixels) if trial and plan.pixels else None
-                not_run += now is None
-                if now is not None:
-                    check.true(f"the network has other {kept.difference(now)} now", not kept.difference(now))
-            if kept and now is None:
-                pass
+            network = directory.network(trial_id)
+            now = probed(trial.model, plan.pixels) if network and trial and plan.pixels else None
+            if network and now:
+                difference = network.difference(now)
+                check.true(f"the network has other {difference} now", not difference)
+            not_run += network is not None and now is None
+            if network and now is None:
+                pass  # it cannot be built
             elif has_weights:
                 check.checkpoint(directory, record, trial)
             elif trial is not None and plan.pixels is not None:
