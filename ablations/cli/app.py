@@ -18,6 +18,41 @@ from expertgrid.ablations.cli import options
 from expertgrid.model.system.errors import InputError
 
 LONGEST_LINE = 100  # characters of a command's first sentence in the list of commands
+LONGEST_LIST = 6  # options of a command whose help has them in one list
+PANELS = {  # parts of a longer list of options, by the names of their parameters
+    "Study": "data data_dir seeds first_seed set_ until max_seeds modules adopt",
+    "Machine": "device compile kernels graphs deterministic isolate jobs engine address gpus_per_trial cpus_per_trial "
+    "provider",
+    "Failures": "trial_timeout fail_fast",
+    "Exported file": "input precision outputs fuse prune_gates",
+    "Measurement": "tune batch steps rounds seconds profile front peers scenario bound_ms",
+    "Comparison": "fail_if_slower baseline across_machines",
+    "Output": "out format json notes rows track to dry_run",
+}
+
+
+class Command(TyperCommand):
+    """Help that shows a long list of options in PANELS. An option of none of them is among the last."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        params = [(param, record) for param in self.get_params(ctx) if (record := param.get_help_record(ctx))]
+        is_long = sum(param.param_type_name == "option" for param, _ in params) > LONGEST_LIST
+        panel_of = {name: title for title, names in PANELS.items() for name in names.split()} if is_long else {}
+        panels: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *PANELS, "Options")}
+        for param, record in params:
+            title = "Arguments" if param.param_type_name == "argument" else panel_of.get(param.name, "Options")
+            panels[title].append(record)
+        for title, rows in panels.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+class App(typer.Typer):
+    """Has each command's help by `Command`."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        return super().command(name, cls=Command, **settings)
 
 
 class Grouped(TyperGroup):
@@ -44,7 +79,7 @@ class Grouped(TyperGroup):
                 formatter.write_dl(rows)
 
 
-app = typer.Typer(
+app = App(
     cls=Grouped,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

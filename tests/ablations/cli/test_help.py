@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -10,7 +11,7 @@ import typer
 from conftest import REPOSITORY
 
 from expertgrid.ablations.cli import options
-from expertgrid.ablations.cli.app import app
+from expertgrid.ablations.cli.app import PANELS, app
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -124,3 +125,15 @@ def test_what_needs_no_network_imports_nothing_slow(trained_study):
     assert imported_by(lines, trained_study.parent.parent) & slow == set()
     of_records = imported_by([["table", study], ["table", study, "--by", "experts"], ["check", study]], REPOSITORY)
     assert of_records & (slow | {"pandas", "scipy.stats", "scipy.optimize"}) == set()
+
+
+def test_a_long_list_of_options_is_in_panels(expertgrid):
+    """Each option is in one of them, and each name in the table of panels is an option's of some command."""
+    named = {name for names in PANELS.values() for name in names.split()}
+    assert named <= {param.name for command in COMMANDS.values() for param in command.params}
+    titles = re.findall(r"^(\w[\w ]*):$", expertgrid("run", "--help").out, re.MULTILINE)
+    assert titles == ["Arguments", "Study", "Machine", "Failures", "Output", "Options"]
+    for name, command in COMMANDS.items():
+        words = re.findall(r"^  (-\S+)", expertgrid(name, "--help").out, re.MULTILINE)
+        assert set(words) == {"-h,", *(p.opts[0] for p in command.params if p.param_type_name == "option")}
+    assert "\nStudy:" not in expertgrid("clean", "--help").out
