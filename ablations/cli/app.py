@@ -333,6 +333,7 @@ def report(
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
     format: Literal["html", "pdf-figures", "png-figures"] = Option("html", help="One page, or figures for a paper."),
     metric: Metric = None,
+    data: Data = None,
     data_dir: DataDir = None,
     modules: Import = None,
 ) -> int:
@@ -342,7 +343,7 @@ def report(
     """
     with _starting(modules):
         from expertgrid.ablations.cli.results import report
-    return report(directory, out, format, data_dir, metric)
+    return report(directory, out, format, data, data_dir, metric)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -379,15 +380,18 @@ def verify(directory: StudyDir, modules: Import = None) -> int:
 def check(
     directory: DamagedDir,
     repair: bool = Option(False, "--repair", help="Move damaged trials to DIR/damaged."),
+    data: Annotated[str | None, Option(metavar="SOURCE", help="Compare this source with the study's images.")] = None,
+    data_dir: DataDir = None,
+    modules: Import = None,
 ) -> int:
     """Find missing and damaged files of a study.
 
     Each such file gets a line: what is wrong, and what to do. After --repair the command that trained the study trains
     just the trials that were moved. Nothing is deleted. `expertgrid verify` recomputes the numbers in the files.
     """
-    with _starting(text="starting"):
+    with _starting(modules, "starting"):
         from expertgrid.ablations.cli.files import check
-    return check(directory, repair)
+    return check(directory, repair, data, data_dir)
 
 
 @app.command(rich_help_panel=RESULTS)

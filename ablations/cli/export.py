@@ -115,8 +115,8 @@ def _check_data(images: ImageData, path: Path, checkpoint: Checkpoint, trial: Tr
     trained = checkpoint.trained.classes, checkpoint.trained.image_size, checkpoint.config.in_chans
     if (images.classes, images.image_size, images.channels) != trained:
         raise InputError(f"--data {images.source}: {images.name} has other classes or image sizes than {path} has")
-    if trial is not None and images.fingerprint != trial.fingerprint:
-        raise InputError(f"--data {images.source}: {images.name} has other images than {path} was trained on")
+    if trial is not None:
+        trial.check_images(images)
 
 
 def _write(

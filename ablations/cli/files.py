@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.check import FileState, check_files, repair
 from expertgrid.ablations.records.clean import needless, remove
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -13,8 +14,11 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.parts import changed_parts
 
 
-def check(path: Path, repairs: bool) -> int:
-    """Prints each file of a study that is missing or damaged, and what to do; 1 where there is one."""
+def check(path: Path, repairs: bool, data: str | None, data_dir: Path | None) -> int:
+    """Prints each file of a study that is missing or damaged, and what to do; 1 where there is one.
+
+    Raises InputError where `data` are given, and have other images than the study.
+    """
     directory = StudyDirectory(path)
     if repairs:
         with directory.held():
@@ -31,6 +35,12 @@ def check(path: Path, repairs: bool) -> int:
     damaged = len(result.damaged)
     verdict = f"{damaged} damaged or missing" if damaged else "nothing is damaged"
     print(f"{path}: {result.finished} of {result.trials} trials finished, {verdict}")
+    if data or data_dir:
+        plan = directory.read_plan()
+        images = read_data(data or plan.source, data_dir, plan.image_size)
+        for trial in filter(None, map(directory.config, plan.trials)):
+            trial.check_images(images)
+        print(f"{images.source}: has the images of the study")
     return 1 if damaged else 0
 
 

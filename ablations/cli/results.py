@@ -87,7 +87,12 @@ def judge(file: Path, margin: float, lower_is_better: bool, format: Format, note
 
 
 def report(
-    directory: Path, out: Path | None, format: str = "html", data_dir: Path | None = None, metric: str | None = None
+    directory: Path,
+    out: Path | None,
+    format: str = "html",
+    data: str | None = None,
+    data_dir: Path | None = None,
+    metric: str | None = None,
 ) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"
@@ -103,7 +108,7 @@ def report(
         from expertgrid.ablations.results.report.plots import check_draws
     check_draws("")
     with status("reading the study; its best network predicts the validation images"):
-        findings = read_findings(StudyDirectory(directory), data_dir, metric)
+        findings = read_findings(StudyDirectory(directory), data, data_dir, metric)
     with status("drawing"):
         if as_html:
             files = {out: report.html(findings).encode()}

@@ -45,9 +45,8 @@ def _images(study: StudyDirectory, data: str | None, data_dir: Path | None) -> I
     plan = study.read_plan()
     try:
         images = read_data(data or plan.source, data_dir, plan.image_size)
-        trial = study.config(plan.cells[0].trials[0])
-        if trial is not None and images.fingerprint != trial.fingerprint:
-            raise InputError(f"--data {images.source}: {images.name} has other images than the study was trained on")
+        if trial := study.config(plan.cells[0].trials[0]):
+            trial.check_images(images)
     except InputError as error:
         if data is not None or data_dir is not None:
             raise

@@ -17,6 +17,7 @@ from expertgrid.ablations.records.ledger import LEDGER
 from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import cut_incomplete_line, opened_file, read_whole
+from expertgrid.model.training.parts import CODES, changed_parts
 from expertgrid.model.training.resume import whole_state
 
 Value = TypeVar("Value")
@@ -159,7 +160,9 @@ def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_wei
     elif not finished and "record.json" in changed and failure is None:
         problems["record.json"], finished = "missing", True
     notes = _of_finished(directory, trial, changed, problems, keeps_weights) if finished else []
-    notes += [f"uses the {part} of a module that is not imported" for part in (record.parts if record else ())]
+    parts = record.parts if record else {}
+    notes += [f"uses the {part} of a module that is not imported" for part in parts if part not in CODES]
+    notes += [f"was trained by other code of the {part} than is imported" for part in changed_parts(parts)]
     yield from _damaged(problems, MOVE, f"{place}/", trial)
     if problems:
         return

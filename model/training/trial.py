@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from expertgrid.model.config import Network
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.recipe import Recipe
 
@@ -55,6 +57,11 @@ class Trial(BaseModel):
         identity |= {"hold_out": hold_out} if (hold_out := _essence(self.hold_out)) else {}
         identity |= {"weights": self.weights.fingerprint} if self.weights else {}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    def check_images(self, data: ImageData) -> None:
+        """Raises InputError for other images than those that this trains on."""
+        if data.fingerprint != self.fingerprint:
+            raise InputError(f"data source {data.source!r}: has other images than trial {self.id} was trained on")
 
 
 def _essence(value: object) -> object:

@@ -105,12 +105,14 @@ class Findings:
         return self.evidence.results
 
 
-def read_findings(directory: StudyDirectory, data_dir: Path | None = None, metric: str | None = None) -> Findings:
+def read_findings(
+    directory: StudyDirectory, data: str | None = None, data_dir: Path | None = None, metric: str | None = None
+) -> Findings:
     """Reads a study directory. Raises InputError for a directory without a study and for damaged files."""
     evidence = read_evidence(directory, metric)
     ranked = ranking(evidence.results.rows)
     plan = evidence.results.plan
-    resident, reason = _images(directory, plan, best_record(ranked[0]).trial, data_dir) if ranked else (None, "")
+    resident, reason = _images(directory, plan, best_record(ranked[0]).trial, data, data_dir) if ranked else (None, "")
     examined = examine(directory, plan, ranked, resident, reason)
     images, images_missing = _different_images(directory, evidence, ranked, examined.classes, resident)
     return Findings(
@@ -264,18 +266,16 @@ def _checkpoint(directory: StudyDirectory, trial: str) -> Checkpoint | None:
 
 
 def _images(
-    directory: StudyDirectory, plan: Plan, trial: str, data_dir: Path | None
+    directory: StudyDirectory, plan: Plan, trial: str, source: str | None, data_dir: Path | None
 ) -> tuple[ResidentData | None, str]:
     """The images that a trial was trained on, or why they cannot be had here. Nothing is downloaded."""
-    source, image_size = plan.source, plan.image_size
-    cifar = split_share(source)[0] in ("cifar10", "cifar100")
+    cifar = split_share(source or plan.source)[0] in ("cifar10", "cifar100")
     try:
-        data = load_data(source, (data_dir or CACHE) if cifar else data_dir, image_size)
+        data = load_data(source or plan.source, (data_dir or CACHE) if cifar else data_dir, plan.image_size)
+        if config := directory.config(trial):
+            config.check_images(data)
     except InputError as error:
-        if data_dir is not None:
+        if source or data_dir:
             raise
         return None, f"The images are not available on this machine: {error}."
-    config = directory.config(trial)
-    if config is not None and config.fingerprint != data.fingerprint:
-        return None, f"The data source {source!r} no longer has the images that this study was trained on."
     return ResidentData(data, torch.device("cpu")), ""

@@ -84,6 +84,8 @@ def test_the_readmes_parts_are_trained_and_read_without_their_module(run, expert
             assert sorted(notes) == sorted(
                 (focal if part == "loss focal" else both) + f"{part} of a module that is not imported" for part in USED
             )
+    assert "not imported" not in expertgrid("check", study.path, "--import", "my_parts").out
+    run.forget()
     assert (
         "recipe.augment: unknown name 'noise'" in expertgrid("rerun", study.path, study.read_plan().trials[0]).complaint
     )
@@ -103,6 +105,8 @@ def test_changed_code_is_said_and_never_averaged_nor_taken_over(run, expertgrid,
     assert said in more.err
     notes = expertgrid("table", study.path, "--notes").out
     assert f"as other code trained them than the newest trial of recipe.loss focal: {old.trial}." in notes
+    checked = expertgrid("check", study.path, "--import", "my_parts").out
+    assert f"note: trials/{old.trial}: was trained by other code of the loss focal than is imported" in checked
     elsewhere = run(changed, "--out", "runs/other").err
     assert "not taken over: 1 trials of runs/study: they have other code of the loss focal" in elsewhere
     assert "\ntaken over from runs/study: 1 trials" in elsewhere

@@ -48,6 +48,14 @@ def test_a_whole_study_is_left_as_it_is(expertgrid, study):
     assert snapshot(study.path) == before
 
 
+def test_the_images_of_a_source_are_compared_with_those_of_the_study(expertgrid, study, trial):
+    assert expertgrid("check", study.path, "--data", "digits").out.endswith("\ndigits: has the images of the study\n")
+    change_json(study.trial(trial) / "config.json", fingerprint="other")
+    outcome = expertgrid("check", study.path, "--data", "digits")
+    assert outcome.status == 2
+    assert "data source 'digits': has other images than trial" in outcome.complaint
+
+
 OF_TRIALS: dict[str, tuple[Callable[[StudyDirectory, Path], object], str]] = {
     "record cut": (lambda s, p: cut(p / "record.json"), "record.json"),
     "record empty": (lambda s, p: cut(p / "record.json", 0), "record.json"),

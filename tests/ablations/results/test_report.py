@@ -387,7 +387,7 @@ def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp
     path = shutil.copytree(trained_study, tmp_path / "elsewhere")
     for source, words in {
         f"folder:{tmp_path}/gone": "The images are not available on this machine",
-        "digits": "no longer has the images that this study was trained on",
+        "digits": "data source 'digits': has other images than trial",
     }.items():
         change_json(path / "plan.json", source=source)
         for config in path.glob("trials/*/config.json"):
@@ -395,7 +395,9 @@ def test_without_the_data_it_is_made_with_a_line_that_says_so(trained_study, tmp
         page = page_of(path)
         assert page.text.count(words) == 1  # for gates and mistakes; the confusion matrix is of kept predictions
     with pytest.raises(InputError, match="--data-dir is for cifar"):
-        read_findings(StudyDirectory(path), tmp_path)
+        read_findings(StudyDirectory(path), data_dir=tmp_path)
+    with pytest.raises(InputError, match="data source 'digits': has other images"):
+        read_findings(StudyDirectory(path), "digits")
 
 
 @pytest.mark.parametrize("width", [1400, 390])
