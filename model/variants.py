@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from expertgrid.model.config import WIDEST, Block, Conv, GateConfig, Layer, ModelConfig, Network, Residual, TimmModel
 from expertgrid.model.cost import cost
-from expertgrid.model.system.errors import InputError, reason_of
+from expertgrid.model.system.errors import InputError, invalid, reason_of
 
 GATES = {
     "linear": GateConfig(kind="linear"),
@@ -256,8 +256,7 @@ def vary(config: Network, name: str, level: object) -> Network:
             return changed
         reason = f"it gives a {type(changed).__name__}, and a config is needed"
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = str(invalid("", error))
     except Exception as error:
         reason = str(error) if isinstance(error, TypeError | ValueError) else reason_of(error)
     raise InputError(f"{name}: {level!r} is not accepted: {reason}") from None

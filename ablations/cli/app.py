@@ -20,7 +20,7 @@ from expertgrid.model.system.errors import InputError
 LONGEST_LINE = 100  # characters of a command's first sentence in the list of commands
 LONGEST_LIST = 6  # options of a command whose help has them in one list
 PANELS = {  # parts of a longer list of options, by the names of their parameters
-    "Study": "data data_dir seeds first_seed set_ until max_seeds modules adopt",
+    "Study": "data data_dir seeds first_seed set_ until max_seeds modules adopt extend",
     "Machine": "device compile kernels graphs deterministic isolate jobs engine address gpus_per_trial cpus_per_trial "
     "provider",
     "Failures": "trial_timeout fail_fast",
@@ -179,6 +179,7 @@ def run(
     max_seeds: int | None = Option(None, metavar="N", help="Number of seeds at which a race ends."),
     modules: Import = None,
     adopt: bool = Option(True, help="Take over finished trials from the studies beside this one."),
+    extend: bool = Option(False, "--extend", help="Add levels or baselines after results. Exploratory from there on."),
     trial_timeout: float | None = Option(None, min=1, metavar="S", help="Fail a trial that runs longer than this."),
     deterministic: bool = Option(False, "--deterministic", help="Train bit for bit the same on a GPU too. Slower."),
     fail_fast: bool = Option(False, "--fail-fast", help="Stop at the first trial that fails."),
@@ -212,7 +213,7 @@ def run(
         from expertgrid.ablations.cli import plan, sources
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
     name = "quickstart" if study is None else study
-    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
+    request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds, extend)
     if dry_run:
         print(plan.plan_table(plan.plan_run(request, data_dir)))
         return 0

@@ -11,7 +11,7 @@ import sys
 
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.interrupt import INTERRUPTED
-from expertgrid.model.system.errors import InputError, printable, reason_of
+from expertgrid.model.system.errors import InputError, invalid, messages, printable, reason_of
 from expertgrid.model.system.files import NO_SPACE, disk_full
 
 
@@ -66,12 +66,16 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort as error:  # some versions make it of KeyboardInterrupt, and all of EOFError
         raise error.__cause__ or KeyboardInterrupt from None
     except InputError as error:
-        return _complain(str(error), 2)
+        return max(_complain(message, 2) for message in messages(error))
     except Exception as error:
-        message = getattr(error, "format_message", None)
+        from pydantic import ValidationError  # which Typer has make a value of a word
+
+        message, param = getattr(error, "format_message", None), getattr(error, "param", None)
         if message is None:
             raise
-        return _complain(message().replace("Value error, ", "", 1), 2)  # as pydantic begins what Typer has it say
+        if isinstance(error.__cause__, ValidationError) and param:
+            return _complain(str(invalid(param.opts[0], error.__cause__)), 2)
+        return _complain(message(), 2)
 
 
 def _in_words(error: OSError) -> str:

@@ -18,7 +18,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
 from expertgrid.model.config import TimmModel
 from expertgrid.model.probe import probe_of
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import InputError, collected
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
@@ -45,19 +45,15 @@ def read_request(
     out: Path | None,
     until: str | None,
     max_seeds: int | None,
+    extend: bool = False,
 ) -> StudyRequest:
-    """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
+    """Reads and changes the study. Raises InputError where it is wrong, or an option. The directory is not read yet."""
     study = load_study(study) if isinstance(study, str) else study
     changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
-    directory = StudyDirectory(out or Path("runs") / changed.name)
-    directory.check_holds(changed)
-    begun = directory.read_race()
-    if begun and until is None:
-        raise InputError(f"--out {directory.path}: holds a race; go on with --until decided --max-seeds {begun.last}")
-    return StudyRequest(changed, directory, max_seeds)
+    return StudyRequest(changed, StudyDirectory(out or Path("runs") / changed.name, extend), max_seeds)
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,19 @@ class PlannedRun:
     def weight_lines(self) -> list[str]:
         """What the networks start from, where it is to be said."""
         return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
+
+    def check_directory(self) -> None:
+        """Raises InputError where the directory holds what does not let the study be trained in it."""
+        self.directory.check_holds(self.study)
+        begun, path = self.directory.read_race(), self.directory.path
+        if begun and self.race is None:
+            raise InputError(f"--out {path}: holds a race; go on with --until decided --max-seeds {begun.last}")
+        if begun and self.race:
+            from expertgrid.ablations.results import racing
+
+            racing.check_same(begun, self.race)
+        self.directory.check_weights(cell.trials[0] for cell in self.cells)
+        self.check_code()
 
     def check_code(self) -> None:
         """Raises InputError where finished trials are of other code than their network has now."""
@@ -127,7 +136,6 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     data = read_data(study.base.data, data_dir, study.base.image_size)
     weights: dict[str, bytes] = {}
     cells = study.change(seeds=request.last_seed).cells(data, weights)
-    directory.check_weights(cell.trials[0] for cell in cells)
     race = None
     if request.last_seed is not None:
         from expertgrid.ablations.results import racing
@@ -135,12 +143,7 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
         race = racing.new_race(cells, study, request.last_seed, seen)
-        if before := directory.read_race():
-            racing.check_same(before, race)
-            race = before
-    planned = PlannedRun(study, directory, data, cells, race, weights)
-    planned.check_code()
-    return planned
+    return PlannedRun(study, directory, data, cells, race, weights)
 
 
 def _start(trial: Trial) -> str:
@@ -165,7 +168,11 @@ def plan_table(planned: PlannedRun) -> str:
 
     rows: list[dict[str, object]] = []
     trials = {trial.id for cell in planned.cells for trial in cell.trials}
-    finished = {trial for trial in trials if planned.directory.record(trial) is not None}
+    finished: set[str] = set()
+    refused: list[InputError] = []
+    with collected(refused):
+        planned.check_directory()
+        finished = {trial for trial in trials if planned.directory.record(trial) is not None}
     for cell in planned.cells:
         first = cell.trials[0]
         parameters, macs = cost(first.model, *planned.data.image_size)
@@ -182,6 +189,8 @@ def plan_table(planned: PlannedRun) -> str:
         f"Data: {planned.data.in_words(planned.hold_out)}.",
         *(f"{line}." for line in planned.weight_lines),
         f"{len(trials)} different trials in {planned.directory.path}; nothing was trained or written.",
+        *(f"Without --dry-run this is refused: {error}." for error in refused),
+        *["Where levels or baselines are added after results, the study is exploratory."] * planned.directory.extends,
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
@@ -192,7 +201,7 @@ def plan_table(planned: PlannedRun) -> str:
         if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
             shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
             images /= (1 / shares_N).mean() / len(shares_N)
-        foreseen = foresee(study, cells, images, planned.directory)
+        foreseen = foresee(study, cells, images, None if refused else planned.directory)
         notes += plan_lines(foreseen, scale(study.metric, study.margin))
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}

@@ -18,7 +18,7 @@ from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.local import planned_steps, run_local
 from expertgrid.ablations.engines.progress import StudyProgress
 from expertgrid.ablations.engines.ray import RayEngine
-from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.directory import TRACEBACK, StudyDirectory
 from expertgrid.ablations.results import racing
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
@@ -65,7 +65,9 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     """Trains what is not there yet, and returns the trials that failed."""
     on = how.train_on()
     planned = plan_run(request, data_dir)
-    study, directory, cells, race = planned.study, planned.directory, planned.cells, planned.race
+    planned.check_directory()
+    study, directory, cells = planned.study, planned.directory, planned.cells
+    race = directory.read_race() or planned.race
     check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
     console.print("\n".join(lines), soft_wrap=True)
@@ -132,7 +134,7 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
         return 0
     lines = [f"{len(failed)} {'trial' if len(failed) == 1 else 'trials'} failed, and the same command tries again:"]
     for event in failed:
-        file = directory.trial(event.trial.id) / "failure.json"
+        file = directory.trial(event.trial.id) / TRACEBACK
         lines.append(f"  {event.trial.id}, seed {event.trial.seed}: {event.reason}; traceback in {file}")
     console.print("\n".join(lines), style="red", soft_wrap=True)
     return 1

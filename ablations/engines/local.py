@@ -153,7 +153,7 @@ def run_local(
             return
         record = _finish(trial, splits, directory, training, prepared, at_once)
         resume.unlink(missing_ok=True)
-        (directory.trial(trial.id) / "failure.json").unlink(missing_ok=True)
+        directory.remove_failure(trial.id)
         yield TrialDone(trial, record)
 
     for trial in by_seed(trials):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
-from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.directory import TRACEBACK, StudyDirectory
 from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import write_whole
@@ -326,7 +326,7 @@ def _report(event: Event, directory: StudyDirectory) -> Report:
     trial = event.trial.id
     names = {
         StateSaved: ("resume.pt",),
-        TrialFailed: ("failure.json",),
+        TrialFailed: ("failure.json", TRACEBACK),
         TrialDone: ("epochs.jsonl", "model.safetensors"),
     }
     files = {name: (directory.trial(trial) / name).read_bytes() for name in names.get(type(event), ())}

@@ -42,8 +42,8 @@ MOST_LOSSES = 5  # of a trial's nodes, one after another without a new state bet
 class Report:
     """An event on a node, with the files of the trial that are not in the event.
 
-    StateSaved has resume.pt; TrialFailed has failure.json; TrialDone has epochs.jsonl, model.safetensors, the
-    predictions and the reads of the test split.
+    StateSaved has resume.pt; TrialFailed has failure.json and traceback.txt; TrialDone has epochs.jsonl,
+    model.safetensors, the predictions and the reads of the test split.
     """
 
     event: Event
@@ -185,7 +185,7 @@ def write_report(report: Report, directory: StudyDirectory) -> None:
         assert report.predictions is not None
         directory.finish(event.trial.id, event.record, checkpoint, report.predictions)
         directory.resume_file(event.trial.id).unlink(missing_ok=True)
-        (place / "failure.json").unlink(missing_ok=True)
+        directory.remove_failure(event.trial.id)
 
 
 def crashed(reason: str) -> Failure:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from expertgrid.ablations.records.checksums import OF_A_STUDY, OF_A_TRIAL, SUMS, changed_files
-from expertgrid.ablations.records.directory import TRAINING, StudyDirectory, read_latency
+from expertgrid.ablations.records.directory import TRACEBACK, TRAINING, StudyDirectory, read_latency
 from expertgrid.ablations.records.ledger import LEDGER
 from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of
@@ -147,6 +147,8 @@ def _trial_files(directory: StudyDirectory, trial: str, trained: bool, keeps_wei
     if config is not None and config.id != trial:
         problems["config.json"] = f"of another trial: {config.id}"
     failure = _read("failure.json", lambda: directory.failure(trial), problems)
+    if failure and "traceback" not in failure.model_fields_set:
+        _read(TRACEBACK, lambda: read_whole(folder / TRACEBACK), problems)
     _read(NETWORK, lambda: directory.network(trial), problems)
     _read("adopted.json", lambda: directory.adopted(trial), problems)
     if "predictions.npz" not in changed:

@@ -5,8 +5,8 @@ plan.json         its cells, with their levels and trial ids, and the data
 SHA256SUMS        the checksums of these two, as `sha256sum --check` reads them
 trials/ID/        config.json, epochs.jsonl, model.safetensors, predictions.npz, SHA256SUMS and record.json once done:
                   record.json is written last, and says that the trial is finished; until then resume.pt, and
-                  failure.json where training failed; adopted.json where another study trained it; network.json, what
-                  the code of a user's network computed when the training began
+                  failure.json and traceback.txt where training failed; adopted.json where another study trained it;
+                  network.json, what the code of a user's network computed when the training began
 export/  bench/   what `expertgrid export` and `bench` add
 weights/          the weights that trials start from, other than fresh ones: SHA256.safetensors
 training.json     the training speed of each cell alone, where `expertgrid bench-train DIR` measured it
@@ -64,14 +64,18 @@ from expertgrid.model.training.parts import changed_parts
 from expertgrid.model.training.trial import Epoch, Trial
 
 TRAINING = "training.json"
+TRACEBACK = "traceback.txt"
 ADOPTS = ".adopt."  # the folder of a trial that is being copied begins so
 
 
 class StudyDirectory:
-    """Reads and writes one study directory. Writers hold it with `written`, or with `held`."""
+    """Reads and writes one study directory. Writers hold it with `written`, or with `held`.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `extends`: a study that has results may be written with more levels and baselines. It is exploratory from then on.
+    """
+
+    def __init__(self, path: Path, extends: bool = False):
+        self.path, self.extends = path, extends
 
     def read_study(self) -> Study:
         """The study that was run here. Raises InputError where there is none."""
@@ -101,7 +105,7 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
                     "directory with --out"
                 )
-            if LEDGER in names or any(self.path.glob("trials/*/record.json")):
+            if not self.extends and (LEDGER in names or any(self.path.glob("trials/*/record.json"))):
                 self._check_families(study, older)
         elif "plan.json" in names:  # study.toml was lost, and is written again
             self.read_plan(study)
@@ -117,8 +121,8 @@ class StudyDirectory:
             if added := [level_name(level) for level in wanted if level not in declared]:
                 raise InputError(
                     f"--out {self.path}: has results, and the study now has more {what}: {', '.join(added)}; what is "
-                    "compared is declared before the first result. Give another directory with --out: it takes over "
-                    "the finished trials"
+                    "compared is declared before the first result. Give another directory with --out, which takes "
+                    "over the finished trials; or --extend: this study is then exploratory"
                 )
 
     @contextmanager
@@ -146,7 +150,11 @@ class StudyDirectory:
             seen = self._seeds_seen_beside(plan)
         else:
             has_more = max(map(len, plan.by_cell), default=0) > max(map(len, before.by_cell), default=0)
-            seen = {*before.seen, *(self._seeds_with_records(before) if race is None and has_more else ())}
+            trained = self._seeds_with_records(before)
+            seen = {*before.seen, *(trained if race is None and has_more else ())}
+            had = [(cell.model_name, cell.levels) for cell in before.cells]
+            has_new = any((cell.model_name, cell.levels) not in had for cell in plan.cells)
+            plan.extended = before.extended or bool(trained and has_new)
         plan.seen = sorted(seen)
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
         write_sums(self.path, {name: (self.path / name).read_bytes() for name in OF_A_STUDY})
@@ -266,7 +274,14 @@ class StudyDirectory:
         return read_record(kind, place / name, train_again(place))
 
     def write_failure(self, trial_id: str, failure: Failure) -> None:
-        write_whole(self.trial(trial_id) / "failure.json", failure.model_dump_json(indent=1).encode())
+        """Writes why a trial failed, and its traceback beside it as a text."""
+        place, fields = self.trial(trial_id), failure.model_dump_json(indent=1, exclude={"traceback"})
+        write_whole(place / TRACEBACK, failure.traceback.encode(errors="replace"))
+        write_whole(place / "failure.json", fields.encode())
+
+    def remove_failure(self, trial_id: str) -> None:
+        for name in ("failure.json", TRACEBACK):
+            (self.trial(trial_id) / name).unlink(missing_ok=True)
 
     def adopt(self, trial_id: str, refused: Counter[str], metric: str = "accuracy") -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.

@@ -46,6 +46,7 @@ class Plan(BaseModel):
     contrasts: list[tuple[str, str]] = []  # declared with the study
     cells: list[PlannedCell]
     race: RaceRules | None = None
+    extended: bool = False  # by levels or baselines, after results were seen
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
 
     @property

@@ -137,7 +137,7 @@ class Failure(BaseModel):
 
     kind: Literal["diverged", "out_of_memory", "crashed", "timeout", "error"] = "error"
     error: str
-    traceback: str
+    traceback: str = ""  # is in a file of its own, and in failure.json of older versions
     time: str
     step: int | None = None
     epoch: int | None = None  # from 1

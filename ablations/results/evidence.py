@@ -129,6 +129,8 @@ class Evidence:
         """Why more than 1 such study in 20 may hold a wrong verdict; "" where it does not."""
         if self.results.chosen_afterwards:
             return f"the metric, {self.scale.title}, was chosen after seeing the results"
+        if self.results.plan.extended:
+            return "levels or baselines were added after results were seen"
         if self.added_seeds:
             return "seeds were added after results were seen"
         return "results of these seeds were seen before the study was made" if self.results.plan.seen else ""
@@ -316,14 +318,16 @@ class Judge:
         ]
 
 
-def foresee(study: Study, cells: Sequence[PlannedCell], images: float, directory: StudyDirectory) -> Sight | None:
+def foresee(
+    study: Study, cells: Sequence[PlannedCell], images: float, directory: StudyDirectory | None
+) -> Sight | None:
     """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
     Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
     None for a study with one network or one seed, and without records for a metric that has no such floor.
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
-    spread = read_evidence(directory).spread if (directory.path / "plan.json").exists() else None
+    spread = read_evidence(directory).spread if directory and (directory.path / "plan.json").exists() else None
     if spread is None and study.metric not in WITH_FLOOR:
         return None
     floor = planning.binomial_spread(EXPECTED_ACCURACY, images)

@@ -1,5 +1,6 @@
 """Changes of a network and its recipe: by a variant, by a field of the recipe, or by a dotted path."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from expertgrid.ablations.study.levels import Level
 from expertgrid.model.config import DECIDED_ELSEWHERE, Network, TimmModel
-from expertgrid.model.system.errors import InputError, invalid, unknown
+from expertgrid.model.system.errors import InputError, all_of, collected, invalid, unknown
 from expertgrid.model.training.parts import check_names
 from expertgrid.model.training.recipe import RECIPES, Recipe, recipe
 from expertgrid.model.variants import VARIANTS, vary
@@ -20,6 +21,47 @@ def dotted(name: str) -> str:
     if name in VARIANTS or name in CHOICES or "." in name:
         return name
     return f"recipe.{name}" if name in Recipe.model_fields else ""
+
+
+def quoted(fields: object) -> object:
+    """Settings or factors by dotted paths: recipe.lr = 0.1, without quotes, is a table in TOML."""
+    if not isinstance(fields, dict):
+        return fields
+    tables = {name: fields[name] for name in ("model", "recipe") if isinstance(fields.get(name), dict)}
+    pairs = [(name, value) for name, value in fields.items() if name not in tables]
+    pairs += [(f"{name}.{field}", value) for name, table in tables.items() for field, value in table.items()]
+    if twice := [name for name, count in Counter(dotted(name) or name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return dict(pairs)
+
+
+def known(fields: dict[str, Any], info: Any) -> dict[str, Any]:
+    """Settings by dotted paths, or factors. Refuses names that are nothing, and values that no recipe can have.
+
+    In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.
+    """
+    are_factors, was_run, errors = info.field_name == "factors", info.context == "run", []
+    accepted = [*VARIANTS, *Recipe.model_fields, *(CHOICES if are_factors else ())]
+    more = ", recipe.FIELD, model.FIELD" + ("" if are_factors else "; model, recipe and weights are set in [base]")
+    for name, levels in fields.items():
+        root, _, field = dotted(name).partition(".")
+        if (not root and not (was_run and name.isidentifier())) or (name in CHOICES and not are_factors):
+            errors.append(unknown("name", name, accepted, more))
+        for level in (levels if are_factors else [levels]) if root == "recipe" and field and not was_run else ():
+            with collected(errors):
+                _check_field(field, level)
+    if errors:
+        raise all_of(errors)
+    return fields if are_factors else {dotted(name) or name: value for name, value in fields.items()}
+
+
+def _check_field(field: str, value: Level) -> None:
+    """Raises InputError where a recipe has no such field, or never this value in it."""
+    try:
+        Recipe.model_validate(dict(RECIPES["fast"]) | {field: value})
+    except ValidationError as error:
+        if error.errors()[0]["loc"] and "." not in field:  # without a place it is about several fields
+            raise invalid("recipe", error, Recipe.model_fields) from None
 
 
 def changed(config: Network, recipe: Recipe, changes: Mapping[str, Level]) -> tuple[Network, Recipe]:
@@ -50,7 +92,7 @@ def named_recipe(name: str, own: Mapping[str, Mapping[str, Level]]) -> Recipe:
     try:
         return Recipe.model_validate(Recipe.without_idle(base | given, given) if base else given)
     except ValidationError as error:
-        raise invalid(f"recipe {name}", error, ["base", *Recipe.model_fields]) from None
+        raise invalid(f"recipe {name}", error, {"base": None, **Recipe.model_fields}) from None
 
 
 def changed_recipe(name: str, settings: Mapping[str, Level]) -> Recipe:

@@ -4,9 +4,7 @@ A trial is one training run: what it is is wholly in its model config, recipe, d
 a hash of these.
 """
 
-import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
@@ -15,21 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from expertgrid.ablations.study import designs
+from expertgrid.ablations.study import changes, designs
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.changes import CHOICES, changed, check_layers, check_parts, dotted, named_recipe
 from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
 from expertgrid.model.presets import network
-from expertgrid.model.system.errors import LONGEST_VALUE, InputError, invalid, unknown
+from expertgrid.model.system.errors import LONGEST_VALUE, InputError, all_of, collected, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
 from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
-from expertgrid.model.training.recipe import Recipe
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
-from expertgrid.model.variants import VARIANTS
 
 if TYPE_CHECKING:
     from expertgrid.model.weights import Initial
@@ -55,20 +50,7 @@ def _each_once(levels: object) -> object:
     return levels
 
 
-def _with_dotted_keys(settings: object) -> object:
-    """Settings keyed by dotted paths and variants, whichever way they were written."""
-    if not isinstance(settings, dict):
-        return settings
-    pairs: list[tuple[str, Level]] = []
-    for name, value in settings.items():
-        if name in ("model", "recipe") and isinstance(value, dict):  # recipe.lr = 0.1, without quotes, is a table
-            pairs += [(f"{name}.{field}", inner) for field, inner in value.items()]
-        else:
-            pairs.append((dotted(name) or name, value))
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{name} is set twice")
-    return dict(pairs)
+Levels = Annotated[list[Level], BeforeValidator(_each_once), Field(min_length=1)]
 
 
 class Base(BaseModel):
@@ -112,8 +94,8 @@ class Study(BaseModel):
     metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()
-    set: Annotated[dict[str, Level], BeforeValidator(_with_dotted_keys)] = {}
-    factors: dict[str, Annotated[list[Level], BeforeValidator(_each_once), Field(min_length=1)]] = {}
+    set: Annotated[dict[str, Level], BeforeValidator(changes.quoted), AfterValidator(changes.known)] = {}
+    factors: Annotated[dict[str, Levels], BeforeValidator(changes.quoted), AfterValidator(changes.known)] = {}
     baselines: Annotated[list[str], BeforeValidator(_each_once)] = []
     reported: dict[str, str] = {}
     first_seed: int = Field(0, ge=0, lt=CONTROL_SEEDS, strict=True)
@@ -122,28 +104,15 @@ class Study(BaseModel):
     recipes: dict[str, dict[str, Level]] = {}
 
     @model_validator(mode="after")
-    def check_names(self, info: Any) -> "Study":
-        """Refuses names that are nothing, those that would change the same thing twice, and too many trials.
-
-        In a study that was run, which has the context "run", an unknown name is a variant of a module that is not here.
-        """
+    def check_names(self) -> "Study":
+        """Refuses names that would change the same thing twice, and too many trials."""
         cells = designs.count_cells(self.design, self.factors)
         trials = self.seeds * (cells + len(self.baselines) + self.control)
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
-        for name in itertools.chain(self.set, self.factors):
-            if name in self.set and name in ("model", "recipe", "weights"):
-                raise ValueError(f"{name} is set in [base], or is a factor")
-            is_nothing = dotted(name) == "" and not (info.context == "run" and name.isidentifier())
-            if is_nothing or (name in self.set and name in CHOICES):
-                accepted = [*VARIANTS, *Recipe.model_fields, *(() if name in self.set else CHOICES)]
-                raise unknown("name", name, accepted, ", recipe.FIELD, model.FIELD")
-        paths = [dotted(name) or name for name in self.factors]
-        for name, path in zip(self.factors, paths):
-            if path in self.set:
-                raise ValueError(f"{name} is a factor, with levels {self.factors[name]}, and is set as well")
-            if paths.count(path) > 1:
-                raise ValueError(f"{name} is given twice among the factors")
+        for name, levels in self.factors.items():
+            if (changes.dotted(name) or name) in self.set:
+                raise ValueError(f"{name} is a factor, with levels {levels}, and is set as well")
         if "reference" in self.factors and {"model", "recipe"} & self.factors.keys():
             raise ValueError("factor reference is a model and a recipe; neither can be a factor beside it")
         levels = {level_name(level) for levels in self.factors.values() for level in levels}
@@ -164,13 +133,13 @@ class Study(BaseModel):
         first_seed: int | None = None,
     ) -> "Study":
         """This study with what the command line gives in its place. Raises InputError for what does not fit it."""
-        given, settings = settings, {dotted(path) or path: value for path, value in settings.items()}
+        given, settings = settings, {changes.dotted(path) or path: value for path, value in settings.items()}
         if len(settings) < len(given):
             raise InputError(f"--set: one field is set twice: {', '.join(given)}")
-        base = None if data is None else {**dict(self.base), "data": data}
-        changes = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
+        base = None if data is None else self.base.model_dump(exclude_unset=True) | {"data": data}
+        new = {"seeds": seeds, "first_seed": first_seed, "base": base, "set": {**self.set, **settings}}
         try:
-            return Study.model_validate(dict(self) | {name: new for name, new in changes.items() if new is not None})
+            return Study.model_validate(dict(self) | {name: value for name, value in new.items() if value is not None})
         except ValidationError as error:
             raise invalid(f"study {self.name}", error, Study.model_fields) from None
 
@@ -212,7 +181,7 @@ class Study(BaseModel):
         The files of the weights that they start from are entered in `files`, by fingerprint. Raises InputError for
         what does not exist, is out of range or does not fit.
         """
-        hold_out, cells = data.hold_out(self.base.hold_out), []
+        hold_out, cells, errors = data.hold_out(self.base.hold_out), [], list[InputError]()
         read = cache(partial(_read_weights, data, {} if files is None else files))
 
         @cache  # for this call: a user's code may change before the next
@@ -231,10 +200,15 @@ class Study(BaseModel):
                     ("weights", BASE, self.base.weights),
                 )
             )
-            cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
+            with collected(errors):
+                cells.append(self._cell(data, hold_out, levels, *chosen, self.set, describe, read))
         training = {name: value for name, value in self.set.items() if name.startswith("recipe.")}
         same = self.base.recipe, self.base.weights, training, describe, read
-        cells += [self._cell(data, hold_out, {}, name, *same) for name in self.baselines]
+        for name in self.baselines:
+            with collected(errors):
+                cells.append(self._cell(data, hold_out, {}, name, *same))
+        if errors:
+            raise all_of(errors)
         if self.control:
             cells.append(control_cell(cells[0]))
         self._check_contrasts(cells)
@@ -286,9 +260,10 @@ class Study(BaseModel):
         fields = {"in_chans": data.channels, "num_classes": len(data.classes)}
         named = network(model)
         config = named.change(**fields) if isinstance(named, ModelConfig) else named.model_copy(update=fields)
-        factors = {name: level for name, level in levels.items() if name not in CHOICES and level is not BASE}
-        config, training = changed(*changed(config, named_recipe(recipe_name, self.recipes), settings), factors)
-        check_parts(training)
+        factors = {name: level for name, level in levels.items() if name not in changes.CHOICES and level is not BASE}
+        config, training = changes.changed(config, changes.named_recipe(recipe_name, self.recipes), settings)
+        config, training = changes.changed(config, training, factors)
+        changes.check_parts(training)
         training.check_fits(data, data.trained_on(hold_out))
         sizes = {data.image_size, training.image_size(0, data.image_size)}
         if isinstance(config, TimmModel):
@@ -296,10 +271,11 @@ class Study(BaseModel):
             sizes.remove(data.image_size)
         for size in sizes:
             check_image_size(model, config, size, data.name)
-        check_layers(training, config)
+        changes.check_layers(training, config)
         initial = None if weights == NO_WEIGHTS else read(weights, config)
         own = initial and initial.normalisation
-        if own and len(own[0]) == data.channels and "recipe.normalise" not in map(dotted, [*settings, *factors]):
+        is_given = "recipe.normalise" in map(changes.dotted, [*settings, *factors])
+        if own and len(own[0]) == data.channels and not is_given:
             training = training.model_copy(update={"normalise": own} if training.normalise == "data" else {})
         alike: dict[str, Any] = {"model_name": model, "model": config, "recipe": training, "hold_out": hold_out}
         alike |= {"source": data.source, "fingerprint": data.fingerprint, "weights": initial and initial.weights}

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from expertgrid.ablations.study.changes import named_recipe
-from expertgrid.ablations.study.study import Base, Study
+from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError, invalid, unknown, wrong_file
 from expertgrid.model.system.files import read_whole
 
@@ -46,14 +46,14 @@ def read_study(path: Path, was_run: bool = False) -> Study:
 
 def parse_study(content: bytes | str, path: Path, was_run: bool = False) -> Study:
     """A study from TOML. `path` names it, and is what errors name. Raises InputError."""
-    accepted, fields = sorted(set(Study.model_fields) - {"name"}), _fields(content, path)
+    accepted = {name: Study.model_fields[name] for name in sorted({*Study.model_fields} - {"name"})}
+    fields = _fields(content, path)
     if "name" in fields:
         raise wrong_file(path, unknown("field", "name", accepted))
     try:
         return Study.model_validate({"name": path.stem, **fields}, context="run" if was_run else None)
     except ValidationError as error:
-        within_base = error.errors()[0]["loc"][:1] == ("base",)
-        raise wrong_file(path, invalid("", error, Base.model_fields if within_base else accepted)) from None
+        raise wrong_file(path, invalid("", error, accepted)) from None
 
 
 def _fields(content: bytes | str, path: Path) -> dict[str, Any]:

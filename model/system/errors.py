@@ -5,15 +5,23 @@ Every part of expertgrid raises `InputError` for input that a user can correct. 
 
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError  # imported only where it is raised, so that `--help` opens at once
 
 LONGEST_VALUE = 80  # characters of a wrong value that an error shows
+NEEDED = {  # by the kind of error that pydantic names, or by its first word
+    "int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
+    "string": "text", "list": "a list", "tuple": "a list", "dict": "a table of fields", "model": "a table of fields",
+    "literal": "{expected}", "greater_than": "more than {gt:g}", "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}", "less_than_equal": "{le:g} or less", "too_short": "a list of {min_length} or more",
+    "string_pattern_mismatch": "text like {pattern}",
+}  # fmt: skip
 
 
 class InputError(ValueError):
@@ -21,11 +29,34 @@ class InputError(ValueError):
 
     It is one line, and holds no character that a terminal would take for a command, whatever was found. In an error of
     `wrong_file`, `problem` is what is wrong with the file, without its name; in any other it is the whole message.
+    `others` are the messages of what else is wrong, which are notes of the error.
     """
 
-    def __init__(self, message: str, problem: str | None = None):
+    def __init__(self, message: str, problem: str | None = None, others: Iterable[str] = ()):
         super().__init__(printable(" ".join(message.split())))
         self.problem = str(self) if problem is None else printable(" ".join(problem.split()))
+        for other in others:
+            self.add_note(other)
+
+
+def messages(error: object) -> list[str]:
+    """What is wrong: an error in words, and its notes."""
+    return [str(error), *getattr(error, "__notes__", ())]
+
+
+def all_of(errors: Iterable[InputError]) -> InputError:
+    """One error for several. What two of them say is said once."""
+    first, *others = dict.fromkeys(message for error in errors for message in messages(error))
+    return InputError(first, others=others)
+
+
+@contextmanager
+def collected(errors: list[InputError]) -> Generator[None]:
+    """Adds an InputError of the block to `errors`."""
+    try:
+        yield
+    except InputError as error:
+        errors.append(error)
 
 
 def printable(text: str) -> str:
@@ -37,7 +68,8 @@ def printable(text: str) -> str:
 
 def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
     """The error for a file: its name, what is wrong with it, and what to do."""
-    return InputError(f"{file}: {problem}{remedy and f'; {remedy}'}", str(problem))
+    first, *others = (f"{file}: {message}{remedy and f'; {remedy}'}" for message in messages(problem))
+    return InputError(first, str(problem), others)
 
 
 def unknown(what: str, name: object, accepted: Iterable[str], more: str = "") -> InputError:
@@ -51,39 +83,45 @@ def unknown(what: str, name: object, accepted: Iterable[str], more: str = "") ->
     return InputError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}{more}")
 
 
-def invalid(where: str, error: "ValidationError", fields: Iterable[str] = ()) -> InputError:
-    """The error for the first thing that pydantic found wrong in a file or object.
+def invalid(where: str, error: "ValidationError", fields: Mapping[str, Any] | None = None) -> InputError:
+    """The error for all that pydantic found wrong in a file or object: unknown fields first, missing ones last.
 
-    `where` names that file or object ("": the message names none), `fields` the fields that it can have. The value that
-    was found is shown in at most LONGEST_VALUE characters; of text that is not JSON nothing is shown.
+    `where` names that file or object ("": the messages name none), `fields` are the `model_fields` that it can have. A
+    field is not missing where an unknown one has nearly its name. The value that was found is shown in at most
+    LONGEST_VALUE characters; of text that is not JSON nothing is shown.
     """
-    from pydantic import BaseModel
+    errors, problems = error.errors(), {}
+    typos = [str(found["loc"][-1]) for found in errors if found["type"] == "extra_forbidden"]
+    for found in sorted(errors, key=lambda found: (found["type"] == "missing") - (found["type"] == "extra_forbidden")):
+        at, kind, accepted = found["loc"], found["type"], fields or {}
+        for parent in at[:-1]:
+            accepted = getattr(getattr(accepted.get(parent), "annotation", None), "model_fields", {})
+        alike = sum(other["input"] is found["input"] and other["loc"][:-1] == at[:-1] for other in errors)
+        if alike > 1 and kind not in ("missing", "extra_forbidden") and at[-1] not in accepted:
+            at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
+        if kind != "missing" or not get_close_matches(str(at[-1]), typos):
+            problems.setdefault(at, _problem([where] * bool(where) + [*map(str, at)], found, accepted))
+    return all_of(problems.values())
 
-    errors = error.errors()
-    first = errors[0]
-    at = first["loc"]
-    alike = sum(other["input"] is first["input"] and other["loc"][:-1] == at[:-1] for other in errors)
-    if alike > 1 and first["type"] != "missing":
-        at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
-        types = {str(other["loc"][-1]) for other in errors if other["loc"][:-1] == at}
-        if types >= {"bool", "int", "float", "str"}:
-            first = first | {"msg": "a finite number, text, true, false, a list or a table is needed"}
-    path = [where, *map(str, at)] if where else [*map(str, at)]
-    if first["type"] == "extra_forbidden":
+
+def _problem(path: list[str], found: Any, fields: Iterable[str]) -> InputError:
+    kind, value, context = found["type"], found["input"], found.get("ctx", {})
+    if kind == "extra_forbidden":
         return unknown(f"field of {'.'.join(path[:-1])}:" if path[1:] else "field", path[-1], fields)
     place = f"{'.'.join(path)}: " if path else ""
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return InputError(f"{place}not JSON: {message.removeprefix('Invalid JSON: ')}")
-    value = first["input"]
-    said = isinstance(value, dict | BaseModel) or (isinstance(value, str) and repr(value) in message)
+    if kind in ("missing", "json_invalid"):
+        return InputError(f"{place}{'is missing' if kind == 'missing' else 'not JSON: ' + context['error']}")
+    needed = NEEDED.get(kind, NEEDED.get(kind.partition("_")[0]))
+    first, *others = messages(f"{needed.format(**context)} is needed" if needed else context.get("error", found["msg"]))
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
         text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
-    shown = "" if said else f", found {text}"
-    return InputError(f"{place}{message[0].lower()}{message[1:]}{shown}")
+    is_said = isinstance(value, dict) or hasattr(value, "model_fields") or (isinstance(value, str) and text in first)
+    return InputError(
+        f"{place}{first}{'' if is_said else f', found {text}'}", others=[place + other for other in others]
+    )
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertgrid.model.system.errors import unknown
+from expertgrid.model.system.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,8 @@ def torch_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     devices = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
+    if name.startswith("cuda") and not cuda:
+        raise InputError(f"--device {name}: there is no CUDA device here")
     if name not in devices:
         raise unknown("device", name, ["auto", *devices])
     return torch.device(name)

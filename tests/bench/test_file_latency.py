@@ -120,7 +120,7 @@ def test_a_baseline_is_of_this_machine_and_these_versions(tmp_path):
             check_comparable(baseline, now.model_copy(update=changed), place)
     without_blocks = baseline.latencies[0].model_copy(update={"blocks": []})
     for content, reason in (
-        ("{}", "record.json.file: field required"),
+        ("{}", "record.json.file: is missing"),
         ("[", "record.json: not JSON"),
         (record("a.onnx", without_blocks).model_dump_json(), "record.json: does not say in which blocks"),
     ):

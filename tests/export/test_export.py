@@ -127,12 +127,12 @@ def test_metadata(kind, model):
     [
         ({"classes": None}, "other.onnx: its metadata has no 'classes'"),
         ({"expertgrid.input": None}, "other.onnx: its metadata has no 'expertgrid.input'"),
-        ({"expertgrid.config": "{}"}, "other.onnx: metadata expertgrid.config: config.layers: field required"),
+        ({"expertgrid.config": "{}"}, "other.onnx: metadata expertgrid.config: config.layers: is missing"),
         ({"expertgrid.input": "uint4"}, "other.onnx: metadata expertgrid.input: found 'uint4'; accepted: uint8, float"),
         ({"mean": "[0.5"}, "other.onnx: metadata mean: not JSON"),
-        ({"image_size": "[8]"}, "other.onnx: metadata.image_size.1: field required"),
-        ({"expertgrid.precision": "fp4"}, "metadata.precision: input should be 'fp32', 'fp16', 'int8' or 'bf16'"),
-        ({"expertgrid.options": '{"threads": 0}'}, "other.onnx: metadata.threads: input should be greater than or"),
+        ({"image_size": "[8]"}, "other.onnx: metadata.image_size.1: is missing"),
+        ({"expertgrid.precision": "fp4"}, "metadata.precision: 'fp32', 'fp16', 'int8' or 'bf16' is needed"),
+        ({"expertgrid.options": '{"threads": 0}'}, "other.onnx: metadata.threads: 1 or more is needed"),
         ({"expertgrid.options": "[1"}, "other.onnx: metadata"),
     ],
 )

@@ -90,7 +90,7 @@ def test_checkpoint_of_another_config(checkpoint, tmp_path):
         ("config", "[]", "config"),
         ("config", json.dumps({"layers": []}), "config.layers"),
         ("config", json.dumps({"timm": "nope"}), "model 'nope': unknown to timm; --import MODULE registers networks"),
-        ("trained", "{}", "trained.trial: field required"),
+        ("trained", "{}", "trained.trial: is missing"),
     ],
 )
 def test_wrong_metadata(field, text, message, checkpoint, tmp_path):

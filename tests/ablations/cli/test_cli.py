@@ -156,7 +156,11 @@ def test_failed_trials_are_named_and_fail_fast_ends_at_the_first(expertgrid, tin
     (failed,) = (tmp_path / "runs" / "tiny" / "trials").glob("*/failure.json")
     *_, number, line = outcome.err.splitlines()
     assert number == "1 trial failed, and the same command tries again:"
-    assert str(failed.relative_to(tmp_path)) in line
+    assert f"traceback in {failed.relative_to(tmp_path).with_name('traceback.txt')}" in line
+    assert failed.with_name("traceback.txt").read_text().startswith("Traceback (most recent call last):\n")
+    assert "traceback" not in json.loads(failed.read_text())
+    failed.with_name("traceback.txt").unlink()
+    assert "traceback.txt: cannot be read: No such file" in expertgrid("check", "runs/tiny").out
     assert not list((tmp_path / "runs" / "tiny" / "trials").glob("*/record.json"))
     outcome = expertgrid(*command)
     assert outcome.status == 1
@@ -364,8 +368,8 @@ def test_lists(expertgrid):
         ("run quickstrat", "unknown study 'quickstrat'; did you mean 'quickstart'?"),
         ("run --data digit", "unknown data source 'digit'; did you mean 'digits'?"),
         ("run --data folder:none", "there is no directory none"),
-        ("run --seeds many", "Invalid value for '--seeds'"),
-        ("run --set recipe.epochs=0", "recipe.epochs: input should be greater than 0, found 0"),
+        ("run --seeds many", "--seeds: a whole number is needed, found 'many'"),
+        ("run --set recipe.epochs=0", "recipe.epochs: more than 0 is needed, found 0"),
         ("run --set recipe.epochs", "PATH=VALUE is needed"),
         ("run --set experts=3", "experts is a factor, with levels [1, 2], and is set as well"),
         ("run --device gpu", "unknown device 'gpu'"),
@@ -373,23 +377,20 @@ def test_lists(expertgrid):
         ("run --out full", "--out full: is not empty, and holds no study"),
         ("run --out tiny", "--out tiny: holds another study"),
         ("table full", "full: not a study directory"),
-        (
-            "table tiny --format md",
-            "'--format': 'md' is not one of 'text', 'github', 'latex', 'csv', 'json', 'parquet'.",
-        ),
+        ("table tiny --format md", "--format: 'md' is not one of 'text', 'github', 'latex', 'csv', 'json', 'parquet'."),
         ("table", "Missing argument 'DIR...'"),
         ("export full", "full: not a study directory"),
         ("export none.safetensors", "none.safetensors: there is no such checkpoint"),
         ("export broken.safetensors", "broken.safetensors: not a safetensors file, or a damaged one"),
         ("export other.safetensors", "other.safetensors: weights of another config"),
-        ("export tiny --input uint", "Invalid value for '--input': 'uint' is not one of 'uint8', 'float'."),
+        ("export tiny --input uint", "--input: 'uint' is not one of 'uint8', 'float'."),
         ("export tiny --out full", "--out full: the name of an .onnx file is needed"),
         ("export tiny --tune --precision int8", "--tune: chooses precision and rewrites itself"),
         ("export tiny --batch 8", "--batch: is for --tune"),
         ("export tiny --precision bf16", "--precision bf16: is computed by OpenVINO alone"),
         ("export tiny --outputs logits,gate", "unknown output 'gate'; did you mean 'gates'?"),
         ("export tiny --provider cpu,gpu", "unknown provider 'gpu'"),
-        ("export tiny --prune-gates 2", "Invalid value for '--prune-gates'"),
+        ("export tiny --prune-gates 2", "--prune-gates: 1 or less is needed, found '2'"),
         ("predict none.onnx x.png", "none.onnx: cannot be read"),
         ("predict full/notes.txt full/notes.txt", "full/notes.txt: not an ONNX file"),
         ("show-model none.onnx", "none.onnx: cannot be read"),
@@ -405,7 +406,7 @@ def test_lists(expertgrid):
         ("bench broken.safetensors --baseline none.json", "none.json: cannot be read"),
         ("bench broken.safetensors broken.safetensors --json all.json", "--json: is for one file"),
         ("bench-train vit_tiny_patch16_224", "vit_tiny_patch16_224 does not take the 32x32 images"),
-        ("bench-train --rounds 0", "Invalid value for '--rounds'"),
+        ("bench-train --rounds 0", "--rounds: 1 or more is needed, found '0'"),
         ("bench-train eight_blok", "unknown model 'eight_blok'; did you mean 'eight_block'?"),
         ("runn", "No such command 'runn'"),
     ],

@@ -112,7 +112,9 @@ def write(*change: str, file: str = "my_net.py") -> None:
 
 def planned():
     import_modules(["my_net"])
-    return plan_run(read_request("mine.toml", None, None, None, {}, None, None, None), None)
+    planned = plan_run(read_request("mine.toml", None, None, None, {}, None, None, None), None)
+    planned.check_directory()
+    return planned
 
 
 def ids() -> list[str]:

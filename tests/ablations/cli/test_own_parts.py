@@ -133,9 +133,9 @@ def test_a_part_that_raises_is_a_failed_trial_with_the_users_line(run, tmp_path)
     ("recipe", "message"),
     [
         ("base = 'fast'\nepoch = 1", "unknown field of recipe mine.toml: 'epoch'; did you mean 'epochs'?"),
-        ("epochs = 1", "recipe mine.toml.batch_size: field required"),
+        ("epochs = 1", "recipe mine.toml.batch_size: is missing"),
         ("base = 'fats'", "unknown recipe 'fats'; did you mean 'fast'?"),
-        ("base = 'fast'\nlr = 1979-05-27", "recipe mine.toml.lr: input should be a valid number"),
+        ("base = 'fast'\nlr = 1979-05-27", "recipe mine.toml.lr: a number is needed"),
         ("epochs", "mine.toml: not TOML: "),
         (None, "mine.toml: cannot be read: No such file"),
     ],

@@ -164,7 +164,7 @@ def test_ray_gives_the_local_records_and_faults_stay_alone(digits, tmp_path, mon
         "ray_kill": killed,
         "ray_kill_task": "crashed: the process of its task was killed",
     }
-    assert "on purpose" in directory.failure(trials[1].id).traceback
+    assert "on purpose" in (directory.trial(trials[1].id) / "traceback.txt").read_text()
     healthy = [trials[0], trials[4]]
     local = trained_here(healthy, digits, tmp_path / "local")
     for trial in healthy:

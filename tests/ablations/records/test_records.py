@@ -78,11 +78,11 @@ def test_a_damaged_record_says_what_is_wrong_and_what_to_do(tmp_path):
     place, whole = directory.trial("abc"), written_record(SimpleNamespace(id="abc", seed=0), 50, 50)
     remedy = f"the file is damaged: delete {place} and run the study again: this trial is then trained again"
     for content, wrong in (
-        ('{"trial": "abc"}', ": seed: field required"),
-        ('{"trial": "abc", "seed": "none"}', ": seed: input should be a valid integer, unable to parse"),
+        ('{"trial": "abc"}', ": seed: is missing"),
+        ('{"trial": "abc", "seed": "none"}', ": seed: a whole number is needed, found 'none'"),
         ('{"trial": "' + 500 * "x", ": not JSON: EOF while parsing a string at line 1 column 511"),
-        (whole.replace('"test_accuracy":0.5', '"test_accuracy":1.5'), ": test_accuracy: input should be less than"),
-        ('["' + 500 * "x" + '"]', ": input should be an object, found ['" + 75 * "x" + "..."),
+        (whole.replace('"test_accuracy":0.5', '"test_accuracy":1.5'), ": test_accuracy: 1 or less is needed"),
+        ('["' + 500 * "x" + '"]', ": a table of fields is needed, found ['" + 75 * "x" + "..."),
     ):
         write_whole(place / "record.json", content.encode())
         with pytest.raises(InputError) as error:

@@ -75,7 +75,7 @@ def test_devices_have_names(monkeypatch):
 def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.torch_device("auto") == machine.torch_device("cpu") == torch.device("cpu")
-    with pytest.raises(InputError, match="unknown device 'cuda'"):
+    with pytest.raises(InputError, match="--device cuda: there is no CUDA device here"):
         machine.torch_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
