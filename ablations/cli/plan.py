@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
-
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
@@ -48,11 +46,13 @@ def read_request(
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError for wrong options and a directory that holds something else."""
     study = load_study(study) if isinstance(study, str) else study
+    directory = StudyDirectory(out or Path("runs") / study.name)
+    if seeds is None and "seeds" not in study.model_fields_set and (directory.path / "study.toml").exists():
+        seeds = directory.read_study().seeds
     changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
-    directory = StudyDirectory(out or Path("runs") / changed.name)
     directory.check_holds(changed)
     begun = directory.read_race()
     if begun and until is None:
@@ -134,10 +134,7 @@ def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
 
         trials = {trial.id for cell in cells for trial in cell.trials}
         seen = sum(any(directory.path.parent.glob(f"*/trials/{trial}/record.json")) for trial in trials)
-        race = racing.new_race(cells, study, request.last_seed, seen)
-        if before := directory.read_race():
-            racing.check_same(before, race)
-            race = before
+        race = racing.new_race(cells, study, request.last_seed, seen, directory.read_race())
     planned = PlannedRun(study, directory, data, cells, race, weights)
     planned.check_code()
     return planned
@@ -157,7 +154,7 @@ def _start(trial: Trial) -> str:
 
 def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
-    from expertgrid.ablations.results.evidence import foresee
+    from expertgrid.ablations.results.evidence import foresee, images_again
     from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.ablations.study.disk import in_words, log_bytes
     from expertgrid.model.cost import cost
@@ -188,12 +185,8 @@ def plan_table(planned: PlannedRun) -> str:
     notes += planned.idle_factors()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
-        images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))
-        if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
-            shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
-            images /= (1 / shares_N).mean() / len(shares_N)
-        foreseen = foresee(study, cells, images, planned.directory)
-        notes += plan_lines(foreseen, scale(study.metric, study.margin))
+        by, again = scale(study.metric, study.margin), images_again(study.base.data, planned.hold_out)
+        notes += plan_lines(foresee(study, cells, planned.hold_out, planned.directory), by, study.margin, again)
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

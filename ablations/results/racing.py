@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.results.evidence import Evidence
+from expertgrid.ablations.results.evidence import Evidence, images_again, most_seeds
 from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
@@ -42,26 +42,27 @@ def check_options(until: str | None, max_seeds: int | None, study: Study) -> Non
         )
 
 
-def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> RaceRules:
-    """The race of a study: all that must be fixed before its first look. `seen` trials have results already.
+def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int, begun: RaceRules | None) -> RaceRules:
+    """The race of a study, or the one that was `begun`. `seen` trials have results already.
 
-    Raises InputError for a study with one network.
+    Raises InputError for a study with one network, for more seeds than have images of their own, and where the race
+    would be another one than was begun.
     """
+    hold_out = cells[0].trials[0].hold_out
+    if not begun and last > most_seeds(hold_out, study.seeds):
+        raise InputError(f"--max-seeds {last}: {images_again(study.base.data, hold_out)}")
     contrasts = len(study_questions(study, groups([cell.planned for cell in cells], study.combined_levels)).race_QU)
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
-    return RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
-
-
-def check_same(begun: RaceRules, now: RaceRules) -> None:
-    """Raises InputError where a race would be another one than was begun."""
-    for field in ("margin", "first", "last", "contrasts", "alpha"):
-        before, after = getattr(begun, field), getattr(now, field)
+    race = RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
+    for field in ("margin", "first", "last", "contrasts", "alpha") if begun else ():
+        before, after = getattr(begun, field), getattr(race, field)
         if before != after:
             name = {"last": "--max-seeds", "first": "--seeds", "contrasts": "the number of contrasts"}.get(field, field)
             raise InputError(
                 f"{name} was {before:g} when this race was begun, and cannot be {after:g} now; --out another"
             )
+    return begun or race
 
 
 def cells_with(cells: Sequence[Cell], counts: Counts) -> list[Cell]:
