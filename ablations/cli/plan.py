@@ -187,6 +187,8 @@ def plan_table(planned: PlannedRun) -> str:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
         by, again = scale(study.metric, study.margin), images_again(study.base.data, planned.hold_out)
         notes += plan_lines(foresee(study, cells, planned.hold_out, planned.directory), by, study.margin, again)
+        if planned.hold_out.kind == "rotating" and study.seeds > planned.hold_out.parts:
+            notes.append(f"{again}: verdicts are then of new seeds on these images.")
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

@@ -31,7 +31,6 @@ from expertgrid.model.training.data import split_share
 from expertgrid.model.training.holdout import SMALLEST_SHARE, HoldOut
 from expertgrid.model.training.metrics import Scale, scale
 
-CELLS_READ = 4  # whose predictions tell the images' part of the variance
 CIRCUMSTANCES: dict[str, Callable[[Record], object]] = {  # of a training, that are no factors
     "code": lambda record: record.environment.commit,
     "versions": lambda record: (record.environment.python, *sorted(record.environment.versions.items())),
@@ -185,18 +184,19 @@ class Evidence:
     @cached_property
     def spread_by_level(self) -> list[float]:
         """The spread after cell and seed of the cells before and after each main effect."""
-        own_U, rows = self._judge.residuals.own_XC, self.results.rows
-        sides = [own_U[[rows.index(row) for row in side]] for effect in self.effects for side in effect.sides]
-        return [max(0.0, float(np.nanmean(side))) ** 0.5 for side in sides if not np.isnan(side).all()]
+        squares_U, rows = self._judge.residuals.squares_XC, self.results.rows
+        sides = [squares_U[[rows.index(row) for row in side]] for effect in self.effects for side in effect.sides]
+        means = [side[side > 0].mean() for side in (squares_U, *sides) if side.any()]  # 0: without a verdict
+        return [(self.spread or 0.0) * float(mean / means[0]) ** 0.5 for mean in means[1:]]
 
     @cached_property
     def images_share(self) -> float | None:
-        """The part of the spread's square that few validation images make; None where no predictions tell it."""
+        """The part of the spread's square that few validation images make, as the predictions of four cells tell it."""
         rows, seed = self.results.rows, min(self.results.rows[0].by_seed, default=None)
         if self.scale.name != "accuracy" or not self.spread or seed is None:
             return None
         trials = [row.by_seed[seed].trial for row in rows if seed in row.by_seed]
-        read = map(StudyDirectory(self.results.path).predictions, trials[:: -(-len(trials) // CELLS_READ)])
+        read = map(StudyDirectory(self.results.path).predictions, trials[:: -(-len(trials) // 4)])
         right = [of.validation == of.validation_labels for of in read if of]
         return min(1.0, images_variance(np.array(right)) / self.spread**2) if len(right) > 1 else None
 

@@ -45,8 +45,7 @@ def check_options(until: str | None, max_seeds: int | None, study: Study) -> Non
 def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int, begun: RaceRules | None) -> RaceRules:
     """The race of a study, or the one that was `begun`. `seen` trials have results already.
 
-    Raises InputError for a study with one network, for more seeds than have images of their own, and where the race
-    would be another one than was begun.
+    Raises InputError for one network, for more seeds than have images of their own, and for another race than begun.
     """
     hold_out = cells[0].trials[0].hold_out
     if not begun and last > most_seeds(hold_out, study.seeds):

@@ -77,11 +77,11 @@ def _about(evidence: Evidence) -> str:
     counts = counts or [evidence.results.study.seeds]
     least = f"{counts[0]:g} to " if len(counts) > 1 else ""
     seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
-    part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
-    own = f"each on one {part}, with overlaps," if evidence.repeats_images else f"each on its own {part}"
+    part = f"{PARTS.get(plan.hold_out.parts, f'{plan.hold_out.parts}th')} of the images"
+    own = f"each on one {part}, with overlaps" if evidence.repeats_images else f"each on its own {part}"
     where = f"all on the same {part}" if evidence.fixed_split else own
     afterwards = ", chosen after seeing" if evidence.results.chosen_afterwards else ""
-    return f"{what}{afterwards}; {seeds}, {where} of the images"
+    return f"{what}{afterwards}; {seeds}, {where}"
 
 
 def interaction_table(evidence: Evidence) -> Table:

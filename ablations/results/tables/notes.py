@@ -84,18 +84,17 @@ def effect_notes(evidence: Evidence) -> list[str]:
 
 
 def _spread_notes(evidence: Evidence) -> list[str]:
-    """How much scores spread, and what would help most."""
     if not (evidence.spread and evidence.spread_by_level):
         return []
     low, high = min(evidence.spread_by_level), max(evidence.spread_by_level)
     spread = f"{evidence.spread:.2g}{evidence.scale.points}, by level {low:.2g} to {high:.2g}"
     if (images := evidence.images_share) is None:
         return [f"Spread after cell and seed: {spread}."]
-    by_seed = min(evidence.varies_by_seed.share if evidence.varies_by_seed else 0.0, 1 - images)
+    by_seed = min(evidence.varies_by_seed.share, 1 - images) if evidence.varies_by_seed else 0.0
+    varying = f"{by_seed:.0%} from effects that vary by seed, " if evidence.varies_by_seed else ""
     return [
-        f"Spread after cell and seed: {spread}. Of its square {images:.0%} is of few images (larger hold-outs help), "
-        f"{by_seed:.0%} of effects that vary by seed, {1 - images - by_seed:.0%} of training (longer ones may help); "
-        "more seeds help against all."
+        f"Spread after cell and seed: {spread}. Its square: {images:.0%} from few images (larger hold-outs help), "
+        f"{varying}{1 - images - by_seed:.0%} from training (longer may help); more seeds help against all."
     ]
 
 

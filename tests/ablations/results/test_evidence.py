@@ -227,7 +227,9 @@ def test_a_spread_has_its_levels_and_parts(digits, tmp_path, text_of):
 
     directory = grid_of(digits, tmp_path, scores=noisy)
     evidence = read_evidence(directory)
-    assert max(evidence.spread_by_level) > 2 * min(evidence.spread_by_level)
+    squares = np.square(evidence.spread_by_level)  # before and after: experts, kernel 3 and 5, 3 and 7
+    assert (squares[:2].mean(), squares[[2, 3, 5]].mean()) == pytest.approx((evidence.spread**2, evidence.spread**2))
+    assert squares[5] > 2 * squares[2:4].max()
     assert evidence.images_share is None
     assert re.search(r"Spread after cell and seed: \S+ points, by level \S+ to \S+\.\n", text_of(directory))
     right_CB = rng.random((6, 400)) < 0.8
@@ -238,7 +240,7 @@ def test_a_spread_has_its_levels_and_parts(digits, tmp_path, text_of):
     evidence = read_evidence(directory)
     of_images = 100 * (0.8 * 0.2 / 400) ** 0.5  # networks that are right on any image by chance
     assert evidence.images_share == pytest.approx(min(1, (of_images / evidence.spread) ** 2), rel=0.15)
-    line = r"Of its square (\d+)% is of few images .*, (\d+)% of effects .*, (\d+)% of training"
+    line = r"Its square: (\d+)% from few images .*, (\d+)% from effects .*, (\d+)% from training"
     parts = re.search(line, text_of(directory))
     assert sum(map(int, parts.groups())) == pytest.approx(100, abs=1)
 
@@ -490,9 +492,9 @@ def test_plans_and_claims_stop_where_images_come_again(digits, tmp_path, text_of
     assert "each on its own tenth of the images" in text
 
     crossing = text_of(write_study(tmp_path / "crossing", f"first_seed = 7\n{fine}", digits, drawn))
-    assert "6 seeds, each on one tenth, with overlaps, of the images" in crossing
+    assert "6 seeds, each on one tenth of the images, with overlaps" in crossing
     halves = text_of(write_study(tmp_path / "halves", fine, replace(digits, source="digits@0.5"), drawn))
-    assert "6 seeds, each on one half, with overlaps, of the images" in halves
+    assert "6 seeds, each on one half of the images, with overlaps" in halves
     assert "hold out all images once" not in halves  # and plans have no such end
     for text in (crossing, halves):
         assert "repeated with new seeds on these images, at most 1 such table" in text

@@ -166,6 +166,8 @@ def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     assert "A race: the first look is at 4 seeds, and needs 16 trials." in outcome.out
     assert "goes on to seed 8, all 32 trials are trained. 0 are done." in outcome.out
     assert (engine.trained, (tmp_path / "runs").exists()) == ([], False)
+    plan = expertgrid("run", "s.toml", "--seeds", 11, "--dry-run").out
+    assert "digits@0.05 has 20 parts: verdicts are then of new seeds on these images." in plan
 
 
 @pytest.mark.parametrize(
