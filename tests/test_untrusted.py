@@ -281,7 +281,7 @@ def test_a_study_of_too_many_trials_is_refused():
     """A few lines can ask for more trials than a computer can count."""
     levels = ", ".join(str(i / 1000) for i in range(1, 100))
     factors = [f"{name} = [{levels}]" for name in ("lr", "hflip", "reprob", "mixup")]
-    with pytest.raises(InputError, match=r"study.toml: asks for 288,178,803 trials; at most 10,000"):
+    with pytest.raises(InputError, match=r"study.toml: asks for 480,298,005 trials; at most 10,000"):
         parse_study("\n".join(['question = "?"\n[factors]', *factors]), Path("study.toml"))
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
-
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
@@ -49,11 +47,14 @@ def read_request(
 ) -> StudyRequest:
     """Reads and changes the study. Raises InputError where it is wrong, or an option. The directory is not read yet."""
     study = load_study(study) if isinstance(study, str) else study
+    directory = StudyDirectory(out or Path("runs") / study.name, extend)
+    if seeds is None and "seeds" not in study.model_fields_set and (directory.path / "study.toml").exists():
+        seeds = directory.read_study().seeds
     changed = study.change(seeds, data, settings, first_seed)  # fails before the statistics are imported
     from expertgrid.ablations.results import racing
 
     racing.check_options(until, max_seeds, changed)
-    return StudyRequest(changed, StudyDirectory(out or Path("runs") / changed.name, extend), max_seeds)
+    return StudyRequest(changed, directory, max_seeds)
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,13 @@ class PlannedRun:
         begun, path = self.directory.read_race(), self.directory.path
         if begun and self.race is None:
             raise InputError(f"--out {path}: holds a race; go on with --until decided --max-seeds {begun.last}")
-        if begun and self.race:
+        if self.race:
             from expertgrid.ablations.results import racing
 
-            racing.check_same(begun, self.race)
+            if begun:
+                racing.check_same(begun, self.race)
+            else:
+                racing.check_images(self.race, self.study, self.hold_out)
         self.directory.check_weights(cell.trials[0] for cell in self.cells)
         self.check_code()
 
@@ -160,7 +164,7 @@ def _start(trial: Trial) -> str:
 
 def plan_table(planned: PlannedRun) -> str:
     """The cells with their costs, for a person to read before the training."""
-    from expertgrid.ablations.results.evidence import foresee
+    from expertgrid.ablations.results.evidence import foresee, images_again
     from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.ablations.study.disk import in_words, log_bytes
     from expertgrid.model.cost import cost
@@ -197,12 +201,11 @@ def plan_table(planned: PlannedRun) -> str:
     notes += planned.idle_factors()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]
-        images = float(len(planned.data.train) - planned.data.trained_on(planned.hold_out))
-        if study.metric == "balanced_accuracy":  # as many as would tell as much of classes of one size
-            shares_N = np.bincount(planned.data.train.labels_B) / len(planned.data.train)
-            images /= (1 / shares_N).mean() / len(shares_N)
-        foreseen = foresee(study, cells, images, None if refused else planned.directory)
-        notes += plan_lines(foreseen, scale(study.metric, study.margin))
+        by, again = scale(study.metric, study.margin), images_again(study.base.data, planned.hold_out)
+        foreseen = foresee(study, cells, planned.hold_out, None if refused else planned.directory)
+        notes += plan_lines(foreseen, by, study.margin, again)
+        if planned.hold_out.kind == "rotating" and study.seeds > planned.hold_out.parts:
+            notes.append(f"{again}: verdicts are then of new seeds on these images.")
     if race := planned.race:
         first_look = {trial.id for cell in planned.cells for trial in cell.trials[: race.first]}
         notes.append(

@@ -25,7 +25,7 @@ class Change(NamedTuple):
     name: str
     judgement: Judgement
     cost: Costs = {}
-    seeds_to_decide: int | None = None
+    seeds_to_decide: float | None = None
 
 
 def answer(evidence: Evidence) -> str:
@@ -39,11 +39,11 @@ def answer(evidence: Evidence) -> str:
     if evidence.effects:
         changes = [Change(_named(of), of.judgement, of.cost, of.seeds_to_decide) for of in evidence.effects]
         mean = " on average over the other factors" if len(evidence.results.study.factors) > 1 else ""
-        sentence = _sentence(changes, by, "", ("changes", "change"), margin + mean)
+        sentence = _sentence(changes, by, "", ("changes", "change"), margin + mean, evidence.most_seeds)
     elif any(evidence.against_base):
         base = rows[0].name
         changes = [Change(row.name, judged) for row, judged in zip(rows, evidence.against_base) if judged]
-        sentence = _sentence(changes, by, f" against {base}", ("differs", "differ"), f"from {base} by {margin}")
+        sentence = _sentence(changes, by, f" against {base}", ("differs", "differ"), f"from {base} by {margin}", 0)
     else:
         return f"There is one network, {rows[0].name}, and nothing to compare it with."
     if evidence.fixed_split:
@@ -51,7 +51,7 @@ def answer(evidence: Evidence) -> str:
     return f"{sentence} To be confirmed: {evidence.not_confirmed}." if evidence.not_confirmed else sentence
 
 
-def _sentence(changes: Sequence[Change], by: Scale, against: str, differ: tuple[str, str], margin: str) -> str:
+def _sentence(changes: list[Change], by: Scale, against: str, differ: tuple[str, str], margin: str, most: int) -> str:
     by_verdict: dict[str, list[Change]] = {verdict: [] for verdict in VERDICTS}
     for change in changes:
         by_verdict[change.judgement.verdict].append(change)
@@ -68,7 +68,7 @@ def _sentence(changes: Sequence[Change], by: Scale, against: str, differ: tuple[
         parts.append(f"{_listed(names)} {differ[len(same) > 1]} {margin}")
     if undecided := by_verdict[OPEN]:
         names, verb = [change.name for change in undecided], ("is", "are")[len(undecided) > 1]
-        seeds = _seeds([change.seeds_to_decide for change in undecided])
+        seeds = _seeds([change.seeds_to_decide for change in undecided], most)
         parts.append(f"{_listed(names)} {verb} open{against}{seeds}")
     if without := by_verdict[NONE]:
         names, verb = [change.name for change in without], ("has", "have")[len(without) > 1]
@@ -134,13 +134,13 @@ def _cost(cost: Costs) -> str:
     return f" for {_price(cost)}"
 
 
-def _seeds(needed: Sequence[int | None]) -> str:
+def _seeds(needed: Sequence[float | None], limit: int) -> str:
     known = [count for count in needed if count is not None]
     if len(known) < len(needed) or not known:
         return ""
-    least, most = min(known), max(known)
-    count, them = least if least == most else f"{least} to {most}", "it" if len(needed) == 1 else "them"
-    return f": about {count} seeds would decide {them} in a fresh study"
+    least, most = (f"more than {limit}" if count > limit else str(count) for count in (min(known), max(known)))
+    about, them = "" if min(known) > limit else "about ", "it" if len(needed) == 1 else "them"
+    return f": {about}{least if least == most else f'{least} to {most}'} seeds would decide {them} in a fresh study"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,13 +6,15 @@ exploratory.
 Shapes: Q contrasts, U networks, S seeds.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.costs import Costs, costs
 from expertgrid.ablations.results.questions import Questions, study_questions
 from expertgrid.ablations.results.rows import Results, Row, read_results
@@ -20,13 +22,22 @@ from expertgrid.ablations.results.stats import contrasts, factors, planning
 from expertgrid.ablations.results.stats.assumptions import FTest, effects_by_seed, may_be_best, seeds_that_decide
 from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, TURNED, WORSE, Family, Judgement
 from expertgrid.ablations.results.stats.factors import EffectContrast
+from expertgrid.ablations.results.stats.images import images_variance
 from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
 from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
-from expertgrid.model.training.metrics import WITH_FLOOR, Scale, scale
+from expertgrid.model.training.data import split_share
+from expertgrid.model.training.holdout import SMALLEST_SHARE, HoldOut
+from expertgrid.model.training.metrics import Scale, scale
 
-EXPECTED_ACCURACY = 90.0  # percent: what a plan takes networks to reach, before any is trained
+CIRCUMSTANCES: dict[str, Callable[[Record], object]] = {  # of a training, that are no factors
+    "code": lambda record: record.environment.commit,
+    "versions": lambda record: (record.environment.python, *sorted(record.environment.versions.items())),
+    "device": lambda record: record.environment.device,
+    "threads": lambda record: record.environment.threads,
+    "precision": lambda record: record.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Effect:
     changes: tuple[tuple[str, str, str], ...]  # factor, before, after
     judgement: Judgement
     cost: Costs  # after over before, mean over the matched cells
-    seeds_to_decide: int | None = None  # about how many in all; None for what is decided
+    seeds_to_decide: float | None = None  # about how many in all; None for what is decided, inf for more than `most`
     pairs: tuple[tuple[Row, Row], ...] = ()  # the matched cells of a main effect: before, after
 
     @property
@@ -51,6 +62,32 @@ class Effect:
     def name(self) -> str:
         return ", with ".join(f"{factor} {before} -> {after}" for factor, before, after in self.changes)
 
+    @property
+    def sides(self) -> list[list[Row]]:
+        """The rows before and after a main effect."""
+        return [list(dict.fromkeys(side)) for side in zip(*self.pairs)]
+
+    @property
+    def confounded(self) -> list[str]:
+        """The circumstances in which half or more of the trainings before and after a main effect differ."""
+        sides = [[record for row in side for record in row.records] for side in self.sides]
+
+        def alike(of: Callable[[Record], object]) -> float:
+            before, after = (Counter(map(of, side)) for side in sides)
+            return sum(min(before[value] / before.total(), after[value] / after.total()) for value in before)
+
+        return [name for name, of in CIRCUMSTANCES.items() if all(sides) and alike(of) <= 0.5]
+
+    @property
+    def diverged(self) -> tuple[list[list[int]], float] | None:
+        """Trainings that diverged and that did not, before and after, with Fisher's exact p; None where none did."""
+        counts = [[sum(row.diverged for row in side), sum(len(row.by_seed) for row in side)] for side in self.sides]
+        if not any(count for count, _ in counts):
+            return None
+        from scipy.stats import fisher_exact  # slow to import
+
+        return counts, float(fisher_exact(counts).pvalue)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -61,7 +98,7 @@ class Comparison:
     judgement: Judgement
     test: Judgement
     declared: bool
-    seeds_to_decide: int | None = None
+    seeds_to_decide: float | None = None
 
     @property
     def name(self) -> str:
@@ -121,8 +158,13 @@ class Evidence:
 
     @property
     def repeats_images(self) -> bool:
-        """Whether there are more seeds than parts of the images, so that parts are held out again."""
-        return max((row.seeds for row in self.results.rows), default=0) > self.results.plan.hold_out.parts
+        """Whether seeds are of more than one partition of the images, so that images are held out again."""
+        parts = self.results.plan.hold_out.parts
+        return len({seed // parts for row in self.results.rows for seed in row.trials}) > 1
+
+    @property
+    def most_seeds(self) -> int:
+        return self._judge.most_seeds
 
     @property
     def not_confirmed(self) -> str:
@@ -140,6 +182,25 @@ class Evidence:
         """Whether main effects vary from seed to seed by more than the noise."""
         weights_QU = self.questions.effect_weights_QU
         return effects_by_seed(weights_QU, self._judge.judged_US) if len(weights_QU) else None
+
+    @cached_property
+    def spread_by_level(self) -> list[float]:
+        """The spread after cell and seed of the cells before and after each main effect."""
+        squares_U, rows = self._judge.residuals.squares_XC, self.results.rows
+        sides = [squares_U[[rows.index(row) for row in side]] for effect in self.effects for side in effect.sides]
+        means = [side[side > 0].mean() for side in (squares_U, *sides) if side.any()]  # 0: without a verdict
+        return [(self.spread or 0.0) * float(mean / means[0]) ** 0.5 for mean in means[1:]]
+
+    @cached_property
+    def images_share(self) -> float | None:
+        """The part of the spread's square that few validation images make, as the predictions of four cells tell it."""
+        rows, seed = self.results.rows, min(self.results.rows[0].by_seed, default=None)
+        if self.scale.name != "accuracy" or not self.spread or seed is None:
+            return None
+        trials = [row.by_seed[seed].trial for row in rows if seed in row.by_seed]
+        read = map(StudyDirectory(self.results.path).predictions, trials[:: -(-len(trials) // 4)])
+        right = [of.validation == of.validation_labels for of in read if of]
+        return min(1.0, images_variance(np.array(right)) / self.spread**2) if len(right) > 1 else None
 
     @cached_property
     def hanging_on_a_seed(self) -> dict[str, list[int]]:
@@ -202,12 +263,24 @@ class Evidence:
         return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
 
 
+def most_seeds(hold_out: HoldOut, seeds: int) -> int:
+    """The seeds that a plan may have, so that no image is held out twice. No such limit where that is so anyway."""
+    return hold_out.parts if hold_out.kind == "rotating" and seeds <= hold_out.parts else planning.MOST_SEEDS
+
+
+def images_again(source: str, hold_out: HoldOut) -> str:
+    """That more seeds hold out the same images, and which source has more parts."""
+    share = max(SMALLEST_SHARE, hold_out.share / 2)
+    more = f"; {split_share(source)[0]}@{share:g} has {round(1 / share)} parts" if share < hold_out.share else ""
+    return f"{hold_out.parts} seeds hold out all images once, and more seeds the same again{more}"
+
+
 def weigh(results: Results) -> Evidence:
     """The verdicts of a study, as it is."""
     study, plan = results.study, results.plan
     judge = Judge(results)
     questions, by, state = judge.questions, judge.scale, None
-    to_decide: Sequence[int | None] = [None] * len(questions.effects)
+    to_decide: Sequence[float | None] = [None] * len(questions.effects)
     if plan.race is not None and questions.networks > 1:
         limits = plan.race.margin, plan.race.last, plan.race.first
         state = race(questions.race_QU, judge.scores_US, *limits, judge.no_verdict)
@@ -217,7 +290,7 @@ def weigh(results: Results) -> Evidence:
         family = judge.family(questions.effect_weights_QU)
         judgements = family.judgements
         if plan.race is None:
-            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, judge.margin)
+            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, judge.margin, judge.most_seeds)
     exploratory = judge.family(questions.interaction_weights_QU).judgements if plan.race is None else []
     pairs = [(results.row(first), results.row(second)) for first, second in study.contrasts]
     return Evidence(
@@ -228,7 +301,9 @@ def weigh(results: Results) -> Evidence:
         interactions=[judge.effect(*answered) for answered in zip(questions.interactions, exploratory)],
         declared=judge.compare(pairs, declared=True) if pairs and plan.race is None else [],
         spread=judge.spread,
-        sight=sight(questions.first_family_QU, judge.spread, study.seeds, by.differences(judge.margin))
+        sight=sight(
+            questions.first_family_QU, judge.spread, study.seeds, by.differences(judge.margin), judge.most_seeds
+        )
         if judge.spread and plan.race is None
         else None,
         race=state,
@@ -245,6 +320,7 @@ class Judge:
 
     def __init__(self, results: Results) -> None:
         self.results, self.margin, self.scale = results, results.margin, results.scale
+        self.most_seeds = most_seeds(results.plan.hold_out, results.study.seeds)
         self.questions = study_questions(results.study, results.rows)
         self.scores_US = results.scores()
         self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
@@ -271,16 +347,20 @@ class Judge:
         return whole_US
 
     @cached_property
+    def residuals(self) -> contrasts.Residuals:
+        whole_US = self.judged_US
+        return contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
+
+    @cached_property
     def spread(self) -> float | None:
         """The pooled residual standard deviation, None where it is not known or nothing."""
         whole_US = self.judged_US
         if len(whole_US) < 2 or np.isnan(whole_US).all():
             return None
-        residuals = contrasts.residual_variances(np.nan_to_num(whole_US), contrasts.Fit(~np.isnan(whole_US)))
-        spread = float(np.sqrt(residuals.pooled_X)) if residuals.df > 0 else 0.0
+        spread = float(np.sqrt(self.residuals.pooled_X)) if self.residuals.df > 0 else 0.0
         return spread if spread > 1e-6 * float(np.nanmax(np.abs(whole_US))) else None
 
-    def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: int | None = None) -> Effect:
+    def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: float | None = None) -> Effect:
         changes = tuple((change.factor, str(change.before), str(change.after)) for change in contrast.changes)
         pairs = [(self.results.rows[before], self.results.rows[after]) for before, after in contrast.pairs]
         return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide, tuple(pairs))
@@ -292,7 +372,7 @@ class Judge:
         rows = [self.results.rows[unit] for unit in np.flatnonzero(weights_U)]
         if sum(bool(row.no_verdict) for row in rows) == 1 and len(rows) == 2:
             return judgement
-        count = sum(failure.kind == "diverged" for row in rows for failure in row.failures.values())
+        count = sum(row.diverged for row in rows)
         return replace(judgement, reason=f"diverged in {count} of {sum(row.seeds for row in rows)} trainings")
 
     def against_base(self, state: RaceState | None) -> list[Judgement | None]:
@@ -309,7 +389,7 @@ class Judge:
         rows = self.results.rows
         weights_QU = np.array([factors.difference(*pair, len(rows)) for pair in pairs])
         validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores("test"))
-        to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin)
+        to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin, self.most_seeds)
         return [
             Comparison(rows[first], rows[second], on_validation, on_test, declared, seeds)
             for (first, second), on_validation, on_test, seeds in zip(
@@ -319,17 +399,13 @@ class Judge:
 
 
 def foresee(
-    study: Study, cells: Sequence[PlannedCell], images: float, directory: StudyDirectory | None
+    study: Study, cells: Sequence[PlannedCell], hold_out: HoldOut, directory: StudyDirectory | None
 ) -> Sight | None:
     """What a study can see before it is trained, from the spread in its directory's records, if there are enough.
 
-    Without records the spread is the binomial floor for networks of `EXPECTED_ACCURACY` on `images` validation images.
-    None for a study with one network or one seed, and without records for a metric that has no such floor.
+    None for a study with one network or one seed.
     """
     questions = study_questions(study, groups(cells, study.combined_levels))
     spread = read_evidence(directory).spread if directory and (directory.path / "plan.json").exists() else None
-    if spread is None and study.metric not in WITH_FLOOR:
-        return None
-    floor = planning.binomial_spread(EXPECTED_ACCURACY, images)
     differences = scale(study.metric, study.margin).differences(study.margin)
-    return sight(questions.first_family_QU, spread or floor, study.seeds, differences, measured=spread is not None)
+    return sight(questions.first_family_QU, spread, study.seeds, differences, most_seeds(hold_out, study.seeds))

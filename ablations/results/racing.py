@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from expertgrid.ablations.records.plan import RaceRules
-from expertgrid.ablations.results.evidence import Evidence
+from expertgrid.ablations.results.evidence import Evidence, images_again, most_seeds
 from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN
 from expertgrid.ablations.results.stats.critical import LEVEL
@@ -16,6 +16,7 @@ from expertgrid.ablations.results.stats.race import FIRST
 from expertgrid.ablations.study.cells import Cell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.system.errors import InputError
+from expertgrid.model.training.holdout import HoldOut
 
 MOST_SEEDS = 100
 Counts = Mapping[str, int]  # seeds of a network, by the id of its first trial
@@ -51,6 +52,12 @@ def new_race(cells: Sequence[Cell], study: Study, last: int, seen: int) -> RaceR
     if not contrasts:
         raise InputError("--until decided: the study has one network, and nothing to compare it with")
     return RaceRules(alpha=1 - LEVEL, margin=study.margin, first=study.seeds, last=last, contrasts=contrasts, seen=seen)
+
+
+def check_images(race: RaceRules, study: Study, hold_out: HoldOut) -> None:
+    """Raises InputError where a new race may take more seeds than have images of their own."""
+    if race.last > most_seeds(hold_out, study.seeds):
+        raise InputError(f"--max-seeds {race.last}: {images_again(study.base.data, hold_out)}")
 
 
 def check_same(begun: RaceRules, now: RaceRules) -> None:

@@ -91,14 +91,18 @@ class Row(Group):
         """The mean on validation, turned so that higher is better."""
         return self.scale.sign * self.mean("validation")
 
+    @property
+    def diverged(self) -> int:
+        """Trainings."""
+        return sum(failure.kind == "diverged" for failure in self.failures.values())
+
     @cached_property
     def no_verdict(self) -> str:
         """Why the row may not be judged, such as `diverged in 2 of 5 seeds`; "" where it may.
 
         A training that diverged is a result. One that ended for another reason is missing.
         """
-        count = sum(failure.kind == "diverged" for failure in self.failures.values())
-        return f"diverged in {count} of {self.seeds} seeds" if count else ""
+        return f"diverged in {self.diverged} of {self.seeds} seeds" if self.diverged else ""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class JudgedEffect:
     before: str
     after: str
     judgement: Judgement
-    seeds_to_decide: int | None  # about how many in all; None for what is decided
+    seeds_to_decide: float | None  # about how many in all; None for what is decided, inf for more than 1,000
 
 
 @dataclass(frozen=True)

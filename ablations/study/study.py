@@ -81,8 +81,8 @@ class Study(BaseModel):
     same. `contrasts` are pairs of cells that are to be compared, declared before anything is
     trained, by their names or levels (`experts=2`). `control` adds the first cell once more, trained from other seeds
     on the same hold-outs: whatever else a study finds, these two should come out the same. The seeds are `first_seed`
-    and those that follow. `reported` is what the source of a level claims, shown beside its cell. `recipes` has the
-    user's own, by their names or files.
+    and those that follow; without a number of them, a directory that is there keeps its own. `reported` is what the
+    source of a level claims, shown beside its cell. `recipes` has the user's own, by their names or files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -90,7 +90,7 @@ class Study(BaseModel):
     name: Annotated[str, AfterValidator(_folder_name)] = Field(exclude=True)
     question: str
     design: Design = "factorial"
-    seeds: int = Field(3, ge=1, le=1000, strict=True)
+    seeds: int = Field(5, ge=1, le=1000, strict=True)
     metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
     base: Base = Base()

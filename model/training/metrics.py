@@ -109,7 +109,6 @@ METRICS: dict[str, Metric] = {
     "auroc": Metric(_auroc, needs_each_class=True),
 }
 SHIPPED = tuple(METRICS)
-WITH_FLOOR = ("accuracy", "balanced_accuracy")  # by which finite images alone make networks spread, as is known
 
 
 def scale(name: str, margin: float = 0.5) -> Scale:

@@ -17,6 +17,7 @@ class FTest(NamedTuple):
 
     f: float
     p: float
+    share: float  # of the residual variance that is more than noise
 
 
 def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | None:
@@ -42,7 +43,7 @@ def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | No
     if not 0 < df < df_without or left <= 1e-12 * (scores**2).sum():
         return None
     f = (without - left) / (df_without - df) / (left / df)
-    return FTest(f, float(fdtrc(df_without - df, df, f)))
+    return FTest(f, float(fdtrc(df_without - df, df, f)), max(0.0, 1 - left / df / (without / df_without)))
 
 
 def seeds_that_decide(weights_QC: np.ndarray, scores_CS: np.ndarray, margin: float) -> list[list[int]]:

@@ -336,6 +336,7 @@ class Residuals(NamedTuple):
     pooled_X: np.ndarray  # NaN without degrees of freedom
     own_XC: np.ndarray  # of each cell, unbiased; may be below 0
     df: float
+    squares_XC: np.ndarray  # the sum of each cell's squared residuals
 
 
 def residual_variances(scores_XCS: np.ndarray, fit: Fit) -> Residuals:
@@ -350,4 +351,4 @@ def residual_variances(scores_XCS: np.ndarray, fit: Fit) -> Residuals:
     own_XC = np.full(squares_XC.shape, np.nan)
     own_XC[..., cells] = squares_XC[..., cells] @ fit.unmixed_CC
     pooled_X = squares_XC.sum(-1) / fit.df if fit.df > 0 else np.full(squares_XC.shape[:-1], np.nan)
-    return Residuals(pooled_X, own_XC, fit.df)
+    return Residuals(pooled_X, own_XC, fit.df, squares_XC)

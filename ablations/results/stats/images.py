@@ -45,6 +45,18 @@ def consistent_images(first_SB: np.ndarray, second_SB: np.ndarray) -> Consistent
     )
 
 
+def images_variance(right_CB: np.ndarray) -> float:
+    """What B random images add to the variance of a cell's share of right ones, beyond what all C cells share.
+
+    From whether each network is right, one of each cell, all on the same images. For two cells this is half of the
+    variance of McNemar's difference. In percent squared.
+    """
+    right_CB = np.asarray(right_CB, dtype=float)
+    count, images = right_CB.shape
+    left_CB = right_CB - right_CB.mean(0) - right_CB.mean(1, keepdims=True) + right_CB.mean()
+    return float(1e4 * (left_CB**2).sum() / ((count - 1) * (images - 1) * images))
+
+
 def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int) -> np.ndarray:
     """Counts (N, N) of images: rows are what they are, columns what they were taken for.
 

@@ -7,7 +7,8 @@ Shapes: Q contrasts, C cells, D differences, X draws.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,17 +21,6 @@ from expertgrid.ablations.results.stats.critical import LEVEL, correlation, cros
 POWER = 0.8
 MOST_SEEDS = 1000
 DRAWS = 2048
-
-
-def binomial_spread(accuracy: float, images: float) -> float:
-    """The standard deviation of an accuracy in percent that `images` random images alone give: a floor for the spread.
-
-    Jordan 2023 (arXiv 2304.01910) finds most of the spread of seeds on CIFAR-10 to be this. Raises ValueError for an
-    accuracy that is not between 0 and 100 percent.
-    """
-    if not 0 < accuracy < 100 or images < 1:
-        raise ValueError(f"an accuracy between 0 and 100 and 1 image or more are needed, found {accuracy} and {images}")
-    return math.sqrt(accuracy * (100 - accuracy) / images)
 
 
 class PowerAnalysis:
@@ -50,8 +40,6 @@ class PowerAnalysis:
         With a margin, the probability of any verdict but open, `same` included. 0 for one seed. Within 5 points of
         what simulated studies give (by its tests), with 4 cells or more and 3 seeds or more within 3.
         """
-        if seeds < 2:
-            return 0.0
         weights_C = self.weights_QC[contrast]
         unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         if _own_df(weights_C, seeds) < TOO_FEW:
@@ -66,30 +54,22 @@ class PowerAnalysis:
             decided_X = above_X + same_X
         return float(decided_X.mean())
 
-    def detectable(self, seeds: int, power: float = POWER) -> np.ndarray:
-        """The difference of each contrast (Q,) that `seeds` seeds find with this power; inf for one seed."""
-        if seeds < 2:
-            return np.full(len(self.weights_QC), np.inf)
-        forms = [_form(weights_C) for weights_C in self.weights_QC]  # those of one form see the same
-        by_form = {form: self._detectable(forms.index(form), seeds, power) for form in dict.fromkeys(forms)}
-        return np.array([by_form[form] for form in forms])
-
-    def _detectable(self, contrast: int, seeds: int, power: float) -> float:
+    def detectable(self, contrast: int, seeds: int) -> float:
+        """The difference that `seeds` seeds find with a power of 80%; inf where they have no verdict."""
         weights_C = self.weights_QC[contrast]
-        unit = self.spread * math.sqrt((weights_C**2).sum() / seeds)
         if _own_df(weights_C, seeds) < TOO_FEW:
             return math.inf
-        most = unit * (50 + 50 * self._constant(seeds))
-        return crossing(lambda difference: self.power(contrast, difference, seeds) > power, 0.0, most)
+        most = self.spread * math.sqrt((weights_C**2).sum() / seeds) * (50 + 50 * self._constant(seeds))
+        return crossing(lambda difference: self.power(contrast, difference, seeds) > POWER, 0.0, most)
 
-    def seeds_for(
-        self, contrast: int, difference: float, margin: float | None = None, power: float = POWER
-    ) -> int | None:
-        """The fewest seeds that find a true difference with this power; with a margin, that decide it either way.
+    def seeds_for(self, contrast: int, difference: float, margin: float | None = None, most: int = MOST_SEEDS) -> float:
+        """The fewest seeds that find a true difference with a power of 80%; with a margin, that decide it either way.
 
-        None for more than 1,000.
+        inf for more than `most`.
         """
-        return _fewest(lambda seeds: self.power(contrast, difference, seeds, margin) >= power)
+        counts = range(2, most + 1)
+        place = bisect_left(counts, True, key=lambda seeds: self.power(contrast, difference, seeds, margin) >= POWER)
+        return counts[place] if place < len(counts) else math.inf
 
     def _constant(self, seeds: int) -> float:
         return self._joint.constant((self.weights_QC.shape[1] - 1) * (seeds - 1), self.level)
@@ -99,40 +79,43 @@ class PowerAnalysis:
 class Sight:
     """What a study can see. Differences and the spread are in points, or as the metric counts."""
 
-    spread: float  # of a cell's score from seed to seed beyond its block
-    measured: bool  # from records; else the binomial floor
+    spread: float | None  # of a cell's score from seed to seed beyond its block; None where it is not known
     seeds: int
-    smallest: float  # difference that is found with a probability of 80%, for the contrast that is hardest to see
-    needed: dict[float, int | None]  # seeds by difference; None for more than 1,000
+    smallest: float  # difference (in spreads, where none is known) that the hardest contrast shows in 80% of studies
+    needed: dict[float, float]  # seeds by difference; inf for more than `most`
+    most: int  # seeds that a plan may have
 
 
 def sight(
-    weights_QC: np.ndarray, spread: float, seeds: int, differences: Sequence[float], measured: bool = True
+    weights_QC: np.ndarray, spread: float | None, seeds: int, differences: Sequence[float], most: int = MOST_SEEDS
 ) -> Sight | None:
     """What `seeds` seeds can see by a spread, and how many `differences` need. None without contrasts, for one seed."""
     if not len(weights_QC) or seeds < 2:
         return None
-    analysis = PowerAnalysis(weights_QC, spread)
+    analysis = PowerAnalysis(weights_QC, spread or 1.0)
     hardest = int((weights_QC**2).sum(1).argmax())
-    smallest = float(analysis.detectable(seeds)[hardest])
+    smallest = analysis.detectable(hardest, seeds)
     half = [float(f"{smallest / 2:.1g}")] if smallest < differences[0] else []
-    needed = {difference: analysis.seeds_for(hardest, difference) for difference in (*differences, *half)}
-    return Sight(spread, measured, seeds, smallest, needed)
+    sizes = (*differences, *half) if spread else ()
+    needed = {difference: analysis.seeds_for(hardest, difference, most=most) for difference in sizes}
+    return Sight(spread, seeds, smallest, needed, most)
 
 
-def seeds_to_decide(weights_QC: np.ndarray, family: Family, margin: float, power: float = POWER) -> list[int | None]:
+def seeds_to_decide(
+    weights_QC: np.ndarray, family: Family, margin: float, most: int = MOST_SEEDS
+) -> list[float | None]:
     """About how many seeds in all would decide each open contrast of a family, were the truth what it looks like now.
 
     By the spread that the contrast's own interval shows. A rough answer: the estimate is uncertain by half an interval.
-    None for what is decided, or has no interval, and for more than 1,000.
+    None for what is decided, or has no interval; inf for more than `most`.
     """
-    needed: list[int | None] = []
+    needed: list[float | None] = []
     for place, judgement in enumerate(family.judgements):
         if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
             needed.append(None)
             continue
         spread = judgement.error * math.sqrt(judgement.seeds / (np.asarray(weights_QC)[place] ** 2).sum())
-        needed.append(PowerAnalysis(weights_QC, spread).seeds_for(place, judgement.mean, margin, power))
+        needed.append(PowerAnalysis(weights_QC, spread).seeds_for(place, judgement.mean, margin, most))
     return needed
 
 
@@ -170,16 +153,3 @@ def _widths(weights: tuple[float, ...], seeds: int, rank: int) -> np.ndarray:
     apart = own_df < FEW
     excess_X = np.maximum(excess_XC, 0) @ share_C if apart else np.maximum(excess_XC @ share_C, 0)
     return np.sqrt(np.maximum(pooled_X + surcharge(seeds) * excess_X, over_seeds_X))
-
-
-def _fewest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest number of seeds that is enough, 2 to 1,000, where more seeds are never worse."""
-    low, high = 1, 2
-    while not enough(high):
-        if high == MOST_SEEDS:
-            return None
-        low, high = high, min(2 * high, MOST_SEEDS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high

@@ -17,7 +17,6 @@ from expertgrid.ablations.results.tables.notes import (
     comparison_notes,
     reasons,
     sight_line,
-    split_notes,
     verdict_notes,
 )
 from expertgrid.model.system.text import Measured, Points, Signed, Table, rounded
@@ -38,7 +37,7 @@ def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
         notes = reasons((row.name, judgement) for row, judgement in zip(results.rows, evidence.against_base)) + notes
         if not evidence.effects:
             sight = [sight_line(evidence.sight, evidence.scale)] if evidence.sight else []
-            notes = verdict_notes(evidence) + notes + sight + split_notes(evidence)
+            notes = verdict_notes(evidence) + notes + sight
     return Table("cells", title, columns(results.rows, evidence), notes)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
-from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, split_notes, verdict_notes
+from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, verdict_notes
 from expertgrid.model.system.text import Signed, Span, Table, rounded
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
@@ -30,7 +30,9 @@ class Verdict:
 
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
-        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | {"fixed_split": self.fixed_split}
+        ends = [abs(end) for end in (self.judgement.low, self.judgement.high) if end is not None]
+        more = {"fixed_split": self.fixed_split, "ruled_out_above": max(ends, default=None)}
+        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | more
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:
@@ -75,10 +77,11 @@ def _about(evidence: Evidence) -> str:
     counts = counts or [evidence.results.study.seeds]
     least = f"{counts[0]:g} to " if len(counts) > 1 else ""
     seeds = f"{least}{counts[-1]:g} seed{'' if counts[-1] == 1 else 's'}"
-    part = PARTS.get(plan.hold_out.parts, f"{plan.hold_out.parts}th")
-    where = f"all on the same {part}" if evidence.fixed_split else f"each on its own {part}"
+    part = f"{PARTS.get(plan.hold_out.parts, f'{plan.hold_out.parts}th')} of the images"
+    own = f"each on one {part}, with overlaps" if evidence.repeats_images else f"each on its own {part}"
+    where = f"all on the same {part}" if evidence.fixed_split else own
     afterwards = ", chosen after seeing" if evidence.results.chosen_afterwards else ""
-    return f"{what}{afterwards}; {seeds}, {where} of the images"
+    return f"{what}{afterwards}; {seeds}, {where}"
 
 
 def interaction_table(evidence: Evidence) -> Table:
@@ -122,6 +125,6 @@ def level_table(evidence: Evidence, marginals: Sequence[Marginal]) -> Table:
         notes.append("interaction: what one change of level adds to the other. Exploratory: not declared.")
     else:
         notes.append("effect: over the cells that differ in this factor alone, one of the study's main effects.")
-        notes += [*verdict_notes(evidence), *split_notes(evidence)]
+        notes += verdict_notes(evidence)
     notes += reasons((effect.name, effect.judgement) for effect in effects)
     return Table("levels", f"By {' and '.join(names)}", rows, notes)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
-from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
+from expertgrid.ablations.results.evidence import Evidence, images_again
 from expertgrid.ablations.results.rows import (
     Results,
     best_record,
@@ -23,7 +23,7 @@ from expertgrid.ablations.results.stats.planning import Sight
 from expertgrid.ablations.study.cells import EACH_LEVEL
 from expertgrid.model.config import TimmModel
 from expertgrid.model.system.text import Signed, Span, rounded, shown
-from expertgrid.model.training.metrics import ACCURACY, WITH_FLOOR, Scale
+from expertgrid.model.training.metrics import ACCURACY, Scale
 
 MOST_NAMED = 5  # cells or trials in a note
 FIRST_NAMED = 3  # of more than these; the others are counted
@@ -35,8 +35,16 @@ FIRST_NAMED = 3  # of more than these; the others are counted
 def effect_notes(evidence: Evidence) -> list[str]:
     """What a reader needs to know of the main effects."""
     by = evidence.scale
-    lines = [*verdict_notes(evidence), *reasons((effect.name, effect.judgement) for effect in evidence.effects)]
+    lines = verdict_notes(evidence)
+    confounded = [f"{effect.name} with {', '.join(what)}" for effect in evidence.effects if (what := effect.confounded)]
+    if confounded:
+        lines.append(f"Confounded, as half or more of the trainings differ in it too: {_some(confounded, '; ')}.")
+    lines += reasons((effect.name, effect.judgement) for effect in evidence.effects)
     for effect in evidence.effects:
+        if diverged := effect.diverged:
+            before, after = (f"{count} of {count + ended}" for count, ended in diverged[0])
+            p = f"Fisher's exact p {diverged[1]:.2g}; exploratory"
+            lines.append(f"{effect.name}: {before} trainings diverged before, {after} after ({p}).")
         if matched := evidence.without_diverged(effect):
             lines.append(
                 f"{effect.name} over the cells that did not diverge (exploratory): {_effect(matched, by, True)}."
@@ -51,14 +59,16 @@ def effect_notes(evidence: Evidence) -> list[str]:
         lines.append(f"{name} is narrowly decided: without seed {' or '.join(map(str, seeds))} it is not.")
     seeds = {effect.name: effect.seeds_to_decide for effect in evidence.effects if effect.seeds_to_decide is not None}
     if seeds:
-        needed = sorted(f"{name}: about {count} seeds" for name, count in seeds.items())
+        needed = sorted(f"{name}: {about_seeds(count, evidence.most_seeds)}" for name, count in seeds.items())
         lines.append(f"To decide what is open, if it is as large as it looks: {_some(needed, '; ')}; in a fresh study.")
     if evidence.sight:
         lines.append(sight_line(evidence.sight, by))
-    lines += split_notes(evidence)
+        if math.inf in (*seeds.values(), *evidence.sight.needed.values()) and not evidence.repeats_images:
+            lines.append(f"{images_again(evidence.results.plan.source, evidence.results.plan.hold_out)}.")
     if test := evidence.varies_by_seed:
         how = "more than noise does, which the intervals count" if test.p < 0.05 else "no more than noise does"
         lines.append(f"Effects vary from seed to seed {how} (F {test.f:.2f}, p {test.p:.2g}).")
+    lines += _spread_notes(evidence)
     costs = {name for effect in evidence.effects for name in effect.cost}
     if costs:
         lines.append("Costs: after the change over before, the geometric mean over the cells that differ in it alone.")
@@ -71,6 +81,21 @@ def effect_notes(evidence: Evidence) -> list[str]:
     families = ["the main effects (this table)", "the cells against the base"]
     families += ["the declared contrasts"] if evidence.declared else []
     return [*lines, f"Families, declared before training: {', '.join(families)}. Everything else is exploratory."]
+
+
+def _spread_notes(evidence: Evidence) -> list[str]:
+    if not (evidence.spread and evidence.spread_by_level):
+        return []
+    low, high = min(evidence.spread_by_level), max(evidence.spread_by_level)
+    spread = f"{evidence.spread:.2g}{evidence.scale.points}, by level {low:.2g} to {high:.2g}"
+    if (images := evidence.images_share) is None:
+        return [f"Spread after cell and seed: {spread}."]
+    by_seed = min(evidence.varies_by_seed.share, 1 - images) if evidence.varies_by_seed else 0.0
+    varying = f"{by_seed:.0%} from effects that vary by seed, " if evidence.varies_by_seed else ""
+    return [
+        f"Spread after cell and seed: {spread}. Its square: {images:.0%} from few images (larger hold-outs help), "
+        f"{varying}{1 - images - by_seed:.0%} from training (longer may help); more seeds help against all."
+    ]
 
 
 def verdict_notes(evidence: Evidence) -> list[str]:
@@ -86,14 +111,6 @@ def word_notes(margin: float, unit: str = "") -> list[str]:
     ]
 
 
-def split_notes(evidence: Evidence) -> list[str]:
-    """What the verdicts and their intervals rest on, where that is unusual."""
-    lines = []
-    if evidence.fixed_split:
-        lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
-    return lines
-
-
 def _error_notes(evidence: Evidence) -> list[str]:
     plan, unfinished = evidence.results.plan, evidence.results.unfinished
     often = "more than 1 such table in 20 may hold a wrong verdict."
@@ -103,7 +120,7 @@ def _error_notes(evidence: Evidence) -> list[str]:
     elif unfinished and evidence.decided:
         lines.append(f"{counted(len(unfinished), 'trial')} not finished: the verdicts are not final, and {often}")
     elif evidence.decided:
-        repeated = "new seeds and new images"
+        repeated = "new seeds, on images that no network of it has trained on"
         if evidence.fixed_split or evidence.repeats_images:
             repeated = f"new seeds on {'this split of the' if evidence.fixed_split else 'these'} images"
         lines.append(
@@ -131,7 +148,7 @@ def reasons(judged: Iterable[tuple[str, Judgement | None]]) -> list[str]:
 def sight_line(sight: Sight, by: Scale) -> str:
     """What a study can see, and how many seeds other differences would need."""
     smaller = [difference for difference in sight.needed if difference < sight.smallest]
-    needed = [f"for {size:g}{by.points}: {_about_seeds(sight.needed[size])}" for size in sorted(smaller)]
+    needed = [f"for {size:g}{by.points}: {about_seeds(sight.needed[size], sight.most)}" for size in sorted(smaller)]
     return f"This study {_tells(sight, by)}; {'; '.join(needed)}."
 
 
@@ -141,21 +158,21 @@ def _tells(sight: Sight, by: Scale) -> str:
     return f"can tell effects from 0 from about {sight.smallest:.2g}{by.points}"
 
 
-def plan_lines(sight: Sight | None, by: Scale = ACCURACY) -> list[str]:
+def plan_lines(sight: Sight | None, by: Scale = ACCURACY, margin: float = 0.5, images_again: str = "") -> list[str]:
     """For a study that is planned: what it can see, by which spread, and how many seeds differences need."""
     if sight is None:
-        unknown = f"What this study can see by {by.title} is known once it has records of several seeds."
-        return ["One seed or one network has no verdicts." if by.name in WITH_FLOOR else unknown]
-    how = (
-        f"the seeds of its records spread by {sight.spread:.2g}{by.points}"
-        if sight.measured
-        else f"a spread of {sight.spread:.2g}{by.points}, which finite images alone give networks of "
-        f"{EXPECTED_ACCURACY:g}% {by.title}"
-    )
-    needed = [f"{size:g}{by.points}: {_about_seeds(count)}" for size, count in sorted(sight.needed.items())]
+        return ["One seed or one network has no verdicts."]
+    if sight.spread is None:
+        return [
+            f"With {sight.seeds} seeds {margin:g}{by.points} can be told from 0 (probability 80%) where scores of a "
+            f"cell spread by {margin / sight.smallest:.2g}{by.points} or less, beyond what all cells of a seed share. "
+            "The spread is known once there are records."
+        ]
+    needed = [f"{size:g}{by.points}: {about_seeds(count, sight.most)}" for size, count in sorted(sight.needed.items())]
+    needed += [images_again] if math.inf in sight.needed.values() else []
     return [
-        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, {how}). "
-        f"Seeds that a difference needs: {'; '.join(needed)}."
+        f"With {sight.seeds} seeds this study {_tells(sight, by)} (probability 80%, the seeds of its records spread by "
+        f"{sight.spread:.2g}{by.points}). Seeds that a difference needs: {'; '.join(needed)}."
     ]
 
 
@@ -167,8 +184,9 @@ def _effect(judgement: Judgement, by: Scale, with_verdict: bool = False) -> str:
     return f"{shown(rounded(mean, by.decimals))} ({shown(rounded(span, by.decimals))}){verdict}"
 
 
-def _about_seeds(count: int | None) -> str:
-    return "more than 1,000 seeds" if count is None else f"about {counted(count, 'seed')}"
+def about_seeds(count: float, most: int) -> str:
+    """How many seeds something needs: `most` and inf are as in `planning`."""
+    return f"more than {most:,} seeds" if count > most else f"about {counted(int(count), 'seed')}"
 
 
 def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
@@ -182,14 +200,14 @@ def comparison_notes(evidence: Evidence, two: TwoCells) -> list[str]:
         )
     lines += verdict_notes(evidence)[:1] + reasons([("A against B", comparison.judgement)])
     if comparison.judgement.verdict == OPEN and comparison.seeds_to_decide is not None:
-        lines.append(f"About {comparison.seeds_to_decide} seeds would decide it.")
+        lines.append(f"To decide it: {about_seeds(comparison.seeds_to_decide, evidence.most_seeds)}.")
     if two.mcnemar:
         lines.append("McNemar's exact p, of the test images: it is about these two networks, not about the cells.")
     elif comparison.first.by_seed and comparison.second.by_seed:
         lines.append("No McNemar test: the predictions of these trials were not kept.")
     rows = (comparison.first, comparison.second)
     lines += [f"Failed: {trial}: {why}" for row in rows for trial, why in row.failures.items()]
-    return lines + split_notes(evidence)
+    return lines
 
 
 # --- Cells ---
@@ -231,7 +249,7 @@ def cell_notes(directory: StudyDirectory, evidence: Evidence) -> list[str]:
 def _column_notes(results: Results) -> list[str]:
     """What n, the intervals and the levels mean."""
     rows = results.rows
-    intervals = "in brackets the 95% interval of the mean over seeds (Student's t)"
+    intervals = "in brackets the 95% interval of the mean over seeds (Student's t), on test: over seeds on these images"
     if any(len(row.by_seed) == 1 for row in rows):
         intervals += "; one seed has no interval"
     several = [row.interval(split) for row in rows if len(row.by_seed) > 1 for split in SPLITS]
@@ -273,8 +291,8 @@ def _best_notes(evidence: Evidence) -> list[str]:
     on = f" on the {seeds} seeds that all cells have" if seeds < len(best.by_seed) else ""
     lines.append(
         f"Its test {best.scale.title}{on}: {shown(first.reported)}. Corrected for selection as the best of "
-        f"{len(among)}: {shown(first.corrected)}. (Each seed is read for the cell that is best on the other seeds: "
-        f"this cell for {round(first.agreement * seeds)} of {seeds} seeds.)"
+        f"{len(among)}: {shown(first.corrected)}, approximate. (Each seed is read for the cell that is best on the "
+        f"other seeds: this cell for {round(first.agreement * seeds)} of {seeds} seeds.)"
     )
     return lines
 

@@ -2,8 +2,9 @@
 
 from expertgrid.ablations.results.scores import JudgedScores
 from expertgrid.ablations.results.stats.contrasts import Judgement
+from expertgrid.ablations.results.stats.planning import MOST_SEEDS
 from expertgrid.ablations.results.tables.effects import judgement_columns
-from expertgrid.ablations.results.tables.notes import counted, reasons, word_notes
+from expertgrid.ablations.results.tables.notes import about_seeds, counted, reasons, word_notes
 from expertgrid.model.system.text import Table
 
 
@@ -22,10 +23,10 @@ def score_tables(judged: JudgedScores) -> list[Table]:
     notes += reasons(
         (f"{effect.factor} {effect.before} -> {effect.after}", effect.judgement) for effect in judged.effects
     )
-    needed = [f"{effect.factor}: about {effect.seeds_to_decide}" for effect in judged.effects if effect.seeds_to_decide]
-    notes += [f"Seeds that would decide what is open, if it is as large as it looks: {'; '.join(needed)}."] * bool(
-        needed
-    )
+    needed = [(effect.factor, effect.seeds_to_decide) for effect in judged.effects if effect.seeds_to_decide]
+    seeds = "; ".join(f"{factor}: {about_seeds(count, MOST_SEEDS)}" for factor, count in needed)
+    if_large = "if it is as large as it looks, and each seed has its own images"
+    notes += [f"To decide what is open, {if_large}: {seeds}."] * bool(needed)
     notes += [f"{counted(judged.missing, 'score')} missing."] * bool(judged.missing)
     notes.append("p: of no difference, adjusted for all rows of the table.")
     best = ["may be best: no other cell is surely better; the best is among these with a probability of 95% or more."]

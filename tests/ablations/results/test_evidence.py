@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import change_json, write_latency, write_study, written_epochs
 
+from expertgrid.ablations.cli.plan import read_request
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan, RaceRules
 from expertgrid.ablations.records.predictions import Predictions
@@ -26,10 +28,11 @@ from expertgrid.ablations.results.tables.cells import comparison_tables
 from expertgrid.ablations.results.tables.notes import effect_notes, plan_lines
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import groups
-from expertgrid.ablations.study.study_file import parse_study
+from expertgrid.ablations.study.study_file import SHIPPED, parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import MeasuredMultiple, Multiple, render_tables, shown
+from expertgrid.model.training.holdout import HoldOut
 
 GRID = """
 question = "?"
@@ -194,6 +197,62 @@ def test_a_cell_that_diverged_has_no_verdict_and_is_not_dropped(digits, tmp_path
     matched = [line for line in effect_notes(evidence) if "over the cells that did not diverge (exploratory)" in line]
     assert [line.split(" over")[0] for line in matched] == ["experts 2 -> 4", "kernel 3 -> 5"]
     assert ", better." in matched[1]
+    more = "kernel 3 -> 5: 0 of 12 trainings diverged before, 2 of 12 after (Fisher's exact p 0.48; exploratory)."
+    assert more in text  # 2 * (12 choose 2) / (24 choose 2)
+    assert "kernel 3 -> 7: 0 of 12 trainings" not in text
+
+
+def test_what_differs_with_a_factor_is_named(grid, text_of):
+    """Of the trainings with 4 experts 10 of 18 had other code, and 8 of 18 other threads, which is not most."""
+    before = read_evidence(grid)
+    assert [effect.confounded for effect in before.effects] == [[], [], []]
+    records = [record for row in before.results.rows[3:] for record in row.records]
+    for place, trial in enumerate(record.trial for record in sorted(records, key=lambda record: record.seed)):
+        environment = before.results.rows[0].records[0].environment.model_dump()
+        environment |= {"commit": "other" if place < 10 else None, "threads": 2 if place < 8 else 1}
+        change_json(grid.trial(trial) / "record.json", environment=environment)
+    line = "Confounded, as half or more of the trainings differ in it too: experts 2 -> 4 with code."
+    assert line in text_of(grid)
+
+    kept = read_evidence(StudyDirectory(SHIPPED / "card-small"))
+    confounded = {effect.name: effect.confounded for effect in kept.effects if effect.confounded}
+    assert confounded == {"experts 1 -> 2": ["code"], "experts 1 -> 4": ["code", "threads"]}
+
+
+def test_a_spread_has_its_levels_and_parts(digits, tmp_path, text_of):
+    rng, labels = np.random.default_rng(0), np.arange(400) % 10
+
+    def noisy(levels, seed):
+        return 80 + rng.normal(0, 3 if levels["kernel"] == 7 else 1), 80.0
+
+    directory = grid_of(digits, tmp_path, scores=noisy)
+    evidence = read_evidence(directory)
+    squares = np.square(evidence.spread_by_level)  # before and after: experts, kernel 3 and 5, 3 and 7
+    assert (squares[:2].mean(), squares[[2, 3, 5]].mean()) == pytest.approx((evidence.spread**2, evidence.spread**2))
+    assert squares[5] > 2 * squares[2:4].max()
+    assert evidence.images_share is None
+    assert re.search(r"Spread after cell and seed: \S+ points, by level \S+ to \S+\.\n", text_of(directory))
+    right_CB = rng.random((6, 400)) < 0.8
+    for row, right_B in zip(evidence.results.rows, right_CB):
+        predicted = np.where(right_B, labels, (labels + 1) % 10)
+        predictions = Predictions(predicted, labels, predicted, labels)
+        write_whole(directory.trial(row.records[0].trial) / "predictions.npz", predictions.to_bytes())
+    evidence = read_evidence(directory)
+    of_images = 100 * (0.8 * 0.2 / 400) ** 0.5  # networks that are right on any image by chance
+    assert evidence.images_share == pytest.approx(min(1, (of_images / evidence.spread) ** 2), rel=0.15)
+    line = r"Its square: (\d+)% from few images .*, (\d+)% from effects .*, (\d+)% from training"
+    parts = re.search(line, text_of(directory))
+    assert sum(map(int, parts.groups())) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize(("seeds", "known"), [(1, 0), (2, 0), (3, 3)])
+def test_too_few_seeds_of_two_cells_have_no_interval(digits, tmp_path, seeds, known):
+    evidence = read_evidence(grid_of(digits, tmp_path, GRID.replace("seeds = 6", f"seeds = {seeds}")))
+    against = evidence.against_base[1:]
+    assert sum(judgement.low is not None for judgement in against) == (5 if known else 0)
+    assert {judgement.reason for judgement in against if judgement.low is None} <= {
+        f"{seeds} seed{'s' * (seeds > 1)}: no verdict"
+    }
 
 
 def test_a_training_that_was_lost_is_a_gap(digits, tmp_path):
@@ -240,7 +299,7 @@ def test_of_one_seed_nothing_is_decided(digits, tmp_path, text_of):
 
 
 def test_the_1_in_20_stands_where_it_holds(digits, tmp_path, text_of):
-    line = "If this study were repeated with new seeds and new images, at most 1 such table in 20"
+    line = "If this study were repeated with new seeds, on images that no network of it has trained on, at most 1 such"
     directory = grid_of(digits, tmp_path, GRID.replace("seeds = 6", "seeds = 3"))
     assert line in text_of(directory)
     grid_of(digits, tmp_path)  # the same directory with six seeds
@@ -406,32 +465,64 @@ def test_what_was_taken_over_has_no_times(grid, digits, tmp_path):
 # --- Planning ---
 
 
-def test_a_plan_goes_by_the_binomial_floor_or_the_records(digits, grid, tmp_path):
+def test_a_plan_goes_by_the_records(digits, grid, tmp_path):
     study = parse_study(GRID, tmp_path / "grid.toml")
     names = [cell.planned for cell in study.cells(digits)]
-    before = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
-    assert (before.spread, before.measured) == (pytest.approx(100 * (0.9 * 0.1 / 5000) ** 0.5), False)
-    after = foresee(study, names, 5000, grid)
-    assert after.measured
+    before = foresee(study, names, HoldOut(), StudyDirectory(tmp_path / "nothing"))
+    assert (before.spread, before.needed) == (None, {})
+    after = foresee(study, names, HoldOut(), grid)
     assert after.spread == pytest.approx(0.3, rel=0.35)
-    assert after.needed[1.0] < after.needed[0.5] < after.needed[0.3]
-    assert after.smallest == pytest.approx(before.smallest * after.spread / before.spread, rel=1e-3)
-    (line,) = plan_lines(before)
+    assert after.needed[1.0] < after.needed[0.5] < after.needed[0.3] == np.inf
+    assert foresee(study, names, HoldOut(share=0.05), grid).needed[0.3] in range(11, 21)
+    assert after.smallest == pytest.approx(before.smallest * after.spread, rel=1e-3)
+    assert f"where scores of a cell spread by {1 / before.smallest:.2g} points" in plan_lines(before, margin=1.0)[0]
+    (line,) = plan_lines(after, images_again="images again")
     assert line.startswith("With 6 seeds this study can tell effects from 0 from about ")
-    assert re.search(r"Seeds that a difference needs: 0.3 points: about \d+ seeds; 0.5 points: .*; 1 points: .*", line)
+    needed = r"0.3 points: more than 10 seeds; 0.5 points: about \d seeds; 1 points: about \d seeds; images again\."
+    assert re.search(f"Seeds that a difference needs: {needed}", line)
+
+
+def test_plans_and_claims_stop_where_images_come_again(digits, tmp_path, text_of):
+    """Ten tenths, or two halves, are all images; seeds 7 to 12 are of two partitions."""
+    fine = GRID.replace("margin = 1.0", "margin = 0.05")
+    directory = grid_of(digits, tmp_path, fine)
+    assert "more than 10 seeds would decide" in answer(read_evidence(directory))
+    text = text_of(directory)
+    assert "10 seeds hold out all images once, and more seeds the same again; digits@0.05 has 20 parts." in text
+    assert "each on its own tenth of the images" in text
+
+    crossing = text_of(write_study(tmp_path / "crossing", f"first_seed = 7\n{fine}", digits, drawn))
+    assert "6 seeds, each on one tenth of the images, with overlaps" in crossing
+    halves = text_of(write_study(tmp_path / "halves", fine, replace(digits, source="digits@0.5"), drawn))
+    assert "6 seeds, each on one half of the images, with overlaps" in halves
+    assert "hold out all images once" not in halves  # and plans have no such end
+    for text in (crossing, halves):
+        assert "repeated with new seeds on these images, at most 1 such table" in text
+
+
+def test_a_directory_keeps_its_number_of_seeds(digits, tmp_path):
+    three, none = GRID.replace("seeds = 6", "seeds = 3"), GRID.replace("seeds = 6", "")
+    directory = grid_of(digits, tmp_path, three)
+    study = parse_study(none, directory.path.with_suffix(".toml"))
+
+    def seeds(given: int | None, out, asked=study) -> int:
+        return read_request(asked, given, None, None, {}, out, None, None).study.seeds
+
+    assert (seeds(None, tmp_path / "new"), seeds(None, directory.path), seeds(4, directory.path)) == (5, 3, 4)
+    assert seeds(None, directory.path, parse_study(GRID, directory.path.with_suffix(".toml"))) == 6
 
 
 def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
     """Of studies whose largest effect is as large as the plan can see, four of five find it."""
     study = parse_study(GRID, tmp_path / "grid.toml")
     names = [cell.planned for cell in study.cells(digits)]
-    sight = foresee(study, names, 5000, StudyDirectory(tmp_path / "nothing"))
+    sight = foresee(study, names, HoldOut(), StudyDirectory(tmp_path / "nothing"))
     weights_QU = study_questions(study, groups(names, study.combined_levels)).effect_weights_QU
     hardest = int((weights_QU**2).sum(1).argmax())
     direction_U = weights_QU[hardest] / (weights_QU[hardest] ** 2).sum()
     rng, decided = np.random.default_rng(0), 0
     for _ in range(300):
-        scores_US = 80 + sight.smallest * direction_U[:, None] + rng.normal(0, sight.spread, (6, 6))
+        scores_US = 80 + sight.smallest * direction_U[:, None] + rng.normal(0, 1, (6, 6))
         decided += judge(weights_QU, scores_US, 0.01).judgements[hardest].verdict == "better"
     assert decided / 300 == pytest.approx(0.8, abs=0.08)
 
@@ -625,6 +716,7 @@ def test_a_verdict_in_csv_and_json_has_its_numbers(grid):
         assert row["95% interval"] == {"low": effect.judgement.low, "high": effect.judgement.high}
         assert float(line["95% interval low"]) == effect.judgement.low
         assert row["verdict"]["verdict"] == line["verdict"] == effect.judgement.verdict
+        assert row["verdict"]["ruled_out_above"] == max(-effect.judgement.low, effect.judgement.high)
 
 
 # --- Races ---

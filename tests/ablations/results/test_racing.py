@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import written_record
+from conftest import change_json, written_record
 
 from expertgrid.ablations.engines.events import TrialDone, TrialFailed
 from expertgrid.ablations.records.directory import StudyDirectory
@@ -145,11 +145,29 @@ def test_a_race_after_results_were_seen_says_so(expertgrid, engine):
     assert "The race was begun after results of 16 trials were seen." in expertgrid("run", "s.toml", *RACE).out
 
 
+def test_a_race_ends_with_the_images_unless_it_was_begun_before(expertgrid, engine, tmp_path):
+    longer = ["--until", "decided", "--max-seeds", 11, "--device", "cpu"]
+    complaint = expertgrid("run", "s.toml", *longer).complaint
+    assert (
+        "--max-seeds 11: 10 seeds hold out all images once, and more seeds the same again; digits@0.05 has 20"
+        in complaint
+    )
+    assert not engine.trained
+    engine.interrupt_after = 5
+    expertgrid("run", "s.toml", *RACE)
+    file, engine.interrupt_after = tmp_path / "runs" / "s" / "plan.json", None
+    change_json(file, race=StudyDirectory(file.parent).read_race().model_dump() | {"last": 11})
+    assert expertgrid("run", "s.toml", *longer).status == 0
+    assert max(seeds_of(StudyDirectory(file.parent))) > 8
+
+
 def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     outcome = expertgrid("run", "s.toml", *RACE, "--dry-run")
     assert "A race: the first look is at 4 seeds, and needs 16 trials." in outcome.out
     assert "goes on to seed 8, all 32 trials are trained. 0 are done." in outcome.out
     assert (engine.trained, (tmp_path / "runs").exists()) == ([], False)
+    plan = expertgrid("run", "s.toml", "--seeds", 11, "--dry-run").out
+    assert "digits@0.05 has 20 parts: verdicts are then of new seeds on these images." in plan
 
 
 @pytest.mark.parametrize(

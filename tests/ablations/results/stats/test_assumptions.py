@@ -31,7 +31,8 @@ def test_effects_that_vary_by_seed_are_an_anova(missing):
     varying = ols("y ~ C(cell) + C(seed) + C(a):C(seed) + C(b):C(seed)", frame).fit()
     oracle = anova_lm(plain, varying).iloc[1]
     test = effects_by_seed(BOTH, scores_CS)
-    assert test == (pytest.approx(oracle["F"]), pytest.approx(oracle["Pr(>F)"]))
+    assert test[:2] == (pytest.approx(oracle["F"]), pytest.approx(oracle["Pr(>F)"]))
+    assert test.share == pytest.approx(1 - varying.mse_resid / plain.mse_resid)
 
 
 def test_nothing_is_left_for_the_noise():

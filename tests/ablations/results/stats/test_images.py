@@ -5,7 +5,13 @@ import pytest
 from sklearn.metrics import confusion_matrix as sklearns_confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
-from expertgrid.ablations.results.stats.images import class_accuracies, confusion_matrix, consistent_images, wilson
+from expertgrid.ablations.results.stats.images import (
+    class_accuracies,
+    confusion_matrix,
+    consistent_images,
+    images_variance,
+    wilson,
+)
 
 
 def test_images_that_tell_cells_apart_by_hand():
@@ -32,6 +38,15 @@ def test_cells_of_other_images_cannot_be_compared():
         consistent_images(np.ones((2, 3)), np.ones((2, 4)))
     with pytest.raises(ValueError, match="one seed"):
         consistent_images(np.ones((0, 3)), np.ones((2, 3)))
+
+
+def test_the_images_part_of_two_cells_is_half_of_mcnemars_variance():
+    first_B, second_B = np.random.default_rng(3).random((2, 500)) < [[0.8], [0.7]]
+    only_first, only_second = (first_B & ~second_B).sum(), (second_B & ~first_B).sum()
+    mcnemar = (
+        (only_first + only_second - (only_first - only_second) ** 2 / 500) / 500 / 499
+    )  # of a difference of shares
+    assert images_variance([first_B, second_B]) == pytest.approx(1e4 * mcnemar / 2)
 
 
 def test_confusion_and_class_accuracies():

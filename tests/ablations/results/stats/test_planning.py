@@ -6,16 +6,9 @@ from statsmodels.stats.power import TTestPower
 
 from expertgrid.ablations.results.stats.contrasts import estimate, judge, verdicts
 from expertgrid.ablations.results.stats.factors import against
-from expertgrid.ablations.results.stats.planning import PowerAnalysis, binomial_spread, seeds_to_decide
+from expertgrid.ablations.results.stats.planning import PowerAnalysis, seeds_to_decide
 
 EIGHT = np.array([[-1, -1, -1, -1, 1, 1, 1, 1], [-1, -1, 1, 1] * 2, [-1, 1] * 4]) / 4  # main effects of a 2 x 2 x 2
-
-
-def test_binomial_spread_by_hand():
-    assert binomial_spread(90, 900) == pytest.approx(1)  # sqrt(0.9 * 0.1 / 900) is 0.01
-    for accuracy, images in ((100, 10), (0, 10), (50, 0)):
-        with pytest.raises(ValueError, match="between 0 and 100"):
-            binomial_spread(accuracy, images)
 
 
 @pytest.mark.parametrize("seeds", [4, 7, 15])
@@ -29,7 +22,7 @@ def test_two_cells_are_statsmodels_paired_t_test(seeds):
 def test_what_a_plan_sees_simulated_studies_see(weights_QC, seeds):
     plan = PowerAnalysis(weights_QC, spread=0.3)
     estimates = estimate(weights_QC, np.random.default_rng(0).normal(0, 0.3, size=(4000, weights_QC.shape[1], seeds)))
-    difference_Q = plan.detectable(seeds)
+    difference_Q = [plan.detectable(contrast, seeds) for contrast in range(len(weights_QC))]
     assert (estimates.low_XQ + difference_Q > 0).mean() == pytest.approx(0.8, abs=0.04)
     verdict_XQ = verdicts(estimates.low_XQ + 0.2, estimates.high_XQ + 0.2, margin=0.6)
     power = np.mean([plan.power(contrast, 0.2, seeds, margin=0.6) for contrast in range(len(weights_QC))])
@@ -41,9 +34,11 @@ def test_seeds_for_a_difference_are_the_fewest():
     for difference in (0.3, 0.5, 1.0):
         seeds = plan.seeds_for(0, difference)
         assert plan.power(0, difference, seeds) >= 0.8 > plan.power(0, difference, seeds - 1)
-        assert plan.detectable(seeds)[0] <= difference
+        assert plan.detectable(0, seeds) <= difference
     assert plan.seeds_for(0, 0.3) > plan.seeds_for(0, 0.5) > plan.seeds_for(0, 1.0)
-    assert plan.seeds_for(0, 0.001) is None
+    assert plan.seeds_for(0, 0.001) == np.inf
+    fewest = plan.seeds_for(0, 0.5)
+    assert (plan.seeds_for(0, 0.5, most=fewest), plan.seeds_for(0, 0.5, most=fewest - 1)) == (fewest, np.inf)
     # same within 0.5 needs fewer than a difference of 0.1
     assert plan.seeds_for(0, 0.1, margin=0.5) < plan.seeds_for(0, 0.1)
 
@@ -51,7 +46,7 @@ def test_seeds_for_a_difference_are_the_fewest():
 def test_one_seed_sees_nothing():
     plan = PowerAnalysis(EIGHT, spread=0.3)
     assert plan.power(0, 5, 1) == 0
-    assert np.isinf(plan.detectable(1)).all()
+    assert np.isinf(plan.detectable(0, 1))
     with pytest.raises(ValueError, match="spread must be above 0"):
         PowerAnalysis(EIGHT, spread=0)
 
@@ -68,3 +63,4 @@ def test_seeds_that_would_decide_an_open_effect():
     spread = first.error * (4 / 0.5) ** 0.5
     assert needed[0] == PowerAnalysis(EIGHT, spread).seeds_for(0, first.mean, margin=0.2)
     assert seeds_to_decide([[-1, 1]], judge([[-1, 1]], [[1.0], [2.0]], margin=1), margin=1) == [None]
+    assert seeds_to_decide(EIGHT, family, margin=0.2, most=5) == [np.inf, None, np.inf]
