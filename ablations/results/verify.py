@@ -22,7 +22,7 @@ from expertgrid.model.config import Network
 from expertgrid.model.cost import cost
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import render_tables
+from expertgrid.model.system.text import SCHEMA, rows_by_key
 from expertgrid.model.training.metrics import METRICS
 from expertgrid.model.training.trial import Trial
 
@@ -180,13 +180,12 @@ class Check:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
         evidence = read_evidence(directory, embedded.get("metric"))
-        if written < (newest_time := newest(directory, evidence.results)):
-            self.skipped.append(
-                "report.html is older than the study and was not compared; `expertgrid report` renews it"
-            )
+        newest_time = newest(directory, evidence.results)
+        if written < newest_time or embedded.get("schema") != SCHEMA:
+            self.skipped.append("report.html is older, and was not compared; `expertgrid report` renews it")
             return
         self.equal("time of the newest measurement", written, newest_time)
-        fresh = json.loads(render_tables(study_tables(directory, evidence), "json"))
+        fresh = rows_by_key(study_tables(directory, evidence))
         self.equal("tables", sorted(tables), sorted(fresh))
         for key in sorted(tables.keys() & fresh.keys()):
             self.equal(f"number of rows of {key}", len(tables[key]), len(fresh[key]))

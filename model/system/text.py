@@ -5,16 +5,21 @@ import io
 import json
 import math
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
-from tabulate import tabulate
+from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from expertgrid.model.system.errors import InputError, printable
 
 Format = Literal["text", "github", "latex", "csv", "json"]
 FORMATS = get_args(Format)
+SCHEMA = 2  # of JSON: levels have their types since 2
+NARROWEST = 8  # characters of a column, before a table gets wider than the terminal
 MOST_NOTES = 3  # under a table, where not all are asked for
 MARKDOWN = re.compile(  # where a sign is; an underscore within a word is none
     r"^(\d*)(?=[.)](?:\s|$)|>|\+(?:\s|$)|-(?:[\s-]|$))|(?=[\\`*\[\]<|~#&$!])|(?<![^\W_])(?=_)|(?=_(?![^\W_]))"
@@ -32,6 +37,17 @@ class Points(_Rounded, float):
 
 class Signed(_Rounded, float):
     """A difference in points: shown with its sign."""
+
+
+class Typed(str):
+    """A text, for which JSON has a value of another type."""
+
+    value: object
+
+    def __new__(cls, text: str, value: object) -> "Typed":
+        typed = super().__new__(cls, text)
+        typed.value = value
+        return typed
 
 
 class Multiple(float):
@@ -102,10 +118,13 @@ class Table:
     title: str
     rows: list[dict[str, object]]
     notes: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)  # what was trained: lines that are always shown
+    falls: Sequence[str] = ()  # columns that a narrow terminal does without, the least important first
 
     def named(self, study: str) -> "Table":
         """The table as one of several studies."""
-        return Table(self.key, f"{study}: {self.title}", [{"study": study} | row for row in self.rows], self.notes)
+        rows = [{"study": study} | row for row in self.rows]
+        return replace(self, title=f"{study}: {self.title}", rows=rows)
 
 
 def markdown(text: object) -> str:
@@ -124,56 +143,103 @@ def csv_cell(value: object) -> object:
 
 # What comes from outside is escaped here alone: in titles, notes and cells. tabulate then escapes the cells of LaTeX.
 ESCAPES: dict[str, Callable[[str], str]] = {"text": printable, "github": markdown, "latex": _on_one_line}
-MARKS = {"text": ("", ""), "github": ("### ", "- "), "latex": ("% ", "% ")}  # of titles and notes
+FLOAT = "\\begin{{table}}\n\\centering\n\\caption{{{}}}\n\\label{{tab:{}}}\n{}\n\\end{{table}}"
+ARROW = (r"-\ensuremath{>}", r"$\to$")  # of a change, in LaTeX
+MARKS = {"text": ("", ""), "github": ("### ", "- "), "latex": ("", "% ")}  # of titles and notes
 
 
-def render(table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = ()) -> str:
-    """One table without a title. Notes go under it in the formats that people read.
+def render(
+    table: Sequence[dict[str, object]], format: Format, notes: Sequence[str] = (), falls: Sequence[str] = ()
+) -> str:
+    """One table without a title and, but for JSON, without empty columns. Notes go under it where people read it.
 
     In `csv` and `json` numbers are unrounded, an interval is its mean and ends, and a verdict has its numbers with it.
-    Raises InputError for an empty table.
+    As `text` it fits the terminal, if there is one: columns in `falls` are left out, the first one first, and cells are
+    wrapped where that is not enough. Raises InputError for an empty table.
     """
     if not table:
         raise InputError("there is nothing to show: the study has no cells")
     if format == "json":
         return json.dumps(plain_rows(table), indent=1)
+    table, room, left_out = filled(table), terminal_width() if format == "text" else None, []
     if format == "csv":
         return _csv(table)
-    titles = list(table[0])
     escaped = ESCAPES[format]
-    cells = [[escaped(shown(row[title])) for title in titles] for row in table]
-    styles = {"text": "simple", "github": "github", "latex": "latex_booktabs"}
-    numeric = [all(row[title] is None or sort_key(row[title]) is not None for row in table) for title in titles]
-    align = ["right" if is_number else "left" for is_number in numeric]
+    columns = {escaped(title): [escaped(shown(row[title])) for row in table] for title in table[0]}
+    numeric = (all(row[title] is None or sort_key(row[title]) is not None for row in table) for title in table[0])
+    align = {title: "right" if is_number else "left" for title, is_number in zip(columns, numeric)}
+    widths = {title: max(len(title) + 2, *map(len, cells)) for title, cells in columns.items()}
+    while room and sum(widths.values()) + 2 * len(widths) - 2 > room and max(widths.values()) > NARROWEST:
+        if falling := next((title for title in falls if title in widths), None):
+            del widths[falling]
+            left_out.append(falling)
+        else:
+            widths[max(widths, key=widths.__getitem__)] -= 1
     text = tabulate(
-        cells, headers=list(map(escaped, titles)), tablefmt=styles[format], colalign=align, disable_numparse=True
-    )
-    lines = [MARKS[format][1] + escaped(note) for note in notes]
-    return "\n".join([text, *[""][: len(notes) * (format != "latex")], *lines])
+        {
+            wrapped(title, widths[title] - 2): [wrapped(cell, widths[title]) for cell in columns[title]]
+            for title in widths
+        },
+        headers="keys",
+        tablefmt={"text": "simple", "github": "github", "latex": "latex_booktabs"}[format],
+        colalign=[align[title] for title in widths],
+        disable_numparse=True,
+    ).replace(*ARROW)
+    lines = [f"Without {', '.join(left_out)}: the terminal has {room} columns."] if left_out else []
+    lines = [wrapped(MARKS[format][1] + escaped(note), room) for note in (*lines, *notes)]
+    return "\n".join([text, *[""][: len(lines) * (format != "latex")], *lines])
+
+
+def filled(table: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows without the columns that are empty throughout."""
+    titles = [title for title in table[0] if any(row[title] not in (None, "") for row in table)]
+    return [{title: row[title] for title in titles} for row in table]
+
+
+def terminal_width() -> int | None:
+    """Characters in a line of the terminal; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(line: str, width: int | None) -> str:
+    return line if width is None or len(line) <= width else textwrap.fill(line, width, break_on_hyphens=False)
 
 
 def render_tables(tables: Sequence[Table], format: Format, most_notes: int | None = MOST_NOTES) -> str:
     """Several tables with their titles, and at most so many notes under each; None for all notes.
 
-    JSON is an object with the rows of each table by its key. CSV is one table whose first column is that key. Raises
-    InputError where one is empty.
+    JSON is an object with the rows of each table by its key. CSV is one table whose first column is that key. LaTeX
+    needs the package booktabs. Raises InputError where one is empty.
     """
     if format == "json":
-        rows_by_key: dict[str, list[dict[str, object]]] = {}
-        for table in tables:
-            rows_by_key.setdefault(table.key, []).extend(plain_rows(table.rows))
-        return json.dumps(rows_by_key, indent=1)
+        trained = [line for table in tables for line in table.trained]
+        return json.dumps({"schema": SCHEMA, "trained": trained, **rows_by_key(tables)}, indent=1)
     if format == "csv":
-        return _csv([{"table": table.key, **row} for table in tables for row in table.rows])
-    mark, escaped = MARKS[format][0], ESCAPES[format]
-    parts = [(mark + escaped(table.title), render(table.rows, format, table.notes[:most_notes])) for table in tables]
-    return "\n\n".join(text for part in parts for text in part)
+        return _csv([{"table": table.key, **row} for table in tables for row in filled(table.rows)])
+    (mark, _), escaped, parts = MARKS[format], ESCAPES[format], []
+    for table in tables:
+        text = render(table.rows, format, table.trained + table.notes[:most_notes], table.falls)
+        if format == "latex":
+            title = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in escaped(table.title)).replace(*ARROW)
+            label = re.sub(r"\W+", "-", f"{table.rows[0].get('study', '')} {table.key}".strip())
+            parts.append(FLOAT.format(title, label, text))
+        else:
+            parts += [wrapped(mark + escaped(table.title), terminal_width() if format == "text" else None), text]
+    return "\n\n".join(parts)
+
+
+def rows_by_key(tables: Sequence[Table]) -> dict[str, list[dict[str, object]]]:
+    """The rows of tables as JSON has them, those of several studies together."""
+    rows: dict[str, list[dict[str, object]]] = {}
+    for table in tables:
+        rows.setdefault(table.key, []).extend(plain_rows(table.rows))
+    return rows
 
 
 def plain_rows(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     """Rows as JSON has them."""
     return [
-        {title: value if (fields := _fields(value)) is None else fields for title, value in row.items()} for row in rows
+        {title: of.value if isinstance(of, Typed) else _fields(of) or of for title, of in row.items()} for row in rows
     ]
 
 
@@ -226,9 +292,9 @@ def shown(value: object) -> str:
         case None:
             return ""
         case Interval(mean, None, decimals=decimals):
-            return f"{mean:.{decimals}f}"
+            return f"{mean:z.{decimals}f}"
         case Interval(mean, low, high, decimals=decimals):
-            return f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})"
+            return f"{mean:z.{decimals}f} ({low:z.{decimals}f} to {high:z.{decimals}f})"
         case Measured(mean, low, high):
             half = max(mean - low, high - mean)
             if not math.isfinite(half):
@@ -236,15 +302,15 @@ def shown(value: object) -> str:
             digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
             return f"{mean:,.{digits}f} ±{half:,.{digits}f}"
         case Span(low, high, decimals=decimals):
-            return f"{low:+.{decimals}f} to {high:+.{decimals}f}"
+            return f"{low:+z.{decimals}f} to {high:+z.{decimals}f}"
         case Signed(decimals=decimals):
-            return f"{value:+.{decimals}f}"
+            return f"{value:+z.{decimals}f}"
         case MeasuredMultiple(_, low, high):
             return f"x{value.value:.2f} ({low:.2f} to {high:.2f})" if value.is_known else "can't tell"
         case Multiple():
             return f"x{value:.1f}" if value < 10 else f"x{value:.0f}"
         case Points(decimals=decimals):
-            return f"{value:.{decimals}f}"
+            return f"{value:z.{decimals}f}"
         case int():
             return f"{value:,}"
         case float():

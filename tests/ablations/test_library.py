@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 
 import expertgrid as library
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.levels import level_name
 
 TYPED = """
 question = "?"
@@ -75,7 +76,8 @@ def test_cells_and_effects_are_those_of_the_tables(expertgrid, typed):
         )
     effects = [row for row in study.effects().to_pylist() if row["family"] == "factors"]
     for row, effect in zip(effects, shown["factors"], strict=True):
-        assert (row["factor"], f"{row['before']} -> {row['after']}") == (effect["factor"], effect["change"])
+        change = {which: level_name(level) for which, level in effect["change"].items()}
+        assert (row["factor"], row["before"], row["after"]) == (effect["factor"], *change.values())
         assert (row["mean"], row["verdict"]) == (pytest.approx(effect["effect"]), effect["verdict"]["verdict"])
 
 

@@ -22,8 +22,9 @@ from expertgrid.ablations.results.report import plots
 from expertgrid.ablations.results.report.findings import Examined, Findings
 from expertgrid.ablations.results.report.pictures import MOST_GATES, pictures
 from expertgrid.ablations.results.rows import Row, newest
+from expertgrid.ablations.results.tables.description import trials_line
 from expertgrid.ablations.results.tables.study import study_tables
-from expertgrid.model.system.text import MOST_NOTES, Points, render_tables, shown, sort_key
+from expertgrid.model.system.text import MOST_NOTES, SCHEMA, Points, rows_by_key, shown, sort_key
 
 Format = Literal["html", "pdf-figures", "png-figures"]
 FORMATS = get_args(Format)
@@ -48,17 +49,6 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
     """A line for each trial that failed or is not there, with its cell."""
     lines = [f"{row.name}, trial {trial}: {failure}" for row in rows for trial, failure in row.failures.items()]
     return lines + [f"{row.name}, trial {trial}: not finished" for row in rows for trial in row.missing]
-
-
-def counted(rows: Sequence[Row]) -> str:
-    """How many trials there are, and what became of them."""
-    kinds = Counter({trial: failure.kind for row in rows for trial, failure in row.failures.items()}.values())
-    done = len({record.trial for row in rows for record in row.records})
-    missing = len({trial for row in rows for trial in row.missing})
-    parts = [f"{done:,} finished", *(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())]
-    parts += [f"{missing:,} not finished"] if missing else []
-    planned = len({trial for row in rows for trial in row.trials.values()})
-    return f"{planned:,} trials were planned: {', '.join(parts)}."
 
 
 # --- Its tables: titles, and values with what they sort by ---
@@ -184,17 +174,19 @@ def html(findings: Findings) -> str:
         "ledger": _ledger_rows(findings),
         "environment": _environment_rows(results.rows),
     }
-    # for `expertgrid verify`: JSON with nothing that could end its element
-    metric = json.dumps(f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None)
-    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "metric": {metric}, "tables": '
-    numbers += f"{render_tables(tables, 'json')}}}"
+    numbers = {
+        "newest": newest(directory, results),
+        "metric": f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None,
+        "schema": SCHEMA,
+        "tables": rows_by_key(tables),
+    }
     return environment.get_template("report.html.j2").render(
         findings=findings,
         results=results,
         title=results.scale.title[:1].upper() + results.scale.title[1:],
         answer=[answer(findings.evidence), *map(best_line, findings.ranked[:1])],
         by_key={table.key: table for table in tables},
-        counted=counted(results.rows),
+        counted=trials_line(results.rows),
         unfinished=unfinished(results.rows),
         tables={name: table_cells(rows) for name, rows in rows_by_table.items() if rows},
         pictures=pictures(findings),
@@ -203,7 +195,7 @@ def html(findings: Findings) -> str:
         left_out=list(dict.fromkeys([findings.images_missing, *examined.missing.values()])) if findings.ranked else [],
         gates_drawn=MOST_GATES,
         quoted=shlex.quote,
-        numbers=numbers.replace("<", "\\u003c"),
+        numbers=json.dumps(numbers).replace("<", "\\u003c"),  # for `expertgrid verify`: nothing ends its element
         most_notes=MOST_NOTES,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

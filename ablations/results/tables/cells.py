@@ -11,6 +11,7 @@ from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.rows import Results, Row, latency_front, peek, smallest
 from expertgrid.ablations.results.stats.contrasts import NONE
 from expertgrid.ablations.results.stats.selection import accuracy_interval
+from expertgrid.ablations.results.tables.description import describe
 from expertgrid.ablations.results.tables.effects import judged
 from expertgrid.ablations.results.tables.notes import (
     cell_notes,
@@ -19,7 +20,9 @@ from expertgrid.ablations.results.tables.notes import (
     sight_line,
     verdict_notes,
 )
-from expertgrid.model.system.text import Measured, Points, Signed, Table, rounded
+from expertgrid.ablations.study.levels import level_name
+from expertgrid.model.system.text import Measured, Points, Signed, Table, Typed, rounded
+from expertgrid.model.training.metrics import Scale
 
 HEADS: dict[str, Split] = {"val": "validation", "test": "test"}  # of columns
 FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
@@ -38,7 +41,13 @@ def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
         if not evidence.effects:
             sight = [sight_line(evidence.sight, evidence.scale)] if evidence.sight else []
             notes = verdict_notes(evidence) + notes + sight
-    return Table("cells", title, columns(results.rows, evidence), notes)
+    trained = describe(directory, results)
+    return Table("cells", title, columns(results.rows, evidence), notes, trained, falling(results.scale))
+
+
+def falling(by: Scale) -> list[str]:
+    """The columns of `columns` that a narrow terminal does without, the least important first."""
+    return ["train images/s", "params", *FLIP_ACCURACIES, f"test {by.column}", "MACs", "95% interval", "n", "front"]
 
 
 def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[str, object]]:
@@ -57,7 +66,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
         first = row.records[0] if row.by_seed else None
         values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
         values |= {"model": row.model} if named else {}
-        values |= {name: row.levels.get(name, "") for name in factors if name != "model" or row.levels}
+        values |= {name: _level(row, name) for name in factors if name != "model" or row.levels}
         values["n"] = _seeds(row)
         values |= {f"{head} {row.scale.column}": row.interval(split) for head, split in HEADS.items()}
         for title, value in FLIP_ACCURACIES.items():
@@ -77,6 +86,12 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
             values["front"] = "yes" if row in front else ""
         table.append(values)
     return table
+
+
+def _level(row: Row, factor: str) -> str:
+    """A level of its own type in JSON; as text where the row has several, or each."""
+    text, levels = row.levels.get(factor, ""), [cell.levels[factor] for cell in row.cells if cell.levels]
+    return next((Typed(text, level) for level in levels if level_name(level) == text), text)
 
 
 def latency_ms(row: Row) -> Measured | float | None:

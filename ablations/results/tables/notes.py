@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.record import SPLITS, Record
+from expertgrid.ablations.records.record import SPLITS
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import Evidence, images_again
 from expertgrid.ablations.results.rows import (
@@ -241,8 +241,7 @@ def cell_notes(directory: StudyDirectory, evidence: Evidence) -> list[str]:
             f"front: no other of the {len(timed)} cells that were timed together is as fast and better on validation. "
             "It goes by means, whether or not the differences are decided."
         )
-    lines.append(f"Data: {results.plan.data}.")
-    lines += [*_speed_notes(results), *_test_read_notes(directory)]
+    lines += [*_speed_notes(results), *test_read_notes(directory)]
     return lines + [f"Failed: {trial}: {failure}" for trial, failure in failures.items()]
 
 
@@ -305,8 +304,6 @@ def _speed_notes(results: Results) -> list[str]:
         lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
     elif any(row.packed for row in rows):
         lines.append("Train images/s: none, as trials were trained at once; `expertgrid bench-train` measures them.")
-    machines = dict.fromkeys(_machine(record) for row in rows for record in row.records)
-    lines += [f"Trained on {machine}." for machine in machines]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
     if adopted:
         lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {counted(len(adopted), 'trial')}.")
@@ -324,7 +321,8 @@ def _speed_notes(results: Results) -> list[str]:
     return lines
 
 
-def _test_read_notes(directory: StudyDirectory) -> list[str]:
+def test_read_notes(directory: StudyDirectory) -> list[str]:
+    """How often the test split was read, by the ledger."""
     reads = directory.test_reads()
     readers = Counter(read.reader for read in reads)
     again = f", {readers['rerun']} by trials that were trained again" if readers["rerun"] else ""
@@ -337,13 +335,6 @@ def _test_read_notes(directory: StudyDirectory) -> list[str]:
             f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
         )
     return lines
-
-
-def _machine(record: Record) -> str:
-    environment = record.environment
-    number = "bf16" if record.bfloat16 else "fp32"
-    torch = f"torch {environment.versions.get('torch', 'of an unknown version')}"
-    return f"{environment.device}, {counted(environment.threads, 'thread')}, {number}, {torch}"
 
 
 # --- Words ---

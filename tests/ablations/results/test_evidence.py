@@ -709,7 +709,7 @@ def test_a_verdict_in_csv_and_json_has_its_numbers(grid):
     evidence = read_evidence(grid)
     shown = study_tables(grid, evidence)
     rows = json.loads(render_tables(shown, "json"))
-    assert list(rows) == ["factors", "cells"]
+    assert list(rows) == ["schema", "trained", "factors", "cells"]
     flat = list(csv.DictReader(io.StringIO(render_tables(shown, "csv"))))
     for effect, row, line in zip(evidence.effects, rows["factors"], flat):
         assert row["effect"] == row["verdict"]["mean"] == effect.judgement.mean == float(line["effect"])

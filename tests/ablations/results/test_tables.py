@@ -45,7 +45,8 @@ def test_values_as_they_are_shown():
     none = Judgement("none", 0, reason="diverged in 2 of 5 seeds")
     better, undecided = Judgement("better", 5, 1.0), Judgement("open", 5, 1.0)
     for value, text in (
-        (Signed(0.412), "+0.41"), (Signed(-0.004), "-0.00"), (Span(-0.161, 0.22), "-0.16 to +0.22"),
+        (Signed(0.412), "+0.41"), (Signed(-0.004), "+0.00"), (Points(-0.001), "0.00"),
+        (Span(-0.161, 0.22), "-0.16 to +0.22"), (Span(-0.004, 0.0), "+0.00 to +0.00"),
         (Multiple(2.04), "x2.0"), (Multiple(12.3), "x12"), (Points(67.5), "67.50"),
         (Verdict(none), "no verdict: diverged in 2 of 5 seeds"), (Verdict(better), "better"),
         (Verdict(better, True), "better (this split)"), (Verdict(undecided, True), "open"),

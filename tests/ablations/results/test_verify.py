@@ -17,6 +17,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.results.rows import newest, read_results
 from expertgrid.ablations.results.verify import verify_study
+from expertgrid.model.system.text import SCHEMA
 
 
 @pytest.fixture
@@ -148,10 +149,11 @@ def test_each_thing_that_does_not_fit_is_a_line(expertgrid, study, break_it, pro
 
 
 def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertgrid, study):
-    rows = json.loads(expertgrid("table", study.path, "--format", "json").out)
+    shown = json.loads(expertgrid("table", study.path, "--format", "json").out)
+    rows = {key: shown[key] for key in ("factors", "cells")}
 
     def write(time: str) -> None:
-        numbers = json.dumps({"newest": time, "tables": rows})
+        numbers = json.dumps({"newest": time, "schema": SCHEMA, "tables": rows})
         script = f'<script type="application/json" id="numbers">{numbers}</script>'
         (study.path / "report.html").write_text(script)
 
@@ -165,7 +167,7 @@ def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertg
     study.enter(TestRead(time="9998", trial=trial_of(study), reader="export", images=360))  # the report is older now
     check = verify_study(study)
     assert check.problems == []
-    assert check.skipped == ["report.html is older than the study and was not compared; `expertgrid report` renews it"]
+    assert check.skipped == ["report.html is older, and was not compared; `expertgrid report` renews it"]
     write("9999")
     assert "report.html: time of the newest measurement is 9999, but " in verify_study(study).problems[0]
 
