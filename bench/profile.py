@@ -14,7 +14,7 @@ from expertgrid.bench.training import CIFAR_TRAIN, prepared_training, random_tri
 from expertgrid.model.fast.cuda_graphs import WARM_UP
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.machine import device_name
-from expertgrid.model.training.loop import train, uses_bfloat16
+from expertgrid.model.training.loop import train
 
 LONGEST = 20  # operators or kernels that have a row
 NAME = 60  # characters of a name: a kernel's can have hundreds
@@ -64,7 +64,7 @@ def profile_training(
             for us, calls, name in longest
         ]  # fmt: skip
     average = f", moving average {recipe.ema_decay:g}" if training.average else ""
-    dtype = "bf16" if uses_bfloat16(recipe, device) else "fp32"
+    dtype = "bf16" if training.bfloat16 else "fp32"
     return table, [
         f"{preset}, batch {recipe.batch_size}, {recipe.opt}{average}, {dtype}, {prepared.plan}, on "
         f"{device_name(device)}; means of {steps} steps. The profiler makes operators slower that take microseconds."

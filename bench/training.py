@@ -26,7 +26,7 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import device_name, usable_cores
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.loader import Loader
-from expertgrid.model.training.loop import Training, TrainingError, seconds, start, train, uses_bfloat16
+from expertgrid.model.training.loop import Training, TrainingError, seconds, start, train
 from expertgrid.model.training.optimise import make_optimizer
 from expertgrid.model.training.prepare import Prepared, prepare
 from expertgrid.model.training.recipe import RECIPES, Recipe
@@ -129,7 +129,8 @@ def measure_training(
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
     epochs = train(trial, splits, training)
     memory, memory_is = peak_memory(device, lambda: next(epochs))
-    bare_step = bare_step_of(trial, splits, prepared_training(trial, splits, execution, whole)[0])
+    same = ExecutionOptions.requiring(prepared.plan, not training.bfloat16)
+    bare_step = bare_step_of(trial, splits, prepared_training(trial, splits, same, whole)[0])
     shape = batch, splits.data.channels, *splits.data.image_size
     convolutions = largest_convolutions(build(trial.model).train(), shape)
     peaks = measure_peaks(device, convolutions=convolutions)
@@ -144,7 +145,7 @@ def measure_training(
     return TrainingSpeed.of(
         rounds_s["loop"], rounds_s["bare"], rounds_s["baseline"],
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
-        batch=batch, steps=steps, bfloat16=uses_bfloat16(recipe, device), kernels=prepared.plan.kernels,
+        batch=batch, steps=steps, bfloat16=training.bfloat16, kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(trial.model, *splits.data.image_size)[1],
         peaks=peaks.best(measure_peaks(device, convolutions=convolutions)), baseline_workers=usable_cores(),
@@ -195,9 +196,9 @@ def prepared_training(
 
 def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
     """The training step of a trial on its first batch, augmented once; a CUDA graph where the training has those."""
-    loader, bfloat16 = Loader(trial.recipe, splits, trial.seed), uses_bfloat16(trial.recipe, splits.device)
+    loader = Loader(trial.recipe, splits, trial.seed)
     batch, weights_N = next(loader.epoch(0)), loader.class_weights_N
-    step = training_step(training.net.train(), training.optimizer, bfloat16, trial.recipe, weights_N)
+    step = training_step(training.net.train(), training.optimizer, training.bfloat16, trial.recipe, weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     return partial(take, batch.x_BCHW, batch.targets, batch.labels_B)
 

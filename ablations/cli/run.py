@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +25,15 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
+from expertgrid.ablations.speed.precision import fp32_is_faster, networks_to_time
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import ExecutionOptions
+from expertgrid.model.system.errors import reason_of
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.system.machine import deterministic, torch_device
+from expertgrid.model.system.machine import deterministic, device_name, torch_device
 from expertgrid.model.system.text import render_tables
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.parts import changed_parts
@@ -166,6 +168,7 @@ def _train(
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     execution = how.execution
     if _is_known(on):
+        execution = replace(execution, fp32=_uses_fp32(trials, pending, data, on, directory, how))
         chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
         execution, without = execution.usable(chosen, on)
         for text in without:
@@ -184,6 +187,35 @@ def _train(
     if interrupt.stopped.is_set():
         raise KeyboardInterrupt
     return failed
+
+
+def _uses_fp32(
+    trials: list[Trial], pending: list[Trial], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
+) -> bool:
+    """Whether trials whose recipes leave it open train in fp32 here: as it was decided for this study, or is now."""
+    device, decided = device_name(on), directory.read_plan().fp32
+    if device in decided:
+        return decided[device]
+    records = [record for trial in trials if trial.recipe.amp == "auto" and (record := directory.record(trial.id))]
+    if before := [not record.bfloat16 for record in records if record.environment.device == device]:
+        return before[0]
+    begun = any(directory.resume_file(trial.id).exists() for trial in trials)
+    timed = [] if begun or isinstance(how.trainer, RayEngine) else networks_to_time(pending, data, on)
+    if not timed:
+        return False
+    begin, threads = partial(import_modules, how.modules), how.trainer.threads if how.trainer else None
+    try:
+        with status(f"timing {len(timed)} networks in fp32 and bf16"):
+            fp32 = fp32_is_faster(timed, data, on, begin, threads)
+    except Exception as error:  # of the networks, whose trials will have it too
+        console.print(f"bf16, as steps in fp32 could not be timed: {reason_of(error)}", soft_wrap=True)
+        return False
+    directory.write_precision(device, fp32)
+    numbers = ("fp32", "bf16") if fp32 else ("bf16", "fp32")
+    console.print(
+        f"trained in {numbers[0]}, as steps of {len(timed)} networks said, not in {numbers[1]}", soft_wrap=True
+    )
+    return fp32
 
 
 def _events(

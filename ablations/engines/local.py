@@ -39,7 +39,6 @@ from expertgrid.model.training.loop import (
     score,
     start,
     train,
-    uses_bfloat16,
 )
 from expertgrid.model.training.metrics import METRICS, measured
 from expertgrid.model.training.parts import changed_parts, codes_of
@@ -69,6 +68,7 @@ class Saver:
     stop: Callable[[int], bool]  # asked after each step, with the number of steps that were done
     saved: Callable[[Trial], None] = lambda trial: None  # called after each save
     network: str = ""  # what the code of a user's network computes, as JSON
+    compiled: bool = False  # which is measured once for a trial
     due: float | None = None  # by the clock; None before the first step
     saves: int = 0
 
@@ -86,6 +86,7 @@ class Saver:
         state = self.training.state_dict()
         epochs = [epoch.model_dump_json() for epoch in self.directory.epochs(self.trial.id)]
         state = {"epochs": epochs, "training": state, "network": self.network, "parts": codes_of(self.trial.recipe)}
+        state["compiled"] = self.compiled
         write_state(self.directory.resume_file(self.trial.id), state)
         ended = time.monotonic()
         self.due = ended + max(self.every_s, (ended - begun) / SAVING_SHARE)
@@ -125,7 +126,7 @@ def run_local(
         if network and network.dtype == "float32":
             yield TrialNote(trial, "its network needs float32: a change of its code by less than 0.1% will not be seen")
         code = network.model_dump_json() if network else ""
-        saver = Saver(directory, trial, training, save_every_s, stop, saved, code)
+        saver, how = Saver(directory, trial, training, save_every_s, stop, saved, code), execution
         try:
             if went_on:
                 state = read_state(resume)
@@ -135,10 +136,13 @@ def run_local(
                     raise InputError(f"the code of the {' and the '.join(changed)} was changed")
                 training.load_state_dict(state["training"])
                 epochs = state["epochs"]
+                if "compiled" in state:
+                    how = execution.as_before(state["compiled"])
             directory.write_epochs(trial.id, epochs)
             if len(directory.epochs(trial.id)) != training.epoch:
                 raise ValueError("its epochs are not those of its weights")
-            prepared = prepare(trial, splits, training, execution, planned_steps(trial, len(splits.train)))
+            prepared = prepare(trial, splits, training, how, planned_steps(trial, len(splits.train)))
+            saver.compiled = prepared.plan.compile
             yield from (TrialNote(trial, f"trained without {text}") for text in prepared.without)
             for epoch in train(trial, splits, training, after_step=saver):
                 directory.append_epoch(trial.id, epoch)
@@ -247,7 +251,7 @@ def _finish(
         epochs=len(epochs),
         images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
         train_seconds=sum(epoch.train_seconds for epoch in epochs),
-        bfloat16=uses_bfloat16(trial.recipe, device),
+        bfloat16=training.bfloat16,
         kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile,
         graphs=prepared.plan.graphs,

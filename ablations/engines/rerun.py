@@ -88,7 +88,7 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
             second.write_weights({weights.stem: weights.read_bytes()})
         directory.try_ledger()
         try:
-            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used))
+            *_, last = run_local([trial], data, second, execution=ExecutionOptions.requiring(used, not record.bfloat16))
         finally:
             for read in second.test_reads():
                 directory.enter_test_read(trial.id, "rerun", read.images, tta=read.tta)

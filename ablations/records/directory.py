@@ -155,7 +155,18 @@ class StudyDirectory:
             had = [(cell.model_name, cell.levels) for cell in before.cells]
             has_new = any((cell.model_name, cell.levels) not in had for cell in plan.cells)
             plan.extended = before.extended or bool(trained and has_new)
+            seen = {*before.seen, *(self._seeds_with_records(before) if race is None and has_more else ())}
+            plan.fp32 = before.fp32
         plan.seen = sorted(seen)
+        self._write_plan(plan)
+
+    def write_precision(self, device: str, fp32: bool) -> None:
+        """Notes in plan.json whether trials of the study use fp32 on a device where their recipe leaves it open."""
+        plan = self.read_plan()
+        plan.fp32[device] = fp32
+        self._write_plan(plan)
+
+    def _write_plan(self, plan: Plan) -> None:
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
         write_sums(self.path, {name: (self.path / name).read_bytes() for name in OF_A_STUDY})
 

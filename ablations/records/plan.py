@@ -48,6 +48,7 @@ class Plan(BaseModel):
     race: RaceRules | None = None
     extended: bool = False  # by levels or baselines, after results were seen
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
+    fp32: dict[str, bool] = {}  # by device: whether fp32 is used where a recipe's amp is "auto"; none in older plans
 
     @property
     def cells_with_trials(self) -> list[PlannedCell]:

@@ -20,7 +20,7 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import device_name
 from expertgrid.model.training.data import ImageData, Images
-from expertgrid.model.training.loop import train, uses_bfloat16
+from expertgrid.model.training.loop import train
 from expertgrid.model.training.prepare import planned_steps
 from expertgrid.model.training.splits import Splits
 from expertgrid.model.training.trial import Trial
@@ -48,8 +48,11 @@ def measure_cells(
     ways, amp = {}, False
     with watched(device.type == "cuda") as host:
         for trial in trials.values():
-            ways[trial.id] = _rounds(trial, data, device, execution, steps, rounds, notice)
-            amp |= uses_bfloat16(trial.recipe, device)
+            record = directory.record(trial.id)
+            assert record is not None  # it is one of a row's
+            how = dataclasses.replace(execution.as_before(record.compiled), fp32=not record.bfloat16)
+            ways[trial.id] = rounds_of(trial, data, device, how, steps, rounds, notice)
+            amp |= record.bfloat16
         in_turns(ways, 1)
         seconds = in_turns(ways, rounds)
     sizes = {trial.id: trial.recipe.batch_size * steps for trial in trials.values()}
@@ -73,14 +76,14 @@ def _trial(directory: StudyDirectory, row: Row) -> Trial | None:
     return directory.config(row.records[0].trial) if row.by_seed else None
 
 
-def _rounds(
+def rounds_of(
     trial: Trial,
     data: ImageData,
     device: torch.device,
     execution: ExecutionOptions,
     steps: int,
     rounds: int,
-    notice: Callable[[str], object],
+    notice: Callable[[str], object] = lambda text: None,
 ) -> Callable[[], float]:
     """A function that trains a trial's network for some steps, and returns their seconds."""
     whole = planned_steps(trial, data.trained_on(trial.hold_out))

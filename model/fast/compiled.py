@@ -1,26 +1,38 @@
-"""Regional compilation: torch.compile of the expert blocks and convolutions of a network, each on its own.
+"""torch.compile of the expert blocks and convolutions of a network, each on its own, or of a whole other network.
 
-Equal blocks are compiled once, in whichever networks of a study they are. The names of the weights stay as they are.
-Everything between the blocks (pooling, dropout, sums, the head) runs eagerly. So does evaluation, whose batches have
-other sizes: see `model.training.loop.predict`.
+Equal blocks are compiled once, in whichever networks of a study they are, and what is between them (pooling, dropout,
+sums, the head) runs eagerly. The names of the weights stay as they are. Evaluation, whose batches have other sizes, is
+eager: see `model.training.loop.predict`.
 """
 
 import copy
 import os
 import shutil
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from expertgrid.model.config import Block
 from expertgrid.model.fast.wide import WideBlock, can_be_wide
-from expertgrid.model.net import ConvNormAct, ExpertBlock
+from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet
 
 # On CPUs with matrix units, with 64 channels and batches of 128 images of 32x32 pixels.
 BLOCK_S, COMPILER_S = 2.0, 16.0  # to compile one block, and to start the compiler
 SAVED_S = 0.01  # by each block in each step
+
+# Of other networks, whose steps are timed.
+LEAST_STEPS = 1000  # of a training that is measured: a shorter one would notice the steps of the measurement
+LAYER_S = 0.6  # to compile a layer that has weights
+SHARE = 0.05  # of a training's time that compiling may take
+FASTER = 1.05  # times as fast as eager ones compiled steps are at least, where they are chosen
+ROUNDS = 5
+DIFFERENCE = 0.1  # of the outputs' log-sum, relative, that the compiled network may have from the eager one
+
+Change = Callable[[nn.Module], object]
 
 
 def has_matrix_units(device: torch.device) -> bool:
@@ -45,6 +57,28 @@ def pays_off(blocks: Sequence[Block], steps: int) -> bool:
     return steps * len(wide) * SAVED_S > COMPILER_S + BLOCK_S * len(set(wide))
 
 
+def is_faster(net: nn.Module, change: Change, batches: Sequence[Tensor], bfloat16: bool, steps: int) -> bool:
+    """Whether `change`, which compiles a network, makes a training of so many steps faster, as measured on copies.
+
+    The network is compiled only where that takes a twentieth of an eager training, by an estimate of both. Then
+    passes on the first batch are timed in turns. Raises RuntimeError where the compiled network computes otherwise.
+    """
+    eager = copy.deepcopy(net).train()
+    compile_s = COMPILER_S + LAYER_S * sum(bool(module._parameters) for module in net.modules())
+    with _own_random(batches[0].device):
+        for _ in range(2):  # the first pass is slower than the later ones
+            if SHARE * steps * _pass(eager, batches[0], bfloat16)[0] < compile_s:
+                return False
+        compiled = copy.deepcopy(eager)
+        change(compiled)
+        outputs = [_pass(model, batches[0], bfloat16)[1] for model in (eager, compiled)]
+        if not abs(outputs[1] - outputs[0]) <= DIFFERENCE * abs(outputs[0]):
+            raise RuntimeError("its outputs have the log-sum {:.4g} when it is eager, {:.4g} compiled".format(*outputs))
+        times = [[_pass(model, batches[0], bfloat16)[0] for model in (eager, compiled)] for _ in range(ROUNDS)]
+    eager_s, compiled_s = map(statistics.median, zip(*times))
+    return compiled_s * FASTER < eager_s
+
+
 def why_unavailable(device: torch.device) -> str | None:
     """The reason why torch.compile cannot work on the device; None where no reason is found."""
     if device.type not in ("cpu", "cuda"):
@@ -67,10 +101,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 def blocks(net: nn.Module) -> Iterator[nn.Module]:
-    """The modules that are compiled: expert blocks, and convolutions outside of them, unless fused kernels have them.
-
-    A network of timm has none of these.
-    """
+    """Expert blocks, and convolutions outside of them, unless fused kernels have them."""
     for child in net.children():
         if type(child) in (ExpertBlock, WideBlock, ConvNormAct):
             yield child
@@ -90,48 +121,69 @@ def compile_without_limit() -> None:
     config.fail_on_recompile_limit_hit = True  # ty: ignore[invalid-assignment]
 
 
-def compile_blocks(net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor") -> float:
-    """Compiles the blocks of `net` for training on batches (B, C, H, W) like these. Returns the seconds that it took.
+def compile_blocks(
+    net: nn.Module, batches: Sequence[Tensor], bfloat16: bool, backend: str = "inductor", steps: int | None = None
+) -> float:
+    """Compiles the blocks of `net`, or all of a network without them, for training on batches (B, C, H, W) like these.
+
+    With `steps` it does so only where `is_faster` for a training of so many. Returns the seconds that it took, 0 where `net`
+    stays as it is.
 
     Blocks train in the form of `model.fast.wide`: compiled it was 1.4 times as fast as the eager experts one by one, on
     CPUs with AVX-512 and AMX, and faster than a stack or an einsum of all outputs; no other eager form was faster. If
     compilation fails, the error is raised and `net` is unchanged. Shapes are static: a training has one or two. On CUDA
     the blocks have no CUDA graphs of their own: `model.fast.cuda_graphs` records the whole step.
     """
-    parts = list(blocks(net))
-    if not parts:
+    started = time.perf_counter()
+    ours = isinstance(net, ExpertNet)
+    if ours and not any(blocks(net)):
         return 0.0
     compile_without_limit()
 
     def compile_all(net: nn.Module) -> None:
-        for part in blocks(net):
+        for part in list(blocks(net)) if ours else [net]:
             if isinstance(part, ExpertBlock) and can_be_wide(part.config):
                 part.__class__ = WideBlock
             part.compile(dynamic=False, backend=backend)
 
-    return apply_tested(net, compile_all, batches, bfloat16)
+    if steps is not None and not is_faster(net, compile_all, batches, bfloat16, steps):
+        return 0.0
+    apply_tested(net, compile_all, batches, bfloat16)
+    return time.perf_counter() - started
 
 
-def apply_tested(
-    net: nn.Module, change: Callable[[nn.Module], object], batches: Sequence[Tensor], bfloat16: bool
-) -> float:
+def apply_tested(net: nn.Module, change: Change, batches: Sequence[Tensor], bfloat16: bool) -> float:
     """Applies `change` to `net`, after a test on a copy: a forward and a backward pass on each batch (B, C, H, W).
 
     Compilers work when code first runs. With the test, the first step of a training has nothing left to compile. The
     weights, batch statistics and random state of `net` do not change, and after an error `net` is as it was. Returns
     the seconds that it took.
     """
-    device = batches[0].device
     started = time.perf_counter()
     trial = copy.deepcopy(net).train()
     change(trial)
-    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with _own_random(batches[0].device):
         for x_BCHW in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits_BN = trial(x_BCHW)
-            logits_BN.float().logsumexp(1).mean().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            _pass(trial, x_BCHW, bfloat16)
     change(net)
     return time.perf_counter() - started
+
+
+def _pass(net: nn.Module, x_BCHW: Tensor, bfloat16: bool) -> tuple[float, float]:
+    """The seconds of a forward and a backward pass, and the mean log-sum-exp of the outputs."""
+    device, started = x_BCHW.device, time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        logits_BN = net(x_BCHW)
+    mean = logits_BN.float().logsumexp(1).mean()
+    mean.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, mean.item()
+
+
+@contextmanager
+def _own_random(device: torch.device) -> Generator[None]:
+    """Random numbers that are drawn within are not missing afterwards."""
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

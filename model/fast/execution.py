@@ -1,7 +1,7 @@
 """How training steps are executed: what the user asks for, and what a training then uses.
 
 There are three features. Fused Triton kernels compute the parts of a network that they support. torch.compile compiles
-the other blocks. CUDA graphs record the whole step. Importing it imports no torch: the options are plain data.
+the other blocks, or a whole network that is not ours. CUDA graphs record the whole step. Importing it imports no torch: the options are plain data.
 """
 
 from collections.abc import Iterable
@@ -47,17 +47,19 @@ class ExecutionOptions:
     """What the user asks for: one of `CHOICES` for each feature.
 
     With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. On a CPU with
-    matrix units, blocks are compiled where `compiled.pays_off` says so.
+    matrix units, our blocks are compiled where `compiled.pays_off` says so, and other networks in long trainings
+    where `compiled.is_faster` measures it.
     """
 
     kernels: str = "auto"
     compile: str = "auto"
     graphs: str = "auto"
+    fp32: bool = False  # of recipes that leave the precision to us: faster for the study than bfloat16
 
     def check(self, device: "torch.device") -> None:
         """Raises InputError for an unknown choice, and for "on" where the feature cannot work on the device."""
-        for name, choice in asdict(self).items():
-            if choice not in CHOICES:
+        for name in LABELS:
+            if (choice := getattr(self, name)) not in CHOICES:
                 raise unknown(f"choice of --{name}", choice, CHOICES)
             if choice == "on" and (reason := why_unavailable(name, device)):
                 raise InputError(f"--{name} on: {reason}; with auto or off, networks are trained without")
@@ -67,20 +69,20 @@ class ExecutionOptions:
     ) -> ExecutionPlan:
         """The plan for a training of so many steps. It has graphs only where the optimiser is given.
 
-        It depends on the trial and the kind of device alone, so that a repeated trial is trained in the same way.
+        It depends on the trial and the kind of device alone, but for networks that are not ours: what `is_faster`
+        measured is kept with their trials, so that a repeated trial is trained in the same way.
         """
         from expertgrid.model.fast import compiled
         from expertgrid.model.fast.cuda_graphs import recordable
 
-        on_cuda, kernels, blocks = device.type == "cuda", False, []
+        on_cuda, kernels, pays = device.type == "cuda", False, steps >= compiled.LEAST_STEPS
         if isinstance(config, ModelConfig):
             kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
-            blocks = list(config.blocks())
-        compiles = self.compile == "auto" and compiled.has_matrix_units(device) and compiled.pays_off(blocks, steps)
+            pays = compiled.has_matrix_units(device) and compiled.pays_off(list(config.blocks()), steps)
         graphs = optimizer is not None and recordable(optimizer)
         return ExecutionPlan(
             kernels=kernels,
-            compile=self.compile == "on" or compiles,
+            compile=self.compile == "on" or (self.compile == "auto" and pays),
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
 
@@ -96,10 +98,14 @@ class ExecutionOptions:
                 options = replace(options, **{name: "off"})
         return options, without
 
+    def as_before(self, compiled: bool) -> "ExecutionOptions":
+        """These options for a trial for which it was measured before whether compiling pays."""
+        return replace(self, compile="on" if compiled else "off") if self.compile == "auto" else self
+
     @classmethod
-    def requiring(cls, plan: ExecutionPlan) -> "ExecutionOptions":
+    def requiring(cls, plan: ExecutionPlan, fp32: bool = False) -> "ExecutionOptions":
         """The options that ask for exactly this plan."""
-        return cls(**{name: "on" if used else "off" for name, used in asdict(plan).items()})
+        return cls(**{name: "on" if used else "off" for name, used in asdict(plan).items()}, fp32=fp32)
 
 
 EAGER = ExecutionOptions.requiring(ExecutionPlan())

@@ -3,7 +3,7 @@
 `train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
 or takes the time; the loop does none of these.
 
-Precision: networks train in bfloat16 (`recipe.amp`). Where that is off, convolutions are in TF32 on CUDA devices that
+Precision: networks train in bfloat16 (`uses_bfloat16`). Where they do not, convolutions are in TF32 on CUDA devices that
 have it. Accuracies and losses of the trained network are measured in full fp32.
 """
 
@@ -62,6 +62,7 @@ class Training:
     scheduler: Scheduler | None
     average: ModelEmaV3 | None
     loader: Loader
+    bfloat16: bool  # whether forward passes run in it
     losses_S: Tensor  # of the epoch's steps
     correct: Tensor  # images of the steps that were done, whose class was predicted
     learning_rates: list[float] = field(default_factory=list)  # of the steps that were done; none between two epochs
@@ -158,6 +159,7 @@ def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training
         make_scheduler(trial.recipe, optimizer, steps),
         make_average(trial.recipe, net),
         Loader(trial.recipe, splits, trial.seed),
+        uses_bfloat16(trial.recipe, device),
         losses_S=torch.zeros(steps, device=device),
         correct=torch.zeros((), device=device, dtype=torch.int64),
         frozen=frozen,
@@ -177,8 +179,7 @@ def train(
     recipe, net, optimizer, losses_S = trial.recipe, training.net, training.optimizer, training.losses_S
     steps, images = len(losses_S), len(losses_S) * recipe.batch_size  # of an epoch
     device, loader, learning_rates = splits.device, training.loader, training.learning_rates
-    amp = uses_bfloat16(recipe, device)
-    step = training_step(net, optimizer, amp, recipe, loader.class_weights_N)
+    step = training_step(net, optimizer, training.bfloat16, recipe, loader.class_weights_N)
     take = partial(training.recorder, step) if training.recorder else step
     for epoch in range(training.epoch, recipe.epochs):
         training.start_clock()
@@ -203,7 +204,8 @@ def train(
         training.stop_clock()
         _check_finite(losses_S, epoch * steps, epoch, learning_rates)
         validating = time.perf_counter()
-        logits_BN = predict(training.result, splits.validation, loader.mean_C, loader.std_C, amp, recipe.batch_size)
+        numbers = loader.mean_C, loader.std_C, training.bfloat16, recipe.batch_size
+        logits_BN = predict(training.result, splits.validation, *numbers)
         validation_loss, validation_accuracy = score(logits_BN, splits.validation.labels_B)
         if not math.isfinite(validation_loss):
             raise Diverged("validation loss", validation_loss, (epoch + 1) * steps, epoch + 1, learning_rates[-1])
@@ -262,9 +264,12 @@ def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:
     return loss.item(), (logits_BN.argmax(1) == labels_B).sum().item() / len(labels_B)
 
 
-def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the forward pass runs in bfloat16: as the recipe says, or where the device computes it natively."""
-    return recipe.amp == "on" if recipe.amp != "auto" else computes_bfloat16(device)
+def uses_bfloat16(recipe: Recipe, device: torch.device, fp32: bool = False) -> bool:
+    """Whether the forward pass runs in bfloat16: as the recipe says.
+
+    With "auto" it does where the device computes it natively, unless `fp32` was found to be faster for the study.
+    """
+    return recipe.amp == "on" if recipe.amp != "auto" else not fp32 and computes_bfloat16(device)
 
 
 def seconds(device: torch.device) -> float:

@@ -2,9 +2,11 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from expertgrid.model.config import ModelConfig
 from expertgrid.model.fast.compiled import compile_blocks
 from expertgrid.model.fast.cuda_graphs import Recorder
 from expertgrid.model.fast.execution import LABELS, ExecutionOptions, ExecutionPlan
@@ -60,18 +62,20 @@ class Prepared:
 
 
 def prepare(trial: Trial, splits: Splits, training: Training, execution: ExecutionOptions, steps: int) -> Prepared:
-    """Prepares a training of `steps` steps to run as `execution` chooses: kernels, compiled blocks, CUDA graphs.
+    """Prepares a training of `steps` steps to run as `execution` chooses: precision, kernels, compiler, CUDA graphs.
 
-    Kernels and blocks are compiled for the image sizes of the trial. Raises TrainingError where something fails that
+    Kernels and networks are compiled for the image sizes of the trial. Raises TrainingError where something fails that
     was asked for.
     """
     device = splits.device
+    training.bfloat16 = uses_bfloat16(trial.recipe, device, execution.fp32)
     plan = execution.plan(trial.model, steps, device, training.optimizer)
+    measured = execution.compile == "auto" and not isinstance(trial.model, ModelConfig)
     compile_seconds, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(plan, name):
             try:
-                seconds = _compile(name, trial, splits, training)
+                seconds = _compile(name, trial, splits, training, steps if measured else None)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
                     raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
@@ -86,10 +90,11 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     return Prepared(plan, compile_seconds, without)
 
 
-def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> float:
+def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:
     """Compiles a network's kernels, or its blocks, on batches like the trial's, and has the network use them.
 
-    `name` is "kernels" or "compile". Returns the seconds that it took; 0 where the network has no part for them.
+    `name` is "kernels" or "compile", which with `steps` must be faster. Returns the seconds that it took; 0 where the network
+    stays as it is.
     """
     recipe, device = trial.recipe, splits.device
     if training.frozen:  # both compute norms by the batch
@@ -97,9 +102,9 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training) -> flo
     if name == "kernels":
         from expertgrid.model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:
-        use = compile_blocks
+        use = partial(compile_blocks, steps=steps)
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
     pixels_BHWC, generator = splits.train.pixels_BHWC[: recipe.batch_size], torch.Generator(device)
     sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
     augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
-    return use(training.net, augmented, uses_bfloat16(recipe, device))
+    return use(training.net, augmented, training.bfloat16)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.rows import Results, Row
-from expertgrid.ablations.results.tables.notes import counted, split_notes, test_read_notes, verdict_notes
+from expertgrid.ablations.results.tables.notes import counted, test_read_notes, verdict_notes
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.training.recipe import Recipe
 
@@ -106,7 +106,6 @@ def methods(directory: StudyDirectory, evidence: Evidence) -> str:
             "Differences are least-squares estimates within seeds, with 95% intervals that hold together in each "
             f"family by the joint t distribution (families: {_and(families)}).",
             *verdict_notes(evidence),
-            *split_notes(evidence),
         ]
     if any(row.no_verdict for row in rows):
         sentences.append("A network of which a training diverged has no verdict.")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Block, ModelConfig, TimmModel
-from expertgrid.model.fast.compiled import blocks, compile_blocks, pays_off, why_unavailable
+from expertgrid.model.fast import compiled
+from expertgrid.model.fast.compiled import compile_blocks, pays_off, why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
@@ -93,10 +95,14 @@ def test_a_network_that_does_not_compile_stays_eager(graphs):
     assert net(x_BCHW).shape == (2, 10)
 
 
-def test_networks_of_timm_have_no_blocks():
-    net = build(TimmModel(timm="test_resnet.r160_in1k"))
-    assert list(blocks(net)) == []
-    assert compile_blocks(net, [torch.empty(0)], False) == 0
+def test_a_network_of_others_is_compiled_whole_and_once(graphs):
+    backend, compiled = graphs
+    nets, x_BCHW = [build(TimmModel(timm="test_resnet.r160_in1k")) for _ in range(2)], torch.randn(4, 3, 32, 32)
+    expected_BN = copy.deepcopy(nets[1]).train()(x_BCHW)
+    for net in nets:
+        assert compile_blocks(net, [x_BCHW], False, backend) > 0
+    assert torch.equal(nets[1].train()(x_BCHW), expected_BN)
+    assert len(compiled) == 1
 
 
 @pytest.mark.skipif(why_unavailable(CPU) is not None, reason="there is no C++ compiler")
@@ -122,6 +128,26 @@ def test_only_long_trainings_are_compiled():
     assert not pays_off(different, 300), "eight different blocks take eight times as long to compile"
 
 
+@pytest.mark.parametrize(
+    ("compiled_s", "steps", "output", "pays"),
+    [(0.5, 1000, 2.3, True), (0.98, 1000, 2.3, False), (0.5, 100, 2.3, None), (0.5, 1000, 9.0, "log-sum 2.3 when")],
+)
+def test_other_networks_are_compiled_where_it_is_faster(compiled_s, steps, output, pays, monkeypatch):
+    changed = []
+
+    def timed(net, x_BCHW, bfloat16):
+        return (compiled_s, output) if net in changed else (1.0, 2.3)
+
+    monkeypatch.setattr(compiled, "_pass", timed)
+    measure = partial(compiled.is_faster, torch.nn.Linear(2, 2), changed.append, [torch.zeros(1)], False, steps)
+    if isinstance(pays, str):
+        with pytest.raises(RuntimeError, match=pays):
+            measure()
+    else:
+        assert measure() == bool(pays)
+        assert bool(changed) == (pays is not None), "a short training is spared the compiler"
+
+
 def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_path):
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
         reason = why_unavailable(CPU)
@@ -137,7 +163,7 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
     assert "cpu and cuda only" in why_unavailable(torch.device("mps"))
 
 
-def fails_to_compile(*arguments) -> float:
+def fails_to_compile(*arguments, steps) -> float:
     raise RuntimeError("Python.h is not there\nand more")
 
 
@@ -157,7 +183,7 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile if fails else lambda *arguments: 2.5)
+    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile if fails else lambda *arguments, steps: 2.5)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     directory = StudyDirectory(tmp_path / "study")
     events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))

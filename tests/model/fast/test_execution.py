@@ -26,7 +26,8 @@ def test_on_cuda_kernels_and_graphs_are_chosen(optimizer):
     assert ExecutionOptions(compile="on").plan(eight, LONG, CUDA, optimizer).compile
     assert ExecutionOptions(graphs="off").plan(eight, LONG, CUDA, optimizer) == ExecutionPlan(kernels=True)
     assert EAGER.plan(eight, LONG, CUDA, optimizer) == ExecutionPlan()
-    assert ExecutionOptions().plan(TimmModel(timm="resnet18"), LONG, CUDA, optimizer) == ExecutionPlan(graphs=True)
+    others = ExecutionOptions().plan(TimmModel(timm="resnet18"), LONG, CUDA, optimizer)
+    assert others == ExecutionPlan(compile=True, graphs=True)
     lion = torch.optim.SGD(nn.Linear(2, 2).parameters())
     assert not ExecutionOptions(graphs="on").plan(eight, LONG, CUDA, lion).graphs
 
@@ -36,6 +37,14 @@ def test_on_a_cpu_with_matrix_units_blocks_are_compiled(matrix_units, optimizer,
     monkeypatch.setattr(compiled, "has_matrix_units", lambda device: matrix_units)
     plan = ExecutionOptions().plan(PRESETS["eight_block"], LONG, CPU, optimizer)
     assert plan == ExecutionPlan(compile=matrix_units)
+
+
+def test_other_networks_may_be_compiled_in_long_trainings_and_a_repeated_one_as_before(optimizer):
+    other = TimmModel(timm="resnet18")
+    assert ExecutionOptions().plan(other, LONG, CPU, optimizer) == ExecutionPlan(compile=True)
+    assert ExecutionOptions().plan(other, 100, CPU, optimizer) == ExecutionPlan()
+    assert ExecutionOptions().as_before(True).compile == "on"
+    assert ExecutionOptions(compile="off").as_before(True).compile == "off"
 
 
 def test_a_plan_is_in_words_and_can_be_required():
