@@ -23,7 +23,7 @@ from expertgrid.model.presets import network
 from expertgrid.model.system.errors import LONGEST_VALUE, InputError, all_of, collected, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
-from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
+from expertgrid.model.training.metrics import check_defined, scale
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
-        has_default = self.metric in SHIPPED and scale(self.metric).points
-        if not has_default and "margin" not in self.model_fields_set:
+        if "margin" not in self.model_fields_set and not scale(self.metric).points:
             raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
@@ -170,6 +169,18 @@ class Study(BaseModel):
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
         return {name: json.dumps(value) for name, value in fields.items()}
+
+    def unknown_choices(self) -> list[InputError]:
+        """The errors for models and recipes that do not exist, whatever the data are."""
+        choices, errors = {name: self.factors.get(name, []) for name in ("model", "recipe", "reference")}, []
+        models = self.base.model, *self.baselines, *choices["model"], *choices["reference"]
+        recipes = self.base.recipe, *choices["recipe"], *choices["reference"]
+        named_recipe = partial(changes.named_recipe, own=self.recipes)
+        for look_up, names in ((network, models), (named_recipe, recipes)):
+            for name in (name for name in names if isinstance(name, str)):
+                with collected(errors):
+                    look_up(name)
+        return errors
 
     def settings(self) -> list[dict[str, Level]]:
         """The level of each factor in each cell of the design."""
