@@ -95,10 +95,8 @@ def invalid(where: str, error: "ValidationError", fields: Mapping[str, Any] | No
     errors, problems = error.errors(), {}
     typos = [str(found["loc"][-1]) for found in errors if found["type"] == "extra_forbidden"]
     for found in sorted(errors, key=lambda found: (found["type"] == "missing") - (found["type"] == "extra_forbidden")):
-        at, accepted = (
-            tuple(part for part in found["loc"] if "[" not in str(part)),
-            fields or {},
-        )  # [: a type of several
+        accepted = fields or {}
+        at = tuple(part for part in found["loc"] if "[" not in str(part))  # without the types that were tried in turn
         for parent in at[:-1]:
             accepted = getattr(getattr(accepted.get(parent), "annotation", None), "model_fields", {})
         if found["type"] != "missing" or not get_close_matches(str(at[-1]), typos):
@@ -120,7 +118,7 @@ def _problem(path: list[str], found: Any, fields: Iterable[str]) -> InputError:
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
         text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
-    is_said = isinstance(value, dict) or hasattr(value, "model_fields") or (isinstance(value, str) and text in first)
+    is_said = isinstance(value, dict) or hasattr(value, "model_dump") or (isinstance(value, str) and text in first)
     return InputError(
         f"{place}{first}{'' if is_said else f', found {text}'}", others=[place + other for other in others]
     )
