@@ -38,7 +38,7 @@ def experts(config: ModelConfig, count: int) -> ModelConfig:
     A block that had one expert, and so no gate, gets a linear gate.
     """
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 64:
-        raise ValueError("accepted: a whole number from 1 to 64")
+        raise ValueError("a whole number from 1 to 64 is needed")
 
     def change(block: Block) -> Block:
         if len(block.kernels) == count:
@@ -53,7 +53,7 @@ def kernel(config: ModelConfig, size: int | list[int]) -> ModelConfig:
     """Experts of one kernel size, or of several that the experts of a block take in turn."""
     sizes = [size] if isinstance(size, int) else size
     if not isinstance(sizes, list | tuple) or not sizes or not all(isinstance(size, int) for size in sizes):
-        raise ValueError("accepted: an odd kernel size, or a list of some")
+        raise ValueError("an odd kernel size is needed, or a list of some")
     return config.map_blocks(lambda block: block.change(kernels=tuple(islice(cycle(sizes), len(block.kernels)))))
 
 
@@ -65,7 +65,7 @@ def gate(config: ModelConfig, kind: str | dict) -> ModelConfig:
     """
     if not isinstance(kind, dict) and kind not in [*GATES, *OWN_GATE]:
         fields = "kind, hidden or reduction, temperature, frozen, shuffled"
-        raise ValueError(f"accepted: {', '.join([*GATES, *OWN_GATE])}, or a table with {fields}")
+        raise ValueError(f"{', '.join([*GATES, *OWN_GATE])}, or a table with {fields} is needed")
 
     def change(block: Block) -> Block:
         if isinstance(kind, dict):
@@ -88,7 +88,7 @@ def matched(config: ModelConfig, equal: bool | str) -> ModelConfig:
     if equal is False:
         return config
     if equal not in MATCHED:
-        raise ValueError(f"accepted: false, {', '.join(MATCHED)}")
+        raise ValueError(f"false, {', '.join(MATCHED)} is needed")
     return _matched(config, equal)
 
 
@@ -135,7 +135,7 @@ def residual(config: ModelConfig, enabled: bool) -> ModelConfig:
     another, each two expert blocks that follow each other become a macro block.
     """
     if not isinstance(enabled, bool):
-        raise ValueError("accepted: true, false")
+        raise ValueError("true or false is needed")
     if not enabled:
         return config.change(layers=_opened(config.layers))
     if any(isinstance(layer, Residual) for layer in config.layers):
@@ -213,7 +213,7 @@ def _repeatable(layer: Layer) -> Layer:
 
 def _positive(factor: float) -> None:
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor <= 64:
-        raise ValueError("accepted: a number above 0, up to 64")
+        raise ValueError("a number above 0, up to 64, is needed")
 
 
 VARIANTS: dict[str, Callable[[Any, Any], Network]] = {

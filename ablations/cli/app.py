@@ -34,32 +34,20 @@ PANELS = {  # parts of a longer list of options, by the names of their parameter
 class Command(TyperCommand):
     """Help that shows a long list of options in PANELS. An option of none of them is among the last."""
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        params = [(param, record) for param in self.get_params(ctx) if (record := param.get_help_record(ctx))]
-        is_long = sum(param.param_type_name == "option" for param, _ in params) > LONGEST_LIST
-        panel_of = {name: title for title, names in PANELS.items() for name in names.split()} if is_long else {}
-        panels: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *PANELS, "Options")}
-        for param, record in params:
-            title = "Arguments" if param.param_type_name == "argument" else panel_of.get(param.name, "Options")
-            panels[title].append(record)
-        for title, rows in panels.items():
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
-
-
-class App(typer.Typer):
-    """Has each command's help by `Command`."""
-
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        return super().command(name, cls=Command, **settings)
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # of click's classes, which Typer may keep for itself
+        panels: dict[str, list[Any]] = {title: [] for title in ("Arguments", *PANELS, "Options")}
+        params = self.get_params(ctx)
+        is_long = sum(param.param_type_name == "option" for param in params) > LONGEST_LIST
+        for param in params:
+            title = next((title for title in PANELS if is_long and param.name in PANELS[title].split()), "Options")
+            panels["Arguments" if param.param_type_name == "argument" else title].append(param.get_help_record(ctx))
+        for title in filter(panels.get, panels):
+            with formatter.section(title):
+                formatter.write_dl(panels[title])
 
 
 class Grouped(TyperGroup):
-    """Help that lists the commands under the titles that `rich_help_panel` gives them.
-
-    Contexts are of click's class, which some versions of Typer keep for themselves.
-    """
+    """Help that lists the commands under the titles that `rich_help_panel` gives them."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """With defaults that are bools already: for any other, Typer imports pydantic to make it one."""
@@ -79,7 +67,7 @@ class Grouped(TyperGroup):
                 formatter.write_dl(rows)
 
 
-app = App(
+app = typer.Typer(
     cls=Grouped,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -103,14 +91,9 @@ Graphs = Annotated[Switch, Option(help="Record training steps as CUDA graphs. au
 Set = Annotated[
     list[str] | None, Option("--set", metavar="PATH=VALUE", help="Change a value, as in recipe.epochs=4. Repeatable.")
 ]
+IMPORT = "Import your module that registers networks, or parts of a training. Repeatable."
 Import = Annotated[
-    list[str] | None,
-    Option(
-        "--import",
-        metavar="MODULE|FILE.py",
-        help="Import your module that registers networks, or parts of a training. Repeatable.",
-        callback=options.module_names,
-    ),
+    list[str] | None, Option("--import", metavar="MODULE|FILE.py", help=IMPORT, callback=options.module_names)
 ]
 Metric = Annotated[
     str | None, Option(metavar="NAME[:MARGIN]", help="Read it by another metric: auroc, or cross_entropy:0.01.")
@@ -160,11 +143,9 @@ def expertgrid(
     """Ablations of soft-expert CNNs: train a study, read its table, export and time its best network."""
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def run(
-    study: str | None = Argument(
-        None, help="Study that ships with expertgrid, or a TOML file of yours.", autocompletion=_completed("studies")
-    ),
+    study: str | None = Argument(None, help="Shipped study, or your TOML file.", autocompletion=_completed("studies")),
     data: str | None = Option(None, metavar="SOURCE", help="Data source, instead of the study's."),
     data_dir: DataDir = None,
     seeds: int | None = Option(None, metavar="N", help="Number of seeds, instead of the study's."),
@@ -183,17 +164,13 @@ def run(
     trial_timeout: float | None = Option(None, min=1, metavar="S", help="Fail a trial that runs longer than this."),
     deterministic: bool = Option(False, "--deterministic", help="Train bit for bit the same on a GPU too. Slower."),
     fail_fast: bool = Option(False, "--fail-fast", help="Stop at the first trial that fails."),
-    isolate: bool = Option(
-        True, envvar="EXPERTGRID_ISOLATE", help="Train in separate processes, so that a crash fails one trial only."
-    ),
+    isolate: bool = Option(True, envvar="EXPERTGRID_ISOLATE", help="Train in processes: a crash fails one trial only."),
     jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
     address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
-    track: list[str] | None = Option(
-        None, metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers
-    ),
+    track: list[str] | None = Option(None, metavar=TRACKER, help=f"Show it in {TRACKERS}.", callback=options.trackers),
     dry_run: bool = Option(False, "--dry-run", help="Show the trials and their costs. Nothing is trained."),
 ) -> int:
     """Train a study and print its tables.
@@ -243,13 +220,11 @@ def run(
         return quickstart(request, data_dir, how)
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def new(
     file: Path = Argument(metavar="FILE.toml", help="File to write.", callback=options.file_named("FILE", ".toml")),
     model: str = Option("two_block", help="Preset, or timm model."),
-    recipe: str = Option(
-        "fast", help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")
-    ),
+    recipe: str = Option("fast", help="Recipe, as `list recipes` names it.", autocompletion=_completed("recipes")),
     data: str = Option("digits", metavar="SOURCE", help="Data source."),
     image_size: int | None = Option(None, min=1, metavar="N", help="Bring all images to N x N pixels."),
     modules: Import = None,
@@ -263,7 +238,7 @@ def new(
     return new(file, {"model": model, "recipe": recipe, "data": data, "image_size": image_size}, modules or [])
 
 
-@app.command(rich_help_panel=TRAIN)
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def rerun(
     directory: StudyDir,
     trial: str = Argument(metavar="ID", help="Trial, as the table and the ledger name it."),
@@ -282,7 +257,7 @@ def rerun(
     return rerun(directory, trial, data, data_dir, device, modules or [], format)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def table(
     directories: list[Path] = Argument(metavar="DIR...", help="Study directories.", callback=options.study_directory),
     format: Literal["text", "github", "latex", "csv", "json", "parquet"] = Option(
@@ -314,7 +289,7 @@ def table(
     return results.table(directories, format, by, contrast, peek, notes, metric)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def judge(
     file: Path = Argument(metavar="SCORES.csv", help="Columns: factors, seed, score.", callback=options.readable),
     margin: float = Option(metavar="X", help="The difference that matters, in the unit of the scores."),
@@ -328,7 +303,7 @@ def judge(
     return results.judge(file, margin, lower_is_better, format, notes)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def report(
     directory: StudyDir,
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
@@ -347,7 +322,7 @@ def report(
     return report(directory, out, format, data, data_dir, metric)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def track(
     directory: StudyDir,
     to: list[str] = Option(metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers),
@@ -365,7 +340,7 @@ def track(
     return track(directory, to, data, data_dir)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def verify(directory: StudyDir, modules: Import = None) -> int:
     """Recompute a study's numbers from its records and compare.
 
@@ -377,7 +352,7 @@ def verify(directory: StudyDir, modules: Import = None) -> int:
     return verify(directory)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def check(
     directory: DamagedDir,
     repair: bool = Option(False, "--repair", help="Move damaged trials to DIR/damaged."),
@@ -395,7 +370,7 @@ def check(
     return check(directory, repair, data, data_dir)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def retire(directory: StudyDir, modules: Import = None) -> int:
     """Move trials of a network whose code was changed to DIR/retired.
 
@@ -407,7 +382,7 @@ def retire(directory: StudyDir, modules: Import = None) -> int:
     return retire(directory)
 
 
-@app.command(rich_help_panel=RESULTS)
+@app.command(cls=Command, rich_help_panel=RESULTS)
 def clean(
     directory: StudyDir,
     yes: bool = Option(False, "--yes", help="Remove the files without asking."),
@@ -423,7 +398,7 @@ def clean(
     return clean(directory, yes, trials)
 
 
-@app.command(rich_help_panel=NETWORKS)
+@app.command(cls=Command, rich_help_panel=NETWORKS)
 def export(
     source: Path = Argument(
         metavar="DIR|CHECKPOINT", help="Study directory, or a model.safetensors.", callback=options.study_or_checkpoint
@@ -441,14 +416,9 @@ def export(
     ),
     provider: str = Option("cpu", metavar="NAME[,NAME]", help=f"Certify on: {', '.join(options.PROVIDERS)}."),
     tune: bool = Option(False, "--tune", help="Time formats and engines, and take the fastest certified file."),
-    batch: int | None = Option(
-        None, min=1, max=options.LARGEST_BATCH, metavar="N", help="Batch size of --tune. Default: 1."
-    ),
+    batch: int | None = Option(None, min=1, max=options.LARGEST_BATCH, metavar="N", help="For --tune. Default: 1."),
     out: Path | None = Option(
-        None,
-        metavar="FILE.onnx",
-        help="File to write. Default: in DIR/export.",
-        callback=options.file_named("--out", ".onnx", parent_exists=False),
+        None, metavar="FILE.onnx", help="Default: in DIR/export.", callback=options.file_named("--out", ".onnx", False)
     ),
     data: Data = None,
     data_dir: DataDir = None,
@@ -466,10 +436,7 @@ def export(
     options.refuse(
         (tune and not one_format, "--tune: chooses precision and rewrites itself, for one provider: cpu or cuda"),
         (batch is not None and not tune, "--batch: is for --tune; other files run at any batch size"),
-        (
-            needs_openvino != on_openvino and (needs_openvino or "openvino" in providers),
-            "--precision bf16: is computed by OpenVINO alone; add --provider openvino",
-        ),
+        (needs_openvino != on_openvino, "--precision bf16: is computed by OpenVINO alone; add --provider openvino"),
     )
     with _starting(modules):
         from expertgrid.ablations.cli.export import export
@@ -477,7 +444,7 @@ def export(
     return export(source, input, precision, names, fuse, prune_gates, providers, tuned_for, out, data, data_dir)
 
 
-@app.command(rich_help_panel=NETWORKS)
+@app.command(cls=Command, rich_help_panel=NETWORKS)
 def publish(
     directory: StudyDir,
     target: str = Argument(metavar="FOLDER|hf-hub:OWNER/NAME", help="New folder, or repository of the Hub."),
@@ -499,7 +466,7 @@ def publish(
     return publish(directory, target, private, data, data_dir)
 
 
-@app.command(rich_help_panel=NETWORKS)
+@app.command(cls=Command, rich_help_panel=NETWORKS)
 def predict(
     file: OnnxFile,
     images: list[Path] = Argument(metavar="IMAGE...", help="Image files of any size.", callback=options.readable),
@@ -513,7 +480,7 @@ def predict(
     return predict(file, images, top, provider, format)
 
 
-@app.command("show-model", rich_help_panel=NETWORKS)
+@app.command("show-model", cls=Command, rich_help_panel=NETWORKS)
 def show_model(file: OnnxFile) -> int:
     """Describe an ONNX file: input, outputs, operators, size and metadata.
 
@@ -524,31 +491,22 @@ def show_model(file: OnnxFile) -> int:
     return show_model(file)
 
 
-@app.command(rich_help_panel=SPEED)
+@app.command(cls=Command, rich_help_panel=SPEED)
 def bench(
     files: list[Path] = Argument(
         metavar="FILE.onnx...|DIR", help="ONNX files, or a study directory.", callback=options.files_or_study
     ),
-    provider: Literal["cpu", "cuda", "tensorrt"] = Option(
-        "cpu", help="ONNX Runtime's execution provider. One that does not start is an error."
-    ),
+    provider: Literal["cpu", "cuda", "tensorrt"] = Option("cpu", help="Execution provider of ONNX Runtime."),
     batch: str | None = Option(None, metavar="N[,N]", help="Batch sizes. Default: 1,8,64."),
     format: Format = "text",
     json: Path | None = Option(
-        None,
-        metavar="FILE.json",
-        help="Write one file's record, with all times.",
-        callback=options.file_named("--json", ".json"),
+        None, metavar="FILE.json", help="Write one file's record.", callback=options.file_named("--json", ".json")
     ),
     engine: str | None = Option(
         None, metavar="E[,E]", help=f"Engines: {', '.join(options.ENGINES)}. Default: own; for files own,eager."
     ),
-    seconds: float = Option(
-        1, min=0.01, max=3600, metavar="S", help="Measure each engine and batch size for this long."
-    ),
-    fail_if_slower: str | None = Option(
-        None, metavar="P%", help="Exit with 1 where a file is slower by more than this."
-    ),
+    seconds: float = Option(1, min=0.01, max=3600, metavar="S", help="Time for each engine and batch size."),
+    fail_if_slower: str | None = Option(None, metavar="P%", help="Exit with 1 where a file is slower by more."),
     baseline: Path | None = Option(
         None, metavar="FILE.json", help="Compare one file with a record of --json.", callback=options.readable
     ),
@@ -574,7 +532,7 @@ def bench(
     A scenario loads each file as MLPerf does: single images or 8 in a stream, all at once, or at random as a server
     gets them, where the highest rate is searched. Each of its runs takes --seconds or longer.
     """
-    study = files[0] if files[0].is_dir() else None
+    study, alone = files[0] if files[0].is_dir() else None, len(files) == 1 and baseline is None
     batches = options.batches(batch or "1,8,64")
     engines = options.words("engine", engine or ("own" if study or scenario else "own,eager"), options.ENGINES)
     slower = options.percent("--fail-if-slower", fail_if_slower)
@@ -591,10 +549,7 @@ def bench(
         (bound_ms is not None and scenario != "server", "--bound-ms: is for --scenario server"),
         (for_one_file and (study or len(files) > 1), f"{for_one_file}: is for one file{cells}"),
         (slower is not None and peers, "--fail-if-slower: does not go with --peers, which are other networks"),
-        (
-            slower is not None and len(files) == 1 and baseline is None,
-            "--fail-if-slower: a second file or --baseline FILE.json is needed to compare with",
-        ),
+        (slower is not None and alone, "--fail-if-slower: a second file or --baseline FILE.json is needed"),
         (across_machines and baseline is None, "--across-machines: is for --baseline FILE.json"),
         (front and study is None, "--front: is for a study directory"),
     )
@@ -610,13 +565,11 @@ def bench(
     return bench(files, provider, batches, format, json, engines, seconds, against, isolated, peers)
 
 
-@app.command("bench-train", rich_help_panel=SPEED)
+@app.command("bench-train", cls=Command, rich_help_panel=SPEED)
 def bench_train(
     preset: str = Argument("eight_block", metavar="MODEL|DIR", help="Preset, timm model, or study directory."),
     batch: int | None = Option(None, min=2, max=4096, metavar="N", help="Batch size. Default: 128."),
-    steps: int | None = Option(
-        None, min=1, max=1000, metavar="N", help="Steps in a round. Default: 100 on CUDA, else 2."
-    ),
+    steps: int | None = Option(None, min=1, max=1000, metavar="N", help="In a round. Default: 100 on CUDA, else 2."),
     rounds: int = Option(5, min=1, max=1000, metavar="N", help="Rounds in which each way takes its turn."),
     profile: bool = Option(False, "--profile", help="Show where the time of a model's training steps goes instead."),
     device: Device = "auto",
@@ -656,7 +609,7 @@ def bench_train(
     return bench_train(preset, batch, steps, rounds, device, execution, profile, format)
 
 
-@app.command("list", rich_help_panel=LISTS)
+@app.command("list", cls=Command, rich_help_panel=LISTS)
 def list_(
     what: Literal["models", "recipes", "studies", "data"] = Argument(help="Kind of thing to list."),
     modules: Import = None,
@@ -670,7 +623,7 @@ def list_(
     return list_(what, [options.module_and_folder(text)[0] for text in modules or []], format)
 
 
-@app.command(rich_help_panel=LISTS)
+@app.command(cls=Command, rich_help_panel=LISTS)
 def schema(modules: Import = None) -> None:
     """Print the JSON Schema of study files."""
     with _starting(modules, "starting"):
@@ -678,7 +631,7 @@ def schema(modules: Import = None) -> None:
     print(study_schema())
 
 
-@app.command("show-augment", rich_help_panel=LISTS)
+@app.command("show-augment", cls=Command, rich_help_panel=LISTS)
 def show_augment(
     recipe: str = Argument(help="Recipe, as `expertgrid list recipes` names it.", autocompletion=_completed("recipes")),
     out: Path = Option(metavar="FILE.png", help="Picture to write.", callback=options.file_named("--out", ".png")),

@@ -15,10 +15,7 @@ from expertgrid.model.training.parts import changed_parts
 
 
 def check(path: Path, repairs: bool, data: str | None, data_dir: Path | None) -> int:
-    """Prints each file of a study that is missing or damaged, and what to do; 1 where there is one.
-
-    Raises InputError where `data` are given, and have other images than the study.
-    """
+    """Prints each file that is missing or damaged, and what to do; 1 where there is one. `data` are read."""
     directory = StudyDirectory(path)
     if repairs:
         with directory.held():

@@ -16,44 +16,33 @@ def list_(what: str, modules: Sequence[str], format: Format) -> int:
 
 
 def _models(modules: Sequence[str]) -> list[dict[str, object]]:
-    from expertgrid.model.cost import cost
-    from expertgrid.model.presets import PRESETS
+    """The presets, and the networks that a user's modules, or parts of them, registered with timm."""
+    from expertgrid.model.config import ModelConfig
+    from expertgrid.model.cost import check_image_size, cost
+    from expertgrid.model.presets import PRESETS, network
 
-    rows: list[dict[str, object]] = []
-    for name, config in PRESETS.items():
-        parameters, macs = cost(config, 32, 32)
-        counts = sorted({len(block.kernels) for block in config.blocks()})
-        gates = sorted({block.gate.kind for block in config.blocks() if block.gate})
+    names, rows = list(PRESETS), []
+    if modules:
+        from timm import list_models
+        from timm.models import model_entrypoint
+
+        homes = {name: f"{model_entrypoint(name).__module__}." for name in list_models()}
+        names += [name for name, home in homes.items() if any(home.startswith(f"{module}.") for module in modules)]
+    for name in names:
+        config = network(name)
+        blocks = list(config.blocks()) if isinstance(config, ModelConfig) else []
         row: dict[str, object] = {
             "model": name,
-            "blocks": len(list(config.blocks())),
-            "K": ", ".join(map(str, counts)),
-            "gate": ", ".join(gates),
+            "blocks": len(blocks) or None,
+            "K": ", ".join(map(str, sorted({len(block.kernels) for block in blocks}))),
+            "gate": ", ".join(sorted({block.gate.kind for block in blocks if block.gate})),
+            "params": None,
+            "MACs at 32x32": "takes other images",
         }
-        rows.append(row | {"params": parameters, "MACs at 32x32": macs})
-    return rows + (_registered(modules) if modules else [])
-
-
-def _registered(modules: Sequence[str]) -> list[dict[str, object]]:
-    """The networks that a user's modules, or parts of them, registered with timm."""
-    from timm import list_models
-    from timm.models import model_entrypoint
-
-    from expertgrid.model.cost import check_image_size, cost
-    from expertgrid.model.presets import network
-
-    rows: list[dict[str, object]] = []
-    for name in list_models():
-        home = model_entrypoint(name).__module__
-        if any(home == module or home.startswith(f"{module}.") for module in modules):
-            config = network(name)
-            row: dict[str, object] = {"model": name, "blocks": None, "K": "", "gate": ""}
-            try:
-                check_image_size(name, config, (32, 32), "32x32 pixels")
-                parameters, macs = cost(config, 32, 32)
-            except InputError:
-                parameters, macs = None, "takes other images"
-            rows.append(row | {"params": parameters, "MACs at 32x32": macs})
+        with suppress(InputError):
+            check_image_size(name, config, (32, 32), "32x32 pixels")
+            row["params"], row["MACs at 32x32"] = cost(config, 32, 32)
+        rows.append(row)
     return rows
 
 

@@ -16,7 +16,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study
 from expertgrid.model.config import TimmModel
 from expertgrid.model.probe import probe_of
-from expertgrid.model.system.errors import InputError, collected
+from expertgrid.model.system.errors import InputError, all_of, collected
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
@@ -70,8 +70,13 @@ class PlannedRun:
 
     @property
     def weight_lines(self) -> list[str]:
-        """What the networks start from, where it is to be said."""
-        return [line for line in dict.fromkeys(_start(cell.trials[0]) for cell in self.cells) if line]
+        """What the networks start from, where it is to be said, and what [base] does not name."""
+        base = self.study.base
+        unnamed = [
+            f"{name} {getattr(base, name)}" for name in ("model", "recipe", "data") if name not in base.model_fields_set
+        ]
+        line = f"[base] does not name all, and these are taken: {', '.join(unnamed)}" if unnamed else ""
+        return [line for line in (line, *dict.fromkeys(_start(cell.trials[0]) for cell in self.cells)) if line]
 
     def check_directory(self) -> None:
         """Raises InputError where the directory holds what does not let the study be trained in it."""
@@ -137,7 +142,11 @@ class PlannedRun:
 def plan_run(request: StudyRequest, data_dir: Path | None) -> PlannedRun:
     """Reads the data and resolves the study. Raises InputError where they do not fit each other."""
     study, directory = request.study, request.directory
-    data = read_data(study.base.data, data_dir, study.base.image_size)
+    errors = study.unknown_choices()
+    with collected(errors):
+        data = read_data(study.base.data, data_dir, study.base.image_size)
+    if errors:
+        raise all_of(errors)
     weights: dict[str, bytes] = {}
     cells = study.change(seeds=request.last_seed).cells(data, weights)
     race = None

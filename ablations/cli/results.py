@@ -87,12 +87,7 @@ def judge(file: Path, margin: float, lower_is_better: bool, format: Format, note
 
 
 def report(
-    directory: Path,
-    out: Path | None,
-    format: str = "html",
-    data: str | None = None,
-    data_dir: Path | None = None,
-    metric: str | None = None,
+    directory: Path, out: Path | None, format: str, data: str | None, data_dir: Path | None, metric: str | None
 ) -> int:
     """Writes the report of a study, or its figures."""
     as_html = format == "html"

@@ -40,7 +40,6 @@ from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.reading import AnyRecord, damaged, read_config, read_record, train_again
 from expertgrid.ablations.records.record import SPLITS, Adopted, Failure, Record, TrainingRates
 from expertgrid.ablations.study.cells import Cell
-from expertgrid.ablations.study.levels import level_name
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import read_study
 from expertgrid.bench.record import LatencyRecord
@@ -105,25 +104,17 @@ class StudyDirectory:
                     f"--out {self.path}: holds another study, or more of this one: {difference}; give another "
                     "directory with --out"
                 )
-            if not self.extends and (LEDGER in names or any(self.path.glob("trials/*/record.json"))):
-                self._check_families(study, older)
+            has_results = LEDGER in names or any(self.path.glob("trials/*/record.json"))
+            if has_results and not self.extends and (more := study.more_than(older)):
+                raise InputError(
+                    f"--out {self.path}: has results, and the study now has {more}; what is compared is declared "
+                    "before the first result. Give another directory with --out, which takes over the finished trials; "
+                    "or --extend: this study is then exploratory"
+                )
         elif "plan.json" in names:  # study.toml was lost, and is written again
             self.read_plan(study)
         elif not all(name in (LOCK, WRITER) or LEFT_BY_A_CRASH.fullmatch(name) for name in names):
             raise InputError(f"--out {self.path}: is not empty, and holds no study")
-
-    def _check_families(self, study: Study, older: Study) -> None:
-        """Raises InputError for more levels or baselines than there were when the first results came."""
-        for what, declared, wanted in (
-            ("baselines", older.baselines, study.baselines),
-            *((f"levels of {name}", older.factors[name], levels) for name, levels in study.factors.items()),
-        ):
-            if added := [level_name(level) for level in wanted if level not in declared]:
-                raise InputError(
-                    f"--out {self.path}: has results, and the study now has more {what}: {', '.join(added)}; what is "
-                    "compared is declared before the first result. Give another directory with --out, which takes "
-                    "over the finished trials; or --extend: this study is then exploratory"
-                )
 
     @contextmanager
     def written(
@@ -152,10 +143,7 @@ class StudyDirectory:
             has_more = max(map(len, plan.by_cell), default=0) > max(map(len, before.by_cell), default=0)
             trained = self._seeds_with_records(before)
             seen = {*before.seen, *(trained if race is None and has_more else ())}
-            had = [(cell.model_name, cell.levels) for cell in before.cells]
-            has_new = any((cell.model_name, cell.levels) not in had for cell in plan.cells)
-            plan.extended = before.extended or bool(trained and has_new)
-            seen = {*before.seen, *(self._seeds_with_records(before) if race is None and has_more else ())}
+            plan.extended = before.extended or (bool(trained) and len(plan.cells) > len(before.cells))
             plan.fp32 = before.fp32
         plan.seen = sorted(seen)
         self._write_plan(plan)

@@ -34,7 +34,7 @@ def read_config(trial: Path) -> Trial | None:
 
 def damaged(file: Path, problem: object, remedy: str) -> InputError:
     """The error for a damaged file of a study directory."""
-    return wrong_file(file, problem, f"the file is damaged: {remedy}")
+    return wrong_file(file, str(problem), f"the file is damaged: {remedy}")
 
 
 def train_again(trial: Path) -> str:

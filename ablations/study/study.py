@@ -23,7 +23,7 @@ from expertgrid.model.presets import network
 from expertgrid.model.system.errors import LONGEST_VALUE, InputError, all_of, collected, invalid, unknown
 from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut, Kind
-from expertgrid.model.training.metrics import SHIPPED, check_defined, scale
+from expertgrid.model.training.metrics import check_defined, scale
 from expertgrid.model.training.trial import NO_WEIGHTS, Trial
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ class Study(BaseModel):
             raise ValueError("reported is of levels, and the study has no factors")
         if wrong := self.reported.keys() - levels:
             raise unknown("level in reported:", sorted(wrong)[0], sorted(levels))
-        has_default = self.metric in SHIPPED and scale(self.metric).points
-        if not has_default and "margin" not in self.model_fields_set:
+        if "margin" not in self.model_fields_set and not scale(self.metric).points:
             raise ValueError(f"metric {self.metric!r} needs a margin: which difference in it matters")
         return self
 
@@ -156,12 +155,17 @@ class Study(BaseModel):
         if self.factors.keys() != older.factors.keys():
             old, new = (", ".join(study.factors) or "none" for study in (older, self))
             return f"its factors are {old}, and here {new}"
-        for name, levels in older.factors.items():
-            if lacking := [level for level in levels if level not in self.factors[name]]:
-                return f"its factor {name} has the level {level_name(lacking[0])} too"
-        if lacking := [name for name in older.baselines if name not in self.baselines]:
-            return f"it has the baseline {lacking[0]} too"
+        if more := older.more_than(self):
+            return f"it has {more}"
         return f"it has {older.seeds} seeds, and here {self.seeds}" if older.seeds > self.seeds else ""
+
+    def more_than(self, other: "Study") -> str:
+        """Which levels or baselines this has and `other`, a study of the same factors, has not; "" for none."""
+        pairs = {f"levels of {name}": (levels, other.factors[name]) for name, levels in self.factors.items()}
+        for what, (ours, others) in ({"baselines": (self.baselines, other.baselines)} | pairs).items():
+            if more := [level_name(level) for level in ours if level not in others]:
+                return f"more {what}: {', '.join(more)}"
+        return ""
 
     def _fixed(self) -> dict[str, str]:
         """What stays as it is where a study gets more levels or seeds: JSON by field."""
@@ -170,6 +174,17 @@ class Study(BaseModel):
         fields |= {f"base.{name}": value for name, value in self.base}
         fields |= {f"set.{name}": value for name, value in self.set.items()}
         return {name: json.dumps(value) for name, value in fields.items()}
+
+    def unknown_choices(self) -> list[InputError]:
+        """The errors for models and recipes that do not exist, whatever the data are."""
+        levels_of, errors, named_recipe = self.factors.get, [], partial(changes.named_recipe, own=self.recipes)
+        models = self.base.model, *self.baselines, *levels_of("model", ()), *levels_of("reference", ())
+        recipes = [(named_recipe, name) for name in (self.base.recipe, *levels_of("recipe", ()))]
+        for look_up, name in [*((network, name) for name in models), *recipes]:
+            if isinstance(name, str):  # any other is an error of its cell
+                with collected(errors):
+                    look_up(name)
+        return errors
 
     def settings(self) -> list[dict[str, Level]]:
         """The level of each factor in each cell of the design."""
@@ -233,17 +248,13 @@ class Study(BaseModel):
         for pair in self.contrasts:
             try:
                 places = frozenset(find_cell(networks, text) for text in pair)
+                if len(places) == 1:
+                    raise InputError(f"{pair[0]!r} and {pair[1]!r} are the same cell")
+                if seen.setdefault(places, pair) is not pair:
+                    first = " and ".join(map(repr, seen[places]))
+                    raise InputError(f"{pair[0]!r} and {pair[1]!r} are declared twice, first as {first}")
             except InputError as error:
                 raise InputError(f"study {self.name}: contrasts: {error}") from None
-            if len(places) == 1:
-                raise InputError(f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are the same cell")
-            if places in seen:
-                first, second = seen[places]
-                raise InputError(
-                    f"study {self.name}: contrasts: {pair[0]!r} and {pair[1]!r} are declared twice, first as "
-                    f"{first!r} and {second!r}"
-                )
-            seen[places] = pair
 
     def _cell(
         self,

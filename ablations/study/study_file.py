@@ -29,7 +29,8 @@ def load_study(name: str) -> Study:
     if os.path.isdir(path):  # False, other than Path.is_dir, also where a name is too long for a file
         raise InputError(f"study {name}: is a directory; the path of a TOML file is needed")
     if not os.path.isfile(path):
-        raise unknown("study", name, shipped_studies(), ", or the path of a TOML file")
+        files = map(str, path.parent.glob("*.toml"))
+        raise unknown("study", name, [*shipped_studies(), *files], ", or the path of a TOML file")
     study = read_study(path)
     for name in {study.base.recipe, *map(str, study.factors.get("recipe", []))} - study.recipes.keys():
         if name.endswith(".toml"):

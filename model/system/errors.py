@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError  # imported only where it is raised, so that `--help` opens at once
 
 LONGEST_VALUE = 80  # characters of a wrong value that an error shows
+MOST_NAMES = 12  # that are accepted, beside the one that was meant
 NEEDED = {  # by the kind of error that pydantic names, or by its first word
     "int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
     "string": "text", "list": "a list", "tuple": "a list", "dict": "a table of fields", "model": "a table of fields",
@@ -73,14 +74,15 @@ def wrong_file(file: object, problem: object, remedy: str = "") -> InputError:
 
 
 def unknown(what: str, name: object, accepted: Iterable[str], more: str = "") -> InputError:
-    """The error for a name that does not exist. It suggests the most similar name that does.
+    """The error for a name that does not exist. It suggests the most similar name that does, instead of many names.
 
     `what` is the kind of name ("preset"), `accepted` the names that exist, `more` what else would be accepted.
     """
     accepted = list(accepted)
     near = get_close_matches(str(name), accepted, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return InputError(f"unknown {what} {name!r}{hint} Accepted: {', '.join(accepted)}{more}")
+    names = "" if near and len(accepted) > MOST_NAMES else f" Accepted: {', '.join(accepted)}{more}"
+    return InputError(f"unknown {what} {name!r}{hint}{names}")
 
 
 def invalid(where: str, error: "ValidationError", fields: Mapping[str, Any] | None = None) -> InputError:
@@ -93,13 +95,11 @@ def invalid(where: str, error: "ValidationError", fields: Mapping[str, Any] | No
     errors, problems = error.errors(), {}
     typos = [str(found["loc"][-1]) for found in errors if found["type"] == "extra_forbidden"]
     for found in sorted(errors, key=lambda found: (found["type"] == "missing") - (found["type"] == "extra_forbidden")):
-        at, kind, accepted = found["loc"], found["type"], fields or {}
+        accepted = fields or {}
+        at = tuple(part for part in found["loc"] if "[" not in str(part))  # without the types that were tried in turn
         for parent in at[:-1]:
             accepted = getattr(getattr(accepted.get(parent), "annotation", None), "model_fields", {})
-        alike = sum(other["input"] is found["input"] and other["loc"][:-1] == at[:-1] for other in errors)
-        if alike > 1 and kind not in ("missing", "extra_forbidden") and at[-1] not in accepted:
-            at = at[:-1]  # several types are accepted, and pydantic says for each why the value is not of that type
-        if kind != "missing" or not get_close_matches(str(at[-1]), typos):
+        if found["type"] != "missing" or not get_close_matches(str(at[-1]), typos):
             problems.setdefault(at, _problem([where] * bool(where) + [*map(str, at)], found, accepted))
     return all_of(problems.values())
 
@@ -118,7 +118,7 @@ def _problem(path: list[str], found: Any, fields: Iterable[str]) -> InputError:
     except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
         text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
-    is_said = isinstance(value, dict) or hasattr(value, "model_fields") or (isinstance(value, str) and text in first)
+    is_said = isinstance(value, dict) or hasattr(value, "model_dump") or (isinstance(value, str) and text in first)
     return InputError(
         f"{place}{first}{'' if is_said else f', found {text}'}", others=[place + other for other in others]
     )

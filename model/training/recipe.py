@@ -5,7 +5,7 @@ the optimiser and the schedule, `training.augment` and `training.policies` augme
 """
 
 from collections.abc import Callable, Collection
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -99,18 +99,14 @@ class Recipe(BaseModel):
 
     @field_validator("color_jitter", mode="before")
     @classmethod
-    def _three_or_four(cls, jitter: object) -> object:
-        if isinstance(jitter, int | float) and not isinstance(jitter, bool):
-            jitter = (jitter,) * 3
-        if not isinstance(jitter, list | tuple):
-            return jitter
-        values = tuple(jitter)
-        if values and len(values) not in (3, 4):
+    def _three_or_four(cls, jitter: Any) -> tuple:
+        numbers = jitter if isinstance(jitter, list | tuple) else (jitter,) * 3
+        are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        if not are_numbers or len(numbers) not in (0, 3, 4):
             raise ValueError("one number is needed, or three or four: brightness, contrast, saturation, hue")
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if numbers and (any(not 0 <= value <= 10 for value in values) or any(value > 0.5 for value in values[3:])):
+        if any(not 0 <= number <= 10 for number in numbers) or any(number > 0.5 for number in numbers[3:]):
             raise ValueError("numbers from 0 to 10 are needed, and a hue up to 0.5")
-        return values if not numbers or any(values) else ()
+        return tuple(numbers) if any(numbers) else ()
 
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> Self:
