@@ -164,7 +164,7 @@ def test_a_study_grows_by_levels_and_seeds():
         ("margin = true", "my.toml: margin: a number is needed, found True"),
         ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
         ("[factors", "my.toml: not TOML"),
-        ("name = 'x'", "my.toml: unknown field 'name'. Accepted: base, baselines, contrasts, control, design,"),
+        ("name = 'x'", "my.toml: unknown field 'name'. Accepted: question, design, seeds, metric, margin,"),
         ("seeds = true", "my.toml: seeds: a whole number is needed, found True"),
         ("[set]\nexperts = 2\n[factors]\nexperts = [1]", "my.toml: experts is a factor, with levels [1], and is set"),
         ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "factors: recipe.cutout is given twice"),
