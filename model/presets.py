@@ -5,6 +5,8 @@ is ours. Unstated in all five, and chosen alike: convolutions before a batch nor
 norm with PyTorch's defaults, and weights start as `ModelConfig.init` says.
 """
 
+from difflib import get_close_matches
+
 from expertgrid.model.config import (
     Block,
     Conv,
@@ -138,4 +140,5 @@ def network(name: str) -> Network:
 
     if timm.is_model(name):
         return TimmModel(timm=name)
-    raise unknown("model", name, PRESETS, ", or the name of a timm model; --import MODULE registers networks")
+    names = [*PRESETS, *get_close_matches(name, timm.list_models(), n=1)]
+    raise unknown("model", name, names, ", or the name of a timm model; --import MODULE registers networks")

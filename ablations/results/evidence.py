@@ -172,7 +172,7 @@ class Evidence:
         if self.results.chosen_afterwards:
             return f"the metric, {self.scale.title}, was chosen after seeing the results"
         if self.results.plan.extended:
-            return "levels or baselines were added after results were seen"
+            return "levels or baselines were added after results were seen: the study is exploratory"
         if self.added_seeds:
             return "seeds were added after results were seen"
         return "results of these seeds were seen before the study was made" if self.results.plan.seen else ""

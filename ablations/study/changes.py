@@ -42,11 +42,12 @@ def known(fields: dict[str, Any], info: Any) -> dict[str, Any]:
     """
     are_factors, was_run, errors = info.field_name == "factors", info.context == "run", []
     accepted = [*VARIANTS, *Recipe.model_fields, *(CHOICES if are_factors else ())]
-    more = ", recipe.FIELD, model.FIELD" + ("" if are_factors else "; model, recipe and weights are set in [base]")
     for name, levels in fields.items():
         root, _, field = dotted(name).partition(".")
-        if (not root and not (was_run and name.isidentifier())) or (name in CHOICES and not are_factors):
-            errors.append(unknown("name", name, accepted, more))
+        if name in CHOICES and not are_factors:
+            errors.append(InputError(f"{name} is named in [base], or is a factor"))
+        elif not root and not (was_run and name.isidentifier()):
+            errors.append(unknown("name", name, accepted, ", recipe.FIELD, model.FIELD"))
         for level in (levels if are_factors else [levels]) if root == "recipe" and field and not was_run else ():
             with collected(errors):
                 _check_field(field, level)

@@ -47,8 +47,7 @@ def read_study(path: Path, was_run: bool = False) -> Study:
 
 def parse_study(content: bytes | str, path: Path, was_run: bool = False) -> Study:
     """A study from TOML. `path` names it, and is what errors name. Raises InputError."""
-    accepted = {name: Study.model_fields[name] for name in sorted({*Study.model_fields} - {"name"})}
-    fields = _fields(content, path)
+    accepted, fields = {name: of for name, of in Study.model_fields.items() if name != "name"}, _fields(content, path)
     if "name" in fields:
         raise wrong_file(path, unknown("field", "name", accepted))
     try:

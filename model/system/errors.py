@@ -119,9 +119,8 @@ def _problem(path: list[str], found: Any, fields: Iterable[str]) -> InputError:
         text = "a value that is too long to show"
     text = text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
     is_said = isinstance(value, dict) or hasattr(value, "model_dump") or (isinstance(value, str) and text in first)
-    return InputError(
-        f"{place}{first}{'' if is_said else f', found {text}'}", others=[place + other for other in others]
-    )
+    shown = "" if is_said else f", found {text}"
+    return InputError(f"{place}{first}{shown}", others=[place + other for other in others])
 
 
 def reason_of(error: BaseException) -> str:

@@ -143,7 +143,7 @@ def test_temperature_survives_another_variant():
         ("matched", True, "false, params, macs"),
         ("matched", "flops", "false, params, macs"),
         ("norm_act", "both", "'expert', 'mix' or 'none'"),
-        ("residual", 1, "true, false"),
+        ("residual", 1, "true or false"),
         ("width", 0, "above 0"),
         ("width", "2", "above 0"),
         ("depth", -1, "above 0"),

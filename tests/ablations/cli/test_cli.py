@@ -57,6 +57,8 @@ def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_stu
     refused = expertgrid("run", tiny_study, "--device", "cpu")
     assert refused.status == 2
     assert "the study now has more levels of experts: 3; what is compared is declared" in refused.complaint
+    plan = expertgrid("run", tiny_study, "--dry-run")
+    assert (plan.status, "Without --dry-run this is refused: --out runs/tiny: has results" in plan.out) == (0, True)
     outcome = expertgrid("run", tiny_study, "--device", "cpu", "--out", "runs/more")
     assert outcome.status == 0, outcome.err
     assert "taken over from runs/tiny: 6 trials" in outcome.err
@@ -66,6 +68,13 @@ def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_stu
     assert "training time" not in outcome.out
     effects = json.loads(expertgrid("table", "runs/more", "--format", "json").out)["factors"]
     assert all("training time" not in effect for effect in effects)
+
+    extended = expertgrid("run", tiny_study, "--device", "cpu", "--extend")
+    assert "taken over from runs/more: 4 trials" in extended.err
+    assert "evels or baselines were added after results were seen" in extended.out
+    assert "evels or baselines were added" in expertgrid("run", tiny_study, "--device", "cpu").out
+    tiny_study.write_text(TINY_STUDY)
+    assert "it has more levels of experts: 3" in expertgrid("run", tiny_study, "--extend").complaint
 
 
 def test_another_study_takes_over_trials(expertgrid, tiny_study, trained_study, tmp_path):

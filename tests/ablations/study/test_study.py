@@ -13,7 +13,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study, shipped_studies
 from expertgrid.model.config import TimmModel
 from expertgrid.model.presets import PRESETS
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import InputError, messages
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.trial import Trial, Weights
@@ -156,15 +156,15 @@ def test_a_study_grows_by_levels_and_seeds():
         ("[factors]\nexpert = [1]", "my.toml: factors: unknown name 'expert'; did you mean 'experts'?"),
         ("[factors]\nexperts = []", "my.toml: factors.experts: a list of 1 or more is needed, found []"),
         ("[factors]\nexperts = [3, 3]", "my.toml: factors.experts: 3 is given twice"),
-        ("[set]\nreference = 'two_block'", "my.toml: set: unknown name 'reference'"),
-        ("[set]\nmodel = 'two_block'", "model, recipe and weights are set in [base]"),
+        ("[set]\nreference = 'two_block'", "my.toml: set: reference is named in [base], or is a factor"),
+        ("[set]\nmodel = 'two_block'", "set: model is named in [base], or is a factor"),
         ("[set]\ncutout = 3\n'recipe.cutout' = 4", "my.toml: set: recipe.cutout is given twice"),
         ("[set]\n'recipe.lr' = nan", "my.toml: set.recipe.lr: a finite number, text, true, false, a list or a table"),
         ("[factors]\nlr = [0.1, inf]", "my.toml: factors.lr.1: a finite number, text, true, false, a list or a table"),
         ("margin = true", "my.toml: margin: a number is needed, found True"),
         ("[reported]\n2 = '90'", "my.toml: reported is of levels, and the study has no factors"),
         ("[factors", "my.toml: not TOML"),
-        ("name = 'x'", "my.toml: unknown field 'name'. Accepted: base, baselines, contrasts, control, design,"),
+        ("name = 'x'", "my.toml: unknown field 'name'. Accepted: question, design, seeds, metric, margin,"),
         ("seeds = true", "my.toml: seeds: a whole number is needed, found True"),
         ("[set]\nexperts = 2\n[factors]\nexperts = [1]", "my.toml: experts is a factor, with levels [1], and is set"),
         ("[factors]\ncutout = [1]\n'recipe.cutout' = [2]", "factors: recipe.cutout is given twice"),
@@ -205,6 +205,43 @@ def test_studies_that_cannot_be(text, message, digits):
         study(text).cells(digits)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(digits):
+    """A field is not missing beside one that has nearly its name, and what several cells have is one line."""
+    text = "qestion = ''\nseeds = true\nfirst_seed = true\n[base]\nmodle = 'x'\n[set]\nrecipe.epoch = 3\nlr = -1"
+    text += "\n[factors]\ncutot = [1]\nrecipe.normalise = ['data', [[0.5], [0]]]\nhflip = [0.5, 'x']"
+    with pytest.raises(InputError) as error:
+        parse_study(text, Path("my.toml"))
+    lines = [line.removeprefix("my.toml: ").partition(" Accepted")[0] for line in messages(error.value)]
+    assert lines == [
+        "unknown field of base: 'modle'; did you mean 'model'?",
+        "unknown field 'qestion'; did you mean 'question'?",
+        "seeds: a whole number is needed, found True",
+        "set: recipe.lr: more than 0 is needed, found -1",
+        "set: unknown field of recipe: 'epoch'; did you mean 'epochs'?",
+        "factors: unknown name 'cutot'; did you mean 'cutout'?",
+        "factors: recipe.hflip: a number is needed, found 'x'",
+        "factors: recipe.normalise: 'data' or 'half' is needed, found [[0.5], [0]]",
+        "factors: recipe.normalise.1.0: more than 0 is needed, found 0",
+        "first_seed: a whole number is needed, found True",
+    ]
+    wrong = study("baselines = ['resnet19']\n[factors]\nexperts = [0, 1]\nwidth = [1.0, -1.0]")
+    with pytest.raises(InputError) as error:
+        wrong.cells(digits)
+    assert [line.partition(" is not ")[0].partition(".")[0] for line in messages(error.value)] == [
+        "experts: 0", "width: -1", "unknown model 'resnet19'",
+    ]  # fmt: skip
+    wrong = study("baselines = ['resnet19']\n[base]\nrecipe = 'fats'\n[factors]\nmodel = ['two_blok', 3]")
+    assert [" ".join(str(error).split()[:3]) for error in wrong.unknown_choices()] == [
+        "unknown model 'resnet19'.", "unknown model 'two_blok';", "unknown recipe 'fats';",
+    ]  # fmt: skip
+
+
+def test_a_factor_needs_no_quotes():
+    quoted, bare = (study(f"[factors]\n{name} = [0.1, 0.2]") for name in ("'recipe.lr'", "recipe.lr"))
+    assert quoted == bare
+    assert list(bare.factors) == ["recipe.lr"]
 
 
 def test_what_is_no_study_file(tmp_path):
