@@ -24,35 +24,32 @@ def card(
     file: Description,
     certificate: Certificate,
     *,
-    data: Mapping[str, object],
-    recipe: Mapping[str, object],
+    trained: Sequence[str],
     results: Mapping[str, object],
     latency: Sequence[Mapping[str, object]] = (),
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The card of an ONNX file that `to_onnx` made, in Markdown.
 
-    `file` is what `describe` returns. Its metadata say what the network is, and on which data it was trained. `data`
-    and `recipe` are further facts by their titles, where a list or a table is shown as JSON. `results` is the network's
-    row in its study's table: values of `model.system.text` by their titles. `latency` is the rows of `expertgrid
-    bench`, empty where nothing was measured. `more` is further sections by their titles, in Markdown, which come first.
+    `file` is what `describe` returns. Its metadata say what the network is, and on which data it was trained.
+    `trained` says how, a line each. `results` is the network's row in its study's table: values of `model.system.text`
+    by their titles. `latency` is the rows of `expertgrid bench`, empty where nothing was measured. `more` is further
+    sections by their titles, in Markdown, which come first.
     Raises InputError for a file without expertgrid's metadata.
     """
     metadata = read_metadata(file.metadata, file.name)
-    trained = metadata.trained
-    classes, (height, width) = trained.classes, trained.image_size
-    name, data_name = PurePath(file.name).name, trained.data
+    network = metadata.trained
+    classes, (height, width) = network.classes, network.image_size
+    name, data_name = PurePath(file.name).name, network.data
     sections = [
-        f"# {markdown(trained.model)} on {markdown(data_name)}",
+        f"# {markdown(network.model)} on {markdown(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
-        f"{markdown(name)}. Its weights are those of the trial {markdown(trained.trial)}.",
+        f"{markdown(name)}. Its weights are those of the trial {markdown(network.trial)}.",
         *(part for title, text in more.items() for part in (f"## {title}", text)),
         "## The network",
-        _facts({"Preset or timm model": trained.model} | metadata.config.model_dump(mode="json")),
-        "## What it was trained on",
-        _facts({"Data": data_name} | dict(data)),
-        "## How it was trained",
-        _facts(recipe),
+        _facts({"Preset or timm model": network.model} | metadata.config.model_dump(mode="json")),
+        "## What was trained",
+        "\n".join(f"- {markdown(line)}" for line in trained) or "Not stated.",
         "## Results",
         _results(results),
         "## Latency",
@@ -71,20 +68,12 @@ def card(
 
 
 def _shown(value: object) -> str:
-    match value:
-        case None:
-            return ""
-        case str():
-            return markdown(value)
-        case bool() | Mapping() | list() | tuple():
-            return markdown(json.dumps(value, default=str))
-        case int() | float():
-            return f"{value:,}"
-    return markdown(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,}" if number else markdown(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    return "\n".join(f"- {markdown(title)}: {_shown(value)}" for title, value in facts.items()) or "Not stated."
+    return "\n".join(f"- {markdown(title)}: {_shown(value)}" for title, value in facts.items())
 
 
 def _results(results: Mapping[str, object]) -> str:

@@ -261,7 +261,7 @@ def rerun(
 def table(
     directories: list[Path] = Argument(metavar="DIR...", help="Study directories.", callback=options.study_directory),
     format: Literal["text", "github", "latex", "csv", "json", "parquet"] = Option(
-        "text", help="Format of the table. parquet: with --rows and --out."
+        "text", help="Format. csv: all tables in one, by its column `table`, or those of --rows. parquet: of --rows."
     ),
     by: str | None = Option(None, metavar="FACTOR[,FACTOR]", help="Show one row per level of these factors."),
     contrast: tuple[str, str] | None = Option(
@@ -270,22 +270,26 @@ def table(
     peek: bool = Option(False, "--peek", help="Show what the best epoch and seed would claim."),
     metric: Metric = None,
     notes: bool = Option(False, "--notes", help="Show all notes, not just three below each table."),
+    methods: bool = Option(False, "--methods", help="Print the paragraph for a paper instead: what was done."),
     rows: Literal["trials", "cells", "effects", "epochs", "predictions"] | None = Option(
         None, help="Show these as one table for other programs, as `expertgrid.open` gives them."
     ),
     out: Path | None = Option(None, metavar="FILE", help="File to write, of --rows."),
 ) -> int:
     """Print the table of one study or several."""
-    others = len(directories) > 1 or by or contrast or peek or notes
+    others = len(directories) > 1 or by or contrast or peek or notes or methods
     options.refuse(
         (format == "parquet" and not (rows and out), "--format parquet: needs --rows and --out FILE"),
         (out and not rows, "--out: is for --rows"),
-        (rows and others, "--rows: is for one study, without --by, --contrast, --peek and --notes"),
+        (rows and others, "--rows: is for one study, without --by, --contrast, --peek, --notes and --methods"),
+        (methods and (by or contrast or peek or format != "text"), "--methods: is text, in place of all tables"),
     )
     with _starting(text="starting"):
         from expertgrid.ablations.cli import results
     if rows or format == "parquet":
         return results.rows(directories[0], str(rows), format, out, metric)
+    if methods:
+        return results.methods(directories, metric)
     return results.table(directories, format, by, contrast, peek, notes, metric)
 
 
@@ -305,7 +309,9 @@ def judge(
 
 @app.command(cls=Command, rich_help_panel=RESULTS)
 def report(
-    directory: StudyDir,
+    directories: list[Path] = Argument(
+        metavar="DIR [DIR]", help="Study directory, or two to show side by side.", callback=options.study_directory
+    ),
     out: Path | None = Option(None, help="HTML file, or folder of the figures. Default: in DIR."),
     format: Literal["html", "pdf-figures", "png-figures"] = Option("html", help="One page, or figures for a paper."),
     metric: Metric = None,
@@ -315,11 +321,17 @@ def report(
 ) -> int:
     """Write an HTML report, or its figures.
 
-    The page needs no other file. The best network is run on the validation images; the test split is not read.
+    The page needs no other file. The best network is run on the validation images; the test split is not read. Two
+    studies with the same factors and data, such as one before and after a change, are shown side by side.
     """
+    several = len(directories) > 1
+    options.refuse(
+        (len(directories) > 2, f"{len(directories)} studies: a report is of one, or of two side by side"),
+        (several and (out is None or format != "html" or data_dir), "two studies: need --out FILE.html, and no images"),
+    )
     with _starting(modules):
         from expertgrid.ablations.cli.results import report
-    return report(directory, out, format, data, data_dir, metric)
+    return report(directories, out, format, data, data_dir, metric)
 
 
 @app.command(cls=Command, rich_help_panel=RESULTS)

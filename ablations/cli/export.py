@@ -13,6 +13,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.reading import read_config
 from expertgrid.ablations.results.rows import Row, best_record, best_row, read_results
 from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.description import recipe_in_words
 from expertgrid.bench.tune import rows as tuning_rows
 from expertgrid.bench.tune import tune
 from expertgrid.export.card import card
@@ -132,8 +133,9 @@ def _write(
         text = card(
             describe(model.model, file.name),
             certificate,
-            data={"Images": data.in_words(trial.hold_out if trial else data.hold_out())},
-            recipe=trial.recipe.model_dump(mode="json") if trial else {},
+            trained=[f"Recipe: {recipe_in_words(trial.recipe)}.", f"Data: {data.in_words(trial.hold_out)}."]
+            if trial
+            else [],
             results=columns(row)[0] if row else {},
         )
     written = model.write(file, text)

@@ -12,6 +12,7 @@ from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Row
 from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.description import describe
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.export.card import card
 from expertgrid.export.exported import ExportedFile, exported_files
@@ -100,8 +101,7 @@ def _card(
     text = card(
         first.description,
         first.certificate,
-        data={"Images": evidence.results.plan.data},
-        recipe=trial.recipe.model_dump(mode="json"),
+        trained=describe(study, evidence.results, [row]),
         results=columns([row])[0],
         latency=_latency(row, trial.id),
         more={

@@ -22,7 +22,7 @@ def quickstart(request: StudyRequest, data_dir: Path | None, how: run.How) -> in
     if status == 0:
         files = [directory.path / "export" / f"model-uint8{tuned}.onnx" for tuned in ("", "-tuned")]
         bench.bench(files, batches=BATCHES, measure_s=MEASURE_S, openings=OPENINGS)
-        status = results.report(directory.path, None, "html", None, data_dir, None)
+        status = results.report([directory.path], None, data_dir=data_dir)
     with tracked(how.track, directory, None):
         pass  # the trackers that keep files get the new ones
     print()

@@ -13,12 +13,13 @@ from expertgrid.ablations.results.levels import marginals
 from expertgrid.ablations.results.rows import read_results, study_name
 from expertgrid.ablations.results.scores import judge_scores, read_scores
 from expertgrid.ablations.results.tables.cells import comparison_tables, peek_table
+from expertgrid.ablations.results.tables.description import methods as paragraph
 from expertgrid.ablations.results.tables.effects import level_table
 from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
-from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.errors import InputError, printable
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.system.text import MOST_NOTES, Format, Table, render, render_tables
+from expertgrid.model.system.text import MOST_NOTES, Format, Table, render, render_tables, terminal_width, wrapped
 
 
 def table(
@@ -50,6 +51,13 @@ def table(
     more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
     if more and not notes and format not in ("csv", "json"):
         console.print(f"--notes shows {more} more notes", soft_wrap=True)
+    return 0
+
+
+def methods(directories: Sequence[Path], metric: str | None) -> int:
+    """Prints the paragraph for a paper of each study."""
+    for directory in map(StudyDirectory, directories):
+        print(wrapped(printable(paragraph(directory, read_evidence(directory, metric))), terminal_width()))
     return 0
 
 
@@ -87,9 +95,15 @@ def judge(file: Path, margin: float, lower_is_better: bool, format: Format, note
 
 
 def report(
-    directory: Path, out: Path | None, format: str, data: str | None, data_dir: Path | None, metric: str | None
+    directories: Sequence[Path],
+    out: Path | None,
+    format: str = "html",
+    data: str | None = None,
+    data_dir: Path | None = None,
+    metric: str | None = None,
 ) -> int:
-    """Writes the report of a study, or its figures."""
+    """Writes the report of a study, its figures, or two studies side by side."""
+    directory = directories[0]
     as_html = format == "html"
     out = out or directory / ("report.html" if as_html else "figures")
     if as_html and (out.suffix != ".html" or out.is_dir()):
@@ -102,6 +116,10 @@ def report(
         from expertgrid.ablations.results.report.findings import read_findings
         from expertgrid.ablations.results.report.plots import check_draws
     check_draws("")
+    if len(directories) > 1:
+        write_whole(out, report.html_of_two(list(map(StudyDirectory, directories)), metric).encode())
+        print(out)
+        return 0
     with status("reading the study; its best network predicts the validation images"):
         findings = read_findings(StudyDirectory(directory), data, data_dir, metric)
     with status("drawing"):

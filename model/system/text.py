@@ -192,8 +192,8 @@ def render(
 
 def filled(table: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     """The rows without the columns that are empty throughout."""
-    titles = [title for title in table[0] if any(row[title] not in (None, "") for row in table)]
-    return [{title: row[title] for title in titles} for row in table]
+    empty = {title for title in table[0] if all(row.get(title) in (None, "") for row in table)}
+    return [{title: value for title, value in row.items() if title not in empty} for row in table]
 
 
 def terminal_width() -> int | None:
@@ -212,8 +212,8 @@ def render_tables(tables: Sequence[Table], format: Format, most_notes: int | Non
     needs the package booktabs. Raises InputError where one is empty.
     """
     if format == "json":
-        trained = [line for table in tables for line in table.trained]
-        return json.dumps({"schema": SCHEMA, "trained": trained, **rows_by_key(tables)}, indent=1)
+        head = {"schema": SCHEMA, "trained": [line for table in tables for line in table.trained]}
+        return json.dumps(head | rows_by_key(tables), indent=1)
     if format == "csv":
         return _csv([{"table": table.key, **row} for table in tables for row in filled(table.rows)])
     (mark, _), escaped, parts = MARKS[format], ESCAPES[format], []

@@ -15,7 +15,6 @@ from sklearn.metrics import f1_score
 
 import expertgrid as library
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.study.levels import level_name
 
 TYPED = """
 question = "?"
@@ -76,8 +75,7 @@ def test_cells_and_effects_are_those_of_the_tables(expertgrid, typed):
         )
     effects = [row for row in study.effects().to_pylist() if row["family"] == "factors"]
     for row, effect in zip(effects, shown["factors"], strict=True):
-        change = {which: level_name(level) for which, level in effect["change"].items()}
-        assert (row["factor"], row["before"], row["after"]) == (effect["factor"], *change.values())
+        assert (row["factor"], f"{row['before']} -> {row['after']}") == (effect["factor"], effect["change"])
         assert (row["mean"], row["verdict"]) == (pytest.approx(effect["effect"]), effect["verdict"]["verdict"])
 
 

@@ -19,8 +19,7 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Interval, Measured, markdown
 
 GIVEN = {
-    "data": {"Source": "folder:/data/my_data", "train images": 1293},
-    "recipe": {"epochs": 8, "rate": 0.01, "augment": ["flip", "cutout 8"]},
+    "trained": ["Recipe: 8 epochs, batch size 32.", "Data: my_data: 1,293 train images."],
     "results": {"n": 3, "test acc %": Interval(98.61, 96.88, 100.34), "params": 12345},
 }
 
@@ -53,8 +52,8 @@ def test_what_was_given_is_in_the_card(file, certificate):
     channels = file.inputs[0].shape[3 if file.inputs[0].type == "uint8" else 1]
     facts = f"- Preset or timm model: two_block\n- in_chans: {channels}\n- num_classes: 3\n- layers: "
     assert section(text, "The network").startswith(facts)
-    assert "- train images: 1,293\n" in section(text, "What it was trained on")
-    assert '- augment: \\["flip", "cutout 8"\\]\n' in section(text, "How it was trained")
+    lines = "- Recipe: 8 epochs, batch size 32.\n- Data: my\\_data: 1,293 train images.\n\n"
+    assert section(text, "What was trained") == lines
     assert str(file.inputs[0]) in section(text, "The file")
     assert f"{file.macs:,}" in section(text, "The file")
     assert "logits: float32 batch×3" in section(text, "The file")
@@ -98,17 +97,17 @@ def test_limits(file, certificate):
 
 
 def test_a_file_that_did_not_pass_of_which_nothing_is_stated(file, certificate):
-    text = card(file, certificate.model_copy(update={"passed": False}), data={}, recipe={}, results={})
+    text = card(file, certificate.model_copy(update={"passed": False}), trained=[], results={})
     assert "**The file did not pass its comparison**" in text
-    assert section(text, "How it was trained") == section(text, "Results") == "Not stated.\n\n"
+    assert section(text, "What was trained") == section(text, "Results") == "Not stated.\n\n"
 
 
 def test_names_are_markdown(file, certificate):
-    text = card(file, certificate, **GIVEN | {"data": {"a|b\n# c": "<script>_x_</script>\n## No"}})
+    text = card(file, certificate, **GIVEN | {"trained": ["a|b\n# c: <script>_x_</script>\n## No"]})
     assert "- a\\|b \\# c: \\<script>\\_x\\_\\</script> \\#\\# No\n" in text
     assert "a cat, b_dog\\*, \\<c> \\| \\`d\\`." in text
     assert markdown("![x](y) a\\b 10 000 $1 & ~2~") == "\\!\\[x\\](y) a\\\\b 10 000 \\$1 \\& \\~2\\~"
-    assert len(re.findall("^#", text, re.MULTILINE)) == 10  # the card's own
+    assert len(re.findall("^#", text, re.MULTILINE)) == 9  # the card's own
 
 
 def test_many_classes(file, certificate):

@@ -15,7 +15,6 @@ import torch
 from scipy.special import log_softmax
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
@@ -97,7 +96,6 @@ class Findings:
     images: ImageDifferences | None
     images_missing: str
     curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
-    reads: list[TestRead]
     examined: Examined
 
     @property
@@ -121,7 +119,6 @@ def read_findings(
         images=images,
         images_missing=images_missing,
         curves=[(row, [directory.epochs(record.trial) for record in row.records]) for row in ranked[:MOST_CURVES]],
-        reads=directory.test_reads(),
         examined=examined,
     )
 

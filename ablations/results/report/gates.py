@@ -26,7 +26,6 @@ class BlockGate:
     mean_K: np.ndarray  # weight
     mean_NK: np.ndarray  # weight on the images of a class; nan for a class without images
     entropy: float  # of an image's weights, mean over images
-    entropy_N: np.ndarray  # and over the images of a class
     collapsed: tuple[int, ...]  # experts, from 0
     information: float  # of expert and class
 
@@ -41,12 +40,12 @@ class BlockGate:
 
 
 def mean_by_class(values_BX: np.ndarray, labels_B: np.ndarray, classes: int) -> np.ndarray:
-    """The mean (N, X) of the rows of each class; nan for a class without rows. Also of values (B,), to (N,)."""
+    """The mean (N, X) of the rows of each class; nan for a class without rows."""
     counts_N = np.bincount(labels_B, minlength=classes).astype(float)
     sums_NX = np.zeros((classes, *values_BX.shape[1:]))
     np.add.at(sums_NX, labels_B, values_BX)
     counts_N[counts_N == 0] = np.nan
-    return sums_NX / counts_N.reshape(-1, *[1] * (values_BX.ndim - 1))
+    return sums_NX / counts_N[:, None]
 
 
 def collapsed(mean_K: np.ndarray) -> tuple[int, ...]:
@@ -79,7 +78,6 @@ def block_gate(block: str, weights_BK: np.ndarray, labels_B: np.ndarray, classes
         mean_K=mean_K,
         mean_NK=mean_by_class(weights_BK, labels_B, classes),
         entropy=float(entropy_B.mean()),
-        entropy_N=mean_by_class(entropy_B, labels_B, classes),
         collapsed=collapsed(mean_K),
         information=mutual_information(weights_BK, labels_B, classes),
     )

@@ -66,16 +66,6 @@ def _scores(ranked: Sequence[Row]) -> Iterator[Picture]:
         f"Validation and test {best.scale.title} of {len(drawn)} cells; best on validation is {best.name}.",
         f"{most}Lines are 95% intervals of the mean over seeds; a dot without one has one seed, or seeds that agree.",
     )
-    if others := ranked[1 : MOST_ROWS + 1]:
-        yield Picture(
-            "table",
-            "differences",
-            partial(plots.differences_figure, best, others),
-            f"Dots for each seed: validation {best.scale.title} of {best.name} less that of each other cell.",
-            f"The best cell against the others. {most}{'Right' if best.scale.higher_is_better else 'Left'} of the line "
-            "the best cell is better at that seed. Dots on both sides: the order of the two depends on the seed. The "
-            "best cell was chosen by these same scores.",
-        )
 
 
 def _effects(title: str, evidence: Evidence, effects: Sequence[Effect], meaning: str) -> Iterator[Picture]:
@@ -134,26 +124,15 @@ def _cost(findings: Findings) -> Picture:
 
 
 def _gates(examined: Examined) -> Iterator[Picture]:
-    gates, classes = examined.gates, examined.classes
-    for number, gate in enumerate(gates[:MOST_GATES], 1):
+    for number, gate in enumerate(examined.gates[:MOST_GATES], 1):
         yield Picture(
             "gates",
             f"gate-{number}",
-            partial(plots.gate_figure, gate, classes),
+            partial(plots.gate_figure, gate, examined.classes),
             f"Mean gate weight by class and expert in block {gate.block}: "
             + ", ".join(f"expert {k} {weight:.2f}" for k, weight in enumerate(gate.mean_K)),
             f"Block {gate.block}: mean weight of each expert, by class.",
             wide=False,
-        )
-    if gates:
-        yield Picture(
-            "gates",
-            "gate-entropy",
-            partial(plots.entropy_figure, gates, classes),
-            "Entropy of the gate by block and class: "
-            + ", ".join(f"{gate.block} {gate.entropy:.2f} bits" for gate in gates),
-            "Entropy of the gate by block and class, as a share of that of equal weights: 1 where all experts count "
-            "alike, 0 where one has all the weight.",
         )
 
 

@@ -151,33 +151,6 @@ def effects_figure(effects: Sequence[tuple[str, Judgement]], margin: float, by: 
     return figure
 
 
-def differences_figure(best: Row, others: Sequence[Row]) -> "Figure":
-    """The best row's score on validation less that of others, a dot for each seed that both have, and the mean."""
-    figure = _figure(1.0 + 0.44 * len(others))
-    axes = figure.add_subplot()
-    axes.axvline(0, color="#555555", linewidth=0.8)
-    by = best.scale
-    for place, row in enumerate(others):
-        common = [(seed, best.by_seed[seed]) for seed in sorted(best.by_seed.keys() & row.by_seed.keys())]
-        differences = [of.score("validation", by) - row.by_seed[seed].score("validation", by) for seed, of in common]
-        label = place == 0
-        axes.plot(
-            differences, [place] * len(differences), "o", color=TEST, markersize=5, alpha=0.45, markeredgewidth=0,
-            label="one seed" if label else None,
-        )  # fmt: skip
-        if differences:
-            mean = float(np.mean(differences))
-            axes.plot(
-                [mean], [place], "|", color="black", markersize=11, markeredgewidth=1.6,
-                label="mean over seeds" if label else None,
-            )  # fmt: skip
-    _listed(axes, [row.name for row in others])
-    axes.set_xlabel(f"best less this cell, validation {by.title}{' in points' * bool(by.points)}", fontsize=8.5)
-    _bare(axes)
-    _under(figure, axes)
-    return figure
-
-
 def curves_figure(title: str, by_seed: Sequence[Sequence[Epoch]]) -> "Figure":
     """Loss and accuracy after each epoch, of train and validation images: a thin line a seed, and their mean."""
     figure = _figure(3.7, 3.7)
@@ -272,12 +245,6 @@ def gate_figure(gate: "BlockGate", classes: Sequence[str]) -> "Figure":
     figure = _matrix_figure(gate.mean_NK, written, classes, experts, top, height, 3.7, "expert", "class")
     figure.axes[0].set_title(gate.block, fontsize=9, parse_math=False)
     return figure
-
-
-def entropy_figure(gates: Sequence["BlockGate"], classes: Sequence[str]) -> "Figure":
-    """Entropy of the gate by block and class, as a share of that of equal weights."""
-    values, blocks = np.array([gate.entropy_N / (gate.most_entropy or 1) for gate in gates]), [of.block for of in gates]
-    return _matrix_figure(values, _decimals(values), blocks, classes, 1.0, 0.9 + 0.3 * len(gates), across="class")
 
 
 def confusion_figure(confusion_NN: np.ndarray, classes: Sequence[str]) -> "Figure":

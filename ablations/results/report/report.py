@@ -6,9 +6,9 @@ import io
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import jinja2
@@ -18,13 +18,18 @@ from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
+from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots
 from expertgrid.ablations.results.report.findings import Examined, Findings
 from expertgrid.ablations.results.report.pictures import MOST_GATES, pictures
 from expertgrid.ablations.results.rows import Row, newest
-from expertgrid.ablations.results.tables.description import trials_line
+from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.description import describe, trials_line
+from expertgrid.ablations.results.tables.effects import factor_table
+from expertgrid.ablations.results.tables.notes import test_read_notes
 from expertgrid.ablations.results.tables.study import study_tables
-from expertgrid.model.system.text import MOST_NOTES, SCHEMA, Points, rows_by_key, shown, sort_key
+from expertgrid.model.system.errors import InputError
+from expertgrid.model.system.text import MOST_NOTES, SCHEMA, Points, filled, rows_by_key, shown, sort_key
 
 Format = Literal["html", "pdf-figures", "png-figures"]
 FORMATS = get_args(Format)
@@ -63,8 +68,8 @@ class Cell:
 
 def table_cells(rows: Sequence[dict[str, object]]) -> tuple[list[str], list[list[Cell]]]:
     """Titles and cells of titled values. A line does not break within an interval."""
-    titles = list(rows[0]) if rows else []
-    return titles, [
+    rows = filled(rows) if rows else []
+    return list(rows[0]) if rows else [], [
         [
             Cell(shown(value).replace(" to ", "\u00a0to\u00a0"), sort_key(value), heading=place == 0)
             for place, value in enumerate(row.values())
@@ -113,43 +118,20 @@ def _class_rows(examined: Examined) -> list[dict[str, object]]:
     ]
 
 
-def _ledger_rows(findings: Findings) -> list[dict[str, object]]:
-    return [
-        {
-            "reader": reader,
-            "reads": len(reads),
-            "trials": len({read.trial for read in reads}),
-            "with mirror images": sum(read.tta == "flip" for read in reads),
-            "first": min(read.time for read in reads),
-            "last": max(read.time for read in reads),
-        }
-        for reader in dict.fromkeys(read.reader for read in findings.reads)
-        if (reads := [read for read in findings.reads if read.reader == reader])
-    ]
-
-
-def _environment_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
-    records = {record.trial: record for row in rows for record in row.records}
-    kinds = Counter(
-        (of.device, of.threads, record.bfloat16, record.execution, of.python, *sorted(of.versions.items()))
-        for record in records.values()
-        if (of := record.environment)
-    )
-    return [
-        {
-            "device": device,
-            "threads": threads,
-            "numbers": "bfloat16" if bfloat16 else "fp32",
-            "steps": steps,
-            "Python": python,
-            **dict(versions),
-            "trials": count,
-        }
-        for (device, threads, bfloat16, steps, python, *versions), count in kinds.items()
-    ]
-
-
 # --- As files ---
+
+
+def _with_code(text: str) -> Markup:
+    """A line as HTML, with what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("expertgrid.ablations.results.report", "."),
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+)  # fmt: skip
+PAGES.filters["code"] = _with_code
+SCRIPT = (Path(__file__).parent / "report.js").read_text()
 
 
 def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]:
@@ -159,20 +141,12 @@ def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]
 
 def html(findings: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
-    loader = jinja2.PackageLoader("expertgrid.ablations.results.report", ".")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["code"] = _with_code
-    script = loader.get_source(environment, "report.js")[0]
     examined, results = findings.examined, findings.results
     directory = StudyDirectory(results.path)
     tables = study_tables(directory, findings.evidence) if results.rows else []
     rows_by_table = {table.key: table.rows for table in tables} | {
         "gates": _gate_rows(examined),
         "classes": _class_rows(examined),
-        "ledger": _ledger_rows(findings),
-        "environment": _environment_rows(results.rows),
     }
     numbers = {
         "newest": newest(directory, results),
@@ -180,7 +154,7 @@ def html(findings: Findings) -> str:
         "schema": SCHEMA,
         "tables": rows_by_key(tables),
     }
-    return environment.get_template("report.html.j2").render(
+    return PAGES.get_template("report.html.j2").render(
         findings=findings,
         results=results,
         title=results.scale.title[:1].upper() + results.scale.title[1:],
@@ -189,6 +163,8 @@ def html(findings: Findings) -> str:
         counted=trials_line(results.rows),
         unfinished=unfinished(results.rows),
         tables={name: table_cells(rows) for name, rows in rows_by_table.items() if rows},
+        trained=describe(directory, results),
+        reads=test_read_notes(directory),
         pictures=pictures(findings),
         confusions=_confusions(examined),
         image_uri=image_uri,
@@ -197,14 +173,30 @@ def html(findings: Findings) -> str:
         quoted=shlex.quote,
         numbers=json.dumps(numbers).replace("<", "\\u003c"),  # for `expertgrid verify`: nothing ends its element
         most_notes=MOST_NOTES,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script=SCRIPT,
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     )
 
 
-def _with_code(text: str) -> Markup:
-    """A line as HTML, with what is between backticks as code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+def html_of_two(directories: Sequence[StudyDirectory], metric: str | None = None) -> str:
+    """Two studies of the same cells and data side by side, as one file. Raises InputError for others."""
+    both = [read_evidence(directory, metric) for directory in directories]
+    names = [str(of.results.path) for of in both]
+    for what, values in {
+        "factors": [of.results.study.factors for of in both],
+        "cells": [[row.name for row in of.results.rows] for of in both],
+        "metrics": [of.scale.name for of in both],
+        "data": [of.results.plan.data for of in both],
+    }.items():
+        if values[0] != values[1]:
+            raise InputError(f"{' and '.join(names)} have different {what}: {values[0]} and {values[1]}")
+    shown_rows = [{"factors": factor_table(of).rows, "cells": columns(of.results.rows)} for of in both]
+    return PAGES.get_template("two.html.j2").render(
+        both=both,
+        alike=("factor", "change", "model", *both[0].results.study.factors),
+        about=[(name, answer(of), describe(at, of.results)) for name, of, at in zip(names, both, directories)],
+        tables=[{key: table_cells(rows) for key, rows in shown.items()} for shown in shown_rows],
+    )
 
 
 def image_uri(pixels_HWC: np.ndarray) -> str:

@@ -22,7 +22,6 @@ from expertgrid.ablations.results.tables.notes import (
 )
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.system.text import Measured, Points, Signed, Table, Typed, rounded
-from expertgrid.model.training.metrics import Scale
 
 HEADS: dict[str, Split] = {"val": "validation", "test": "test"}  # of columns
 FLIP_ACCURACIES: dict[str, Callable[[Record], float | None]] = {  # beside the plain ones, where they were measured
@@ -41,13 +40,8 @@ def cell_table(directory: StudyDirectory, evidence: Evidence) -> Table:
         if not evidence.effects:
             sight = [sight_line(evidence.sight, evidence.scale)] if evidence.sight else []
             notes = verdict_notes(evidence) + notes + sight
-    trained = describe(directory, results)
-    return Table("cells", title, columns(results.rows, evidence), notes, trained, falling(results.scale))
-
-
-def falling(by: Scale) -> list[str]:
-    """The columns of `columns` that a narrow terminal does without, the least important first."""
-    return ["train images/s", "params", *FLIP_ACCURACIES, f"test {by.column}", "MACs", "95% interval", "n", "front"]
+    falls = ["train images/s", "params", *FLIP_ACCURACIES, f"test {evidence.scale.column}", "MACs", "95% interval", "n"]
+    return Table("cells", title, columns(results.rows, evidence), notes, describe(directory, results), falls)
 
 
 def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[str, object]]:

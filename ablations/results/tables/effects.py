@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from expertgrid.ablations.results.evidence import Effect, Evidence
+from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
 from expertgrid.ablations.results.tables.notes import counted, effect_notes, reasons, verdict_notes
-from expertgrid.ablations.study.levels import Level, level_name
-from expertgrid.model.system.text import Signed, Span, Table, Typed, rounded
+from expertgrid.model.system.text import Signed, Span, Table, rounded
 
 PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 8: "eighth", 10: "tenth", 20: "twentieth"}
 FALLING = ("training time", "parameters", "MACs", "latency", "95% interval")  # on a narrow terminal, in this order
@@ -62,7 +61,7 @@ def factor_table(evidence: Evidence) -> Table:
     rows = [
         {
             "factor": effect.factor,
-            "change": Typed(effect.change, _levels(effect, evidence.results.study.factors[effect.factor])),
+            "change": effect.change,
             **judged(evidence, effect.judgement),
             **{name: effect.cost.get(name) for name in names},
         }
@@ -70,12 +69,6 @@ def factor_table(evidence: Evidence) -> Table:
     ]
     title = f"What each factor does ({_about(evidence)})"
     return Table("factors", title, rows, effect_notes(evidence), falls=FALLING)
-
-
-def _levels(effect: Effect, levels: Sequence[Level]) -> dict[str, Level]:
-    _, *names = effect.changes[0]
-    by_name = {level_name(level): level for level in levels}
-    return {which: by_name.get(name) for which, name in zip(("before", "after"), names)}
 
 
 def _about(evidence: Evidence) -> str:

@@ -287,7 +287,6 @@ def test_of_many_classes_some_are_named():
     names = [f"a class with the number {n}" for n in range(100)]
     for figure in (
         plots.gate_figure(gate, names),
-        plots.entropy_figure([gate], names),
         plots.confusion_figure(np.eye(100, dtype=int) * 4, names),
     ):
         assert len(plots.save(figure)) < 300_000
@@ -307,7 +306,7 @@ def test_command_writes_the_report_and_the_figures(expertgrid, tmp_path):
     outcome = expertgrid("report", study, "--format", "pdf-figures", "--out", tmp_path / "figures")
     assert outcome.status == 0
     files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
-    assert {"accuracy.pdf", "main-effects.pdf", "differences.pdf", "curves-1.pdf", "cost.pdf"} <= files.keys()
+    assert {"accuracy.pdf", "main-effects.pdf", "curves-1.pdf", "cost.pdf"} <= files.keys()
     assert all(content.startswith(b"%PDF") for content in files.values())
     assert expertgrid("report", study, "--format", "png-figures").status == 0
     assert (study / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -324,6 +323,37 @@ def test_a_damaged_file_is_named_in_one_line(expertgrid, two_by_two, damaged):
     assert outcome.status == 2
     assert str(file) in outcome.complaint
     assert not (two_by_two / "report.html").exists()
+
+
+def test_two_studies_side_by_side(expertgrid, two_by_two, tmp_path):
+    scores = np.array([[[0.70, 0.71, 0.69], [0.70, 0.70, 0.70]], [[0.72, 0.73, 0.71], [0.72, 0.72, 0.71]]])
+    factors = {"experts": [1, 4], "gate": ["linear", "mlp"]}
+    after, other = (
+        write_study(tmp_path / "after", factors, scores),
+        write_study(tmp_path / "o", {"experts": [1]}, scores[0]),
+    )
+    out = tmp_path / "both.html"
+    assert expertgrid("report", two_by_two, after, "--out", out).status == 0
+    page = Page(out.read_text())
+    assert page.all("script") == []
+    effects = [
+        f"{of.effects[0].judgement.mean:+.2f}" for of in map(read_evidence, map(StudyDirectory, (two_by_two, after)))
+    ]
+    assert re.search(rf"experts 1 -> 4 {re.escape(effects[0])} .*? {re.escape(effects[1])} ", page.text)
+    assert "No verdict is about the difference between the two." in page.text
+    for arguments, words in (
+        ((two_by_two, other, "--out", out), f"{two_by_two} and {other} have different factors"),
+        ((two_by_two, after), "two studies: need --out FILE.html"),
+        ((two_by_two, after, other, "--out", out), "3 studies: a report is of one, or of two"),
+    ):
+        outcome = expertgrid("report", *arguments)
+        assert outcome.status == 2
+        assert words in outcome.complaint
+    change_json(after / "plan.json", data="digits: fewer images")
+    assert (
+        "have different data: digits: many images and digits: fewer"
+        in expertgrid("report", two_by_two, after, "--out", out).complaint
+    )
 
 
 def test_wrong_options(expertgrid, two_by_two, tmp_path):

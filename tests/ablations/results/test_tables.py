@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.selection import Interval, accuracy_interval
 from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.ablations.results.tables.effects import Verdict
+from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Multiple, Points, Signed, Span, render, shown
+from expertgrid.model.system.text import Multiple, Points, Signed, Span, Table, Typed, render, render_tables, shown
 
 ROWS = [
     {
@@ -151,3 +153,50 @@ def test_latex_is_whole(trained_study, tmp_path):
     (tmp_path / "t.tex").write_text(document)
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, timeout=60)
     assert done.returncode == 0
+
+
+def on_a_terminal(monkeypatch, width: int) -> None:
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("COLUMNS", str(width))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 130])
+def test_a_table_fits_the_terminal(monkeypatch, width):
+    """Columns that may fall go first, and the line under the table names them; the others are all there, whole."""
+    rows = [{"gate": "mlp" * n, "acc": Interval(90.123, 89, 91.5), "params": 10**n, "seconds": 3.5} for n in (1, 9)]
+    on_a_terminal(monkeypatch, width)
+    lines = render(rows, "text", ["a note of many words, " * 9], ["seconds", "params"]).splitlines()
+    assert max(map(len, lines)) <= width
+    titles = lines[0].split()
+    assert titles == ["gate", "acc", "params", "seconds"][: {40: 2, 60: 2, 80: 4, 130: 4}[width]]
+    left_out = "Without seconds, params: the terminal has " in " ".join(lines)
+    assert left_out == (len(titles) == 2)
+    assert "".join(lines[: lines.index("")]).count("m") == 10  # wrapped, and nothing of it lost
+
+
+def test_empty_columns_are_not_there_and_json_has_its_schema():
+    rows = [
+        {"a": None, "b": "", "level": Typed("false", False), "c": 0},
+        {"a": None, "b": "", "level": "x / y", "c": None},
+    ]
+    for format in ("text", "github", "latex", "csv"):
+        titles = re.sub(r"[^\w\s,]", " ", render(rows, format).split("false")[0])
+        assert not re.search(r"\b[ab]\b", titles) and "level" in titles
+    table = Table("cells", "Cells", rows, trained=["Network: net."])
+    shown = json.loads(render_tables([table], "json"))
+    assert shown == {
+        "schema": 2,
+        "trained": ["Network: net."],
+        "cells": [{"a": None, "b": "", "level": False, "c": 0}, {"a": None, "b": "", "level": "x / y", "c": None}],
+    }
+
+
+def test_latex_has_floats_with_caption_and_label(trained_study):
+    text = render_tables(study_tables(directory := StudyDirectory(trained_study), read_evidence(directory)), "latex")
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
+    assert [re.search(r"\\label\{(.*?)\}", part)[1] for part in text.split(r"\begin{table}")[1:]] == [
+        "tab:factors",
+        "tab:cells",
+    ]
+    assert r"1 $\to$ 2" in text and "->" not in re.sub("(?m)^%.*", "", text)
+    assert text.count("% Network: two_block") == 1
