@@ -38,16 +38,16 @@ def card(
     Raises InputError for a file without expertgrid's metadata.
     """
     metadata = read_metadata(file.metadata, file.name)
-    trained = metadata.trained
-    classes, (height, width) = trained.classes, trained.image_size
-    name, data_name = PurePath(file.name).name, trained.data
+    network = metadata.trained
+    classes, (height, width) = network.classes, network.image_size
+    name, data_name = PurePath(file.name).name, network.data
     sections = [
-        f"# {markdown(trained.model)} on {markdown(data_name)}",
+        f"# {markdown(network.model)} on {markdown(data_name)}",
         f"A network that tells {len(classes):,} classes of {height}x{width} images apart, as the ONNX file "
-        f"{markdown(name)}. Its weights are those of the trial {markdown(trained.trial)}.",
+        f"{markdown(name)}. Its weights are those of the trial {markdown(network.trial)}.",
         *(part for title, text in more.items() for part in (f"## {title}", text)),
         "## The network",
-        _facts({"Preset or timm model": trained.model} | metadata.config.model_dump(mode="json")),
+        _facts({"Preset or timm model": network.model} | metadata.config.model_dump(mode="json")),
         "## What was trained",
         "\n".join(f"- {markdown(line)}" for line in trained) or "Not stated.",
         "## Results",
