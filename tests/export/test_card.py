@@ -52,7 +52,7 @@ def test_what_was_given_is_in_the_card(file, certificate):
     channels = file.inputs[0].shape[3 if file.inputs[0].type == "uint8" else 1]
     facts = f"- Preset or timm model: two_block\n- in_chans: {channels}\n- num_classes: 3\n- layers: "
     assert section(text, "The network").startswith(facts)
-    lines = "- Recipe: 8 epochs, batch size 32.\n- Data: my\\_data: 1,293 train images.\n\n"
+    lines = "- Recipe: 8 epochs, batch size 32.\n- Data: my_data: 1,293 train images.\n\n"
     assert section(text, "What was trained") == lines
     assert str(file.inputs[0]) in section(text, "The file")
     assert f"{file.macs:,}" in section(text, "The file")

@@ -171,7 +171,7 @@ def test_a_table_fits_the_terminal(monkeypatch, width):
     assert titles == ["gate", "acc", "params", "seconds"][: {40: 2, 60: 2, 80: 4, 130: 4}[width]]
     left_out = "Without seconds, params: the terminal has " in " ".join(lines)
     assert left_out == (len(titles) == 2)
-    assert "".join(lines[: lines.index("")]).count("m") == 10  # wrapped, and nothing of it lost
+    assert "".join(lines[2 : lines.index("")]).count("m") == 10  # wrapped, and nothing of it lost
 
 
 def test_empty_columns_are_not_there_and_json_has_its_schema():
