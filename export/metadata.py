@@ -6,20 +6,23 @@ and `preset` are names. Entries that only expertgrid reads begin with "expertgri
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Literal, get_args
 
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from expertgrid.model.checkpoint import Trained, parse_config
-from expertgrid.model.config import Network
+from expertgrid.model.config import Network, parse_config
+from expertgrid.model.pixels import Trained
 from expertgrid.model.system.errors import InputError, invalid
+from expertgrid.model.system.machine import usable_cores
 
 Input = Literal["uint8", "float"]
 Precision = Literal["fp32", "fp16", "int8", "bf16"]  # bf16: weights in fp32, computed in bf16 by the provider
 
-INPUT, CONFIG, PROVIDER = "expertgrid.input", "expertgrid.config", "expertgrid.provider"
+INPUT, LOGITS = "images", "logits"  # the input of the network, and its first output
+KIND, CONFIG, PROVIDER = "expertgrid.input", "expertgrid.config", "expertgrid.provider"
 OPTIONS = "expertgrid.options"
 PRECISION, PRUNED, CERTIFICATE = "expertgrid.precision", "expertgrid.pruned", "expertgrid.certificate"
 NAMES = {"model": "preset"}  # fields of Trained whose entries have another name
@@ -30,13 +33,14 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threads: int | None = Field(None, ge=1)  # at most as many as PyTorch has; None: as many
+    threads: int | None = Field(None, ge=1)  # at most as many as there are; None: as many
     spinning: bool = True  # ONNX Runtime's threads wait for work without sleeping
     # Of B x C x H x W inside the network. None: ONNX Runtime blocks the channels on a CPU, and takes NCHW on CUDA.
     layout: Literal["NCHW", "NHWC"] | None = None
 
-    def threads_of(self, available: int) -> int:
-        """How many of the available threads it takes."""
+    def threads_here(self) -> int:
+        """How many it takes of PyTorch's threads; where that is not imported, of one for each core."""
+        available = torch.get_num_threads() if (torch := sys.modules.get("torch")) else usable_cores()
         return min(self.threads or available, available)
 
     def __str__(self) -> str:
@@ -69,7 +73,7 @@ class Metadata(BaseModel):
         """The entries of the file, without the certificate's."""
         fields = self.trained.model_dump(mode="json")
         trained = {NAMES.get(name, name): _text(value) for name, value in fields.items()}
-        about = {INPUT: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
+        about = {KIND: self.input, CONFIG: self.config.model_dump_json(), PRECISION: self.precision}
         pruned = {} if self.pruned is None else {PRUNED: f"{self.pruned:g}"}
         provider = {} if self.provider == "cpu" else {PROVIDER: self.provider}
         options = {} if self.options == AS_IT_IS else {OPTIONS: self.options.model_dump_json(exclude_defaults=True)}
@@ -78,7 +82,7 @@ class Metadata(BaseModel):
 
 def is_expertgrid_file(entries: Mapping[str, str]) -> bool:
     """Whether expertgrid exported the file that has these entries."""
-    return INPUT in entries and CONFIG in entries
+    return KIND in entries and CONFIG in entries
 
 
 def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
@@ -86,12 +90,12 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
 
     Raises InputError, naming the entry, where one is missing or damaged: a file of another origin has none.
     """
-    needed = [INPUT, CONFIG, *(NAMES.get(field, field) for field in Trained.model_fields)]
+    needed = [KIND, CONFIG, *(NAMES.get(field, field) for field in Trained.model_fields)]
     for key in needed:
         if key not in entries:
             raise InputError(f"{name}: its metadata has no {key!r}; a file that `expertgrid export` wrote is needed")
-    if entries[INPUT] not in get_args(Input):
-        raise InputError(f"{name}: metadata {INPUT}: found {entries[INPUT]!r}; accepted: {', '.join(get_args(Input))}")
+    if entries[KIND] not in get_args(Input):
+        raise InputError(f"{name}: metadata {KIND}: found {entries[KIND]!r}; accepted: {', '.join(get_args(Input))}")
     fields: dict[str, object] = {}
     for field, about in Trained.model_fields.items():
         key = NAMES.get(field, field)
@@ -100,7 +104,7 @@ def read_metadata(entries: Mapping[str, str], name: str) -> Metadata:
         except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
             raise InputError(f"{name}: metadata {key}: not JSON ({error})") from None
     config = parse_config(entries[CONFIG], f"{name}: metadata {CONFIG}")
-    own: dict[str, object] = {"input": entries[INPUT], "config": config, "provider": entries.get(PROVIDER, "cpu")}
+    own: dict[str, object] = {"input": entries[KIND], "config": config, "provider": entries.get(PROVIDER, "cpu")}
     own |= {"precision": entries.get(PRECISION, "fp32"), "pruned": entries.get(PRUNED)}
     try:
         own["options"] = Options.model_validate_json(entries.get(OPTIONS, "{}"))

@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from expertgrid.export.metadata import AS_IT_IS, Options
 from expertgrid.model.system.errors import InputError
@@ -46,7 +45,7 @@ class OpenVinoSession:
         properties = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "INFERENCE_NUM_THREADS": options.threads_of(torch.get_num_threads()),
+            "INFERENCE_NUM_THREADS": options.threads_here(),
         }
         core = _core()
         try:

@@ -8,7 +8,6 @@ from typing import cast
 
 import numpy as np
 import onnxruntime
-import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # ty: ignore[missing-module-member]  # compiled
 
 from expertgrid.export.metadata import AS_IT_IS, Options
@@ -85,6 +84,8 @@ def open_session(
     check_provider(provider)
     unloaded = io.StringIO()
     if provider != "cpu":
+        import torch  # first: it may bring CUDA's libraries
+
         with contextlib.redirect_stdout(unloaded):  # where it says which of the CUDA libraries are not there
             onnxruntime.preload_dlls()
     of_session = session_options(options)
@@ -112,9 +113,9 @@ def open_session(
 
 
 def session_options(options: Options) -> onnxruntime.SessionOptions:
-    """ONNX Runtime's, with as many threads as PyTorch has where `options` does not say fewer."""
+    """ONNX Runtime's, with as many threads as there are where `options` does not say fewer."""
     of_session = onnxruntime.SessionOptions()
-    of_session.intra_op_num_threads = options.threads_of(torch.get_num_threads())
+    of_session.intra_op_num_threads = options.threads_here()
     if not options.spinning:
         of_session.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.layout == "NCHW":  # the level below that which blocks channels

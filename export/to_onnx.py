@@ -11,14 +11,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from expertgrid.export.metadata import Input, Metadata
+from expertgrid.export.metadata import INPUT, LOGITS, Input, Metadata
 from expertgrid.export.rewrites import rewrite
-from expertgrid.model.checkpoint import Checkpoint, Trained
+from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.gates import gates, recorded_gates
-from expertgrid.model.pixels import normalise
+from expertgrid.model.pixels import normalise, normalised
 from expertgrid.model.system.errors import InputError
 
-INPUT, LOGITS, PROBABILITIES, GATES = "images", "logits", "probabilities", "gates"
+PROBABILITIES, GATES = "probabilities", "gates"
 OUTPUTS = (LOGITS, PROBABILITIES, GATES)
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # in a node's metadata: the modules that it comes from
 
@@ -71,15 +71,7 @@ def served(checkpoint: Checkpoint, kind: Input, rewrites: Collection[str] = ()) 
 
 def as_input(pixels_BHWC: np.ndarray, checkpoint: Checkpoint, kind: Input) -> np.ndarray:
     """uint8 images in the form that `served` takes."""
-    if kind == "uint8":
-        return pixels_BHWC
-    return normalised(pixels_BHWC, checkpoint.trained)
-
-
-def normalised(pixels_BHWC: np.ndarray, trained: Trained) -> np.ndarray:
-    """uint8 images (B, H, W, C) as the floats (B, C, H, W) that a network trained so takes."""
-    pixels_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
-    return normalise(pixels_BCHW, torch.tensor(trained.mean), torch.tensor(trained.std)).contiguous().numpy()
+    return pixels_BHWC if kind == "uint8" else normalised(pixels_BHWC, checkpoint.trained)
 
 
 def example(checkpoint: Checkpoint, kind: Input, batch: int) -> Tensor:

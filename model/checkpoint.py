@@ -6,42 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from expertgrid.model.config import ModelConfig, Network, TimmModel
-from expertgrid.model.pixels import RESIZE
+from expertgrid.model.config import Network, TimmModel, parse_config
+from expertgrid.model.pixels import Trained
 from expertgrid.model.probe import NETWORK, Probe, probe_of
 from expertgrid.model.registry import build, for_shapes
 from expertgrid.model.system.errors import InputError, invalid
 from expertgrid.model.system.files import MissingFile, opened_file
 
 FORMAT = "expertgrid-2"
-
-
-class Trained(BaseModel):
-    """What a network was trained on, and how an image becomes its input. It holds no path of the machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    trial: str  # the trial's id
-    model: str  # the preset or timm model that the config comes from
-    data: str  # the name of the data set
-    fingerprint: str  # of its pixels, labels and splits
-    classes: tuple[str, ...]
-    image_size: tuple[int, int]  # height, width
-    resize: str = RESIZE  # how an image of another size is brought to `image_size`
-    mean: tuple[float, ...]  # of pixels from 0 to 1, one for each channel
-    std: tuple[float, ...]
-
-    @field_validator("resize")
-    @classmethod
-    def _as_in_evaluation(cls, resize: str) -> str:
-        if resize != RESIZE:
-            raise ValueError(f"accepted: {RESIZE!r}")
-        return resize
 
 
 @dataclass(frozen=True)
@@ -74,19 +51,6 @@ def _sorted(file: bytes) -> bytes:
     header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + file[8 + length :]
-
-
-def parse_config(text: str, where: str) -> Network:
-    """A network's config from JSON. Raises InputError, naming `where`, for text that describes no network."""
-    try:
-        fields = json.loads(text)
-        kind = TimmModel if isinstance(fields, dict) and "timm" in fields else ModelConfig
-        config = kind.model_validate(fields)
-    except ValidationError as error:
-        raise invalid(f"{where}: config", error) from None
-    except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
-        raise InputError(f"{where}: the network's config is not JSON") from None
-    return config
 
 
 def load(path: Path) -> Checkpoint:

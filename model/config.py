@@ -7,12 +7,16 @@ A block runs K convolution experts on the same input and mixes their outputs wit
 `model.net` builds the modules. This file imports no torch, so a plan or a table is read without it.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from expertgrid.model.system.errors import InputError, invalid
 
 
 def _odd(kernel: int) -> int:
@@ -415,3 +419,15 @@ class TimmModel(Spec):
 
 
 Network = ModelConfig | TimmModel
+
+
+def parse_config(text: str, where: str) -> Network:
+    """A network's config from JSON. Raises InputError, naming `where`, for text that describes no network."""
+    try:
+        fields = json.loads(text)
+        kind = TimmModel if isinstance(fields, dict) and "timm" in fields else ModelConfig
+        return kind.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise invalid(f"{where}: config", error) from None
+    except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
+        raise InputError(f"{where}: the network's config is not JSON") from None

@@ -6,7 +6,9 @@ Shapes: B images, C channels, H x W pixels.
 import io
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, field_validator
 
 if TYPE_CHECKING:
     from torch import Tensor  # data are read without torch
@@ -17,6 +19,29 @@ MOST_PIXELS = 10**8  # of an image that is resized as a whole
 LARGEST_IMAGE = 50_000_000  # pixels of an image file; a few kilobytes can say that they are billions
 # Pillow's names of the formats that are read. It knows others, and gives EPS to a program that runs what is in it.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class Trained(BaseModel):
+    """What a network was trained on, and how an image becomes its input. It holds no path of the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trial: str  # the trial's id
+    model: str  # the preset or timm model that the config comes from
+    data: str  # the name of the data set
+    fingerprint: str  # of its pixels, labels and splits
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]  # height, width
+    resize: str = RESIZE  # how an image of another size is brought to `image_size`
+    mean: tuple[float, ...]  # of pixels from 0 to 1, one for each channel
+    std: tuple[float, ...]
+
+    @field_validator("resize")
+    @classmethod
+    def _as_in_evaluation(cls, resize: str) -> str:
+        if resize != RESIZE:
+            raise ValueError(f"accepted: {RESIZE!r}")
+        return resize
 
 
 class TooManyPixels(ValueError):
@@ -43,6 +68,12 @@ def opened(content: bytes) -> Image.Image:
 def normalise(pixels_BCHW: "Tensor", mean_C: "Tensor", std_C: "Tensor") -> "Tensor":
     """uint8 pixels to floats: (pixel / 255 - mean) / std for each channel. Mean and std are of pixels from 0 to 1."""
     return (pixels_BCHW.float() / 255 - mean_C[:, None, None]) / std_C[:, None, None]
+
+
+def normalised(pixels_BHWC: np.ndarray, trained: Trained) -> np.ndarray:
+    """uint8 images (B, H, W, C) as a network trained so takes them, (B, C, H, W): `normalise` without torch."""
+    mean_C, std_C = np.asarray(trained.mean, np.float32), np.asarray(trained.std, np.float32)
+    return np.ascontiguousarray(((pixels_BHWC.astype(np.float32) / 255 - mean_C) / std_C).transpose(0, 3, 1, 2))
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:

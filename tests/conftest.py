@@ -6,6 +6,9 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+
+os.environ["EXPERTGRID_CACHE"] = tempfile.mkdtemp(prefix="expertgrid-tests-")  # removed at the end
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,6 +22,7 @@ if not torch.cuda.is_available():
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +87,7 @@ def pytest_configure(config):
 
     It says so in a file, which .ci/run prints: what it writes on stderr is lost.
     """
+    config.add_cleanup(partial(shutil.rmtree, os.environ["EXPERTGRID_CACHE"], ignore_errors=True))
     # Processes that a shell starts in the background ignore it, and so would the commands that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):

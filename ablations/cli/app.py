@@ -396,15 +396,19 @@ def retire(directory: StudyDir, modules: Import = None) -> int:
 
 @app.command(cls=Command, rich_help_panel=RESULTS)
 def clean(
-    directory: StudyDir,
+    directory: Path | None = Argument(None, metavar="DIR", help="Study directory.", callback=options.study_directory),
     yes: bool = Option(False, "--yes", help="Remove the files without asking."),
     trials: bool = Option(False, "--trials", help="Remove trials that the study does not plan any more, too."),
+    cache: bool = Option(
+        False, "--cache", help="Instead of a study's files, remove the decoded images of all sources."
+    ),
 ) -> int:
     """Remove files of a study that nothing needs any more.
 
     They are listed first, with sizes: what crashes left, the states of finished trainings, and what `check --repair`
     moved away. Records, weights, exports and the states of unfinished trainings stay.
     """
+    options.refuse(((directory is None) != cache or (cache and trials), "needs a study directory, or --cache alone"))
     with _starting(text="starting"):
         from expertgrid.ablations.cli.files import clean
     return clean(directory, yes, trials)
@@ -487,9 +491,17 @@ def predict(
     format: Format = "text",
 ) -> int:
     """Classify images with an exported network."""
-    with _starting():
-        from expertgrid.ablations.cli.export import predict
-    return predict(file, images, top, provider, format)
+    with _starting(text="starting"):
+        from expertgrid.export.describe import read_onnx
+        from expertgrid.export.predict import predict
+        from expertgrid.model.system.text import render
+    rows: list[dict[str, object]] = [
+        {"image": str(prediction.path), "class": name, "probability": probability}
+        for prediction in predict(read_onnx(file), str(file), images, provider)
+        for name, probability in prediction.classes[:top]
+    ]
+    print(render(rows, format))
+    return 0
 
 
 @app.command("show-model", cls=Command, rich_help_panel=NETWORKS)

@@ -21,12 +21,11 @@ from expertgrid.export.certify import DEFAULT_REWRITES, CertifiedModel, Images, 
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.export.metadata import Input, Precision
 from expertgrid.export.precision import PrecisionError
-from expertgrid.export.predict import predict as predict_images
 from expertgrid.export.prune import pruned
 from expertgrid.export.session import check_provider
 from expertgrid.model.checkpoint import Checkpoint, Trained, load
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Format, render
+from expertgrid.model.system.text import render
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.splits import ResidentData
 from expertgrid.model.training.trial import Trial
@@ -143,18 +142,6 @@ def _write(
     size = f"{len(model.model):,} bytes"
     print(f"{written}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
     return certificate.passed
-
-
-def predict(file: Path, images: Sequence[Path], top: int, provider: str | None, format: Format) -> int:
-    """Prints the most probable classes of each image."""
-    predictions = predict_images(read_onnx(file), str(file), images, provider)
-    rows: list[dict[str, object]] = [
-        {"image": str(prediction.path), "class": name, "probability": probability}
-        for prediction in predictions
-        for name, probability in prediction.classes[:top]
-    ]
-    print(render(rows, format))
-    return 0
 
 
 def show_model(file: Path) -> int:

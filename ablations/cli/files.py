@@ -1,6 +1,7 @@
 """The files of a study directory: whether they are whole, and which of them can go."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,14 +63,16 @@ def retire(path: Path) -> int:
     return 0
 
 
-def clean(path: Path, agreed: bool, unplanned: bool) -> int:
-    """Prints what can go, and removes it where the user agrees."""
-    directory = StudyDirectory(path)
+def clean(path: Path | None, agreed: bool, unplanned: bool) -> int:
+    """Prints what can go from a study, or without one from the cache, and removes it where the user agrees."""
+    directory = StudyDirectory(path) if path else None
     removable = needless(directory, unplanned)
     for item in removable:
-        place = item.path.relative_to(path) if item.path.is_relative_to(path) else item.path
+        place = item.path.relative_to(path) if path and item.path.is_relative_to(path) else item.path
         print(f"{in_words(item.size):>10}  {place}  ({item.why})")
-    print(f"{path}: {len(removable)} to remove, {in_words(sum(item.size for item in removable))}", flush=True)
+    print(
+        f"{path or 'cache'}: {len(removable)} to remove, {in_words(sum(item.size for item in removable))}", flush=True
+    )
     if not removable:
         return 0
     if not agreed and not sys.stdin.isatty():
@@ -78,7 +81,7 @@ def clean(path: Path, agreed: bool, unplanned: bool) -> int:
     if not agreed and input("Remove these? [y/N] ").strip().lower() not in ("y", "yes"):
         print("nothing was removed")
         return 0
-    with directory.held():
+    with directory.held() if directory else nullcontext():
         paths = {item.path for item in needless(directory, unplanned)}  # a run may have begun in the meantime
         remove([item for item in removable if item.path in paths])
     print("removed")

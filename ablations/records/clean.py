@@ -11,6 +11,7 @@ from pathlib import Path
 from expertgrid.ablations.records.directory import ADOPTS, StudyDirectory
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import LEFT_BY_A_CRASH
+from expertgrid.model.training.decoded import DECODED
 
 WEEK_S = 7 * 86_400  # no command that has a temporary file in the system's folder runs so long
 AGE_S = 600  # of a temporary file that no process is writing any more: exports and reports are written without the lock
@@ -25,12 +26,13 @@ class Needless:
     why: str
 
 
-def needless(directory: StudyDirectory, unplanned: bool = False) -> list[Needless]:
+def needless(directory: StudyDirectory | None, unplanned: bool = False) -> list[Needless]:
     """What no table, report, check, export or training reads; with `unplanned`, trials that are not planned as well.
 
-    Raises InputError where the plan cannot be read, with `unplanned`.
+    Without a directory: the user's decoded images. Raises InputError where the plan cannot be read, with `unplanned`.
     """
-    return [Needless(path, _size(path), why) for path, why in sorted(_paths(directory, unplanned))]
+    paths = _paths(directory, unplanned) if directory else ((file, "decoded images") for file in DECODED.glob("*"))
+    return [Needless(path, _size(path), why) for path, why in sorted(paths)]
 
 
 def remove(items: list[Needless]) -> None:

@@ -50,7 +50,7 @@ def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
         return file.read(size)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes a file atomically: after an interruption the old file, or none, is there. Makes the folder if needed.
 
     It returns once the disk has the file and its name, so that both survive a power cut.
@@ -58,7 +58,7 @@ def write_whole(path: Path, content: bytes) -> None:
     write_together({path: content})
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
+def write_together(contents: Mapping[Path, bytes | memoryview]) -> None:
     """`write_whole` of several files: where one of them cannot be written, none is."""
     beside: dict[Path, Path] = {}
     try:
@@ -180,7 +180,7 @@ def _handle(path: Path, flags: int) -> int:
     return handle
 
 
-def _write(handle: int, content: bytes) -> None:
+def _write(handle: int, content: bytes | memoryview) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(handle, left) :]

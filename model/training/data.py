@@ -1,8 +1,8 @@
 """Images to train on: sources of several kinds, one form.
 
-A source is decoded once into uint8 arrays. `training.splits` brings them to the training device, and
-`training.holdout` says which train images a seed holds out. The test split is left as the source has it. This file
-imports no torch unless a source needs torchvision. Shapes: B images, H x W pixels, C channels.
+A source is decoded once into uint8 arrays, which `training.decoded` keeps. `training.splits` brings them to the
+training device, and `training.holdout` says which train images a seed holds out. The test split is left as the source
+has it. This file imports no torch unless a source needs torchvision. Shapes: B images, H x W pixels, C channels.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from expertgrid.model.pixels import FORMATS, fitted, opened
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.system.files import opened_file, read_whole
 from expertgrid.model.system.machine import memory_bytes
+from expertgrid.model.training.decoded import CACHE, decoded
 from expertgrid.model.training.holdout import LARGEST_SHARE, SHARE, SMALLEST_SHARE, HoldOut, Kind
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ Reader = tuple[str, Callable[[], bytes | None]]  # the name of an image, and wha
 ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype")} | {
     (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
 }
-CACHE = Path(os.path.expanduser("~"), ".cache", "expertgrid")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ImageData:
 
 
 def load_data(source: str, data_dir: Path | None = None, image_size: int | None = None) -> ImageData:
-    """Reads a source of `SOURCES` into memory.
+    """Reads a source of `SOURCES`, of which images that were decoded before are in the user's cache.
 
     Of a source that ends in @SHARE, a seed holds out this share of the train images (0.01 to 0.5): a small one for
     networks whose recipe was chosen before. With `image_size` each image is brought to so many pixels in height and
@@ -192,20 +192,20 @@ def _assemble(
     digest = hashlib.sha256()
     for pixels, labels in (train, test):
         digest.update(f"{pixels.shape}{len(classes)}".encode())
-        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(pixels.data)
         digest.update(labels.astype("<i8").data)
     mean, std = _pixel_statistics(pixels_BHWC)
-    parts = (Images(np.ascontiguousarray(pixels), labels.astype(np.int64)) for pixels, labels in (train, test))
+    parts = (Images(pixels, labels.astype(np.int64)) for pixels, labels in (train, test))
     return ImageData(source, name, tuple(classes), *parts, mean, std, digest.hexdigest()[:16])
 
 
 def _pixel_statistics(pixels_BHWC: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, exactly, from counts of the 256 values."""
-    values = np.arange(256) / 255
-    shares = [
-        np.bincount(pixels_BHWC[..., c].ravel(), minlength=256) / pixels_BHWC[..., c].size
-        for c in range(pixels_BHWC.shape[3])
-    ]
+    channels = pixels_BHWC.shape[3]
+    strips = map(np.concatenate, np.array_split(pixels_BHWC, len(pixels_BHWC) // TOGETHER + 1))  # images in a column
+    images = (Image.fromarray(strip_HWC if channels > 1 else strip_HWC[..., 0]) for strip_HWC in strips)
+    counts = sum((np.array(image.histogram()) for image in images), np.zeros(channels * 256, np.int64))
+    values, shares = np.arange(256) / 255, counts.reshape(channels, 256) / pixels_BHWC[..., 0].size
     means = [float(share @ values) for share in shares]
     stds = [float(np.sqrt(share @ (values - mean) ** 2)) for share, mean in zip(shares, means)]
     return tuple(round(mean, 6) for mean in means), tuple(round(max(std, 1e-3), 6) for std in stds)
@@ -234,21 +234,18 @@ def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None
 
     about = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     root = data_dir or CACHE
-    place = root / about.base_folder
+    place, splits = root / about.base_folder, (about.train_list, about.test_list)
 
     def read_all() -> tuple[list[dict], list[dict], dict]:
-        train, test = (
-            [_unpickled(place / file, md5) for file, md5 in files] for files in (about.train_list, about.test_list)
-        )
+        train, test = ([_unpickled(place / file, md5) for file, md5 in files] for files in splits)
         return train, test, _unpickled(place / about.meta["filename"], about.meta["md5"])
 
     try:
         train, test, meta = read_all()
     except (InputError, UnpicklingError):
         if data_dir is not None:
-            raise InputError(
-                f"{name}: no complete copy in {root}: files are missing or have another checksum"
-            ) from None
+            problem = "files are missing or have another checksum"
+            raise InputError(f"{name}: no complete copy in {root}: {problem}") from None
         try:
             download_and_extract_archive(about.url, str(root), filename=about.filename, md5=about.tgz_md5)
             train, test, meta = read_all()
@@ -257,10 +254,11 @@ def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None
             raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
     labels = "labels" if name == "cifar10" else "fine_labels"
     arrays = []
-    for batches in (train, test):
+    for batches, files in zip((train, test), splits):
         pixels_BHWC = np.vstack([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels_B = np.array([label for batch in batches for label in batch[labels]])
-        arrays.append((_all_resized(pixels_BHWC, image_size), labels_B))
+        resized = partial(_all_resized, pixels_BHWC, image_size)
+        arrays.append((decoded([place / file for file, _ in files], image_size, resized), labels_B))
     return _assemble(source, name, meta[about.meta["key"]], *arrays)
 
 
@@ -297,8 +295,10 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
         raise _wrong(source, f"train/ and test/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
-        readers: Iterator[Reader] = ((path, partial(read_whole, Path(path))) for path, _ in part.samples)
-        arrays.append((_decode(source, readers, len(part.samples), image_size), np.array(part.targets)))
+        files = [Path(path) for path, _ in part.samples]
+        readers: Iterator[Reader] = ((str(file), partial(read_whole, file)) for file in files)
+        decode = partial(_decode, source, readers, len(files), image_size)
+        arrays.append((decoded(files, image_size, decode), np.array(part.targets)))
     return _assemble(source, directory.resolve().name, train.classes, *arrays)
 
 
@@ -327,7 +327,7 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
             needs = f"needs labels 0 to {len(classes) - 1 if classes else MOST_CLASSES - 1} in each row"
             raise _wrong(source, f"{split}: column {label_column!r} {needs}; found {labels}")
         images = _images(source, tables, image_column, split)
-        arrays.append((_decode(source, images, len(labels_B), image_size), labels_B))
+        arrays.append((decoded(files, image_size, partial(_decode, source, images, rows, image_size)), labels_B))
     return _assemble(source, directory.resolve().name, classes, *arrays)
 
 
@@ -426,4 +426,5 @@ def _all_resized(pixels_BHWC: np.ndarray, side: int | None) -> np.ndarray:
         return pixels_BHWC
     grey = pixels_BHWC.shape[3] == 1
     images = (Image.fromarray(pixels_HWC[..., 0] if grey else pixels_HWC) for pixels_HWC in pixels_BHWC)
-    return np.stack([np.asarray(fitted(image, side, side)).reshape(side, side, -1) for image in images])
+    arrays = (np.asarray(fitted(image, side, side)).reshape(side, side, -1) for image in images)
+    return np.fromiter(arrays, (np.uint8, (side, side, pixels_BHWC.shape[3])), len(pixels_BHWC))

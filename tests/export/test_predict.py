@@ -11,7 +11,7 @@ from expertgrid.export.metadata import with_entries
 from expertgrid.export.predict import BATCH, predict, read_pixels
 from expertgrid.export.to_onnx import served
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.pixels import fitted
+from expertgrid.model.pixels import fitted, normalise, normalised
 from expertgrid.model.system.errors import InputError
 
 
@@ -54,6 +54,16 @@ def test_pytorch_agrees_on_images_of_the_right_size(checkpoint, model, tmp_path)
         assert sum(chances) == pytest.approx(1)
         assert prediction.classes[0][0] == CLASSES[expected_N.argmax()]
     np.testing.assert_array_equal(read_pixels(paths[0], HEIGHT, WIDTH, channels), pixels_BHWC[0])
+
+
+def test_normalised_images_are_those_of_pytorch_to_the_last_bit():
+    trained = small_checkpoint(3).trained
+    pixels_BHWC = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    pixels_BCHW, moments = (
+        torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2),
+        map(torch.tensor, (trained.mean, trained.std)),
+    )
+    np.testing.assert_array_equal(normalised(pixels_BHWC, trained), normalise(pixels_BCHW, *moments).numpy())
 
 
 def test_any_size_goes_through_the_network(checkpoint, model, tmp_path):
