@@ -147,6 +147,7 @@ class StudyDirectory:
         else:
             has_more = max(map(len, plan.by_cell), default=0) > max(map(len, before.by_cell), default=0)
             seen = {*before.seen, *(self._seeds_with_records(before) if race is None and has_more else ())}
+            plan.rules = before.rules
         plan.seen = sorted(seen)
         write_whole(self.path / "plan.json", plan.model_dump_json(indent=1).encode())
         write_sums(self.path, {name: (self.path / name).read_bytes() for name in OF_A_STUDY})

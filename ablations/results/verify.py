@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.evidence import read_evidence
@@ -180,9 +181,10 @@ class Check:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError("the numbers embedded in it have no tables") from None
         evidence = read_evidence(directory, embedded.get("metric"))
-        if written < (newest_time := newest(directory, evidence.results)):
+        if written < (newest_time := newest(directory, evidence.results)) or embedded.get("rules") != RULES:
             self.skipped.append(
-                "report.html is older than the study and was not compared; `expertgrid report` renews it"
+                f"report.html is older than the study, or than version {RULES} of the rules, and was not compared; "
+                "`expertgrid report` renews it"
             )
             return
         self.equal("time of the newest measurement", written, newest_time)

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.report import plots
 from expertgrid.ablations.results.report.findings import Examined, Findings
@@ -186,7 +187,7 @@ def html(findings: Findings) -> str:
     }
     # for `expertgrid verify`: JSON with nothing that could end its element
     metric = json.dumps(f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None)
-    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "metric": {metric}, "tables": '
+    numbers = f'{{"newest": {json.dumps(newest(directory, results))}, "metric": {metric}, "rules": {RULES}, "tables": '
     numbers += f"{render_tables(tables, 'json')}}}"
     return environment.get_template("report.html.j2").render(
         findings=findings,

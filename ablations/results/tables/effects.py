@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
@@ -30,7 +31,8 @@ class Verdict:
 
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
-        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | {"fixed_split": self.fixed_split}
+        about = {"fixed_split": self.fixed_split, "rules": RULES}
+        return {"verdict": self.judgement.verdict} | asdict(self.judgement) | about
 
 
 def judged(evidence: Evidence, judgement: Judgement | None, effect: str = "effect") -> dict[str, object]:

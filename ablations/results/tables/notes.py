@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import EXPECTED_ACCURACY, Evidence
@@ -87,8 +88,10 @@ def word_notes(margin: float, unit: str = "") -> list[str]:
 
 
 def split_notes(evidence: Evidence) -> list[str]:
-    """What the verdicts and their intervals rest on, where that is unusual."""
-    lines = []
+    """What the verdicts and their intervals rest on."""
+    begun = evidence.results.plan.rules
+    older = f"; the study was begun under version {begun}, which may have judged otherwise" if begun != RULES else ""
+    lines = [f"Judged by version {RULES} of the rules{older}."]
     if evidence.fixed_split:
         lines.append("All seeds hold out the same images: each verdict is about this split of the images.")
     return lines
