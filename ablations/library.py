@@ -1,4 +1,4 @@
-"""`expertgrid.run`: training from a notebook or a script, the very way of the command."""
+"""`expertgrid.run` and `expertgrid.judge`: from a notebook or a script, the very way of the commands."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from expertgrid.ablations.cli import options, plan, sources
 from expertgrid.ablations.cli.terminal import starting
-from expertgrid.ablations.results.arrow import OpenedStudy
+from expertgrid.ablations.results.arrow import OpenedStudy, ShownScores
+from expertgrid.ablations.results.scores import SCORE, SEED, judge_scores
 from expertgrid.ablations.study.changes import CHOICES
 from expertgrid.ablations.study.study import Study
 from expertgrid.ablations.study.study_file import load_study, parse_study
@@ -59,6 +61,23 @@ def run(
         how = How(device, ExecutionOptions(), True, False, None, modules, False, trainer, [])
         say_failures(request.directory, train_study(request, Path(data_dir) if data_dir else None, how))
     return OpenedStudy(request.directory.path)
+
+
+def judge(
+    scores: Any, *, margin: float, factors: Any = None, seed: Any = None, lower_is_better: bool = False
+) -> ShownScores:
+    """The verdicts on scores that were made elsewhere, as `expertgrid judge` gives them.
+
+    `scores` is a table of pyarrow, pandas or polars, or a dict, with the columns `seed`, `score` and those of the
+    factors; or the scores alone, with `factors` (columns by name) and `seed`. Raises InputError as `judge_scores`.
+    """
+    if factors is not None and seed is not None:
+        scores = {**factors, SEED: seed, SCORE: scores}
+    elif not hasattr(scores, "columns") and not isinstance(scores, Mapping):
+        raise InputError("a table with the columns of factors, seed and score is needed, or factors= and seed= as well")
+    names = getattr(scores, "column_names", getattr(scores, "columns", scores))
+    columns = {str(name): np.asarray(scores[name], dtype=object).tolist() for name in names}
+    return ShownScores(**vars(judge_scores(columns, margin, lower_is_better)))
 
 
 def _check_unchanged() -> None:

@@ -144,7 +144,7 @@ class StudyDirectory:
             trained = self._seeds_with_records(before)
             seen = {*before.seen, *(trained if race is None and has_more else ())}
             plan.extended = before.extended or (bool(trained) and len(plan.cells) > len(before.cells))
-            plan.fp32 = before.fp32
+            plan.fp32, plan.rules = before.fp32, before.rules
         plan.seen = sorted(seen)
         self._write_plan(plan)
 

@@ -16,6 +16,7 @@ from expertgrid.model.training.data import LARGEST_SIDE, ImageData
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import ACCURACY, Scale, scale
 
+RULES = 2  # the version of the rules that judge; ablations/results/README.md says what each one changed
 Some = Annotated[int, Field(ge=1)]
 
 
@@ -49,6 +50,7 @@ class Plan(BaseModel):
     extended: bool = False  # by levels or baselines, after results were seen
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
     fp32: dict[str, bool] = {}  # by device: whether fp32 is used where a recipe's amp is "auto"; none in older plans
+    rules: int = 1  # of the version that began the study
 
     @property
     def cells_with_trials(self) -> list[PlannedCell]:
@@ -85,6 +87,7 @@ def make_plan(study: Study, data: ImageData, cells: Sequence[Cell], race: RaceRu
         contrasts=study.contrasts,
         cells=[cell.planned for cell in cells],
         race=race,
+        rules=RULES,
     )
 
 

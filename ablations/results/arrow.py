@@ -14,7 +14,9 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.rows import Results, Row, read_results
+from expertgrid.ablations.results.scores import JudgedScores
 from expertgrid.ablations.results.tables.cells import columns
+from expertgrid.ablations.results.tables.scores import score_tables
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.system.text import csv_cell, flat_rows, render_tables
@@ -109,6 +111,15 @@ class OpenedStudy:
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>"
+
+
+class ShownScores(JudgedScores):
+    """Verdicts on scores. `repr`, and the last line of a notebook's cell, show the tables of `expertgrid judge`."""
+
+    def __repr__(self) -> str:
+        return render_tables(score_tables(self), "text")
+
+    _repr_html_ = OpenedStudy._repr_html_
 
 
 def to_bytes(table: pa.Table, format: str) -> bytes:

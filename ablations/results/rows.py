@@ -216,13 +216,10 @@ def _chosen(study: Study, plan: Plan, metric: str | None) -> tuple[Scale, float]
 
 def _check_hold_out(directory: StudyDirectory, plan: Plan, trial: str) -> None:
     config = directory.config(trial)
-    if config is None:
-        return
-    hold_out = config.hold_out
-    if (hold_out.kind, hold_out.share) != (plan.hold_out.kind, plan.hold_out.share):
+    if config and (config.hold_out.kind, config.hold_out.share) != (plan.hold_out.kind, plan.hold_out.share):
         raise InputError(
-            f"{directory.trial(trial) / 'config.json'}: its hold-out is {hold_out}, and plan.json has {plan.hold_out}; "
-            "the records of one directory need the same hold-out"
+            f"{directory.trial(trial) / 'config.json'}: its hold-out is {config.hold_out}, and plan.json has "
+            f"{plan.hold_out}; the records of one directory need the same hold-out"
         )
 
 

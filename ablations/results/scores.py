@@ -5,6 +5,7 @@ The families, the rules and the claim are those of a study that was trained here
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -62,21 +63,20 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
     names = [name for name in columns if name not in (SEED, SCORE)]
     if lacking := [name for name in (SEED, SCORE) if name not in columns]:
         raise InputError(f"the table has no column {lacking[0]!r}; its columns are {', '.join(columns)}")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise InputError("the columns have different lengths")
     if not margin > 0:
         raise InputError(f"the margin must be above 0, found {margin}")
-    points = list(zip(*([str(value) for value in columns[name]] for name in names))) if names else []
-    order = list(dict.fromkeys(points))
+    points, seeds = list(zip(*(map(str, columns[name]) for name in names))), list(map(str, columns[SEED]))
+    order, score_of = list(dict.fromkeys(points)), {}
     if len(order) < 2:
         raise InputError("the table has fewer than two cells; the columns beside seed and score are factors")
-    seeds = {seed: place for place, seed in enumerate(dict.fromkeys(map(str, columns[SEED])))}
-    scores_CS, taken = np.full((len(order), len(seeds)), np.nan), set()
-    for row, (point, seed, score) in enumerate(zip(points, map(str, columns[SEED]), columns[SCORE]), start=1):
-        cell, place = order.index(point), seeds[seed]
-        if (cell, place) in taken:
-            raise InputError(f"row {row}: a second score of {_named(names, point)} at seed {seed}")
-        taken.add((cell, place))
-        if score is not None and score != "":
-            scores_CS[cell, place] = _number(score, row)
+    for row, (point, seed, score) in enumerate(zip(points, seeds, columns[SCORE]), start=1):
+        if (point, seed) in score_of:
+            cell = ", ".join(f"{name} {level}" for name, level in zip(names, point))
+            raise InputError(f"row {row}: a second score of {cell} at seed {seed}")
+        score_of[point, seed] = np.nan if score is None or score == "" else _number(score, row)
+    scores_CS = np.array([[score_of.get((point, seed), np.nan) for seed in dict.fromkeys(seeds)] for point in order])
     levels = {name: list(dict.fromkeys(point[i] for point in order)) for i, name in enumerate(names)}
     asked = factors.main_effects(levels, [dict(zip(names, point)) for point in order], range(len(order)), len(order))
     weights_QC = np.array([effect.weights_C for effect in asked]).reshape(-1, len(order))
@@ -88,7 +88,8 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
         return replace(judgement, verdict=verdict)
 
     needed = seeds_to_decide(weights_QC, family, margin)
-    best_C = may_be_best(-scores_CS if lower_is_better else scores_CS)
+    best_C = may_be_best(-scores_CS if lower_is_better else scores_CS).tolist()
+    n_C = (~np.isnan(scores_CS)).sum(1).tolist()
     against = [None, *map(turned, base.judgements)]
     return JudgedScores(
         margin,
@@ -97,14 +98,8 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
             for (change,), judgement, count in zip((effect.changes for effect in asked), family.judgements, needed)
         ],
         [
-            JudgedCell(
-                dict(zip(names, point)),
-                int((~np.isnan(score_S)).sum()),
-                float(np.nanmean(score_S)) if not np.isnan(score_S).all() else float("nan"),
-                judgement,
-                bool(best),
-            )
-            for point, score_S, judgement, best in zip(order, scores_CS, against, best_C)
+            JudgedCell(dict(zip(names, point)), n, total / n if n else np.nan, judgement, best)
+            for point, n, total, judgement, best in zip(order, n_C, np.nansum(scores_CS, 1).tolist(), against, best_C)
         ],
         int(np.isnan(scores_CS).sum()),
     )
@@ -122,10 +117,6 @@ def read_scores(file: Path) -> dict[str, list[object]]:
 
 
 def _number(score: object, row: int) -> float:
-    if isinstance(score, int | float) and not isinstance(score, bool) and not np.isinf(score):
+    if isinstance(score, Real) and not isinstance(score, bool) and not np.isinf(score):
         return float(score)
     raise InputError(f"row {row}: the score is {score!r}; a finite number is needed, or nothing where it is missing")
-
-
-def _named(names: Sequence[str], point: Sequence[str]) -> str:
-    return ", ".join(f"{name} {level}" for name, level in zip(names, point))

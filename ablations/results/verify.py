@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.evidence import read_evidence
@@ -181,8 +182,11 @@ class Check:
             raise InputError("the numbers embedded in it have no tables") from None
         evidence = read_evidence(directory, embedded.get("metric"))
         newest_time = newest(directory, evidence.results)
-        if written < newest_time or embedded.get("schema") != SCHEMA:
-            self.skipped.append("report.html is older, and was not compared; `expertgrid report` renews it")
+        if written < newest_time or (embedded.get("schema"), embedded.get("rules")) != (SCHEMA, RULES):
+            self.skipped.append(
+                f"report.html is older than the study, or than version {RULES} of the rules, and was not compared; "
+                "`expertgrid report` renews it"
+            )
             return
         self.equal("time of the newest measurement", written, newest_time)
         fresh = rows_by_key(study_tables(directory, evidence))

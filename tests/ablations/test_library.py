@@ -9,12 +9,15 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
-from conftest import REPOSITORY, write_study, written_epochs
+from conftest import REPOSITORY, change_json, write_study, written_epochs
 from sklearn.metrics import f1_score
 
 import expertgrid as library
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
+from expertgrid.model.training.data import load_data
 
 TYPED = """
 question = "?"
@@ -226,7 +229,7 @@ def test_the_examples_of_the_page_run(tmp_path):
     page = (REPOSITORY / "ablations" / "README.md").read_text()
     section = page.partition("## From a notebook or a script")[2].partition("\n## ")[0]
     examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     checks = """
 assert means.sort_by("hflip")["hflip"].to_pylist() == [0.0, 0.5] and len(trials) == 4
 assert set(open_ones) <= {"hflip 0.0 -> 0.5"} and len(curves) == 4 and confusion.sum() == 4 * 360
@@ -237,3 +240,39 @@ assert set(open_ones) <= {"hflip 0.0 -> 0.5"} and len(curves) == 4 and confusion
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Do flips help?\n\nWhat each factor does")
+
+
+def test_scores_of_any_table_are_judged_as_the_command_judges_them(tmp_path, expertgrid):
+    scores = {"lr": [0.1] * 3 + [0.2] * 3, "seed": [0, 1, 2] * 2, "score": [91.2, 90.8, 91.1, 92.0, np.nan, 91.9]}
+    frame, file = pd.DataFrame(scores), tmp_path / "scores.csv"
+    frame.to_csv(file, index=False)
+    judged = library.judge(scores, margin=0.5)
+    assert repr(judged) == expertgrid("judge", file, "--margin", "0.5").out.rstrip("\n")
+    assert "0.1 -&gt; 0.2" in judged._repr_html_()
+    arrays = {name: np.array(column, dtype="float32") for name, column in scores.items()}
+    for table in (frame.set_index("seed", drop=False), pa.table(scores)):
+        assert library.judge(table, margin=0.5).effects == judged.effects
+    alone = library.judge(
+        arrays["score"], factors={"lr": frame["lr"]}, seed=pa.chunked_array([[0, 1, 2] * 2]), margin=0.5
+    )
+    assert alone.effects[0].judgement.mean == pytest.approx(judged.effects[0].judgement.mean, rel=1e-5)
+    for wrong, message in (
+        (arrays["score"], "a table with the columns"),
+        (scores | {"seed": [0]}, "different lengths"),
+    ):
+        with pytest.raises(library.InputError, match=message):
+            library.judge(wrong, margin=0.5)
+
+
+def test_a_study_of_older_rules_says_so(expertgrid, study):
+    plan = study.path / "plan.json"
+    assert json.loads(plan.read_text())["rules"] == RULES
+    change_json(plan, rules=1)
+    older = f"Judged by version {RULES} of the rules; the study was begun under version 1"
+    assert older in expertgrid("table", study.path, "--notes").out
+    fields = study.read_study(), load_data("digits")
+    study.write_plan(*fields, fields[0].cells(fields[1]))
+    assert study.read_plan().rules == 1  # as the study was begun
+    assert (
+        json.loads(expertgrid("table", study.path, "--format", "json").out)["factors"][0]["verdict"]["rules"] == RULES
+    )

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report import plots
@@ -151,6 +152,7 @@ def html(findings: Findings) -> str:
     numbers = {
         "newest": newest(directory, results),
         "metric": f"{results.scale.name}:{results.margin!r}" if results.chosen_afterwards else None,
+        "rules": RULES,
         "schema": SCHEMA,
         "tables": rows_by_key(tables),
     }

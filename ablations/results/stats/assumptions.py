@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import fdtrc
 
-from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, Fit, contrast_basis, estimate, judge
-from expertgrid.ablations.results.stats.factors import against
+from expertgrid.ablations.results.stats.contrasts import BETTER, WORSE, Fit, contrast_basis, errors, estimate, judge
+from expertgrid.ablations.results.stats.factors import against, difference
+
+RIVALS = 30  # cells that each cell is compared with
 
 
 class FTest(NamedTuple):
@@ -63,17 +65,20 @@ def may_be_best(scores_CS: np.ndarray) -> np.ndarray:
     """Which cells (C,) may have the highest true mean: those that no other cell surely exceeds.
 
     Each cell is compared with all others as one family, by two-sided intervals of `estimate`, so that the best cell is
-    among them with a probability of 95% or more (multiple comparisons with the best: Hsu 1984). A cell without scores
-    may be the best.
+    among them with a probability of 95% or more (multiple comparisons with the best: Hsu 1984). Only the `RIVALS`
+    highest cells are asked whether they exceed it. A cell without scores may be the best.
     """
     count = len(scores_CS)
     best_C = np.ones(count, dtype=bool)
     if count < 2 or np.isnan(scores_CS).all():
         return best_C
-    highest = int(np.nanargmax(np.nansum(scores_CS, axis=1) / np.maximum((~np.isnan(scores_CS)).sum(1), 1)))
-    worse = estimate(against(highest, count), scores_CS).high_XQ < 0  # most are: the others are looked at one by one
-    best_C[np.delete(np.arange(count), highest)[worse]] = False
-    fit = Fit(~np.isnan(scores_CS))
-    for cell in np.flatnonzero(best_C):
-        best_C[cell] = not (estimate(against(cell, count), scores_CS, fit=fit).low_XQ > 0).any()
+    mask_CS = ~np.isnan(scores_CS)
+    n_C, fit, constants = mask_CS.sum(1), Fit(mask_CS), {}  # cells with as many scores have almost the same constant
+    highest = np.argsort(np.where(n_C > 0, -np.nansum(scores_CS, axis=1) / np.maximum(n_C, 1), np.inf))[:RIVALS]
+    for cell, n in enumerate(n_C):
+        if n not in constants:
+            constants[n] = estimate(against(cell, count), scores_CS, fit=fit).constant_Q[0]
+        rivals = [difference(rival, cell, count) for rival in highest if rival != cell]
+        known = errors(np.array(rivals), scores_CS, fit)
+        best_C[cell] = not (known.mean_XQ > constants[n] * known.error_XQ).any()
     return best_C

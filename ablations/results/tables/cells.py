@@ -54,7 +54,8 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
     named = "model" in factors or (len(names) > 1 and any(row.model not in row.levels.values() for row in rows))
     against = evidence.against_base if evidence else []
     has_verdicts = any(judgement and (judgement.low is not None or judgement.verdict == NONE) for judgement in against)
-    front = latency_front(rows)
+    front, records = latency_front(rows), [record for row in rows for record in row.records]
+    flips = {title: of for title, of in FLIP_ACCURACIES.items() if any(of(record) is not None for record in records)}
     table = []
     for place, row in enumerate(rows):
         first = row.records[0] if row.by_seed else None
@@ -63,10 +64,9 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
         values |= {name: _level(row, name) for name in factors if name != "model" or row.levels}
         values["n"] = _seeds(row)
         values |= {f"{head} {row.scale.column}": row.interval(split) for head, split in HEADS.items()}
-        for title, value in FLIP_ACCURACIES.items():
-            if any(value(record) is not None for other in rows for record in other.records):
-                shares = [share for record in row.records if (share := value(record)) is not None]
-                values[title] = accuracy_interval([100 * share for share in shares]) if shares else None
+        for title, value in flips.items():
+            shares = [share for record in row.records if (share := value(record)) is not None]
+            values[title] = accuracy_interval([100 * share for share in shares]) if shares else None
         if evidence and has_verdicts:
             values |= judged(evidence, against[place])
         if any(row.reported for row in rows):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.levels import Marginal
 from expertgrid.ablations.results.stats.contrasts import NONE, OPEN, SAME, Judgement
@@ -32,7 +33,7 @@ class Verdict:
     def fields(self) -> dict[str, object]:
         """What JSON and CSV have of it, the verdict first."""
         ends = [abs(end) for end in (self.judgement.low, self.judgement.high) if end is not None]
-        more = {"fixed_split": self.fixed_split, "ruled_out_above": max(ends, default=None)}
+        more = {"fixed_split": self.fixed_split, "ruled_out_above": max(ends, default=None), "rules": RULES}
         return {"verdict": self.judgement.verdict} | asdict(self.judgement) | more
 
 

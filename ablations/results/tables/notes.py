@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.records.record import SPLITS
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import Evidence, images_again
@@ -132,7 +133,8 @@ def _error_notes(evidence: Evidence) -> list[str]:
             f"A race: seeds are added until each contrast is decided; its intervals pay for a look after each seed "
             f"from {plan.race.first} to {plan.race.last}.{seen}"
         )
-    return lines
+    older = f"; the study was begun under version {plan.rules}, which may have judged otherwise"
+    return [*lines, f"Judged by version {RULES} of the rules{older if plan.rules != RULES else ''}."]
 
 
 def reasons(judged: Iterable[tuple[str, Judgement | None]]) -> list[str]:

@@ -1,5 +1,6 @@
 """The tables of scores that were made elsewhere."""
 
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.scores import JudgedScores
 from expertgrid.ablations.results.stats.contrasts import Judgement
 from expertgrid.ablations.results.stats.planning import MOST_SEEDS
@@ -28,7 +29,7 @@ def score_tables(judged: JudgedScores) -> list[Table]:
     if_large = "if it is as large as it looks, and each seed has its own images"
     notes += [f"To decide what is open, {if_large}: {seeds}."] * bool(needed)
     notes += [f"{counted(judged.missing, 'score')} missing."] * bool(judged.missing)
-    notes.append("p: of no difference, adjusted for all rows of the table.")
+    notes += ["p: of no difference, adjusted for all rows of the table.", f"Judged by version {RULES} of the rules."]
     best = ["may be best: no other cell is surely better; the best is among these with a probability of 95% or more."]
     tables = [Table("factors", "What each factor does", effects, notes)] if effects else []
     against = [(", ".join(cell.levels.values()), cell.against_first) for cell in judged.cells]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.ledger import TestRead
+from expertgrid.ablations.records.plan import RULES
 from expertgrid.ablations.results.rows import newest, read_results
 from expertgrid.ablations.results.verify import verify_study
 from expertgrid.model.system.text import SCHEMA
@@ -152,8 +153,8 @@ def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertg
     shown = json.loads(expertgrid("table", study.path, "--format", "json").out)
     rows = {key: shown[key] for key in ("factors", "cells")}
 
-    def write(time: str) -> None:
-        numbers = json.dumps({"newest": time, "schema": SCHEMA, "tables": rows})
+    def write(time: str, rules: int = RULES) -> None:
+        numbers = json.dumps({"newest": time, "rules": rules, "schema": SCHEMA, "tables": rows})
         script = f'<script type="application/json" id="numbers">{numbers}</script>'
         (study.path / "report.html").write_text(script)
 
@@ -165,9 +166,13 @@ def test_a_report_with_other_numbers_is_found_and_an_older_one_is_a_note(expertg
     (problem,) = verify_study(study).problems
     assert problem.startswith("report.html: test acc % mean in row 2 of cells is ")
     study.enter(TestRead(time="9998", trial=trial_of(study), reader="export", images=360))  # the report is older now
-    check = verify_study(study)
-    assert check.problems == []
-    assert check.skipped == ["report.html is older, and was not compared; `expertgrid report` renews it"]
+    older = (
+        f"report.html is older than the study, or than version {RULES} of the rules, and was not compared; "
+        "`expertgrid report` renews it"
+    )
+    assert (verify_study(study).problems, verify_study(study).skipped) == ([], [older])
+    write("9999", rules=1)
+    assert (verify_study(study).problems, verify_study(study).skipped) == ([], [older])
     write("9999")
     assert "report.html: time of the newest measurement is 9999, but " in verify_study(study).problems[0]
 
