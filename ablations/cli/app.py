@@ -155,6 +155,7 @@ def run(
     address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
+    timing: bool = Option(True, help="Time each cell alone at the end, after trials that were trained at once."),
     track: list[str] | None = Option(
         None, metavar=TRACKER, help=f"Tracker to show it in: {TRACKERS}.", callback=options.trackers
     ),
@@ -198,8 +199,9 @@ def run(
             from expertgrid.model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(
-            device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
-        )
+            device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or [],
+            timing,
+        )  # fmt: skip
         if study is not None:
             return train_and_show(request, data_dir, how)
         with _starting():

@@ -24,6 +24,7 @@ from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
 from expertgrid.model.training.trial import Trial
 
+QUICKSTART = {"export": 2.0, "tuning": 15.0, "latency": 9.0, "report": 2.0}  # steps, and their seconds on two cores
 MOST_COMPARED = 64  # pairs of networks
 
 

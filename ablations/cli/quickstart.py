@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from expertgrid.ablations.cli import bench, export, results, run
-from expertgrid.ablations.cli.plan import StudyRequest
+from expertgrid.ablations.cli.plan import QUICKSTART, StudyRequest
 from expertgrid.ablations.cli.track import tracked
 
 # Of each file. The intervals are wider than those of `bench`, and nobody waits for them.
@@ -13,7 +13,7 @@ BATCHES, MEASURE_S, OPENINGS = (1, 64), 0.3, 3
 def quickstart(request: StudyRequest, data_dir: Path | None, how: run.How) -> int:
     """Trains the study, exports and times its best network, writes its report, and prints its tables and answer."""
     directory = request.directory
-    if failed := run.train_study(request, data_dir, how):
+    if failed := run.train_study(request, data_dir, how, sum(QUICKSTART.values())):
         run.show_study(directory)
         return run.say_failures(directory, failed)
     status = export.export(directory.path, data_dir=data_dir)
