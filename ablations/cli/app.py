@@ -180,7 +180,14 @@ def run(
     name = "quickstart" if study is None else study
     request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds)
     if dry_run:
-        print(plan.plan_table(plan.plan_run(request, data_dir)))
+        from expertgrid.ablations.engines.isolation import Setup, device_of, jobs_for
+        from expertgrid.model.fast.execution import ExecutionOptions
+
+        planned, begin = plan.plan_run(request, data_dir), partial(sources.import_modules, modules or [])
+        execution, many = ExecutionOptions(kernels, compile, graphs), at_once or jobs_for(device)
+        setup = Setup(planned.data, device_of(device), Path(), begin, execution, deterministic, at_once=many)
+        after_s = 0.0 if study else sum(plan.QUICKSTART.values())
+        print(plan.plan_table(planned, setup if engine == "local" else None, timing, after_s))
         return 0
     with ExitStack() as resources:
         trainer = None

@@ -77,6 +77,11 @@ def _is_gpu(device: str) -> bool:
     return device.partition(":")[0] == "cuda" or (device == "auto" and gpu_driver() is not None)
 
 
+def device_of(device: str) -> str:
+    """What "auto" is, without importing PyTorch."""
+    return device if device != "auto" else "cuda" if _is_gpu(device) else "cpu"
+
+
 @contextmanager
 def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
     """A pool whose processes begin to import PyTorch at once, while the caller does other things.
