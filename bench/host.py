@@ -86,13 +86,13 @@ def _gpu_state(gpu: Any) -> tuple[int, int, set[str]] | None:
     return mhz, heat, slowed
 
 
-def peak_bytes() -> int | None:
-    """The most memory that this process has had at once; None on a system that does not say.
+def peak_bytes(status: Path = STATUS) -> int | None:
+    """The most memory that this process, or that of `status`, has had at once; None on a system that does not say.
 
     Not `ru_maxrss` on Linux, which begins with the memory of the process that started this one.
     """
-    if STATUS.exists():
-        line = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    if status.exists():
+        line = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
         return int(line[1]) * 1024 if line else None
     with suppress(ImportError):  # as on Windows
         import resource

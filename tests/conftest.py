@@ -33,6 +33,7 @@ from expertgrid.ablations.cli import entry as cli
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.predictions import Predictions
 from expertgrid.ablations.records.record import Environment, Failure, Record
+from expertgrid.ablations.speed import sampling
 from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.bench import timing
 from expertgrid.bench.record import Latency, LatencyRecord
@@ -106,6 +107,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def brief_timing(monkeypatch):
     """Tests read no speeds, so they do not wait until speeds are steady and threads at rest."""
+    monkeypatch.setattr(sampling, "LIMIT_S", 0.0)
     brief = {"LONGEST_WARM_UP_S": 0.05, "LONGEST_REST_S": 0.0, "OPENINGS": 7, "BLOCK_S": 0.002, "CHUNK_S": 0.002}
     for name, value in brief.items():
         monkeypatch.setattr(timing, name, value)

@@ -25,7 +25,7 @@ PANELS = {  # parts of a longer list of options, by the names of their parameter
     "provider",
     "Failures": "trial_timeout fail_fast",
     "Exported file": "input precision outputs fuse prune_gates",
-    "Measurement": "tune batch steps rounds seconds profile front peers scenario bound_ms",
+    "Measurement": "timing tune batch steps rounds seconds profile front peers scenario bound_ms",
     "Comparison": "fail_if_slower baseline across_machines",
     "Output": "out format json notes rows track to dry_run",
 }
@@ -170,6 +170,7 @@ def run(
     address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),
     cpus_per_trial: int | None = Option(None, min=1, metavar="N", help="CPUs for a trial on Ray. Default: 1."),
+    timing: bool = Option(True, help="Time each cell alone at the end, after trials that were trained at once."),
     track: list[str] | None = Option(None, metavar=TRACKER, help=f"Show it in {TRACKERS}.", callback=options.trackers),
     dry_run: bool = Option(False, "--dry-run", help="Show the trials and their costs. Nothing is trained."),
 ) -> int:
@@ -192,7 +193,14 @@ def run(
     name = "quickstart" if study is None else study
     request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds, extend)
     if dry_run:
-        print(plan.plan_table(plan.plan_run(request, data_dir)))
+        from expertgrid.ablations.engines.isolation import Setup, device_of, jobs_for
+        from expertgrid.model.fast.execution import ExecutionOptions
+
+        planned, begin = plan.plan_run(request, data_dir), partial(sources.import_modules, modules or [])
+        execution, many = ExecutionOptions(kernels, compile, graphs), at_once or jobs_for(device)
+        setup = Setup(planned.data, device_of(device), Path(), begin, execution, deterministic, at_once=many)
+        after_s = 0.0 if study else sum(plan.QUICKSTART.values())
+        print(plan.plan_table(planned, setup if engine == "local" else None, timing, after_s))
         return 0
     with ExitStack() as resources:
         trainer = None
@@ -211,8 +219,9 @@ def run(
             from expertgrid.model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(
-            device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or []
-        )
+            device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or [],
+            timing,
+        )  # fmt: skip
         if study is not None:
             return train_and_show(request, data_dir, how)
         with _starting():

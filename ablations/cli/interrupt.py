@@ -1,14 +1,14 @@
 """Ctrl-C and SIGTERM: the first one stops a training at its next step, the second one ends the command at once."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 
 INTERRUPTED = 130  # the exit status that shells have for Ctrl-C
 stopped = Event()  # by the user, or by a system that takes the machine away
-_training = Event()
+_say: Callable[[], object] | None = None  # that a training stops, while there is one
 
 
 def watch() -> None:
@@ -19,18 +19,20 @@ def watch() -> None:
 
 
 @contextmanager
-def training() -> Generator[None]:
-    """Within, the first signal only sets `stopped`: the training looks at it after each step."""
-    _training.set()
+def training(say: Callable[[], object]) -> Generator[None]:
+    """Within, the first signal only sets `stopped` and calls `say`: the training looks at it after each step."""
+    global _say
+    _say = say
     try:
         yield
     finally:
-        _training.clear()
+        _say = None
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Python drops an exception that it meets while it finalises an object, but not the event."""
     is_first = not stopped.is_set()
     stopped.set()
-    if not (is_first and _training.is_set()):
+    if not (is_first and _say):
         raise KeyboardInterrupt
+    _say()

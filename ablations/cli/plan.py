@@ -8,6 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from expertgrid.ablations.cli.sources import read_data
+from expertgrid.ablations.cli.terminal import status
+from expertgrid.ablations.engines.isolation import Setup
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RaceRules
 from expertgrid.ablations.study.cells import CONTROL, Cell, groups
@@ -22,6 +24,7 @@ from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.metrics import scale
 from expertgrid.model.training.trial import Trial
 
+QUICKSTART = {"export": 2.0, "tuning": 15.0, "latency": 9.0, "report": 2.0}  # steps, and their seconds on two cores
 MOST_COMPARED = 64  # pairs of networks
 
 
@@ -171,10 +174,12 @@ def _start(trial: Trial) -> str:
     return f"{name} starts from {weights.source}: {loaded}; images normalised by {images}"
 
 
-def plan_table(planned: PlannedRun) -> str:
-    """The cells with their costs, for a person to read before the training."""
+def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: float) -> str:
+    """The cells with their costs, for a person to read before the training. Nobody knows the time without a `setup`."""
+    from expertgrid.ablations.engines.duration import TimeLeft, timing_steps
     from expertgrid.ablations.results.evidence import foresee, images_again
     from expertgrid.ablations.results.tables.notes import plan_lines
+    from expertgrid.ablations.speed.sampling import duration
     from expertgrid.ablations.study.disk import in_words, log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
@@ -207,6 +212,11 @@ def plan_table(planned: PlannedRun) -> str:
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
+        if setup:
+            most_steps = timing_steps(setup.device, setup.at_once, timing)
+            left = TimeLeft(to_do, planned.data, setup.at_once, most_steps, after_s)
+            with status("training a little, to know how long it takes"):
+                notes += duration(left, setup, planned.directory.path.parent)
     notes += planned.idle_factors()
     if planned.race is None:
         study, cells = planned.study, [cell.planned for cell in planned.cells]

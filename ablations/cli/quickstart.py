@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from expertgrid.ablations.cli import bench, export, results, run
-from expertgrid.ablations.cli.plan import StudyRequest
+from expertgrid.ablations.cli.plan import QUICKSTART, StudyRequest
+from expertgrid.ablations.cli.terminal import begin_step
 from expertgrid.ablations.cli.track import tracked
 
 # Of each file. The intervals are wider than those of `bench`, and nobody waits for them.
@@ -13,16 +14,21 @@ BATCHES, MEASURE_S, OPENINGS = (1, 64), 0.3, 3
 def quickstart(request: StudyRequest, data_dir: Path | None, how: run.How) -> int:
     """Trains the study, exports and times its best network, writes its report, and prints its tables and answer."""
     directory = request.directory
-    if failed := run.train_study(request, data_dir, how):
+    if failed := run.train_study(request, data_dir, how, sum(QUICKSTART.values())):
         run.show_study(directory)
         return run.say_failures(directory, failed)
+    begin_step("export", QUICKSTART)
     status = export.export(directory.path, data_dir=data_dir)
     if status == 0:
+        begin_step("tuning", QUICKSTART)
         status = export.export(directory.path, tuned_for=1, brief=True, data_dir=data_dir)
     if status == 0:
+        begin_step("latency", QUICKSTART)
         files = [directory.path / "export" / f"model-uint8{tuned}.onnx" for tuned in ("", "-tuned")]
         bench.bench(files, batches=BATCHES, measure_s=MEASURE_S, openings=OPENINGS)
+        begin_step("report", QUICKSTART)
         status = results.report([directory.path], None, data_dir=data_dir)
+    begin_step("", QUICKSTART)
     with tracked(how.track, directory, None):
         pass  # the trackers that keep files get the new ones
     print()

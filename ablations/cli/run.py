@@ -13,6 +13,7 @@ from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.cli.track import tracked
+from expertgrid.ablations.engines.duration import ROUNDS, TimeLeft, in_time, timing_steps
 from expertgrid.ablations.engines.events import Event, TrialFailed, by_seed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.local import planned_steps, run_local
@@ -26,6 +27,7 @@ from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.speed.precision import fp32_is_faster, networks_to_time
+from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking
@@ -54,6 +56,7 @@ class How:
     deterministic: bool  # the same bits again, on a GPU too
     trainer: Pool | RayEngine | None  # None: trials are trained in this process
     track: Sequence[str]  # trackers that are shown the trials, too
+    timing: bool = True  # of each cell alone, where trials were trained at once
 
     def train_on(self) -> torch.device:
         """The device of the trials. Raises InputError for one that is not there, and for what it cannot do."""
@@ -63,8 +66,8 @@ class How:
         return on
 
 
-def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[TrialFailed]:
-    """Trains what is not there yet, and returns the trials that failed."""
+def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s: float = 0.0) -> list[TrialFailed]:
+    """Trains what is not there yet, and returns the trials that failed. What follows takes `after_s` seconds."""
     on = how.train_on()
     planned = plan_run(request, data_dir)
     planned.check_directory()
@@ -78,10 +81,16 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if directory.read_race():
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
+    pool = how.trainer if isinstance(how.trainer, Pool) else None
+    at_once = pool.at_once if pool else 1
+    if isinstance(how.trainer, RayEngine):
+        at_once = max(1, how.trainer.slots)
+    most_steps, trials = timing_steps(str(on), at_once, how.timing), [trial for cell in cells for trial in cell.trials]
+    left = TimeLeft(trials, planned.data, at_once, most_steps, after_s, pool.steps_done if pool else dict)
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
-            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
@@ -90,18 +99,11 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How) -> list[
                     break
                 counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking)
+                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
         if isinstance(how.trainer, RayEngine):
             how.trainer.end()
-        if any(row.packed and row.alone is None for row in read_results(directory).rows):
-            if isinstance(how.trainer, RayEngine) and not how.trainer.embedded:
-                console.print(
-                    f"training was not timed alone, as its nodes are not this machine; expertgrid bench-train "
-                    f"{directory.path} times it here",
-                    soft_wrap=True,
-                )
-            else:
-                _time_alone(directory, planned.data, on, how)
+        if how.timing and any(row.packed and row.alone is None for row in read_results(directory).rows):
+            _time_alone(directory, planned.data, on, how, left)
     return failed
 
 
@@ -110,14 +112,17 @@ def _is_known(on: torch.device) -> bool:
     return on.type != "cuda" or torch.cuda.is_available()
 
 
-def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How) -> None:
+def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How, left: TimeLeft) -> None:
     """Measures the training speed of each cell, as trials that were trained at once have none."""
-    from expertgrid.ablations.speed.training import measure_cells
-
     notice = partial(console.print, soft_wrap=True)
+    steps, seconds = left.timing(left.clock() - left.begun)
+    if not steps or (isinstance(how.trainer, RayEngine) and not how.trainer.embedded):
+        notice(f"training was not timed alone; expertgrid bench-train {directory.path} times it on this machine")
+        return
+    notice(f"each cell is now trained alone, to time it, for about {in_time(seconds)}; --no-timing leaves it out")
     try:
         with status("timing the training of each cell alone"):
-            rates = measure_cells(directory, data, on, how.execution, rounds=3, notice=notice)
+            rates = measure_cells(directory, data, on, how.execution, steps, ROUNDS, notice)
         directory.write_training_rates(rates)
     except RecordingError as error:  # a trial was then trained without CUDA graphs, in a process of its own
         notice(f"training was not timed alone: {error}")
@@ -143,8 +148,9 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
 
 
 def _train(
-    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking
-) -> list[TrialFailed]:
+    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking,
+    left: TimeLeft,
+) -> list[TrialFailed]:  # fmt: skip
     """Trains what is not there yet, and returns the trials that failed."""
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
@@ -174,9 +180,10 @@ def _train(
         for text in without:
             console.print(f"trained without {text}", soft_wrap=True)
     tracking.replay()
-    progress = StudyProgress(cells, pending, data.image_size, done_before, console)
-    failed = []
-    with progress.live(), interrupt.training():
+    left.read_records(directory.path.parent, on.type == "cpu")
+    left.waiting = {trial.id: trial for trial in pending}
+    progress, failed = StudyProgress(cells, left, done_before, console), []
+    with progress.live(), interrupt.training(progress.stop):
         for event in _events(pending, data, on, directory, how, execution):
             progress.show(event)
             tracking.show(event)

@@ -21,6 +21,19 @@ class _Terminal(Console):
 console = _Terminal(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+_step = ""
+
+
+def begin_step(name: str, seconds: dict[str, float]) -> None:
+    """Begins one of the steps that follow the training and take so long: `status` shows a bar. "" ends the last."""
+    global _step
+    places = list(seconds)
+    left_s = sum(list(seconds.values())[places.index(name) :]) if name else 0.0
+    done = "━" * round(20 * (1 - left_s / sum(seconds.values())))
+    title = f"{name}, step {places.index(name) + 1} of {len(places)}" if name else ""
+    _step = f"{done:┈<20} {title}, about {left_s:.0f} s left: " if name else ""
+
+
 def status(text: str) -> AbstractContextManager:
     """A spinner with a text on a terminal, and nothing elsewhere: for work that cannot say how far it is.
 
@@ -28,7 +41,8 @@ def status(text: str) -> AbstractContextManager:
     """
     if console.is_jupyter:  # where each needs a widget
         return nullcontext()
-    return Live(Spinner("dots", Text(printable(text))), console=console, transient=True, refresh_per_second=12.5)
+    text = printable(_step + text)
+    return Live(Spinner("dots", Text(text)), console=console, transient=True, refresh_per_second=12.5)
 
 
 def starting() -> AbstractContextManager:

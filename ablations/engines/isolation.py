@@ -77,6 +77,11 @@ def _is_gpu(device: str) -> bool:
     return device.partition(":")[0] == "cuda" or (device == "auto" and gpu_driver() is not None)
 
 
+def device_of(device: str) -> str:
+    """What "auto" is, without importing PyTorch."""
+    return device if device != "auto" else "cuda" if _is_gpu(device) else "cpu"
+
+
 @contextmanager
 def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
     """A pool whose processes begin to import PyTorch at once, while the caller does other things.
@@ -107,7 +112,7 @@ class Trainer(AnsweringProcess):
 
     def train(self, trial: Trial, setup: Setup, graphs: bool) -> None:
         """Asks for the events of a training. `graphs` says whether it may have CUDA graphs."""
-        self.trial, self.began, self.deadline = trial, False, float("inf")
+        self.trial, self.began, self.deadline, self.steps.value = trial, False, float("inf"), 0
         self.ask(trial, graphs, None if self.trials else setup)
         self.trials += 1
 
@@ -178,6 +183,10 @@ class Pool:
 
     def room(self) -> int:
         return self.at_once
+
+    def steps_done(self) -> dict[str, int]:
+        """Of the trials that are trained."""
+        return {trial.id: int(of.steps.value) for of in [*self.trainers] if (trial := of.trial)}
 
     def submit(self, trial: Trial, resume: Path) -> None:
         self._train(trial)

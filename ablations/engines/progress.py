@@ -1,82 +1,95 @@
 """What a person sees while a study trains, on stderr: a live display on a terminal, a line a trial elsewhere."""
 
+import os
+import re
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
-from expertgrid.ablations.engines.events import EpochDone, Event, TrialDone, TrialFailed, TrialNote, TrialStarted
+from expertgrid.ablations.engines.duration import Running, TimeLeft, in_time
+from expertgrid.ablations.engines.events import Event, TrialDone, TrialFailed, TrialNote
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.levels import level_name
-from expertgrid.model.cost import cost
 from expertgrid.model.system.errors import printable
 from expertgrid.model.training.trial import Trial
 
+STOPPING = "stopping after this step"
+ECHO = 3  # columns that stay free, for the "^C" of a terminal: a line that it wraps would be drawn twice
+
 
 class StudyProgress:
-    """Draws the events of an engine. The bar and the time left go by work: epochs times MACs."""
+    """Draws the events of an engine: a bar of the time, and a line for each trial that is trained."""
 
-    def __init__(
-        self,
-        cells: list[Cell],
-        trials: list[Trial],
-        image_size: tuple[int, int],
-        done_before: int,
-        console: Console,
-    ):
-        self.console = console
+    def __init__(self, cells: list[Cell], time_left: TimeLeft, done_before: int, console: Console):
+        self.console, self.time_left, self.stopping = console, time_left, False
         self.names = {trial.id: _trial_name(cell, trial) for cell in reversed(cells) for trial in cell.trials}
-        macs = {trial.model: cost(trial.model, *image_size)[1] for trial in trials}
-        self.epoch_work = {trial.id: macs[trial.model] for trial in trials}
-        self.left = {trial.id: trial.recipe.epochs * macs[trial.model] for trial in trials}
-        self.bar = Progress(
-            BarColumn(20),
-            TextColumn("{task.fields[done]}/{task.fields[trials]} trials, time left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        trials_in_all = done_before + len(trials)
-        self.task = self.bar.add_task("", total=sum(self.left.values()), done=done_before, trials=trials_in_all)
-        self.now = Text(no_wrap=True, overflow="ellipsis")
+        self.shared = set.intersection(*(set(name.split()) for name in self.names.values())) - {"seed"}
+        self.done, self.trials = done_before, done_before + len(time_left.waiting)
+        self.is_live = bool(console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")))
 
     def live(self) -> AbstractContextManager:
         """Shows the display while it is entered; nothing where stderr is no terminal, and no notebook with widgets."""
-        is_live = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets"))
-        return Live(Group(self.bar, self.now), console=self.console) if is_live else nullcontext()
+        return Live(self, console=self.console) if self.is_live else nullcontext()
+
+    def stop(self) -> None:
+        """Says that the training stops. The handler of a signal calls it, which may have interrupted a `print`."""
+        self.stopping = True
+        if not self.is_live:
+            os.write(2, f"{STOPPING}\n".encode())
 
     def show(self, event: Event) -> None:
+        self.time_left.take(event)
         name = self.names[event.trial.id]
         match event:
-            case TrialStarted():
-                pass
-            case EpochDone(trial, epoch):
-                self.now.plain = (
-                    f"epoch {epoch.epoch}/{trial.recipe.epochs}, loss {epoch.train_loss:.3f}, "
-                    f"val {100 * epoch.validation_accuracy:.1f}%, {epoch.images_per_s:,.0f} images/s: {name}"
-                )
-                self._advance(trial, (trial.recipe.epochs - epoch.epoch) * self.epoch_work[trial.id])
-            case TrialDone(trial, record):
-                self._advance(trial, 0, done=1)
+            case TrialDone(_, record):
+                self.done += 1
                 if not self.console.is_terminal:
-                    done, trials = (self.bar.tasks[0].fields[field] for field in ("done", "trials"))
                     self.console.print(
-                        f"trial {done}/{trials} {name}: val {100 * record.validation_accuracy:.2f}%, "
+                        f"trial {self.done}/{self.trials} {name}: val {100 * record.validation_accuracy:.2f}%, "
                         f"{record.images_per_s:,.0f} images/s, {record.train_seconds:.1f} s",
                         soft_wrap=True,
                     )
             case TrialNote(trial, text):
                 self.console.print(f"{name} (trial {trial.id}): {text}", soft_wrap=True)
             case TrialFailed(trial, reason):
-                self._advance(trial, 0)
                 self.console.print(f"failed: {name} (trial {trial.id}): {reason}", style="red", soft_wrap=True)
 
-    def _advance(self, trial: Trial, left: int, done: int = 0) -> None:
-        done += self.bar.tasks[0].fields["done"]
-        self.bar.update(self.task, advance=self.left[trial.id] - left, done=done)
-        self.left[trial.id] = left
+    def __rich__(self) -> Group:
+        left_s, passed_s = self.time_left.left_s(), self.time_left.clock() - self.time_left.begun
+        running, width = list(self.time_left.running.values()), self.console.width - ECHO
+        words = "time left is known soon" if left_s is None else f"about {in_time(left_s)} left"
+        if not running and not self.time_left.waiting:
+            words, left_s = f"took {in_time(passed_s)}", 0.0
+        text = Text(f"{self.done}/{self.trials} trials, {STOPPING if self.stopping else words}", no_wrap=True)
+        share = 0.0 if left_s is None else passed_s / (passed_s + left_s)
+        head = Table.grid(padding=(0, 1, 0, 0))
+        head.add_row(ProgressBar(1.0, share, width=max(10, width - len(text) - 1)), text)
+        return Group(head, *(self._line(of, width) for of in running))
+
+    def _line(self, running: Running, width: int) -> Text:
+        trial, last = running.trial, running.last
+        epoch = min(running.steps // self.time_left.steps(trial) + 1, trial.recipe.epochs)
+        text = f": epoch {epoch}/{trial.recipe.epochs}"
+        if last:
+            text += f", loss {last.train_loss:.3f}, val {100 * last.validation_accuracy:.1f}%"
+            text += f", {last.images_per_s:,.0f} images/s"
+        return Text(shortened(self.names[trial.id], self.shared, width - len(text)) + text, no_wrap=True)
+
+
+def shortened(name: str, shared: Collection[str], width: int) -> str:
+    """A name in so many characters: without words that all names share, then without the factors', then its middle."""
+    if len(name) > width:
+        name = " ".join(["…", *(word for word in name.split() if word not in shared)])
+    if len(name) > width:
+        name = re.sub(r"[^ =]+=", "", name)
+    end = max(0, width - 1) // 2
+    return name if len(name) <= width else f"{name[: max(0, width - 1 - end)]}…{name[len(name) - end :]}"
 
 
 def _trial_name(cell: Cell, trial: Trial) -> str:

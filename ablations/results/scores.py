@@ -3,6 +3,7 @@
 The families, the rules and the claim are those of a study that was trained here.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -117,6 +118,6 @@ def read_scores(file: Path) -> dict[str, list[object]]:
 
 
 def _number(score: object, row: int) -> float:
-    if isinstance(score, Real) and not isinstance(score, bool) and not np.isinf(score):
+    if isinstance(score, Real) and not isinstance(score, bool) and not math.isinf(float(score)):
         return float(score)
     raise InputError(f"row {row}: the score is {score!r}; a finite number is needed, or nothing where it is missing")

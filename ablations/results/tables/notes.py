@@ -155,8 +155,8 @@ def sight_line(sight: Sight, by: Scale) -> str:
 
 
 def _tells(sight: Sight, by: Scale) -> str:
-    if sight.smallest >= (100 if by.points else math.inf):
-        return "can tell no effect from 0: it needs more seeds"
+    if sight.smallest >= (99.5 if by.points else math.inf):  # "99" is the most in two figures
+        return f"can tell no effect{' below 100 points' * bool(by.points)} from 0: it needs more seeds"
     return f"can tell effects from 0 from about {sight.smallest:.2g}{by.points}"
 
 
