@@ -10,7 +10,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from expertgrid.bench.training import CIFAR_TRAIN, prepared_training, random_trial, recipe_of
+from expertgrid.bench.rounds import prepared_training
+from expertgrid.bench.training import CIFAR_TRAIN, random_trial, recipe_of
 from expertgrid.model.fast.cuda_graphs import WARM_UP
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.machine import device_name

@@ -5,11 +5,13 @@ batch that is ready on the device: the loop's overhead is its time over theirs. 
 turns, so that a change of the machine's speed hits all of them.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -17,31 +19,31 @@ from pydantic import BaseModel
 from expertgrid.bench.baseline import Baseline, BaselineImages, baseline_transform, textbook
 from expertgrid.bench.host import peak_bytes, reset_peak
 from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
+from expertgrid.bench.precision import time_both
+from expertgrid.bench.rounds import at_full_size, in_turns, prepared_training
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
 from expertgrid.model.cost import check_image_size, cost
+from expertgrid.model.fast.compiled import why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import network
 from expertgrid.model.registry import build
-from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.machine import device_name, usable_cores
+from expertgrid.model.system.errors import reason_of
+from expertgrid.model.system.machine import computes_bfloat16, device_name, usable_cores
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.loader import Loader
-from expertgrid.model.training.loop import Training, TrainingError, seconds, start, train
+from expertgrid.model.training.loop import Training, seconds, start, train
 from expertgrid.model.training.optimise import make_optimizer
-from expertgrid.model.training.prepare import Prepared, prepare
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.splits import Splits
 from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Trial
-
-Key = TypeVar("Key")
 
 CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on; the others validate
 SIZE = 32  # height and width of the images, in pixels
 
 
 class TrainingSpeed(BaseModel):
-    """Images a second of three ways to train, each the median of `rounds`, and their raw seconds."""
+    """Images a second of the ways to train, each the median of `rounds`, and their raw seconds."""
 
     model: str
     device: str
@@ -58,6 +60,7 @@ class TrainingSpeed(BaseModel):
     images_per_s: float
     bare_images_per_s: float
     baseline_images_per_s: float
+    baseline: str  # the fastest of the PyTorch baselines, which is the one that is meant elsewhere
     ratio: float  # how many times as fast as the baseline the loop is
     ratio_interval: tuple[float, float]  # 98%, over the rounds; without end for a single one
     verdict: Word  # on the loop, against the baseline
@@ -71,11 +74,15 @@ class TrainingSpeed(BaseModel):
     baseline_workers: int
     loop_s: list[float]
     bare_s: list[float]
-    baseline_s: list[float]
+    baselines_s: dict[str, list[float]]  # of each PyTorch baseline
 
     @classmethod
-    def of(cls, loop_s: list[float], bare_s: list[float], baseline_s: list[float], **known: Any) -> "TrainingSpeed":
+    def of(
+        cls, loop_s: list[float], bare_s: list[float], baselines_s: dict[str, list[float]], **known: Any
+    ) -> "TrainingSpeed":
         """The speeds that follow from the seconds of each round; `known` are the other fields."""
+        baseline = min(baselines_s, key=lambda name: statistics.median(baselines_s[name]))
+        baseline_s = baselines_s[baseline]
         images = known["batch"] * known["steps"]
         rate, bare_rate, baseline_rate = (images / statistics.median(times) for times in (loop_s, bare_s, baseline_s))
         peaks, ratio = known["peaks"], times_as_fast(baseline_s, loop_s)
@@ -86,6 +93,7 @@ class TrainingSpeed(BaseModel):
             images_per_s=rate,
             bare_images_per_s=bare_rate,
             baseline_images_per_s=baseline_rate,
+            baseline=baseline,
             ratio=ratio.value,
             ratio_interval=(ratio.low, ratio.high),
             verdict=ratio.word,
@@ -95,7 +103,7 @@ class TrainingSpeed(BaseModel):
             rounds=len(loop_s),
             loop_s=loop_s,
             bare_s=bare_s,
-            baseline_s=baseline_s,
+            baselines_s=baselines_s,
         )
 
 
@@ -126,6 +134,8 @@ def measure_training(
     recipe = at_full_size(own, rounds + 2).model_copy(update={"batch_size": batch})
     trial, splits = random_trial(preset, recipe, steps, device)
     whole = own.epochs * (CIFAR_TRAIN // batch)
+    if recipe.amp == "auto" and device.type == "cpu" and computes_bfloat16(device):
+        execution = dataclasses.replace(execution, fp32=time_both([trial], splits.data))
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
     epochs = train(trial, splits, training)
     memory, memory_is = peak_memory(device, lambda: next(epochs))
@@ -134,16 +144,27 @@ def measure_training(
     shape = batch, splits.data.channels, *splits.data.image_size
     convolutions = largest_convolutions(build(trial.model).train(), shape)
     peaks = measure_peaks(device, convolutions=convolutions)
-    with baseline_of(trial, splits, steps).in_own_process() as baseline_round:
+    with ExitStack() as processes:
+        baselines = {}
+        for baseline in baselines_of(trial, splits, steps, execution.compile != "off"):
+            baseline_round = processes.enter_context(baseline.in_own_process())
+            try:
+                baseline_round()
+            except Exception as error:  # of the compiler, whose errors have no type of their own
+                if not baseline.compiled:
+                    raise
+                notice(f"no PyTorch baseline in {baseline}: {reason_of(error)}")
+            else:
+                baselines[str(baseline)] = baseline_round
         ways = {
             "loop": lambda: next(epochs).train_seconds,
             "bare": lambda: bare_round(bare_step, steps, device),
-            "baseline": baseline_round,
+            **baselines,
         }
         in_turns(ways, 1)
         rounds_s = in_turns(ways, rounds)
     return TrainingSpeed.of(
-        rounds_s["loop"], rounds_s["bare"], rounds_s["baseline"],
+        rounds_s["loop"], rounds_s["bare"], {name: rounds_s[name] for name in baselines},
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
         batch=batch, steps=steps, bfloat16=training.bfloat16, kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
@@ -157,11 +178,6 @@ def recipe_of(preset: str) -> Recipe:
     return RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
 
 
-def at_full_size(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe for so many epochs, with no small images in the first of them."""
-    return recipe.model_copy(update={"epochs": epochs, "small_size": 0, "small_share": None})
-
-
 def random_trial(preset: str, recipe: Recipe, steps: int, device: torch.device) -> tuple[Trial, Splits]:
     """A trial of a preset on the random images of `steps` batches. Raises InputError as `measure_training`."""
     config = network(preset)
@@ -169,29 +185,6 @@ def random_trial(preset: str, recipe: Recipe, steps: int, device: torch.device) 
     check_image_size(preset, config, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     return trial, Splits.undivided(images, device)
-
-
-def prepared_training(
-    trial: Trial,
-    splits: Splits,
-    execution: ExecutionOptions,
-    whole: int,
-    notice: Callable[[str], object] = lambda text: None,
-) -> tuple[Training, Prepared]:
-    """A training that runs as one of `whole` steps would. `notice` is told what is left out.
-
-    Raises InputError for what was asked for and does not work.
-    """
-    plan = execution.plan(trial.model, whole, splits.device)
-    execution, without = execution.usable([plan], splits.device)
-    training = start(trial, splits)
-    try:
-        prepared = prepare(trial, splits, training, execution, whole)
-    except TrainingError as error:
-        raise InputError(str(error)) from error
-    for text in (*without, *prepared.without):
-        notice(f"measured without {text}")
-    return training, prepared
 
 
 def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[], object]:
@@ -203,24 +196,19 @@ def bare_step_of(trial: Trial, splits: Splits, training: Training) -> Callable[[
     return partial(take, batch.x_BCHW, batch.targets, batch.labels_B)
 
 
-def baseline_of(trial: Trial, splits: Splits, steps: int) -> Baseline:
-    """The baseline of a trial's network, from its initial weights, on its images."""
+def baselines_of(trial: Trial, splits: Splits, steps: int, compiled: bool) -> list[Baseline]:
+    """The baselines of a trial's network, from its initial weights, on its images: the plain, and the tuned."""
     recipe = trial.recipe
     net = textbook(start(trial, splits).net.to("cpu").to(memory_format=torch.contiguous_format))
     augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
     transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
     images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
     optimizer = partial(make_optimizer, recipe)
-    return Baseline(net, optimizer, images, recipe.batch_size, steps, recipe.smoothing, splits.device)
-
-
-def in_turns(ways: dict[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """The seconds that each way returns, `rounds` times, in turns whose order is reversed each round."""
-    rounds_s: dict[Key, list[float]] = {name: [] for name in ways}
-    for i in range(rounds):
-        for name in list(ways)[:: 1 if i % 2 else -1]:
-            rounds_s[name].append(ways[name]())
-    return rounds_s
+    plain = Baseline(net, optimizer, images, recipe.batch_size, steps, recipe.smoothing, splits.device)
+    bfloat16 = [True] * computes_bfloat16(splits.device)
+    tuned = [(number, False) for number in bfloat16]
+    tuned += [(number, True) for number in (False, *bfloat16) if compiled and not why_unavailable(splits.device)]
+    return [plain, *(dataclasses.replace(plain, bfloat16=number, compiled=compiles) for number, compiles in tuned)]
 
 
 def bare_round(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -249,17 +237,20 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | 
 
 
 def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
-    """The three ways to train as the rows of a table, with their speeds relative to the PyTorch baseline."""
+    """The ways to train as the rows of a table, with their speeds relative to the fastest PyTorch baseline."""
+    images = speed.batch * speed.steps
     ways = {
         "expertgrid": (speed.images_per_s, speed.loop_s),
         "bare steps on one batch": (speed.bare_images_per_s, speed.bare_s),
+        **{name: (images / statistics.median(rounds_s), rounds_s) for name, rounds_s in speed.baselines_s.items()},
     }
     table: list[dict[str, object]] = []
     for name, (rate, rounds_s) in ways.items():
-        ratio = times_as_fast(speed.baseline_s, rounds_s)
-        table.append({"training": name, "images/s": round(rate, 1), "x baseline": ratio, "verdict": ratio.word})
-    baseline = {"training": "PyTorch baseline", "images/s": round(speed.baseline_images_per_s, 1)}
-    return [*table, baseline | {"x baseline": None, "verdict": None}]
+        against = times_as_fast(speed.baselines_s[speed.baseline], rounds_s) if name != speed.baseline else None
+        name = f"PyTorch, {name}" if name in speed.baselines_s else name
+        verdict = against.word if against else "the baseline"
+        table.append({"training": name, "images/s": round(rate, 1), "x baseline": against, "verdict": verdict})
+    return table
 
 
 def notes(speed: TrainingSpeed) -> list[str]:
@@ -278,8 +269,8 @@ def notes(speed: TrainingSpeed) -> list[str]:
         f"of {speed.rounds} rounds of {speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
-        f"PyTorch baseline: fp32, eager, experts stacked, torchvision transforms in {speed.baseline_workers} worker "
-        "processes.",
+        f"The baseline is the fastest of PyTorch's ways: {speed.baseline}. They have their experts stacked, and "
+        f"torchvision transforms in {speed.baseline_workers} worker processes.",
         f"Memory at most: {memory}{speed.peak_memory_is}.",
         f"{speed.macs:,} MACs an image; the device's peaks, of matrix products and of the network's convolutions: "
         f"{peaks.bf16_flops / 1e12:,.2f} TFLOP/s in bf16 and {peaks.fp32_flops / 1e12:,.2f} in fp32; it copies "

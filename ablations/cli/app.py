@@ -616,8 +616,10 @@ def bench_train(
 ) -> int:
     """Measure the speed of training, beside a PyTorch baseline.
 
-    Three ways take turns: the training loop, a PyTorch baseline, and bare steps on one batch. A preset is trained by
-    the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000 images.
+    The training loop, bare steps on one batch and PyTorch baselines take turns: fp32 and eager, and with channels last
+    in bf16, compiled (not with --compile off), or both. The fastest of them is what is compared with. A preset is
+    trained by the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000
+    images.
 
     --profile trains some steps of that recipe, at its batch size, and shows the longest operators, or kernels on CUDA.
 

@@ -26,11 +26,11 @@ from expertgrid.ablations.results.evidence import read_evidence
 from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
-from expertgrid.ablations.speed.precision import fp32_is_faster, networks_to_time
 from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.ablations.study.cells import Cell
 from expertgrid.ablations.study.disk import check_space
 from expertgrid.ablations.trackers.tracking import Tracking
+from expertgrid.bench.precision import fp32_is_faster, networks_to_time
 from expertgrid.model.fast.cuda_graphs import RecordingError
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import reason_of
@@ -210,18 +210,14 @@ def _uses_fp32(
     timed = [] if begun or isinstance(how.trainer, RayEngine) else networks_to_time(pending, data, on)
     if not timed:
         return False
-    begin, threads = partial(import_modules, how.modules), how.trainer.threads if how.trainer else None
     try:
         with status(f"timing {len(timed)} networks in fp32 and bf16"):
-            fp32 = fp32_is_faster(timed, data, on, begin, threads)
+            fp32 = fp32_is_faster(timed, data, partial(import_modules, how.modules))
     except Exception as error:  # of the networks, whose trials will have it too
-        console.print(f"bf16, as steps in fp32 could not be timed: {reason_of(error)}", soft_wrap=True)
+        console.print(f"trained in bf16, as steps could not be timed: {reason_of(error)}", soft_wrap=True)
         return False
     directory.write_precision(device, fp32)
-    numbers = ("fp32", "bf16") if fp32 else ("bf16", "fp32")
-    console.print(
-        f"trained in {numbers[0]}, as steps of {len(timed)} networks said, not in {numbers[1]}", soft_wrap=True
-    )
+    console.print(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study", soft_wrap=True)
     return fp32
 
 

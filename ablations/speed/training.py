@@ -14,18 +14,13 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import TrainingRates
 from expertgrid.ablations.results.rows import Row, read_results
 from expertgrid.bench.host import watched
-from expertgrid.bench.training import at_full_size, in_turns, prepared_training
+from expertgrid.bench.rounds import in_turns, rounds_of
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import device_name
-from expertgrid.model.training.data import ImageData, Images
-from expertgrid.model.training.loop import train
-from expertgrid.model.training.prepare import planned_steps
-from expertgrid.model.training.splits import Splits
+from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.trial import Trial
-
-TESTED = 64  # images that end each round; they are not counted
 
 
 def measure_cells(
@@ -74,28 +69,3 @@ def measure_cells(
 def _trial(directory: StudyDirectory, row: Row) -> Trial | None:
     """A finished trial of the row: a network that crashed or hung would do so here too."""
     return directory.config(row.records[0].trial) if row.by_seed else None
-
-
-def rounds_of(
-    trial: Trial,
-    data: ImageData,
-    device: torch.device,
-    execution: ExecutionOptions,
-    steps: int,
-    rounds: int,
-    notice: Callable[[str], object] = lambda text: None,
-) -> Callable[[], float]:
-    """A function that trains a trial's network for some steps, and returns their seconds."""
-    whole = planned_steps(trial, data.trained_on(trial.hold_out))
-    short = trial.model_copy(update={"recipe": at_full_size(trial.recipe, rounds + 2)})
-    train_images = _first(data.train, trial.recipe.batch_size * steps)
-    splits = Splits.undivided(dataclasses.replace(data, train=train_images, test=_first(data.test, TESTED)), device)
-    training, _ = prepared_training(short, splits, execution, whole, notice)
-    epochs = train(short, splits, training)
-    return lambda: next(epochs).train_seconds
-
-
-def _first(images: Images, count: int) -> Images:
-    """The first images; from the start again where there are too few."""
-    places = [place % len(images) for place in range(count)]
-    return Images(images.pixels_BHWC[places], images.labels_B[places])

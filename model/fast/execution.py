@@ -1,7 +1,8 @@
 """How training steps are executed: what the user asks for, and what a training then uses.
 
 There are three features. Fused Triton kernels compute the parts of a network that they support. torch.compile compiles
-the other blocks, or a whole network that is not ours. CUDA graphs record the whole step. Importing it imports no torch: the options are plain data.
+the other blocks, or a whole network that is not ours. CUDA graphs record the whole step. Importing it imports no torch:
+the options are plain data.
 """
 
 from collections.abc import Iterable

@@ -3,8 +3,8 @@
 `train` is a generator: each `next` trains one epoch and yields its numbers. Its caller writes records, draws progress
 or takes the time; the loop does none of these.
 
-Precision: networks train in bfloat16 (`uses_bfloat16`). Where they do not, convolutions are in TF32 on CUDA devices that
-have it. Accuracies and losses of the trained network are measured in full fp32.
+Precision: networks train in bfloat16 (`uses_bfloat16`). Where they do not, convolutions are in TF32 on CUDA devices
+that have it. Accuracies and losses of the trained network are measured in full fp32.
 """
 
 import math

@@ -93,8 +93,8 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
 def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:
     """Compiles a network's kernels, or its blocks, on batches like the trial's, and has the network use them.
 
-    `name` is "kernels" or "compile", which with `steps` must be faster. Returns the seconds that it took; 0 where the network
-    stays as it is.
+    `name` is "kernels" or "compile", which with `steps` must be faster. Returns the seconds that it took; 0 where
+    the network stays as it is.
     """
     recipe, device = trial.recipe, splits.device
     if training.frozen:  # both compute norms by the batch

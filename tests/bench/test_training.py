@@ -19,7 +19,8 @@ from scipy import stats
 from small import adam
 from torch.utils.flop_counter import FlopCounterMode
 
-from expertgrid.bench import training
+from expertgrid.ablations.study.study import Study
+from expertgrid.bench import precision, training
 from expertgrid.bench.baseline import (
     Baseline,
     BaselineImages,
@@ -29,7 +30,8 @@ from expertgrid.bench.baseline import (
     textbook,
 )
 from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
-from expertgrid.bench.training import TrainingSpeed, in_turns
+from expertgrid.bench.rounds import in_turns
+from expertgrid.bench.training import TrainingSpeed
 from expertgrid.model.pixels import normalise
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
@@ -42,7 +44,8 @@ def speed_of(loop_s: list[float], bare_s: list[float], baseline_s: list[float], 
     known |= dict.fromkeys(("bfloat16", "compiled", "kernels", "graphs"), False)
     known |= {"batch": 8, "steps": 2, "threads": 1, "macs": 10, "baseline_workers": 2, "peak_memory_bytes": 0}
     peaks = Peaks(bf16_flops=1e6, fp32_flops=fp32_flops, copy_bytes_per_s=1.0)
-    return TrainingSpeed.of(loop_s, bare_s, baseline_s, peaks=peaks, compile_seconds=0, **known)
+    baselines_s = {"slow": [100.0] * len(baseline_s), "fp32, eager": baseline_s}
+    return TrainingSpeed.of(loop_s, bare_s, baselines_s, peaks=peaks, compile_seconds=0, **known)
 
 
 def test_training_speeds_are_ratios_of_rounds_in_turns():
@@ -115,8 +118,9 @@ def small_baseline(labels_B: torch.Tensor) -> Baseline:
     return Baseline(net, adam, images, batch=4, steps=2, smoothing=0.1, device=torch.device("cpu"))
 
 
-def test_baseline_rounds_train():
-    baseline, optimizers = small_baseline(torch.arange(8)), []
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_baseline_rounds_train(bfloat16):
+    baseline, optimizers = dataclasses.replace(small_baseline(torch.arange(8)), bfloat16=bfloat16), []
 
     def optimizer(net: torch.nn.Module) -> torch.optim.Optimizer:
         optimizers.append(adam(net))
@@ -126,6 +130,23 @@ def test_baseline_rounds_train():
     (group,) = optimizers[0].param_groups
     assert group["fused"] is None
     assert not torch.equal(group["params"][0], baseline.net[1].weight)
+
+
+@pytest.mark.parametrize(("fp32_s", "is_faster"), [(0.5, True), (0.95, False), (2.0, False)])
+def test_the_precision_is_that_of_the_faster_steps(fp32_s, is_faster, monkeypatch, digits):
+    times = {True: fp32_s, False: 1.0}
+    monkeypatch.setattr(precision, "rounds_of", lambda trial, data, device, how, *_: lambda: times[how.fp32])
+    fields = {"width": 0.0625, "recipe.epochs": 2}
+    trials = [cell.trials[0] for cell in Study(name="test", question="?", seeds=1, set=fields).cells(digits)]
+    assert precision.time_both(trials, digits) is is_faster
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda device: True)
+    assert precision.networks_to_time(trials, digits, torch.device("cpu")) == []
+    monkeypatch.setattr(precision, "LONG", 0)
+    assert precision.networks_to_time(trials, digits, torch.device("cpu")) == [], "too few steps"
+    monkeypatch.setattr(precision, "ROUNDS", 0)
+    monkeypatch.setattr(precision, "STEPS", 1)
+    assert precision.networks_to_time(trials, digits, torch.device("cpu")) == trials[:1]
+    assert precision.networks_to_time(trials, digits, torch.device("cuda")) == []
 
 
 def test_the_baseline_has_a_process_of_its_own_whose_errors_are_raised_here():

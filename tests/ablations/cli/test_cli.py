@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from expertgrid.ablations.cli import run
 from expertgrid.ablations.cli.export import export
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.bench.record import LatencyRecord
@@ -359,11 +360,26 @@ def test_bench_says_which_is_faster_and_fails_where_asked(expertgrid, exported_f
     assert expertgrid(*command, "--baseline", record, "--across-machines").status == 0
 
 
+def test_a_study_decides_its_precision_once(expertgrid, tiny_study, tmp_path, monkeypatch):
+    """By timed steps, which are taken once: also for seeds that are added later."""
+    calls = []
+    monkeypatch.setattr(run, "networks_to_time", lambda trials, *_: trials[:1])
+    monkeypatch.setattr(run, "fp32_is_faster", lambda *work: calls.append(work) or True)
+    outcome = expertgrid("run", tiny_study, "--device", "cpu", "--seeds", 1)
+    assert "trained in fp32, which timed steps chose for this study" in outcome.err
+    assert expertgrid("run", tiny_study, "--device", "cpu", "--seeds", 2).status == 0
+    directory = StudyDirectory(tmp_path / "runs" / "tiny")
+    assert len(calls) == 1
+    assert set(directory.read_plan().fp32.values()) == {True}
+    assert not any(directory.record(trial).bfloat16 for trial in directory.read_plan().trials)
+
+
 def test_bench_train(expertgrid):
     arguments = ["two_block", "--batch", 4, "--steps", 1, "--rounds", 2, "--device", "cpu", "--compile", "off"]
     speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
-    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(speed["baseline_s"]) == speed["rounds"] == 2
-    assert speed["ratio"] == pytest.approx(np.exp(np.mean(np.log(np.divide(speed["baseline_s"], speed["loop_s"])))))
+    baseline_s = speed["baselines_s"][speed["baseline"]]
+    assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(baseline_s) == speed["rounds"] == 2
+    assert speed["ratio"] == pytest.approx(np.exp(np.mean(np.log(np.divide(baseline_s, speed["loop_s"])))))
     rate, peak = speed["images_per_s"], speed["device_peak_flops"]
     assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
     assert min(rate, peak, speed["baseline_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from expertgrid.ablations.engines.events import TrialDone, TrialNote
-from expertgrid.ablations.engines.local import run_local
+from expertgrid.ablations.engines.local import Stopped, run_local
+from expertgrid.ablations.engines.rerun import train_again
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Block, ModelConfig, TimmModel
-from expertgrid.model.fast import compiled
+from expertgrid.model.fast import compiled as compilation
 from expertgrid.model.fast.compiled import compile_blocks, pays_off, why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import PRESETS
@@ -138,8 +139,8 @@ def test_other_networks_are_compiled_where_it_is_faster(compiled_s, steps, outpu
     def timed(net, x_BCHW, bfloat16):
         return (compiled_s, output) if net in changed else (1.0, 2.3)
 
-    monkeypatch.setattr(compiled, "_pass", timed)
-    measure = partial(compiled.is_faster, torch.nn.Linear(2, 2), changed.append, [torch.zeros(1)], False, steps)
+    monkeypatch.setattr(compilation, "_pass", timed)
+    measure = partial(compilation.is_faster, torch.nn.Linear(2, 2), changed.append, [torch.zeros(1)], False, steps)
     if isinstance(pays, str):
         with pytest.raises(RuntimeError, match=pays):
             measure()
@@ -163,6 +164,35 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
     assert "cpu and cuda only" in why_unavailable(torch.device("mps"))
 
 
+@pytest.mark.parametrize("again", ["resumed", "rerun"])
+def test_a_compiled_trial_is_repeated_as_it_was(again, graphs, digits, resident_digits, tmp_path, monkeypatch):
+    """Whatever the measurement would say the second time: its bits are those of the first training."""
+    backend, compiled = graphs
+    monkeypatch.setattr(preparation, "compile_blocks", partial(compile_blocks, backend=backend))
+    monkeypatch.setattr(compilation, "LEAST_STEPS", 1)
+    base, fields = {"model": "test_resnet"}, {"recipe.epochs": 2, "recipe.batch_size": 128, "recipe.amp": "off"}
+    study = Study(name="test", question="?", seeds=1, base=base, set=fields)
+    cells = study.cells(digits)
+    (trial,) = cells[0].trials
+    first, second = StudyDirectory(tmp_path / "first"), StudyDirectory(tmp_path / "second")
+    monkeypatch.setattr(compilation, "is_faster", lambda *_: True)
+    with first.written(study, digits, cells[:1]):
+        *_, done = run_local([trial], resident_digits, first, execution=ExecutionOptions())
+    assert done.record.compiled
+    if again == "resumed":
+        with pytest.raises(Stopped):
+            list(run_local([trial], resident_digits, second, 1e9, ExecutionOptions(), stop=lambda step: step == 12))
+    monkeypatch.setattr(compilation, "is_faster", lambda *_: False)
+    compiled.clear()
+    if again == "rerun":
+        assert train_again(first, trial, done.record, resident_digits).verdict.startswith("The same: weights")
+    else:
+        list(run_local([trial], resident_digits, second, execution=ExecutionOptions()))
+        weights = [load(directory.checkpoint(trial.id)).weights for directory in (first, second)]
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        assert second.record(trial.id).compiled
+
+
 def fails_to_compile(*arguments, steps) -> float:
     raise RuntimeError("Python.h is not there\nand more")
 
@@ -170,6 +200,7 @@ def fails_to_compile(*arguments, steps) -> float:
 def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
     monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
+    monkeypatch.setattr("expertgrid.bench.training.why_unavailable", str)  # so that no baseline is compiled
     small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
     outcome = expertgrid(*small, "--format", "json")
     notice = "measured without torch.compile, which failed: RuntimeError: Python.h is not there\n"

@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from expertgrid.ablations.speed.training import rounds_of
-from expertgrid.bench.training import in_turns
+from expertgrid.bench.rounds import in_turns, rounds_of
 from expertgrid.model.cost import cost
 from expertgrid.model.fast.execution import EAGER
 from expertgrid.model.system.machine import computes_bfloat16
@@ -23,7 +22,7 @@ from expertgrid.model.training.trial import Trial
 
 NETWORKS, STEPS, ROUNDS = 4, 2, 3  # networks at most, steps of a round, and rounds after one that is not counted
 FASTER = 1.1  # times as fast fp32 must be at least: what is measured has noise
-LONG = 6e13  # operations of a training that takes a minute on the fastest CPUs
+LONG = 2e13  # operations of a training that takes at least a minute on two cores with AVX-512
 
 
 def networks_to_time(trials: Iterable[Trial], data: ImageData, device: torch.device) -> list[Trial]:
@@ -38,41 +37,35 @@ def networks_to_time(trials: Iterable[Trial], data: ImageData, device: torch.dev
     work = {
         trial: 6 * cost(trial.model, *data.image_size)[1] * trial.recipe.batch_size * steps[trial] for trial in networks
     }
-    longest = sorted((trial for trial in networks if work[trial] >= LONG), key=lambda trial: -work[trial])[:NETWORKS]
-    timed_steps = 2 * STEPS * (ROUNDS + 1) * 10
+    longest = sorted((trial for trial in work if work[trial] >= LONG), key=work.__getitem__)[-NETWORKS:]
+    timed_steps = 2 * STEPS * (ROUNDS + 1) * 10  # of one network, to be less than a tenth
     return longest[: min((steps[trial] for trial in longest), default=0) // timed_steps]
 
 
-def fp32_is_faster(
-    trials: Sequence[Trial], data: ImageData, device: torch.device, begin: Callable[[], None], threads: int | None
-) -> bool:
-    """Whether these trials would be faster in fp32 than in bfloat16, by steps in turns in a process of their own.
+def fp32_is_faster(trials: Sequence[Trial], data: ImageData, register: Callable[[], object]) -> bool:
+    """`time_both` on the CPU in a process of its own, which first calls `register` for the user's networks.
 
-    `begin` registers the user's networks there. Raises the networks' errors, and ProcessLost where one crashes it.
+    Raises the networks' errors, and ProcessLost where one crashes the process.
     """
-    with answers("the networks that are timed", _begin, trials, data, device, begin, threads) as ask:
+    with answers("the networks that are timed", _begin, trials, data, register) as ask:
         return ask()
 
 
-def _begin(
-    trials: Sequence[Trial], data: ImageData, device: torch.device, begin: Callable[[], None], threads: int | None
-) -> Callable[[], bool]:
-    begin()
-    if threads:
-        torch.set_num_threads(threads)
-    return partial(_measure, trials, data, device)
+def _begin(trials: Sequence[Trial], data: ImageData, register: Callable[[], object]) -> Callable[[], bool]:
+    register()
+    return partial(time_both, trials, data)
 
 
-def _measure(trials: Sequence[Trial], data: ImageData, device: torch.device) -> bool:
+def time_both(trials: Sequence[Trial], data: ImageData) -> bool:
+    """Whether the whole trainings of these trials would be faster in fp32 on the CPU, by steps in turns."""
     ways = {
-        (trial, fp32): rounds_of(trial, data, device, replace(EAGER, fp32=fp32), STEPS, ROUNDS)
+        (trial, fp32): rounds_of(trial, data, torch.device("cpu"), replace(EAGER, fp32=fp32), STEPS, ROUNDS)
         for trial in trials
         for fp32 in (False, True)
     }
     in_turns(ways, 1)
-    took = {way: statistics.median(seconds) for way, seconds in in_turns(ways, ROUNDS).items()}
-    whole_s = {
-        fp32: sum(took[trial, fp32] * planned_steps(trial, data.trained_on(trial.hold_out)) for trial in trials)
-        for fp32 in (False, True)
-    }
+    whole_s = {False: 0.0, True: 0.0}
+    for (trial, fp32), seconds in in_turns(ways, ROUNDS).items():
+        steps = max(1, planned_steps(trial, data.trained_on(trial.hold_out)))
+        whole_s[fp32] += steps * statistics.median(seconds)
     return whole_s[True] * FASTER < whole_s[False]
