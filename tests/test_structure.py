@@ -191,7 +191,7 @@ def test_every_import_is_a_declared_dependency():
     lines = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
     declared = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
     names = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "pynvml": "nvidia-ml-py"}
-    names |= {"huggingface_hub": "huggingface-hub", "mlperf_loadgen": "mlcommons-loadgen"}
+    names |= {"huggingface_hub": "huggingface-hub"}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -25,7 +25,7 @@ PANELS = {  # parts of a longer list of options, by the names of their parameter
     "provider",
     "Failures": "trial_timeout fail_fast",
     "Exported file": "input precision outputs fuse prune_gates",
-    "Measurement": "timing tune batch steps rounds seconds profile front peers scenario bound_ms",
+    "Measurement": "timing tune batch steps rounds seconds profile front peers",
     "Comparison": "fail_if_slower baseline across_machines",
     "Output": "out format json notes rows track to dry_run",
 }
@@ -546,10 +546,6 @@ def bench(
     across_machines: bool = Option(False, "--across-machines", help="Let --baseline be of another machine or version."),
     front: bool = Option(False, "--front", help="Time all cells of a study briefly, and the Pareto front in full."),
     peers: bool = Option(False, "--peers", help="Time untrained timm networks of similar size, too."),
-    scenario: Literal["single-stream", "multi-stream", "offline", "server"] | None = Option(
-        None, help="Load the file as this scenario of MLPerf does. Needs the extra loadgen."
-    ),
-    bound_ms: float | None = Option(None, min=0.001, metavar="MS", help="Bound of the server's p99. Default: 10."),
     isolate: bool = Option(False, "--isolate", help="Run each engine in its own process, and show its memory."),
     modules: Import = None,
 ) -> int:
@@ -561,25 +557,15 @@ def bench(
 
     For a study directory, a network of each cell is exported and timed. Its tables then show latency beside accuracy,
     and which cells are on the Pareto front.
-
-    A scenario loads each file as MLPerf does: single images or 8 in a stream, all at once, or at random as a server
-    gets them, where the highest rate is searched. Each of its runs takes --seconds or longer.
     """
     study, alone = files[0] if files[0].is_dir() else None, len(files) == 1 and baseline is None
     batches = options.batches(batch or "1,8,64")
-    engines = options.words("engine", engine or ("own" if study or scenario else "own,eager"), options.ENGINES)
+    engines = options.words("engine", engine or ("own" if study else "own,eager"), options.ENGINES)
     slower = options.percent("--fail-if-slower", fail_if_slower)
-    values: dict[str, object] = {
-        "--batch": batch, "--json": json, "--baseline": baseline, "--fail-if-slower": fail_if_slower,
-        "--front": front, "--isolate": isolate, "--peers": peers,
-    }  # fmt: skip
-    not_in_scenarios = ", ".join(option for option, value in values.items() if value)
-    for_one_file = ", ".join(option for option in ("--json", "--baseline", "--peers") if values[option])
+    single = {"--json": json, "--baseline": baseline, "--peers": peers}
+    for_one_file = ", ".join(option for option, value in single.items() if value)
     cells = f"; the records of a study's cells are kept in {study}/bench" if study else ""
     options.refuse(
-        (scenario and not_in_scenarios, f"{not_in_scenarios}: does not go with --scenario {scenario}"),
-        (scenario and study, f"--scenario {scenario}: is for ONNX files; {study} is a study directory"),
-        (bound_ms is not None and scenario != "server", "--bound-ms: is for --scenario server"),
         (for_one_file and (study or len(files) > 1), f"{for_one_file}: is for one file{cells}"),
         (slower is not None and peers, "--fail-if-slower: does not go with --peers, which are other networks"),
         (slower is not None and alone, "--fail-if-slower: a second file or --baseline FILE.json is needed"),
@@ -587,10 +573,8 @@ def bench(
         (front and study is None, "--front: is for a study directory"),
     )
     with _starting(modules):
-        from expertgrid.ablations.cli.bench import Against, bench, bench_cells, bench_scenario
+        from expertgrid.ablations.cli.bench import Against, bench, bench_cells
         from expertgrid.ablations.cli.sources import import_modules
-    if scenario is not None:
-        return bench_scenario(files, scenario, provider, engines, seconds, bound_ms or 10.0, format)
     isolated = partial(import_modules, modules or []) if isolate else None
     if study:
         return bench_cells(study, provider, batches, format, engines, seconds, front, isolated)

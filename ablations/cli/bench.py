@@ -13,14 +13,13 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
 from expertgrid.ablations.speed.training import measure_cells
-from expertgrid.bench import scenarios, training
+from expertgrid.bench import training
 from expertgrid.bench.engines import PYTORCH, USUAL
 from expertgrid.bench.isolated import Begin
 from expertgrid.bench.latency import check_comparable, measure, notes, rows, with_baseline, with_first
 from expertgrid.bench.peers import peers_of
 from expertgrid.bench.profile import profile_training
 from expertgrid.bench.record import read_latency
-from expertgrid.bench.scenarios import Scenario
 from expertgrid.bench.training import measure_training
 from expertgrid.export.describe import Description, describe, read_onnx
 from expertgrid.model.fast.execution import ExecutionOptions
@@ -114,22 +113,6 @@ def _write_peers(file: Path, place: Path) -> list[Path]:
 
 def _size(description: Description) -> dict[str, object]:
     return {"params": description.parameters, "MACs": description.macs}
-
-
-def bench_scenario(
-    files: Sequence[Path],
-    scenario: Scenario,
-    provider: str,
-    engines: Sequence[str],
-    seconds: float,
-    bound_ms: float,
-    format: Format,
-) -> int:
-    """Prints what files do in a scenario of MLPerf."""
-    with status(f"{scenario}: loading {', '.join(map(str, files))}"):
-        results, host = scenarios.measure_scenario(files, scenario, provider, engines, seconds, bound_ms)
-    print(render(scenarios.rows(results), format, scenarios.notes(results, host, bound_ms)))
-    return 0
 
 
 def bench_cells(
