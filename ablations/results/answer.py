@@ -67,9 +67,9 @@ def _sentence(changes: list[Change], by: Scale, against: str, differ: tuple[str,
         names = [f"{change.name}{f' ({price})' if (price := _price(change.cost)) else ''}" for change in same]
         parts.append(f"{_listed(names)} {differ[len(same) > 1]} {margin}")
     if undecided := by_verdict[OPEN]:
-        names, verb = [change.name for change in undecided], ("is", "are")[len(undecided) > 1]
-        seeds = _seeds([change.seeds_to_decide for change in undecided], most)
-        parts.append(f"{_listed(names)} {verb} open{against}{seeds}")
+        names, seeds = _listed([change.name for change in undecided], "or"), [of.seeds_to_decide for of in undecided]
+        than = against.replace("against", "than")
+        parts.append(f"whether {names} is better or worse{than} is not decided{_seeds(seeds, most)}")
     if without := by_verdict[NONE]:
         names, verb = [change.name for change in without], ("has", "have")[len(without) > 1]
         parts.append(f"{_listed(names)} {verb} no verdict, as trainings diverged")
@@ -139,11 +139,11 @@ def _seeds(needed: Sequence[float | None], limit: int) -> str:
     if len(known) < len(needed) or not known:
         return ""
     least, most = (f"more than {limit}" if count > limit else str(count) for count in (min(known), max(known)))
-    about, them = "" if min(known) > limit else "about ", "it" if len(needed) == 1 else "them"
-    return f": {about}{least if least == most else f'{least} to {most}'} seeds would decide {them} in a fresh study"
+    about = "" if min(known) > limit else "about "
+    return f": {about}{least if least == most else f'{least} to {most}'} seeds would decide it in a fresh study"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], last: str = "and") -> str:
     if len(names) > MOST_NAMED:
         names = [*names[: MOST_NAMED - 1], f"{len(names) - MOST_NAMED + 1} more changes"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

@@ -39,7 +39,7 @@ def effect_notes(evidence: Evidence) -> list[str]:
     lines = verdict_notes(evidence)
     confounded = [f"{effect.name} with {', '.join(what)}" for effect in evidence.effects if (what := effect.confounded)]
     if confounded:
-        lines.append(f"Confounded, as half or more of the trainings differ in it too: {_some(confounded, '; ')}.")
+        lines.insert(-1, f"Confounded, as half or more of the trainings differ in it too: {_some(confounded, '; ')}.")
     lines += reasons((effect.name, effect.judgement) for effect in evidence.effects)
     for effect in evidence.effects:
         if diverged := effect.diverged:

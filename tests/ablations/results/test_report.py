@@ -161,7 +161,7 @@ def test_of_one_seed_it_says_that_nothing_is_decided(tmp_path):
     path = write_study(tmp_path / "one", {"experts": [1, 2]}, np.array([[0.8], [0.9]]))
     page = page_of(path)
     check_accessible_and_whole(page)
-    assert "A second expert is open." in page.text
+    assert "Whether a second expert is better or worse is not decided." in page.text
     assert "Each cell has one seed: one number has no spread, so there are no intervals and no verdicts." in page.text
     assert "at most 1 such table" not in page.text
 
