@@ -287,8 +287,12 @@ def _speed_notes(results: Results) -> list[str]:
         lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
     elif any(row.packed for row in rows):
         lines.append("Train images/s: none, as trials were trained at once; `expertgrid bench-train` measures them.")
-    machines = dict.fromkeys(_machine(record) for row in rows for record in row.records)
-    lines += [f"Trained on {machine}." for machine in machines]
+    machines: dict[str, dict[str, None]] = {}  # with the cells of each
+    for row in rows:
+        for record in row.records:
+            machines.setdefault(_machine(record), {})[row.name] = None
+    several = len(machines) > 1
+    lines += [f"Trained on {name}{': ' * several}{_some(list(of), '; ') * several}." for name, of in machines.items()]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
     if adopted:
         lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {counted(len(adopted), 'trial')}.")
