@@ -156,11 +156,8 @@ def measure_training(
                 notice(f"no PyTorch baseline in {baseline}: {reason_of(error)}")
             else:
                 baselines[str(baseline)] = baseline_round
-        ways = {
-            "loop": lambda: next(epochs).train_seconds,
-            "bare": lambda: bare_round(bare_step, steps, device),
-            **baselines,
-        }
+        bare = partial(bare_round, bare_step, steps, device)
+        ways = {"loop": lambda: next(epochs).train_seconds, "bare": bare, **baselines}
         in_turns(ways, 1)
         rounds_s = in_turns(ways, rounds)
     return TrainingSpeed.of(

@@ -207,8 +207,7 @@ def _uses_fp32(
     if before := [not record.bfloat16 for record in records if record.environment.device == device]:
         return before[0]
     begun = any(directory.resume_file(trial.id).exists() for trial in trials)
-    timed = [] if begun or isinstance(how.trainer, RayEngine) else networks_to_time(pending, data, on)
-    if not timed:
+    if begun or isinstance(how.trainer, RayEngine) or not (timed := networks_to_time(pending, data, on)):
         return False
     try:
         with status(f"timing {len(timed)} networks in fp32 and bf16"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import RULES
-from expertgrid.ablations.records.record import SPLITS
+from expertgrid.ablations.records.record import SPLITS, Record
 from expertgrid.ablations.results.comparison import TwoCells
 from expertgrid.ablations.results.evidence import Evidence, images_again
 from expertgrid.ablations.results.rows import (
@@ -306,6 +306,12 @@ def _speed_notes(results: Results) -> list[str]:
         lines.append(f"Train images/s: each cell alone and in turns at full image size, on {results.timed}.")
     elif any(row.packed for row in rows):
         lines.append("Train images/s: none, as trials were trained at once; `expertgrid bench-train` measures them.")
+    machines: dict[str, dict[str, None]] = {}  # with the cells of each
+    for row in rows:
+        for record in row.records:
+            machines.setdefault(_machine(record), {})[row.name] = None
+    if len(machines) > 1:
+        lines += [f"Trained on {name}: {_some(list(of), '; ')}." for name, of in machines.items()]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
     if adopted:
         lines.append(f"Taken over from {_some(sorted(set(adopted.values())))}: {counted(len(adopted), 'trial')}.")
@@ -337,6 +343,12 @@ def test_read_notes(directory: StudyDirectory) -> list[str]:
             f"Flip TTA: logits averaged over each image and its mirror image; {flips} of these reads predicted both."
         )
     return lines
+
+
+def _machine(record: Record) -> str:
+    environment, number = record.environment, "bf16" if record.bfloat16 else "fp32"
+    torch = f"torch {environment.versions.get('torch', 'of an unknown version')}"
+    return f"{environment.device}, {counted(environment.threads, 'thread')}, {number}, {torch}"
 
 
 # --- Words ---
