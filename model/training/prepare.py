@@ -1,10 +1,14 @@
 """What is settled before a training's first step: how it is computed, and which batch size fits."""
 
+import copy
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from expertgrid.model.config import ModelConfig
 from expertgrid.model.fast.compiled import compile_blocks
@@ -72,6 +76,11 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     plan = execution.plan(trial.model, steps, device, training.optimizer)
     measured = execution.compile == "auto" and not isinstance(trial.model, ModelConfig)
     compile_seconds, without = 0.0, []
+    if training.bfloat16 and device.type == "cpu" and (wrong := _wrong_in_bfloat16(trial, splits, training.net)):
+        if trial.recipe.amp == "on":
+            raise TrainingError(f"recipe.amp = 'on': this CPU computes {wrong} wrongly in bf16")
+        training.bfloat16 = False
+        without.append(f"bf16, in which CPUs compute {wrong} wrongly")
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(plan, name):
             try:
@@ -88,6 +97,29 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     if plan.graphs:
         training.recorder = Recorder(training.optimizer, device)
     return Prepared(plan, compile_seconds, without)
+
+
+def _wrong_in_bfloat16(trial: Trial, splits: Splits, net: nn.Module) -> str:
+    """What oneDNN computes wrongly in the network; "" where there is nothing.
+
+    In the weight gradients of strided or large kernels on a map of one pixel it leaves whatever is in the memory at the
+    places that only padding meets (torch 2.15 on AVX-512; not in fp32, and not for depthwise convolutions).
+    """
+    wrong: list[Sequence[int]] = []
+
+    def look(
+        x: Sequence[int], weight: Sequence[int], bias: object, stride: Sequence[int], *_: object, **__: object
+    ) -> int:
+        if min(x[2:]) == 1 and weight[1] > 1 < max(weight[2:]) and (max(stride) > 1 or max(weight[2:]) > 3):
+            wrong.append(weight)
+        return 0
+
+    copied, (*_, channels) = copy.deepcopy(net).eval(), splits.train.pixels_BHWC.shape
+    sizes = {trial.recipe.image_size(epoch, splits.data.image_size) for epoch in (0, trial.recipe.epochs - 1)}
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: look}), torch.no_grad():
+        for size in sizes:
+            copied(torch.zeros(1, channels, *size))
+    return f"gradients of {wrong[0][2]}x{wrong[0][3]} convolutions on maps of one pixel" if wrong else ""
 
 
 def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:

@@ -12,7 +12,7 @@ from expertgrid.model.training.recipe import Recipe
 
 NAMES = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "muon": "Muon", "poly": "linear", "none": "constant"}
 WORDS = {  # of a recipe's fields; the others go by their names
-    "epochs": "{} epochs", "batch_size": "batch size {:,}", "opt": "{}", "lr": "learning rate {:g}", "augment": "{}",
+    "epochs": "epochs {}", "batch_size": "batch size {:,}", "opt": "{}", "lr": "learning rate {:g}", "augment": "{}",
     "weight_decay": "weight decay {:g}", "filter_bias_and_bn": "none on biases and norms", "opt_betas": "betas {}",
     "layer_decay": "layer decay {:g}", "sched": "{} schedule", "decay_epochs": "a decay every {:g} epochs",
     "decay_rate": "by {:g}", "warmup": "warm-up {:g}", "ema_decay": "EMA of the weights {:g}", "auto_augment": "{}",
@@ -69,7 +69,7 @@ def describe(directory: StudyDirectory, results: Results, rows: Sequence[Row] = 
     seeds = _and([str(count) for count in sorted({row.seeds for row in rows})])
     return [
         f"Network: {network}. Recipe: {recipe}.",
-        f"Data: {plan.data}; {seeds} seeds; held out: {plan.hold_out}.{on}",
+        f"Data: {plan.data}; {seeds} seed{'s' * (seeds != '1')}; held out: {plan.hold_out}.{on}",
     ]
 
 
