@@ -21,11 +21,11 @@ LONGEST_LINE = 100  # characters of a command's first sentence in the list of co
 LONGEST_LIST = 6  # options of a command whose help has them in one list
 PANELS = {  # parts of a longer list of options, by the names of their parameters
     "Study": "data data_dir seeds first_seed set_ until max_seeds modules adopt extend",
-    "Machine": "device compile kernels graphs deterministic isolate jobs engine address gpus_per_trial cpus_per_trial "
-    "provider",
+    "Machine": "device compile kernels graphs deterministic isolate jobs timing engine address gpus_per_trial "
+    "cpus_per_trial provider",
     "Failures": "trial_timeout fail_fast",
     "Exported file": "input precision outputs fuse prune_gates",
-    "Measurement": "timing tune batch steps rounds seconds profile front peers",
+    "Measurement": "tune batch steps rounds seconds profile front peers",
     "Comparison": "fail_if_slower baseline across_machines",
     "Output": "out format json notes rows track to dry_run",
 }

@@ -136,8 +136,9 @@ def run_local(
                     raise InputError(f"the code of the {' and the '.join(changed)} was changed")
                 training.load_state_dict(state["training"])
                 epochs = state["epochs"]
-                if "compiled" in state:
-                    how = execution.as_before(state["compiled"])
+                if not isinstance(compiled := state.get("compiled", False), bool):
+                    raise TypeError(f"compiled is {compiled!r}")
+                how = execution.as_before(compiled) if "compiled" in state else execution
             directory.write_epochs(trial.id, epochs)
             if len(directory.epochs(trial.id)) != training.epoch:
                 raise ValueError("its epochs are not those of its weights")

@@ -2,6 +2,7 @@
 
 import os.path
 import tomllib
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def load_study(name: str) -> Study:
     if os.path.isdir(path):  # False, other than Path.is_dir, also where a name is too long for a file
         raise InputError(f"study {name}: is a directory; the path of a TOML file is needed")
     if not os.path.isfile(path):
-        files = map(str, path.parent.glob("*.toml"))
+        files = glob(f"{escape(str(path.parent))}/*.toml")  # none, other than Path.glob, where a name is too long
         raise unknown("study", name, [*shipped_studies(), *files], ", or the path of a TOML file")
     study = read_study(path)
     for name in {study.base.recipe, *map(str, study.factors.get("recipe", []))} - study.recipes.keys():

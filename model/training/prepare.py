@@ -1,7 +1,6 @@
 """What is settled before a training's first step: how it is computed, and which batch size fits."""
 
 import copy
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,16 +101,14 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
 def _wrong_in_bfloat16(trial: Trial, splits: Splits, net: nn.Module) -> str:
     """What oneDNN computes wrongly in the network; "" where there is nothing.
 
-    In the weight gradients of strided or large kernels on a map of one pixel it leaves whatever is in the memory at the
-    places that only padding meets (torch 2.15 on AVX-512; not in fp32, and not for depthwise convolutions).
+    In weight gradients it leaves whatever is in the memory at places that only padding meets, where a map has fewer
+    pixels than stride or padding (torch 2.15 on AVX-512; not in fp32, and not for depthwise convolutions).
     """
-    wrong: list[Sequence[int]] = []
+    wrong: list[str] = []
 
-    def look(
-        x: Sequence[int], weight: Sequence[int], bias: object, stride: Sequence[int], *_: object, **__: object
-    ) -> int:
-        if min(x[2:]) == 1 and weight[1] > 1 < max(weight[2:]) and (max(stride) > 1 or max(weight[2:]) > 3):
-            wrong.append(weight)
+    def look(x, weight, bias, stride, padding, *_, **__) -> int:
+        if weight[1] > 1 and any(k > 1 and n < max(s, p) for n, k, s, p in zip(x[2:], weight[2:], stride, padding)):
+            wrong.append(f"{weight[2]}x{weight[3]} convolutions on maps of {x[2]}x{x[3]} pixels")
         return 0
 
     copied, (*_, channels) = copy.deepcopy(net).eval(), splits.train.pixels_BHWC.shape
@@ -119,7 +116,7 @@ def _wrong_in_bfloat16(trial: Trial, splits: Splits, net: nn.Module) -> str:
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: look}), torch.no_grad():
         for size in sizes:
             copied(torch.zeros(1, channels, *size))
-    return f"gradients of {wrong[0][2]}x{wrong[0][3]} convolutions on maps of one pixel" if wrong else ""
+    return f"the gradients of {wrong[0]}" if wrong else ""
 
 
 def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:

@@ -90,7 +90,7 @@ def test_the_readmes_parts_are_trained_and_read_without_their_module(run, expert
         "recipe.augment: unknown name 'noise'" in expertgrid("rerun", study.path, study.read_plan().trials[0]).complaint
     )
     (tmp_path / "mine.toml").write_text(RECIPE)
-    assert "recipe.augment: unknown name 'noise'" in expertgrid("run", "study.toml", "--dry-run").complaint
+    assert "recipe.augment: unknown name 'noise'" in expertgrid("run", "study.toml", "--dry-run").err
 
 
 def test_changed_code_is_said_and_never_averaged_nor_taken_over(run, expertgrid, tmp_path):
@@ -143,5 +143,5 @@ def test_a_part_that_raises_is_a_failed_trial_with_the_users_line(run, tmp_path)
 def test_a_wrong_recipe_file_is_one_line(run, tmp_path, recipe, message):
     (tmp_path / "mine.toml").unlink() if recipe is None else (tmp_path / "mine.toml").write_text(recipe)
     outcome = run(MODULE)
-    assert (outcome.status, outcome.complaint.startswith(f"error: {message}")) == (2, True), outcome.complaint
+    assert (outcome.status, outcome.err.startswith(f"error: {message}")) == (2, True), outcome.err
     assert not (tmp_path / "runs").exists()

@@ -61,7 +61,7 @@ def test_wrong_choices_are_one_line(expertgrid, tiny_study, tmp_path):
         assert f"--{name} on: {why_unavailable(name, CPU)}; with auto or off" in outcome.complaint
         assert "for CUDA, not for cpu" in outcome.complaint
         complaint = expertgrid("bench-train", f"--{name}", "yes", "--device", "cpu").complaint
-        assert f"'--{name}': 'yes' is not one of 'auto', 'on', 'off'" in complaint
+        assert f"--{name}: 'yes' is not one of 'auto', 'on', 'off'" in complaint
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="unknown choice of --compile 'yes'"):
         ExecutionOptions(compile="yes").check(CPU)
