@@ -70,7 +70,7 @@ def test_a_study_starts_from_a_trial(expertgrid, study, trial, tmp_path, monkeyp
         ('weights = "timm"', "weights timm: cannot be loaded: RuntimeError: No pretrained weights exist"),
         ('[set]\n"recipe.freeze" = "conv"', "recipe.freeze: 'conv' names none of the 37 parameters; accepted: stem"),
         ('[set]\n"recipe.freeze" = "("', "is no regular expression"),
-        ("[set]\nweights = 'timm'", "weights is set in [base], or is a factor"),
+        ("[set]\nweights = 'timm'", "weights is named in [base], or is a factor"),
         ('[set]\n"recipe.normalise" = [[0.5, 0.5], [0.5, 0.5]]', "(0.5, 0.5)), and digits has 1 channels"),
     ],
 )  # fmt: skip

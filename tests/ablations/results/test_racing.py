@@ -157,7 +157,7 @@ def test_dry_run_says_the_most_it_can_cost(expertgrid, engine, tmp_path):
     [
         (["--until", "decided"], "--until decided: --max-seeds N is needed"),
         (["--max-seeds", 5], "--max-seeds 5: goes with --until decided"),
-        (["--until", "done", "--max-seeds", 5], "'--until': 'done' is not one of 'decided'"),
+        (["--until", "done", "--max-seeds", 5], "--until: 'done' is not one of 'decided'"),
         (["--until", "decided", "--max-seeds", 4], "--max-seeds 4: from 5 (the first look is at 4) to 100"),
         (["--until", "decided", "--max-seeds", 101], "--max-seeds 101: from 5"),
         (["--until", "decided", "--max-seeds", 9, "--seeds", 3], "the first look needs 4 seeds or more, found 3"),
