@@ -119,7 +119,10 @@ def test_rows_are_written_for_other_programs(expertgrid, typed, tmp_path):
     for wrong, message in (
         (["--format", "parquet"], "--format parquet: needs --rows and --out FILE"),
         (["--out", "x"], "--out: is for --rows"),
-        (["--rows", "cells", "--peek"], "--rows: is for one study, without --by, --contrast, --peek, --notes and --methods"),
+        (
+            ["--rows", "cells", "--peek"],
+            "--rows: is for one study, without --by, --contrast, --peek, --notes and --methods",
+        ),
         (["--rows", "cells", typed.path], "--rows: is for one study"),
     ):
         outcome = expertgrid("table", typed.path, *wrong)
