@@ -124,7 +124,7 @@ def test_rows_are_written_for_other_programs(expertgrid, typed, tmp_path):
         (["--out", "x"], "--out: is for --rows"),
         (
             ["--rows", "cells", "--peek"],
-            "--rows: is for one study, without --by",
+            "--rows: is for one study, without --by, --contrast, --peek, --notes and --methods",
         ),
         (["--rows", "cells", typed.path], "--rows: is for one study"),
     ):

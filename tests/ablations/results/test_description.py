@@ -70,3 +70,10 @@ def test_the_paragraph_claims_what_the_records_show(trained_study):
     plan = evidence.results.plan.model_copy(update={"seen": [0]})
     seen = methods(directory, replace(evidence, results=replace(evidence.results, plan=plan)))
     assert "more than 1 such table in 20 may hold a wrong verdict" in seen
+
+
+def test_the_command_prints_the_paragraph_and_nothing_else(expertgrid, trained_study):
+    directory = StudyDirectory(trained_study)
+    outcome = expertgrid("table", trained_study, "--methods")
+    assert (outcome.status, outcome.out) == (0, methods(directory, read_evidence(directory)) + "\n")
+    assert "--methods: is text" in expertgrid("table", trained_study, "--methods", "--format", "latex").complaint
