@@ -176,8 +176,8 @@ def _start(trial: Trial) -> str:
 
 def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: float) -> str:
     """The cells with their costs, for a person to read before the training. Nobody knows the time without a `setup`."""
-    from expertgrid.ablations.engines.duration import TimeLeft, timing_steps
-    from expertgrid.ablations.results.evidence import foresee, images_again
+    from expertgrid.ablations.engines.duration import TimeLeft
+    from expertgrid.ablations.results.evidence import foresee
     from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.ablations.speed.sampling import duration
     from expertgrid.ablations.study.disk import in_words, log_bytes
@@ -213,8 +213,7 @@ def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: 
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
         notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
         if setup:
-            most_steps = timing_steps(setup.device, setup.at_once, timing)
-            left = TimeLeft(to_do, planned.data, setup.at_once, most_steps, after_s)
+            left = TimeLeft(to_do, planned.data, setup.at_once, setup.device, timing, after_s)
             with status("training a little, to know how long it takes"):
                 notes += duration(left, setup, planned.directory.path.parent)
     notes += planned.idle_factors()

@@ -13,7 +13,7 @@ from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, status
 from expertgrid.ablations.cli.track import tracked
-from expertgrid.ablations.engines.duration import ROUNDS, TimeLeft, in_time, timing_steps
+from expertgrid.ablations.engines.duration import ROUNDS, TimeLeft, in_time
 from expertgrid.ablations.engines.events import Event, TrialFailed, by_seed
 from expertgrid.ablations.engines.isolation import Pool, Setup
 from expertgrid.ablations.engines.local import planned_steps, run_local
@@ -85,8 +85,8 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     at_once = pool.at_once if pool else 1
     if isinstance(how.trainer, RayEngine):
         at_once = max(1, how.trainer.slots)
-    most_steps, trials = timing_steps(str(on), at_once, how.timing), [trial for cell in cells for trial in cell.trials]
-    left = TimeLeft(trials, planned.data, at_once, most_steps, after_s, pool.steps_done if pool else dict)
+    trials, steps_done = [trial for cell in cells for trial in cell.trials], pool.steps_done if pool else dict
+    left = TimeLeft(trials, planned.data, at_once, on.type, how.timing, after_s, steps_done)
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
@@ -119,7 +119,7 @@ def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, ho
     if not steps or (isinstance(how.trainer, RayEngine) and not how.trainer.embedded):
         notice(f"training was not timed alone; expertgrid bench-train {directory.path} times it on this machine")
         return
-    notice(f"each cell is now trained alone, to time it, for about {in_time(seconds)}; --no-timing leaves it out")
+    notice(f"each cell is now trained alone, to time it, for about {in_time(1.0 + seconds)}; --no-timing leaves it out")
     try:
         with status("timing the training of each cell alone"):
             rates = measure_cells(directory, data, on, how.execution, steps, ROUNDS, notice)
@@ -180,7 +180,7 @@ def _train(
         for text in without:
             console.print(f"trained without {text}", soft_wrap=True)
     tracking.replay()
-    left.read_records(directory.path.parent, on.type == "cpu")
+    left.read_records(directory.path.parent)
     left.waiting = {trial.id: trial for trial in pending}
     progress, failed = StudyProgress(cells, left, done_before, console), []
     with progress.live(), interrupt.training(progress.stop):

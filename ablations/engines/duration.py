@@ -32,11 +32,6 @@ def in_time(seconds: float) -> str:
     return f"{seconds / size:.{int(size >= 3600 and seconds / size < 9.95)}f} {unit}"
 
 
-def timing_steps(device: str, at_once: int, timing: bool) -> int:
-    """In a round of timing each cell alone, at most: where trials were trained at once, and a user wants it."""
-    return (100 if device.startswith("cuda") else 4) * (timing and at_once > 1)
-
-
 def cell(trial: Trial) -> object:
     """What trials share whose steps take equally long."""
     return trial.model, trial.recipe.model_copy(update={"epochs": 1, "lr": 1.0}), trial.fingerprint
@@ -55,16 +50,18 @@ class Running:
 class TimeLeft:
     """The seconds until trials are done and what follows, by the events of a training of `slots` trials at once.
 
-    Then each cell is timed alone, by `most_steps` steps in a round at most, and something takes `after_s` seconds.
+    Where there are several slots, each cell is then timed alone by `timing`. More follows for `after_s` seconds.
     `steps_done` gives the steps of the trials that run.
     """
 
     def __init__(
-        self, trials: Iterable[Trial], data: ImageData, slots: int, most_steps: int = 0, after_s: float = 0.0,
-        steps_done: Callable[[], Mapping[str, int]] = dict, clock: Callable[[], float] = time.monotonic,
+        self, trials: Iterable[Trial], data: ImageData, slots: int, device: str = "cpu", timing: bool = False,
+        after_s: float = 0.0, steps_done: Callable[[], Mapping[str, int]] = dict,
+        clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.waiting, self.running = {of.id: of for of in trials}, dict[str, Running]()
-        self.data, self.slots, self.most_steps, self.after_s = data, slots, most_steps, after_s
+        self.data, self.slots, self.device, self.after_s = data, slots, device, after_s
+        self.most_steps = (100 if device.startswith("cuda") else 4) * (timing and slots > 1)  # of a round
         self.steps_done, self.clock, self.begun = steps_done, clock, clock()
         self.trained_on, macs = cache(data.trained_on), cache(lambda model: cost(model, *data.image_size)[1])
         self.cells = {of.id: cell(of) for of in self.waiting.values()}
@@ -72,7 +69,7 @@ class TimeLeft:
         self.step_s: dict[object, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
         self.rough: dict[object, float] = {}  # the same, by the steps of an epoch that is not done
 
-    def read_records(self, studies: Path, on_cpu: bool) -> None:
+    def read_records(self, studies: Path) -> None:
         """Enters records of the study directories in a folder that were made like this. Damaged ones are left out."""
         for file in sorted(studies.glob("*/trials/*/record.json")):
             with suppress(InputError, OSError):
@@ -80,7 +77,7 @@ class TimeLeft:
                 if trial and record and cell(trial) in self.work:
                     by = record.environment
                     how = by.cpu, by.cores, by.device[:3] == "cpu", record.at_once
-                    if how == (cpu_name(), usable_cores(), on_cpu, self.slots):
+                    if how == (cpu_name(), usable_cores(), self.device == "cpu", self.slots):
                         self.step_s[cell(trial)].append(record.train_seconds / record.epochs / self.steps(trial))
 
     def steps(self, trial: Trial) -> int:

@@ -26,7 +26,7 @@ def duration(left: TimeLeft, setup: Setup, studies: Path) -> list[str]:
     """
     networks = {cell(trial): trial for trial in reversed(left.waiting.values())}
     largest, *others = sorted(networks, key=lambda of: -left.work[of])
-    left.read_records(studies, setup.device == "cpu")
+    left.read_records(studies)
     missing = [of for first in range(4) for of in others[first::4] if of not in left.step_s]  # all sizes soon
     shorts, records, begun, peaks = [], len(left.step_s), time.monotonic(), [0]
     for seed, of in ((seed, of) for seed in range(left.slots) for of in (largest, *missing)):

@@ -91,18 +91,18 @@ def test_steps_count_within_the_first_epoch_and_macs_stand_for_what_was_not_meas
 
 def test_records_of_this_machine_say_it_before_a_step(trials, digits, study, monkeypatch):
     left = TimeLeft(trials, digits, 1)
-    left.read_records(study.path.parent, on_cpu=True)
+    left.read_records(study.path.parent)
     assert left.left_s() is None  # they name no processor
     monkeypatch.setattr("expertgrid.ablations.engines.duration.cpu_name", lambda: "")
     monkeypatch.setattr("expertgrid.ablations.engines.duration.usable_cores", lambda: None)
     (study.path / "trials" / trials[0].id / "record.json").write_text("{")  # damaged
-    left.read_records(study.path.parent, on_cpu=True)
+    left.read_records(study.path.parent)
     assert len(left.step_s) == 3  # the other seed of that cell is there
     assert {step_s for taken in left.step_s.values() for step_s in taken} == {1.0 / 2 / STEPS}  # its train_seconds is 1
 
 
 def test_timing_alone_is_short_beside_the_training(trials, digits):
-    left = TimeLeft(trials, digits, 2, most_steps=4)
+    left = TimeLeft(trials, digits, 2, timing=True)
     for trial in trials[:3]:
         left.step_s[left.cells[trial.id]].append(1.0)
     assert left.timing(10_000.0) == (4, 48.0)
