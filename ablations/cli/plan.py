@@ -177,7 +177,7 @@ def _start(trial: Trial) -> str:
 def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: float) -> str:
     """The cells with their costs, for a person to read before the training. Nobody knows the time without a `setup`."""
     from expertgrid.ablations.engines.duration import TimeLeft
-    from expertgrid.ablations.results.evidence import foresee
+    from expertgrid.ablations.results.evidence import foresee, images_again
     from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.ablations.speed.sampling import duration
     from expertgrid.ablations.study.disk import in_words, log_bytes
