@@ -19,7 +19,7 @@ def test_each_field_that_a_recipe_changes_is_said(name):
     """A field has its own words: with one value for another they are others, and without the field they are fewer."""
     recipe = RECIPES[name]
     words = recipe_in_words(recipe)
-    assert words.startswith(f"{recipe.epochs} epochs, batch size {recipe.batch_size:,}, ")
+    assert words.startswith(f"epochs {recipe.epochs}, batch size {recipe.batch_size:,}, ")
     for field, value in recipe:
         if value != Recipe.model_fields[field].default:
             assert len(recipe_in_words(recipe, [field])) < len(words), field
@@ -30,7 +30,7 @@ def test_two_lines_say_what_was_trained_without_the_factors(trained_study):
     directory = StudyDirectory(trained_study)
     network, data = describe(directory, read_results(directory))
     assert network.startswith(
-        "Network: two_block with width 0.0625, from fresh weights. Recipe: fast with changes: 2 epochs"
+        "Network: two_block with width 0.0625, from fresh weights. Recipe: fast with changes: epochs 2"
     )
     assert "experts" not in network
     record = read_results(directory).rows[0].records[0]
