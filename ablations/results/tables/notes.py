@@ -165,8 +165,9 @@ def plan_lines(sight: Sight | None, by: Scale = ACCURACY, margin: float = 0.5, i
     if sight is None:
         return ["One seed or one network has no verdicts."]
     if sight.spread is None:
+        unit = by.points.removesuffix("s") if margin == 1 else by.points
         return [
-            f"With {sight.seeds} seeds {margin:g}{by.points} can be told from 0 (probability 80%) where scores of a "
+            f"With {sight.seeds} seeds {margin:g}{unit} can be told from 0 (probability 80%) where scores of a "
             f"cell spread by {margin / sight.smallest:.2g}{by.points} or less, beyond what all cells of a seed share. "
             "The spread is known once there are records."
         ]
