@@ -213,6 +213,8 @@ def examine(
     logits_BN, weights = predict_watched(checkpoint, validation)
     examined.images, examined.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
     examined.mistakes = worst(logits_BN, labels_B, pixels_BHWC, examined.classes)
+    if not examined.mistakes:
+        examined.missing["mistakes"] = f"The best network mistakes none of the {len(labels_B)} validation images."
     if not predictions:
         _count(examined, labels_B, logits_BN.argmax(1), "validation")
     examined.gates_row, examined.gates_trial = ranked[0], best.trial

@@ -170,7 +170,9 @@ def html(findings: Findings) -> str:
         pictures=pictures(findings),
         confusions=_confusions(examined),
         image_uri=image_uri,
-        left_out=list(dict.fromkeys([findings.images_missing, *examined.missing.values()])) if findings.ranked else [],
+        left_out=list(filter(None, {findings.images_missing: 0, **dict.fromkeys(examined.missing.values())}))
+        if findings.ranked
+        else [],
         gates_drawn=MOST_GATES,
         quoted=shlex.quote,
         numbers=json.dumps(numbers).replace("<", "\\u003c"),  # for `expertgrid verify`: nothing ends its element

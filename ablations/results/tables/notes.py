@@ -106,6 +106,7 @@ def verdict_notes(evidence: Evidence) -> list[str]:
 
 def word_notes(margin: float, unit: str = "") -> list[str]:
     """What the words mean. `unit` is that of the margin, with a space before it."""
+    unit = unit.removesuffix("s") if margin == 1 else unit
     return [
         "better, worse: the whole interval is on one side of 0. same: the interval lies within "
         f'{margin:g}{unit}. open: not decided; this is not "no difference".'
