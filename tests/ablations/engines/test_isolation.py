@@ -36,7 +36,8 @@ NETWORKS = networks_with_faults(
         "with_none": "pass",
         "with_crash": "ctypes.string_at(0)",
         "with_hang": "time.sleep(1000)",
-        "with_late_hang": "self.steps = getattr(self, 'steps', 0) + 1; time.sleep(1000 * (self.steps == 3))",
+        "with_late_hang": "self.steps = getattr(self, 'steps', 0) + 1; "
+        "self.steps == 3 and (open('hangs', 'w').close(), time.sleep(1000))",
     }
 )
 STUDY = """
@@ -138,7 +139,8 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(study, tmp_
 
     def both_train() -> bool:
         sizes = [file.stat().st_size for file in directory.path.glob("trials/*/epochs.jsonl")]
-        return process.poll() is not None or (len(sizes) == 2 and max(sizes) > 0)
+        hangs = (tmp_path / "hangs").exists()  # its file of epochs is there before its first step
+        return process.poll() is not None or (hangs and len(sizes) == 2 and max(sizes) > 0)
 
     until(both_train)
     os.killpg(process.pid, signal.SIGTERM)
