@@ -72,14 +72,15 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     planned = plan_run(request, data_dir)
     planned.check_directory()
     study, directory, cells = planned.study, planned.directory, planned.cells
-    race = directory.read_race() or planned.race
+    begun = directory.read_race()
+    race = begun or planned.race
     check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
     console.print("\n".join(lines), soft_wrap=True)
     if how.trainer is not None and how.trainer.in_words:
         console.print(how.trainer.in_words, soft_wrap=True)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
-    if directory.read_race():
+    if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
     pool = how.trainer if isinstance(how.trainer, Pool) else None
     at_once = pool.at_once if pool else 1
@@ -87,6 +88,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
         at_once = max(1, how.trainer.slots)
     trials, steps_done = [trial for cell in cells for trial in cell.trials], pool.steps_done if pool else dict
     left = TimeLeft(trials, planned.data, at_once, on.type, how.timing, after_s, steps_done)
+    left.read_records(directory.path.parent)
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
@@ -180,7 +182,6 @@ def _train(
         for text in without:
             console.print(f"trained without {text}", soft_wrap=True)
     tracking.replay()
-    left.read_records(directory.path.parent)
     left.waiting = {trial.id: trial for trial in pending}
     progress, failed = StudyProgress(cells, left, done_before, console), []
     with progress.live(), interrupt.training(progress.stop):
@@ -203,19 +204,24 @@ def _uses_fp32(
     device, decided = device_name(on), directory.read_plan().fp32
     if device in decided:
         return decided[device]
-    records = [record for trial in trials if trial.recipe.amp == "auto" and (record := directory.record(trial.id))]
-    if before := [not record.bfloat16 for record in records if record.environment.device == device]:
-        return before[0]
-    begun = any(directory.resume_file(trial.id).exists() for trial in trials)
-    if begun or isinstance(how.trainer, RayEngine) or not (timed := networks_to_time(pending, data, on)):
-        return False
+    records = (directory.record(trial.id) for trial in trials if trial.recipe.amp == "auto")  # of older versions
+    fp32 = next((not of.bfloat16 for of in records if of and of.environment.device == device), None)
+    if fp32 is None:
+        begun = any(directory.resume_file(trial.id).exists() for trial in trials)
+        timed = [] if begun or isinstance(how.trainer, RayEngine) else networks_to_time(pending, data, on)
+        fp32 = bool(timed) and _times_fp32_faster(timed, data, how)
+    directory.write_precision(device, fp32)  # always: a network may train in fp32 for another reason
+    return fp32
+
+
+def _times_fp32_faster(timed: list[Trial], data: ImageData, how: How) -> bool:
+    """Whether fp32 is faster for the study, by steps of these networks, and says so."""
     try:
         with status(f"timing {len(timed)} networks in fp32 and bf16"):
             fp32 = fp32_is_faster(timed, data, partial(import_modules, how.modules))
     except Exception as error:  # of the networks, whose trials will have it too
         console.print(f"trained in bf16, as steps could not be timed: {reason_of(error)}", soft_wrap=True)
         return False
-    directory.write_precision(device, fp32)
     console.print(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study", soft_wrap=True)
     return fp32
 

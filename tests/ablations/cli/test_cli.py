@@ -23,6 +23,7 @@ from expertgrid.ablations.cli.export import export
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.export.certificate import BOUNDS, Bound
+from expertgrid.model.system.machine import computes_bfloat16
 
 
 def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
@@ -370,6 +371,18 @@ def test_a_study_decides_its_precision_once(expertgrid, tiny_study, tmp_path, mo
     assert len(calls) == 1
     assert set(directory.read_plan().fp32.values()) == {True}
     assert not any(directory.record(trial).bfloat16 for trial in directory.read_plan().trials)
+
+
+def test_a_network_that_needs_fp32_leaves_the_others_as_they_are(expertgrid, tiny_study, tmp_path):
+    """Also where the study goes on after a trial of it is done: the decision is kept, and not taken from its record."""
+    assert expertgrid("run", tiny_study, "--device", "cpu", "--seeds", 1).status == 0
+    directory = StudyDirectory(tmp_path / "runs" / "tiny")
+    first, before = directory.trial(directory.read_plan().trials[0]) / "record.json", directory.read_plan()
+    assert set(before.fp32.values()) == {False}
+    first.write_text(directory.record(first.parent.name).model_copy(update={"bfloat16": False}).model_dump_json())
+    assert expertgrid("run", tiny_study, "--device", "cpu", "--seeds", 2).status == 0
+    others = [directory.record(trial) for trial in set(directory.read_plan().trials) - set(before.trials)]
+    assert others and {record.bfloat16 for record in others} == {computes_bfloat16(torch.device("cpu"))}
 
 
 def test_bench_train(expertgrid):
