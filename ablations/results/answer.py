@@ -6,7 +6,7 @@ from typing import NamedTuple
 from expertgrid.ablations.results.costs import Costs
 from expertgrid.ablations.results.evidence import Effect, Evidence
 from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, VERDICTS, WORSE, Judgement
-from expertgrid.model.system.text import MeasuredMultiple, Multiple
+from expertgrid.model.system.text import MeasuredMultiple, Multiple, listed
 from expertgrid.model.training.metrics import Scale
 
 MOST_NAMED = 6  # changes in one list; the others are counted
@@ -146,4 +146,4 @@ def _seeds(needed: Sequence[float | None], limit: int) -> str:
 def _listed(names: Sequence[str], last: str = "and") -> str:
     if len(names) > MOST_NAMED:
         names = [*names[: MOST_NAMED - 1], f"{len(names) - MOST_NAMED + 1} more changes"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+    return listed(names, last)

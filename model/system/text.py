@@ -201,6 +201,11 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """One or more words in a sentence: "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
 def wrapped(line: str, width: int | None) -> str:
     return line if width is None or len(line) <= width else textwrap.fill(line, width, break_on_hyphens=False)
 

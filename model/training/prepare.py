@@ -112,9 +112,8 @@ def _wrong_in_bfloat16(trial: Trial, splits: Splits, net: nn.Module) -> str:
         return 0
 
     copied, (*_, channels) = copy.deepcopy(net).eval(), splits.train.pixels_BHWC.shape
-    sizes = {trial.recipe.image_size(epoch, splits.data.image_size) for epoch in (0, trial.recipe.epochs - 1)}
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: look}), torch.no_grad():
-        for size in sizes:
+        for size in trial.recipe.image_sizes(splits.data.image_size):
             copied(torch.zeros(1, channels, *size))
     return f"the gradients of {wrong[0]}" if wrong else ""
 
@@ -134,6 +133,6 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps:
         use = partial(compile_blocks, steps=steps)
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
     pixels_BHWC, generator = splits.train.pixels_BHWC[: recipe.batch_size], torch.Generator(device)
-    sizes = {recipe.image_size(epoch, splits.data.image_size) for epoch in (0, recipe.epochs - 1)}
+    sizes = recipe.image_sizes(splits.data.image_size)
     augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, training.bfloat16)

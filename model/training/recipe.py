@@ -169,6 +169,10 @@ class Recipe(BaseModel):
         height, width = (round(side * self.small_size / min(full)) for side in full)
         return height, width
 
+    def image_sizes(self, full: tuple[int, int]) -> set[tuple[int, int]]:
+        """The sizes that images have in a training: one, or two where the first epochs have smaller ones."""
+        return {self.image_size(epoch, full) for epoch in (0, self.epochs - 1)}
+
     def mean_std(self, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation, for each channel, that pixels from 0 to 1 are normalised with."""
         half = (0.5,) * data.channels

@@ -8,6 +8,7 @@ from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.rows import Results, Row
 from expertgrid.ablations.results.tables.notes import counted, test_read_notes, verdict_notes
 from expertgrid.ablations.study.levels import level_name
+from expertgrid.model.system.text import listed
 from expertgrid.model.training.recipe import Recipe
 
 NAMES = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "muon": "Muon", "poly": "linear", "none": "constant"}
@@ -65,8 +66,8 @@ def describe(directory: StudyDirectory, results: Results, rows: Sequence[Row] = 
         for row in rows
         for record in row.records
     ]
-    on = f" Trained on {', '.join(_and(sorted(set(values))) for values in zip(*used))}." if used else ""
-    seeds = _and([str(count) for count in sorted({row.seeds for row in rows})])
+    on = f" Trained on {', '.join(listed(sorted(set(values))) for values in zip(*used))}." if used else ""
+    seeds = listed([str(count) for count in sorted({row.seeds for row in rows})])
     return [
         f"Network: {network}. Recipe: {recipe}.",
         f"Data: {plan.data}; {seeds} seed{'s' * (seeds != '1')}; held out: {plan.hold_out}.{on}",
@@ -84,24 +85,20 @@ def methods(directory: StudyDirectory, evidence: Evidence) -> str:
     families += ["the contrasts that the study names"] * bool(evidence.declared)
     judged = [
         "Differences are least-squares estimates within seeds, with 95% intervals that hold together in each family by "
-        f"the joint t distribution (families: {_and(families)}).",
+        f"the joint t distribution (families: {listed(families)}).",
         *verdict_notes(evidence),
     ]
     taken = [adopted.directory for row in rows for adopted in row.adopted.values()]
     sentences = [
-        f"We compared {counted(len(rows), 'network')}{f': {design} {_and(factors)}{same}' if factors else ''}.",
+        f"We compared {counted(len(rows), 'network')}{f': {design} {listed(factors)}{same}' if factors else ''}.",
         *describe(directory, results),
         trials_line(rows),
-        *([f"Of them {len(taken)} were taken over from {_and(sorted(set(taken)))}."] if taken else []),
+        *([f"Of them {len(taken)} were taken over from {listed(sorted(set(taken)))}."] if taken else []),
         f"All networks of a seed share their hold-out, whose {evidence.scale.title} after the last step decides.",
         *test_read_notes(directory),
         *(judged if evidence.judgements else []),
     ]
     return " ".join(sentences)
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def trials_line(rows: Sequence[Row]) -> str:
