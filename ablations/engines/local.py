@@ -253,6 +253,7 @@ def _finish(
         images_per_s=statistics.median(epoch.images_per_s for epoch in (epochs[1:] or epochs)),
         train_seconds=sum(epoch.train_seconds for epoch in epochs),
         bfloat16=training.bfloat16,
+        products=training.bfloat16 and device.type == "cpu",
         kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile,
         graphs=prepared.plan.graphs,

@@ -128,6 +128,7 @@ def _reasons(record: Record, again: Record, on_cpu: bool) -> list[str]:
             ("the device", first.device, second.device),
             ("the number of threads", first.threads, second.threads),
             ("bf16", record.bfloat16, again.bfloat16),
+            ("weight gradients of small maps as products", record.products, again.products),
             *((name, version, second.versions.get(name)) for name, version in first.versions.items()),
             *((f"the code of the {part}", code, again.parts.get(part)) for part, code in record.parts.items()),
         )

@@ -87,6 +87,7 @@ class Record(BaseModel):
     images_per_s: Speed  # while training: the median of the epochs after the first
     train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of all epochs, without validation
     bfloat16: bool  # whether the forward pass of the training ran in bfloat16
+    products: bool = False  # and bfloat16 weight gradients of small maps were products: see model.fast.products
     kernels: bool = False  # whether it used the fused Triton kernels,
     compiled: bool = False  # blocks compiled by torch.compile,
     graphs: bool = False  # and steps recorded as CUDA graphs

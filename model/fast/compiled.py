@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expertgrid.model.config import Block
+from expertgrid.model.fast.products import mixed_precision
 from expertgrid.model.fast.wide import WideBlock, can_be_wide
 from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet
 
@@ -172,7 +173,7 @@ def apply_tested(net: nn.Module, change: Change, batches: Sequence[Tensor], bflo
 def _pass(net: nn.Module, x_BCHW: Tensor, bfloat16: bool) -> tuple[float, float]:
     """The seconds of a forward and a backward pass, and the mean log-sum-exp of the outputs."""
     device, started = x_BCHW.device, time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with mixed_precision(device, bfloat16):
         logits_BN = net(x_BCHW)
     mean = logits_BN.float().logsumexp(1).mean()
     mean.backward()

@@ -1,13 +1,10 @@
 """What is settled before a training's first step: how it is computed, and which batch size fits."""
 
-import copy
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from expertgrid.model.config import ModelConfig
 from expertgrid.model.fast.compiled import compile_blocks
@@ -75,11 +72,6 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     plan = execution.plan(trial.model, steps, device, training.optimizer)
     measured = execution.compile == "auto" and not isinstance(trial.model, ModelConfig)
     compile_seconds, without = 0.0, []
-    if training.bfloat16 and device.type == "cpu" and (wrong := _wrong_in_bfloat16(trial, splits, training.net)):
-        if trial.recipe.amp == "on":
-            raise TrainingError(f"recipe.amp = 'on': this CPU computes {wrong} wrongly in bf16")
-        training.bfloat16 = False
-        without.append(f"bf16, in which CPUs compute {wrong} wrongly")
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(plan, name):
             try:
@@ -96,26 +88,6 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     if plan.graphs:
         training.recorder = Recorder(training.optimizer, device)
     return Prepared(plan, compile_seconds, without)
-
-
-def _wrong_in_bfloat16(trial: Trial, splits: Splits, net: nn.Module) -> str:
-    """What oneDNN computes wrongly in the network; "" where there is nothing.
-
-    In weight gradients it leaves whatever is in the memory at places that only padding meets, where a map has fewer
-    pixels than stride or padding (torch 2.15 on AVX-512; not in fp32, and not for depthwise convolutions).
-    """
-    wrong: list[str] = []
-
-    def look(x, weight, bias, stride, padding, *_, **__) -> int:
-        if weight[1] > 1 and any(k > 1 and n < max(s, p) for n, k, s, p in zip(x[2:], weight[2:], stride, padding)):
-            wrong.append(f"{weight[2]}x{weight[3]} convolutions on maps of {x[2]}x{x[3]} pixels")
-        return 0
-
-    copied, (*_, channels) = copy.deepcopy(net).eval(), splits.train.pixels_BHWC.shape
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: look}), torch.no_grad():
-        for size in trial.recipe.image_sizes(splits.data.image_size):
-            copied(torch.zeros(1, channels, *size))
-    return f"the gradients of {wrong[0]}" if wrong else ""
 
 
 def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:

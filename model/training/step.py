@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from expertgrid.model.fast.products import mixed_precision
 from expertgrid.model.training.parts import SHIPPED, part
 from expertgrid.model.training.recipe import Recipe
 
@@ -26,7 +26,7 @@ def training_step(
 
     def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bfloat16):
+        with mixed_precision(x_BCHW.device, bfloat16):
             logits_BN = net(x_BCHW)
             loss = loss_of(recipe, logits_BN, targets, weights_N)
         loss.backward()
