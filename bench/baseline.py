@@ -98,8 +98,11 @@ class BaselineImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+        return self.transform(self.image(index)), self.labels[index]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from expertgrid.bench.peaks import Peaks, largest_convolutions, measure_peaks
 from expertgrid.bench.precision import time_both
 from expertgrid.bench.rounds import at_full_size, in_turns, prepared_training
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
+from expertgrid.bench.timm_script import timm_network, timm_script
 from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.compiled import why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
@@ -120,19 +122,22 @@ def measure_training(
     device: torch.device,
     execution: ExecutionOptions,
     notice: Callable[[str], object] = lambda text: None,
+    peer: Path | None = None,
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
 
     `steps` is 2, or 100 on CUDA, where it is None. All images have their full size. What `execution` leaves to
     expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and `notice` is told.
-    Raises InputError for a preset that does not exist or does not take the images, and for what was asked for and does
-    not work.
+    timm's `train.py`, of the check-out `peer`, is a baseline in the loop's precision, eager and compiled. Raises
+    InputError for a preset that does not exist or does not take the images, and for what was asked for and does not
+    work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
     own = recipe_of(preset)
     recipe = at_full_size(own, rounds + 2).model_copy(update={"batch_size": batch})
     trial, splits = random_trial(preset, recipe, steps, device)
+    script = (peer, timm_network(peer, trial.model)) if peer else None
     whole = own.epochs * (CIFAR_TRAIN // batch)
     if recipe.amp == "auto" and device.type == "cpu" and computes_bfloat16(device):
         execution = dataclasses.replace(execution, fp32=time_both([trial], splits.data))
@@ -155,7 +160,10 @@ def measure_training(
                     raise
                 notice(f"no PyTorch baseline in {baseline}: {reason_of(error)}")
             else:
-                baselines[str(baseline)] = baseline_round
+                baselines[f"PyTorch, {baseline}"] = baseline_round
+                if script and baseline.bfloat16 == training.bfloat16:
+                    script_round = processes.enter_context(timm_script(*script, baseline, rounds + 1))
+                    baselines[f"timm's train.py, {baseline}"] = script_round
         bare = partial(bare_round, bare_step, steps, device)
         ways = {"loop": lambda: next(epochs).train_seconds, "bare": bare, **baselines}
         in_turns(ways, 1)
@@ -244,7 +252,6 @@ def rows(speed: TrainingSpeed) -> list[dict[str, object]]:
     table: list[dict[str, object]] = []
     for name, (rate, rounds_s) in ways.items():
         against = times_as_fast(speed.baselines_s[speed.baseline], rounds_s) if name != speed.baseline else None
-        name = f"PyTorch, {name}" if name in speed.baselines_s else name
         verdict = against.word if against else "the baseline"
         table.append({"training": name, "images/s": round(rate, 1), "x baseline": against, "verdict": verdict})
     return table
@@ -266,7 +273,7 @@ def notes(speed: TrainingSpeed) -> list[str]:
         f"of {speed.rounds} rounds of {speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
-        f"The baseline is the fastest of PyTorch's ways: {speed.baseline}. They stack experts, and have "
+        f"The baseline is the fastest of these ways: {speed.baseline}. PyTorch's stack experts, and have "
         f"torchvision's transforms in {speed.baseline_workers} worker processes.",
         f"Memory at most: {memory}{speed.peak_memory_is}.",
         f"{speed.macs:,} MACs an image; the device's peaks, of matrix products and of the network's convolutions: "

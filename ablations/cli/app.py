@@ -589,6 +589,7 @@ def bench_train(
     steps: int | None = Option(None, min=1, max=1000, metavar="N", help="In a round. Default: 100 on CUDA, else 2."),
     rounds: int = Option(5, min=1, max=1000, metavar="N", help="Rounds in which each way takes its turn."),
     profile: bool = Option(False, "--profile", help="Show where the time of a model's training steps goes instead."),
+    peer: Path | None = Option(None, metavar="DIR", help="Check-out of timm's repository: its train.py takes turns."),
     device: Device = "auto",
     compile: Compile = "auto",
     kernels: Kernels = "auto",
@@ -616,6 +617,7 @@ def bench_train(
         (batch is not None and of_study, "--batch: a study's recipes have the batch sizes"),
         (profile and of_study, "--profile: is for a model; a study directory was given"),
         ((data or data_dir) and not of_study, "--data: is for a study directory; a model is trained on random images"),
+        (peer and (of_study or profile), "--peer: is for the speed of a model"),
     )
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler reads it once, and logs on stderr
@@ -625,7 +627,7 @@ def bench_train(
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
         return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
-    return bench_train(preset, batch, steps, rounds, device, execution, profile, format)
+    return bench_train(preset, batch, steps, rounds, device, execution, profile, peer, format)
 
 
 @app.command("list", cls=Command, rich_help_panel=LISTS)

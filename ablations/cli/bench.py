@@ -182,6 +182,7 @@ def bench_train(
     device_name: str,
     execution: ExecutionOptions,
     with_profile: bool,
+    peer: Path | None,
     format: Format,
 ) -> int:
     """Prints the speed of a training beside the PyTorch baseline and beside bare steps, or the profile of a step."""
@@ -192,7 +193,7 @@ def bench_train(
         print(render(table, format, lines))
         return 0
     with status(f"training {preset}"):
-        speed = measure_training(preset, batch or 128, steps, rounds, device, execution, notice)
+        speed = measure_training(preset, batch or 128, steps, rounds, device, execution, notice, peer)
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0

@@ -28,7 +28,7 @@ from expertgrid.ablations.results.tables.cells import comparison_tables
 from expertgrid.ablations.results.tables.notes import effect_notes, plan_lines
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.study.cells import groups
-from expertgrid.ablations.study.study_file import SHIPPED, parse_study
+from expertgrid.ablations.study.study_file import parse_study
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.text import MeasuredMultiple, Multiple, render_tables, shown
@@ -213,10 +213,6 @@ def test_what_differs_with_a_factor_is_named(grid, text_of):
         change_json(grid.trial(trial) / "record.json", environment=environment)
     line = "Confounded, as half or more of the trainings differ in it too: experts 2 -> 4 with code."
     assert line in text_of(grid)
-
-    kept = read_evidence(StudyDirectory(SHIPPED / "card-small"))
-    confounded = {effect.name: effect.confounded for effect in kept.effects if effect.confounded}
-    assert confounded == {"experts 1 -> 2": ["code"], "experts 1 -> 4": ["code", "threads"]}
 
 
 def test_a_spread_has_its_levels_and_parts(digits, tmp_path, text_of):
