@@ -302,7 +302,7 @@ def shown(value: object) -> str:
             return f"{mean:z.{decimals}f} ({low:z.{decimals}f} to {high:z.{decimals}f})"
         case Measured(mean, low, high):
             half = max(mean - low, high - mean)
-            if not math.isfinite(half):
+            if not half <= 10 * abs(mean):  # of two rounds that were disturbed
                 return f"{mean:.3g} ±?"
             digits = max(0, 1 - math.floor(math.log10(half))) if half else 3
             return f"{mean:,.{digits}f} ±{half:,.{digits}f}"

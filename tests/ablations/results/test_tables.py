@@ -22,7 +22,18 @@ from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.ablations.results.tables.effects import Verdict
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.text import Multiple, Points, Signed, Span, Table, Typed, render, render_tables, shown
+from expertgrid.model.system.text import (
+    Measured,
+    Multiple,
+    Points,
+    Signed,
+    Span,
+    Table,
+    Typed,
+    render,
+    render_tables,
+    shown,
+)  # fmt: skip
 
 ROWS = [
     {
@@ -49,6 +60,7 @@ def test_values_as_they_are_shown():
     for value, text in (
         (Signed(0.412), "+0.41"), (Signed(-0.004), "+0.00"), (Points(-0.001), "0.00"),
         (Span(-0.161, 0.22), "-0.16 to +0.22"), (Span(-0.004, 0.0), "+0.00 to +0.00"),
+        (Measured(1.234, 1.2, 1.27), "1.234 ±0.036"), (Measured(1.234, -1e9, 1e9), "1.23 ±?"),
         (Multiple(2.04), "x2.0"), (Multiple(12.3), "x12"), (Points(67.5), "67.50"),
         (Verdict(none), "no verdict: diverged in 2 of 5 seeds"), (Verdict(better), "better"),
         (Verdict(better, True), "better (this split)"), (Verdict(undecided, True), "open"),
