@@ -106,7 +106,8 @@ def train_again(directory: StudyDirectory, trial: Trial, record: Record, data: R
             compared += _compared_predictions(predictions, second.predictions(trial.id))
     kept = directory.with_metric(record, by.name)
     apart = max(abs(again.score(split, by) - kept.score(split, by)) for split in SPLITS)
-    return Rerun(compared, _reasons(record, again, data.device.type == "cpu"), margin, by, apart)
+    reasons = [] if all(number.same for number in compared) else _reasons(record, again, data.device.type == "cpu")
+    return Rerun(compared, reasons, margin, by, apart)
 
 
 @contextmanager
@@ -122,13 +123,14 @@ def _threads(count: int) -> Generator[None]:
 def _reasons(record: Record, again: Record, on_cpu: bool) -> list[str]:
     """The reasons not to expect equality to the last bit."""
     first, second = record.environment, again.environment
+    ways = ("products" if of.products else "the library's" for of in (record, again))
     changed = [
         f"{name} was {before}, is {now}"
         for name, before, now in (
             ("the device", first.device, second.device),
             ("the number of threads", first.threads, second.threads),
             ("bf16", record.bfloat16, again.bfloat16),
-            ("weight gradients of small maps as products", record.products, again.products),
+            ("the way to weight gradients of small maps", *ways),
             *((name, version, second.versions.get(name)) for name, version in first.versions.items()),
             *((f"the code of the {part}", code, again.parts.get(part)) for part, code in record.parts.items()),
         )
