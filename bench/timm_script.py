@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from expertgrid.bench.baseline import PREFETCHED, Baseline, BaselineImages
@@ -35,7 +36,7 @@ def timm_script(folder: Path, network: TimmModel, baseline: Baseline, rounds: in
     """
     images, ahead = baseline.images, usable_cores() * PREFETCHED + 1
     with tempfile.TemporaryDirectory(prefix="expertgrid-timm-") as place:
-        _write(images, Path(place, "train"), baseline.batch * rounds * (baseline.steps + ahead + 1))
+        _write(images, Path(place, "train"), baseline.batch * (rounds + 1) * (baseline.steps + ahead + 1))
         half = "--amp", "--amp-dtype", "bfloat16"
         options = [*half * baseline.bfloat16, *["--channels-last"] * (baseline.bfloat16 or baseline.compiled)]
         command = [
@@ -58,7 +59,9 @@ def timm_script(folder: Path, network: TimmModel, baseline: Baseline, rounds: in
             assert process.stderr is not None  # PIPE
             lines = iter(process.stderr)
             try:
-                yield lambda: _round(process.pid, lines, ahead, baseline.steps)
+                take_round = partial(_round, process.pid, lines, ahead, baseline.steps)
+                take_round()  # until the script is stopped, it trains ahead
+                yield take_round
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
