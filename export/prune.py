@@ -56,19 +56,19 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
     dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
     """
     source = copy.deepcopy(net)
-    blocks = {
-        name: part for name, part in source.named_modules() if isinstance(part, ExpertBlock) and part.gate is not None
-    }
     dropped: list[str] = []
-    remaining: dict[str, list[int]] = {}
-    for name, max_K in gates_max.items():
-        if name not in blocks or max_K.shape != (len(blocks[name].experts),):
-            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
-        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
-        remaining[name] = stay_K.nonzero().flatten().tolist()
-        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in remaining[name]]
-        _keep_experts(blocks[name], remaining[name])
-    config = net.config.change(layers=_pruned_layers(net.config.layers, remaining, "layers."))
+    remaining: list[list[int]] = []  # of each block
+    for name, block in source.named_modules():
+        if isinstance(block, ExpertBlock):
+            remaining.append(list(range(len(block.experts))))
+            if name in gates_max:
+                max_K = gates_max[name]
+                stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
+                dropped += [f"{name}.experts.{k}" for k in remaining[-1] if not stay_K[k]]
+                remaining[-1] = stay_K.nonzero().flatten().tolist()
+                _keep_experts(block, remaining[-1])
+    in_turn = iter(remaining)
+    config = net.config.map_blocks(lambda block: block.change(kernels=tuple(block.kernels[k] for k in next(in_turn))))
     with torch.device("meta"):  # no memory, and no numbers drawn
         pruned = ExpertNet(config)
     pruned.load_state_dict(source.state_dict(), assign=True)

@@ -49,7 +49,7 @@ class Spec(BaseModel):
 class LayerSpec(Spec):
     """A layer, and what it does to the channels and to the height and width of an image."""
 
-    has_weights: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True  # its output is one of the features that timm's interface gives
 
     def out_channels(self, channels: int) -> int:
         """The channels after this layer, given those before it."""
@@ -63,18 +63,6 @@ class LayerSpec(Spec):
     def reduction(self) -> int:
         """The factor by which this layer divides height and width."""
         return 1
-
-    def blocks(self) -> Iterator["Block"]:
-        """The expert blocks in this layer, in order."""
-        return iter(())
-
-    def map_blocks(self, change: Callable[["Block"], "Block"]) -> Self:
-        """This layer with `change` applied to each of its expert blocks."""
-        return self
-
-    def resolved(self, channels: int) -> Self:
-        """This layer after `channels` channels: each gate's `reduction` is written as `hidden`."""
-        return self
 
 
 class GateConfig(Spec):
@@ -215,13 +203,8 @@ class Block(LayerSpec):
     def reduction(self) -> int:
         return self.stride
 
-    def blocks(self) -> Iterator["Block"]:
-        yield self
-
-    def map_blocks(self, change: Callable[["Block"], "Block"]) -> "Block":
-        return change(self)
-
     def resolved(self, channels: int) -> "Block":
+        """This block after `channels` channels: its gate's `reduction` is written as `hidden`."""
         if self.gate is None or self.gate.reduction is None:
             return self
         hidden = max(SMALLEST_HIDDEN, channels // self.gate.reduction)
@@ -258,16 +241,6 @@ class Residual(LayerSpec):
         """Whether the input, of `channels` channels, needs a 1x1 convolution to have the shape of the output."""
         return self.out_channels(channels) != channels or self.reduction > 1
 
-    def blocks(self) -> Iterator[Block]:
-        for layer in self.layers:
-            yield from layer.blocks()
-
-    def map_blocks(self, change: Callable[[Block], Block]) -> "Residual":
-        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
-
-    def resolved(self, channels: int) -> "Residual":
-        return self.change(layers=_resolved(self.layers, channels))
-
 
 class Pool(LayerSpec):
     """Pooling over non-overlapping size x size windows."""
@@ -298,12 +271,24 @@ class Dropout(LayerSpec):
 Layer = Annotated[Whiten | Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
 
 
-def _resolved(layers: tuple[Layer, ...], channels: int) -> tuple[Layer, ...]:
-    resolved = []
+def _blocks(layers: tuple[Layer, ...]) -> Iterator[Block]:
     for layer in layers:
-        resolved.append(layer.resolved(channels))
+        if isinstance(layer, Residual):
+            yield from _blocks(layer.layers)
+        elif isinstance(layer, Block):
+            yield layer
+
+
+def _map_blocks(layers: tuple[Layer, ...], channels: int, change: Callable[[Block, int], Block]) -> tuple[Layer, ...]:
+    """Layers after `channels` channels, with `change` applied to each expert block and the channels before it."""
+    changed = []
+    for layer in layers:
+        if isinstance(layer, Residual):
+            changed.append(layer.change(layers=_map_blocks(layer.layers, channels, change)))
+        else:
+            changed.append(change(layer, channels) if isinstance(layer, Block) else layer)
         channels = layer.out_channels(channels)
-    return tuple(resolved)
+    return tuple(changed)
 
 
 class HeadConfig(Spec):
@@ -336,14 +321,9 @@ class ModelConfig(Spec):
     @field_validator("layers")
     @classmethod
     def _sizes_from_reductions(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
-        return _resolved(layers, info.data["in_chans"]) if "in_chans" in info.data else layers
-
-    @field_validator("layers")
-    @classmethod
-    def _whitens_images(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if any(isinstance(layer, Whiten) for layer in layers[1:]):
             raise ValueError("only the first layer can be a whitening stem")
-        return layers
+        return _map_blocks(layers, info.data["in_chans"], Block.resolved) if "in_chans" in info.data else layers
 
     @model_validator(mode="after")
     def _no_pool_no_classifier(self) -> Self:
@@ -353,16 +333,11 @@ class ModelConfig(Spec):
 
     def blocks(self) -> Iterator[Block]:
         """Every expert block, macro blocks opened, in order."""
-        for layer in self.layers:
-            yield from layer.blocks()
+        return _blocks(self.layers)
 
     def map_blocks(self, change: Callable[[Block], Block]) -> "ModelConfig":
         """This network with `change` applied to each expert block."""
-        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
-
-    def feature_layers(self) -> list[int]:
-        """The positions of the layers that have weights: their outputs are the features that timm's interface gives."""
-        return [i for i, layer in enumerate(self.layers) if layer.has_weights]
+        return self.change(layers=_map_blocks(self.layers, self.in_chans, lambda block, _: change(block)))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the feature map before the head. Raises ValueError where a layer is left no pixel."""
