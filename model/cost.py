@@ -14,7 +14,6 @@ from expertgrid.model.config import (
     Block,
     Conv,
     GateConfig,
-    HeadConfig,
     Layer,
     ModelConfig,
     Network,
@@ -40,7 +39,8 @@ def cost(config: Network, height: int, width: int) -> Cost:
         return _counted(config, height, width)
     config.output_size(height, width)  # raises ValueError for images that are too small
     costs, channels, _ = _sequence(config.layers, config.in_chans, (height, width), config.norm)
-    return _sum([*costs, _head(config.head, channels, config.num_classes)])
+    hidden = config.head.hidden if config.head.pool else ()
+    return _sum([*costs, _linear((channels, *hidden, *([config.num_classes] if config.num_classes else [])))])
 
 
 def _sequence(layers: Iterable[Layer], channels: int, size: Size, norm: NormConfig) -> tuple[list[Cost], int, Size]:
@@ -111,22 +111,13 @@ def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:
     return (0 if gate.frozen else parameters), macs
 
 
-def _head(head: HeadConfig, channels: int, num_classes: int) -> Cost:
-    hidden = head.hidden if head.pool else ()
-    return _linear((channels, *hidden, *([num_classes] if num_classes else [])))
-
-
 def check_image_size(model: str, config: Network, size: Size, data: str) -> None:
     """Raises InputError where the network, which errors call `model`, does not take the images of `data` at a size."""
-    height, width = size
     try:
-        if isinstance(config, ModelConfig):
-            config.output_size(height, width)
-        else:
-            _counted(config, height, width)
+        cost(config, *size)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"model {model} does not take the {height}x{width} images of {data}: {reason}") from None
+        raise InputError(f"model {model} does not take the {size[0]}x{size[1]} images of {data}: {reason}") from None
 
 
 def _counted(config: Network, height: int, width: int) -> Cost:
