@@ -236,7 +236,8 @@ def _inlined(model: ModelProto, name: str) -> ModelProto:
 
 def _strings(model: ModelProto) -> Iterator[str | bytes]:
     """All texts in a model. protobuf gives those that are not UTF-8 as bytes."""
-    for message in _messages(model, object):
+    messages: Iterator[Any] = _messages(model, object)
+    for message in messages:
         for field, value in message.ListFields():
             if field.type == field.TYPE_STRING:
                 yield from [value] if isinstance(value, str | bytes) else value

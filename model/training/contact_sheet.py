@@ -1,7 +1,5 @@
 """A picture of a recipe's augmentation: a row for each image, first as it is, then as each epoch shows it."""
 
-import io
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -54,13 +52,6 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> Im
                 text = _shortened(caption, size[0], draw, font)
                 draw.text((x, y + size[1] + 1 + line * LINE), text, "black", font)
     return sheet
-
-
-def as_png(sheet: Image.Image) -> bytes:
-    """The content of its file."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor, list[str]]]:
