@@ -24,6 +24,7 @@ from expertgrid.export.to_onnx import INPUT, LOGITS, NAME_SCOPES
 BATCH = 64  # of PyTorch, and of the model on all images
 SAMPLED_BATCHES = (1, 2, 7)
 SAMPLE = 1_000  # images
+EXPORTED = "the exported model"
 DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.2}  # relative to the largest value of a layer's output
 
 
@@ -45,7 +46,7 @@ def compare(
     CPU, and ONNX Runtime on CUDA without TF32; what is allowed is in `BOUNDS`. Raises InputError where a provider is
     missing.
     """
-    sessions = {provider: _session(model, provider, precision, options) for provider in providers}
+    sessions = {name: open_any(model, name, EXPORTED, precision, True, options) for name in providers}
     pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     every = max(1, len(images) // SAMPLE)
     agreements = [
@@ -80,10 +81,6 @@ def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
 def onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
     """A session's logits (B, N) of all images, `batch` at a time."""
     return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
-
-
-def _session(model: bytes, provider: str, precision: Precision, options: Options) -> Session:
-    return open_any(model, provider, "the exported model", precision, full_fp32=True, options=options)
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
@@ -142,7 +139,7 @@ def first_divergence(
     if not tensors:
         return "an unknown layer"
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
-    session = _session(proto.SerializeToString(), provider, precision, options)
+    session = open_any(proto.SerializeToString(), provider, EXPORTED, precision, True, options)
     onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
     pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}

@@ -274,11 +274,8 @@ def _shape(value: ValueInfoProto) -> Shape:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") else _dimension(dim.dim_param) for dim in tensor.shape.dim)
-
-
-def _dimension(name: str) -> str:
-    return "?" if not name or name.startswith(NAMELESS) else name
+    sizes = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
+    return tuple("?" if str(size).startswith(NAMELESS) else size for size in sizes)
 
 
 def _with_plain_operators(model: ModelProto) -> ModelProto:

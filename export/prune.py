@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from expertgrid.export.compare import pytorch_logits
 from expertgrid.export.to_onnx import as_input
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.config import Block, Layer, Residual
 from expertgrid.model.gates import recorded_gates
 from expertgrid.model.net import ExpertBlock, ExpertNet
 from expertgrid.model.system.errors import InputError
@@ -53,12 +52,12 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
     `largest_gate_weights` of the validation images. The softmax over the experts that are left renormalises
     their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
     Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
-    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
+    dropped.
     """
     source = copy.deepcopy(net)
     dropped: list[str] = []
     remaining: list[list[int]] = []  # of each block
-    for name, block in source.named_modules():
+    for name, block in list(source.named_modules()):
         if isinstance(block, ExpertBlock):
             remaining.append(list(range(len(block.experts))))
             if name in gates_max:
@@ -86,15 +85,3 @@ def _keep_experts(block: ExpertBlock, remaining: list[int]) -> None:
     block.gate = None
     if isinstance(block.norm_act, nn.Sequential):  # the norm after one expert is its own
         block.experts[0].norm, block.norm_act = block.norm_act[0], nn.Identity()
-
-
-def _pruned_layers(layers: tuple[Layer, ...], remaining: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
-    """The configs of layers in which the blocks named in `remaining` have those experts only."""
-    changed = []
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Residual):
-            layer = layer.change(layers=_pruned_layers(layer.layers, remaining, f"{prefix}{i}.layers."))
-        elif isinstance(layer, Block) and f"{prefix}{i}" in remaining:
-            layer = layer.change(kernels=tuple(layer.kernels[k] for k in remaining[f"{prefix}{i}"]))
-        changed.append(layer)
-    return tuple(changed)

@@ -8,7 +8,6 @@ A block runs K convolution experts on the same input and mixes their outputs wit
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,6 +25,7 @@ def _odd(kernel: int) -> int:
 
 
 WIDEST = 4096  # channels or hidden units of a layer
+LARGE = 2**400  # pixels: a height or width beside which borders are nothing
 
 Count = Annotated[int, Field(ge=1, le=WIDEST, strict=True)]
 Kernel = Annotated[int, Field(ge=1, le=15, strict=True), AfterValidator(_odd)]
@@ -61,8 +61,8 @@ class LayerSpec(Spec):
 
     @property
     def reduction(self) -> int:
-        """The factor by which this layer divides height and width."""
-        return 1
+        """The factor by which this layer divides height and width, but for what happens at the border."""
+        return round(LARGE / self.out_pixels(LARGE))
 
 
 class GateConfig(Spec):
@@ -153,10 +153,6 @@ class Conv(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return self.conv_pixels(pixels) // self.pool
 
-    @property
-    def reduction(self) -> int:
-        return self.stride * self.pool
-
 
 class Block(LayerSpec):
     """K parallel convolution experts, one for each of `kernels`, and the gate that mixes them.
@@ -199,10 +195,6 @@ class Block(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return (pixels - 1) // self.stride + 1
 
-    @property
-    def reduction(self) -> int:
-        return self.stride
-
     def resolved(self, channels: int) -> "Block":
         """This block after `channels` channels: its gate's `reduction` is written as `hidden`."""
         if self.gate is None or self.gate.reduction is None:
@@ -233,10 +225,6 @@ class Residual(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return reduce(lambda before, layer: layer.out_pixels(before), self.layers, pixels)
 
-    @property
-    def reduction(self) -> int:
-        return math.prod(layer.reduction for layer in self.layers)
-
     def has_projection(self, channels: int) -> bool:
         """Whether the input, of `channels` channels, needs a 1x1 convolution to have the shape of the output."""
         return self.out_channels(channels) != channels or self.reduction > 1
@@ -253,10 +241,6 @@ class Pool(LayerSpec):
 
     def out_pixels(self, pixels: int) -> int:
         return pixels // self.size
-
-    @property
-    def reduction(self) -> int:
-        return self.size
 
 
 class Dropout(LayerSpec):

@@ -36,7 +36,12 @@ def cost(config: Network, height: int, width: int) -> Cost:
     Raises ValueError where a layer is left no pixel. A model of timm is built and counted.
     """
     if not isinstance(config, ModelConfig):
-        return _counted(config, height, width)
+        import torch  # here, so that our own networks need no torch
+
+        from expertgrid.model.registry import build, for_shapes
+
+        with for_shapes(config):
+            return counted(build(config), torch.zeros(1, config.in_chans, height, width))
     config.output_size(height, width)  # raises ValueError for images that are too small
     costs, channels, _ = _sequence(config.layers, config.in_chans, (height, width), config.norm)
     hidden = config.head.hidden if config.head.pool else ()
@@ -118,15 +123,6 @@ def check_image_size(model: str, config: Network, size: Size, data: str) -> None
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"model {model} does not take the {size[0]}x{size[1]} images of {data}: {reason}") from None
-
-
-def _counted(config: Network, height: int, width: int) -> Cost:
-    import torch  # here, so that our own networks need no torch
-
-    from expertgrid.model.registry import build, for_shapes
-
-    with for_shapes(config):
-        return counted(build(config), torch.zeros(1, config.in_chans, height, width))
 
 
 def counted(net: "nn.Module", image_1CHW: "Tensor") -> Cost:
