@@ -10,17 +10,7 @@ operations each). The cost of a `ModelConfig` is worked out from the config alon
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from expertgrid.model.config import (
-    Block,
-    Conv,
-    GateConfig,
-    Layer,
-    ModelConfig,
-    Network,
-    NormConfig,
-    Residual,
-    Whiten,
-)
+from expertgrid.model.config import Block, Conv, GateConfig, Layer, ModelConfig, Network, NormConfig, Residual, Whiten
 from expertgrid.model.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,19 +82,16 @@ def _layer(layer: Layer, in_chs: int, size: Size, norm: NormConfig) -> Cost:
             conv = _conv(in_chs, layer.channels, layer.kernel, out, bias=not layer.norm_act)
             return _sum([conv, _norm(layer.channels, norm)]) if layer.norm_act else conv
         case Block():
-            return _block(layer, in_chs, size, norm)
+            out, bias = _after(layer, size), layer.norm_act == "none"
+            norms = {"expert": len(layer.kernels), "mix": 1, "none": 0}[layer.norm_act]
+            experts = [_conv(in_chs, layer.channels, kernel, out, bias) for kernel in layer.kernels]
+            gate = _gate(layer.gate, in_chs, len(layer.kernels))
+            return _sum([*experts, *[_norm(layer.channels, norm)] * norms, gate])
         case Residual():
             costs, channels, out = _sequence(layer.layers, in_chs, size, norm)
             return _sum([*costs, *[_conv(in_chs, channels, 1, out, bias=True)] * layer.has_projection(in_chs)])
         case _:
             return 0, 0  # pooling, dropout
-
-
-def _block(block: Block, in_chs: int, size: Size, norm: NormConfig) -> Cost:
-    out, bias = _after(block, size), block.norm_act == "none"
-    norms = {"expert": len(block.kernels), "mix": 1, "none": 0}[block.norm_act]
-    experts = [_conv(in_chs, block.channels, kernel, out, bias) for kernel in block.kernels]
-    return _sum([*experts, *[_norm(block.channels, norm)] * norms, _gate(block.gate, in_chs, len(block.kernels))])
 
 
 def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:

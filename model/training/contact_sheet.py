@@ -63,11 +63,8 @@ def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor,
         if target.ndim == 0:
             captions.append([data.classes[target]])
         else:
-            largest = target.topk(CAPTIONS)
-            parts = [
-                (share, data.classes[label]) for share, label in zip(*map(Tensor.tolist, largest)) if share >= 0.005
-            ]
-            captions.append([f"{share:.0%} {name}" for share, name in parts])
+            largest = zip(*map(Tensor.tolist, target.topk(CAPTIONS)))
+            captions.append([f"{share:.0%} {data.classes[label]}" for share, label in largest if share >= 0.005])
     order = batch.indices_B.argsort()
     return [(pixels_BHWC[i], captions[i]) for i in order]
 
