@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
 from expertgrid.export.mcnemar import mcnemar
 from expertgrid.export.metadata import AS_IT_IS, Options, Precision
 from expertgrid.export.session import Session, open_any, run
 from expertgrid.export.to_onnx import INPUT, LOGITS, NAME_SCOPES
+from expertgrid.model.gates import recorded
 
 BATCH = 64  # of PyTorch, and of the model on all images
 SAMPLED_BATCHES = (1, 2, 7)
@@ -141,17 +142,11 @@ def first_divergence(
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
     session = open_any(proto.SerializeToString(), provider, EXPORTED, precision, True, options)
     onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
-    pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}
-    hooks = [
-        modules[name].register_forward_hook(lambda _, __, out, name=name: pytorch_outputs.update({name: out}))
-        for name in tensors
-    ]
-    net(torch.from_numpy(images))
-    for hook in hooks:
-        hook.remove()
+    with recorded({name: modules[name] for name in tensors}) as pytorch_outputs:
+        net(torch.from_numpy(images))
     for name, onnx_output in onnx_outputs.items():
-        expected = pytorch_outputs[name].numpy()
+        expected = pytorch_outputs[name][0].numpy()
         difference = np.abs(onnx_output.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-12)
         if not difference <= DIVERGED[precision]:
             return name

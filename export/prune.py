@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from expertgrid.export.compare import pytorch_logits
 from expertgrid.export.to_onnx import as_input
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.gates import recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.net import ExpertBlock, ExpertNet
 from expertgrid.model.system.errors import InputError
 
@@ -40,7 +40,7 @@ def pruned(
 
 def largest_gate_weights(net: ExpertNet, images: np.ndarray) -> dict[str, Tensor]:
     """The largest weight (K,) of each expert over all images, normalised floats (B, C, H, W), by the block's name."""
-    with recorded_gates(net) as weights:
+    with recorded(gates(net)) as weights:
         pytorch_logits(net, images)
     return {block: torch.cat(batches_BK).amax(0) for block, batches_BK in weights.items()}
 
