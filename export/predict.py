@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 from pydantic import BaseModel
-from scipy.special import softmax
 
 from expertgrid.export.metadata import AS_IT_IS, INPUT, LOGITS, Metadata, read_metadata
 from expertgrid.export.session import open_any, open_session, run
@@ -52,7 +51,8 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
             raise InputError(
                 f"{name}: its output is {logits_BN.shape[1:]}, its metadata has {len(trained.classes)} classes"
             )
-        for path, probabilities_N in zip(paths, softmax(logits_BN.astype(np.float64), axis=1)):
+        odds_BN = np.exp(logits_BN.astype(np.float64) - logits_BN.max(1, keepdims=True))  # scipy's takes long to import
+        for path, probabilities_N in zip(paths, odds_BN / odds_BN.sum(1, keepdims=True)):
             order = np.argsort(-probabilities_N, kind="stable")
             ranked = [(trained.classes[n], float(probabilities_N[n])) for n in order]
             predictions.append(Prediction(path=path, classes=ranked))
