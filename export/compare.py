@@ -13,17 +13,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from expertgrid.export.certificate import BOUNDS, Agreement, Certificate
 from expertgrid.export.mcnemar import mcnemar
 from expertgrid.export.metadata import AS_IT_IS, Options, Precision
 from expertgrid.export.session import Session, open_any, run
 from expertgrid.export.to_onnx import INPUT, LOGITS, NAME_SCOPES
+from expertgrid.model.gates import recorded
 
 BATCH = 64  # of PyTorch, and of the model on all images
 SAMPLED_BATCHES = (1, 2, 7)
 SAMPLE = 1_000  # images
+EXPORTED = "the exported model"
 DIVERGED = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.2}  # relative to the largest value of a layer's output
 
 
@@ -45,7 +47,7 @@ def compare(
     CPU, and ONNX Runtime on CUDA without TF32; what is allowed is in `BOUNDS`. Raises InputError where a provider is
     missing.
     """
-    sessions = {provider: _session(model, provider, precision, options) for provider in providers}
+    sessions = {name: open_any(model, name, EXPORTED, precision, True, options) for name in providers}
     pytorch_BN = pytorch_logits(net, images) if pytorch_BN is None else pytorch_BN
     every = max(1, len(images) // SAMPLE)
     agreements = [
@@ -80,10 +82,6 @@ def pytorch_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
 def onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
     """A session's logits (B, N) of all images, `batch` at a time."""
     return np.concatenate([run(session, [LOGITS], {INPUT: part})[0] for part in _batches(images, batch)])
-
-
-def _session(model: bytes, provider: str, precision: Precision, options: Options) -> Session:
-    return open_any(model, provider, "the exported model", precision, full_fp32=True, options=options)
 
 
 def _batches(images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
@@ -142,19 +140,13 @@ def first_divergence(
     if not tensors:
         return "an unknown layer"
     proto.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in tensors.values())
-    session = _session(proto.SerializeToString(), provider, precision, options)
+    session = open_any(proto.SerializeToString(), provider, EXPORTED, precision, True, options)
     onnx_outputs = dict(zip(tensors, run(session, list(tensors.values()), {INPUT: images})))
-    pytorch_outputs: dict[str, Tensor] = {}
     modules = {name.removeprefix("net."): module for name, module in net.named_modules()}
-    hooks = [
-        modules[name].register_forward_hook(lambda _, __, out, name=name: pytorch_outputs.update({name: out}))
-        for name in tensors
-    ]
-    net(torch.from_numpy(images))
-    for hook in hooks:
-        hook.remove()
+    with recorded({name: modules[name] for name in tensors}) as pytorch_outputs:
+        net(torch.from_numpy(images))
     for name, onnx_output in onnx_outputs.items():
-        expected = pytorch_outputs[name].numpy()
+        expected = pytorch_outputs[name][0].numpy()
         difference = np.abs(onnx_output.astype(np.float64) - expected).max() / max(np.abs(expected).max(), 1e-12)
         if not difference <= DIVERGED[precision]:
             return name

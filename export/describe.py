@@ -3,13 +3,13 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.inliner import inline_local_functions
 from pydantic import BaseModel
 
@@ -19,6 +19,7 @@ from expertgrid.model.system.files import opened_file, read_whole
 
 Sizes = tuple[int | str, ...]  # a str is an open dimension, "?" where it has no name
 Shape = Sizes | None  # None: not even the rank is known
+Kind = TypeVar("Kind")
 
 # What a quantized or fused operator is without scales, zero points and biases: its name, and the inputs that it keeps.
 PLAIN = {
@@ -100,9 +101,9 @@ def describe(model: bytes, name: str) -> Description:
     Raises InputError for bytes that are not ONNX.
     """
     parsed = _inlined(_parsed(model, name), name)
-    tensors = list(_tensors(parsed))
+    tensors = list(_messages(parsed, TensorProto))
     operators = Counter(
-        _operator_name(node) for graph in _graphs(parsed.graph) for node in graph.node if node.op_type != "Constant"
+        _operator_name(node) for node in _messages(parsed.graph, NodeProto) if node.op_type != "Constant"
     )
     macs, macs_unknown = _macs(parsed)
     return Description(
@@ -129,7 +130,7 @@ def read_onnx(path: Path) -> bytes:
     """
     model = read_whole(path, LARGEST_MODEL)
     whole = _parsed(model, str(path))
-    outside = [tensor for tensor in _tensors(whole) if tensor.data_location == TensorProto.EXTERNAL]
+    outside = [tensor for tensor in _messages(whole, TensorProto) if tensor.data_location == TensorProto.EXTERNAL]
     if not outside:
         return model
     total = len(model)
@@ -170,35 +171,14 @@ def _place_of(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     return file, offset, length
 
 
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """All tensors that a model holds: of its graphs, functions and attributes."""
-    yield from _tensors_of_graph(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _tensors_of_attributes(node.attribute)
-        yield from _tensors_of_attributes(function.attribute_proto)
-    for training in model.training_info:
-        yield from _tensors_of_graph(training.initialization)
-        yield from _tensors_of_graph(training.algorithm)
-
-
-def _tensors_of_graph(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _tensors_of_attributes(node.attribute)
-
-
-def _tensors_of_attributes(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
-    for attribute in attributes:
-        yield from ([attribute.t] if attribute.HasField("t") else [])
-        yield from attribute.tensors
-        single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-        for sparse in (*single, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _tensors_of_graph(graph)
+def _messages(message: Any, kind: type[Kind]) -> Iterator[Kind]:
+    """All messages of a kind that are in a message of protobuf, at any depth, and itself."""
+    if isinstance(message, kind):
+        yield message
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(inner, kind)
 
 
 def _parsed(model: bytes, name: str) -> ModelProto:
@@ -218,7 +198,7 @@ def _check_sizes(model: ModelProto, name: str) -> None:
     """Raises InputError where the model would take a machine's memory, before anything of it is expanded or run."""
     types, values = set(TensorProto.DataType.values()), (*model.graph.input, *model.graph.output)
     if any(value.type.tensor_type.elem_type not in types for value in values) or any(
-        tensor.data_type not in types - {TensorProto.UNDEFINED} for tensor in _tensors(model)
+        tensor.data_type not in types - {TensorProto.UNDEFINED} for tensor in _messages(model, TensorProto)
     ):
         raise wrong_file(name, "not an ONNX file, or a damaged one (a tensor in it is of an unknown type)")
     functions = {(function.domain, function.name): function for function in model.functions}
@@ -230,8 +210,7 @@ def _check_sizes(model: ModelProto, name: str) -> None:
 
     def total(nodes: Sequence[NodeProto], depth: int = 0) -> float:
         """The bytes of nodes with all functions that they call."""
-        inner = [other for node in nodes for body in _bodies(node) for graph in _graphs(body) for other in graph.node]
-        called = [(node.domain, node.op_type) for node in (*nodes, *inner)]
+        called = [(inner.domain, inner.op_type) for node in nodes for inner in _messages(node, NodeProto)]
         own = NODE_BYTES * len(called) + sum(node.ByteSize() for node in nodes)
         return own + sum(expanded(key, depth) for key in called if key in functions)
 
@@ -255,26 +234,13 @@ def _inlined(model: ModelProto, name: str) -> ModelProto:
         raise wrong_file(name, f"not an ONNX file, or a damaged one ({str(error).splitlines()[0]})") from None
 
 
-def _strings(message: Any) -> Iterator[str | bytes]:
-    """All texts in a message of protobuf, which gives those that are not UTF-8 as bytes."""
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_STRING:
-            yield from [value] if isinstance(value, str | bytes) else value
-        elif field.type == field.TYPE_MESSAGE:
-            for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from _strings(inner)
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph, and the bodies of its nodes."""
-    yield graph
-    for node in graph.node:
-        for body in _bodies(node):
-            yield from _graphs(body)
-
-
-def _bodies(node: NodeProto) -> list[GraphProto]:
-    return [body for attribute in node.attribute for body in (attribute.g, *attribute.graphs) if body.output]
+def _strings(model: ModelProto) -> Iterator[str | bytes]:
+    """All texts in a model. protobuf gives those that are not UTF-8 as bytes."""
+    messages: Iterator[Any] = _messages(model, object)
+    for message in messages:
+        for field, value in message.ListFields():
+            if field.type == field.TYPE_STRING:
+                yield from [value] if isinstance(value, str | bytes) else value
 
 
 def _bytes(tensor: TensorProto) -> int:
@@ -308,11 +274,8 @@ def _shape(value: ValueInfoProto) -> Shape:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") else _dimension(dim.dim_param) for dim in tensor.shape.dim)
-
-
-def _dimension(name: str) -> str:
-    return "?" if not name or name.startswith(NAMELESS) else name
+    sizes = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim)
+    return tuple("?" if str(size).startswith(NAMELESS) else size for size in sizes)
 
 
 def _with_plain_operators(model: ModelProto) -> ModelProto:
@@ -370,13 +333,13 @@ def _macs(model: ModelProto) -> tuple[int | None, str]:
     for node in plain.graph.node:
         if node.op_type in NOT_COUNTED or node.domain not in STANDARD:
             return None, f"those of the operator {_operator_name(node)} are not counted"
-        if any(inner.op_type in PRODUCTS for body in _bodies(node) for graph in _graphs(body) for inner in graph.node):
-            return None, f"the body of {node.op_type} has some, and may run any number of times"
         if node.op_type in PRODUCTS:
             try:
                 total += PRODUCTS[node.op_type](node, shapes)
             except (TypeError, KeyError, IndexError, ValueError):  # an open dimension, or a tensor without a shape
                 return None, f"the shapes of {node.op_type} {node.name!r} are open"
+        elif any(inner.op_type in PRODUCTS for inner in _messages(node, NodeProto)):
+            return None, f"the body of {node.op_type} has some, and may run any number of times"
     return round(total / batch), ""
 
 

@@ -11,18 +11,13 @@ import tempfile
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QDQQuantizer,
-    QuantType,
-    create_calibrator,
-)
+from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, create_calibrator
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
@@ -30,7 +25,6 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from expertgrid.export.compare import onnx_logits
 from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import INPUT, checked
-from expertgrid.model.system.errors import InputError, unknown
 
 Reduced = Literal["fp16", "int8"]
 
@@ -48,13 +42,10 @@ class PrecisionError(RuntimeError):
 class Reduction:
     """A model that is to be reduced to float16 or int8, and the ranges of its values on some images.
 
-    `images`, in the form of the model's input, give the smallest and largest value of each tensor. Raises InputError
-    where there is no image.
+    `images`, in the form of the model's input, give the smallest and largest value of each tensor.
     """
 
     def __init__(self, model: bytes, precision: Reduced, images: np.ndarray):
-        if len(images) == 0:
-            raise InputError("calibration: at least one image is needed, found none")
         self.original, self.precision = _parse(model), precision
         operators = {node.op_type for node in self.original.graph.node} if precision == "fp16" else QUANTIZED
         self.ranges = _ranges(self.original, images, operators)
@@ -64,12 +55,8 @@ class Reduction:
 
         Float16: weights and computation in float16; input and output keep their types, and values between two nodes in
         float32 do not pass through float16. int8: int8 weights, with a scale for each output channel, and uint8
-        activations. Raises InputError for a name that is not in the model.
+        activations.
         """
-        names = [node.name for node in self.original.graph.node]
-        for name in keep:
-            if name not in names:
-                raise unknown("node", name, names)
         reduce = _fp16 if self.precision == "fp16" else partial(_int8, ranges=self.ranges)
         return _finish(reduce(self.original, keep=keep), self.original)
 
@@ -83,7 +70,7 @@ def lowered(
     computes in float32 between float16 weights, so that a check there would not see it. Where `check` is false, groups
     of nodes are added, those first that change the logits most when they alone are reduced, in growing steps until
     `check` is true. `calibration` is the images of `Reduction`, and its first images also serve to rank the groups.
-    Raises PrecisionError where `check` is false with all in float32 too, and InputError as `Reduction` does.
+    Raises PrecisionError where `check` is false with all in float32 too.
     """
     reduction = Reduction(model, precision, calibration)
     original = reduction.original
@@ -146,25 +133,14 @@ def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
     return node.op_type == "Cast" and next(value.i for value in node.attribute if value.name == "to") == kind
 
 
-class _Batches(CalibrationDataReader):
-    """All calibration images, some at a time."""
-
-    def __init__(self, images: np.ndarray):
-        self.parts = iter(images[i : i + BATCH] for i in range(0, len(images), BATCH))
-
-    # ty: ONNX Runtime declares a dict, and stops at None
-    def get_next(self) -> dict[str, np.ndarray] | None:  # ty: ignore[incompatible-method-override]
-        part = next(self.parts, None)
-        return None if part is None else {INPUT: part}
-
-
 def _ranges(original: onnx.ModelProto, images: np.ndarray, operators: Collection[str]) -> TensorsData:
     """The smallest and the largest value over all images of each float tensor that these operators read or write."""
     with tempfile.TemporaryDirectory(prefix="expertgrid-") as directory:
         path, augmented = Path(directory, "model.onnx"), Path(directory, "augmented.onnx")
         onnx.save(original, path)
         calibrator = create_calibrator(path, list(operators), str(augmented), CalibrationMethod.MinMax)
-        calibrator.collect_data(_Batches(images))
+        batches = iter([{INPUT: images[i : i + BATCH]} for i in range(0, len(images), BATCH)])
+        calibrator.collect_data(SimpleNamespace(get_next=lambda: next(batches, None)))
         return calibrator.compute_data()
 
 

@@ -51,7 +51,7 @@ def predict(model: bytes, name: str, images: Sequence[Path], provider: str | Non
             raise InputError(
                 f"{name}: its output is {logits_BN.shape[1:]}, its metadata has {len(trained.classes)} classes"
             )
-        odds_BN = np.exp(logits_BN.astype(np.float64) - logits_BN.max(1, keepdims=True))
+        odds_BN = np.exp(logits_BN.astype(np.float64) - logits_BN.max(1, keepdims=True))  # scipy's takes long to import
         for path, probabilities_N in zip(paths, odds_BN / odds_BN.sum(1, keepdims=True)):
             order = np.argsort(-probabilities_N, kind="stable")
             ranked = [(trained.classes[n], float(probabilities_N[n])) for n in order]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from expertgrid.export.compare import pytorch_logits
 from expertgrid.export.to_onnx import as_input
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.config import Block, Layer, Residual
-from expertgrid.model.gates import recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.net import ExpertBlock, ExpertNet
 from expertgrid.model.system.errors import InputError
 
@@ -41,7 +40,7 @@ def pruned(
 
 def largest_gate_weights(net: ExpertNet, images: np.ndarray) -> dict[str, Tensor]:
     """The largest weight (K,) of each expert over all images, normalised floats (B, C, H, W), by the block's name."""
-    with recorded_gates(net) as weights:
+    with recorded(gates(net)) as weights:
         pytorch_logits(net, images)
     return {block: torch.cat(batches_BK).amax(0) for block, batches_BK in weights.items()}
 
@@ -53,22 +52,22 @@ def prune_gates(net: ExpertNet, gates_max: dict[str, Tensor], threshold: float) 
     `largest_gate_weights` of the validation images. The softmax over the experts that are left renormalises
     their weights; where one is left it has no gate, and where none would be the one with the largest weight stays.
     Returns a new network, in the mode of `net` and with the config that describes it, and the names of the experts
-    dropped. Raises ValueError for a name that is no block with a gate, and for weights of another shape.
+    dropped.
     """
     source = copy.deepcopy(net)
-    blocks = {
-        name: part for name, part in source.named_modules() if isinstance(part, ExpertBlock) and part.gate is not None
-    }
     dropped: list[str] = []
-    remaining: dict[str, list[int]] = {}
-    for name, max_K in gates_max.items():
-        if name not in blocks or max_K.shape != (len(blocks[name].experts),):
-            raise ValueError(f"{name}: weights {tuple(max_K.shape)} do not belong to a gate of this network")
-        stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
-        remaining[name] = stay_K.nonzero().flatten().tolist()
-        dropped += [f"{name}.experts.{k}" for k in range(len(max_K)) if k not in remaining[name]]
-        _keep_experts(blocks[name], remaining[name])
-    config = net.config.change(layers=_pruned_layers(net.config.layers, remaining, "layers."))
+    remaining: list[list[int]] = []  # of each block
+    for name, block in list(source.named_modules()):
+        if isinstance(block, ExpertBlock):
+            remaining.append(list(range(len(block.experts))))
+            if name in gates_max:
+                max_K = gates_max[name]
+                stay_K = (max_K >= threshold) | (torch.arange(len(max_K)) == max_K.argmax().cpu()).to(max_K.device)
+                dropped += [f"{name}.experts.{k}" for k in remaining[-1] if not stay_K[k]]
+                remaining[-1] = stay_K.nonzero().flatten().tolist()
+                _keep_experts(block, remaining[-1])
+    in_turn = iter(remaining)
+    config = net.config.map_blocks(lambda block: block.change(kernels=tuple(block.kernels[k] for k in next(in_turn))))
     with torch.device("meta"):  # no memory, and no numbers drawn
         pruned = ExpertNet(config)
     pruned.load_state_dict(source.state_dict(), assign=True)
@@ -86,15 +85,3 @@ def _keep_experts(block: ExpertBlock, remaining: list[int]) -> None:
     block.gate = None
     if isinstance(block.norm_act, nn.Sequential):  # the norm after one expert is its own
         block.experts[0].norm, block.norm_act = block.norm_act[0], nn.Identity()
-
-
-def _pruned_layers(layers: tuple[Layer, ...], remaining: dict[str, list[int]], prefix: str) -> tuple[Layer, ...]:
-    """The configs of layers in which the blocks named in `remaining` have those experts only."""
-    changed = []
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Residual):
-            layer = layer.change(layers=_pruned_layers(layer.layers, remaining, f"{prefix}{i}.layers."))
-        elif isinstance(layer, Block) and f"{prefix}{i}" in remaining:
-            layer = layer.change(kernels=tuple(layer.kernels[k] for k in remaining[f"{prefix}{i}"]))
-        changed.append(layer)
-    return tuple(changed)

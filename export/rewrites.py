@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
-from expertgrid.model.system.errors import unknown
 
 # Speed of a block with merged kernels, relative to the block as trained, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
@@ -80,14 +79,12 @@ def fold_norms(parts: Parts) -> Parts:
     return replace(parts, convs=tuple(fuse_conv_bn_eval(conv, parts.norm) for conv in parts.convs), norm=None)
 
 
-def constant_weights(gate: Gate) -> Tensor | None:
+@torch.no_grad()
+def constant_weights(gate: Gate, in_chs: int) -> Tensor | None:
     """The weights (K,) of a gate that is the same for all images: uniform, constant, or its last matrix is zero."""
-    if gate.logits_K is not None:
-        return torch.softmax(gate.logits_K.detach() / gate.temperature, dim=0)
-    if gate.mlp is None:
-        return torch.full((gate.experts,), 1 / gate.experts)
-    last = _last_layer(gate.mlp)
-    return None if last.weight.any() else torch.softmax(last.bias.detach() / gate.temperature, dim=0)
+    if gate.mlp is not None and _last_layer(gate.mlp).weight.any():
+        return None
+    return gate(torch.zeros(1, in_chs, 1, 1))[0]
 
 
 def _last_layer(mlp: nn.Sequential) -> nn.Linear:
@@ -102,7 +99,7 @@ def fold_constant_gate(parts: Parts) -> Parts:
     Exact for linear experts, which become one convolution, and for experts that end in a ReLU, as
     a * relu(z) = relu(a * z) for a >= 0. A block with another gate is left as it is.
     """
-    weights_K = None if parts.gate is None else constant_weights(parts.gate)
+    weights_K = None if parts.gate is None else constant_weights(parts.gate, parts.convs[0].in_channels)
     if weights_K is None:
         return parts
     if parts.linear:
@@ -298,11 +295,7 @@ def rewrite(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.M
     `rewrites` names those of `REWRITES` that are applied. Its weights have other names and shapes than those of `net`:
     it is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
     any network is a batch norm directly after a convolution, which ONNX Runtime folds itself when it loads the file.
-    Raises InputError for an unknown rewrite.
     """
-    for name in rewrites:
-        if name not in REWRITES:
-            raise unknown("rewrite", name, REWRITES)
     net = copy.deepcopy(net).eval()
     return _rewrite_layers(net, rewrites).eval() if isinstance(net, ExpertNet) else net
 
@@ -331,8 +324,7 @@ def fold_norm(layer: ConvNormAct) -> nn.Sequential:
     """
     if not hasattr(layer, "norm"):
         return layer
-    if not hasattr(layer, "pool"):
-        return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.act)
-    if (layer.norm.weight < 0).any():
+    pools = [layer.pool] if hasattr(layer, "pool") else []
+    if pools and (layer.norm.weight < 0).any():
         return layer
-    return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), layer.pool, layer.act)
+    return nn.Sequential(fuse_conv_bn_eval(layer.conv, layer.norm), *pools, layer.act)

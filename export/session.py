@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -66,17 +65,17 @@ def open_any(
         raise InputError(
             f"{name}: computes in bfloat16, which is done with provider openvino; {provider!r} was asked for"
         )
-    return open_session(model, provider, name, FULL_FP32.get(provider, {}) if full_fp32 else {}, options)
+    return open_session(model, provider, name, full_fp32, options)
 
 
 def open_session(
     model: bytes,
     provider: str,
     name: str,
-    chosen: Mapping[str, str] = MappingProxyType({}),
+    full_fp32: bool = False,
     options: Options = AS_IT_IS,
 ) -> onnxruntime.InferenceSession:
-    """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt"), with `chosen` of its options.
+    """A session for an ONNX model that runs on `provider` ("cpu", "cuda", "tensorrt").
 
     `name` is what errors call the model. Raises InputError for a model that does not load and for a provider that is
     not there or does not start: ONNX Runtime would go on with the CPU.
@@ -93,11 +92,14 @@ def open_session(
     if provider != "cpu":
         of_session.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # it runs every node
     onnxruntime.set_default_logger_severity(4)
+    of_provider = FULL_FP32.get(provider, {}) if full_fp32 else {}
+    if provider == "cuda" and options.layout == "NHWC":
+        of_provider = of_provider | {"prefer_nhwc": "1"}
     try:
         session = onnxruntime.InferenceSession(
             model,
             of_session,
-            providers=[(ORT_PROVIDERS[provider], {**chosen, **provider_options(options, provider)})],
+            providers=[(ORT_PROVIDERS[provider], of_provider)],
             enable_fallback=0,
         )
     except (*ORT_ERRORS, UnicodeDecodeError) as error:  # of a message with a name of the file that is not UTF-8
@@ -121,11 +123,6 @@ def session_options(options: Options) -> onnxruntime.SessionOptions:
     if options.layout == "NCHW":  # the level below that which blocks channels
         of_session.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return of_session
-
-
-def provider_options(options: Options, provider: str) -> dict[str, str]:
-    """Those of a provider of ONNX Runtime."""
-    return {"prefer_nhwc": "1"} if provider == "cuda" and options.layout == "NHWC" else {}
 
 
 def run(session: Session, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expertgrid.export.metadata import INPUT, LOGITS, Input, Metadata
 from expertgrid.export.rewrites import rewrite
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.gates import gates, recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.pixels import normalise, normalised
 from expertgrid.model.system.errors import InputError
 
@@ -48,7 +48,7 @@ class WithOutputs(nn.Module):
         self.outputs = outputs
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        with recorded_gates(self.net) as weights:
+        with recorded(gates(self.net)) as weights:
             logits_BN = self.net(images)
         probabilities = (logits_BN.softmax(1),) if PROBABILITIES in self.outputs else ()
         weights_BK = [gate_BK for (gate_BK,) in weights.values()] if GATES in self.outputs else []

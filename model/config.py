@@ -8,7 +8,6 @@ A block runs K convolution experts on the same input and mixes their outputs wit
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,6 +25,7 @@ def _odd(kernel: int) -> int:
 
 
 WIDEST = 4096  # channels or hidden units of a layer
+LARGE = 2**400  # pixels: a height or width beside which borders are nothing
 
 Count = Annotated[int, Field(ge=1, le=WIDEST, strict=True)]
 Kernel = Annotated[int, Field(ge=1, le=15, strict=True), AfterValidator(_odd)]
@@ -49,7 +49,7 @@ class Spec(BaseModel):
 class LayerSpec(Spec):
     """A layer, and what it does to the channels and to the height and width of an image."""
 
-    has_weights: ClassVar[bool] = True
+    has_weights: ClassVar[bool] = True  # its output is one of the features that timm's interface gives
 
     def out_channels(self, channels: int) -> int:
         """The channels after this layer, given those before it."""
@@ -61,20 +61,8 @@ class LayerSpec(Spec):
 
     @property
     def reduction(self) -> int:
-        """The factor by which this layer divides height and width."""
-        return 1
-
-    def blocks(self) -> Iterator["Block"]:
-        """The expert blocks in this layer, in order."""
-        return iter(())
-
-    def map_blocks(self, change: Callable[["Block"], "Block"]) -> Self:
-        """This layer with `change` applied to each of its expert blocks."""
-        return self
-
-    def resolved(self, channels: int) -> Self:
-        """This layer after `channels` channels: each gate's `reduction` is written as `hidden`."""
-        return self
+        """The factor by which this layer divides height and width, but for what happens at the border."""
+        return round(LARGE / self.out_pixels(LARGE))
 
 
 class GateConfig(Spec):
@@ -165,10 +153,6 @@ class Conv(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return self.conv_pixels(pixels) // self.pool
 
-    @property
-    def reduction(self) -> int:
-        return self.stride * self.pool
-
 
 class Block(LayerSpec):
     """K parallel convolution experts, one for each of `kernels`, and the gate that mixes them.
@@ -211,17 +195,8 @@ class Block(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return (pixels - 1) // self.stride + 1
 
-    @property
-    def reduction(self) -> int:
-        return self.stride
-
-    def blocks(self) -> Iterator["Block"]:
-        yield self
-
-    def map_blocks(self, change: Callable[["Block"], "Block"]) -> "Block":
-        return change(self)
-
     def resolved(self, channels: int) -> "Block":
+        """This block after `channels` channels: its gate's `reduction` is written as `hidden`."""
         if self.gate is None or self.gate.reduction is None:
             return self
         hidden = max(SMALLEST_HIDDEN, channels // self.gate.reduction)
@@ -250,23 +225,9 @@ class Residual(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return reduce(lambda before, layer: layer.out_pixels(before), self.layers, pixels)
 
-    @property
-    def reduction(self) -> int:
-        return math.prod(layer.reduction for layer in self.layers)
-
     def has_projection(self, channels: int) -> bool:
         """Whether the input, of `channels` channels, needs a 1x1 convolution to have the shape of the output."""
         return self.out_channels(channels) != channels or self.reduction > 1
-
-    def blocks(self) -> Iterator[Block]:
-        for layer in self.layers:
-            yield from layer.blocks()
-
-    def map_blocks(self, change: Callable[[Block], Block]) -> "Residual":
-        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
-
-    def resolved(self, channels: int) -> "Residual":
-        return self.change(layers=_resolved(self.layers, channels))
 
 
 class Pool(LayerSpec):
@@ -281,10 +242,6 @@ class Pool(LayerSpec):
     def out_pixels(self, pixels: int) -> int:
         return pixels // self.size
 
-    @property
-    def reduction(self) -> int:
-        return self.size
-
 
 class Dropout(LayerSpec):
     """Dropout of single activations."""
@@ -298,12 +255,24 @@ class Dropout(LayerSpec):
 Layer = Annotated[Whiten | Conv | Block | Residual | Pool | Dropout, Field(discriminator="kind")]
 
 
-def _resolved(layers: tuple[Layer, ...], channels: int) -> tuple[Layer, ...]:
-    resolved = []
+def _blocks(layers: tuple[Layer, ...]) -> Iterator[Block]:
     for layer in layers:
-        resolved.append(layer.resolved(channels))
+        if isinstance(layer, Residual):
+            yield from _blocks(layer.layers)
+        elif isinstance(layer, Block):
+            yield layer
+
+
+def _map_blocks(layers: tuple[Layer, ...], channels: int, change: Callable[[Block, int], Block]) -> tuple[Layer, ...]:
+    """Layers after `channels` channels, with `change` applied to each expert block and the channels before it."""
+    changed = []
+    for layer in layers:
+        if isinstance(layer, Residual):
+            changed.append(layer.change(layers=_map_blocks(layer.layers, channels, change)))
+        else:
+            changed.append(change(layer, channels) if isinstance(layer, Block) else layer)
         channels = layer.out_channels(channels)
-    return tuple(resolved)
+    return tuple(changed)
 
 
 class HeadConfig(Spec):
@@ -336,14 +305,9 @@ class ModelConfig(Spec):
     @field_validator("layers")
     @classmethod
     def _sizes_from_reductions(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
-        return _resolved(layers, info.data["in_chans"]) if "in_chans" in info.data else layers
-
-    @field_validator("layers")
-    @classmethod
-    def _whitens_images(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if any(isinstance(layer, Whiten) for layer in layers[1:]):
             raise ValueError("only the first layer can be a whitening stem")
-        return layers
+        return _map_blocks(layers, info.data["in_chans"], Block.resolved) if "in_chans" in info.data else layers
 
     @model_validator(mode="after")
     def _no_pool_no_classifier(self) -> Self:
@@ -353,16 +317,11 @@ class ModelConfig(Spec):
 
     def blocks(self) -> Iterator[Block]:
         """Every expert block, macro blocks opened, in order."""
-        for layer in self.layers:
-            yield from layer.blocks()
+        return _blocks(self.layers)
 
     def map_blocks(self, change: Callable[[Block], Block]) -> "ModelConfig":
         """This network with `change` applied to each expert block."""
-        return self.change(layers=tuple(layer.map_blocks(change) for layer in self.layers))
-
-    def feature_layers(self) -> list[int]:
-        """The positions of the layers that have weights: their outputs are the features that timm's interface gives."""
-        return [i for i, layer in enumerate(self.layers) if layer.has_weights]
+        return self.change(layers=_map_blocks(self.layers, self.in_chans, lambda block, _: change(block)))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the feature map before the head. Raises ValueError where a layer is left no pixel."""

@@ -10,18 +10,7 @@ operations each). The cost of a `ModelConfig` is worked out from the config alon
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from expertgrid.model.config import (
-    Block,
-    Conv,
-    GateConfig,
-    HeadConfig,
-    Layer,
-    ModelConfig,
-    Network,
-    NormConfig,
-    Residual,
-    Whiten,
-)
+from expertgrid.model.config import Block, Conv, GateConfig, Layer, ModelConfig, Network, NormConfig, Residual, Whiten
 from expertgrid.model.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,10 +26,16 @@ def cost(config: Network, height: int, width: int) -> Cost:
     Raises ValueError where a layer is left no pixel. A model of timm is built and counted.
     """
     if not isinstance(config, ModelConfig):
-        return _counted(config, height, width)
+        import torch  # here, so that our own networks need no torch
+
+        from expertgrid.model.registry import build, for_shapes
+
+        with for_shapes(config):
+            return counted(build(config), torch.zeros(1, config.in_chans, height, width))
     config.output_size(height, width)  # raises ValueError for images that are too small
     costs, channels, _ = _sequence(config.layers, config.in_chans, (height, width), config.norm)
-    return _sum([*costs, _head(config.head, channels, config.num_classes)])
+    hidden = config.head.hidden if config.head.pool else ()
+    return _sum([*costs, _linear((channels, *hidden, *([config.num_classes] if config.num_classes else [])))])
 
 
 def _sequence(layers: Iterable[Layer], channels: int, size: Size, norm: NormConfig) -> tuple[list[Cost], int, Size]:
@@ -87,19 +82,16 @@ def _layer(layer: Layer, in_chs: int, size: Size, norm: NormConfig) -> Cost:
             conv = _conv(in_chs, layer.channels, layer.kernel, out, bias=not layer.norm_act)
             return _sum([conv, _norm(layer.channels, norm)]) if layer.norm_act else conv
         case Block():
-            return _block(layer, in_chs, size, norm)
+            out, bias = _after(layer, size), layer.norm_act == "none"
+            norms = {"expert": len(layer.kernels), "mix": 1, "none": 0}[layer.norm_act]
+            experts = [_conv(in_chs, layer.channels, kernel, out, bias) for kernel in layer.kernels]
+            gate = _gate(layer.gate, in_chs, len(layer.kernels))
+            return _sum([*experts, *[_norm(layer.channels, norm)] * norms, gate])
         case Residual():
             costs, channels, out = _sequence(layer.layers, in_chs, size, norm)
             return _sum([*costs, *[_conv(in_chs, channels, 1, out, bias=True)] * layer.has_projection(in_chs)])
         case _:
             return 0, 0  # pooling, dropout
-
-
-def _block(block: Block, in_chs: int, size: Size, norm: NormConfig) -> Cost:
-    out, bias = _after(block, size), block.norm_act == "none"
-    norms = {"expert": len(block.kernels), "mix": 1, "none": 0}[block.norm_act]
-    experts = [_conv(in_chs, block.channels, kernel, out, bias) for kernel in block.kernels]
-    return _sum([*experts, *[_norm(block.channels, norm)] * norms, _gate(block.gate, in_chs, len(block.kernels))])
 
 
 def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:
@@ -111,31 +103,13 @@ def _gate(gate: GateConfig | None, in_chs: int, experts: int) -> Cost:
     return (0 if gate.frozen else parameters), macs
 
 
-def _head(head: HeadConfig, channels: int, num_classes: int) -> Cost:
-    hidden = head.hidden if head.pool else ()
-    return _linear((channels, *hidden, *([num_classes] if num_classes else [])))
-
-
 def check_image_size(model: str, config: Network, size: Size, data: str) -> None:
     """Raises InputError where the network, which errors call `model`, does not take the images of `data` at a size."""
-    height, width = size
     try:
-        if isinstance(config, ModelConfig):
-            config.output_size(height, width)
-        else:
-            _counted(config, height, width)
+        cost(config, *size)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"model {model} does not take the {height}x{width} images of {data}: {reason}") from None
-
-
-def _counted(config: Network, height: int, width: int) -> Cost:
-    import torch  # here, so that our own networks need no torch
-
-    from expertgrid.model.registry import build, for_shapes
-
-    with for_shapes(config):
-        return counted(build(config), torch.zeros(1, config.in_chans, height, width))
+        raise InputError(f"model {model} does not take the {size[0]}x{size[1]} images of {data}: {reason}") from None
 
 
 def counted(net: "nn.Module", image_1CHW: "Tensor") -> Cost:

@@ -3,7 +3,7 @@
 Shapes: B images, K experts of a block.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -17,19 +17,19 @@ def gates(net: nn.Module) -> dict[str, Gate]:
 
 
 @contextmanager
-def recorded_gates(net: nn.Module) -> Generator[dict[str, list[Tensor]]]:
-    """Records, within the context, the weights (B, K) that each gate gives to each batch, by the name of its block.
+def recorded(modules: Mapping[str, nn.Module]) -> Generator[dict[str, list[Tensor]]]:
+    """Records, within the context, what each module gives for each batch, by its name: a gate the weights (B, K).
 
     The tensors are those of the forward pass: on its device, in its type, and with its gradients where it has them.
     """
-    weights: dict[str, list[Tensor]] = {block: [] for block in gates(net)}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    def record(block: str):
-        return lambda gate, inputs, gate_BK: weights[block].append(gate_BK)
+    def record(name: str):
+        return lambda module, inputs, output: outputs[name].append(output)
 
-    handles = [gate.register_forward_hook(record(block)) for block, gate in gates(net).items()]
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
     try:
-        yield weights
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

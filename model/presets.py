@@ -25,25 +25,14 @@ from expertgrid.model.config import (
 from expertgrid.model.system.errors import unknown
 
 
-def _of_speed_runs(layers: tuple[Layer, ...]) -> ModelConfig:
-    """A network with the norms, the first weights and the head of the speed runs."""
-    norm, head = NormConfig(momentum=0.4, scale=False), HeadConfig(pool="max", scale=1 / 9)
-    return ModelConfig(layers=layers, norm=norm, init="dirac", head=head)
-
-
-def _speed(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
-    """Whitening stem and three groups of a pooled conv and an expert block: the form of the speed runs."""
-    groups = ((Conv(channels=w, pool=2), Block(channels=w, kernels=kernels, norm_act="mix")) for w in widths)
-    return _of_speed_runs((Whiten(), *(layer for group in groups for layer in group)))
-
-
-def _accuracy(widths: tuple[int, int, int], kernels: tuple[int, ...]) -> ModelConfig:
-    """As `_speed`, with a residual macro block of two expert blocks in each group."""
+def _of_speed_runs(widths: tuple[int, int, int], kernels: tuple[int, ...], residual: bool = False) -> ModelConfig:
+    """Whitening stem and three groups of a pooled conv and an expert block, or a residual macro block of two."""
     layers: list[Layer] = [Whiten()]
     for w in widths:
         block = Block(channels=w, kernels=kernels, norm_act="mix")
-        layers += [Conv(channels=w, pool=2), Residual(layers=(block, block))]
-    return _of_speed_runs(tuple(layers))
+        layers += [Conv(channels=w, pool=2), Residual(layers=(block, block)) if residual else block]
+    norm, head = NormConfig(momentum=0.4, scale=False), HeadConfig(pool="max", scale=1 / 9)
+    return ModelConfig(layers=tuple(layers), norm=norm, init="dirac", head=head)
 
 
 def _macro(channels: int, kernel: int = 3, stride: int = 1) -> Block:
@@ -119,12 +108,12 @@ PRESETS: dict[str, ModelConfig] = {
     # Ours. The form and its parts (whitening stem, identity initialisation, convs pooled before their norm, norms of
     # high momentum without scale, scaled head) are those of cifar10-airbench, 2404.00498; the experts are ours: a 1x1
     # expert beside the 3x3 costs a ninth of a second 3x3, and was as good in short trainings.
-    "speed": _speed((64, 256, 256), (3, 1)),
-    "speed_matched_params": _speed((72, 264, 264), (3,)),  # its matched baselines: of equal parameters,
-    "speed_matched_macs": _speed((64, 264, 264), (3,)),  # and of equal multiply-accumulates
-    "accuracy": _accuracy((128, 384, 512), (3, 1)),
-    "accuracy_matched_params": _accuracy((128, 400, 536), (3,)),
-    "accuracy_matched_macs": _accuracy((136, 392, 520), (3,)),
+    "speed": _of_speed_runs((64, 256, 256), (3, 1)),
+    "speed_matched_params": _of_speed_runs((72, 264, 264), (3,)),  # its matched baselines: of equal parameters,
+    "speed_matched_macs": _of_speed_runs((64, 264, 264), (3,)),  # and of equal multiply-accumulates
+    "accuracy": _of_speed_runs((128, 384, 512), (3, 1), residual=True),
+    "accuracy_matched_params": _of_speed_runs((128, 400, 536), (3,), residual=True),
+    "accuracy_matched_macs": _of_speed_runs((136, 392, 520), (3,), residual=True),
 }
 
 

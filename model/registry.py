@@ -116,7 +116,7 @@ default_cfgs = generate_default_cfgs({f"expertnet_{name}.untrained": _default_cf
 def _create(name: str, config: ModelConfig, pretrained: bool, **kwargs: Any) -> "ExpertNet":
     from expertgrid.model.net import ExpertNet
 
-    features = {"out_indices": tuple(range(len(config.feature_layers()))), "feature_cls": "getter"}
+    features = {"out_indices": tuple(range(sum(layer.has_weights for layer in config.layers))), "feature_cls": "getter"}
     return build_model_with_cfg(ExpertNet, name, pretrained, model_cfg=config, feature_cfg=features, **kwargs)
 
 

@@ -1,5 +1,6 @@
 """A picture of what a recipe's augmentation does to images."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.ablations.study.levels import Level
 from expertgrid.model.system.files import write_whole
-from expertgrid.model.training.contact_sheet import as_png, contact_sheet
+from expertgrid.model.training.contact_sheet import contact_sheet
 
 
 def show_augment(
@@ -19,6 +20,8 @@ def show_augment(
     changed = changed_recipe(recipe, settings)
     read = read_data(data, data_dir)
     changed.check_fits(read, len(read.train))
-    write_whole(out, as_png(contact_sheet(changed, read, seed, images)))
+    picture = io.BytesIO()
+    contact_sheet(changed, read, seed, images).save(picture, "PNG")
+    write_whole(out, picture.getvalue())
     print(out)
     return 0

@@ -5,12 +5,11 @@ Only what is about a torch device imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 CPUINFO = Path("/proc/cpuinfo")
-NVML = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
-NVML_SUCCESS = 0
-VERSION_BYTES = 80  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 GIT_TIMEOUT_S = 10.0
 
 
@@ -95,18 +91,16 @@ def torch_device(name: str) -> torch.device:
 @cache
 def gpu_driver() -> str | None:
     """The version of the NVIDIA driver, such as "570.124.06"; None where no NVIDIA driver is installed."""
-    try:
-        nvml = ctypes.CDLL(NVML)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != NVML_SUCCESS:  # the library is there, the driver is not
-        return None
-    try:
-        version = ctypes.create_string_buffer(VERSION_BYTES)
-        status = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(VERSION_BYTES))
-        return version.value.decode() if status == NVML_SUCCESS else None
-    finally:
-        nvml.nvmlShutdown()
+    with suppress(ImportError):  # there is none for macOS
+        import pynvml
+
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            try:
+                return pynvml.nvmlSystemGetDriverVersion()
+            finally:
+                pynvml.nvmlShutdown()
+    return None
 
 
 @cache

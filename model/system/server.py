@@ -15,13 +15,8 @@ def leave_safe_path() -> None:
         del os.environ["PYTHONSAFEPATH"]
 
 
-def _is_server() -> bool:
-    """Whether this process is the server, whose program is `multiprocessing.forkserver.main`."""
-    program = getattr(sys.modules["__main__"], "main", None)
-    return getattr(program, "__module__", None) == "multiprocessing.forkserver"
-
-
-if _is_server():  # any other process that imports this keeps its signals and its exit status
+program = getattr(sys.modules["__main__"], "main", None)
+if getattr(program, "__module__", None) == "multiprocessing.forkserver":  # any other process keeps its signals
     leave_safe_path()
     # Ctrl-C reaches all processes of a terminal, and a system that ends all processes of a job asks this one too. Those
     # that train then save their states, and the server ends with the process that started it.

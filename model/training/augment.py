@@ -96,11 +96,6 @@ def _boxes(x_BCHW: Tensor, top_B1: Tensor, left_B1: Tensor, height_B1: Tensor | 
     return (in_rows_BH[:, :, None] & in_columns_BW[:, None, :])[:, None]
 
 
-def scaled_down(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The images resized to `size` (height, width): bilinear and antialiased."""
-    return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
-
-
 def random_erasing(
     x_BCHW: Tensor, p: float, mode: Literal["const", "rand", "pixel"], count: int, generator: Generator
 ) -> Tensor:
@@ -210,5 +205,5 @@ def augment(
     if recipe.augment:
         x_BCHW = part("augment", recipe.augment)(x_BCHW, generator)
     if size is not None and size != x_BCHW.shape[2:]:
-        x_BCHW = scaled_down(x_BCHW, size)
+        x_BCHW = F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
     return x_BCHW.contiguous(memory_format=torch.channels_last)

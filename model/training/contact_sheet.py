@@ -1,7 +1,5 @@
 """A picture of a recipe's augmentation: a row for each image, first as it is, then as each epoch shows it."""
 
-import io
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -56,13 +54,6 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> Im
     return sheet
 
 
-def as_png(sheet: Image.Image) -> bytes:
-    """The content of its file."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor, list[str]]]:
     """Pixels (H, W, C) and captions of a batch, in the order of the images in the split."""
     x_BCHW = batch.x_BCHW * loader.std_C[:, None, None] + loader.mean_C[:, None, None]
@@ -72,11 +63,8 @@ def _column(batch: Batch, loader: Loader, data: ImageData) -> list[tuple[Tensor,
         if target.ndim == 0:
             captions.append([data.classes[target]])
         else:
-            largest = target.topk(CAPTIONS)
-            parts = [
-                (share, data.classes[label]) for share, label in zip(*map(Tensor.tolist, largest)) if share >= 0.005
-            ]
-            captions.append([f"{share:.0%} {name}" for share, name in parts])
+            largest = zip(*map(Tensor.tolist, target.topk(CAPTIONS)))
+            captions.append([f"{share:.0%} {data.classes[label]}" for share, label in largest if share >= 0.005])
     order = batch.indices_B.argsort()
     return [(pixels_BHWC[i], captions[i]) for i in order]
 

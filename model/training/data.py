@@ -250,8 +250,7 @@ def _cifar(source: str, name: str, data_dir: Path | None, image_size: int | None
             download_and_extract_archive(about.url, str(root), filename=about.filename, md5=about.tgz_md5)
             train, test, meta = read_all()
         except (URLError, OSError, RuntimeError, InputError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{name} could not be downloaded ({reason}); --data-dir takes a copy of it") from None
+            raise InputError(f"{name} could not be downloaded ({error}); --data-dir takes a copy of it") from None
     labels = "labels" if name == "cifar10" else "fine_labels"
     arrays = []
     for batches, files in zip((train, test), splits):
@@ -287,7 +286,7 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
         try:
             parts.append(ImageFolder(directory / split))
         except OSError as error:
-            reason = " ".join((error.strerror or str(error)).split()).split(". Supported")[0]
+            reason = (error.strerror or str(error)).split(". Supported")[0]
             raise _wrong(source, f"no images in {split}/CLASS/: {reason}") from None
     train, test = parts
     if train.classes != test.classes:
@@ -340,8 +339,7 @@ def _opened_table(source: str, file: Path) -> "pyarrow.parquet.ParquetFile":
         with opened_file(file):
             return pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise _wrong(source, f"{file} is not Parquet, or is truncated: {reason}") from None
+        raise _wrong(source, f"{file} is not Parquet, or is truncated: {error}") from None
 
 
 def _images(source: str, tables: list["pyarrow.parquet.ParquetFile"], column: str, split: str) -> Iterator[Reader]:

@@ -51,20 +51,8 @@ NUMBERS = {name: OPERATIONS.index(name) for name in OPERATIONS}
 Argument = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of the levels, and a number from 0 to 1 for each
 
 
-def _unused(level: np.ndarray, _: np.ndarray) -> np.ndarray:
-    return level
-
-
 def _signed(largest: float) -> Argument:
     return lambda level, uniform: np.where(uniform > 0.5, -1, 1) * (level / LARGEST_LEVEL * largest)
-
-
-def _enhancing(level: np.ndarray, _: np.ndarray) -> np.ndarray:
-    return level / LARGEST_LEVEL * 1.8 + 0.1
-
-
-def _enhancing_increasingly(level: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    return np.maximum(0.1, 1 + _signed(0.9)(level, uniform))
 
 
 def _whole(level: np.ndarray, scale: int) -> np.ndarray:
@@ -75,16 +63,16 @@ def _clamped(level: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(low + (high - low) * (level / LARGEST_LEVEL), low, high)
 
 
-def _some_blur(level: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    return 0.1 + (2 * _clamped(level, 0, 1) - 0.1) * uniform
-
-
 def _arguments(translated: float) -> dict[str, tuple[str, Argument]]:
     """For each of timm's operations ours, and its argument. `translated` is the largest translation, of a side."""
+    changed = _signed(0.9)
     return {
-        **{name: (name.lower(), _unused) for name in ("AutoContrast", "Equalize", "Invert")},
-        **{name: (name.lower(), _enhancing) for name in ENHANCED},
-        **{f"{name}Increasing": (name.lower(), _enhancing_increasingly) for name in ENHANCED},
+        **{name: (name.lower(), lambda level, _: level) for name in ("AutoContrast", "Equalize", "Invert")},
+        **{name: (name.lower(), lambda level, _: level / LARGEST_LEVEL * 1.8 + 0.1) for name in ENHANCED},
+        **{
+            f"{name}Increasing": (name.lower(), lambda level, uniform: np.maximum(0.1, 1 + changed(level, uniform)))
+            for name in ENHANCED
+        },
         "Rotate": ("rotate", _signed(30)),
         "Posterize": ("posterize", lambda level, _: _whole(level, 4)),
         "PosterizeIncreasing": ("posterize", lambda level, _: 4 - _whole(level, 4)),
@@ -98,7 +86,7 @@ def _arguments(translated: float) -> dict[str, tuple[str, Argument]]:
         "TranslateYRel": ("translate_y", _signed(translated)),
         "Desaturate": ("color", lambda level, _: 1 - _clamped(level, 0.5, 1)),
         "GaussianBlur": ("gaussian_blur", lambda level, _: _clamped(level, 0.1, 2)),
-        "GaussianBlurRand": ("gaussian_blur", _some_blur),
+        "GaussianBlurRand": ("gaussian_blur", lambda level, uniform: 0.1 + (2 * _clamped(level, 0, 1) - 0.1) * uniform),
     }
 
 

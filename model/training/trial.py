@@ -3,7 +3,6 @@
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,9 +10,8 @@ from expertgrid.model.config import Network
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 from expertgrid.model.training.holdout import HoldOut
-from expertgrid.model.training.recipe import Recipe
+from expertgrid.model.training.recipe import Recipe, Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 NO_WEIGHTS = "none"  # what a study says for fresh ones, from a trial's seed
 
 

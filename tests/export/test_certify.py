@@ -21,7 +21,7 @@ from expertgrid.export.session import open_session
 from expertgrid.export.to_onnx import GATES, LOGITS, PROBABILITIES, served
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.config import TimmModel
-from expertgrid.model.gates import recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.splits import Splits
@@ -80,12 +80,12 @@ def test_outputs_in_two_engines(checkpoint, images, with_all_outputs, rewrites):
     names = [output.name for output in session.get_outputs()]
     assert names == ["logits", "probabilities", "gates.layers.1", "gates.layers.2"]
     pixels_BHWC = images.test[:33]
-    logits_BN, probabilities_BN, *gates = session.run(None, {"images": pixels_BHWC})
+    logits_BN, probabilities_BN, *gates_BK = session.run(None, {"images": pixels_BHWC})
     np.testing.assert_allclose(torch.from_numpy(logits_BN).softmax(1), probabilities_BN, atol=1e-6)
     net = served(checkpoint, "uint8")
-    with torch.inference_mode(), recorded_gates(net) as weights:
+    with torch.inference_mode(), recorded(gates(net)) as weights:
         expected_BN = net(torch.from_numpy(pixels_BHWC)).numpy()
-    for gate_BK, (expected_BK,) in zip(gates, weights.values(), strict=True):
+    for gate_BK, (expected_BK,) in zip(gates_BK, weights.values(), strict=True):
         np.testing.assert_allclose(gate_BK, expected_BK, atol=1e-5)
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

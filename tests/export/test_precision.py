@@ -15,7 +15,6 @@ from expertgrid.export.to_onnx import to_onnx
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, Pool, Residual
 from expertgrid.model.registry import build
-from expertgrid.model.system.errors import InputError
 
 TRAINED = trained(classes=tuple("0123456789"), image_size=(8, 8), mean=(0.3,), std=(0.4,))
 WIDE = ModelConfig(
@@ -222,12 +221,3 @@ def test_more_is_kept_in_growing_steps(plain, digits, precision):
     in_float = [{name for name in held if held[name] == float32 and name.endswith("weight")} for held in types]
     assert [len(weights) for weights in in_float] == [0, 1, 2, 4]
     assert in_float[1] < in_float[2] < in_float[3]
-
-
-def test_what_a_user_can_mend(plain, digits, precision):
-    with pytest.raises(InputError, match="calibration: at least one image is needed, found none"):
-        lowered(plain, precision, np.zeros((0, 1, 8, 8), np.float32), lambda _: True)
-    (first, *_) = names(plain, "Conv")
-    reduction = Reduction(plain, precision, normalised(digits[0][:1]).numpy())
-    with pytest.raises(InputError, match=f"unknown node '{first}0'; did you mean '{first}'?"):
-        reduction.model([first + "0"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig
-from expertgrid.model.gates import gates, recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.net import ExpertNet
 
 CONFIG = ModelConfig(
@@ -17,7 +17,7 @@ def test_weights_are_recorded_by_block_and_batch():
     torch.manual_seed(0)
     net = ExpertNet(CONFIG).eval()
     first, second = torch.randn(5, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    with torch.no_grad(), recorded_gates(net) as weights:
+    with torch.no_grad(), recorded(gates(net)) as weights:
         net(first)
         net(second)
         expected = net.layers[1].gate(net.layers[0](first))
@@ -28,7 +28,7 @@ def test_weights_are_recorded_by_block_and_batch():
 
 def test_nothing_is_recorded_outside_of_the_context():
     net = ExpertNet(CONFIG.change(layers=(Block(channels=4, gate=GateConfig(kind="uniform")),)))
-    with pytest.raises(RuntimeError), recorded_gates(net) as weights:
+    with pytest.raises(RuntimeError), recorded(gates(net)) as weights:
         net(torch.randn(1, 5, 8, 8))
     assert weights == {"layers.0": []}
     assert not any(module._forward_hooks for module in net.modules())

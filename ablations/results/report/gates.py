@@ -11,7 +11,7 @@ import torch
 from scipy.stats import entropy
 
 from expertgrid.model.checkpoint import Checkpoint
-from expertgrid.model.gates import recorded_gates
+from expertgrid.model.gates import gates, recorded
 from expertgrid.model.training.loop import predict
 from expertgrid.model.training.splits import Split
 
@@ -89,6 +89,6 @@ def predict_watched(checkpoint: Checkpoint, split: Split) -> tuple[np.ndarray, d
     Give the validation split: each read of the test split belongs in the ledger.
     """
     net, trained = checkpoint.network(), checkpoint.trained
-    with recorded_gates(net) as parts:
+    with recorded(gates(net)) as parts:
         logits_BN = predict(net, split, torch.tensor(trained.mean), torch.tensor(trained.std))
     return logits_BN.numpy(), {name: torch.cat(weights).double().numpy() for name, weights in parts.items()}

@@ -1,11 +1,10 @@
 """What is said of the machine, against what other programs say of it."""
 
-import ctypes
 import os
 import platform
 import shutil
 import subprocess
-from types import SimpleNamespace
+import sys
 
 import pytest
 import torch
@@ -85,33 +84,26 @@ def test_devices_by_name(monkeypatch):
         machine.torch_device("cuda:2")
 
 
-def nvml(monkeypatch, status: int) -> list[str]:
-    """NVIDIA's management library, as far as it is called. Returns the list of its shutdowns."""
-    shutdowns: list[str] = []
-
-    def version(buffer: ctypes.Array, length: ctypes.c_uint) -> int:
-        assert length.value == len(buffer)
-        buffer.value = b"570.124.06"
-        return 0
-
-    functions = {"nvmlInit_v2": lambda: status, "nvmlSystemGetDriverVersion": version}
-    library = SimpleNamespace(**functions, nvmlShutdown=lambda: shutdowns.append("shutdown") or 0)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    return shutdowns
-
-
 def test_the_driver_is_that_of_nvml(monkeypatch):
-    shutdowns = nvml(monkeypatch, 0)
+    pynvml = pytest.importorskip("pynvml")
+    shutdowns: list[str] = []
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "570.124.06")
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: shutdowns.append("shutdown"))
     assert machine.gpu_driver() == "570.124.06"
     assert len(shutdowns) == 1
 
 
 def test_no_driver(monkeypatch):
-    nvml(monkeypatch, 9)  # NVML_ERROR_DRIVER_NOT_LOADED
+    pynvml = pytest.importorskip("pynvml")
+
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
     assert machine.gpu_driver() is None
     machine.gpu_driver.cache_clear()
-    monkeypatch.undo()
-    monkeypatch.setattr(machine, "NVML", "a-library-that-is-not-installed.so")
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as on macOS
     assert machine.gpu_driver() is None
 
 

@@ -13,6 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from expertgrid.model.training.augment import (
     alternately_mirrored,
+    augment,
     cutout,
     draw_mix,
     hflip,
@@ -21,7 +22,6 @@ from expertgrid.model.training.augment import (
     mix_labels,
     padded_crop,
     random_erasing,
-    scaled_down,
     translate,
 )
 from expertgrid.model.training.recipe import RECIPES
@@ -120,7 +120,9 @@ def test_random_erasing_has_timms_statistics(mode, count):
 
 
 def test_scaling_down_is_pils(x_BCHW):
-    scaled = scaled_down(x_BCHW.float(), (7, 9))
+    plain, (mean_C, std_C) = RECIPES["fast"].model_copy(update={"hflip": 0.0, "crop_padding": 0}), torch.zeros(2, 3)
+    pixels_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    scaled = augment(plain, pixels_BHWC, mean_C, std_C + 1 / 255, generator(), size=(7, 9))
     for image_CHW, found_CHW in zip(x_BCHW[:5], scaled):
         for channel_HW, found_HW in zip(image_CHW, found_CHW):
             wanted = Image.fromarray(channel_HW.numpy().astype(np.float32)).resize((9, 7), Image.Resampling.BILINEAR)
