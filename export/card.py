@@ -16,7 +16,6 @@ from expertgrid.export.metadata import Metadata, read_metadata
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import Interval, Measured, markdown, render
 
-JPEG_COPIES = "cifar10-jpeg"
 LISTED_CLASSES = 100
 
 
@@ -196,9 +195,4 @@ def _limits(height: int, width: int, classes: int, data_name: str) -> str:
         "The softmax of its logits adds up to 1, but was not calibrated: 0.9 does not mean right in nine of ten cases.",
         f"Accuracies are of the test split of {name}. Nothing is claimed for other data.",
     ]
-    if data_name == JPEG_COPIES:
-        limits.append(
-            f"{name} is CIFAR-10 with each image encoded once more, as a JPEG, which loses detail. Its accuracies are "
-            "not those on CIFAR-10's own pixels, and compare only with others on the same files."
-        )
     return "\n".join(f"- {limit}" for limit in limits)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from expertgrid.model.net import ConvNormAct, ExpertBlock, ExpertNet, Gate
+from expertgrid.model.system.errors import unknown
 
 # Speed of a block with merged kernels, relative to the block as trained, at batch sizes 1 and 64 and three image sizes:
 # 1.8 to 2.5 where the experts have 4 times the work, 1.0 to 1.8 at 3 times, 0.75 to 1.2 at twice.
@@ -295,7 +296,11 @@ def rewrite(net: nn.Module, rewrites: Collection[str] = tuple(REWRITES)) -> nn.M
     `rewrites` names those of `REWRITES` that are applied. Its weights have other names and shapes than those of `net`:
     it is there to be exported, not to be saved. A network that is not an `ExpertNet` is only copied: what is exact for
     any network is a batch norm directly after a convolution, which ONNX Runtime folds itself when it loads the file.
+    Raises InputError for an unknown rewrite.
     """
+    for name in rewrites:
+        if name not in REWRITES:
+            raise unknown("rewrite", name, REWRITES)
     net = copy.deepcopy(net).eval()
     return _rewrite_layers(net, rewrites).eval() if isinstance(net, ExpertNet) else net
 

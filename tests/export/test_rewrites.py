@@ -22,6 +22,7 @@ from expertgrid.export.to_onnx import to_onnx
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import Block, Conv, GateConfig, HeadConfig, ModelConfig, NormConfig, Pool, Residual, Whiten
 from expertgrid.model.net import ExpertBlock, ExpertNet, Gate
+from expertgrid.model.system.errors import InputError
 
 SIZE = (9, 8)
 FEW = settings(max_examples=12, derandomize=True, deadline=None)
@@ -198,6 +199,12 @@ def test_the_given_network_is_left_as_it_is():
     assert not any(module.training for module in rewritten.modules())
     assert [name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])] == []
     assert sum(isinstance(module, ExpertBlock) for module in net.modules()) == 3
+
+
+def test_what_is_refused():
+    net = random_net(NETS["stride"])
+    with pytest.raises(InputError, match="unknown rewrite 'matmull'; did you mean 'matmul'?"):
+        rewrite(net, {"matmull"})
 
 
 def test_a_timm_model_is_copied():
