@@ -50,10 +50,7 @@ from expertgrid.ablations.results.stats.critical import LEVEL, joint_t
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
 BETTER, WORSE, SAME, OPEN, NONE = VERDICTS
-TURNED: dict[Verdict, Verdict] = {
-    BETTER: WORSE,
-    WORSE: BETTER,
-}  # where lower is better, or two cells change places
+TURNED: dict[Verdict, Verdict] = {BETTER: WORSE, WORSE: BETTER}
 
 Basis = Literal["pooled", "its cells", "over seeds"]
 BASES = get_args(Basis)
@@ -100,6 +97,11 @@ class Judgement:
     basis: Basis | None = None
     reason: str = ""
     p: float | None = None  # of no difference, adjusted for the family; None in a race
+
+    @property
+    def turned(self) -> "Judgement":
+        """With the verdict where lower is better, or where two cells change places."""
+        return replace(self, verdict=TURNED.get(self.verdict, self.verdict))
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ the networks in which it can be changed: that of the gate is over networks with 
 Shapes: Q contrasts, C cells.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
-Level = Hashable
+Level = str
 Levels = Mapping[str, Level]  # of one design point, by factor
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A change of one factor from a level to another."""
 
     factor: str
