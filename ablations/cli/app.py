@@ -520,8 +520,9 @@ def show_model(file: OnnxFile) -> int:
     Netron (netron.app) opens the file and draws its graph.
     """
     with _starting():
-        from expertgrid.ablations.cli.export import show_model
-    return show_model(file)
+        from expertgrid.export.describe import describe, read_onnx
+    print(describe(read_onnx(file), str(file)))
+    return 0
 
 
 @app.command(cls=Command, rich_help_panel=SPEED)
@@ -667,5 +668,13 @@ def show_augment(
     """
     settings = options.settings(set_ or [])
     with _starting(modules):
-        from expertgrid.ablations.cli.augment import show_augment
-    return show_augment(recipe, out, data, data_dir, settings, seed, images)
+        from expertgrid.ablations.cli.sources import read_data
+        from expertgrid.ablations.study.changes import changed_recipe
+        from expertgrid.model.system.files import write_whole
+        from expertgrid.model.training.contact_sheet import as_png, contact_sheet
+    options.check_can_be_written("--out", out)
+    changed, read = changed_recipe(recipe, settings), read_data(data, data_dir)
+    changed.check_fits(read, len(read.train))
+    write_whole(out, as_png(contact_sheet(changed, read, seed, images)))
+    print(out)
+    return 0

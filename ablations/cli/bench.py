@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
-from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.terminal import notice, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
-from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
+from expertgrid.ablations.speed.latency import by_cell, measure_latencies
 from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.bench import training
 from expertgrid.bench.engines import PYTORCH, USUAL
@@ -21,13 +20,12 @@ from expertgrid.bench.peers import peers_of
 from expertgrid.bench.profile import profile_training
 from expertgrid.bench.record import read_latency
 from expertgrid.bench.training import measure_training
-from expertgrid.export.describe import Description, describe, read_onnx
+from expertgrid.export.describe import describe, read_onnx
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import torch_device
 from expertgrid.model.system.text import Format, render
 
-notice = partial(console.print, soft_wrap=True)
 PEERS_NOTE = (
     "Peers: untrained networks of timm for the same images and classes, in fp32, RepVGG in its deployed form. Their "
     "accuracy is unknown. Parameters and MACs are those in the files."
@@ -77,7 +75,8 @@ def bench(
     comparisons = with_first(records)
     table = rows(records, comparisons)
     if costs:
-        table = [{"file": row["file"]} | _size(costs[str(row["file"])]) | row for row in table]
+        sizes = {file: {"params": about.parameters, "MACs": about.macs} for file, about in costs.items()}
+        table = [{"file": row["file"]} | sizes[str(row["file"])] | row for row in table]
     if baseline:
         comparisons += with_baseline(records[0], baseline, str(against.baseline))
     print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
@@ -111,10 +110,6 @@ def _write_peers(file: Path, place: Path) -> list[Path]:
     return [place / f"{name}.onnx" for name in models]
 
 
-def _size(description: Description) -> dict[str, object]:
-    return {"params": description.parameters, "MACs": description.macs}
-
-
 def bench_cells(
     path: Path,
     provider: str,
@@ -142,7 +137,9 @@ def bench_cells(
         results = [replace(row, latency=new.get(row.name, row.latency)) for row in read_results(directory).rows]
         table = by_cell(rows(timed.records, with_first(timed.records)), timed, results)
         print(render(table, format, notes(timed.records)), flush=True)  # first: the disk may be full
-        write_latencies(directory, timed)
+        for record in timed.records:
+            content = record.model_dump_json(indent=1).encode()
+            write_whole(path / "bench" / f"{record.trial}-{record.provider}.json", content)
     return int(bool(timed.not_exported))
 
 

@@ -11,7 +11,7 @@ import torch
 from expertgrid.ablations.cli import interrupt
 from expertgrid.ablations.cli.plan import StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
-from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.terminal import console, notice, status
 from expertgrid.ablations.cli.track import tracked
 from expertgrid.ablations.engines.duration import ROUNDS, TimeLeft, in_time
 from expertgrid.ablations.engines.events import Event, TrialFailed, by_seed
@@ -23,7 +23,7 @@ from expertgrid.ablations.records.directory import TRACEBACK, StudyDirectory
 from expertgrid.ablations.results import racing
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
+from expertgrid.ablations.results.report.plots import accuracy_figure, check_draws, save
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.speed.training import measure_cells
@@ -76,9 +76,9 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     race = begun or planned.race
     check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
-    console.print("\n".join(lines), soft_wrap=True)
+    notice("\n".join(lines))
     if how.trainer is not None and how.trainer.in_words:
-        console.print(how.trainer.in_words, soft_wrap=True)
+        notice(how.trainer.in_words)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
@@ -96,7 +96,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
-                console.print(racing.look_in_words(evidence, next_counts, counts), soft_wrap=True)
+                notice(racing.look_in_words(evidence, next_counts, counts))
                 if next_counts == counts:
                     break
                 counts = next_counts
@@ -116,7 +116,6 @@ def _is_known(on: torch.device) -> bool:
 
 def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How, left: TimeLeft) -> None:
     """Measures the training speed of each cell, as trials that were trained at once have none."""
-    notice = partial(console.print, soft_wrap=True)
     steps, seconds = left.timing(left.clock() - left.begun)
     if not steps or (isinstance(how.trainer, RayEngine) and not how.trainer.embedded):
         notice(f"training was not timed alone; expertgrid bench-train {directory.path} times it on this machine")
@@ -145,7 +144,7 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
     for event in failed:
         file = directory.trial(event.trial.id) / TRACEBACK
         lines.append(f"  {event.trial.id}, seed {event.trial.seed}: {event.reason}; traceback in {file}")
-    console.print("\n".join(lines), style="red", soft_wrap=True)
+    notice("\n".join(lines), style="red")
     return 1
 
 
@@ -163,15 +162,15 @@ def _train(
         metric = directory.read_study().metric
         taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, refused, metric)))
         for reason, count in refused.items():
-            console.print(f"not taken over: {count} trials of {reason}", soft_wrap=True)
+            notice(f"not taken over: {count} trials of {reason}")
         for place, count in taken.items():
-            console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
+            notice(f"taken over from {directory.path.parent / place}: {count} trials")
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     for part, count in changed.items():
         remedy = f"`expertgrid retire {directory.path} --import MODULE` moves those of this study away"
-        console.print(f"{count} finished trials have other code of the {part}; {remedy}", soft_wrap=True)
+        notice(f"{count} finished trials have other code of the {part}; {remedy}")
     done_before = len(trials) - len(pending)
-    console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
+    notice(f"{len(trials)} trials, {done_before} of them done before; {directory.path}")
     check_space(pending, data, directory.path)
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     execution = how.execution
@@ -180,7 +179,7 @@ def _train(
         chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
         execution, without = execution.usable(chosen, on)
         for text in without:
-            console.print(f"trained without {text}", soft_wrap=True)
+            notice(f"trained without {text}")
     tracking.replay()
     left.waiting = {trial.id: trial for trial in pending}
     progress, failed = StudyProgress(cells, left, done_before, console), []
@@ -220,9 +219,9 @@ def _times_fp32_faster(timed: list[Trial], data: ImageData, how: How) -> bool:
         with status(f"timing {len(timed)} networks in fp32 and bf16"):
             fp32 = fp32_is_faster(timed, data, partial(import_modules, how.modules))
     except Exception as error:  # of the networks, whose trials will have it too
-        console.print(f"trained in bf16, as steps could not be timed: {reason_of(error)}", soft_wrap=True)
+        notice(f"trained in bf16, as steps could not be timed: {reason_of(error)}")
         return False
-    console.print(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study", soft_wrap=True)
+    notice(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study")
     return fp32
 
 
@@ -252,4 +251,4 @@ def show_study(directory: StudyDirectory) -> None:
     picture = directory.path / "accuracy.svg"
     print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
     print(f"Picture: {picture}. All notes: expertgrid table {directory.path} --notes\n\n{answer(evidence)}", flush=True)
-    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
+    write_whole(picture, save(accuracy_figure(evidence.results.study.question, evidence.results.rows)))

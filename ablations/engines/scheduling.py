@@ -184,8 +184,6 @@ def write_report(report: Report, directory: StudyDirectory) -> None:
     if isinstance(event, TrialDone):
         assert report.predictions is not None
         directory.finish(event.trial.id, event.record, checkpoint, report.predictions)
-        directory.resume_file(event.trial.id).unlink(missing_ok=True)
-        directory.remove_failure(event.trial.id)
 
 
 def crashed(reason: str) -> Failure:

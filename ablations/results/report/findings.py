@@ -18,7 +18,7 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
-from expertgrid.ablations.results.rows import Results, Row, best_record, ranking
+from expertgrid.ablations.results.rows import Row, best_record, ranking
 from expertgrid.ablations.results.stats.images import Share, class_accuracies, confusion_matrix, consistent_images
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
@@ -40,7 +40,6 @@ class Mistake:
     truth: str
     taken: str
     probability: float  # of the class that it was taken for
-    loss: float  # nats
 
 
 @dataclass
@@ -97,10 +96,6 @@ class Findings:
     images_missing: str
     curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
     examined: Examined
-
-    @property
-    def results(self) -> Results:
-        return self.evidence.results
 
 
 def read_findings(
@@ -248,7 +243,6 @@ def worst(
             classes[labels_B[place]],
             classes[taken_B[place]],
             float(np.exp(log_BN[place, taken_B[place]])),
-            float(loss_B[place]),
         )
         for place in places[:MOST_MISTAKES]
     ]

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jinja2
 import numpy as np
@@ -31,9 +31,6 @@ from expertgrid.ablations.results.tables.notes import test_read_notes
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import MOST_NOTES, SCHEMA, Points, filled, rows_by_key, shown, sort_key
-
-Format = Literal["html", "pdf-figures", "png-figures"]
-FORMATS = get_args(Format)
 
 MOST_CONFUSIONS = 12
 
@@ -142,7 +139,7 @@ def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]
 
 def html(findings: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
-    examined, results = findings.examined, findings.results
+    examined, results = findings.examined, findings.evidence.results
     directory = StudyDirectory(results.path)
     tables = study_tables(directory, findings.evidence) if results.rows else []
     rows_by_table = {table.key: table.rows for table in tables} | {

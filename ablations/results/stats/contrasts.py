@@ -45,7 +45,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from expertgrid.ablations.results.stats.critical import LEVEL, joint_t
+from expertgrid.ablations.results.stats.critical import LEVEL, correlation, joint_t
 
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
@@ -245,9 +245,7 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray, fit: "Fit | None" = N
         mean_XQ = np.where(seeds_Q > 0, np.einsum("qcs,...cs->...q", by_score_QCS, scores_XCS), np.nan)
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
     correlated_QCS = np.where((seeds_Q > 0)[:, None, None], by_score_QCS, weights_QC[:, :, None])  # as with all scores
-    vectors_QN = correlated_QCS.reshape(len(weights_QC), -1)
-    unit_QN = vectors_QN / np.linalg.norm(vectors_QN, axis=1, keepdims=True)
-    correlation_QQ = unit_QN @ unit_QN.T
+    correlation_QQ = correlation(correlated_QCS.reshape(len(weights_QC), -1))
     return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, np.sqrt(spread.pooled_X), spread.df, correlation_QQ, few_Q)
 
 

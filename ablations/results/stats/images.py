@@ -75,14 +75,13 @@ def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int
 class Share:
     """A share of images with its interval; None of no images."""
 
-    right: int
     images: int
     share: float | None
     low: float
     high: float
 
 
-def wilson(right: int, images: int, level: float = 0.95) -> Share:
+def wilson(right: int, images: int) -> Share:
     """A share with Wilson's score interval (1927), for images that were drawn at random: of one network, not of a cell.
 
     Raises ValueError for more right ones than images.
@@ -92,11 +91,11 @@ def wilson(right: int, images: int, level: float = 0.95) -> Share:
     if not 0 <= right <= images:
         raise ValueError(f"{right} of {images} images are no share")
     if images == 0:
-        return Share(0, 0, None, 0.0, 1.0)
-    interval = binomtest(right, images).proportion_ci(level, method="wilson")
-    return Share(right, images, right / images, float(interval.low), float(interval.high))
+        return Share(0, None, 0.0, 1.0)
+    interval = binomtest(right, images).proportion_ci(method="wilson")
+    return Share(images, right / images, float(interval.low), float(interval.high))
 
 
-def class_accuracies(confusion_NN: np.ndarray, level: float = 0.95) -> list[Share]:
+def class_accuracies(confusion_NN: np.ndarray) -> list[Share]:
     """For each class the share of its images that were taken for it, with Wilson's interval."""
-    return [wilson(int(row_N[i]), int(row_N.sum()), level) for i, row_N in enumerate(np.asarray(confusion_NN))]
+    return [wilson(int(row_N[i]), int(row_N.sum())) for i, row_N in enumerate(np.asarray(confusion_NN))]

@@ -80,6 +80,7 @@ def race(
     return RaceState(judgements, wanted_C, go_on=False)
 
 
+@lru_cache(maxsize=64)
 def look_levels(joint: JointT, cells: int, first: int, last: int, alpha: float) -> np.ndarray:
     """The levels (K,) at which the looks after `first`, ... `last` seeds take their constants.
 
@@ -89,17 +90,11 @@ def look_levels(joint: JointT, cells: int, first: int, last: int, alpha: float) 
     """
     if not (2 <= first <= last and 0 < alpha < 1 and cells > 1):
         raise ValueError(f"looks go from 2 seeds or more up to the last, found {first} to {last}; alpha {alpha}")
-    return _look_levels(joint.correlation_QQ.tobytes(), len(joint.correlation_QQ), cells, first, last, alpha)
-
-
-@lru_cache(maxsize=64)
-def _look_levels(correlations: bytes, contrasts: int, cells: int, first: int, last: int, alpha: float) -> np.ndarray:
-    joint = joint_t(np.frombuffer(correlations).reshape(contrasts, contrasts))
     root_QR, rng = joint.root_QR, np.random.default_rng(0)
     n_K = np.arange(first, last + 1)
     share_K = (n_K / last) ** SHAPE
     paths = min(PATHS, max(10_000, 30_000_000 // (root_QR.size * len(n_K))))
-    sum_XQ, squares_X = np.zeros((paths, contrasts)), np.zeros(paths)
+    sum_XQ, squares_X = np.zeros((paths, len(root_QR))), np.zeros(paths)
     smallest_X = np.full(paths, np.inf)
     for n, share in zip(n_K, share_K):
         more = first if n == first else 1

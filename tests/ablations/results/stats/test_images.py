@@ -55,7 +55,7 @@ def test_confusion_and_class_accuracies():
     assert confusion_NN.tolist() == sklearns_confusion_matrix(labels, predicted, labels=range(5)).tolist()
     shares = class_accuracies(confusion_NN)
     assert [share.images for share in shares] == [*np.bincount(labels), 0]
-    assert shares[0].right == ((labels == 0) & (predicted == 0)).sum()
+    assert shares[0].share == (predicted[labels == 0] == 0).mean()
     assert (shares[4].share, shares[4].low, shares[4].high) == (None, 0, 1)
     with pytest.raises(ValueError, match="classes go from 0 to 2"):
         confusion_matrix(labels, predicted, 3)
