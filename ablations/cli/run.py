@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.plan import StudyRequest, plan_run
+from expertgrid.ablations.cli.plan import PlannedRun, StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
 from expertgrid.ablations.cli.terminal import console, notice, status
 from expertgrid.ablations.cli.track import tracked
@@ -92,7 +92,7 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
-            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
+            failed = _train(planned, racing.cells_with(cells, counts), on, how, tracking, left)
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
@@ -101,11 +101,11 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
                     break
                 counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
+                failed += _train(planned, racing.cells_with(cells, counts), on, how, tracking, left)
         if isinstance(how.trainer, RayEngine):
             how.trainer.end()
         if how.timing and any(row.packed and row.alone is None for row in read_results(directory).rows):
-            _time_alone(directory, planned.data, on, how, left)
+            _time_alone(planned, on, how, left)
     return failed
 
 
@@ -114,8 +114,9 @@ def _is_known(on: torch.device) -> bool:
     return on.type != "cuda" or torch.cuda.is_available()
 
 
-def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How, left: TimeLeft) -> None:
+def _time_alone(planned: PlannedRun, on: torch.device, how: How, left: TimeLeft) -> None:
     """Measures the training speed of each cell, as trials that were trained at once have none."""
+    directory = planned.directory
     steps, seconds = left.timing(left.clock() - left.begun)
     if not steps or (isinstance(how.trainer, RayEngine) and not how.trainer.embedded):
         notice(f"training was not timed alone; expertgrid bench-train {directory.path} times it on this machine")
@@ -123,7 +124,7 @@ def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, ho
     notice(f"each cell is now trained alone, to time it, for about {in_time(1.0 + seconds)}; --no-timing leaves it out")
     try:
         with status("timing the training of each cell alone"):
-            rates = measure_cells(directory, data, on, how.execution, steps, ROUNDS, notice)
+            rates = measure_cells(directory, planned.data, on, how.execution, steps, ROUNDS, notice)
         directory.write_training_rates(rates)
     except RecordingError as error:  # a trial was then trained without CUDA graphs, in a process of its own
         notice(f"training was not timed alone: {error}")
@@ -149,18 +150,18 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
 
 
 def _train(
-    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking,
-    left: TimeLeft,
-) -> list[TrialFailed]:  # fmt: skip
-    """Trains what is not there yet, and returns the trials that failed."""
+    planned: PlannedRun, cells: list[Cell], on: torch.device, how: How, tracking: Tracking, left: TimeLeft
+) -> list[TrialFailed]:
+    """Trains what is not there yet of these cells, and returns the trials that failed."""
+    directory, data = planned.directory, planned.data
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     records = filter(None, (directory.record(trial.id) for trial in trials))
     changed = Counter(part for record in records for part in changed_parts(record.parts))
     if how.adopts:
         refused: Counter[str] = Counter()
-        metric = directory.read_study().metric
-        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, refused, metric)))
+        adopt = partial(directory.adopt, refused=refused, metric=planned.study.metric)
+        taken = Counter(place for trial in pending if (place := adopt(trial.id)))
         for reason, count in refused.items():
             notice(f"not taken over: {count} trials of {reason}")
         for place, count in taken.items():
@@ -175,7 +176,7 @@ def _train(
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     execution = how.execution
     if _is_known(on):
-        execution = replace(execution, fp32=_uses_fp32(trials, pending, data, on, directory, how))
+        execution = replace(execution, fp32=_uses_fp32(planned, trials, pending, on, how))
         chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
         execution, without = execution.usable(chosen, on)
         for text in without:
@@ -184,7 +185,7 @@ def _train(
     left.waiting = {trial.id: trial for trial in pending}
     progress, failed = StudyProgress(cells, left, done_before, console), []
     with progress.live(), interrupt.training(progress.stop):
-        for event in _events(pending, data, on, directory, how, execution):
+        for event in _events(planned, pending, on, how, execution):
             progress.show(event)
             tracking.show(event)
             if isinstance(event, TrialFailed):
@@ -196,10 +197,9 @@ def _train(
     return failed
 
 
-def _uses_fp32(
-    trials: list[Trial], pending: list[Trial], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
-) -> bool:
+def _uses_fp32(planned: PlannedRun, trials: list[Trial], pending: list[Trial], on: torch.device, how: How) -> bool:
     """Whether trials whose recipes leave it open train in fp32 here: as it was decided for this study, or is now."""
+    directory, data = planned.directory, planned.data
     device, decided = device_name(on), directory.read_plan().fp32
     if device in decided:
         return decided[device]
@@ -226,14 +226,9 @@ def _times_fp32_faster(timed: list[Trial], data: ImageData, how: How) -> bool:
 
 
 def _events(
-    trials: list[Trial],
-    data: ImageData,
-    on: torch.device,
-    directory: StudyDirectory,
-    how: How,
-    execution: ExecutionOptions,
+    planned: PlannedRun, trials: list[Trial], on: torch.device, how: How, execution: ExecutionOptions
 ) -> Iterator[Event]:
-    stopped = interrupt.stopped
+    directory, data, stopped = planned.directory, planned.data, interrupt.stopped
     if how.trainer is None:
         with deterministic(how.deterministic):
             resident = ResidentData(data, on)

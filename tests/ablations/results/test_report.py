@@ -266,7 +266,7 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
     best = findings.ranked[0]
     examined = Examined(
         best, "trial", classes, confusion_NN, "test", class_accuracies(confusion_NN),
-        [Mistake(np.zeros((2, 2, 3), np.uint8), HOSTILE, "<b>", 0.9, 2.0)], 1, 6, [gate], best, "trial", {},
+        [Mistake(np.zeros((2, 2, 3), np.uint8), HOSTILE, "<b>", 0.9)], 1, 6, [gate], best, "trial", {},
     )  # fmt: skip
     html = report.html(replace(findings, examined=examined))
     page = Page(html)
