@@ -192,6 +192,7 @@ def run(
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
     name = "quickstart" if study is None else study
     request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds, extend)
+    after_s = 0.0 if study else sum(plan.QUICKSTART.values())
     if dry_run:
         from expertgrid.ablations.engines.isolation import Setup, device_of, jobs_for
         from expertgrid.model.fast.execution import ExecutionOptions
@@ -199,7 +200,6 @@ def run(
         planned, begin = plan.plan_run(request, data_dir), partial(sources.import_modules, modules or [])
         execution, many = ExecutionOptions(kernels, compile, graphs), at_once or jobs_for(device)
         setup = Setup(planned.data, device_of(device), Path(), begin, execution, deterministic, at_once=many)
-        after_s = 0.0 if study else sum(plan.QUICKSTART.values())
         print(plan.plan_table(planned, setup if engine == "local" else None, timing, after_s))
         return 0
     with ExitStack() as resources:
@@ -215,18 +215,20 @@ def run(
 
             trainer = resources.enter_context(isolated(at_once or jobs_for(device), device))  # imports PyTorch beside
         with _starting():
-            from expertgrid.ablations.cli.run import How, train_and_show
+            from expertgrid.ablations.cli.run import How, say_failures, show_study, train_study
             from expertgrid.model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(
             device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or [],
             timing,
         )  # fmt: skip
-        if study is not None:
-            return train_and_show(request, data_dir, how)
-        with _starting():
+        failed = train_study(request, data_dir, how, after_s)
+        if study is None and not failed:
             from expertgrid.ablations.cli.quickstart import quickstart
-        return quickstart(request, data_dir, how)
+
+            return quickstart(request.directory, data_dir, how.track)
+        show_study(request.directory)
+        return say_failures(request.directory, failed)
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)

@@ -130,13 +130,6 @@ def _time_alone(planned: PlannedRun, on: torch.device, how: How, left: TimeLeft)
         notice(f"training was not timed alone: {error}")
 
 
-def train_and_show(request: StudyRequest, data_dir: Path | None, how: How) -> int:
-    """Trains a study and prints its table; 1 where some trial failed."""
-    failed = train_study(request, data_dir, how)
-    show_study(request.directory)
-    return say_failures(request.directory, failed)
-
-
 def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
     """Names the trials that failed, on stderr; 1 where there is one."""
     if not failed:

@@ -154,7 +154,7 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
     by, margin = _chosen(study, plan, metric)
     timed = directory.training_rates()
     rows = []
-    for group in groups(plan.cells_with_trials, study.combined_levels):
+    for group in groups(plan.cells, study.combined_levels):
         cell = group.cells[0]
         trials = {plan.first_seed + place: trial for place, trial in enumerate(cell.trials)}
         by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}

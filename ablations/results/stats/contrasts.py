@@ -45,7 +45,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from expertgrid.ablations.results.stats.critical import LEVEL, correlation, joint_t
+from expertgrid.ablations.results.stats.critical import correlation, joint_t
 
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
@@ -118,9 +118,8 @@ def judge(
     scores_CS: np.ndarray,
     margin: float,
     no_verdict: Mapping[int, str] | None = None,
-    level: float = LEVEL,
 ) -> Family:
-    """A verdict on each contrast of a family, all of them right together with probability `level`.
+    """A verdict on each contrast of a family, all of them right together with probability `critical.LEVEL`.
 
     The interval decides, and it is the one to print. Same: it lies within the margin, either side of 0. Better or
     worse: it lies on one side of 0. A difference within the margin is `same`, and `reason` says that there is one.
@@ -137,7 +136,7 @@ def judge(
         return Family([], None, 0.0)
     judged_CS = scores_CS.copy()
     judged_CS[list(no_verdict)] = np.nan
-    estimates = estimate(weights_QC, judged_CS, level)
+    estimates = estimate(weights_QC, judged_CS)
     joint = joint_t(estimates.correlation_QQ)
 
     def with_p(judgement: Judgement) -> Judgement:
@@ -186,9 +185,7 @@ def verdicts(low_XQ: np.ndarray, high_XQ: np.ndarray, margin: float) -> np.ndarr
     return np.select([same_XQ, low_XQ > 0, high_XQ < 0], [SAME, BETTER, WORSE], OPEN)
 
 
-def estimate(
-    weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVEL, fit: "Fit | None" = None
-) -> Estimates:
+def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, fit: "Fit | None" = None) -> Estimates:
     """Estimates and simultaneous intervals of contrasts, by the rules at the head of this file.
 
     Scores may be missing (NaN at some cells and seeds, the same ones for all X). A contrast without an interval has
@@ -197,7 +194,7 @@ def estimate(
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
     known = errors(weights_QC, scores_XCS, fit)
-    constant = joint_t(known.correlation_QQ).constant(known.df, level) if known.df > 0 else np.nan
+    constant = joint_t(known.correlation_QQ).constant(known.df) if known.df > 0 else np.nan
     return known._replace(constant_Q=np.full(len(weights_QC), constant))
 
 

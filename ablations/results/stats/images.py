@@ -57,20 +57,6 @@ def images_variance(right_CB: np.ndarray) -> float:
     return float(1e4 * (left_CB**2).sum() / ((count - 1) * (images - 1) * images))
 
 
-def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int) -> np.ndarray:
-    """Counts (N, N) of images: rows are what they are, columns what they were taken for.
-
-    Raises ValueError for a class that is not within 0 and `classes` - 1, and for shapes that differ.
-    """
-    labels_B, predicted_B = np.asarray(labels_B), np.asarray(predicted_B)
-    if labels_B.shape != predicted_B.shape or labels_B.ndim != 1:
-        raise ValueError(f"found {labels_B.shape} labels and {predicted_B.shape} predictions")
-    for values_B in (labels_B, predicted_B):
-        if values_B.size and (values_B.min() < 0 or values_B.max() >= classes):
-            raise ValueError(f"classes go from 0 to {classes - 1}, found {values_B.min()} to {values_B.max()}")
-    return np.bincount(labels_B * classes + predicted_B, minlength=classes**2).reshape(classes, classes)
-
-
 @dataclass(frozen=True)
 class Share:
     """A share of images with its interval; None of no images."""

@@ -43,11 +43,10 @@ def race(
     last: int,
     first: int = FIRST,
     no_verdict: Mapping[int, str] | None = None,
-    level: float = LEVEL,
 ) -> RaceState:
     """The verdicts of a race so far, from scores (NaN where a trial was not trained), and what to train next.
 
-    `weights_QC`, `margin`, `first`, `last` and `level` must be fixed before the first look. All looks are taken again
+    `weights_QC`, `margin`, `first` and `last` must be fixed before the first look. All looks are taken again
     from the seeds in their order; what was trained beyond a look does not count in it. A cell of `no_verdict` ends its
     contrasts with that reason. Raises ValueError as `judge` does, for a first look at fewer than 4 seeds, and for more
     seeds than `last`.
@@ -64,7 +63,7 @@ def race(
         for weights_C in weights_QC
     ]
     wanted_C = np.zeros(count, dtype=int)
-    for n, alpha in zip(range(first, last + 1), look_levels(joint, count, first, last, 1 - level)):
+    for n, alpha in zip(range(first, last + 1), look_levels(joint, count, first, last, 1 - LEVEL)):
         open_Q = [place for place, judgement in enumerate(judgements) if judgement.verdict == OPEN]
         if not open_Q:
             return RaceState(judgements, wanted_C, go_on=False)

@@ -78,7 +78,7 @@ def methods(directory: StudyDirectory, evidence: Evidence) -> str:
     study, rows = results.study, results.rows
     design = "all combinations of" if study.design == "factorial" else "the base, and one change each of"
     factors = [f"{name} ({', '.join(map(level_name, levels))})" for name, levels in study.factors.items()]
-    same = " (equal ones were trained once)" if len(rows) < len(results.plan.cells_with_trials) else ""
+    same = " (equal ones were trained once)" if len(rows) < len(results.plan.cells) else ""
     families = ["the main effects"] * bool(evidence.effects) + ["the cells against the base"]
     families += ["the contrasts that the study names"] * bool(evidence.declared)
     judged = [
