@@ -20,7 +20,7 @@ from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.stats import contrasts, factors, planning
 from expertgrid.ablations.results.stats.assumptions import FTest, effects_by_seed, may_be_best, seeds_that_decide
-from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Family, Judgement
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
 from expertgrid.ablations.results.stats.factors import Change, EffectContrast
 from expertgrid.ablations.results.stats.images import images_variance
 from expertgrid.ablations.results.stats.planning import Sight, sight
@@ -130,9 +130,9 @@ class Evidence:
         asked, weights_QU = self.questions.effects, self.questions.effect_weights_QU
         if self.race:
             return [self._effect(*answered) for answered in zip(asked, self.race.judgements)]
-        family = self._family(weights_QU)
-        needed = planning.seeds_to_decide(weights_QU, family, self.margin, self.most_seeds)
-        return [self._effect(*answered) for answered in zip(asked, family.judgements, needed)]
+        judgements = self._family(weights_QU)
+        needed = planning.seeds_to_decide(weights_QU, judgements, self.margin, self.most_seeds)
+        return [self._effect(*answered) for answered in zip(asked, judgements, needed)]
 
     @cached_property
     def against_base(self) -> list[Judgement | None]:
@@ -141,12 +141,12 @@ class Evidence:
         if self.race:
             judged = dict(zip(self.questions.in_no_effect, self.race.judgements[len(self.questions.effects) :]))
         elif networks > 1:
-            judged = dict(enumerate(self._family(factors.against(0, networks)).judgements, 1))
+            judged = dict(enumerate(self._family(factors.against(0, networks)), 1))
         return [judged.get(unit) for unit in range(networks)]
 
     @cached_property
     def interactions(self) -> list[Effect]:
-        judgements = [] if self.race else self._family(self.questions.interaction_weights_QU).judgements
+        judgements = [] if self.race else self._family(self.questions.interaction_weights_QU)
         return [self._effect(*answered) for answered in zip(self.questions.interactions, judgements)]
 
     @cached_property
@@ -281,17 +281,17 @@ class Evidence:
         weights_U = np.zeros(len(self.results.rows))
         for pair in pairs:
             weights_U[[self.results.rows.index(row) for row in pair]] += -1 / len(pairs), 1 / len(pairs)
-        return self._family(weights_U[None]).judgements[0]
+        return self._family(weights_U[None])[0]
 
     @cached_property
     def decided_interactions(self) -> list[Effect]:
         return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
 
-    def _family(self, weights_QU: np.ndarray, scores_US: np.ndarray | None = None) -> Family:
+    def _family(self, weights_QU: np.ndarray, scores_US: np.ndarray | None = None) -> list[Judgement]:
         """The verdicts on contrasts that are asked together, on validation where no other scores are given."""
         scores_US = self.scores_US if scores_US is None else scores_US
-        family = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
-        return replace(family, judgements=[self._directed(judgement) for judgement in family.judgements])
+        judgements = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        return [self._directed(judgement) for judgement in judgements]
 
     def _directed(self, judgement: Judgement) -> Judgement:
         return judgement if self.scale.higher_is_better else judgement.turned
@@ -340,9 +340,7 @@ class Evidence:
         to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin, self.most_seeds)
         return [
             Comparison(rows[first], rows[second], on_validation, on_test, declared, seeds)
-            for (first, second), on_validation, on_test, seeds in zip(
-                pairs, validation.judgements, test.judgements, to_decide
-            )
+            for (first, second), on_validation, on_test, seeds in zip(pairs, validation, test, to_decide)
         ]
 
 

@@ -90,12 +90,12 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
     needed = seeds_to_decide(weights_QC, family, margin)
     best_C = may_be_best(-scores_CS if lower_is_better else scores_CS).tolist()
     n_C = (~np.isnan(scores_CS)).sum(1).tolist()
-    against = [None, *map(turned, base.judgements)]
+    against = [None, *map(turned, base)]
     return JudgedScores(
         margin,
         [
             JudgedEffect(*change, turned(judgement), count)
-            for (change,), judgement, count in zip((effect.changes for effect in asked), family.judgements, needed)
+            for (change,), judgement, count in zip((effect.changes for effect in asked), family, needed)
         ],
         [
             JudgedCell(dict(zip(names, point)), n, total / n if n else np.nan, judgement, best)

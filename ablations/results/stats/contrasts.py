@@ -104,21 +104,12 @@ class Judgement:
         return replace(self, verdict=TURNED.get(self.verdict, self.verdict))
 
 
-@dataclass(frozen=True)
-class Family:
-    """The judgements of contrasts that were asked together: no interval misses, but for 1 study in 20."""
-
-    judgements: list[Judgement]
-    spread: float | None  # pooled residual standard deviation of a score; None without degrees of freedom
-    df: float  # of the spread
-
-
 def judge(
     weights_QC: np.ndarray,
     scores_CS: np.ndarray,
     margin: float,
     no_verdict: Mapping[int, str] | None = None,
-) -> Family:
+) -> list[Judgement]:
     """A verdict on each contrast of a family, all of them right together with probability `critical.LEVEL`.
 
     The interval decides, and it is the one to print. Same: it lies within the margin, either side of 0. Better or
@@ -133,7 +124,7 @@ def judge(
     weights_QC, scores_CS = checked(weights_QC, scores_CS, margin)
     no_verdict = no_verdict or {}
     if not len(weights_QC):
-        return Family([], None, 0.0)
+        return []
     judged_CS = scores_CS.copy()
     judged_CS[list(no_verdict)] = np.nan
     estimates = estimate(weights_QC, judged_CS)
@@ -144,11 +135,10 @@ def judge(
             return judgement
         return replace(judgement, p=joint.tail(abs(judgement.mean) / judgement.error, estimates.df))
 
-    judgements = [
+    return [
         without_verdict(weights_C, no_verdict) or with_p(judged(estimates, place, margin))
         for place, weights_C in enumerate(weights_QC)
     ]
-    return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
 
 
 def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Judgement | None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from expertgrid.ablations.results.stats.contrasts import FEW, KNOWN, OPEN, TOO_FEW, Family, surcharge
+from expertgrid.ablations.results.stats.contrasts import FEW, KNOWN, OPEN, TOO_FEW, Judgement, surcharge
 from expertgrid.ablations.results.stats.critical import correlation, crossing, joint_t
 
 POWER = 0.8
@@ -101,7 +101,7 @@ def sight(
 
 
 def seeds_to_decide(
-    weights_QC: np.ndarray, family: Family, margin: float, most: int = MOST_SEEDS
+    weights_QC: np.ndarray, judgements: Sequence[Judgement], margin: float, most: int = MOST_SEEDS
 ) -> list[float | None]:
     """About how many seeds in all would decide each open contrast of a family, were the truth what it looks like now.
 
@@ -109,7 +109,7 @@ def seeds_to_decide(
     None for what is decided, or has no interval; inf for more than `most`.
     """
     needed: list[float | None] = []
-    for place, judgement in enumerate(family.judgements):
+    for place, judgement in enumerate(judgements):
         if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
             needed.append(None)
             continue
