@@ -576,13 +576,13 @@ def bench(
         (front and study is None, "--front: is for a study directory"),
     )
     with _starting(modules):
-        from expertgrid.ablations.cli.bench import Against, bench, bench_cells
+        from expertgrid.ablations.cli.bench import bench, bench_cells
         from expertgrid.ablations.cli.sources import import_modules
     isolated = partial(import_modules, modules or []) if isolate else None
     if study:
         return bench_cells(study, provider, batches, format, engines, seconds, front, isolated)
-    against = Against(baseline, across_machines, slower)
-    return bench(files, provider, batches, format, json, engines, seconds, against, isolated, peers)
+    limits = baseline, across_machines, slower
+    return bench(files, provider, batches, format, json, engines, seconds, *limits, isolated, peers)
 
 
 @app.command("bench-train", cls=Command, rich_help_panel=SPEED)

@@ -1,7 +1,7 @@
 """Measuring latency and training speed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,15 +32,6 @@ PEERS_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Against:
-    """What a file's speed is compared with, and what ends in failure."""
-
-    baseline: Path | None = None  # a record of an earlier run
-    across_machines: bool = False
-    fail_if_slower: float | None = None  # percent
-
-
 def bench(
     files: Sequence[Path],
     provider: str = "cpu",
@@ -49,7 +40,9 @@ def bench(
     json: Path | None = None,
     engines: Sequence[str] = USUAL,
     measure_s: float = 1.0,
-    against: Against = Against(),
+    baseline_file: Path | None = None,  # the record of an earlier run
+    across_machines: bool = False,
+    fail_if_slower: float | None = None,  # percent
     isolated: Begin | None = None,
     with_peers: bool = False,
     openings: int | None = None,
@@ -58,7 +51,7 @@ def bench(
 
     1 where a file is slower than it may be.
     """
-    baseline = read_latency(against.baseline) if against.baseline else None
+    baseline = read_latency(baseline_file) if baseline_file else None
     if json is not None:
         check_can_be_written("--json", json)
     with status(f"measuring {', '.join(map(str, files))}"), TemporaryDirectory() as place:
@@ -66,8 +59,8 @@ def bench(
         measured = [*files, *peers]
         records = measure(measured, provider, batches, measure_s, engines, openings, isolated=isolated)
         costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
-    if baseline and against.baseline and not against.across_machines:
-        check_comparable(baseline, records[0], against.baseline)
+    if baseline and baseline_file and not across_machines:
+        check_comparable(baseline, records[0], baseline_file)
     for file, record in zip(files, records):
         timed = {latency.kind for latency in record.latencies}
         if left_out := [kind for kind in engines if kind in PYTORCH and kind not in timed]:
@@ -78,7 +71,7 @@ def bench(
         sizes = {file: {"params": about.parameters, "MACs": about.macs} for file, about in costs.items()}
         table = [{"file": row["file"]} | sizes[str(row["file"])] | row for row in table]
     if baseline:
-        comparisons += with_baseline(records[0], baseline, str(against.baseline))
+        comparisons += with_baseline(records[0], baseline, str(baseline_file))
     print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
     if format == "text" and comparisons:
         print("\n" + "\n".join(map(str, comparisons)), flush=True)
@@ -89,12 +82,12 @@ def bench(
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_whole(json, content)
-    if against.fail_if_slower is None:
+    if fail_if_slower is None:
         return 0
-    too_slow = [other for other in comparisons if other.slower_percent() > against.fail_if_slower]
+    too_slow = [other for other in comparisons if other.slower_percent() > fail_if_slower]
     for slower in too_slow:
         notice(
-            f"slower by {slower.slower_percent():.1f}%, more than {against.fail_if_slower:g}%: {slower.file} against "
+            f"slower by {slower.slower_percent():.1f}%, more than {fail_if_slower:g}%: {slower.file} against "
             f"{slower.other}, batch {slower.batch}, {slower.engine}", style="red",
         )  # fmt: skip
     return int(bool(too_slow))

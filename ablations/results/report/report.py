@@ -83,7 +83,7 @@ def _gate_rows(examined: Examined) -> list[dict[str, object]]:
             "experts": gate.experts,
             "mean weights": "  ".join(f"{weight:.2f}" for weight in gate.mean_K),
             "entropy, bits": Points(gate.entropy),
-            "at most": Points(gate.most_entropy),
+            "at most": Points(np.log2(gate.experts)),
             "information, bits": f"{gate.information:.3f}",
             "collapsed": f"{len(gate.collapsed)} of {gate.experts}"
             + (f" (expert {', '.join(map(str, gate.collapsed))})" if gate.collapsed else ""),

@@ -154,7 +154,7 @@ def judged(estimates: Estimates, place: int, margin: float) -> Judgement:
     constant = float(estimates.constant_Q[place])
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds, bool(estimates.few_Q[place])))
-    low, high = mean - constant * error, mean + constant * error
+    low, high = float(estimates.low_XQ[place]), float(estimates.high_XQ[place])
     verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""

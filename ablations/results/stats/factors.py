@@ -108,9 +108,7 @@ def against(base: int, count: int) -> np.ndarray:
 
 
 def difference(first: int, second: int, count: int) -> np.ndarray:
-    """The first cell less the second: weights (count,). Raises ValueError for a cell and itself."""
-    if first == second:
-        raise ValueError(f"cell {first} has no difference from itself")
+    """The first cell less the second: weights (count,)."""
     return np.eye(count)[first] - np.eye(count)[second]
 
 

@@ -100,5 +100,3 @@ def test_what_is_no_race():
             race(BASE, scores_CS, margin=0.5, **arguments)
     with pytest.raises(ValueError, match="margin must be above 0"):
         race(BASE, scores_CS, margin=0, last=8)
-    with pytest.raises(ValueError, match="looks go from"):
-        look_levels(JointT([[1.0]]), 2, 5, 4, 0.05)
