@@ -41,6 +41,7 @@ def _tracker(text: str, study: StudyRun) -> Tracker:
         from expertgrid.ablations.trackers.mlflow import MLflow
 
         return MLflow(study, uri or None)
+    assert name == "wandb"  # `options.trackers` has looked at it
     from expertgrid.ablations.trackers.wandb import WeightsAndBiases
 
     return WeightsAndBiases(study)
