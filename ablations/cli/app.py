@@ -3,6 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
+import io
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -673,10 +674,12 @@ def show_augment(
         from expertgrid.ablations.cli.sources import read_data
         from expertgrid.ablations.study.changes import changed_recipe
         from expertgrid.model.system.files import write_whole
-        from expertgrid.model.training.contact_sheet import as_png, contact_sheet
+        from expertgrid.model.training.contact_sheet import contact_sheet
     options.check_can_be_written("--out", out)
     changed, read = changed_recipe(recipe, settings), read_data(data, data_dir)
     changed.check_fits(read, len(read.train))
-    write_whole(out, as_png(contact_sheet(changed, read, seed, images)))
+    picture = io.BytesIO()
+    contact_sheet(changed, read, seed, images).save(picture, "PNG")
+    write_whole(out, picture.getvalue())
     print(out)
     return 0
