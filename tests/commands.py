@@ -67,7 +67,6 @@ if __name__ == "__main__":
     import sklearn.datasets  # noqa: F401
     import torch
 
-    import expertgrid.ablations.cli.augment
     import expertgrid.ablations.cli.bench
     import expertgrid.ablations.cli.hub
     import expertgrid.ablations.cli.quickstart

@@ -389,7 +389,8 @@ def test_records(check, tmp_path, digits):
             for trial in directory.read_plan().cells[0].trials:
                 _ = directory.record(trial), directory.config(trial), directory.failure(trial)
                 _ = directory.epochs(trial), directory.predictions(trial)
-            read_evidence(directory)
+            of = read_evidence(directory)
+            _ = of.effects, of.against_base, of.interactions, of.declared, of.spread, of.sight
         finally:
             (directory.path / name).write_bytes(whole[name])
 

@@ -479,11 +479,11 @@ def test_a_picture_shows_text_as_text(tmp_path, digits):
     """SVG: the parts of a picture are those of plain words, and `$` begins no formula."""
     from xml.etree import ElementTree
 
-    from expertgrid.ablations.results.report.plots import accuracy_plot
+    from expertgrid.ablations.results.report.plots import accuracy_figure, save
 
     for number, words in enumerate(
         (TAG, "$\\frac{$", "]]> <!-- &lt;", "so long that it is wrapped " * 5 + "$\\frac{$")
     ):
         evidence = read_evidence(StudyDirectory(study_that_says(words, tmp_path / str(number), digits)))
-        picture = ElementTree.fromstring(accuracy_plot(words, evidence.results.rows))
+        picture = ElementTree.fromstring(save(accuracy_figure(words, evidence.results.rows)))
         assert not {part.tag.rpartition("}")[2] for part in picture.iter()} & {"script", "img", "td"}

@@ -3,6 +3,7 @@
 What can be checked without PyTorch is checked before it is imported.
 """
 
+import io
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -192,6 +193,7 @@ def run(
     sources.import_modules(modules or [])  # first: it registers variants, which the study may name
     name = "quickstart" if study is None else study
     request = plan.read_request(name, seeds, first_seed, data, settings, out, until, max_seeds, extend)
+    after_s = 0.0 if study else sum(plan.QUICKSTART.values())
     if dry_run:
         from expertgrid.ablations.engines.isolation import Setup, device_of, jobs_for
         from expertgrid.model.fast.execution import ExecutionOptions
@@ -199,7 +201,6 @@ def run(
         planned, begin = plan.plan_run(request, data_dir), partial(sources.import_modules, modules or [])
         execution, many = ExecutionOptions(kernels, compile, graphs), at_once or jobs_for(device)
         setup = Setup(planned.data, device_of(device), Path(), begin, execution, deterministic, at_once=many)
-        after_s = 0.0 if study else sum(plan.QUICKSTART.values())
         print(plan.plan_table(planned, setup if engine == "local" else None, timing, after_s))
         return 0
     with ExitStack() as resources:
@@ -215,18 +216,20 @@ def run(
 
             trainer = resources.enter_context(isolated(at_once or jobs_for(device), device))  # imports PyTorch beside
         with _starting():
-            from expertgrid.ablations.cli.run import How, train_and_show
+            from expertgrid.ablations.cli.run import How, say_failures, show_study, train_study
             from expertgrid.model.fast.execution import ExecutionOptions
         execution = ExecutionOptions(kernels, compile, graphs)
         how = How(
             device, execution, adopt, fail_fast, trial_timeout, modules or [], deterministic, trainer, track or [],
             timing,
         )  # fmt: skip
-        if study is not None:
-            return train_and_show(request, data_dir, how)
-        with _starting():
+        failed = train_study(request, data_dir, how, after_s)
+        if study is None and not failed:
             from expertgrid.ablations.cli.quickstart import quickstart
-        return quickstart(request, data_dir, how)
+
+            return quickstart(request.directory, data_dir, how.track)
+        show_study(request.directory)
+        return say_failures(request.directory, failed)
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
@@ -520,8 +523,9 @@ def show_model(file: OnnxFile) -> int:
     Netron (netron.app) opens the file and draws its graph.
     """
     with _starting():
-        from expertgrid.ablations.cli.export import show_model
-    return show_model(file)
+        from expertgrid.export.describe import describe, read_onnx
+    print(describe(read_onnx(file), str(file)))
+    return 0
 
 
 @app.command(cls=Command, rich_help_panel=SPEED)
@@ -573,13 +577,13 @@ def bench(
         (front and study is None, "--front: is for a study directory"),
     )
     with _starting(modules):
-        from expertgrid.ablations.cli.bench import Against, bench, bench_cells
+        from expertgrid.ablations.cli.bench import bench, bench_cells
         from expertgrid.ablations.cli.sources import import_modules
     isolated = partial(import_modules, modules or []) if isolate else None
     if study:
         return bench_cells(study, provider, batches, format, engines, seconds, front, isolated)
-    against = Against(baseline, across_machines, slower)
-    return bench(files, provider, batches, format, json, engines, seconds, against, isolated, peers)
+    limits = baseline, across_machines, slower
+    return bench(files, provider, batches, format, json, engines, seconds, *limits, isolated, peers)
 
 
 @app.command("bench-train", cls=Command, rich_help_panel=SPEED)
@@ -669,5 +673,15 @@ def show_augment(
     """
     settings = options.settings(set_ or [])
     with _starting(modules):
-        from expertgrid.ablations.cli.augment import show_augment
-    return show_augment(recipe, out, data, data_dir, settings, seed, images)
+        from expertgrid.ablations.cli.sources import read_data
+        from expertgrid.ablations.study.changes import changed_recipe
+        from expertgrid.model.system.files import write_whole
+        from expertgrid.model.training.contact_sheet import contact_sheet
+    options.check_can_be_written("--out", out)
+    changed, read = changed_recipe(recipe, settings), read_data(data, data_dir)
+    changed.check_fits(read, len(read.train))
+    picture = io.BytesIO()
+    contact_sheet(changed, read, seed, images).save(picture, "PNG")
+    write_whole(out, picture.getvalue())
+    print(out)
+    return 0

@@ -1,17 +1,16 @@
 """Measuring latency and training speed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from expertgrid.ablations.cli.options import check_can_be_written
 from expertgrid.ablations.cli.sources import read_data
-from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.terminal import notice, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
-from expertgrid.ablations.speed.latency import by_cell, measure_latencies, write_latencies
+from expertgrid.ablations.speed.latency import by_cell, measure_latencies
 from expertgrid.ablations.speed.training import measure_cells
 from expertgrid.bench import training
 from expertgrid.bench.engines import PYTORCH, USUAL
@@ -21,26 +20,16 @@ from expertgrid.bench.peers import peers_of
 from expertgrid.bench.profile import profile_training
 from expertgrid.bench.record import read_latency
 from expertgrid.bench.training import measure_training
-from expertgrid.export.describe import Description, describe, read_onnx
+from expertgrid.export.describe import describe, read_onnx
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import torch_device
 from expertgrid.model.system.text import Format, render
 
-notice = partial(console.print, soft_wrap=True)
 PEERS_NOTE = (
     "Peers: untrained networks of timm for the same images and classes, in fp32, RepVGG in its deployed form. Their "
     "accuracy is unknown. Parameters and MACs are those in the files."
 )
-
-
-@dataclass(frozen=True)
-class Against:
-    """What a file's speed is compared with, and what ends in failure."""
-
-    baseline: Path | None = None  # a record of an earlier run
-    across_machines: bool = False
-    fail_if_slower: float | None = None  # percent
 
 
 def bench(
@@ -51,7 +40,9 @@ def bench(
     json: Path | None = None,
     engines: Sequence[str] = USUAL,
     measure_s: float = 1.0,
-    against: Against = Against(),
+    baseline_file: Path | None = None,  # the record of an earlier run
+    across_machines: bool = False,
+    fail_if_slower: float | None = None,  # percent
     isolated: Begin | None = None,
     with_peers: bool = False,
     openings: int | None = None,
@@ -60,7 +51,7 @@ def bench(
 
     1 where a file is slower than it may be.
     """
-    baseline = read_latency(against.baseline) if against.baseline else None
+    baseline = read_latency(baseline_file) if baseline_file else None
     if json is not None:
         check_can_be_written("--json", json)
     with status(f"measuring {', '.join(map(str, files))}"), TemporaryDirectory() as place:
@@ -68,8 +59,8 @@ def bench(
         measured = [*files, *peers]
         records = measure(measured, provider, batches, measure_s, engines, openings, isolated=isolated)
         costs = {path.name: describe(read_onnx(path), path.name) for path in measured} if with_peers else {}
-    if baseline and against.baseline and not against.across_machines:
-        check_comparable(baseline, records[0], against.baseline)
+    if baseline and baseline_file and not across_machines:
+        check_comparable(baseline, records[0], baseline_file)
     for file, record in zip(files, records):
         timed = {latency.kind for latency in record.latencies}
         if left_out := [kind for kind in engines if kind in PYTORCH and kind not in timed]:
@@ -77,9 +68,10 @@ def bench(
     comparisons = with_first(records)
     table = rows(records, comparisons)
     if costs:
-        table = [{"file": row["file"]} | _size(costs[str(row["file"])]) | row for row in table]
+        sizes = {file: {"params": about.parameters, "MACs": about.macs} for file, about in costs.items()}
+        table = [{"file": row["file"]} | sizes[str(row["file"])] | row for row in table]
     if baseline:
-        comparisons += with_baseline(records[0], baseline, str(against.baseline))
+        comparisons += with_baseline(records[0], baseline, str(baseline_file))
     print(render(table, format, notes(records) + ([PEERS_NOTE] if with_peers else [])))
     if format == "text" and comparisons:
         print("\n" + "\n".join(map(str, comparisons)), flush=True)
@@ -90,12 +82,12 @@ def bench(
             write_whole(study / "bench" / f"{file.stem}-{provider}.json", content)
         if json is not None:
             write_whole(json, content)
-    if against.fail_if_slower is None:
+    if fail_if_slower is None:
         return 0
-    too_slow = [other for other in comparisons if other.slower_percent() > against.fail_if_slower]
+    too_slow = [other for other in comparisons if other.slower_percent() > fail_if_slower]
     for slower in too_slow:
         notice(
-            f"slower by {slower.slower_percent():.1f}%, more than {against.fail_if_slower:g}%: {slower.file} against "
+            f"slower by {slower.slower_percent():.1f}%, more than {fail_if_slower:g}%: {slower.file} against "
             f"{slower.other}, batch {slower.batch}, {slower.engine}", style="red",
         )  # fmt: skip
     return int(bool(too_slow))
@@ -109,10 +101,6 @@ def _write_peers(file: Path, place: Path) -> list[Path]:
     for name, model in models.items():
         (place / f"{name}.onnx").write_bytes(model)
     return [place / f"{name}.onnx" for name in models]
-
-
-def _size(description: Description) -> dict[str, object]:
-    return {"params": description.parameters, "MACs": description.macs}
 
 
 def bench_cells(
@@ -142,7 +130,9 @@ def bench_cells(
         results = [replace(row, latency=new.get(row.name, row.latency)) for row in read_results(directory).rows]
         table = by_cell(rows(timed.records, with_first(timed.records)), timed, results)
         print(render(table, format, notes(timed.records)), flush=True)  # first: the disk may be full
-        write_latencies(directory, timed)
+        for record in timed.records:
+            content = record.model_dump_json(indent=1).encode()
+            write_whole(path / "bench" / f"{record.trial}-{record.provider}.json", content)
     return int(bool(timed.not_exported))
 
 

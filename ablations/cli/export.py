@@ -18,7 +18,7 @@ from expertgrid.bench.tune import rows as tuning_rows
 from expertgrid.bench.tune import tune
 from expertgrid.export.card import card
 from expertgrid.export.certify import DEFAULT_REWRITES, CertifiedModel, Images, Reference, certified, rewritten
-from expertgrid.export.describe import describe, read_onnx
+from expertgrid.export.describe import describe
 from expertgrid.export.metadata import Input, Precision
 from expertgrid.export.precision import PrecisionError
 from expertgrid.export.prune import pruned
@@ -142,9 +142,3 @@ def _write(
     size = f"{len(model.model):,} bytes"
     print(f"{written}: {trained.model}, trial {trained.trial}, {size}{floats}, {certificate}", flush=True)
     return certificate.passed
-
-
-def show_model(file: Path) -> int:
-    """Prints what an ONNX file is."""
-    print(describe(read_onnx(file), str(file)))
-    return 0

@@ -5,11 +5,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.records.check import FileState, check_files, repair
 from expertgrid.ablations.records.clean import needless, remove
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.study.disk import in_words
 from expertgrid.model.probe import probe_of
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.parts import changed_parts
@@ -69,10 +70,9 @@ def clean(path: Path | None, agreed: bool, unplanned: bool) -> int:
     removable = needless(directory, unplanned)
     for item in removable:
         place = item.path.relative_to(path) if path and item.path.is_relative_to(path) else item.path
-        print(f"{in_words(item.size):>10}  {place}  ({item.why})")
-    print(
-        f"{path or 'cache'}: {len(removable)} to remove, {in_words(sum(item.size for item in removable))}", flush=True
-    )
+        print(f"{decimal(item.size):>10}  {place}  ({item.why})")
+    total = decimal(sum(item.size for item in removable))
+    print(f"{path or 'cache'}: {len(removable)} to remove, {total}", flush=True)
     if not removable:
         return 0
     if not agreed and not sys.stdin.isatty():

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from expertgrid.ablations.cli.sources import read_data
 from expertgrid.ablations.cli.terminal import status
 from expertgrid.ablations.engines.isolation import Setup
@@ -180,7 +182,7 @@ def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: 
     from expertgrid.ablations.results.evidence import foresee, images_again
     from expertgrid.ablations.results.tables.notes import plan_lines
     from expertgrid.ablations.speed.sampling import duration
-    from expertgrid.ablations.study.disk import in_words, log_bytes
+    from expertgrid.ablations.study.disk import log_bytes
     from expertgrid.model.cost import cost
     from expertgrid.model.system.text import render
 
@@ -211,7 +213,7 @@ def plan_table(planned: PlannedRun, setup: Setup | None, timing: bool, after_s: 
         *["Where levels or baselines are added after results, the study is exploratory."] * planned.directory.extends,
     ]
     if to_do := list({of.id: of for cell in planned.cells for of in cell.trials if of.id not in finished}.values()):
-        notes.append(f"Disk: {in_words(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
+        notes.append(f"Disk: {decimal(log_bytes(to_do, planned.data))} for log-probabilities of each image.")
         if setup:
             left = TimeLeft(to_do, planned.data, setup.at_once, setup.device, timing, after_s)
             with status("training a little, to know how long it takes"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 from expertgrid.ablations.cli.options import check_can_be_written
-from expertgrid.ablations.cli.terminal import console, starting, status
+from expertgrid.ablations.cli.terminal import notice, starting, status
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.comparison import compare
 from expertgrid.ablations.results.evidence import read_evidence
@@ -50,7 +50,7 @@ def table(
     print(render_tables(tables, format, None if notes else MOST_NOTES))
     more = sum(len(table.notes[MOST_NOTES:]) for table in tables)
     if more and not notes and format not in ("csv", "json"):
-        console.print(f"--notes shows {more} more notes", soft_wrap=True)
+        notice(f"--notes shows {more} more notes")
     return 0
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from expertgrid.ablations.cli import interrupt
-from expertgrid.ablations.cli.plan import StudyRequest, plan_run
+from expertgrid.ablations.cli.plan import PlannedRun, StudyRequest, plan_run
 from expertgrid.ablations.cli.sources import import_modules
-from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.terminal import console, notice, status
 from expertgrid.ablations.cli.track import tracked
 from expertgrid.ablations.engines.duration import ROUNDS, TimeLeft, in_time
 from expertgrid.ablations.engines.events import Event, TrialFailed, by_seed
@@ -23,7 +23,7 @@ from expertgrid.ablations.records.directory import TRACEBACK, StudyDirectory
 from expertgrid.ablations.results import racing
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
-from expertgrid.ablations.results.report.plots import accuracy_plot, check_draws
+from expertgrid.ablations.results.report.plots import accuracy_figure, check_draws, save
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.ablations.speed.training import measure_cells
@@ -76,9 +76,9 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     race = begun or planned.race
     check_draws(study.question)
     lines = study.question, planned.data.in_words(planned.hold_out), *planned.weight_lines
-    console.print("\n".join(lines), soft_wrap=True)
+    notice("\n".join(lines))
     if how.trainer is not None and how.trainer.in_words:
-        console.print(how.trainer.in_words, soft_wrap=True)
+        notice(how.trainer.in_words)
     counts = {cell.trials[0].id: study.seeds for cell in cells}
     if begun:
         counts |= {cell.trials[0]: max(len(cell.trials), study.seeds) for cell in directory.read_plan().cells}
@@ -92,20 +92,20 @@ def train_study(request: StudyRequest, data_dir: Path | None, how: How, after_s:
     with directory.written(study, planned.data, racing.cells_with(cells, counts), race):
         directory.write_weights(planned.weights)
         with tracked(how.track, directory, planned.data) as tracking:
-            failed = _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
+            failed = _train(planned, racing.cells_with(cells, counts), on, how, tracking, left)
             while race and not (failed and how.fail_fast):
                 evidence = read_evidence(directory)
                 next_counts = racing.next_counts(evidence, counts)
-                console.print(racing.look_in_words(evidence, next_counts, counts), soft_wrap=True)
+                notice(racing.look_in_words(evidence, next_counts, counts))
                 if next_counts == counts:
                     break
                 counts = next_counts
                 directory.write_plan(study, planned.data, racing.cells_with(cells, counts), race)
-                failed += _train(racing.cells_with(cells, counts), planned.data, on, directory, how, tracking, left)
+                failed += _train(planned, racing.cells_with(cells, counts), on, how, tracking, left)
         if isinstance(how.trainer, RayEngine):
             how.trainer.end()
         if how.timing and any(row.packed and row.alone is None for row in read_results(directory).rows):
-            _time_alone(directory, planned.data, on, how, left)
+            _time_alone(planned, on, how, left)
     return failed
 
 
@@ -114,9 +114,9 @@ def _is_known(on: torch.device) -> bool:
     return on.type != "cuda" or torch.cuda.is_available()
 
 
-def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, how: How, left: TimeLeft) -> None:
+def _time_alone(planned: PlannedRun, on: torch.device, how: How, left: TimeLeft) -> None:
     """Measures the training speed of each cell, as trials that were trained at once have none."""
-    notice = partial(console.print, soft_wrap=True)
+    directory = planned.directory
     steps, seconds = left.timing(left.clock() - left.begun)
     if not steps or (isinstance(how.trainer, RayEngine) and not how.trainer.embedded):
         notice(f"training was not timed alone; expertgrid bench-train {directory.path} times it on this machine")
@@ -124,17 +124,10 @@ def _time_alone(directory: StudyDirectory, data: ImageData, on: torch.device, ho
     notice(f"each cell is now trained alone, to time it, for about {in_time(1.0 + seconds)}; --no-timing leaves it out")
     try:
         with status("timing the training of each cell alone"):
-            rates = measure_cells(directory, data, on, how.execution, steps, ROUNDS, notice)
+            rates = measure_cells(directory, planned.data, on, how.execution, steps, ROUNDS, notice)
         directory.write_training_rates(rates)
     except RecordingError as error:  # a trial was then trained without CUDA graphs, in a process of its own
         notice(f"training was not timed alone: {error}")
-
-
-def train_and_show(request: StudyRequest, data_dir: Path | None, how: How) -> int:
-    """Trains a study and prints its table; 1 where some trial failed."""
-    failed = train_study(request, data_dir, how)
-    show_study(request.directory)
-    return say_failures(request.directory, failed)
 
 
 def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
@@ -145,47 +138,47 @@ def say_failures(directory: StudyDirectory, failed: list[TrialFailed]) -> int:
     for event in failed:
         file = directory.trial(event.trial.id) / TRACEBACK
         lines.append(f"  {event.trial.id}, seed {event.trial.seed}: {event.reason}; traceback in {file}")
-    console.print("\n".join(lines), style="red", soft_wrap=True)
+    notice("\n".join(lines), style="red")
     return 1
 
 
 def _train(
-    cells: list[Cell], data: ImageData, on: torch.device, directory: StudyDirectory, how: How, tracking: Tracking,
-    left: TimeLeft,
-) -> list[TrialFailed]:  # fmt: skip
-    """Trains what is not there yet, and returns the trials that failed."""
+    planned: PlannedRun, cells: list[Cell], on: torch.device, how: How, tracking: Tracking, left: TimeLeft
+) -> list[TrialFailed]:
+    """Trains what is not there yet of these cells, and returns the trials that failed."""
+    directory, data = planned.directory, planned.data
     trials = by_seed([trial for cell in cells for trial in cell.trials])
     pending = [trial for trial in trials if directory.record(trial.id) is None]
     records = filter(None, (directory.record(trial.id) for trial in trials))
     changed = Counter(part for record in records for part in changed_parts(record.parts))
     if how.adopts:
         refused: Counter[str] = Counter()
-        metric = directory.read_study().metric
-        taken = Counter(place for trial in pending if (place := directory.adopt(trial.id, refused, metric)))
+        adopt = partial(directory.adopt, refused=refused, metric=planned.study.metric)
+        taken = Counter(place for trial in pending if (place := adopt(trial.id)))
         for reason, count in refused.items():
-            console.print(f"not taken over: {count} trials of {reason}", soft_wrap=True)
+            notice(f"not taken over: {count} trials of {reason}")
         for place, count in taken.items():
-            console.print(f"taken over from {directory.path.parent / place}: {count} trials", soft_wrap=True)
+            notice(f"taken over from {directory.path.parent / place}: {count} trials")
         pending = [trial for trial in pending if directory.record(trial.id) is None]
     for part, count in changed.items():
         remedy = f"`expertgrid retire {directory.path} --import MODULE` moves those of this study away"
-        console.print(f"{count} finished trials have other code of the {part}; {remedy}", soft_wrap=True)
+        notice(f"{count} finished trials have other code of the {part}; {remedy}")
     done_before = len(trials) - len(pending)
-    console.print(f"{len(trials)} trials, {done_before} of them done before; {directory.path}", soft_wrap=True)
+    notice(f"{len(trials)} trials, {done_before} of them done before; {directory.path}")
     check_space(pending, data, directory.path)
     steps = {trial.id: planned_steps(trial, data.trained_on(trial.hold_out)) for trial in pending}
     execution = how.execution
     if _is_known(on):
-        execution = replace(execution, fp32=_uses_fp32(trials, pending, data, on, directory, how))
+        execution = replace(execution, fp32=_uses_fp32(planned, trials, pending, on, how))
         chosen = [execution.plan(trial.model, steps[trial.id], on) for trial in pending]
         execution, without = execution.usable(chosen, on)
         for text in without:
-            console.print(f"trained without {text}", soft_wrap=True)
+            notice(f"trained without {text}")
     tracking.replay()
     left.waiting = {trial.id: trial for trial in pending}
     progress, failed = StudyProgress(cells, left, done_before, console), []
     with progress.live(), interrupt.training(progress.stop):
-        for event in _events(pending, data, on, directory, how, execution):
+        for event in _events(planned, pending, on, how, execution):
             progress.show(event)
             tracking.show(event)
             if isinstance(event, TrialFailed):
@@ -197,10 +190,9 @@ def _train(
     return failed
 
 
-def _uses_fp32(
-    trials: list[Trial], pending: list[Trial], data: ImageData, on: torch.device, directory: StudyDirectory, how: How
-) -> bool:
+def _uses_fp32(planned: PlannedRun, trials: list[Trial], pending: list[Trial], on: torch.device, how: How) -> bool:
     """Whether trials whose recipes leave it open train in fp32 here: as it was decided for this study, or is now."""
+    directory, data = planned.directory, planned.data
     device, decided = device_name(on), directory.read_plan().fp32
     if device in decided:
         return decided[device]
@@ -220,21 +212,16 @@ def _times_fp32_faster(timed: list[Trial], data: ImageData, how: How) -> bool:
         with status(f"timing {len(timed)} networks in fp32 and bf16"):
             fp32 = fp32_is_faster(timed, data, partial(import_modules, how.modules))
     except Exception as error:  # of the networks, whose trials will have it too
-        console.print(f"trained in bf16, as steps could not be timed: {reason_of(error)}", soft_wrap=True)
+        notice(f"trained in bf16, as steps could not be timed: {reason_of(error)}")
         return False
-    console.print(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study", soft_wrap=True)
+    notice(f"trained in {'fp32' if fp32 else 'bf16'}, which timed steps chose for this study")
     return fp32
 
 
 def _events(
-    trials: list[Trial],
-    data: ImageData,
-    on: torch.device,
-    directory: StudyDirectory,
-    how: How,
-    execution: ExecutionOptions,
+    planned: PlannedRun, trials: list[Trial], on: torch.device, how: How, execution: ExecutionOptions
 ) -> Iterator[Event]:
-    stopped = interrupt.stopped
+    directory, data, stopped = planned.directory, planned.data, interrupt.stopped
     if how.trainer is None:
         with deterministic(how.deterministic):
             resident = ResidentData(data, on)
@@ -252,4 +239,4 @@ def show_study(directory: StudyDirectory) -> None:
     picture = directory.path / "accuracy.svg"
     print(f"{evidence.results.study.question}\n\n{render_tables(study_tables(directory, evidence), 'text')}\n")
     print(f"Picture: {picture}. All notes: expertgrid table {directory.path} --notes\n\n{answer(evidence)}", flush=True)
-    write_whole(picture, accuracy_plot(evidence.results.study.question, evidence.results.rows))
+    write_whole(picture, save(accuracy_figure(evidence.results.study.question, evidence.results.rows)))

@@ -1,6 +1,7 @@
 """What a person sees on stderr while something runs. Light: it is imported before PyTorch is."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -19,8 +20,7 @@ class _Terminal(Console):
 
 
 console = _Terminal(stderr=True, highlight=False, markup=False, emoji=False)
-
-
+notice = partial(console.print, soft_wrap=True)
 _step = ""
 
 

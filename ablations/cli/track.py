@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from expertgrid.ablations.cli.sources import read_data
-from expertgrid.ablations.cli.terminal import console, status
+from expertgrid.ablations.cli.terminal import notice, status
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.trackers.opening import open_trackers
-from expertgrid.ablations.trackers.tracking import Tracking
+from expertgrid.ablations.trackers.tracking import StudyRun, Tracker, Tracking, study_run
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
 
@@ -21,12 +20,31 @@ def tracked(names: Sequence[str], directory: StudyDirectory, data: ImageData | N
     Raises InputError for a store that cannot be opened.
     """
     with status("opening trackers") if names else nullcontext():
-        tracking = open_trackers(names, directory, data, say=partial(console.print, style="yellow", soft_wrap=True))
+        study = study_run(directory)
+        trackers = {text: _tracker(text, study) for text in dict.fromkeys(names)}
+        tracking = Tracking(directory, data, trackers, partial(notice, style="yellow"))
     try:
         yield tracking
     finally:
         with status("trackers get what is left") if names else nullcontext():
             tracking.close()
+
+
+def _tracker(text: str, study: StudyRun) -> Tracker:
+    """`mlflow:URI` is a store; other trackers, and `mlflow` without it, keep what they get in the study directory."""
+    name, _, uri = text.partition(":")
+    if name == "tensorboard":
+        from expertgrid.ablations.trackers.tensorboard import TensorBoard
+
+        return TensorBoard(study)
+    if name == "mlflow":
+        from expertgrid.ablations.trackers.mlflow import MLflow
+
+        return MLflow(study, uri or None)
+    assert name == "wandb"  # `options.trackers` has looked at it
+    from expertgrid.ablations.trackers.wandb import WeightsAndBiases
+
+    return WeightsAndBiases(study)
 
 
 def track(directory: Path, names: Sequence[str], data: str | None, data_dir: Path | None) -> int:
@@ -50,6 +68,6 @@ def _images(study: StudyDirectory, data: str | None, data_dir: Path | None) -> I
     except InputError as error:
         if data is not None or data_dir is not None:
             raise
-        console.print(f"no contact sheets: {error}", soft_wrap=True)
+        notice(f"no contact sheets: {error}")
         return None
     return images

@@ -157,8 +157,6 @@ def run_local(
             yield from run(trial)
             return
         record = _finish(trial, splits, directory, training, prepared, at_once)
-        resume.unlink(missing_ok=True)
-        directory.remove_failure(trial.id)
         yield TrialDone(trial, record)
 
     for trial in by_seed(trials):

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from expertgrid.ablations.engines.events import Event, StateSaved, Stopped, TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Pool, Setup
-from expertgrid.ablations.engines.scheduling import Ended, Message, NodeLost, Report, crashed, schedule
+from expertgrid.ablations.engines.scheduling import Message, NodeLost, Report, crashed, schedule
 from expertgrid.ablations.records.directory import TRACEBACK, StudyDirectory
 from expertgrid.model.probe import NETWORK
 from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
@@ -177,7 +177,7 @@ class RayEngine:
         follower = asyncio.current_task()
         assert follower is not None
         task = self.tasks[trial.id] = _Task(generator, follower)
-        message: Message = Ended()
+        message: Message | None = None
         try:
             async for reference in generator:
                 sent = await reference
@@ -199,7 +199,7 @@ class RayEngine:
         except failures.RayError as error:
             message = ProcessLost(f"Ray cannot run a task: {reason_of(error)}")
         self.tasks.pop(trial.id, None)
-        self.messages.put((trial, message))
+        self.messages.put((trial, crashed("its task ended before it was done") if message is None else message))
 
     async def _watch(self) -> None:
         """Counts the slots, and gives up tasks on nodes that are lost: Ray says nothing of a task whose node's daemon

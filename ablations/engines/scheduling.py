@@ -53,13 +53,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A trial's task is over: the trial is done or has failed, or the task was stopped."""
-
-    reason: str = "its task ended before it was done"
-
-
-@dataclass(frozen=True)
 class NodeLost:
     """A trial's task is over, because its node or its process was lost: the trial can go on elsewhere."""
 
@@ -68,8 +61,9 @@ class NodeLost:
 
 
 # An event, whose files the cluster has written itself, or with the files that are to be written here. A failure is that
-# of a trial whose process was lost. An exception is an error of no trial, and ends its task; so does Stopped.
-Message = Event | Report | Ended | NodeLost | Failure | BaseException
+# of a trial whose process was lost, or whose task is over: of one that is done, nobody reads it. An exception is an
+# error of no trial, and ends its task; so does Stopped.
+Message = Event | Report | NodeLost | Failure | BaseException
 
 
 class Cluster(Protocol):
@@ -102,7 +96,7 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
     told, study = False, directory.path / "study.toml"
     of_a_study = study.exists()  # nodes have directories without one
 
-    def receive() -> tuple[Trial, Event | Ended | NodeLost | Failure | BaseException] | None:
+    def receive() -> tuple[Trial, Event | NodeLost | Failure | BaseException] | None:
         """The next message, after its files are written. None in its place for the end of a task that was over."""
         arrived = cluster.next(LOOK_EVERY_S)
         if arrived is None or arrived[0].id not in submitted:
@@ -136,13 +130,13 @@ def schedule(trials: Sequence[Trial], directory: StudyDirectory, cluster: Cluste
                 stopped.wait(TOGETHER_S)
                 terminations[trial.id] += 1
             match message:
-                case Ended() | NodeLost() | Failure() | ProcessLost() | Stopped() if stopped.is_set():
+                case NodeLost() | Failure() | ProcessLost() | Stopped() if stopped.is_set():
                     waiting.appendleft(trial)
                 case NodeLost(reason) if losses[trial.id] < MOST_LOSSES and terminations[trial.id] < MOST_TERMINATIONS:
                     losses[trial.id] += 1
                     waiting.appendleft(trial)
                     yield TrialNote(trial, f"{reason}; it goes on from its last saved state")
-                case NodeLost() | Ended() | Failure():
+                case NodeLost() | Failure():
                     failure = message if isinstance(message, Failure) else crashed(message.reason)
                     directory.write_failure(trial.id, failure)
                     yield TrialFailed(trial, str(failure))
@@ -184,8 +178,6 @@ def write_report(report: Report, directory: StudyDirectory) -> None:
     if isinstance(event, TrialDone):
         assert report.predictions is not None
         directory.finish(event.trial.id, event.record, checkpoint, report.predictions)
-        directory.resume_file(event.trial.id).unlink(missing_ok=True)
-        directory.remove_failure(event.trial.id)
 
 
 def crashed(reason: str) -> Failure:

@@ -278,10 +278,6 @@ class StudyDirectory:
         write_whole(place / TRACEBACK, failure.traceback.encode(errors="replace"))
         write_whole(place / "failure.json", fields.encode())
 
-    def remove_failure(self, trial_id: str) -> None:
-        for name in ("failure.json", TRACEBACK):
-            (self.trial(trial_id) / name).unlink(missing_ok=True)
-
     def adopt(self, trial_id: str, refused: Counter[str], metric: str = "accuracy") -> str | None:
         """Takes over a finished trial of the same id, and its reads of the test split, from a study beside this one.
 
@@ -374,7 +370,10 @@ class StudyDirectory:
         write_whole(self.trial(trial_id) / "epochs.jsonl", content.encode())
 
     def finish(self, trial_id: str, record: Record, checkpoint: bytes, predictions: Predictions) -> None:
-        """Writes what a training gave, and the checksums of the trial's files. The record comes last."""
+        """Writes what a training gave, and the checksums of the trial's files; the record comes last.
+
+        What an unfinished or failed trial has is removed then.
+        """
         place = self.trial(trial_id)
         written = {"model.safetensors": checkpoint, "predictions.npz": predictions.to_bytes()}
         for name, content in written.items():
@@ -384,6 +383,8 @@ class StudyDirectory:
         before = {name: (place / name).read_bytes() for name in begun if name not in written}
         write_sums(place, before | written)
         write_whole(place / "record.json", written["record.json"])
+        for name in ("resume.pt", "failure.json", TRACEBACK):
+            (place / name).unlink(missing_ok=True)
 
     def enter_test_read(self, trial_id: str, reader: str, images: int, tta: Literal["flip"] | None = None) -> None:
         """Adds the ledger's line for one read of the test split."""

@@ -37,9 +37,7 @@ class Plan(BaseModel):
     data: str  # in words, with the number of images
     source: str
     image_size: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None  # that the images were brought to
-    pixels: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = (
-        None  # height and width of the images; None in plans of older versions
-    )
+    pixels: tuple[Some, Some] | None = None  # height and width of the images; None in plans of older versions
     hold_out: HoldOut = HoldOut()
     first_seed: Annotated[int, Field(ge=0, lt=CONTROL_SEEDS)] = 0
     metric: Scale = ACCURACY
@@ -51,10 +49,6 @@ class Plan(BaseModel):
     seen: list[int] = []  # seeds of which results were there to be seen when the study was made, or got more seeds
     fp32: dict[str, bool] = {}  # by device: whether fp32 is used where a recipe's amp is "auto"; none in older plans
     rules: int = 1  # of the version that began the study
-
-    @property
-    def cells_with_trials(self) -> list[PlannedCell]:
-        return [cell for cell in self.cells if cell.trials]
 
     @property
     def by_cell(self) -> list[list[str]]:

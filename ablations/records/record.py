@@ -119,15 +119,6 @@ class Record(BaseModel):
         return 100 * value if scale.unit == "points" else value
 
 
-FAILED = {  # the kinds of failures, in words
-    "diverged": "diverged",
-    "out_of_memory": "out of memory",
-    "crashed": "crashed",
-    "timeout": "took too long",
-    "error": "failed",
-}
-
-
 class Failure(BaseModel):
     """Why a trial failed.
 

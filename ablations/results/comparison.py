@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.evidence import Comparison, Evidence, Judge
+from expertgrid.ablations.results.evidence import Comparison, Evidence
 from expertgrid.ablations.results.rows import Row, right_on_test
-from expertgrid.ablations.results.stats.contrasts import NONE, TURNED, Judgement
+from expertgrid.ablations.results.stats.contrasts import NONE, Judgement
 from expertgrid.export.mcnemar import McNemar, mcnemar
 from expertgrid.model.system.errors import InputError
 
@@ -38,7 +38,7 @@ def compare(directory: StudyDirectory, evidence: Evidence, first: int, second: i
     elif pair[::-1] in declared:
         comparison = _turned(declared[pair[::-1]])
     else:
-        (comparison,) = Judge(results).compare([(first, second)], declared=False)
+        (comparison,) = evidence.compare([(first, second)], declared=False)
         if results.plan.race is not None:
             reason = "seeds were added by a race, which decides other contrasts"
             none = replace(comparison.judgement, verdict=NONE, low=None, high=None, reason=reason)
@@ -48,9 +48,8 @@ def compare(directory: StudyDirectory, evidence: Evidence, first: int, second: i
 
 def _turned(comparison: Comparison) -> Comparison:
     def turn(judgement: Judgement) -> Judgement:
-        verdict = TURNED.get(judgement.verdict, judgement.verdict)
         mean, low, high = (value and -value for value in (judgement.mean, judgement.high, judgement.low))
-        return replace(judgement, verdict=verdict, mean=mean, low=low, high=high)
+        return replace(judgement.turned, mean=mean, low=low, high=high)
 
     return replace(
         comparison,

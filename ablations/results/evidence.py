@@ -16,12 +16,12 @@ import numpy as np
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Record
 from expertgrid.ablations.results.costs import Costs, costs
-from expertgrid.ablations.results.questions import Questions, study_questions
+from expertgrid.ablations.results.questions import study_questions
 from expertgrid.ablations.results.rows import Results, Row, read_results
 from expertgrid.ablations.results.stats import contrasts, factors, planning
 from expertgrid.ablations.results.stats.assumptions import FTest, effects_by_seed, may_be_best, seeds_that_decide
-from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, TURNED, WORSE, Family, Judgement
-from expertgrid.ablations.results.stats.factors import EffectContrast
+from expertgrid.ablations.results.stats.contrasts import BETTER, NONE, OPEN, SAME, WORSE, Judgement
+from expertgrid.ablations.results.stats.factors import Change, EffectContrast
 from expertgrid.ablations.results.stats.images import images_variance
 from expertgrid.ablations.results.stats.planning import Sight, sight
 from expertgrid.ablations.results.stats.race import RaceState, race
@@ -29,7 +29,7 @@ from expertgrid.ablations.study.cells import PlannedCell, groups
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.training.data import split_share
 from expertgrid.model.training.holdout import SMALLEST_SHARE, HoldOut
-from expertgrid.model.training.metrics import Scale, scale
+from expertgrid.model.training.metrics import scale
 
 CIRCUMSTANCES: dict[str, Callable[[Record], object]] = {  # of a training, that are no factors
     "code": lambda record: record.environment.commit,
@@ -44,7 +44,7 @@ CIRCUMSTANCES: dict[str, Callable[[Record], object]] = {  # of a training, that 
 class Effect:
     """A main effect (one change) or an interaction (two changes), in words, with its verdict and its price."""
 
-    changes: tuple[tuple[str, str, str], ...]  # factor, before, after
+    changes: tuple[Change, ...]
     judgement: Judgement
     cost: Costs  # after over before, mean over the matched cells
     seeds_to_decide: float | None = None  # about how many in all; None for what is decided, inf for more than `most`
@@ -105,28 +105,61 @@ class Comparison:
         return f"{self.first.name} against {self.second.name}"
 
 
-@dataclass(frozen=True)
 class Evidence:
-    """All verdicts of a study."""
+    """The networks of a study with their scores, and all verdicts on them, each made when it is first asked for."""
 
-    results: Results
-    questions: Questions
-    effects: list[Effect]
-    against_base: list[Judgement | None]  # by row; None for the base, and for all rows after a race
-    interactions: list[Effect]
-    declared: list[Comparison]
-    spread: float | None
-    sight: Sight | None
-    race: RaceState | None
+    def __init__(self, results: Results) -> None:
+        self.results, self.margin, self.scale = results, results.margin, results.scale  # of the metric that decides
+        self.most_seeds = most_seeds(results.plan.hold_out, results.study.seeds)
+        self.questions = study_questions(results.study, results.rows)
+        self.declared_pairs = [(results.row(first), results.row(second)) for first, second in results.study.contrasts]
+        self.scores_US = results.scores()
+        self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
 
-    @property
-    def margin(self) -> float:
-        return self.results.margin
+    @cached_property
+    def race(self) -> RaceState | None:
+        rules = self.results.plan.race
+        if rules is None or self.questions.networks < 2:
+            return None
+        limits = rules.margin, rules.last, rules.first
+        state = race(self.questions.race_QU, self.scores_US, *limits, self.no_verdict)
+        return replace(state, judgements=[self._directed(judgement) for judgement in state.judgements])
 
-    @property
-    def scale(self) -> Scale:
-        """Of the metric that decides."""
-        return self.results.scale
+    @cached_property
+    def effects(self) -> list[Effect]:
+        asked, weights_QU = self.questions.effects, self.questions.effect_weights_QU
+        if self.race:
+            return [self._effect(*answered) for answered in zip(asked, self.race.judgements)]
+        judgements = self._family(weights_QU)
+        needed = planning.seeds_to_decide(weights_QU, judgements, self.margin, self.most_seeds)
+        return [self._effect(*answered) for answered in zip(asked, judgements, needed)]
+
+    @cached_property
+    def against_base(self) -> list[Judgement | None]:
+        """By row; None for the base, and in a race for rows that it does not judge so."""
+        networks, judged = self.questions.networks, {}
+        if self.race:
+            judged = dict(zip(self.questions.in_no_effect, self.race.judgements[len(self.questions.effects) :]))
+        elif networks > 1:
+            judged = dict(enumerate(self._family(factors.against(0, networks)), 1))
+        return [judged.get(unit) for unit in range(networks)]
+
+    @cached_property
+    def interactions(self) -> list[Effect]:
+        judgements = [] if self.race else self._family(self.questions.interaction_weights_QU)
+        return [self._effect(*answered) for answered in zip(self.questions.interactions, judgements)]
+
+    @cached_property
+    def declared(self) -> list[Comparison]:
+        return self.compare(self.declared_pairs, declared=True) if self.declared_pairs and not self.race else []
+
+    @cached_property
+    def sight(self) -> Sight | None:
+        if not self.spread or self.race:
+            return None
+        differences = self.scale.differences(self.margin)
+        seeds = self.results.study.seeds
+        return sight(self.questions.first_family_QU, self.spread, seeds, differences, self.most_seeds)
 
     @property
     def fixed_split(self) -> bool:
@@ -163,10 +196,6 @@ class Evidence:
         return len({seed // parts for row in self.results.rows for seed in row.trials}) > 1
 
     @property
-    def most_seeds(self) -> int:
-        return self._judge.most_seeds
-
-    @property
     def not_confirmed(self) -> str:
         """Why more than 1 such study in 20 may hold a wrong verdict; "" where it does not."""
         if self.results.chosen_afterwards:
@@ -181,12 +210,12 @@ class Evidence:
     def varies_by_seed(self) -> FTest | None:
         """Whether main effects vary from seed to seed by more than the noise."""
         weights_QU = self.questions.effect_weights_QU
-        return effects_by_seed(weights_QU, self._judge.judged_US) if len(weights_QU) else None
+        return effects_by_seed(weights_QU, self.judged_US) if len(weights_QU) else None
 
     @cached_property
     def spread_by_level(self) -> list[float]:
         """The spread after cell and seed of the cells before and after each main effect."""
-        squares_U, rows = self._judge.residuals.squares_XC, self.results.rows
+        squares_U, rows = self.residuals.squares_XC, self.results.rows
         sides = [squares_U[[rows.index(row) for row in side]] for effect in self.effects for side in effect.sides]
         means = [side[side > 0].mean() for side in (squares_U, *sides) if side.any()]  # 0: without a verdict
         return [(self.spread or 0.0) * float(mean / means[0]) ** 0.5 for mean in means[1:]]
@@ -208,19 +237,15 @@ class Evidence:
         if self.race or not self.effects:
             return {}
         every = sorted({seed for row in self.results.rows for seed in row.trials})
-        places = seeds_that_decide(self.questions.effect_weights_QU, self._judge.judged_US, self.margin)
+        places = seeds_that_decide(self.questions.effect_weights_QU, self.judged_US, self.margin)
         return {effect.name: [every[i] for i in at] for effect, at in zip(self.effects, places) if at}
 
     @cached_property
     def may_be_best(self) -> list[Row]:
         """The rows that no other is surely better than; none after a race, which judges other contrasts."""
         rows = [] if self.race else [unit for unit, row in enumerate(self.results.rows) if not row.control]
-        best_C = may_be_best(self.scale.sign * self._judge.judged_US[rows]) if rows else ()
+        best_C = may_be_best(self.scale.sign * self.judged_US[rows]) if rows else ()
         return [self.results.rows[unit] for unit, best in zip(rows, best_C) if best]
-
-    @cached_property
-    def _judge(self) -> "Judge":
-        return Judge(self.results)
 
     def without_diverged(self, effect: Effect) -> Judgement | None:
         """A main effect over the matched cells that have a verdict, where others diverged: exploratory."""
@@ -256,88 +281,20 @@ class Evidence:
         weights_U = np.zeros(len(self.results.rows))
         for pair in pairs:
             weights_U[[self.results.rows.index(row) for row in pair]] += -1 / len(pairs), 1 / len(pairs)
-        return self._judge.family(weights_U[None]).judgements[0]
+        return self._family(weights_U[None])[0]
 
     @cached_property
     def decided_interactions(self) -> list[Effect]:
         return [effect for effect in self.interactions if effect.judgement.verdict in ("better", "worse")]
 
-
-def most_seeds(hold_out: HoldOut, seeds: int) -> int:
-    """The seeds that a plan may have, so that no image is held out twice. No such limit where that is so anyway."""
-    return hold_out.parts if hold_out.kind == "rotating" and seeds <= hold_out.parts else planning.MOST_SEEDS
-
-
-def images_again(source: str, hold_out: HoldOut) -> str:
-    """That more seeds hold out the same images, and which source has more parts."""
-    share = max(SMALLEST_SHARE, hold_out.share / 2)
-    more = f"; {split_share(source)[0]}@{share:g} has {round(1 / share)} parts" if share < hold_out.share else ""
-    return f"{hold_out.parts} seeds hold out all images once, and more seeds the same again{more}"
-
-
-def weigh(results: Results) -> Evidence:
-    """The verdicts of a study, as it is."""
-    study, plan = results.study, results.plan
-    judge = Judge(results)
-    questions, by, state = judge.questions, judge.scale, None
-    to_decide: Sequence[float | None] = [None] * len(questions.effects)
-    if plan.race is not None and questions.networks > 1:
-        limits = plan.race.margin, plan.race.last, plan.race.first
-        state = race(questions.race_QU, judge.scores_US, *limits, judge.no_verdict)
-        state = replace(state, judgements=[judge.directed(judgement) for judgement in state.judgements])
-        judgements = state.judgements
-    else:
-        family = judge.family(questions.effect_weights_QU)
-        judgements = family.judgements
-        if plan.race is None:
-            to_decide = planning.seeds_to_decide(questions.effect_weights_QU, family, judge.margin, judge.most_seeds)
-    exploratory = judge.family(questions.interaction_weights_QU).judgements if plan.race is None else []
-    pairs = [(results.row(first), results.row(second)) for first, second in study.contrasts]
-    return Evidence(
-        results=results,
-        questions=questions,
-        effects=[judge.effect(*answered) for answered in zip(questions.effects, judgements, to_decide)],
-        against_base=judge.against_base(state),
-        interactions=[judge.effect(*answered) for answered in zip(questions.interactions, exploratory)],
-        declared=judge.compare(pairs, declared=True) if pairs and plan.race is None else [],
-        spread=judge.spread,
-        sight=sight(
-            questions.first_family_QU, judge.spread, study.seeds, by.differences(judge.margin), judge.most_seeds
-        )
-        if judge.spread and plan.race is None
-        else None,
-        race=state,
-    )
-
-
-def read_evidence(directory: StudyDirectory, metric: str | None = None) -> Evidence:
-    """Reads a study directory, as `rows.read_results` does, and judges it. Raises InputError as that."""
-    return weigh(read_results(directory, metric))
-
-
-class Judge:
-    """The networks of a study with their scores, and what `stats` says of their contrasts."""
-
-    def __init__(self, results: Results) -> None:
-        self.results, self.margin, self.scale = results, results.margin, results.scale
-        self.most_seeds = most_seeds(results.plan.hold_out, results.study.seeds)
-        self.questions = study_questions(results.study, results.rows)
-        self.scores_US = results.scores()
-        self.no_verdict = {unit: row.no_verdict for unit, row in enumerate(results.rows) if row.no_verdict}
-
-    def family(self, weights_QU: np.ndarray, scores_US: np.ndarray | None = None) -> Family:
+    def _family(self, weights_QU: np.ndarray, scores_US: np.ndarray | None = None) -> list[Judgement]:
         """The verdicts on contrasts that are asked together, on validation where no other scores are given."""
-        if not len(weights_QU):
-            return Family([], None, 0.0)
         scores_US = self.scores_US if scores_US is None else scores_US
-        family = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
-        return replace(family, judgements=[self.directed(judgement) for judgement in family.judgements])
+        judgements = contrasts.judge(weights_QU, scores_US, self.margin, self.no_verdict)
+        return [self._directed(judgement) for judgement in judgements]
 
-    def directed(self, judgement: Judgement) -> Judgement:
-        """A judgement by a metric of which lower is better, if this one is: a rise is worse."""
-        if self.scale.higher_is_better:
-            return judgement
-        return replace(judgement, verdict=TURNED.get(judgement.verdict, judgement.verdict))
+    def _directed(self, judgement: Judgement) -> Judgement:
+        return judgement if self.scale.higher_is_better else judgement.turned
 
     @cached_property
     def judged_US(self) -> np.ndarray:
@@ -360,10 +317,10 @@ class Judge:
         spread = float(np.sqrt(self.residuals.pooled_X)) if self.residuals.df > 0 else 0.0
         return spread if spread > 1e-6 * float(np.nanmax(np.abs(whole_US))) else None
 
-    def effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: float | None = None) -> Effect:
-        changes = tuple((change.factor, str(change.before), str(change.after)) for change in contrast.changes)
+    def _effect(self, contrast: EffectContrast, judgement: Judgement, to_decide: float | None = None) -> Effect:
         pairs = [(self.results.rows[before], self.results.rows[after]) for before, after in contrast.pairs]
-        return Effect(changes, self._explained(judgement, contrast.weights_C), costs(pairs), to_decide, tuple(pairs))
+        explained = self._explained(judgement, contrast.weights_C)
+        return Effect(contrast.changes, explained, costs(pairs), to_decide, tuple(pairs))
 
     def _explained(self, judgement: Judgement, weights_U: np.ndarray) -> Judgement:
         """A judgement without a verdict with the reason of all its cells together."""
@@ -375,27 +332,33 @@ class Judge:
         count = sum(row.diverged for row in rows)
         return replace(judgement, reason=f"diverged in {count} of {sum(row.seeds for row in rows)} trainings")
 
-    def against_base(self, state: RaceState | None) -> list[Judgement | None]:
-        """Each row against the base, in a race those that it judges so."""
-        questions, judged = self.questions, {}
-        if state is not None:
-            judged = dict(zip(questions.in_no_effect, state.judgements[len(questions.effects) :]))
-        elif questions.networks > 1:
-            judged = dict(enumerate(self.family(factors.against(0, questions.networks)).judgements, 1))
-        return [judged.get(unit) for unit in range(questions.networks)]
-
     def compare(self, pairs: Sequence[tuple[int, int]], declared: bool) -> list[Comparison]:
         """Pairs of rows as one family."""
         rows = self.results.rows
         weights_QU = np.array([factors.difference(*pair, len(rows)) for pair in pairs])
-        validation, test = self.family(weights_QU), self.family(weights_QU, self.results.scores("test"))
+        validation, test = self._family(weights_QU), self._family(weights_QU, self.results.scores("test"))
         to_decide = planning.seeds_to_decide(weights_QU, validation, self.margin, self.most_seeds)
         return [
             Comparison(rows[first], rows[second], on_validation, on_test, declared, seeds)
-            for (first, second), on_validation, on_test, seeds in zip(
-                pairs, validation.judgements, test.judgements, to_decide
-            )
+            for (first, second), on_validation, on_test, seeds in zip(pairs, validation, test, to_decide)
         ]
+
+
+def most_seeds(hold_out: HoldOut, seeds: int) -> int:
+    """The seeds that a plan may have, so that no image is held out twice. No such limit where that is so anyway."""
+    return hold_out.parts if hold_out.kind == "rotating" and seeds <= hold_out.parts else planning.MOST_SEEDS
+
+
+def images_again(source: str, hold_out: HoldOut) -> str:
+    """That more seeds hold out the same images, and which source has more parts."""
+    share = max(SMALLEST_SHARE, hold_out.share / 2)
+    more = f"; {split_share(source)[0]}@{share:g} has {round(1 / share)} parts" if share < hold_out.share else ""
+    return f"{hold_out.parts} seeds hold out all images once, and more seeds the same again{more}"
+
+
+def read_evidence(directory: StudyDirectory, metric: str | None = None) -> Evidence:
+    """Reads a study directory, as `rows.read_results` does. Raises InputError as that."""
+    return Evidence(read_results(directory, metric))
 
 
 def foresee(

@@ -43,7 +43,7 @@ def marginals(evidence: Evidence, names: Sequence[str]) -> list[Marginal]:
         raise InputError(f"{path}: one factor at a time was changed; {' and '.join(names)} never together")
     by_network = {row.cells[0].network: row for row in evidence.results.rows}
     by_levels: dict[tuple[str, ...], dict[str, Row]] = {}
-    for cell in evidence.results.plan.cells_with_trials:
+    for cell in evidence.results.plan.cells:
         others = [level for name, level in cell.level_names.items() if name not in names]
         if cell.levels and (study.design == "factorial" or all(level == "base" for level in others)):
             levels = tuple(cell.level_names[name] for name in names)

@@ -28,8 +28,6 @@ def check_options(until: str | None, max_seeds: int | None, study: Study) -> Non
         if max_seeds is not None:
             raise InputError(f"--max-seeds {max_seeds}: goes with --until decided, --seeds gives a fixed number")
         return
-    if until != "decided":
-        raise InputError(f"--until {until!r}: unknown. Accepted: decided")
     if max_seeds is None:
         raise InputError("--until decided: --max-seeds N is needed, the number of seeds at which to stop at last")
     if study.seeds < FIRST:

@@ -38,7 +38,6 @@ def interval(values_S: Sequence[float], scale: Scale) -> Interval:
 class Row(Group):
     """A network of a study, which may be several of its cells, with what its finished trials gave."""
 
-    study: str
     trials: dict[int, str]  # planned, by seed; those of the control by the seed whose hold-out they share
     by_seed: dict[int, Record]  # that are finished
     failures: dict[str, Failure]  # by trial, of those that have not finished since
@@ -155,7 +154,7 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
     by, margin = _chosen(study, plan, metric)
     timed = directory.training_rates()
     rows = []
-    for group in groups(plan.cells_with_trials, study.combined_levels):
+    for group in groups(plan.cells, study.combined_levels):
         cell = group.cells[0]
         trials = {plan.first_seed + place: trial for place, trial in enumerate(cell.trials)}
         by_seed = {seed: record for seed, trial in trials.items() if (record := directory.record(trial))}
@@ -172,7 +171,6 @@ def read_results(directory: StudyDirectory, metric: str | None = None) -> Result
         rows.append(
             Row(
                 **vars(group),
-                study=study_name(directory),
                 trials=trials,
                 by_seed=by_seed,
                 other_code=tuple(other),
@@ -343,24 +341,20 @@ def latency_front(rows: Sequence[Row]) -> list[Row]:
 # --- Curves and predictions, which are read when they are asked for ---
 
 
-def curves(directory: StudyDirectory, row: Row) -> np.ndarray:
-    """Validation accuracy after each epoch (S, E), in percent, as it was measured while training.
+def peek(directory: StudyDirectory, row: Row) -> Peek | None:
+    """What picking the best epoch and seed would have claimed for a row; None where no trial is finished.
 
-    Raises InputError where an epoch of a finished trial is missing.
+    It is about validation accuracy in percent, as it was measured while training. Raises InputError where an epoch of a
+    finished trial is missing.
     """
-    accuracies = []
+    accuracies = []  # (S, E)
     for record in row.records:
         epochs = directory.epochs(record.trial)
         if len(epochs) != record.epochs:
             file = directory.trial(record.trial) / "epochs.jsonl"
             raise InputError(f"{file}: has {len(epochs)} epochs, the trial has {record.epochs}")
         accuracies.append([100 * epoch.validation_accuracy for epoch in epochs])
-    return np.array(accuracies)
-
-
-def peek(directory: StudyDirectory, row: Row) -> Peek | None:
-    """What picking the best epoch and seed would have claimed for a row; None where no trial is finished."""
-    return selection.peek(curves(directory, row)) if row.by_seed else None
+    return selection.peek(np.array(accuracies)) if accuracies else None
 
 
 def right_on_test(predictions: Predictions) -> np.ndarray:

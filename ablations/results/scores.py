@@ -5,7 +5,7 @@ The families, the rules and the claim are those of a study that was trained here
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from expertgrid.ablations.results.stats import factors
 from expertgrid.ablations.results.stats.assumptions import may_be_best
-from expertgrid.ablations.results.stats.contrasts import TURNED, Judgement, judge
+from expertgrid.ablations.results.stats.contrasts import Judgement, judge
 from expertgrid.ablations.results.stats.planning import seeds_to_decide
 from expertgrid.model.system.errors import InputError, reason_of
 
@@ -85,18 +85,17 @@ def judge_scores(columns: Mapping[str, Sequence[object]], margin: float, lower_i
     base = judge(factors.against(0, len(order)), scores_CS, margin)
 
     def turned(judgement: Judgement) -> Judgement:
-        verdict = TURNED.get(judgement.verdict, judgement.verdict) if lower_is_better else judgement.verdict
-        return replace(judgement, verdict=verdict)
+        return judgement.turned if lower_is_better else judgement
 
     needed = seeds_to_decide(weights_QC, family, margin)
     best_C = may_be_best(-scores_CS if lower_is_better else scores_CS).tolist()
     n_C = (~np.isnan(scores_CS)).sum(1).tolist()
-    against = [None, *map(turned, base.judgements)]
+    against = [None, *map(turned, base)]
     return JudgedScores(
         margin,
         [
-            JudgedEffect(change.factor, str(change.before), str(change.after), turned(judgement), count)
-            for (change,), judgement, count in zip((effect.changes for effect in asked), family.judgements, needed)
+            JudgedEffect(*change, turned(judgement), count)
+            for (change,), judgement, count in zip((effect.changes for effect in asked), family, needed)
         ],
         [
             JudgedCell(dict(zip(names, point)), n, total / n if n else np.nan, judgement, best)

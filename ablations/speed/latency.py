@@ -17,7 +17,6 @@ from expertgrid.export.certify import DEFAULT_REWRITES
 from expertgrid.export.to_onnx import to_onnx
 from expertgrid.model.checkpoint import load
 from expertgrid.model.system.errors import InputError
-from expertgrid.model.system.files import write_whole
 
 BRIEF_S, BRIEF_OPENINGS = 0.05, 2  # for each cell, to find those that may be on the front
 CLEARLY = 1.1  # times as fast, where times are brief
@@ -93,13 +92,6 @@ def _may_be_on_front(rows: Sequence[Row], p50_ms: Sequence[float]) -> list[Row]:
     return [
         row for row, merit, ms in timed if not any(better >= merit and CLEARLY * less < ms for _, better, less in timed)
     ]
-
-
-def write_latencies(directory: StudyDirectory, timed: TimedCells) -> None:
-    """Keeps the records in the study's bench folder, where its tables find them."""
-    for record in timed.records:
-        content = record.model_dump_json(indent=1).encode()
-        write_whole(directory.path / "bench" / f"{record.trial}-{record.provider}.json", content)
 
 
 def by_cell(

@@ -6,11 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
+from rich.filesize import decimal
+
 from expertgrid.ablations.engines.duration import TimeLeft, cell, in_time
 from expertgrid.ablations.engines.events import TrialDone, TrialFailed
 from expertgrid.ablations.engines.isolation import Setup, isolated
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.study.disk import in_words
 from expertgrid.bench.host import peak_bytes
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.data import Images
@@ -62,7 +63,7 @@ def duration(left: TimeLeft, setup: Setup, studies: Path) -> list[str]:
         f"Time: about {in_time(whole_s)} with {at_once} on this {setup.device}, {after} of it after the last trial; "
         f"known by records of {records} networks and short trials of {len(trained.step_s)}, which took "
         f"{in_time(took_s)}.",
-        f"Memory: about {in_words(left.slots * (max(peaks) + 2 * left.data.train.pixels_BHWC.nbytes))} at the peak.",
+        f"Memory: about {decimal(left.slots * (max(peaks) + 2 * left.data.train.pixels_BHWC.nbytes))} at the peak.",
     ]
 
 

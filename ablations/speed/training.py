@@ -12,7 +12,7 @@ import torch
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import TrainingRates
-from expertgrid.ablations.results.rows import Row, read_results
+from expertgrid.ablations.results.rows import read_results
 from expertgrid.bench.host import watched
 from expertgrid.bench.rounds import in_turns, rounds_of
 from expertgrid.model.fast.execution import ExecutionOptions
@@ -20,7 +20,6 @@ from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.files import now
 from expertgrid.model.system.machine import device_name
 from expertgrid.model.training.data import ImageData
-from expertgrid.model.training.trial import Trial
 
 
 def measure_cells(
@@ -37,20 +36,19 @@ def measure_cells(
     `steps` is 4, or 100 on CUDA, where it is None. Raises InputError where no trial is finished.
     """
     steps = steps or (100 if device.type == "cuda" else 4)
-    trials = {row.name: trial for row in read_results(directory).rows if (trial := _trial(directory, row))}
+    firsts = [row.records[0] for row in read_results(directory).rows if row.by_seed]  # others might crash or hang here
+    trials = [(trial, record) for record in firsts if (trial := directory.config(record.trial))]
     if not trials:
         raise InputError(f"{directory.path}: no trial of this study is finished")
     ways, amp = {}, False
     with watched(device.type == "cuda") as host:
-        for trial in trials.values():
-            record = directory.record(trial.id)
-            assert record is not None  # it is one of a row's
+        for trial, record in trials:
             how = dataclasses.replace(execution.as_before(record.compiled), fp32=not record.bfloat16)
             ways[trial.id] = rounds_of(trial, data, device, how, steps, rounds, notice)
             amp |= record.bfloat16
         in_turns(ways, 1)
         seconds = in_turns(ways, rounds)
-    sizes = {trial.id: trial.recipe.batch_size * steps for trial in trials.values()}
+    sizes = {trial.id: trial.recipe.batch_size * steps for trial, _ in trials}
     rates = {trial: [sizes[trial] / round_s for round_s in rounds_s] for trial, rounds_s in seconds.items()}
     for text in host.notes():
         notice(text)
@@ -64,8 +62,3 @@ def measure_cells(
         images_per_s={trial: statistics.median(of_rounds) for trial, of_rounds in rates.items()},
         rounds=rates,
     )
-
-
-def _trial(directory: StudyDirectory, row: Row) -> Trial | None:
-    """A finished trial of the row: a network that crashed or hung would do so here too."""
-    return directory.config(row.records[0].trial) if row.by_seed else None

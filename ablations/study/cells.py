@@ -23,7 +23,7 @@ class PlannedCell(BaseModel):
 
     model_name: str
     levels: dict[str, Level]  # by factor
-    trials: list[TrialId]  # by seed
+    trials: Annotated[list[TrialId], Field(min_length=1)]  # by seed
     control: bool = False
 
     @property

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from expertgrid.model.config import Network
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData
@@ -21,7 +23,7 @@ def check_space(trials: Sequence[Trial], data: ImageData, path: Path) -> None:
     needed, free = bytes_needed(trials, data), shutil.disk_usage(path).free
     if free < needed:
         raise InputError(
-            f"--out {path}: {len(trials)} trials need {in_words(needed)}, and the disk has {in_words(free)} left; "
+            f"--out {path}: {len(trials)} trials need {decimal(needed)}, and the disk has {decimal(free)} left; "
             "make room, or give a directory on another disk"
         )
 
@@ -57,9 +59,3 @@ def stored_bytes(network: Network) -> int:
 
     with for_shapes(network):
         return sum(tensor.numel() * tensor.element_size() for tensor in build(network).state_dict().values())
-
-
-def in_words(size: int) -> str:
-    """A number of bytes, as 1.2 MB."""
-    power = min(4, (len(str(size)) - 1) // 3)
-    return f"{size} bytes" if power == 0 else f"{size / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -4,18 +4,19 @@ A trial is one training run: what it is is wholly in its model config, recipe, d
 a hash of these.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from expertgrid.ablations.study import changes, designs
+from expertgrid.ablations.study import changes
 from expertgrid.ablations.study.cells import CONTROL_SEEDS, Cell, control_cell, find_cell, groups
-from expertgrid.ablations.study.designs import Design
 from expertgrid.ablations.study.levels import BASE, Level, level_name
 from expertgrid.model.config import ModelConfig, Network, TimmModel
 from expertgrid.model.cost import check_image_size
@@ -89,7 +90,7 @@ class Study(BaseModel):
 
     name: Annotated[str, AfterValidator(_folder_name)] = Field(exclude=True)
     question: str
-    design: Design = "factorial"
+    design: Literal["factorial", "one_at_a_time"] = "factorial"
     seeds: int = Field(5, ge=1, le=1000, strict=True)
     metric: str = "accuracy"
     margin: Annotated[float, BeforeValidator(_number)] = Field(0.5, gt=0, le=100)
@@ -106,7 +107,8 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def check_names(self) -> "Study":
         """Refuses names that would change the same thing twice, and too many trials."""
-        cells = designs.count_cells(self.design, self.factors)
+        counts = [len(levels) for levels in self.factors.values()]
+        cells = math.prod(counts) if self.design == "factorial" else 1 + sum(counts)  # a memory may not hold them
         trials = self.seeds * (cells + len(self.baselines) + self.control)
         if trials > MOST_TRIALS:
             raise ValueError(f"asks for {trials:,} trials; at most {MOST_TRIALS:,}")
@@ -187,8 +189,15 @@ class Study(BaseModel):
         return errors
 
     def settings(self) -> list[dict[str, Level]]:
-        """The level of each factor in each cell of the design."""
-        return designs.settings(self.design, self.factors)
+        """The level of each factor in each cell of the design.
+
+        `factorial` combines all levels of all factors. `one_at_a_time` has the base, and a cell for each level of each
+        factor, in which the other factors are as in the base.
+        """
+        if self.design == "factorial":
+            return [dict(zip(self.factors, levels)) for levels in itertools.product(*self.factors.values())]
+        base = dict.fromkeys(self.factors, BASE)
+        return [base, *({**base, name: level} for name, levels in self.factors.items() for level in levels)]
 
     def cells(self, data: ImageData, files: dict[str, bytes] | None = None) -> list[Cell]:
         """All cells; those without levels, baselines and the control, come last.

@@ -270,7 +270,7 @@ def study_run(directory: StudyDirectory) -> StudyRun:
 def _planned_networks(directory: StudyDirectory) -> dict[str, Group]:
     """The network of each planned trial, by the trial's id. Raises InputError for a damaged plan."""
     study = directory.read_study()
-    networks = groups(directory.read_plan(study).cells_with_trials, study.combined_levels)
+    networks = groups(directory.read_plan(study).cells, study.combined_levels)
     return {trial: network for network in networks for trial in network.cells[0].trials}
 
 

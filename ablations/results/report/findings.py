@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.special import log_softmax
+from sklearn.metrics import confusion_matrix
 
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.plan import Plan
 from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.report.gates import BlockGate, block_gate, predict_watched
-from expertgrid.ablations.results.rows import Results, Row, best_record, ranking
-from expertgrid.ablations.results.stats.images import Share, class_accuracies, confusion_matrix, consistent_images
+from expertgrid.ablations.results.rows import Row, best_record, ranking
+from expertgrid.ablations.results.stats.images import Share, class_accuracies, consistent_images
 from expertgrid.model.checkpoint import Checkpoint, load
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import CACHE, load_data, split_share
@@ -40,7 +41,6 @@ class Mistake:
     truth: str
     taken: str
     probability: float  # of the class that it was taken for
-    loss: float  # nats
 
 
 @dataclass
@@ -97,10 +97,6 @@ class Findings:
     images_missing: str
     curves: list[tuple[Row, list[list[Epoch]]]]  # of the best rows, by seed
     examined: Examined
-
-    @property
-    def results(self) -> Results:
-        return self.evidence.results
 
 
 def read_findings(
@@ -199,6 +195,8 @@ def examine(
     checkpoint, predictions = _checkpoint(directory, best.trial), directory.predictions(best.trial)
     if checkpoint:
         examined.classes = checkpoint.trained.classes
+        if predictions:
+            predictions.measured("test", len(examined.classes), ())  # raises InputError for other classes
     elif predictions:
         last = int(max(predictions.test_labels.max(), predictions.test.max()))
         examined.classes = tuple(str(label) for label in range(last + 1))
@@ -248,14 +246,13 @@ def worst(
             classes[labels_B[place]],
             classes[taken_B[place]],
             float(np.exp(log_BN[place, taken_B[place]])),
-            float(loss_B[place]),
         )
         for place in places[:MOST_MISTAKES]
     ]
 
 
 def _count(examined: Examined, labels_B: np.ndarray, predicted_B: np.ndarray, split: str) -> None:
-    examined.confusion_NN = confusion_matrix(labels_B, predicted_B, len(examined.classes))
+    examined.confusion_NN = confusion_matrix(labels_B, predicted_B, labels=range(len(examined.classes)))
     examined.confusion_split, examined.shares = split, class_accuracies(examined.confusion_NN)
 
 

@@ -33,11 +33,6 @@ class BlockGate:
     def experts(self) -> int:
         return len(self.mean_K)
 
-    @property
-    def most_entropy(self) -> float:
-        """That of equal weights."""
-        return float(np.log2(self.experts))
-
 
 def mean_by_class(values_BX: np.ndarray, labels_B: np.ndarray, classes: int) -> np.ndarray:
     """The mean (N, X) of the rows of each class; nan for a class without rows."""

@@ -116,7 +116,7 @@ def _cost(findings: Findings) -> Picture:
         what = "multiply-accumulates of one image, millions"
         caption = (
             "Against multiply-accumulates, which are no time, as fewer than two cells have a measured latency. "
-            f"`expertgrid bench {shlex.quote(str(findings.results.path))}` measures all of them."
+            f"`expertgrid bench {shlex.quote(str(findings.evidence.results.path))}` measures all of them."
         )
     draw = partial(plots.costs_figure, rows, costs, front, what)
     alt = f"Validation {rows[0].scale.title} against {what}{on_front}."

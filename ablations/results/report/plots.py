@@ -73,9 +73,9 @@ def _listed(axes: "Axes", labels: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _under(figure: "Figure", axes: "Axes", columns: int = 2) -> None:
+def _under(figure: "Figure", axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
 
 
 def accuracy_figure(title: str, rows: Sequence[Row]) -> "Figure":
@@ -116,16 +116,11 @@ def _reach(intervals: Sequence[Interval]) -> np.ndarray:
     return np.array(ends).reshape(-1, 2).T
 
 
-def accuracy_plot(title: str, rows: Sequence[Row]) -> bytes:
-    """`accuracy_figure` as an SVG."""
-    return save(accuracy_figure(title, rows))
-
-
 def check_draws(title: str) -> None:
     """Raises InputError where matplotlib draws no picture, with the settings and the fonts that the user has."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of a picture without rows
-            accuracy_plot(title, [])
+            save(accuracy_figure(title, []))
     except Exception as error:
         raise InputError(f"matplotlib draws no picture here: {reason_of(error)}") from error
 
@@ -233,15 +228,11 @@ def _matrix_figure(
     return figure
 
 
-def _decimals(values: np.ndarray) -> np.ndarray:
-    return np.array([["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values])
-
-
 def gate_figure(gate: "BlockGate", classes: Sequence[str]) -> "Figure":
     """Mean weight of each expert on the images of each class."""
     experts, top = [str(k) for k in range(gate.experts)], max(2 / gate.experts, np.nanmax(gate.mean_NK))
     height = 1.0 + 0.24 * min(len(classes), LARGEST_MATRIX)
-    written = _decimals(gate.mean_NK)
+    written = np.where(np.isnan(gate.mean_NK), "", np.char.mod("%.2f", gate.mean_NK))
     figure = _matrix_figure(gate.mean_NK, written, classes, experts, top, height, 3.7, "expert", "class")
     figure.axes[0].set_title(gate.block, fontsize=9, parse_math=False)
     return figure

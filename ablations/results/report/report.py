@@ -7,9 +7,8 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jinja2
 import numpy as np
@@ -31,9 +30,6 @@ from expertgrid.ablations.results.tables.notes import test_read_notes
 from expertgrid.ablations.results.tables.study import study_tables
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.text import MOST_NOTES, SCHEMA, Points, filled, rows_by_key, shown, sort_key
-
-Format = Literal["html", "pdf-figures", "png-figures"]
-FORMATS = get_args(Format)
 
 MOST_CONFUSIONS = 12
 
@@ -57,26 +53,7 @@ def unfinished(rows: Sequence[Row]) -> list[str]:
     return lines + [f"{row.name}, trial {trial}: not finished" for row in rows for trial in row.missing]
 
 
-# --- Its tables: titles, and values with what they sort by ---
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    key: float | None = None  # None: sorted by its text
-    heading: bool = False  # of its row
-
-
-def table_cells(rows: Sequence[dict[str, object]]) -> tuple[list[str], list[list[Cell]]]:
-    """Titles and cells of titled values. A line does not break within an interval."""
-    rows = filled(rows) if rows else []
-    return list(rows[0]) if rows else [], [
-        [
-            Cell(shown(value).replace(" to ", "\u00a0to\u00a0"), sort_key(value), heading=place == 0)
-            for place, value in enumerate(row.values())
-        ]
-        for row in rows
-    ]
+# --- Its own tables ---
 
 
 def _gate_rows(examined: Examined) -> list[dict[str, object]]:
@@ -86,7 +63,7 @@ def _gate_rows(examined: Examined) -> list[dict[str, object]]:
             "experts": gate.experts,
             "mean weights": "  ".join(f"{weight:.2f}" for weight in gate.mean_K),
             "entropy, bits": Points(gate.entropy),
-            "at most": Points(gate.most_entropy),
+            "at most": Points(np.log2(gate.experts)),
             "information, bits": f"{gate.information:.3f}",
             "collapsed": f"{len(gate.collapsed)} of {gate.experts}"
             + (f" (expert {', '.join(map(str, gate.collapsed))})" if gate.collapsed else ""),
@@ -131,7 +108,11 @@ PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("expertgrid.ablations.results.report", "."),
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
 )  # fmt: skip
-PAGES.filters["code"] = _with_code
+PAGES.filters |= {
+    "code": _with_code,
+    "sort_key": sort_key,
+    "shown": lambda value: shown(value).replace(" to ", "\u00a0to\u00a0"),  # a line does not break within an interval
+}
 SCRIPT = (Path(__file__).parent / "report.js").read_text()
 
 
@@ -142,7 +123,7 @@ def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]
 
 def html(findings: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
-    examined, results = findings.examined, findings.results
+    examined, results = findings.examined, findings.evidence.results
     directory = StudyDirectory(results.path)
     tables = study_tables(directory, findings.evidence) if results.rows else []
     rows_by_table = {table.key: table.rows for table in tables} | {
@@ -164,7 +145,7 @@ def html(findings: Findings) -> str:
         by_key={table.key: table for table in tables},
         counted=trials_line(results.rows),
         unfinished=unfinished(results.rows),
-        tables={name: table_cells(rows) for name, rows in rows_by_table.items() if rows},
+        tables={name: filled(rows) for name, rows in rows_by_table.items() if rows},
         trained=describe(directory, results),
         reads=test_read_notes(directory),
         pictures=pictures(findings),
@@ -199,7 +180,7 @@ def html_of_two(directories: Sequence[StudyDirectory], metric: str | None = None
         both=both,
         alike=("factor", "change", "model", *both[0].results.study.factors),
         about=[(name, answer(of), describe(at, of.results)) for name, of, at in zip(names, both, directories)],
-        tables=[{key: table_cells(rows) for key, rows in shown.items()} for shown in shown_rows],
+        tables=[{key: filled(rows) for key, rows in of.items() if rows} for of in shown_rows],
     )
 
 

@@ -51,10 +51,10 @@ def effects_by_seed(weights_QC: np.ndarray, scores_CS: np.ndarray) -> FTest | No
 def seeds_that_decide(weights_QC: np.ndarray, scores_CS: np.ndarray, margin: float) -> list[list[int]]:
     """For each contrast the seeds (places) without any one of which its verdict better or worse would be another."""
     decided = (BETTER, WORSE)
-    verdicts_Q = [judgement.verdict for judgement in judge(weights_QC, scores_CS, margin).judgements]
+    verdicts_Q = [judgement.verdict for judgement in judge(weights_QC, scores_CS, margin)]
     places: list[list[int]] = [[] for _ in verdicts_Q]
     for seed in range(scores_CS.shape[1] if scores_CS.shape[1] > 1 else 0):
-        without = judge(weights_QC, np.delete(scores_CS, seed, axis=1), margin).judgements
+        without = judge(weights_QC, np.delete(scores_CS, seed, axis=1), margin)
         for place, (verdict, judgement) in enumerate(zip(verdicts_Q, without)):
             if verdict in decided and judgement.verdict != verdict:
                 places[place].append(seed)

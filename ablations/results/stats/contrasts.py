@@ -45,15 +45,12 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from expertgrid.ablations.results.stats.critical import LEVEL, joint_t
+from expertgrid.ablations.results.stats.critical import correlation, joint_t
 
 Verdict = Literal["better", "worse", "same", "open", "none"]
 VERDICTS = get_args(Verdict)
 BETTER, WORSE, SAME, OPEN, NONE = VERDICTS
-TURNED: dict[Verdict, Verdict] = {
-    BETTER: WORSE,
-    WORSE: BETTER,
-}  # where lower is better, or two cells change places
+TURNED: dict[Verdict, Verdict] = {BETTER: WORSE, WORSE: BETTER}
 
 Basis = Literal["pooled", "its cells", "over seeds"]
 BASES = get_args(Basis)
@@ -101,14 +98,10 @@ class Judgement:
     reason: str = ""
     p: float | None = None  # of no difference, adjusted for the family; None in a race
 
-
-@dataclass(frozen=True)
-class Family:
-    """The judgements of contrasts that were asked together: no interval misses, but for 1 study in 20."""
-
-    judgements: list[Judgement]
-    spread: float | None  # pooled residual standard deviation of a score; None without degrees of freedom
-    df: float  # of the spread
+    @property
+    def turned(self) -> "Judgement":
+        """With the verdict where lower is better, or where two cells change places."""
+        return replace(self, verdict=TURNED.get(self.verdict, self.verdict))
 
 
 def judge(
@@ -116,9 +109,8 @@ def judge(
     scores_CS: np.ndarray,
     margin: float,
     no_verdict: Mapping[int, str] | None = None,
-    level: float = LEVEL,
-) -> Family:
-    """A verdict on each contrast of a family, all of them right together with probability `level`.
+) -> list[Judgement]:
+    """A verdict on each contrast of a family, all of them right together with probability `critical.LEVEL`.
 
     The interval decides, and it is the one to print. Same: it lies within the margin, either side of 0. Better or
     worse: it lies on one side of 0. A difference within the margin is `same`, and `reason` says that there is one.
@@ -132,10 +124,10 @@ def judge(
     weights_QC, scores_CS = checked(weights_QC, scores_CS, margin)
     no_verdict = no_verdict or {}
     if not len(weights_QC):
-        return Family([], None, 0.0)
+        return []
     judged_CS = scores_CS.copy()
     judged_CS[list(no_verdict)] = np.nan
-    estimates = estimate(weights_QC, judged_CS, level)
+    estimates = estimate(weights_QC, judged_CS)
     joint = joint_t(estimates.correlation_QQ)
 
     def with_p(judgement: Judgement) -> Judgement:
@@ -143,11 +135,10 @@ def judge(
             return judgement
         return replace(judgement, p=joint.tail(abs(judgement.mean) / judgement.error, estimates.df))
 
-    judgements = [
+    return [
         without_verdict(weights_C, no_verdict) or with_p(judged(estimates, place, margin))
         for place, weights_C in enumerate(weights_QC)
     ]
-    return Family(judgements, float(estimates.spread_X) if estimates.df > 0 else None, estimates.df)
 
 
 def without_verdict(weights_C: np.ndarray, no_verdict: Mapping[int, str]) -> Judgement | None:
@@ -163,7 +154,7 @@ def judged(estimates: Estimates, place: int, margin: float) -> Judgement:
     constant = float(estimates.constant_Q[place])
     if np.isnan(error):
         return Judgement(OPEN, seeds, mean if seeds else None, reason=_no_interval(seeds, bool(estimates.few_Q[place])))
-    low, high = mean - constant * error, mean + constant * error
+    low, high = float(estimates.low_XQ[place]), float(estimates.high_XQ[place])
     verdict: Verdict = verdicts(np.array(low), np.array(high), margin).item()
     inside = verdict == SAME and (low > 0 or high < 0)
     reason = "there is a difference, within the margin" if inside else ""
@@ -184,9 +175,7 @@ def verdicts(low_XQ: np.ndarray, high_XQ: np.ndarray, margin: float) -> np.ndarr
     return np.select([same_XQ, low_XQ > 0, high_XQ < 0], [SAME, BETTER, WORSE], OPEN)
 
 
-def estimate(
-    weights_QC: np.ndarray, scores_XCS: np.ndarray, level: float = LEVEL, fit: "Fit | None" = None
-) -> Estimates:
+def estimate(weights_QC: np.ndarray, scores_XCS: np.ndarray, fit: "Fit | None" = None) -> Estimates:
     """Estimates and simultaneous intervals of contrasts, by the rules at the head of this file.
 
     Scores may be missing (NaN at some cells and seeds, the same ones for all X). A contrast without an interval has
@@ -195,7 +184,7 @@ def estimate(
     """
     weights_QC, scores_XCS = checked(weights_QC, scores_XCS)
     known = errors(weights_QC, scores_XCS, fit)
-    constant = joint_t(known.correlation_QQ).constant(known.df, level) if known.df > 0 else np.nan
+    constant = joint_t(known.correlation_QQ).constant(known.df) if known.df > 0 else np.nan
     return known._replace(constant_Q=np.full(len(weights_QC), constant))
 
 
@@ -243,9 +232,7 @@ def errors(weights_QC: np.ndarray, scores_XCS: np.ndarray, fit: "Fit | None" = N
         mean_XQ = np.where(seeds_Q > 0, np.einsum("qcs,...cs->...q", by_score_QCS, scores_XCS), np.nan)
     basis_XQ = np.where(seeds_variance_XQ > cells_variance_XQ, 2, np.where(excess_XQ > 0, 1, 0))
     correlated_QCS = np.where((seeds_Q > 0)[:, None, None], by_score_QCS, weights_QC[:, :, None])  # as with all scores
-    vectors_QN = correlated_QCS.reshape(len(weights_QC), -1)
-    unit_QN = vectors_QN / np.linalg.norm(vectors_QN, axis=1, keepdims=True)
-    correlation_QQ = unit_QN @ unit_QN.T
+    correlation_QQ = correlation(correlated_QCS.reshape(len(weights_QC), -1))
     return Estimates(mean_XQ, error_XQ, basis_XQ, seeds_Q, np.sqrt(spread.pooled_X), spread.df, correlation_QQ, few_Q)
 
 

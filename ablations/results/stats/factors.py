@@ -10,18 +10,18 @@ the networks in which it can be changed: that of the gate is over networks with 
 Shapes: Q contrasts, C cells.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
+from typing import NamedTuple
 
 import numpy as np
 
-Level = Hashable
+Level = str
 Levels = Mapping[str, Level]  # of one design point, by factor
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A change of one factor from a level to another."""
 
     factor: str
@@ -83,30 +83,22 @@ def interactions(
     effects = []
     for first, second in combinations(factors, 2):
         by_setting = _by_setting(points, cells, (first, second))
-        for place, after in enumerate(factors[first]):
-            for other_place, other_after in enumerate(factors[second]):
-                for before, other_before in (
-                    (level, other) for level in factors[first][:place] for other in factors[second][:other_place]
-                ):
-                    corners = (
-                        (after, other_after),
-                        (after, other_before),
-                        (before, other_after),
-                        (before, other_before),
-                    )
-                    fours = {
-                        tuple(setting[corner] for corner in corners): None
-                        for setting in by_setting
-                        if all(corner in setting for corner in corners)
-                        and len({setting[corner] for corner in corners}) == 4
-                    }
-                    if fours:
-                        weights_C = np.zeros(count)
-                        for four in fours:
-                            weights_C[list(four)] += np.array([1, -1, -1, 1]) / len(fours)
-                        changes = (Change(first, before, after), Change(second, other_before, other_after))
-                        effects.append(EffectContrast(changes, weights_C))
-                        break
+        levels, others = factors[first], factors[second]
+        for (place, after), (other_place, other_after) in product(enumerate(levels), enumerate(others)):
+            for before, other_before in product(levels[:place], others[:other_place]):
+                corners = list(product((after, before), (other_after, other_before)))
+                fours = {
+                    tuple(setting[corner] for corner in corners): None
+                    for setting in by_setting
+                    if len({setting.get(corner) for corner in corners} - {None}) == 4
+                }
+                if fours:
+                    weights_C = np.zeros(count)
+                    for four in fours:
+                        weights_C[list(four)] += np.array([1, -1, -1, 1]) / len(fours)
+                    changes = (Change(first, before, after), Change(second, other_before, other_after))
+                    effects.append(EffectContrast(changes, weights_C))
+                    break
     return effects
 
 
@@ -116,9 +108,7 @@ def against(base: int, count: int) -> np.ndarray:
 
 
 def difference(first: int, second: int, count: int) -> np.ndarray:
-    """The first cell less the second: weights (count,). Raises ValueError for a cell and itself."""
-    if first == second:
-        raise ValueError(f"cell {first} has no difference from itself")
+    """The first cell less the second: weights (count,)."""
     return np.eye(count)[first] - np.eye(count)[second]
 
 

@@ -21,16 +21,11 @@ def consistent_images(first_SB: np.ndarray, second_SB: np.ndarray) -> Consistent
     """On which images two cells differ at every seed, from whether each network is right (S, B).
 
     The cells may have different numbers of seeds. `by_chance` is what a random division of the same networks into two
-    such groups gives on average (hypergeometric). Raises ValueError for other images or without seeds.
+    such groups gives on average (hypergeometric).
     """
     from scipy.stats import hypergeom  # slow to import
 
-    first_SB, second_SB = np.asarray(first_SB, dtype=bool), np.asarray(second_SB, dtype=bool)
-    if first_SB.ndim != 2 or second_SB.ndim != 2 or first_SB.shape[1] != second_SB.shape[1]:
-        raise ValueError(f"both need (seeds, images) of the same images, found {first_SB.shape} and {second_SB.shape}")
     ours, theirs = len(first_SB), len(second_SB)
-    if not ours or not theirs:
-        raise ValueError("both need one seed or more")
     first_B, second_B = first_SB.sum(0), second_SB.sum(0)
     right_B = first_B + second_B
     chances = [
@@ -57,46 +52,26 @@ def images_variance(right_CB: np.ndarray) -> float:
     return float(1e4 * (left_CB**2).sum() / ((count - 1) * (images - 1) * images))
 
 
-def confusion_matrix(labels_B: np.ndarray, predicted_B: np.ndarray, classes: int) -> np.ndarray:
-    """Counts (N, N) of images: rows are what they are, columns what they were taken for.
-
-    Raises ValueError for a class that is not within 0 and `classes` - 1, and for shapes that differ.
-    """
-    labels_B, predicted_B = np.asarray(labels_B), np.asarray(predicted_B)
-    if labels_B.shape != predicted_B.shape or labels_B.ndim != 1:
-        raise ValueError(f"found {labels_B.shape} labels and {predicted_B.shape} predictions")
-    for values_B in (labels_B, predicted_B):
-        if values_B.size and (values_B.min() < 0 or values_B.max() >= classes):
-            raise ValueError(f"classes go from 0 to {classes - 1}, found {values_B.min()} to {values_B.max()}")
-    return np.bincount(labels_B * classes + predicted_B, minlength=classes**2).reshape(classes, classes)
-
-
 @dataclass(frozen=True)
 class Share:
     """A share of images with its interval; None of no images."""
 
-    right: int
     images: int
     share: float | None
     low: float
     high: float
 
 
-def wilson(right: int, images: int, level: float = 0.95) -> Share:
-    """A share with Wilson's score interval (1927), for images that were drawn at random: of one network, not of a cell.
-
-    Raises ValueError for more right ones than images.
-    """
+def wilson(right: int, images: int) -> Share:
+    """A share with Wilson's score interval (1927), for images that were drawn at random: it is of one network."""
     from scipy.stats import binomtest  # slow to import
 
-    if not 0 <= right <= images:
-        raise ValueError(f"{right} of {images} images are no share")
     if images == 0:
-        return Share(0, 0, None, 0.0, 1.0)
-    interval = binomtest(right, images).proportion_ci(level, method="wilson")
-    return Share(right, images, right / images, float(interval.low), float(interval.high))
+        return Share(0, None, 0.0, 1.0)
+    interval = binomtest(right, images).proportion_ci(method="wilson")
+    return Share(images, right / images, float(interval.low), float(interval.high))
 
 
-def class_accuracies(confusion_NN: np.ndarray, level: float = 0.95) -> list[Share]:
+def class_accuracies(confusion_NN: np.ndarray) -> list[Share]:
     """For each class the share of its images that were taken for it, with Wilson's interval."""
-    return [wilson(int(row_N[i]), int(row_N.sum()), level) for i, row_N in enumerate(np.asarray(confusion_NN))]
+    return [wilson(int(row_N[i]), int(row_N.sum())) for i, row_N in enumerate(np.asarray(confusion_NN))]

@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from expertgrid.ablations.results.stats.contrasts import FEW, KNOWN, OPEN, TOO_FEW, Family, surcharge
-from expertgrid.ablations.results.stats.critical import LEVEL, correlation, crossing, joint_t
+from expertgrid.ablations.results.stats.contrasts import FEW, KNOWN, OPEN, TOO_FEW, Judgement, surcharge
+from expertgrid.ablations.results.stats.critical import correlation, crossing, joint_t
 
 POWER = 0.8
 MOST_SEEDS = 1000
@@ -26,12 +26,11 @@ DRAWS = 2048
 class PowerAnalysis:
     """A family of contrasts (Q, C) whose scores spread by `spread` after cell and seed, in the unit of the scores."""
 
-    def __init__(self, weights_QC: np.ndarray, spread: float, level: float = LEVEL) -> None:
+    def __init__(self, weights_QC: np.ndarray, spread: float) -> None:
         self.weights_QC = np.asarray(weights_QC, dtype=float)
         if not spread > 0:
             raise ValueError(f"the spread must be above 0, found {spread}")
-        self.spread, self.level = spread, level
-        self._joint = joint_t(correlation(self.weights_QC))
+        self.spread, self._joint = spread, joint_t(correlation(self.weights_QC))
         self._rank = self._joint.root_QR.shape[1]
 
     def power(self, contrast: int, difference: float, seeds: int, margin: float | None = None) -> float:
@@ -72,7 +71,7 @@ class PowerAnalysis:
         return counts[place] if place < len(counts) else math.inf
 
     def _constant(self, seeds: int) -> float:
-        return self._joint.constant((self.weights_QC.shape[1] - 1) * (seeds - 1), self.level)
+        return self._joint.constant((self.weights_QC.shape[1] - 1) * (seeds - 1))
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def sight(
 
 
 def seeds_to_decide(
-    weights_QC: np.ndarray, family: Family, margin: float, most: int = MOST_SEEDS
+    weights_QC: np.ndarray, judgements: Sequence[Judgement], margin: float, most: int = MOST_SEEDS
 ) -> list[float | None]:
     """About how many seeds in all would decide each open contrast of a family, were the truth what it looks like now.
 
@@ -110,7 +109,7 @@ def seeds_to_decide(
     None for what is decided, or has no interval; inf for more than `most`.
     """
     needed: list[float | None] = []
-    for place, judgement in enumerate(family.judgements):
+    for place, judgement in enumerate(judgements):
         if judgement.verdict != OPEN or judgement.mean is None or judgement.error is None:
             needed.append(None)
             continue

@@ -43,11 +43,10 @@ def race(
     last: int,
     first: int = FIRST,
     no_verdict: Mapping[int, str] | None = None,
-    level: float = LEVEL,
 ) -> RaceState:
     """The verdicts of a race so far, from scores (NaN where a trial was not trained), and what to train next.
 
-    `weights_QC`, `margin`, `first`, `last` and `level` must be fixed before the first look. All looks are taken again
+    `weights_QC`, `margin`, `first` and `last` must be fixed before the first look. All looks are taken again
     from the seeds in their order; what was trained beyond a look does not count in it. A cell of `no_verdict` ends its
     contrasts with that reason. Raises ValueError as `judge` does, for a first look at fewer than 4 seeds, and for more
     seeds than `last`.
@@ -64,7 +63,7 @@ def race(
         for weights_C in weights_QC
     ]
     wanted_C = np.zeros(count, dtype=int)
-    for n, alpha in zip(range(first, last + 1), look_levels(joint, count, first, last, 1 - level)):
+    for n, alpha in zip(range(first, last + 1), look_levels(joint, count, first, last, 1 - LEVEL)):
         open_Q = [place for place, judgement in enumerate(judgements) if judgement.verdict == OPEN]
         if not open_Q:
             return RaceState(judgements, wanted_C, go_on=False)
@@ -80,26 +79,18 @@ def race(
     return RaceState(judgements, wanted_C, go_on=False)
 
 
+@lru_cache(maxsize=64)
 def look_levels(joint: JointT, cells: int, first: int, last: int, alpha: float) -> np.ndarray:
     """The levels (K,) at which the looks after `first`, ... `last` seeds take their constants.
 
     Any |t| of any contrast at any look is above its constant with probability `alpha`, for `cells` cells that have all
-    seeds and a common spread, by simulation: within 4% of `alpha`, for 200 contrasts 10%. Raises ValueError for looks
-    that are none.
+    seeds and a common spread, by simulation: within 4% of `alpha`, for 200 contrasts 10%.
     """
-    if not (2 <= first <= last and 0 < alpha < 1 and cells > 1):
-        raise ValueError(f"looks go from 2 seeds or more up to the last, found {first} to {last}; alpha {alpha}")
-    return _look_levels(joint.correlation_QQ.tobytes(), len(joint.correlation_QQ), cells, first, last, alpha)
-
-
-@lru_cache(maxsize=64)
-def _look_levels(correlations: bytes, contrasts: int, cells: int, first: int, last: int, alpha: float) -> np.ndarray:
-    joint = joint_t(np.frombuffer(correlations).reshape(contrasts, contrasts))
     root_QR, rng = joint.root_QR, np.random.default_rng(0)
     n_K = np.arange(first, last + 1)
     share_K = (n_K / last) ** SHAPE
     paths = min(PATHS, max(10_000, 30_000_000 // (root_QR.size * len(n_K))))
-    sum_XQ, squares_X = np.zeros((paths, contrasts)), np.zeros(paths)
+    sum_XQ, squares_X = np.zeros((paths, len(root_QR))), np.zeros(paths)
     smallest_X = np.full(paths, np.inf)
     for n, share in zip(n_K, share_K):
         more = first if n == first else 1

@@ -30,14 +30,14 @@ def mean_interval(values_S: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def accuracy_interval(percent_S: Sequence[float], level: float = 0.95) -> Interval:
+def accuracy_interval(percent_S: Sequence[float]) -> Interval:
     """The mean of S accuracies in percent, with an interval that stays between 0 and 100.
 
     Student's t interval is taken on the scale of the log odds, to which the delta method carries the error of the mean:
     error / (p (1 - p)). Far from 0 and 100 it is the plain one. Raises ValueError as `mean_interval` does, and for
     values that are not within 0 and 100.
     """
-    mean, _, high = mean_interval(percent_S, level)
+    mean, _, high = mean_interval(percent_S)
     if min(percent_S) < 0 or max(percent_S) > 100:
         raise ValueError(f"accuracies are within 0 and 100 percent, found {min(percent_S)} to {max(percent_S)}")
     if high is None:

@@ -59,8 +59,7 @@ def columns(rows: Sequence[Row], evidence: Evidence | None = None) -> list[dict[
     table = []
     for place, row in enumerate(rows):
         first = row.records[0] if row.by_seed else None
-        values: dict[str, object] = {"study": row.study} if len({row.study for row in rows}) > 1 else {}
-        values |= {"model": row.model} if named else {}
+        values: dict[str, object] = {"model": row.model} if named else {}
         values |= {name: _level(row, name) for name in factors if name != "model" or row.levels}
         values["n"] = _seeds(row)
         values |= {f"{head} {row.scale.column}": row.interval(split) for head, split in HEADS.items()}

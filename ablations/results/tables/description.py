@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.evidence import Evidence
 from expertgrid.ablations.results.rows import Results, Row
-from expertgrid.ablations.results.tables.notes import counted, test_read_notes, verdict_notes
+from expertgrid.ablations.results.tables.notes import counted, machine_words, test_read_notes, verdict_notes
 from expertgrid.ablations.study.levels import level_name
 from expertgrid.model.system.text import listed
 from expertgrid.model.training.recipe import Recipe
@@ -58,10 +58,8 @@ def describe(directory: StudyDirectory, results: Results, rows: Sequence[Row] = 
         recipe += f": {recipe_in_words(first.recipe, varied)}"
     used = [
         (
-            record.environment.device,
-            counted(record.environment.threads, "thread"),
-            "bf16" if record.bfloat16 else "fp32",
-            *(f"{name} {record.environment.versions.get(name, '?')}" for name in ("torch", "timm", "expertgrid")),
+            *machine_words(record),
+            *(f"{name} {record.environment.versions.get(name, '?')}" for name in ("timm", "expertgrid")),
         )
         for row in rows
         for record in row.records
@@ -80,7 +78,7 @@ def methods(directory: StudyDirectory, evidence: Evidence) -> str:
     study, rows = results.study, results.rows
     design = "all combinations of" if study.design == "factorial" else "the base, and one change each of"
     factors = [f"{name} ({', '.join(map(level_name, levels))})" for name, levels in study.factors.items()]
-    same = " (equal ones were trained once)" if len(rows) < len(results.plan.cells_with_trials) else ""
+    same = " (equal ones were trained once)" if len(rows) < len(results.plan.cells) else ""
     families = ["the main effects"] * bool(evidence.effects) + ["the cells against the base"]
     families += ["the contrasts that the study names"] * bool(evidence.declared)
     judged = [

@@ -311,7 +311,7 @@ def _speed_notes(results: Results) -> list[str]:
     machines: dict[str, dict[str, None]] = {}  # with the cells of each
     for row in rows:
         for record in row.records:
-            machines.setdefault(_machine(record), {})[row.name] = None
+            machines.setdefault(", ".join(machine_words(record)), {})[row.name] = None
     if len(machines) > 1:
         lines += [f"Trained on {name}: {_some(list(of), '; ')}." for name, of in machines.items()]
     adopted = {trial: taken.directory for row in rows for trial, taken in row.adopted.items()}
@@ -347,10 +347,11 @@ def test_read_notes(directory: StudyDirectory) -> list[str]:
     return lines
 
 
-def _machine(record: Record) -> str:
+def machine_words(record: Record) -> list[str]:
+    """On what a training ran: device, threads, precision and PyTorch."""
     environment, number = record.environment, "bf16" if record.bfloat16 else "fp32"
     torch = f"torch {environment.versions.get('torch', 'of an unknown version')}"
-    return f"{environment.device}, {counted(environment.threads, 'thread')}, {number}, {torch}"
+    return [environment.device, counted(environment.threads, "thread"), number, torch]
 
 
 # --- Words ---

@@ -60,8 +60,6 @@ def test_everything_has_its_help_and_the_list_of_commands_cuts_none(expertgrid):
 
 def test_the_words_of_the_options_are_those_of_the_code():
     """They are written out beside the signatures, where importing them would take seconds."""
-    from expertgrid.ablations.results.report import report
-    from expertgrid.ablations.trackers import opening
     from expertgrid.bench.engines import ENGINES
     from expertgrid.export.certificate import BOUNDS
     from expertgrid.export.session import ORT_PROVIDERS, PROVIDERS
@@ -74,7 +72,6 @@ def test_the_words_of_the_options_are_those_of_the_code():
         return get_args(get_type_hints(callback)[option])
 
     assert words("table", "format") == (*FORMATS, "parquet")
-    assert words("report", "format") == report.FORMATS
     assert words("export", "precision") == (*BOUNDS, "all")
     assert words("bench", "provider") == options.ORT_PROVIDERS == tuple(ORT_PROVIDERS)
     assert options.PROVIDERS == PROVIDERS
@@ -82,7 +79,6 @@ def test_the_words_of_the_options_are_those_of_the_code():
     assert words("run", "kernels") == words("run", "compile") == words("run", "graphs") == tuple(CHOICES)
     assert tuple(OUTPUTS) == options.OUTPUTS
     assert options.ENGINES == ENGINES
-    assert options.TRACKERS == opening.TRACKERS
 
 
 def test_the_start_is_announced_before_torch_is_imported():

@@ -26,7 +26,7 @@ import expertgrid.ablations.cli.run
 from expertgrid.ablations.cli.app import app
 from expertgrid.ablations.engines.local import run_local
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.report.plots import accuracy_plot
+from expertgrid.ablations.results.report.plots import accuracy_figure, save
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.training.data import load_data
@@ -117,7 +117,8 @@ def kill_until(kills: int, seed: int) -> Count:
         os.waitpid(train(study, place / "whole" / "undisturbed"), 0)
         undisturbed = StudyDirectory(place / "whole" / "undisturbed")
         expected, whole = table(undisturbed.path), finished(undisturbed)
-        load_data("digits"), accuracy_plot("", read_results(undisturbed).rows)  # imported here, and not in each fork
+        load_data("digits")  # this and the picture are imported here, and not in each fork
+        save(accuracy_figure("", read_results(undisturbed).rows))
         while count.kills < kills:
             directory = StudyDirectory(place / f"{count.studies}" / "killed")  # without neighbours
             before: dict = {}

@@ -24,7 +24,7 @@ from expertgrid.ablations.engines.events import (
     TrialNote,
     TrialStarted,
 )
-from expertgrid.ablations.engines.scheduling import MOST_LOSSES, Ended, NodeLost, Report, schedule, write_report
+from expertgrid.ablations.engines.scheduling import MOST_LOSSES, NodeLost, Report, crashed, schedule, write_report
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.ledger import TestRead
 from expertgrid.ablations.records.predictions import Predictions
@@ -37,6 +37,7 @@ TRIAL_S = (30.0, 300.0)  # of work
 PREDICTIONS = Predictions(*(np.zeros(1, np.int64),) * 4)
 MEMORY = Path("/dev/shm")
 LOST = NodeLost("its node was lost")
+ENDED = crashed("its task ended before it was done")
 KILLED = Failure(kind="crashed", error="killed", traceback="", time="")
 
 
@@ -103,7 +104,7 @@ class Script:
         """Each task sends its state and ends."""
         self.stops += 1
         for trial in self.running:
-            self.messages.extend([(trial, saved(trial, b"at the stop")), (trial, Ended())])
+            self.messages.extend([(trial, saved(trial, b"at the stop")), (trial, ENDED)])
 
 
 def test_a_trial_goes_on_from_its_last_state_before_the_others(first, tmp_path):
@@ -114,8 +115,8 @@ def test_a_trial_goes_on_from_its_last_state_before_the_others(first, tmp_path):
         passed(2),
         LOST,
     ]
-    after = [started, passed(2), passed(3), done, Ended()]
-    cluster = Script(before, after, [started, done, Ended()])
+    after = [started, passed(2), passed(3), done, ENDED]
+    cluster = Script(before, after, [started, done, ENDED])
     directory = StudyDirectory(tmp_path)
     trials = trials_of(first, 2)
     events = list(schedule(trials, directory, cluster, Flag()))
@@ -156,7 +157,7 @@ def test_a_study_whose_directory_is_removed_ends(first, tmp_path):
 
 
 def test_a_process_that_is_lost_fails_its_trial_alone(first, tmp_path):
-    cluster = Script([KILLED], [Ended()], [started, done, KILLED])  # the last one after it was done
+    cluster = Script([KILLED], [ENDED], [started, done, KILLED])  # the last one after it was done
     events = list(schedule(trials_of(first, 3), StudyDirectory(tmp_path), cluster, Flag()))
     assert [type(event) for event in events] == [TrialFailed, TrialFailed, TrialStarted, TrialDone]
     assert [event.reason for event in events[:2]] == ["crashed: killed", "crashed: its task ended before it was done"]

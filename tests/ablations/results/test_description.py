@@ -8,7 +8,7 @@ import pytest
 from conftest import change_json
 
 from expertgrid.ablations.records.directory import StudyDirectory
-from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.evidence import Evidence, read_evidence
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.results.tables.description import describe, methods, recipe_in_words
 from expertgrid.model.training.recipe import RECIPES, Recipe
@@ -68,7 +68,7 @@ def test_the_paragraph_claims_what_the_records_show(trained_study):
         assert words in text
     assert "taken over" not in text
     plan = evidence.results.plan.model_copy(update={"seen": [0]})
-    seen = methods(directory, replace(evidence, results=replace(evidence.results, plan=plan)))
+    seen = methods(directory, Evidence(replace(evidence.results, plan=plan)))
     assert "more than 1 such table in 20 may hold a wrong verdict" in seen
 
 

@@ -519,7 +519,7 @@ def test_what_a_study_can_see_is_found_by_simulation(digits, tmp_path):
     rng, decided = np.random.default_rng(0), 0
     for _ in range(300):
         scores_US = 80 + sight.smallest * direction_U[:, None] + rng.normal(0, 1, (6, 6))
-        decided += judge(weights_QU, scores_US, 0.01).judgements[hardest].verdict == "better"
+        decided += judge(weights_QU, scores_US, 0.01)[hardest].verdict == "better"
     assert decided / 300 == pytest.approx(0.8, abs=0.08)
 
 
@@ -541,7 +541,7 @@ def test_a_contrast_in_full(grid, expertgrid):
     two = compare(grid, evidence, 1, 0)
     _, validation_CS, test_CS = common_scores(evidence.results.rows)
     weights_1U = np.array([[-1.0, 1, 0, 0, 0, 0]])
-    alone = judge(weights_1U, validation_CS, 1.0).judgements[0]
+    alone = judge(weights_1U, validation_CS, 1.0)[0]
     assert two.comparison.judgement == alone
     assert alone.constant == pytest.approx(scipy.stats.t.ppf(0.975, 25), rel=1e-4)
     assert two.comparison.test.mean == pytest.approx((test_CS[1] - test_CS[0]).mean())
@@ -565,7 +565,7 @@ def test_a_declared_contrast_is_of_its_family_either_way_round(digits, tmp_path,
     directory = grid_of(digits, tmp_path, f"contrasts = {json.dumps(pairs)}\n{GRID}")
     evidence = read_evidence(directory)
     _, scores_CS, _ = common_scores(evidence.results.rows)
-    family = judge(np.array([[-1.0, 1, 0, 0, 0, 0], [0, 0, 0, -1, 0, 1]]), scores_CS, 1.0).judgements
+    family = judge(np.array([[-1.0, 1, 0, 0, 0, 0], [0, 0, 0, -1, 0, 1]]), scores_CS, 1.0)
     assert [comparison.judgement for comparison in evidence.declared] == family
     assert "Contrasts that the study declares" in text_of(directory)
     forth = compare(directory, evidence, 1, 0).comparison

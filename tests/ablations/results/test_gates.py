@@ -63,7 +63,7 @@ def test_collapsed_is_below_a_tenth_of_an_equal_share():
 
 def test_block_gate():
     gate = block_gate("layers.1", HARD_BK, np.array([0, 0, 1, 1]), 2)
-    assert (gate.entropy, gate.most_entropy, gate.information, gate.collapsed) == (0, 1, 1, ())
+    assert (gate.entropy, gate.information, gate.collapsed) == (0, 1, ())
     assert gate.mean_NK.tolist() == [[1, 0], [0, 1]]
     with pytest.raises(ValueError, match=r"layers\.1: gate weights must be shares"):
         block_gate("layers.1", HARD_BK * 2, np.array([0, 0, 1, 1]), 2)

@@ -25,7 +25,7 @@ def test_verdicts_are_those_of_the_model():
         ("lr", "0.1", "0.2"), ("act", "relu", "gelu"), ("act", "relu", "silu"),
     ]  # fmt: skip
     weights = np.array([[-1, -1, -1, 1, 1, 1], [-1.5, 1.5, 0] * 2, [-1.5, 0, 1.5] * 2]) / 3
-    assert [effect.judgement for effect in judged.effects] == judge(weights, SCORES, 0.5).judgements
+    assert [effect.judgement for effect in judged.effects] == judge(weights, SCORES, 0.5)
     assert [cell.may_be_best for cell in judged.cells] == [False, False, True, False, False, True]
     assert judged.cells[0].mean == pytest.approx(SCORES[0].mean())
 

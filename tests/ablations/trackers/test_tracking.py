@@ -7,7 +7,6 @@ from PIL import Image
 from expertgrid.ablations.engines.events import EpochDone, TrialDone, TrialFailed, TrialStarted
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.records.record import Failure
-from expertgrid.ablations.trackers.opening import open_trackers
 from expertgrid.ablations.trackers.tracking import Ended, Tracker, Tracking, TrialRun
 
 ONE_TRIAL = """
@@ -158,12 +157,7 @@ def test_a_study_goes_on_without_a_tracker_that_fails(expertgrid, tiny_study, mo
     """The disk, the server or the tracker's own code: it is named on stderr, and all trials finish."""
     tiny_study.write_text(ONE_TRIAL)
 
-    def open_broken(texts, directory, data, say):
-        tracking = open_trackers([], directory, data, say)
-        tracking.trackers |= {text: Kept("epoch") for text in texts}
-        return tracking
-
-    monkeypatch.setattr("expertgrid.ablations.cli.track.open_trackers", open_broken)
+    monkeypatch.setattr("expertgrid.ablations.cli.track._tracker", lambda text, study: Kept("epoch"))
     outcome = expertgrid("run", tiny_study, "--track", "tensorboard", "--device", "cpu")
     assert outcome.status == 0
     assert outcome.err.count("tracker tensorboard: OSError: the server has gone") == 1

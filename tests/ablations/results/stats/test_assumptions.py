@@ -41,7 +41,7 @@ def test_nothing_is_left_for_the_noise():
 
 def test_adjusted_p_is_below_5_percent_where_0_is_outside_the_interval():
     scores_CS = np.random.default_rng(1).normal(size=(8, 5)) + np.linspace(0, 3, 8)[:, None]
-    judgements = judge(against(0, 8), scores_CS, margin=0.5).judgements
+    judgements = judge(against(0, 8), scores_CS, margin=0.5)
     assert {judgement.p < 0.05 for judgement in judgements} == {True, False}
     assert [judgement.p < 0.05 for judgement in judgements] == [
         judgement.low > 0 or judgement.high < 0 for judgement in judgements
@@ -51,14 +51,12 @@ def test_adjusted_p_is_below_5_percent_where_0_is_outside_the_interval():
 def test_a_seed_that_decides():
     scores_CS = np.array([[90, 91, 92, 93, 94.0], [90.2, 91.3, 92.2, 93.3, 95.4]])
     pair = np.array([[-1, 1]])
-    assert judge(pair, scores_CS, margin=0.1).judgements[0].verdict == "open"
+    assert judge(pair, scores_CS, margin=0.1)[0].verdict == "open"
     assert seeds_that_decide(pair, scores_CS, margin=0.1) == [[]]
     steady_CS = np.array([[90, 91, 92, 93, 94.0], [90.8, 91.9, 92.2, 93.9, 94.8]])
-    assert judge(pair, steady_CS, margin=0.1).judgements[0].verdict == "better"
+    assert judge(pair, steady_CS, margin=0.1)[0].verdict == "better"
     changed = [
-        seed
-        for seed in range(5)
-        if judge(pair, np.delete(steady_CS, seed, axis=1), margin=0.1).judgements[0].verdict != "better"
+        seed for seed in range(5) if judge(pair, np.delete(steady_CS, seed, axis=1), margin=0.1)[0].verdict != "better"
     ]
     assert seeds_that_decide(pair, steady_CS, margin=0.1) == [changed]
 

@@ -38,11 +38,11 @@ def test_main_effects_of_a_2x2_by_hand():
     # cells 91, 92 1/3, 91 1/3, 94; seeds 91, 92, 93.5; squares of residuals 8 / 3, 6 degrees of freedom: 0.4444
     # the first effect is 1 at every seed, the second 2, 1, 3: variances over seeds of 0 and 1. Their mean counts for
     # the first, and both count as variances of 2 x 2 degrees of freedom beside 6
-    family = judge(BOTH, SCORES, margin=0.5)
-    first, second = family.judgements
+    first, second = judge(BOTH, SCORES, margin=0.5)
+    estimates = estimate(BOTH, SCORES)
     wider = (scipy.stats.t.ppf(0.995, 4) / scipy.stats.t.ppf(0.995, 6)) ** 2
-    assert (first.mean, second.mean, first.seeds, family.df) == (pytest.approx(1), pytest.approx(2), 3, 6)
-    assert family.spread**2 == pytest.approx(4 / 9)
+    assert (first.mean, second.mean, first.seeds, estimates.df) == (pytest.approx(1), pytest.approx(2), 3, 6)
+    assert estimates.spread_X**2 == pytest.approx(4 / 9)
     assert (first.error**2, second.error**2) == (pytest.approx(wider / 2 / 3), pytest.approx(wider / 3))
     assert (first.basis, second.basis, first.verdict, second.verdict) == ("over seeds", "over seeds", "open", "open")
     assert 2.4469 < first.constant < 2.9687  # Student's t of 6 degrees of freedom for one contrast, Bonferroni's for 2
@@ -53,16 +53,16 @@ def test_main_effects_of_a_2x2_by_hand():
 def test_a_family_of_all_differences_has_the_pooled_variance():
     half = np.array([-0.5, -0.5, 0.5, 0.5])
     scores_CS = np.random.default_rng(0).normal(size=(4, 7)) + 8 * np.outer(half, np.arange(7) % 3)
-    judgement = judge([half, [-1, 1, 0, 0], [0, 0, -1, 1]], scores_CS, margin=0.5).judgements[0]
+    judgement = judge([half, [-1, 1, 0, 0], [0, 0, -1, 1]], scores_CS, margin=0.5)[0]
     assert judgement.basis == "over seeds"
     assert judgement.error**2 == pytest.approx((half @ scores_CS).var(ddof=1) / 7)
-    alone = judge([half], scores_CS, margin=0.5).judgements[0]
+    alone = judge([half], scores_CS, margin=0.5)[0]
     assert alone.error > judgement.error  # of one dimension, which 6 degrees of freedom know
 
 
 def test_two_cells_are_the_paired_t_test():
     scores_CS = np.random.default_rng(0).normal(90, 1, size=(2, 6))
-    (judgement,) = judge([[-1, 1]], scores_CS, margin=0.5).judgements
+    (judgement,) = judge([[-1, 1]], scores_CS, margin=0.5)
     oracle = scipy.stats.ttest_rel(scores_CS[1], scores_CS[0]).confidence_interval(0.95)
     assert (judgement.low, judgement.high) == pytest.approx((oracle.low, oracle.high), rel=1e-6)
 
@@ -102,7 +102,7 @@ def test_verdicts_of_intervals():
     high = np.array([0.9, -0.1, 0.4, 0.6, 0.4, -0.1, np.nan, 0.9])
     expected = ["better", "worse", "same", "open", "same", "same", "open", "open"]
     assert list(verdicts(low, high, 0.5)) == expected
-    small = judge(BOTH, SCORES + [[0], [5], [0], [5]], margin=20).judgements[1]
+    small = judge(BOTH, SCORES + [[0], [5], [0], [5]], margin=20)[1]
     assert (small.verdict, small.reason) == ("same", "there is a difference, within the margin")
 
 
@@ -121,7 +121,7 @@ def test_verdicts_of_intervals():
     ],
 )
 def test_no_interval_has_a_reason(scores_CS, mean, reason):
-    (judgement,) = judge([[-1, 1]], scores_CS, margin=0.5).judgements
+    (judgement,) = judge([[-1, 1]], scores_CS, margin=0.5)
     assert judgement.verdict == "open"
     assert {judgement.error, judgement.low, judgement.high, judgement.basis} == {None}
     assert judgement.mean == (None if mean is None else pytest.approx(mean))
@@ -130,7 +130,7 @@ def test_no_interval_has_a_reason(scores_CS, mean, reason):
 
 def test_equal_differences_still_have_the_spread_of_the_others():
     scores_CS = np.array([[90, 91, 92], [90, 91, 92], [90, 92, 91.0]])
-    judgement = judge([[-1, 1, 0], [-1, 0, 1]], scores_CS, margin=0.5).judgements[0]
+    judgement = judge([[-1, 1, 0], [-1, 0, 1]], scores_CS, margin=0.5)[0]
     assert judgement.low < 0 < judgement.high
 
 
@@ -139,16 +139,15 @@ def test_a_diverged_cell_has_no_verdict_and_the_others_keep_theirs():
     scores_CS = np.random.default_rng(0).normal(size=(5, 4))
     scores_CS[2, [1, 3]] = -80
     family = judge(weights_QC, scores_CS, margin=0.5, no_verdict={2: "diverged in 2 of 4 seeds"})
-    assert family.judgements[1] == Judgement("none", 0, reason="diverged in 2 of 4 seeds")
+    assert family[1] == Judgement("none", 0, reason="diverged in 2 of 4 seeds")
     # the others as without that cell, but with the constant of four contrasts
     alone = judge(np.delete(against(0, 4), [], axis=0), np.delete(scores_CS, 2, axis=0), margin=0.5)
-    for ours, expected in zip([family.judgements[place] for place in (0, 2, 3)], alone.judgements):
+    for ours, expected in zip([family[place] for place in (0, 2, 3)], alone):
         assert (ours.mean, ours.error, ours.basis) == (expected.mean, pytest.approx(expected.error), expected.basis)
         assert ours.constant > expected.constant
-    assert (family.spread, family.df) == (pytest.approx(alone.spread), 9)
     base = judge(weights_QC, scores_CS, margin=0.5, no_verdict={0: "diverged in 1 of 4 seeds", 2: "diverged in 2 of 4"})
-    assert {judgement.verdict for judgement in base.judgements} == {"none"}
-    assert base.judgements[1].reason == "diverged in 1 of 4 seeds; diverged in 2 of 4"
+    assert {judgement.verdict for judgement in base} == {"none"}
+    assert base[1].reason == "diverged in 1 of 4 seeds; diverged in 2 of 4"
 
 
 def test_what_does_not_fit():
@@ -165,7 +164,7 @@ def test_what_does_not_fit():
         judge([[1, -1]], [[1, 2], [2, 3]], margin=0)
     with pytest.raises(ValueError, match="same cells and seeds"):
         estimate([[1, -1]], [[[1, 2], [2, 3]], [[1, 2], [2, np.nan]]])
-    assert judge(np.zeros((0, 2)), [[1, 2], [2, 3]], margin=0.5).judgements == []
+    assert judge(np.zeros((0, 2)), [[1, 2], [2, 3]], margin=0.5) == []
 
 
 # --- Against statsmodels ---
@@ -204,7 +203,7 @@ def test_missing_trials():
 
 def test_trials_that_no_other_cell_shares_decide_nothing():
     scores_CS = np.array([[90, 91, 92, np.nan, np.nan], [91, 92, 94, np.nan, np.nan], [np.nan] * 3 + [90, 91]])
-    first, second = judge(against(0, 3), scores_CS, margin=0.5).judgements
+    first, second = judge(against(0, 3), scores_CS, margin=0.5)
     assert (first.seeds, second.seeds, second.verdict) == (3, 0, "open")
     assert (first.mean, second.mean) == (pytest.approx(4 / 3), None)
 

@@ -150,6 +150,6 @@ def test_one_lost_or_diverged_training_of_a_hundred_leaves_verdicts():
     for _ in range(20):
         scores_CS = truth_C[:, None] + rng.normal(0, SPREAD, size=(20, 5))
         scores_CS[rng.integers(20), rng.integers(5)] = np.nan
-        kept.append(sum(judgement.verdict == "better" for judgement in judge(weights_QC, scores_CS, 0.5).judgements))
+        kept.append(sum(judgement.verdict == "better" for judgement in judge(weights_QC, scores_CS, 0.5)))
     assert np.mean(kept) >= 4
     assert decided(estimate(weights_QC, rng.normal(0, SPREAD, (2000, 20, 5))), difference=0.4).min() >= 0.9

@@ -1,13 +1,12 @@
-"""Networks on their images, by hand and against statsmodels and scikit-learn."""
+"""Networks on their images, by hand and against statsmodels."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix as sklearns_confusion_matrix
+from sklearn.metrics import confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
 from expertgrid.ablations.results.stats.images import (
     class_accuracies,
-    confusion_matrix,
     consistent_images,
     images_variance,
     wilson,
@@ -33,13 +32,6 @@ def test_equal_cells_show_as_many_as_chance_gives():
     assert counts == pytest.approx(images.by_chance, abs=4 * np.sqrt(images.by_chance))
 
 
-def test_cells_of_other_images_cannot_be_compared():
-    with pytest.raises(ValueError, match="same images"):
-        consistent_images(np.ones((2, 3)), np.ones((2, 4)))
-    with pytest.raises(ValueError, match="one seed"):
-        consistent_images(np.ones((0, 3)), np.ones((2, 3)))
-
-
 def test_the_images_part_of_two_cells_is_half_of_mcnemars_variance():
     first_B, second_B = np.random.default_rng(3).random((2, 500)) < [[0.8], [0.7]]
     only_first, only_second = (first_B & ~second_B).sum(), (second_B & ~first_B).sum()
@@ -49,18 +41,12 @@ def test_the_images_part_of_two_cells_is_half_of_mcnemars_variance():
     assert images_variance([first_B, second_B]) == pytest.approx(1e4 * mcnemar / 2)
 
 
-def test_confusion_and_class_accuracies():
+def test_class_accuracies():
     labels, predicted = np.random.default_rng(19).integers(4, size=(2, 50))
-    confusion_NN = confusion_matrix(labels, predicted, 5)  # the last class has no images
-    assert confusion_NN.tolist() == sklearns_confusion_matrix(labels, predicted, labels=range(5)).tolist()
-    shares = class_accuracies(confusion_NN)
+    shares = class_accuracies(confusion_matrix(labels, predicted, labels=range(5)))  # the last class has no images
     assert [share.images for share in shares] == [*np.bincount(labels), 0]
-    assert shares[0].right == ((labels == 0) & (predicted == 0)).sum()
+    assert shares[0].share == (predicted[labels == 0] == 0).mean()
     assert (shares[4].share, shares[4].low, shares[4].high) == (None, 0, 1)
-    with pytest.raises(ValueError, match="classes go from 0 to 2"):
-        confusion_matrix(labels, predicted, 3)
-    with pytest.raises(ValueError, match="labels and"):
-        confusion_matrix(labels, predicted[:49], 4)
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 10), (3, 10), (10, 10), (991, 1000)])
@@ -68,5 +54,3 @@ def test_wilson_is_statsmodels(right, images):
     share = wilson(right, images)
     assert (share.low, share.high) == pytest.approx(proportion_confint(right, images, method="wilson"), abs=1e-12)
     assert share.share == right / images
-    with pytest.raises(ValueError, match="no share"):
-        wilson(images + 1, images)

@@ -56,10 +56,10 @@ def test_seeds_that_would_decide_an_open_effect():
     scores_CS = rng.normal(0, 0.3, size=(8, 4)) + np.array([0, 0, 0, 0, 0.1, 0.1, 0.1, 0.1])[:, None]
     scores_CS += 5 * EIGHT[1][:, None]
     family = judge(EIGHT, scores_CS, margin=0.2)
-    assert [judgement.verdict for judgement in family.judgements] == ["open", "better", "open"]
+    assert [judgement.verdict for judgement in family] == ["open", "better", "open"]
     needed = seeds_to_decide(EIGHT, family, margin=0.2)
     assert needed[1] is None and all(seeds > 4 for seeds in (needed[0], needed[2]))
-    first = family.judgements[0]
+    first = family[0]
     spread = first.error * (4 / 0.5) ** 0.5
     assert needed[0] == PowerAnalysis(EIGHT, spread).seeds_for(0, first.mean, margin=0.2)
     assert seeds_to_decide([[-1, 1]], judge([[-1, 1]], [[1.0], [2.0]], margin=1), margin=1) == [None]
