@@ -63,7 +63,8 @@ def _conv2d(
     else:
         paddings, even = _pair(padding), True
     numbers = strides, paddings, dilations
-    if input.ndim == 4 and even and weight.requires_grad and is_product(input.shape, weight.shape, *numbers):
+    usual = input.ndim == 4 and even and torch.float64 not in (input.dtype, weight.dtype)  # autocast leaves fp64
+    if usual and weight.requires_grad and is_product(input.shape, weight.shape, *numbers):
         half = (None if tensor is None else tensor.bfloat16() for tensor in (input, weight, bias))
         return _Convolution.apply(*half, *numbers, groups)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

@@ -60,7 +60,7 @@ def test_products_change_nothing_but_the_weight_gradient():
 
 
 def test_what_is_not_in_mixed_precision_stays_pytorchs():
-    """Frozen weights, images without a batch, and a part that a network computes in fp32 by itself."""
+    """Frozen weights, images without a batch, and a part that a network computes in fp32 or fp64 by itself."""
     conv, x_BCHW = nn.Conv2d(128, 128, 3, padding=1), torch.randn(2, 128, 4, 4)
 
     def products(x: torch.Tensor, enabled: bool = True) -> int:
@@ -70,7 +70,9 @@ def test_what_is_not_in_mixed_precision_stays_pytorchs():
     assert products(x_BCHW) and not products(x_BCHW[0]) and not products(x_BCHW, enabled=False)
     with mixed_precision(CPU, False):
         assert conv(x_BCHW).dtype == torch.float32 and "_Convolution" not in str(conv(x_BCHW).grad_fn)
-    conv.weight.requires_grad_(False)
+    conv.double()
+    assert not products(x_BCHW.double())
+    conv.float().weight.requires_grad_(False)
     assert not products(x_BCHW)
 
 
