@@ -227,18 +227,16 @@ def bare_round(step: Callable[[], object], steps: int, device: torch.device) -> 
 def peak_memory(device: torch.device, run: Callable[[], object]) -> tuple[int | None, str]:
     """Calls `run`; the most memory that it held, in bytes, and which memory that is.
 
-    On CUDA all that tensors held at a time; on a CPU by how much the most that the process ever had resident grew.
+    On CUDA that of all tensors at a time; on a CPU the process's largest resident set.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device), "allocated on the GPU"
-    before = reset_peak()
+    reset_peak()
     run()
-    after = peak_bytes()
-    if before is None or after is None:
-        return None, "not measured on this system"
-    return after - before, "growth of the process's largest resident set"
+    most = peak_bytes()
+    return most, "not measured on this system" if most is None else "of the process, with PyTorch and the images"
 
 
 def rows(speed: TrainingSpeed) -> list[dict[str, object]]:

@@ -395,7 +395,7 @@ def test_bench_train(expertgrid):
     assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
     assert min(rate, peak, speed["baseline_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0
     assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
-    assert speed["peak_memory_bytes"] >= 0
+    assert 1e8 < speed["peak_memory_bytes"] < 1e10  # PyTorch alone has more than the one
     assert multiprocessing.active_children() == []
 
 
