@@ -151,7 +151,7 @@ def test_the_precision_is_that_of_the_faster_steps(fp32_s, is_faster, monkeypatc
 
 def test_the_baseline_has_a_process_of_its_own_whose_errors_are_raised_here():
     """That it trains there is seen in `measure_training`."""
-    baseline = small_baseline(torch.arange(8) + 5)
+    baseline = small_baseline(torch.arange(8) + 10)
     with baseline.in_own_process() as run, pytest.raises(IndexError, match="Target [0-9]+ is out of bounds"):
         assert len(multiprocessing.active_children()) == 1
         run()
