@@ -76,7 +76,7 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 def is_product(x: torch.Size, weight: torch.Size, stride: Pair, padding: Pair, dilation: Pair) -> bool:
     """Whether the weight gradient of a convolution is a product, by the shapes of its input and its weight."""
-    if weight[1] == 1:  # depthwise
+    if weight[1] == 1:  # depthwise, or of grey images
         return False
     sides = list(zip(x[2:], weight[2:], stride, padding, dilation))
     if any(k > 1 and n < max(s, p) for n, k, s, p, _ in sides):  # where the library's is wrong
