@@ -35,6 +35,11 @@ from expertgrid.model.training.loop import seconds
 PREFETCHED = 2  # batches that each worker prepares ahead: PyTorch's default
 
 
+def batches_ahead() -> int:
+    """The batches that workers have prepared when a round starts, and the one that is then taken."""
+    return usable_cores() * PREFETCHED + 1
+
+
 class TextbookBlock(nn.Module):
     """An expert block as one writes it down: all experts' outputs stacked, weighted, and summed."""
 
@@ -119,8 +124,13 @@ class Baseline:
     bfloat16: bool = False
     compiled: bool = False
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether its memory layout is not PyTorch's default, as it is not the plain one."""
+        return self.bfloat16 or self.compiled
+
     def __str__(self) -> str:
-        tuned = ", channels last" if self.bfloat16 or self.compiled else ""
+        tuned = ", channels last" if self.channels_last else ""
         return f"{'bf16' if self.bfloat16 else 'fp32'}{tuned}, {'compiled' if self.compiled else 'eager'}"
 
     def in_own_process(self) -> AbstractContextManager[Callable[[], float]]:
@@ -138,7 +148,7 @@ class Baseline:
         PyTorch takes by itself.
         """
         net = copy.deepcopy(self.net).to(self.device).train()  # what arrived may be memory that two processes share
-        if self.bfloat16 or self.compiled:
+        if self.channels_last:
             net = net.to(memory_format=torch.channels_last)
         if self.compiled:
             net.compile(dynamic=False)
@@ -159,7 +169,7 @@ class Baseline:
         criterion = nn.CrossEntropyLoss(label_smoothing=self.smoothing)
         batches = iter(loader)
         while True:
-            for _ in range(workers * PREFETCHED + 1):
+            for _ in range(batches_ahead()):
                 next(batches)
             started = seconds(self.device)
             for x_BCHW, y_B in itertools.islice(batches, self.steps):

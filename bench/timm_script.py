@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from expertgrid.bench.baseline import PREFETCHED, Baseline, BaselineImages
+from expertgrid.bench.baseline import Baseline, BaselineImages, batches_ahead
 from expertgrid.model.config import Network, TimmModel
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import usable_cores
@@ -34,19 +34,18 @@ def timm_script(folder: Path, network: TimmModel, baseline: Baseline, rounds: in
     from PNG files, and does not augment them. Before the clock of a round starts, it uses up what its workers prepared.
     Raises InputError with its last line where it ends.
     """
-    images, ahead = baseline.images, usable_cores() * PREFETCHED + 1
+    images, ahead = baseline.images, batches_ahead()
     with tempfile.TemporaryDirectory(prefix="expertgrid-timm-") as place:
         _write(images, Path(place, "train"), baseline.batch * (rounds + 1) * (baseline.steps + ahead + 1))
-        half = "--amp", "--amp-dtype", "bfloat16"
-        options = [*half * baseline.bfloat16, *["--channels-last"] * (baseline.bfloat16 or baseline.compiled)]
         command = [
             sys.executable, folder.resolve() / "train.py", "--data-dir", place, "--val-split", "train",
             "--output", place, "--device", baseline.device,
             "--model", network.timm, "--num-classes", network.num_classes,
             "--input-size", network.in_chans, *images.pixels.shape[1:3], "--batch-size", baseline.batch,
             "--workers", usable_cores(), "--smoothing", baseline.smoothing, "--opt", "sgd", "--lr", "0.01",
-            "--epochs", "1", "--no-aug", "--log-interval", "1", *options,
-            *["--torchcompile"] * baseline.compiled,
+            "--epochs", "1", "--no-aug", "--log-interval", "1",
+            *["--amp", "--amp-dtype", "bfloat16"] * baseline.bfloat16,
+            *["--channels-last"] * baseline.channels_last, *["--torchcompile"] * baseline.compiled,
         ]  # fmt: skip
         with subprocess.Popen(
             [str(word) for word in command],

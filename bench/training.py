@@ -271,8 +271,8 @@ def notes(speed: TrainingSpeed) -> list[str]:
         f"of {speed.rounds} rounds of {speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
-        f"The baseline is the fastest of these ways: {speed.baseline}. PyTorch's stack experts, and have "
-        f"torchvision's transforms in {speed.baseline_workers} worker processes.",
+        f"The baseline is the fastest of these ways: {speed.baseline}. The ways of PyTorch stack the outputs of "
+        f"experts, and use torchvision's transforms in {speed.baseline_workers} worker processes.",
         f"Memory at most: {memory}{speed.peak_memory_is}.",
         f"{speed.macs:,} MACs an image; the device's peaks, of matrix products and of the network's convolutions: "
         f"{peaks.bf16_flops / 1e12:,.2f} TFLOP/s in bf16 and {peaks.fp32_flops / 1e12:,.2f} in fp32; it copies "

@@ -26,7 +26,7 @@ PANELS = {  # parts of a longer list of options, by the names of their parameter
     "cpus_per_trial provider",
     "Failures": "trial_timeout fail_fast",
     "Exported file": "input precision outputs fuse prune_gates",
-    "Measurement": "tune batch steps rounds seconds profile front peers",
+    "Measurement": "tune batch steps rounds seconds profile front peers peer",
     "Comparison": "fail_if_slower baseline across_machines",
     "Output": "out format json notes rows track to dry_run",
 }

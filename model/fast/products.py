@@ -5,7 +5,7 @@ meets padding only, they are what was in the memory (torch 2.15, AVX-512). In fp
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -28,12 +28,9 @@ SMALL_AMX, CHANNELS_AMX = 576, 256
 @contextmanager
 def mixed_precision(device: torch.device, bfloat16: bool) -> Generator[None]:
     """Within, a network's forward pass for a training step runs in bfloat16 where `bfloat16` says so."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        if bfloat16 and device.type == "cpu":
-            with _Products():
-                yield
-        else:
-            yield
+    products = _Products() if bfloat16 and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), products:
+        yield
 
 
 class _Products(TorchFunctionMode):

@@ -124,6 +124,7 @@ def figures(findings: Findings, kind: Literal["pdf", "png"]) -> dict[str, bytes]
 def html(findings: Findings) -> str:
     """The report as one file: nothing in it is fetched from anywhere, and no other script than its own can run."""
     examined, results = findings.examined, findings.evidence.results
+    missing = findings.images_missing, *examined.missing.values()
     directory = StudyDirectory(results.path)
     tables = study_tables(directory, findings.evidence) if results.rows else []
     rows_by_table = {table.key: table.rows for table in tables} | {
@@ -151,9 +152,7 @@ def html(findings: Findings) -> str:
         pictures=pictures(findings),
         confusions=_confusions(examined),
         image_uri=image_uri,
-        left_out=list(filter(None, {findings.images_missing: 0, **dict.fromkeys(examined.missing.values())}))
-        if findings.ranked
-        else [],
+        left_out=list(filter(None, dict.fromkeys(missing))) if findings.ranked else [],
         gates_drawn=MOST_GATES,
         quoted=shlex.quote,
         numbers=json.dumps(numbers).replace("<", "\\u003c"),  # for `expertgrid verify`: nothing ends its element
