@@ -24,6 +24,7 @@ NAME = 60  # characters of a name: a kernel's can have hundreds
 def profile_training(
     preset: str,
     batch: int | None,
+    image_size: int,
     steps: int | None,
     device: torch.device,
     execution: ExecutionOptions,
@@ -39,7 +40,7 @@ def profile_training(
     steps, warm_up = steps or (20 if on_cuda else 2), WARM_UP + 2 if on_cuda else 1
     own = recipe_of(preset)
     recipe = own.model_copy(update={"batch_size": batch or own.batch_size})
-    trial, splits = random_trial(preset, recipe, warm_up + steps, device)
+    trial, splits = random_trial(preset, recipe, warm_up + steps, image_size, device)
     whole = recipe.epochs * (CIFAR_TRAIN // recipe.batch_size)
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
     part, kind = ("kernel", DeviceType.CUDA) if on_cuda else ("operator", DeviceType.CPU)

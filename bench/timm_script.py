@@ -35,6 +35,7 @@ def timm_script(folder: Path, network: TimmModel, baseline: Baseline, rounds: in
     Raises InputError with its last line where it ends.
     """
     images, ahead = baseline.images, batches_ahead()
+    arguments = [f"{name}={value!r}" for name, value in network.arguments.items()]
     with tempfile.TemporaryDirectory(prefix="expertgrid-timm-") as place:
         _write(images, Path(place, "train"), baseline.batch * (rounds + 1) * (baseline.steps + ahead + 1))
         command = [
@@ -42,6 +43,7 @@ def timm_script(folder: Path, network: TimmModel, baseline: Baseline, rounds: in
             "--output", place, "--device", baseline.device,
             "--model", network.timm, "--num-classes", network.num_classes,
             "--input-size", network.in_chans, *images.pixels.shape[1:3], "--batch-size", baseline.batch,
+            *["--model-kwargs"] * bool(arguments), *arguments,
             "--workers", usable_cores(), "--smoothing", baseline.smoothing, "--opt", "sgd", "--lr", "0.01",
             "--epochs", "1", "--no-aug", "--log-interval", "1",
             *["--amp", "--amp-dtype", "bfloat16"] * baseline.bfloat16,

@@ -24,9 +24,11 @@ from expertgrid.bench.precision import time_both
 from expertgrid.bench.rounds import at_full_size, in_turns, prepared_training
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
 from expertgrid.bench.timm_script import timm_network, timm_script
+from expertgrid.model.config import TimmModel
 from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.compiled import why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
+from expertgrid.model.foreign import described
 from expertgrid.model.presets import network
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import reason_of
@@ -41,7 +43,6 @@ from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Trial
 
 CIFAR_TRAIN = 45_000  # images of CIFAR-10 that are trained on; the others validate
-SIZE = 32  # height and width of the images, in pixels
 
 
 class TrainingSpeed(BaseModel):
@@ -52,6 +53,7 @@ class TrainingSpeed(BaseModel):
     threads: int
     torch: str
     batch: int
+    image_size: int  # height and width, in pixels
     steps: int  # in a round
     rounds: int
     bfloat16: bool  # of the loop and of the bare steps
@@ -117,6 +119,7 @@ def times_as_fast(reference_s: Sequence[float], other_s: Sequence[float]) -> Rat
 def measure_training(
     preset: str,
     batch: int,
+    image_size: int,
     steps: int | None,
     rounds: int,
     device: torch.device,
@@ -126,17 +129,17 @@ def measure_training(
 ) -> TrainingSpeed:
     """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
 
-    `steps` is 2, or 100 on CUDA, where it is None. All images have their full size. What `execution` leaves to
-    expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and `notice` is told.
-    timm's `train.py`, of the check-out `peer`, is a baseline in the loop's precision, eager and compiled. Raises
-    InputError for a preset that does not exist or does not take the images, and for what was asked for and does not
-    work.
+    `image_size` is the height and width of all images; `steps` is 2, or 100 on CUDA, where it is None. What `execution`
+    leaves to expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and
+    `notice` is told. timm's `train.py`, of the check-out `peer`, is a baseline in the loop's precision, eager and
+    compiled. Raises InputError for a preset that does not exist or does not take the images, and for what was asked
+    for and does not work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
     own = recipe_of(preset)
     recipe = at_full_size(own, rounds + 2).model_copy(update={"batch_size": batch})
-    trial, splits = random_trial(preset, recipe, steps, device)
+    trial, splits = random_trial(preset, recipe, steps, image_size, device)
     script = (peer, timm_network(peer, trial.model)) if peer else None
     whole = own.epochs * (CIFAR_TRAIN // batch)
     if recipe.amp == "auto" and device.type == "cpu" and computes_bfloat16(device):
@@ -171,7 +174,7 @@ def measure_training(
     return TrainingSpeed.of(
         rounds_s["loop"], rounds_s["bare"], {name: rounds_s[name] for name in baselines},
         model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
-        batch=batch, steps=steps, bfloat16=training.bfloat16, kernels=prepared.plan.kernels,
+        batch=batch, image_size=image_size, steps=steps, bfloat16=training.bfloat16, kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(trial.model, *splits.data.image_size)[1],
         peaks=peaks.best(measure_peaks(device, convolutions=convolutions)), baseline_workers=usable_cores(),
@@ -183,11 +186,16 @@ def recipe_of(preset: str) -> Recipe:
     return RECIPES.get(preset.removeprefix("expertnet_"), RECIPES["fast"])
 
 
-def random_trial(preset: str, recipe: Recipe, steps: int, device: torch.device) -> tuple[Trial, Splits]:
+def random_trial(
+    preset: str, recipe: Recipe, steps: int, image_size: int, device: torch.device
+) -> tuple[Trial, Splits]:
     """A trial of a preset on the random images of `steps` batches. Raises InputError as `measure_training`."""
     config = network(preset)
-    images = ImageData.random(train=recipe.batch_size * steps, height=SIZE, width=SIZE)
-    check_image_size(preset, config, images.image_size, images.name)
+    images = ImageData.random(train=recipe.batch_size * steps, height=image_size, width=image_size)
+    if isinstance(config, TimmModel):
+        config = described(config, images.image_size, images.name)
+    else:
+        check_image_size(preset, config, images.image_size, images.name)
     trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     return trial, Splits.undivided(images, device)
 
@@ -267,8 +275,9 @@ def notes(speed: TrainingSpeed) -> list[str]:
     )
     memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB, "
     return [
-        f"{speed.model}, batch {speed.batch}, on {speed.device}, {speed.threads} threads, torch {speed.torch}; medians "
-        f"of {speed.rounds} rounds of {speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
+        f"{speed.model}, batches of {speed.batch} images of {speed.image_size}x{speed.image_size} pixels, on "
+        f"{speed.device}, {speed.threads} threads, torch {speed.torch}; medians of {speed.rounds} rounds of "
+        f"{speed.steps} steps, in turns. x: times as fast; ±: half of its 98% interval.",
         f"expertgrid: {dtype}, channels last, {how}, images and augmentation on the device; its loop takes "
         f"{speed.overhead_percent:+.1f}% of the bare steps' time.",
         f"The baseline is the fastest of these ways: {speed.baseline}. The ways of PyTorch stack the outputs of "

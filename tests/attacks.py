@@ -327,7 +327,8 @@ OPTIONS = {
     "rerun s ID": "--data --data-dir --device", "publish s": "--data --data-dir",
     f"predict {FILE} image.png": "--top --provider",
     "list data": "--format --import", "show-augment fast --out x.png": "--out --data --set --seed --images",
-    "bench-train two_block --steps 1 --rounds 1": "--batch --steps --rounds --device", "track s": "--to --data",
+    "bench-train two_block --steps 1 --rounds 1": "--batch --image-size --steps --rounds --device",
+    "track s": "--to --data",
     "show-model": "", "check": "", "judge": "",
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ PANELS = {  # parts of a longer list of options, by the names of their parameter
     "cpus_per_trial provider",
     "Failures": "trial_timeout fail_fast",
     "Exported file": "input precision outputs fuse prune_gates",
-    "Measurement": "tune batch steps rounds seconds profile front peers peer",
+    "Measurement": "tune batch image_size steps rounds seconds profile front peers peer",
     "Comparison": "fail_if_slower baseline across_machines",
     "Output": "out format json notes rows track to dry_run",
 }
@@ -590,6 +590,7 @@ def bench(
 def bench_train(
     preset: str = Argument("eight_block", metavar="MODEL|DIR", help="Preset, timm model, or study directory."),
     batch: int | None = Option(None, min=2, max=4096, metavar="N", help="Batch size. Default: 128."),
+    image_size: int | None = Option(None, min=1, max=1024, metavar="N", help="Height and width. Default: 32."),
     steps: int | None = Option(None, min=1, max=1000, metavar="N", help="In a round. Default: 100 on CUDA, else 2."),
     rounds: int = Option(5, min=1, max=1000, metavar="N", help="Rounds in which each way takes its turn."),
     profile: bool = Option(False, "--profile", help="Show where the time of a model's training steps goes instead."),
@@ -619,6 +620,7 @@ def bench_train(
         options.study_directory(Path(preset))
     options.refuse(
         (batch is not None and of_study, "--batch: a study's recipes have the batch sizes"),
+        (image_size is not None and of_study, "--image-size: a study's data has the size of its images"),
         (profile and of_study, "--profile: is for a model; a study directory was given"),
         ((data or data_dir) and not of_study, "--data: is for a study directory; a model is trained on random images"),
         (peer and (of_study or profile), "--peer: is for the speed of a model"),
@@ -631,7 +633,7 @@ def bench_train(
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
         return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
-    return bench_train(preset, batch, steps, rounds, device, execution, profile, peer, format)
+    return bench_train(preset, batch, image_size or 32, steps, rounds, device, execution, profile, peer, format)
 
 
 @app.command("list", cls=Command, rich_help_panel=LISTS)

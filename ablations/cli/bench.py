@@ -167,6 +167,7 @@ def bench_study(
 def bench_train(
     preset: str,
     batch: int | None,
+    image_size: int,
     steps: int | None,
     rounds: int,
     device_name: str,
@@ -179,11 +180,11 @@ def bench_train(
     device = torch_device(device_name)
     if with_profile:
         with status(f"profiling {preset}"):
-            table, lines = profile_training(preset, batch, steps, device, execution, notice)
+            table, lines = profile_training(preset, batch, image_size, steps, device, execution, notice)
         print(render(table, format, lines))
         return 0
     with status(f"training {preset}"):
-        speed = measure_training(preset, batch or 128, steps, rounds, device, execution, notice, peer)
+        speed = measure_training(preset, batch or 128, image_size, steps, rounds, device, execution, notice, peer)
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0

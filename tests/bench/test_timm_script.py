@@ -52,10 +52,12 @@ def test_the_script_goes_on_in_its_rounds_alone(tmp_path):
 @pytest.mark.parametrize(("compiled", "bfloat16"), [(False, False), (True, False), (False, True), (True, True)])
 def test_the_script_trains_as_the_baseline_does(tmp_path, compiled, bfloat16):
     (tmp_path / "train.py").write_text(SCRIPT)
-    with timm_script(tmp_path, TimmModel(timm="resnet10t"), baseline(compiled=compiled, bfloat16=bfloat16), 1) as once:
+    network = TimmModel(timm="resnet10t", arguments={"stem_type": "deep"})
+    with timm_script(tmp_path, network, baseline(compiled=compiled, bfloat16=bfloat16), 1) as once:
         once()
     words = (tmp_path / "words").read_text()
     assert "--device cpu --model resnet10t --num-classes 10 --input-size 3 32 32 --batch-size 4" in words
+    assert "--model-kwargs stem_type='deep' --workers" in words
     assert ("--torchcompile" in words, "--amp --amp-dtype bfloat16" in words) == (compiled, bfloat16)
     assert ("--channels-last" in words) == (compiled or bfloat16)
     assert (np.asarray(Image.open(tmp_path / "8.png")) == PIXELS[0].numpy()).all()

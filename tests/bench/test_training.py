@@ -42,7 +42,8 @@ def speed_of(loop_s: list[float], bare_s: list[float], baseline_s: list[float], 
     """Of steps of 2 batches of 8 images in float32, on a device with that peak."""
     known = dict.fromkeys(("model", "device", "torch", "peak_memory_is"), "")
     known |= dict.fromkeys(("bfloat16", "compiled", "kernels", "graphs"), False)
-    known |= {"batch": 8, "steps": 2, "threads": 1, "macs": 10, "baseline_workers": 2, "peak_memory_bytes": 0}
+    known |= {"batch": 8, "image_size": 32, "steps": 2, "threads": 1, "macs": 10, "baseline_workers": 2}
+    known |= {"peak_memory_bytes": 0}
     peaks = Peaks(bf16_flops=1e6, fp32_flops=fp32_flops, copy_bytes_per_s=1.0)
     baselines_s = {"slow": [100.0] * len(baseline_s), "fp32, eager": baseline_s}
     return TrainingSpeed.of(loop_s, bare_s, baselines_s, peaks=peaks, compile_seconds=0, **known)

@@ -23,6 +23,8 @@ from expertgrid.ablations.cli.export import export
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.export.certificate import BOUNDS, Bound
+from expertgrid.model.cost import cost
+from expertgrid.model.presets import network
 from expertgrid.model.system.machine import computes_bfloat16
 
 
@@ -386,13 +388,15 @@ def test_a_network_that_needs_fp32_leaves_the_others_as_they_are(expertgrid, tin
 
 
 def test_bench_train(expertgrid):
-    arguments = ["two_block", "--batch", 4, "--steps", 1, "--rounds", 2, "--device", "cpu", "--compile", "off"]
+    arguments = ["two_block", "--batch", 4, "--image-size", 16, "--steps", 1, "--rounds", 2, "--device", "cpu"]
+    arguments += ["--compile", "off"]
     speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
     baseline_s = speed["baselines_s"][speed["baseline"]]
     assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(baseline_s) == speed["rounds"] == 2
     assert speed["ratio"] == pytest.approx(np.exp(np.mean(np.log(np.divide(baseline_s, speed["loop_s"])))))
     rate, peak = speed["images_per_s"], speed["device_peak_flops"]
     assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
+    assert speed["macs"] == cost(network("two_block"), 16, 16)[1]
     assert min(rate, peak, speed["baseline_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0
     assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
     assert 1e8 < speed["peak_memory_bytes"] < 1e10  # PyTorch alone has more than the one
@@ -450,7 +454,7 @@ def test_lists(expertgrid):
         ("bench broken.safetensors --across-machines", "--across-machines: is for --baseline"),
         ("bench broken.safetensors --baseline none.json", "none.json: cannot be read"),
         ("bench broken.safetensors broken.safetensors --json all.json", "--json: is for one file"),
-        ("bench-train vit_tiny_patch16_224", "vit_tiny_patch16_224 does not take the 32x32 images"),
+        ("bench-train macro_residual --image-size 8", "macro_residual does not take the 8x8 images"),
         ("bench-train --rounds 0", "--rounds: 1 or more is needed, found '0'"),
         ("bench-train eight_blok", "unknown model 'eight_blok'; did you mean 'eight_block'?"),
         ("runn", "No such command 'runn'"),

@@ -37,6 +37,7 @@ def test_cells_are_timed_in_turns_and_the_table_shows_it(expertgrid, study):
 def test_what_cannot_be_timed(expertgrid, study, tmp_path):
     for arguments, reason in (
         (["bench-train", study, "--batch", 8], "--batch: a study's recipes have the batch sizes"),
+        (["bench-train", study, "--image-size", 64], "--image-size: a study's data has the size of its images"),
         (["bench-train", study, "--profile"], "--profile: is for a model; a study directory was given"),
         (["bench-train", tmp_path], "not a study directory: there is no study.toml"),
         (["bench-train", "two_block", "--data", "digits"], "--data: is for a study directory"),
