@@ -39,8 +39,8 @@ SOURCES = {
     "digits": "1,797 handwritten digits of 8x8 pixels, in scikit-learn: no download",
     "cifar10": "60,000 photographs of 32x32 pixels in 10 classes: downloaded once, or found in --data-dir",
     "cifar100": "60,000 photographs of 32x32 pixels in 100 classes: downloaded once, or found in --data-dir",
-    "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet in the Hugging Face image layout",
-    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/*, image files",
+    "parquet:DIR": "DIR/train*.parquet and DIR/test*.parquet (or val*) in the Hugging Face image layout",
+    "folder:DIR": "DIR/train/CLASS/* and DIR/test/CLASS/* (or val), image files",
     "SOURCE@SHARE": "one of these, of which each seed holds out another share than a tenth: cifar10@0.02",
 }
 DIGITS_TEST_SHARE = 0.2  # scikit-learn's digits come without a test split
@@ -278,11 +278,16 @@ def _unpickled(file: Path, md5: str) -> dict:
     return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
 
 
+def _splits(has: Callable[[str], object]) -> tuple[str, str]:
+    """The names of a source's train and test split. One without `test` may call it `val` or `validation`."""
+    return "train", next((name for name in ("test", "val", "validation") if has(name)), "test")
+
+
 def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
     from torchvision.datasets import ImageFolder
 
-    parts = []
-    for split in ("train", "test"):
+    parts, splits = [], _splits(lambda name: (directory / name).is_dir())
+    for split in splits:
         try:
             parts.append(ImageFolder(directory / split))
         except OSError as error:
@@ -291,7 +296,7 @@ def _folder(source: str, directory: Path, image_size: int | None) -> ImageData:
     train, test = parts
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
-        raise _wrong(source, f"train/ and test/ differ in the classes {', '.join(differing)}")
+        raise _wrong(source, f"train/ and {splits[1]}/ differ in the classes {', '.join(differing)}")
     arrays = []
     for part in parts:
         files = [Path(path) for path, _ in part.samples]
@@ -306,7 +311,7 @@ def _parquet(source: str, directory: Path, image_size: int | None) -> ImageData:
 
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     classes: tuple[str, ...] = ()
-    for split in ("train", "test"):
+    for split in _splits(lambda name: any(directory.glob(f"{name}*.parquet"))):
         files = sorted(directory.glob(f"{split}*.parquet"))
         if not files:
             raise _wrong(source, f"no {split}*.parquet in {directory}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow
@@ -96,6 +97,18 @@ def test_folder_and_parquet_hold_the_same(folder, parquet):
             assert (images.pixels_BHWC[:, 0, 0, 0] == images.labels_B * 100).all()
             assert (images.pixels_BHWC[..., 2] == 7).all()
         assert sorted(data.train.pixels_BHWC[:, 0, 0, 1].tolist()) == sorted([*range(20)] * 2)
+
+
+def test_a_source_may_call_its_test_split_val(folder, parquet):
+    expected = {load_data(source).fingerprint for source in (f"folder:{folder}", f"parquet:{parquet}")}
+    (folder / "test").rename(folder / "val")
+    (parquet / "test.parquet").rename(parquet / "validation-00000-of-00001.parquet")
+    assert {load_data(source).fingerprint for source in (f"folder:{folder}", f"parquet:{parquet}")} == expected
+    shutil.copytree(folder / "val" / CLASSES[0], folder / "test" / CLASSES[0])
+    assert "train/ and test/ differ" in wrong(f"folder:{folder}"), "one that is called test goes before"
+    (folder / "val" / CLASSES[1] / "00.png").unlink()
+    shutil.rmtree(folder / "test")
+    assert len(load_data(f"folder:{folder}").test) == 7
 
 
 def test_fingerprint_follows_the_pixels(folder):
