@@ -21,7 +21,7 @@ import torch
 
 from expertgrid.model.checkpoint import Checkpoint
 from expertgrid.model.config import ModelConfig
-from expertgrid.model.registry import for_shapes, is_users
+from expertgrid.model.registry import CLASSES, for_shapes, is_users
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import make_folder, sync_folder, sync_tree, write_whole
 
@@ -29,6 +29,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # What timm needs to fit a network to other images or classes.
 OF_THE_ENDS = ("first_conv", "classifier", "fixed_input_size")
 PUBLISHED = "; a network that is published is made by timm.models.build_model_with_cfg"
+REGISTER = "from expertgrid.model.registry import register_networks  # `pip install .` in a checkout of expertgrid"
 DATA_SETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # the Hub's names of ours
 
 
@@ -96,8 +97,11 @@ def loading(checkpoint: Checkpoint, place: str) -> str:
     ours = isinstance(checkpoint.config, ModelConfig)
     needed = ["import expertgrid.model  # `pip install .` in a checkout of expertgrid"] if ours else []
     if is_users(checkpoint.config):
-        module = timm.models.model_entrypoint(architecture(checkpoint)[0]).__module__
-        needed.append(f"import {module}  # your module, which registers the network with timm")
+        name, _ = architecture(checkpoint)
+        module = timm.models.model_entrypoint(name).__module__
+        by_class = [f"import {module}  # your module", REGISTER, "", f"register_networks({module})"]
+        by_function = [f"import {module}  # your module, which registers the network with timm"]
+        needed += by_class if name in CLASSES else by_function
     lines = ["import timm", *needed, "", f"net = timm.create_model({place!r}, pretrained=True).eval()"]
     lines.append("transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))")
     return "\n".join(["```python", *lines, "```"])

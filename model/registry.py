@@ -5,10 +5,12 @@ there, possibly while `model.net` itself imports timm: so the modules are import
 """
 
 import copy
+import inspect
 import logging
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -70,6 +72,43 @@ def is_users(config: Network) -> bool:
         return False
     function = timm.model_entrypoint(config.timm.partition(".")[0])
     return function.__module__.partition(".")[0] not in ("timm", "expertgrid")
+
+
+CLASSES: dict[str, dict[str, type["nn.Module"]]] = {}  # of users' modules: by name, then by module
+
+
+def register_networks(module: ModuleType) -> None:
+    """Registers the classes of networks in a user's module with timm, which then makes them by their names.
+
+    A class gets `in_chans` and `num_classes` where it takes them. A name that timm has already is left alone.
+    """
+    from torch import nn
+
+    for name, network in list(vars(module).items()):
+        if not isinstance(network, type) or not issubclass(network, nn.Module):
+            continue
+        if network.__module__.partition(".")[0] in ("torch", "torchvision", "timm", "expertgrid"):
+            continue
+        if not timm.is_model(name):
+            _register_class(name, module.__name__, inspect.signature(network))
+        if name in CLASSES:
+            CLASSES[name][network.__module__] = network
+
+
+def _register_class(name: str, module: str, signature: inspect.Signature) -> None:
+    takes = signature.parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
+    left_out: Any = () if takes_all else tuple({"in_chans", "num_classes"} - signature.parameters.keys())
+
+    def create(pretrained: bool = False, **arguments: Any) -> "nn.Module":
+        if len(homes := CLASSES[name]) > 1:
+            raise InputError(f"{' and '.join(homes)} both have a class {name}")
+        (network,) = homes.values()
+        return build_model_with_cfg(network, name, pretrained, kwargs_filter=left_out, **arguments)
+
+    CLASSES[name] = {}
+    create.__name__, create.__signature__ = name, signature  # ty: ignore[missing-attribute]
+    register_model(create).__module__ = module  # which `is_users` reads
 
 
 @contextmanager

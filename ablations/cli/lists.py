@@ -37,7 +37,7 @@ def _models(modules: Sequence[str]) -> list[dict[str, object]]:
             "K": ", ".join(map(str, sorted({len(block.kernels) for block in blocks}))),
             "gate": ", ".join(sorted({block.gate.kind for block in blocks if block.gate})),
             "params": None,
-            "MACs at 32x32": "takes other images",
+            "MACs at 32x32": "needs arguments, or other images",
         }
         with suppress(InputError):
             check_image_size(name, config, (32, 32), "32x32 pixels")

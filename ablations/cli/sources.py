@@ -35,14 +35,15 @@ def import_modules(texts: Sequence[str]) -> None:
     """
     if not texts:
         return
-    import timm  # noqa: F401  (first: what timm needs is what is installed, whatever lies beside the modules)
+    # First: what timm needs is what is installed, whatever lies beside the modules.
+    from expertgrid.model.registry import register_networks
 
     ours = set(sys.modules)
     for text in texts:
         name, folder = module_and_folder(text)
         sys.path.insert(0, str(folder))
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
             raise InputError(f"--import {text}: {reason_with_place(error)}") from error
         finally:
@@ -52,3 +53,4 @@ def import_modules(texts: Sequence[str]) -> None:
             raise InputError(f"--import {text}: is a module that expertgrid uses itself; it has no network of yours")
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
+        register_networks(module)

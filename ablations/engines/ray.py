@@ -403,9 +403,11 @@ def _is_file(module: str) -> bool:
 
 def _import_modules(modules: Sequence[str]) -> None:
     """Imports the user's modules on a node, where they are installed with the task."""
+    from expertgrid.model.registry import register_networks
+
     for module in modules:
         try:
-            import_module(Path(module).stem if _is_file(module) else module)
+            register_networks(import_module(Path(module).stem if _is_file(module) else module))
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
             reason = reason_with_place(error)
             raise InputError(f"--import {module}: on node {socket.gethostname()}: {reason}") from error

@@ -118,6 +118,48 @@ def test_a_module_that_fails_is_one_line(expertgrid, place, module, text, messag
     assert "second" not in outcome.complaint
 
 
+CLASS = """
+from torch import nn
+from model import Net
+
+
+class Plain(nn.Sequential):
+    def __init__(self, width=4, **unused):
+        super().__init__(nn.Conv2d(1, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class Wide(Plain):
+    def __init__(self, width):
+        super().__init__(width)
+"""
+
+
+def test_a_class_is_a_network_by_its_name(expertgrid, place):
+    """It gets the arguments that it takes, and no others; two of one name are told apart by nobody."""
+    (place / "nets.py").write_text(CLASS)
+    (place / "mine.toml").write_text(STUDY.replace("my_net", "Wide") + '[factors]\n"model.width" = [2, 3]\n')
+    outcome = expertgrid("run", "mine.toml", "--import", "nets", "--device", "cpu", "--no-timing")
+    assert outcome.status == 0, outcome.err
+    records = [json.loads(file.read_text()) for file in place.glob("runs/mine/trials/*/record.json")]
+    assert sorted(record["parameters"] for record in records) == [10 * w + 10 * w + 10 for w in (2, 3)]
+    assert json.loads(expertgrid("list", "models", "--import", "nets", "--format", "json").out)[-1]["model"] == "Wide"
+    assert expertgrid("publish", "runs/mine", "published", "--import", "nets").status == 0
+    code = (place / "published" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (place / "random.py").unlink()
+    done = subprocess.run([sys.executable, "-c", f"{code}\nprint(type(net))"], capture_output=True, text=True)
+    assert done.stdout == "<class 'nets.Wide'>\n", done.stderr
+
+    def complaint(model: str, line: str = "", *modules: str) -> str:
+        (place / "mine.toml").write_text(STUDY.replace("my_net", model) + line)
+        imports = [word for module in ("nets", *modules) for word in ("--import", module)]
+        return expertgrid("run", "mine.toml", *imports, "--out", "x", "--dry-run").complaint
+
+    assert "missing 1 required positional argument: 'width'" in complaint("Wide")
+    assert "unknown argument of Wide: 'wdth'; did you mean 'width'?" in complaint("Wide", '"model.wdth" = 2')
+    (place / "others.py").write_text(CLASS)
+    assert "nets and others both have a class Plain" in complaint("Plain", "", "others")
+
+
 def test_two_modules_of_one_name_are_one_line(expertgrid, place):
     for folder in ("a", "b"):
         (place / folder).mkdir()

@@ -265,7 +265,7 @@ def test_the_readme_s_network_and_variant(expertgrid, place):
     """Trained, exported and published with its arguments; a kept study with a variant is read without its module."""
     section = (REPOSITORY / "ablations" / "README.md").read_text().split("## Your own network")[1].split("\n## ")[0]
     (place / "my_net.py").write_text("\n".join(re.findall("```python\n(.*?)```", section, re.DOTALL)))
-    (place / "mine.toml").write_text(STUDY + "wide = [false, true]\n")
+    (place / "mine.toml").write_text(STUDY.replace("my_net", "MyNet") + "wide = [false, true]\n")
     outcome = expertgrid(*RUN)
     assert outcome.status == 0, outcome.err
     assert expertgrid("publish", "runs/mine", "published", "--import", "my_net").status == 0
