@@ -52,7 +52,7 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
         try:
             net = timm.create_model(name, **arguments)
         except (ValueError, RuntimeError, TypeError) as error:
-            raise InputError(f"model {name!r}: timm does not make it: {reason_of(error)}") from error
+            raise InputError(f"model {name!r}: it cannot be made: {reason_of(error)}") from error
     own = getattr(net, "pretrained_cfg", {})
     return {
         "architecture": name,

@@ -25,7 +25,7 @@ def described(config: TimmModel, size: Size, data: str) -> TimmModel:
         try:
             net = build(config)
         except InputError as error:
-            raise _refusal(config, error) if config.arguments else error from None
+            raise _refusal(config, error) if config.arguments and error.__cause__ else error from None
         for name, value in config.arguments.items():
             if not _is_used(config, name, size):
                 if name not in (accepted := _accepted(config, net)):

@@ -46,10 +46,10 @@ def build(config: Network) -> "nn.Module":
         raise InputError(f"model {config.timm!r}: unknown to timm; --import MODULE registers networks")
     try:
         return create(config, copy.deepcopy(config.arguments))
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception as error:  # of a tag, of what a network needs, or of a user's code
-        raise InputError(f"model {config.timm!r}: timm does not make it: {reason_of(error)}") from error
+        raise InputError(f"model {config.timm!r}: it cannot be made: {reason_of(error)}") from error
 
 
 def create(config: TimmModel, arguments: Mapping[str, Any]) -> "nn.Module":
@@ -102,7 +102,7 @@ def _register_class(name: str, module: str, signature: inspect.Signature) -> Non
 
     def create(pretrained: bool = False, **arguments: Any) -> "nn.Module":
         if len(homes := CLASSES[name]) > 1:
-            raise InputError(f"{' and '.join(homes)} both have a class {name}")
+            raise InputError(f"model {name!r}: {' and '.join(homes)} both have a class of this name")
         (network,) = homes.values()
         return build_model_with_cfg(network, name, pretrained, kwargs_filter=left_out, **arguments)
 

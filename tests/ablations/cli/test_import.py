@@ -157,7 +157,7 @@ def test_a_class_is_a_network_by_its_name(expertgrid, place):
     assert "missing 1 required positional argument: 'width'" in complaint("Wide")
     assert "unknown argument of Wide: 'wdth'; did you mean 'width'?" in complaint("Wide", '"model.wdth" = 2')
     (place / "others.py").write_text(CLASS)
-    assert "nets and others both have a class Plain" in complaint("Plain", "", "others")
+    assert "model 'Plain': nets and others both have a class of this name" in complaint("Plain", "", "others")
 
 
 def test_two_modules_of_one_name_are_one_line(expertgrid, place):
