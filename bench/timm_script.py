@@ -13,6 +13,7 @@ from pathlib import Path
 
 from expertgrid.bench.baseline import Baseline, BaselineImages, batches_ahead
 from expertgrid.model.config import Network, TimmModel
+from expertgrid.model.registry import is_users
 from expertgrid.model.system.errors import InputError
 from expertgrid.model.system.machine import usable_cores
 
@@ -21,7 +22,7 @@ def timm_network(folder: Path, network: Network) -> TimmModel:
     """The network, if `train.py` of `folder` has it. Raises InputError for another, or where there is no `train.py`."""
     if not (folder / "train.py").is_file():
         raise InputError(f"--peer {folder}: has no train.py: it is to be a check-out of timm's repository")
-    if not isinstance(network, TimmModel):
+    if not isinstance(network, TimmModel) or is_users(network):
         raise InputError("--peer: timm's train.py has the networks of timm alone")
     return network
 
