@@ -297,6 +297,34 @@ def test_processes_are_forked_from_a_server_that_has_imported_all_and_begun_noth
     assert "libtorch" in mapped and "libcuda.so" not in mapped
 
 
+HOLDER = """
+import multiprocessing
+from expertgrid.model.system.processes import AnsweringProcess
+
+
+def begin():
+    lock = multiprocessing.get_context("spawn").Lock()  # has a name, which multiprocessing's tracker knows
+    return lambda send: send(lock._semlock.name)
+
+
+if __name__ == "__main__":
+    process = AnsweringProcess("expertgrid.model.system.processes", begin)
+    process.ask()
+    print(process.connection.recv())
+    process.end()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the tracker")
+def test_what_a_killed_process_held_is_freed_without_a_word(tmp_path):
+    (tmp_path / "holder.py").write_text(HOLDER.replace("if __name__", "from holder import begin\nif __name__"))
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'src'}:{tmp_path}"}
+    line = [sys.executable, tmp_path / "holder.py"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not Path("/dev/shm", f"sem.{done.stdout.strip().lstrip('/')}").exists()
+
+
 def test_only_the_server_ignores_sigterm():
     """Another process that imports what the server does keeps its signals, and its exit status."""
     code = (
