@@ -37,7 +37,7 @@ def test_shipped_studies(monkeypatch):
     sizes = {  # cells, and different trials
         "card": (36, 140), "card-small": (24, 100), "finetune": (4, 20), "finetune-before": (1, 1),
         "quickstart": (8, 36), "references": (5, 15), "routing": (90, 200), "routing-small": (15, 35),
-        "speed": (1, 5), "spread": (12, 36),
+        "speed": (1, 5), "speed-94": (1, 5), "spread": (12, 36),
     }  # fmt: skip
     cells = {name: load_study(name).cells(CIFAR_LIKE) for name in shipped_studies()}
     assert {name: (len(of), len({t.id for cell in of for t in cell.trials})) for name, of in cells.items()} == sizes
