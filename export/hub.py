@@ -99,9 +99,10 @@ def loading(checkpoint: Checkpoint, place: str) -> str:
     if is_users(checkpoint.config):
         name, _ = architecture(checkpoint)
         module = timm.models.model_entrypoint(name).__module__
-        by_class = [f"import {module}  # your module", REGISTER, "", f"register_networks({module})"]
-        by_function = [f"import {module}  # your module, which registers the network with timm"]
-        needed += by_class if name in CLASSES else by_function
+        if name in CLASSES:
+            needed += [f"import {module}  # your module", REGISTER, "", f"register_networks({module})"]
+        else:
+            needed.append(f"import {module}  # your module, which registers the network with timm")
     lines = ["import timm", *needed, "", f"net = timm.create_model({place!r}, pretrained=True).eval()"]
     lines.append("transform = timm.data.create_transform(**timm.data.resolve_data_config(model=net))")
     return "\n".join(["```python", *lines, "```"])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from expertgrid.model.net import ExpertNet
 
 
+CLASSES: dict[str, dict[str, type["nn.Module"]]] = {}  # networks of users' modules: by name, then by module
+
 # A user's network needs no entry of weights to load, which timm would say for each network that is built.
 logging.getLogger("timm.models._builder").addFilter(
     lambda record: not str(record.msg).startswith("No pretrained configuration")
@@ -72,9 +74,6 @@ def is_users(config: Network) -> bool:
         return False
     function = timm.model_entrypoint(config.timm.partition(".")[0])
     return function.__module__.partition(".")[0] not in ("timm", "expertgrid")
-
-
-CLASSES: dict[str, dict[str, type["nn.Module"]]] = {}  # of users' modules: by name, then by module
 
 
 def register_networks(module: ModuleType) -> None:

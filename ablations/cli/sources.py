@@ -43,7 +43,7 @@ def import_modules(texts: Sequence[str]) -> None:
         name, folder = module_and_folder(text)
         sys.path.insert(0, str(folder))
         try:
-            module = importlib.import_module(name)
+            register_networks(importlib.import_module(name))
         except (Exception, SystemExit) as error:  # a user's module may fail in any way
             raise InputError(f"--import {text}: {reason_with_place(error)}") from error
         finally:
@@ -53,4 +53,3 @@ def import_modules(texts: Sequence[str]) -> None:
             raise InputError(f"--import {text}: is a module that expertgrid uses itself; it has no network of yours")
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-        register_networks(module)

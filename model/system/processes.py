@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 END_S = 10.0  # that a process gets to end by itself, and the system to tell that it has ended
-QUIET = "ignore:resource_tracker"  # it says what a process that was killed left to it, and frees that anyway
+QUIET = "ignore:resource_tracker"  # multiprocessing's tracker frees what a killed process leaves, and warns of it
 LOST_SERVER = 255  # multiprocessing's exit status of a process whose server was killed: it may well go on
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
 
@@ -42,7 +42,7 @@ def process_context(imports: str) -> "SpawnContext | ForkServerContext":
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker  # Windows has none
 
-    if QUIET not in sys.warnoptions:  # which Python starts it with
+    if QUIET not in sys.warnoptions:  # with which the tracker is started
         sys.warnoptions.append(QUIET)
     multiprocessing.set_forkserver_preload(["expertgrid.model.system.server", imports])
     with _safe_path():

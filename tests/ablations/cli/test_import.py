@@ -120,7 +120,6 @@ def test_a_module_that_fails_is_one_line(expertgrid, place, module, text, messag
 
 CLASS = """
 from torch import nn
-from model import Net
 
 
 class Plain(nn.Sequential):
