@@ -60,7 +60,7 @@ class TrainingSpeed(BaseModel):
     kernels: bool  # likewise
     compiled: bool
     graphs: bool
-    compile_seconds: float  # of kernels or blocks, before the first round
+    compile_seconds: float  # of kernels or the network, before the first round
     images_per_s: float
     bare_images_per_s: float
     baseline_images_per_s: float

@@ -89,12 +89,12 @@ class Record(BaseModel):
     bfloat16: bool  # whether the forward pass of the training ran in bfloat16
     products: bool = False  # and bfloat16 weight gradients of small maps were products: see model.fast.products
     kernels: bool = False  # whether it used the fused Triton kernels,
-    compiled: bool = False  # blocks compiled by torch.compile,
+    compiled: bool = False  # the network or parts of it, by torch.compile,
     graphs: bool = False  # and steps recorded as CUDA graphs
     deterministic: bool = False  # and whether the same bits come again on a GPU (--deterministic)
     at_once: Some = 1  # trials that were trained at once: where it is more, the times are no speeds
     parts: dict[str, str] = {}  # the code of the user's: see model.training.parts.codes_of
-    compile_seconds: float = 0.0  # before the first epoch, for kernels and blocks; not part of train_seconds
+    compile_seconds: float = 0.0  # before the first epoch, of kernels and the network; not part of train_seconds
     environment: Environment
     finished: str  # UTC, ISO 8601
 

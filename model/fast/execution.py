@@ -47,9 +47,9 @@ class ExecutionPlan:
 class ExecutionOptions:
     """What the user asks for: one of `CHOICES` for each feature.
 
-    With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. On a CPU with
-    matrix units, our blocks are compiled where `compiled.pays_off` says so, and other networks in long trainings
-    where `compiled.is_faster` measures it.
+    With "auto", kernels and graphs are used on CUDA wherever the network and the optimiser support them. In long
+    trainings on a CPU, and those of networks that are not ours on CUDA, a network is compiled where
+    `compiled.is_faster` says so.
     """
 
     kernels: str = "auto"
@@ -70,20 +70,18 @@ class ExecutionOptions:
     ) -> ExecutionPlan:
         """The plan for a training of so many steps. It has graphs only where the optimiser is given.
 
-        It depends on the trial and the kind of device alone, but for networks that are not ours: what `is_faster`
-        measured is kept with their trials, so that a repeated trial is trained in the same way.
+        It depends on the trial and the kind of device alone, but for `compile`: what `is_faster` measures is kept with
+        the trial, so that a repeated trial is trained in the same way.
         """
         from expertgrid.model.fast import compiled
         from expertgrid.model.fast.cuda_graphs import recordable
 
-        on_cuda, kernels, pays = device.type == "cuda", False, steps >= compiled.LEAST_STEPS
-        if isinstance(config, ModelConfig):
-            kernels = self.kernels == "on" or (self.kernels == "auto" and on_cuda)
-            pays = compiled.has_matrix_units(device) and compiled.pays_off(list(config.blocks()), steps)
+        on_cuda, ours = device.type == "cuda", isinstance(config, ModelConfig)
+        measured = steps >= compiled.LEAST_STEPS and (device.type == "cpu" or not ours)
         graphs = optimizer is not None and recordable(optimizer)
         return ExecutionPlan(
-            kernels=kernels,
-            compile=self.compile == "on" or (self.compile == "auto" and pays),
+            kernels=ours and (self.kernels == "on" or (self.kernels == "auto" and on_cuda)),
+            compile=self.compile == "on" or (self.compile == "auto" and measured),
             graphs=graphs and (self.graphs == "on" or (self.graphs == "auto" and on_cuda)),
         )
 

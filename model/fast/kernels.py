@@ -24,7 +24,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from expertgrid.model.config import Block
 from expertgrid.model.fast.compiled import apply_tested
-from expertgrid.model.fast.wide import experts_by_kernel, tracked, wide_conv
 from expertgrid.model.net import ConvNormAct, ExpertBlock, Gate
 
 MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
@@ -487,6 +486,26 @@ def _linear_gradient(x_BN: Tensor, dout_BM: Tensor, scale: float) -> tuple[Tenso
     return dweight_MN, dbias_M
 
 
+def _experts_by_kernel(block: ExpertBlock) -> list[list[ConvNormAct]]:
+    """The experts of a block in groups of one kernel size, the largest first."""
+    kernels, parts = block.config.kernels, block.typed_experts()
+    return [[part for part, kernel in zip(parts, kernels) if kernel == size] for size in dict.fromkeys(kernels)]
+
+
+def _wide_conv(x_BCHW: Tensor, parts: Sequence[ConvNormAct]) -> Tensor:
+    """The outputs (B, F, H, W) of several convolutions of one kernel size and without bias, computed as one."""
+    conv = parts[0].conv
+    weight_FCkk = torch.cat([part.conv.weight for part in parts]) if len(parts) > 1 else conv.weight
+    return F.conv2d(x_BCHW, weight_FCkk, None, conv.stride, conv.padding)
+
+
+def _tracked(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    """The running mean (C) and variance (C) of a norm, and the number of batches that it has seen."""
+    mean_C, variance_C, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean_C is not None and variance_C is not None and batches is not None  # PyTorch's default is to track
+    return mean_C, variance_C, batches
+
+
 def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tensor | None = None) -> Tensor:
     """Norm, ReLU and mix of maps that are side by side in one tensor. Updates the norms' running statistics."""
     affine_2F = torch.cat([norm.weight for norm in norms] + [norm.bias for norm in norms]).view(2, -1)
@@ -494,7 +513,7 @@ def _norm_act_mix(y_BFHW: Tensor, norms: Sequence[nn.BatchNorm2d], gate_BK: Tens
     momentum = norms[0].momentum
     assert momentum is not None  # NormConfig has a number
     with torch.no_grad():
-        means, variances, batches = map(list, zip(*map(tracked, norms)))
+        means, variances, batches = map(list, zip(*map(_tracked, norms)))
         of_batch = [*mean_F.chunk(len(norms)), *variance_F.chunk(len(norms))]
         torch._foreach_lerp_([*means, *variances], of_batch, momentum)
         torch._foreach_add_(batches, 1)
@@ -510,9 +529,9 @@ class FusedBlock(ExpertBlock):
         gate_BK = None if self.gate is None else _gate_weights(self.gate, x_BCHW)
         if self.config.norm_act == "expert":
             parts = self.typed_experts()
-            return _norm_act_mix(wide_conv(x_BCHW, parts), [part.norm for part in parts], gate_BK)
+            return _norm_act_mix(_wide_conv(x_BCHW, parts), [part.norm for part in parts], gate_BK)
         assert isinstance(self.norm_act, nn.Sequential)  # the norm and activation after the mix
-        maps = [wide_conv(x_BCHW, parts) for parts in experts_by_kernel(self)]
+        maps = [_wide_conv(x_BCHW, parts) for parts in _experts_by_kernel(self)]
         return _norm_act_mix(WeightedSum.apply(gate_BK, *maps, *[None] * (2 - len(maps))), self.norm_act[:1])
 
 

@@ -6,8 +6,7 @@ from functools import partial
 
 import torch
 
-from expertgrid.model.config import ModelConfig
-from expertgrid.model.fast.compiled import compile_blocks
+from expertgrid.model.fast.compiled import compile_net
 from expertgrid.model.fast.cuda_graphs import Recorder
 from expertgrid.model.fast.execution import LABELS, ExecutionOptions, ExecutionPlan
 from expertgrid.model.system.errors import reason_of
@@ -70,12 +69,11 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
     device = splits.device
     training.bfloat16 = uses_bfloat16(trial.recipe, device, execution.fp32)
     plan = execution.plan(trial.model, steps, device, training.optimizer)
-    measured = execution.compile == "auto" and not isinstance(trial.model, ModelConfig)
     compile_seconds, without = 0.0, []
     for name in ("kernels", "compile"):  # the compiler takes what the kernels leave
         if getattr(plan, name):
             try:
-                seconds = _compile(name, trial, splits, training, steps if measured else None)
+                seconds = _compile(name, trial, splits, training, steps if execution.compile == "auto" else None)
             except Exception as error:  # neither compiler's errors have a type of their own
                 if getattr(execution, name) == "on":
                     raise TrainingError(f"--{name} on: {LABELS[name]} failed: {reason_of(error)}") from error
@@ -91,7 +89,7 @@ def prepare(trial: Trial, splits: Splits, training: Training, execution: Executi
 
 
 def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps: int | None) -> float:
-    """Compiles a network's kernels, or its blocks, on batches like the trial's, and has the network use them.
+    """Compiles a network's kernels, or the network, on batches like the trial's, and has the network use them.
 
     `name` is "kernels" or "compile", which with `steps` must be faster. Returns the seconds that it took; 0 where
     the network stays as it is.
@@ -102,7 +100,7 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps:
     if name == "kernels":
         from expertgrid.model.fast.kernels import use_kernels as use  # Triton is not everywhere
     else:
-        use = partial(compile_blocks, steps=steps)
+        use = partial(compile_net, steps=steps)
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
     pixels_BHWC, generator = splits.train.pixels_BHWC[: recipe.batch_size], torch.Generator(device)
     sizes = recipe.image_sizes(splits.data.image_size)

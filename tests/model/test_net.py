@@ -21,7 +21,6 @@ from expertgrid.model.config import (
     Whiten,
 )
 from expertgrid.model.cost import check_image_size
-from expertgrid.model.fast.wide import WideBlock
 from expertgrid.model.net import ExpertNet, pixel_mean
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
@@ -99,12 +98,9 @@ class OtherLayouts(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_gradients_of_a_gated_block_are_channels_last(bfloat16, wide):
+def test_gradients_of_a_gated_block_are_channels_last(bfloat16):
     block = ExpertNet(only(Block(channels=8, gate=MLP))).layers[0].to(memory_format=torch.channels_last)
-    if wide:
-        block.__class__ = WideBlock
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     x_BCHW = torch.randn(4, 6, 5, 7, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

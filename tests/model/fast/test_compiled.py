@@ -1,4 +1,4 @@
-"""Compilation by block: what is compiled, how often, when, and that nothing else changes."""
+"""Compilation: of what, how often, when, and that nothing else changes."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from expertgrid.ablations.study.study import Study
 from expertgrid.model.checkpoint import load
 from expertgrid.model.config import Block, ModelConfig, TimmModel
 from expertgrid.model.fast import compiled as compilation
-from expertgrid.model.fast.compiled import compile_blocks, pays_off, why_unavailable
+from expertgrid.model.fast.compiled import compile_net, why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.registry import build
@@ -48,40 +48,42 @@ def trial(digits) -> Trial:
     return Study(name="test", question="?", seeds=1, set=fields).cells(digits)[0].trials[0]
 
 
-def test_equal_blocks_compile_once(graphs, digits_splits):
+@pytest.mark.parametrize(
+    "config", [vary(PRESETS["eight_block"], "width", 0.125), TimmModel(timm="test_resnet.r160_in1k")]
+)
+def test_a_network_is_compiled_whole_and_once(config, graphs, digits_splits):
     backend, compiled = graphs
     torch.manual_seed(0)
-    nets = [build(vary(PRESETS["eight_block"].change(in_chans=1), "width", 0.125)) for _ in range(2)]
-    before = copy.deepcopy(nets[0].state_dict())
+    nets = [build(config.change(in_chans=1)) for _ in range(2)]
+    before = copy.deepcopy(nets[1].state_dict())
     random_state = torch.get_rng_state()
-    x_BCHW = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert compile_blocks(nets[0], [x_BCHW], False, backend) > 0
-    assert len(compiled) == 2  # the first convolution, and the block that is there eight times
-    assert compile_blocks(nets[1], [x_BCHW], False, backend) > 0
-    nets[0].train()(x_BCHW).sum().backward()
-    assert len(compiled) == 2
+    x_BCHW = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected_BN = copy.deepcopy(nets[1]).train()(x_BCHW)
+    for net in nets:
+        assert compile_net(net, [x_BCHW], False, backend) > 0
     assert torch.equal(torch.get_rng_state(), random_state)
-
-    compile_blocks(nets[0], [x_BCHW], False, backend)
-    nets[1].load_state_dict(before)
-    assert list(nets[0].state_dict()) == list(before)
+    assert list(nets[1].state_dict()) == list(before)
+    output_BN = nets[1].train()(x_BCHW)
+    assert torch.equal(output_BN, expected_BN)
+    output_BN.sum().backward()
     predict(nets[0], digits_splits.validation, torch.zeros(1), torch.ones(1))
-    assert len(compiled) == 2, "evaluation is eager"
+    assert len(compiled) == 1, "evaluation is eager"
 
 
 def test_the_first_run_changes_nothing_of_the_network(graphs):
     net = build(vary(PRESETS["two_block"], "width", 0.0625)).eval()
     before = copy.deepcopy(net.state_dict())
-    compile_blocks(net, [torch.randn(2, 3, 8, 8)], False, graphs[0])
+    compile_net(net, [torch.randn(2, 3, 8, 8)], False, graphs[0])
     assert not net.training
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_many_different_blocks_are_all_compiled(graphs):
+def test_many_different_networks_are_all_compiled(graphs):
     backend, compiled = graphs
-    layers = tuple(Block(channels=channels, kernels=(1, 1)) for channels in range(2, 14))
-    compile_blocks(build(ModelConfig(layers=layers)), [torch.randn(2, 3, 4, 4)], False, backend)
+    for channels in range(2, 14):
+        net = build(ModelConfig(layers=(Block(channels=channels, kernels=(1, 1)),)))
+        compile_net(net, [torch.randn(2, 3, 4, 4)], False, backend)
     assert len(compiled) == 12
 
 
@@ -92,18 +94,8 @@ def test_a_network_that_does_not_compile_stays_eager(graphs):
     net = build(vary(PRESETS["two_block"], "width", 0.0625))
     x_BCHW = torch.randn(2, 3, 8, 8)
     with pytest.raises(Exception, match="no"):
-        compile_blocks(net, [x_BCHW], False, broken)
+        compile_net(net, [x_BCHW], False, broken)
     assert net(x_BCHW).shape == (2, 10)
-
-
-def test_a_network_of_others_is_compiled_whole_and_once(graphs):
-    backend, compiled = graphs
-    nets, x_BCHW = [build(TimmModel(timm="test_resnet.r160_in1k")) for _ in range(2)], torch.randn(4, 3, 32, 32)
-    expected_BN = copy.deepcopy(nets[1]).train()(x_BCHW)
-    for net in nets:
-        assert compile_blocks(net, [x_BCHW], False, backend) > 0
-    assert torch.equal(nets[1].train()(x_BCHW), expected_BN)
-    assert len(compiled) == 1
 
 
 @pytest.mark.skipif(why_unavailable(CPU) is not None, reason="there is no C++ compiler")
@@ -118,22 +110,11 @@ def test_compiled_training_agrees_with_eager(trial, digits_splits):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_only_long_trainings_are_compiled():
-    eight = list(PRESETS["eight_block"].blocks())
-    assert pays_off(eight, 100 * 351)
-    assert not pays_off(eight, 10)
-    assert not pays_off([], 10**9)
-    assert not pays_off(list(PRESETS["speed"].blocks()), 10**9), "experts of two sizes are not side by side"
-    different = [Block(channels=8 + i, kernels=(3, 3)) for i in range(8)]
-    assert pays_off(eight, 300)
-    assert not pays_off(different, 300), "eight different blocks take eight times as long to compile"
-
-
 @pytest.mark.parametrize(
     ("compiled_s", "steps", "output", "pays"),
     [(0.5, 1000, 2.3, True), (0.98, 1000, 2.3, False), (0.5, 100, 2.3, None), (0.5, 1000, 9.0, "log-sum 2.3 when")],
 )
-def test_other_networks_are_compiled_where_it_is_faster(compiled_s, steps, output, pays, monkeypatch):
+def test_networks_are_compiled_where_it_is_faster(compiled_s, steps, output, pays, monkeypatch):
     changed = []
 
     def timed(net, x_BCHW, bfloat16):
@@ -168,7 +149,7 @@ def test_a_missing_compiler_is_an_error_or_a_notice(expertgrid, tiny_study, tmp_
 def test_a_compiled_trial_is_repeated_as_it_was(again, graphs, digits, resident_digits, tmp_path, monkeypatch):
     """Whatever the measurement would say the second time: its bits are those of the first training."""
     backend, compiled = graphs
-    monkeypatch.setattr(preparation, "compile_blocks", partial(compile_blocks, backend=backend))
+    monkeypatch.setattr(preparation, "compile_net", partial(compile_net, backend=backend))
     monkeypatch.setattr(compilation, "LEAST_STEPS", 1)
     base, fields = {"model": "test_resnet"}, {"recipe.epochs": 2, "recipe.batch_size": 128, "recipe.amp": "off"}
     study = Study(name="test", question="?", seeds=1, base=base, set=fields)
@@ -198,7 +179,7 @@ def fails_to_compile(*arguments, steps) -> float:
 
 
 def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgrid, monkeypatch, capsys):
-    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile)
+    monkeypatch.setattr(preparation, "compile_net", fails_to_compile)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     monkeypatch.setattr("expertgrid.bench.training.why_unavailable", str)  # so that no baseline is compiled
     small = "bench-train", "two_block", "--batch", "2", "--steps", "1", "--rounds", "1", "--device", "cpu"
@@ -214,7 +195,7 @@ def test_a_compiler_that_fails_leaves_bench_train_eager_or_is_its_error(expertgr
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_records_say_what_was_compiled(fails, trial, resident_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "compile_blocks", fails_to_compile if fails else lambda *arguments, steps: 2.5)
+    monkeypatch.setattr(preparation, "compile_net", fails_to_compile if fails else lambda *arguments, steps: 2.5)
     monkeypatch.setattr(ExecutionOptions, "plan", lambda *arguments: ExecutionPlan(compile=True))
     directory = StudyDirectory(tmp_path / "study")
     events = list(run_local([trial], resident_digits, directory, execution=ExecutionOptions()))

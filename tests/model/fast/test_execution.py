@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from expertgrid.model.config import TimmModel
-from expertgrid.model.fast import compiled
 from expertgrid.model.fast.execution import EAGER, ExecutionOptions, ExecutionPlan, why_unavailable
 from expertgrid.model.presets import PRESETS
 from expertgrid.model.system.errors import InputError
@@ -32,17 +31,10 @@ def test_on_cuda_kernels_and_graphs_are_chosen(optimizer):
     assert not ExecutionOptions(graphs="on").plan(eight, LONG, CUDA, lion).graphs
 
 
-@pytest.mark.parametrize("matrix_units", [True, False])
-def test_on_a_cpu_with_matrix_units_blocks_are_compiled(matrix_units, optimizer, monkeypatch):
-    monkeypatch.setattr(compiled, "has_matrix_units", lambda device: matrix_units)
-    plan = ExecutionOptions().plan(PRESETS["eight_block"], LONG, CPU, optimizer)
-    assert plan == ExecutionPlan(compile=matrix_units)
-
-
-def test_other_networks_may_be_compiled_in_long_trainings_and_a_repeated_one_as_before(optimizer):
-    other = TimmModel(timm="resnet18")
-    assert ExecutionOptions().plan(other, LONG, CPU, optimizer) == ExecutionPlan(compile=True)
-    assert ExecutionOptions().plan(other, 100, CPU, optimizer) == ExecutionPlan()
+@pytest.mark.parametrize("config", [PRESETS["eight_block"], TimmModel(timm="resnet18")])
+def test_on_a_cpu_networks_may_be_compiled_in_long_trainings_and_a_repeated_one_as_before(config, optimizer):
+    assert ExecutionOptions().plan(config, LONG, CPU, optimizer) == ExecutionPlan(compile=True)
+    assert ExecutionOptions().plan(config, 100, CPU, optimizer) == ExecutionPlan()
     assert ExecutionOptions().as_before(True).compile == "on"
     assert ExecutionOptions(compile="off").as_before(True).compile == "off"
 

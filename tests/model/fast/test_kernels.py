@@ -13,6 +13,7 @@ from torch import nn
 
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.config import Block, Conv, GateConfig, ModelConfig, Residual, TimmModel, Whiten
+from expertgrid.model.fast.compiled import unfused
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.fast.settings import full_fp32, set_for_training
 from expertgrid.model.net import ExpertNet, Gate
@@ -257,6 +258,7 @@ def test_the_parts_that_have_kernels_are_those_that_are_said_to(name):
     fused_blocks = sum(isinstance(part, kernels.FusedBlock) for part in fused.modules())
     assert fused_blocks == sum(map(kernels.has_kernels, config.blocks()))
     assert fused_blocks == len(list(config.blocks())), "all presets train with kernels"
+    assert not any(unfused(fused))
 
 
 def test_what_has_no_kernels_stays_as_it_is():
@@ -264,3 +266,4 @@ def test_what_has_no_kernels_stays_as_it_is():
     bare = Block(channels=8, norm_act="none"), Conv(channels=8, norm_act=False)
     net = build(ModelConfig(layers=(Whiten(), *sizes, Residual(layers=bare))))
     assert kernels.use_kernels(net, [torch.randn(2, 3, 12, 12)], False) == 0
+    assert len(list(unfused(net))) == 4, "the blocks and the convolution are left to the compiler"
