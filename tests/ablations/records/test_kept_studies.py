@@ -8,6 +8,7 @@ from conftest import REPOSITORY
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.answer import answer
 from expertgrid.ablations.results.evidence import read_evidence
+from expertgrid.ablations.results.tables.cells import columns
 from expertgrid.ablations.results.tables.effects import factor_table
 from expertgrid.ablations.results.verify import verify_study
 from expertgrid.ablations.study.study_file import SHIPPED, load_study
@@ -38,10 +39,10 @@ def test_the_pages_show_what_the_records_say(path):
         pytest.skip("not finished")
     pages = "".join(page.read_text() for page in (REPOSITORY / "README.md", SHIPPED / "README.md"))
     words = " ".join(pages.split())
-    if not evidence.effects:  # one network: its test accuracy with its interval
-        mean, low, high = evidence.results.rows[0].interval("test")
-        assert f"{mean:.2f}% of the test images" in words
-        assert f"{low:.2f} to {high:.2f}" in words
+    if not evidence.effects:  # one network: its accuracies, those of test images with their intervals
+        (cell,) = columns(evidence.results.rows)
+        for title, (mean, low, high) in ((title, cell[title]) for title in cell if "acc %" in title):
+            assert f"{mean:.2f} " + f"({low:.2f} to {high:.2f})" * title.startswith("test") in words
         return
     assert render_tables([replace(factor_table(evidence), notes=[])], "text") in pages
     assert answer(evidence) in words
