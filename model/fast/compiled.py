@@ -57,7 +57,7 @@ def is_faster(net: nn.Module, change: Change, batches: Sequence[Tensor], bfloat1
 def why_unavailable(device: torch.device) -> str | None:
     """The reason why torch.compile cannot work on the device; None where no reason is found."""
     if device.type not in ("cpu", "cuda"):
-        return f"blocks are compiled on cpu and cuda only, not on {device.type}"
+        return f"networks are compiled on cpu and cuda only, not on {device.type}"
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
