@@ -76,10 +76,9 @@ class PlannedRun:
     @property
     def weight_lines(self) -> list[str]:
         """What the networks start from, where it is to be said, and what [base] does not name."""
-        base = self.study.base
-        unnamed = [
-            f"{name} {getattr(base, name)}" for name in ("model", "recipe", "data") if name not in base.model_fields_set
-        ]
+        base, factors = self.study.base, self.study.factors
+        named = base.model_fields_set | ({"model", "recipe"} if "reference" in factors else factors.keys())
+        unnamed = [f"{name} {getattr(base, name)}" for name in ("model", "recipe", "data") if name not in named]
         line = f"[base] does not name all, and these are taken: {', '.join(unnamed)}" if unnamed else ""
         return [line for line in (line, *dict.fromkeys(_start(cell.trials[0]) for cell in self.cells)) if line]
 

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 
 from expertgrid.ablations.cli import run
 from expertgrid.ablations.cli.export import export
+from expertgrid.ablations.cli.plan import PlannedRun
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.study import Study
 from expertgrid.bench.record import LatencyRecord
 from expertgrid.export.certificate import BOUNDS, Bound
 from expertgrid.model.cost import cost
@@ -48,6 +50,21 @@ def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
     assert again.out == outcome.out
     assert "6 trials, 6 of them done before; runs/[x]" in again.err
     assert snapshot(study / "trials") == before
+
+
+@pytest.mark.parametrize(
+    ("factors", "taken"),
+    [
+        ({"cutout": [0, 4]}, "model two_block, recipe fast"),
+        ({"recipe": ["fast", "speed"]}, "model two_block"),
+        ({"model": ["speed", "accuracy"]}, "recipe fast"),
+        ({"reference": ["two_block", "segmented"]}, ""),
+    ],
+)
+def test_what_neither_base_nor_a_factor_names_is_said(factors, taken, digits):
+    study = Study(name="test", question="?", base={"data": "digits"}, factors=factors)
+    lines = PlannedRun(study, StudyDirectory(Path("runs")), digits, [], None, {}).weight_lines
+    assert lines == [f"[base] does not name all, and these are taken: {taken}"] * bool(taken)
 
 
 def test_a_new_level_trains_only_what_is_new(expertgrid, tiny_study, trained_study, tmp_path):
