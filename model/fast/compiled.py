@@ -100,12 +100,12 @@ def compile_net(
     """
     started = time.perf_counter()
     in_parts = isinstance(net, ExpertNet) and batches[0].device.type == "cuda"
-    if in_parts and not any(unfused(net)):
+    if in_parts and not unfused(net):
         return 0.0
     compile_without_limit()
 
     def compile_all(net: nn.Module) -> None:
-        for part in list(unfused(net)) if in_parts else [net]:
+        for part in unfused(net) if in_parts else [net]:
             part.compile(dynamic=False, backend=backend)
 
     if steps is not None and not is_faster(net, compile_all, batches, bfloat16, steps):
@@ -114,13 +114,18 @@ def compile_net(
     return time.perf_counter() - started
 
 
-def unfused(net: nn.Module) -> Iterator[nn.Module]:
-    """Expert blocks, and convolutions outside of them, that have no fused kernels."""
+def blocks_and_convs(net: nn.Module) -> Iterator[nn.Module]:
+    """Expert blocks, and convolutions outside of them, whether they have fused kernels or not."""
     for child in net.children():
-        if type(child) in (ExpertBlock, ConvNormAct):
+        if isinstance(child, ExpertBlock | ConvNormAct):
             yield child
-        elif not isinstance(child, ExpertBlock | ConvNormAct):
-            yield from unfused(child)
+        else:
+            yield from blocks_and_convs(child)
+
+
+def unfused(net: nn.Module) -> list[nn.Module]:
+    """The blocks and convolutions of `net` that have no fused kernels."""
+    return [part for part in blocks_and_convs(net) if type(part) in (ExpertBlock, ConvNormAct)]
 
 
 def apply_tested(net: nn.Module, change: Change, batches: Sequence[Tensor], bfloat16: bool) -> float:

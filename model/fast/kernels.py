@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from expertgrid.model.config import Block
-from expertgrid.model.fast.compiled import apply_tested
+from expertgrid.model.fast.compiled import apply_tested, blocks_and_convs
 from expertgrid.model.net import ConvNormAct, ExpertBlock, Gate
 
 MOST_EXPERTS = 8  # in a block that the kernels support: their code has a copy for each expert
@@ -573,13 +573,11 @@ def has_kernels(block: Block) -> bool:
 
 def _with_kernels(net: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """The modules of `net` that fused kernels support, each with its class that uses them."""
-    for child in net.children():
-        if type(child) is ConvNormAct and hasattr(child, "norm"):
-            yield child, FusedConv
-        elif type(child) is ExpertBlock and has_kernels(child.config):
-            yield child, FusedBlock
-        elif not isinstance(child, ExpertBlock | ConvNormAct):
-            yield from _with_kernels(child)
+    for part in blocks_and_convs(net):
+        if type(part) is ConvNormAct and hasattr(part, "norm"):
+            yield part, FusedConv
+        elif type(part) is ExpertBlock and has_kernels(part.config):
+            yield part, FusedBlock
 
 
 def fuse(net: nn.Module) -> None:
