@@ -39,12 +39,13 @@ def cell(trial: Trial) -> object:
 
 @dataclass
 class Running:
-    """A trial that is trained since a time of the clock."""
+    """A trial that is trained."""
 
     trial: Trial
-    since: float
     steps: int = 0  # that are done
     last: Epoch | None = None
+    starting: bool = False  # no step is done yet: its data are loaded, and its network may be compiled
+    first: tuple[float, int] | None = None  # the time when steps were first seen, and how many were done then
 
 
 class TimeLeft:
@@ -88,7 +89,7 @@ class TimeLeft:
         trial = event.trial
         self.waiting.pop(trial.id, None)
         if isinstance(event, TrialStarted) or trial.id not in self.running:
-            self.running[trial.id] = Running(trial, self.clock())
+            self.running[trial.id] = Running(trial)
         if isinstance(event, EpochDone):
             running, epoch = self.running[trial.id], event.epoch
             running.last, running.steps = epoch, epoch.epoch * self.steps(trial)
@@ -117,8 +118,13 @@ class TimeLeft:
         """None where nothing is known yet. It looks at the steps that are done."""
         now, done, running = self.clock(), self.steps_done(), list(self.running.values())
         for of in running:
-            if (steps := done.get(of.trial.id, 0)) > of.steps:
-                of.steps, self.rough[self.cells[of.trial.id]] = steps, (now - of.since) / steps
+            steps = done.get(of.trial.id)
+            of.starting = steps == 0
+            if steps and steps > of.steps:
+                of.steps, of.first = steps, of.first or (now, steps)
+                since, before = of.first  # a trial that goes on has steps from before
+                if steps > before:
+                    self.rough[self.cells[of.trial.id]] = (now - since) / (steps - before)
         if not (steps_s := self._steps_s()):
             return None
         ends = [self._trial_s(of.trial, steps_s[self.cells[of.trial.id]], of.steps) for of in running]

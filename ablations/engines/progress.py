@@ -75,7 +75,7 @@ class StudyProgress:
     def _line(self, running: Running, width: int) -> Text:
         trial, last = running.trial, running.last
         epoch = min(running.steps // self.time_left.steps(trial) + 1, trial.recipe.epochs)
-        text = f": epoch {epoch}/{trial.recipe.epochs}"
+        text = ": starting" if running.starting else f": epoch {epoch}/{trial.recipe.epochs}"
         if last:
             text += f", loss {last.train_loss:.3f}, val {100 * last.validation_accuracy:.1f}%"
             text += f", {last.images_per_s:,.0f} images/s"

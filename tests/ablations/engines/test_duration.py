@@ -79,14 +79,26 @@ def test_steps_count_within_the_first_epoch_and_macs_stand_for_what_was_not_meas
     left = TimeLeft(trials, digits, 1, steps_done=lambda: steps, clock=lambda: now[0])
     first = trials[0]
     left.take(TrialStarted(first))
-    now[0], steps[first.id] = 8.0, 4
+    now[0], steps[first.id] = 60.0, 1  # a minute to compile
+    assert left.left_s() is None
+    now[0], steps[first.id] = 66.0, 4
     known = left.left_s()
     ratio = {of.id: left.work[left.cells[of.id]] / left.work[left.cells[first.id]] for of in trials}
     images = EVALUATION * (3 * 144 + 360) / 128
     expected = sum(2.0 * ratio[of.id] * (2 * STEPS + images) + AROUND_S for of in trials) - 2.0 * 4
     assert known == pytest.approx(expected)
-    now[0], steps[first.id] = 10.0, 5
+    now[0], steps[first.id] = 68.0, 5
     assert left.left_s() == pytest.approx(expected - 2.0)
+
+
+def test_steps_from_before_took_no_time_of_this_command(trials, digits):
+    now, steps = [0.0], {trials[0].id: 0}
+    left = TimeLeft(trials[:1], digits, 1, steps_done=lambda: steps, clock=lambda: now[0])
+    left.take(TrialStarted(trials[0]))
+    for now[0], steps[trials[0].id] in ((1.0, 0), (20.0, STEPS + 1), (22.0, STEPS + 2)):
+        known = left.left_s()
+    images = EVALUATION * (2 * 144 + 360) / 128
+    assert known == pytest.approx(2.0 * (STEPS - 2 + images) + AROUND_S)
 
 
 def test_records_of_this_machine_say_it_before_a_step(trials, digits, study, monkeypatch):
@@ -128,6 +140,16 @@ def test_a_line_for_each_trial_fits_and_tells_them_apart(cells, trials, digits, 
     assert len(lines) == 2 and lines[0] != lines[1]
     assert max(map(len, (bar, *lines))) <= width - 3 < len(bar) + 3 and "0/6 trials, about" in bar
     assert all("epoch 2/2, loss 0.500, val 50.0%, 129 images/s" in line for line in lines)
+
+
+def test_a_line_says_that_a_trial_is_starting_until_its_first_step(cells, trials, digits):
+    steps = {trials[0].id: 0}
+    left = TimeLeft(trials, digits, 1, steps_done=lambda: steps)
+    progress = StudyProgress(cells, left, 0, Console(file=io.StringIO(), width=80))
+    progress.show(TrialStarted(trials[0]))
+    for steps[trials[0].id], words in ((0, ": starting"), (1, ": epoch 1/2")):
+        progress.console.print(progress)
+        assert progress.console.file.getvalue().splitlines()[-1].endswith(words)
 
 
 def test_names_are_shortened_where_they_do_not_differ():
