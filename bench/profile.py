@@ -11,18 +11,22 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from expertgrid.bench.rounds import prepared_training
-from expertgrid.bench.training import CIFAR_TRAIN, random_trial, recipe_of
+from expertgrid.bench.training import CIFAR_TRAIN, random_trial
+from expertgrid.model.config import Network
 from expertgrid.model.fast.cuda_graphs import WARM_UP
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.machine import device_name
 from expertgrid.model.training.loop import train
+from expertgrid.model.training.recipe import Recipe
 
 LONGEST = 20  # operators or kernels that have a row
 NAME = 60  # characters of a name: a kernel's can have hundreds
 
 
 def profile_training(
-    preset: str,
+    name: str,
+    config: Network,
+    own: Recipe,
     batch: int | None,
     image_size: int,
     steps: int | None,
@@ -38,9 +42,8 @@ def profile_training(
     execution.check(device)
     on_cuda = device.type == "cuda"
     steps, warm_up = steps or (20 if on_cuda else 2), WARM_UP + 2 if on_cuda else 1
-    own = recipe_of(preset)
     recipe = own.model_copy(update={"batch_size": batch or own.batch_size})
-    trial, splits = random_trial(preset, recipe, warm_up + steps, image_size, device)
+    trial, splits = random_trial(name, config, recipe, warm_up + steps, image_size, device)
     whole = recipe.epochs * (CIFAR_TRAIN // recipe.batch_size)
     training, prepared = prepared_training(trial, splits, execution, whole, notice)
     part, kind = ("kernel", DeviceType.CUDA) if on_cuda else ("operator", DeviceType.CPU)
@@ -68,6 +71,6 @@ def profile_training(
     average = f", moving average {recipe.ema_decay:g}" if training.average else ""
     dtype = "bf16" if training.bfloat16 else "fp32"
     return table, [
-        f"{preset}, batch {recipe.batch_size}, {recipe.opt}{average}, {dtype}, {prepared.plan}, on "
+        f"{name}, batch {recipe.batch_size}, {recipe.opt}{average}, {dtype}, {prepared.plan}, on "
         f"{device_name(device)}; means of {steps} steps. The profiler makes operators slower that take microseconds."
     ]

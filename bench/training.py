@@ -24,12 +24,11 @@ from expertgrid.bench.precision import time_both
 from expertgrid.bench.rounds import at_full_size, in_turns, prepared_training
 from expertgrid.bench.timing import Ratio, Word, typical_ratio
 from expertgrid.bench.timm_script import timm_network, timm_script
-from expertgrid.model.config import TimmModel
+from expertgrid.model.config import Network, TimmModel
 from expertgrid.model.cost import check_image_size, cost
 from expertgrid.model.fast.compiled import why_unavailable
 from expertgrid.model.fast.execution import ExecutionOptions, ExecutionPlan
 from expertgrid.model.foreign import described
-from expertgrid.model.presets import network
 from expertgrid.model.registry import build
 from expertgrid.model.system.errors import reason_of
 from expertgrid.model.system.machine import computes_bfloat16, device_name, usable_cores
@@ -117,7 +116,9 @@ def times_as_fast(reference_s: Sequence[float], other_s: Sequence[float]) -> Rat
 
 
 def measure_training(
-    preset: str,
+    name: str,
+    config: Network,
+    own: Recipe,
     batch: int,
     image_size: int,
     steps: int | None,
@@ -127,19 +128,18 @@ def measure_training(
     notice: Callable[[str], object] = lambda text: None,
     peer: Path | None = None,
 ) -> TrainingSpeed:
-    """Trains a preset on random images by its own recipe, or by `fast`, in `rounds` rounds of `steps` steps.
+    """Trains a network on random images by a recipe, in `rounds` rounds of `steps` steps.
 
     `image_size` is the height and width of all images; `steps` is 2, or 100 on CUDA, where it is None. What `execution`
     leaves to expertgrid is chosen as for a whole training on 45,000 images; what does not work is left out, and
     `notice` is told. timm's `train.py`, of the check-out `peer`, is a baseline in the loop's precision, eager and
-    compiled. Raises InputError for a preset that does not exist or does not take the images, and for what was asked
-    for and does not work.
+    compiled. Raises InputError for a network that does not take the images, and for what was asked for and does not
+    work.
     """
     execution.check(device)
     steps = steps or (100 if device.type == "cuda" else 2)
-    own = recipe_of(preset)
     recipe = at_full_size(own, rounds + 2).model_copy(update={"batch_size": batch})
-    trial, splits = random_trial(preset, recipe, steps, image_size, device)
+    trial, splits = random_trial(name, config, recipe, steps, image_size, device)
     script = (peer, timm_network(peer, trial.model)) if peer else None
     whole = own.epochs * (CIFAR_TRAIN // batch)
     if recipe.amp == "auto" and device.type == "cpu" and computes_bfloat16(device):
@@ -173,7 +173,7 @@ def measure_training(
         rounds_s = in_turns(ways, rounds)
     return TrainingSpeed.of(
         rounds_s["loop"], rounds_s["bare"], {name: rounds_s[name] for name in baselines},
-        model=preset, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
+        model=name, device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__,
         batch=batch, image_size=image_size, steps=steps, bfloat16=training.bfloat16, kernels=prepared.plan.kernels,
         compiled=prepared.plan.compile, graphs=prepared.plan.graphs, compile_seconds=prepared.seconds,
         peak_memory_bytes=memory, peak_memory_is=memory_is, macs=cost(trial.model, *splits.data.image_size)[1],
@@ -187,16 +187,15 @@ def recipe_of(preset: str) -> Recipe:
 
 
 def random_trial(
-    preset: str, recipe: Recipe, steps: int, image_size: int, device: torch.device
+    name: str, config: Network, recipe: Recipe, steps: int, image_size: int, device: torch.device
 ) -> tuple[Trial, Splits]:
-    """A trial of a preset on the random images of `steps` batches. Raises InputError as `measure_training`."""
-    config = network(preset)
+    """A trial of a network on the random images of `steps` batches. Raises InputError as `measure_training`."""
     images = ImageData.random(train=recipe.batch_size * steps, height=image_size, width=image_size)
     if isinstance(config, TimmModel):
         config = described(config, images.image_size, images.name)
     else:
-        check_image_size(preset, config, images.image_size, images.name)
-    trial = Trial(model_name=preset, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
+        check_image_size(name, config, images.image_size, images.name)
+    trial = Trial(model_name=name, model=config, recipe=recipe, source="random", fingerprint="random", seed=0)
     return trial, Splits.undivided(images, device)
 
 

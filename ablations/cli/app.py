@@ -589,6 +589,7 @@ def bench(
 @app.command("bench-train", cls=Command, rich_help_panel=SPEED)
 def bench_train(
     preset: str = Argument("eight_block", metavar="MODEL|DIR", help="Preset, timm model, or study directory."),
+    set_: Set = None,
     batch: int | None = Option(None, min=2, max=4096, metavar="N", help="Batch size. Default: 128."),
     image_size: int | None = Option(None, min=1, max=1024, metavar="N", help="Height and width. Default: 32."),
     steps: int | None = Option(None, min=1, max=1000, metavar="N", help="In a round. Default: 100 on CUDA, else 2."),
@@ -608,17 +609,19 @@ def bench_train(
 
     The training loop, bare steps on one batch and PyTorch baselines take turns: fp32 and eager, and with channels last
     in bf16, compiled (not with --compile off), or both. The fastest of them is what is compared with. A preset is
-    trained by the recipe of its name, another network by `fast`. `auto` decides as for a whole training on 45,000
-    images.
+    trained by the recipe of its name, another network by `fast`; --set changes the network and the recipe. `auto`
+    decides as for a whole training on 45,000 images.
 
     --profile trains some steps of that recipe, at its batch size, and shows the longest operators, or kernels on CUDA.
 
     For a study directory, all cells take turns. Its tables then show these speeds instead of those of the trainings.
     """
-    of_study = Path(preset).is_dir()
+    of_study, settings = Path(preset).is_dir(), options.settings(set_ or [])
     if of_study:
         options.study_directory(Path(preset))
     options.refuse(
+        (settings and of_study, "--set: is for a model; a study directory was given"),
+        ({"batch_size", "recipe.batch_size"} & settings.keys(), "--set batch_size: --batch sets it"),
         (batch is not None and of_study, "--batch: a study's recipes have the batch sizes"),
         (image_size is not None and of_study, "--image-size: a study's data has the size of its images"),
         (profile and of_study, "--profile: is for a model; a study directory was given"),
@@ -633,7 +636,9 @@ def bench_train(
     execution = ExecutionOptions(kernels, compile, graphs)
     if of_study:
         return bench_study(Path(preset), data, data_dir, steps, rounds, device, execution, format)
-    return bench_train(preset, batch, image_size or 32, steps, rounds, device, execution, profile, peer, format)
+    return bench_train(
+        preset, settings, batch, image_size or 32, steps, rounds, device, execution, profile, peer, format
+    )
 
 
 @app.command("list", cls=Command, rich_help_panel=LISTS)

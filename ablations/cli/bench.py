@@ -1,6 +1,6 @@
 """Measuring latency and training speed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,8 @@ from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.results.rows import read_results
 from expertgrid.ablations.speed.latency import by_cell, measure_latencies
 from expertgrid.ablations.speed.training import measure_cells
+from expertgrid.ablations.study.changes import changed, check_parts
+from expertgrid.ablations.study.levels import Level, level_name
 from expertgrid.bench import training
 from expertgrid.bench.engines import PYTORCH, USUAL
 from expertgrid.bench.isolated import Begin
@@ -19,9 +21,10 @@ from expertgrid.bench.latency import check_comparable, measure, notes, rows, wit
 from expertgrid.bench.peers import peers_of
 from expertgrid.bench.profile import profile_training
 from expertgrid.bench.record import read_latency
-from expertgrid.bench.training import measure_training
+from expertgrid.bench.training import measure_training, recipe_of
 from expertgrid.export.describe import describe, read_onnx
 from expertgrid.model.fast.execution import ExecutionOptions
+from expertgrid.model.presets import network
 from expertgrid.model.system.files import write_whole
 from expertgrid.model.system.machine import torch_device
 from expertgrid.model.system.text import Format, render
@@ -166,6 +169,7 @@ def bench_study(
 
 def bench_train(
     preset: str,
+    settings: Mapping[str, Level],
     batch: int | None,
     image_size: int,
     steps: int | None,
@@ -178,13 +182,17 @@ def bench_train(
 ) -> int:
     """Prints the speed of a training beside the PyTorch baseline and beside bare steps, or the profile of a step."""
     device = torch_device(device_name)
+    config, recipe = changed(network(preset), recipe_of(preset), settings)
+    check_parts(recipe)
+    name = ", ".join([preset, *(f"{path}={level_name(value)}" for path, value in settings.items())])
     if with_profile:
-        with status(f"profiling {preset}"):
-            table, lines = profile_training(preset, batch, image_size, steps, device, execution, notice)
+        with status(f"profiling {name}"):
+            table, lines = profile_training(name, config, recipe, batch, image_size, steps, device, execution, notice)
         print(render(table, format, lines))
         return 0
-    with status(f"training {preset}"):
-        speed = measure_training(preset, batch or 128, image_size, steps, rounds, device, execution, notice, peer)
+    with status(f"training {name}"):
+        where = image_size, steps, rounds, device, execution, notice, peer
+        speed = measure_training(name, config, recipe, batch or 128, *where)
     if format == "json":
         print(speed.model_dump_json(indent=1))
         return 0

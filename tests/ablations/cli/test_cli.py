@@ -28,6 +28,7 @@ from expertgrid.export.certificate import BOUNDS, Bound
 from expertgrid.model.cost import cost
 from expertgrid.model.presets import network
 from expertgrid.model.system.machine import computes_bfloat16
+from expertgrid.model.variants import vary
 
 
 def test_run_trains_once_and_shows_its_table(expertgrid, tiny_study, tmp_path):
@@ -406,14 +407,15 @@ def test_a_network_that_needs_fp32_leaves_the_others_as_they_are(expertgrid, tin
 
 def test_bench_train(expertgrid):
     arguments = ["two_block", "--batch", 4, "--image-size", 16, "--steps", 1, "--rounds", 2, "--device", "cpu"]
-    arguments += ["--compile", "off"]
+    arguments += ["--compile", "off", "--set", "experts=2", "--set", "cutout=2"]
     speed = json.loads(expertgrid("bench-train", *arguments, "--format", "json").out)
     baseline_s = speed["baselines_s"][speed["baseline"]]
     assert len(speed["loop_s"]) == len(speed["bare_s"]) == len(baseline_s) == speed["rounds"] == 2
     assert speed["ratio"] == pytest.approx(np.exp(np.mean(np.log(np.divide(baseline_s, speed["loop_s"])))))
     rate, peak = speed["images_per_s"], speed["device_peak_flops"]
     assert speed["peak_share"] == pytest.approx(6 * speed["macs"] * rate / peak)
-    assert speed["macs"] == cost(network("two_block"), 16, 16)[1]
+    assert speed["model"] == "two_block, experts=2, cutout=2"
+    assert speed["macs"] == cost(vary(network("two_block"), "experts", 2), 16, 16)[1]
     assert min(rate, peak, speed["baseline_images_per_s"], speed["peaks"]["copy_bytes_per_s"]) > 0
     assert (speed["compiled"], speed["compile_seconds"]) == (False, 0)
     assert 1e8 < speed["peak_memory_bytes"] < 1e10  # PyTorch alone has more than the one
@@ -473,6 +475,9 @@ def test_lists(expertgrid):
         ("bench broken.safetensors broken.safetensors --json all.json", "--json: is for one file"),
         ("bench-train macro_residual --image-size 8", "macro_residual does not take the 8x8 images"),
         ("bench-train --rounds 0", "--rounds: 1 or more is needed, found '0'"),
+        ("bench-train resnet18 --set model.widht=2", "unknown argument of resnet18: 'widht'"),
+        ("bench-train two_block --set batch_size=4", "--set batch_size: --batch sets it"),
+        ("bench-train two_block --set opt=lino", "recipe.opt: unknown name 'lino'"),
         ("bench-train eight_blok", "unknown model 'eight_blok'; did you mean 'eight_block'?"),
         ("runn", "No such command 'runn'"),
     ],

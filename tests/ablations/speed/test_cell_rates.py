@@ -38,6 +38,7 @@ def test_what_cannot_be_timed(expertgrid, study, tmp_path):
     for arguments, reason in (
         (["bench-train", study, "--batch", 8], "--batch: a study's recipes have the batch sizes"),
         (["bench-train", study, "--image-size", 64], "--image-size: a study's data has the size of its images"),
+        (["bench-train", study, "--set", "experts=2"], "--set: is for a model; a study directory was given"),
         (["bench-train", study, "--profile"], "--profile: is for a model; a study directory was given"),
         (["bench-train", tmp_path], "not a study directory: there is no study.toml"),
         (["bench-train", "two_block", "--data", "digits"], "--data: is for a study directory"),
