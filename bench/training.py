@@ -214,7 +214,7 @@ def baselines_of(trial: Trial, splits: Splits, steps: int, compiled: bool) -> li
     net = textbook(start(trial, splits).net.to("cpu").to(memory_format=torch.contiguous_format))
     augmentation = recipe.crop_padding, recipe.hflip, recipe.cutout
     transform = baseline_transform(*recipe.mean_std(splits.data), splits.data.image_size, *augmentation)
-    images = BaselineImages(splits.train.pixels_BHWC, splits.train.labels_B, transform)
+    images = BaselineImages(splits.train.pixels(), splits.train.labels_B, transform)
     optimizer = partial(make_optimizer, recipe)
     plain = Baseline(net, optimizer, images, recipe.batch_size, steps, recipe.smoothing, splits.device)
     bfloat16 = [True] * computes_bfloat16(splits.device)

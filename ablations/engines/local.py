@@ -31,15 +31,7 @@ from expertgrid.model.fast.execution import EAGER, ExecutionOptions
 from expertgrid.model.probe import Probe, probe_of
 from expertgrid.model.system.errors import InputError, reason_of, reason_with_place
 from expertgrid.model.system.files import disk_full, now
-from expertgrid.model.training.loop import (
-    Diverged,
-    Training,
-    mirrored,
-    predict,
-    score,
-    start,
-    train,
-)
+from expertgrid.model.training.loop import Diverged, Training, predict, score, start, train
 from expertgrid.model.training.metrics import METRICS, measured
 from expertgrid.model.training.parts import changed_parts, codes_of
 from expertgrid.model.training.prepare import Prepared, fitting_batch_size, planned_steps, prepare
@@ -220,7 +212,7 @@ def _finish(
             predictions[f"{name}_log"] = log_BN
         numbers[f"{name}_metrics"] = measured(labels_B, predictions[name], log_BN, len(data.classes), others)
         if flip:
-            both_BN = (logits_BN + predict(training.result, mirrored(split), mean_C, std_C, most=most)) / 2
+            both_BN = (logits_BN + predict(training.result, split, mean_C, std_C, most=most, mirrored=True)) / 2
             predictions[f"{name}_flip"] = both_BN.argmax(1).cpu().numpy()
             numbers[f"{name}_accuracy_flip"] = score(both_BN, split.labels_B)[1]
         return numbers

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
+import numpy as np
 from rich.filesize import decimal
 
 from expertgrid.ablations.engines.duration import TimeLeft, cell, in_time
@@ -59,11 +60,13 @@ def duration(left: TimeLeft, setup: Setup, studies: Path) -> list[str]:
     whole_s = start_s + (left.left_s() or 0.0)
     at_once = f"{left.slots} trials at once" if left.slots > 1 else "one trial at a time"
     after = in_time(left.timing(whole_s)[1] + left.after_s)
+    splits = [left.data.train.pixels_BHWC, left.data.test.pixels_BHWC]
+    images = sum(of.nbytes * (1 if isinstance(of, np.memmap) else 1 + left.slots) for of in splits)  # one map for all
     return [
         f"Time: about {in_time(whole_s)} with {at_once} on this {setup.device}, {after} of it after the last trial; "
         f"known by records of {records} networks and short trials of {len(trained.step_s)}, which took "
         f"{in_time(took_s)}.",
-        f"Memory: about {decimal(left.slots * (max(peaks) + 2 * left.data.train.pixels_BHWC.nbytes))} at the peak.",
+        f"Memory: about {decimal(left.slots * max(peaks) + images)} at the peak.",
     ]
 
 

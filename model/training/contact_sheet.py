@@ -29,9 +29,9 @@ def contact_sheet(recipe: Recipe, data: ImageData, seed: int, images: int) -> Im
         raise InputError(f"--images {images}: {data.name} has {len(data.train)} images to train on")
     train, test = (Split.of(images, torch.device("cpu")) for images in (data.train, data.test))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
-    few = Splits(data, Split(train.pixels_BHWC[chosen], train.labels_B[chosen]), test, test)
+    few = Splits(data, train.part(chosen), test, test)
     loader = Loader(recipe.model_copy(update={"batch_size": images}), few, seed)
-    columns = [[(pixels, [data.classes[label]]) for pixels, label in zip(few.train.pixels_BHWC, few.train.labels_B)]]
+    columns = [[(pixels, [data.classes[label]]) for pixels, label in zip(few.train.pixels(), few.train.labels_B)]]
     columns += [_column(batch, loader, data) for epoch in range(DRAWS) for batch in loader.epoch(epoch)]
 
     height, width = data.image_size

@@ -55,12 +55,12 @@ class Loader:
             self.by_class_B = splits.train.labels_B.argsort(stable=True)
             if recipe.class_weights == "balanced":
                 self.class_weights_N = len(splits.train) / (len(self.there_P) * self.counts_N.clamp(min=1))
-        self.pixels_BHWC, self.policy = splits.train.pixels_BHWC, None
+        self.images, self.policy = splits.train, None
         if recipe.auto_augment or recipe.color_jitter:
             if self.device.type == "mps":  # which has no float64
-                self.pixels_BHWC = self.pixels_BHWC.cpu()
+                self.images = self.images.to("cpu")
             mean, _ = recipe.mean_std(splits.data)
-            size, device = splits.data.image_size, self.pixels_BHWC.device
+            size, device = splits.data.image_size, self.images.labels_B.device
             self.policy = Policy(recipe.auto_augment, recipe.color_jitter, mean, size, device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Loader:
     def _pixels(self, order: tuple[Tensor, ...], done: int) -> Iterator[Tensor]:
         """The pixels (B, H, W, C) of each batch after the policy. `done` is the number of the first batch."""
         if self.policy is None:
-            yield from (self.pixels_BHWC[indices_B] for indices_B in order)
+            yield from map(self.images.pixels, order)
             return
         height, width = self.splits.data.image_size
         together = max(1, PIXELS_TOGETHER // (height * width * self.recipe.batch_size))
@@ -126,6 +126,6 @@ class Loader:
             seeds = ([POLICY, self.seed, self.number, done + first + i] for i in range(len(part)))
             streams = map(np.random.RandomState, seeds)
             drawn = Drawn.joined([self.policy.draw(random, self.recipe.batch_size) for random in streams])
-            indices = torch.cat(part).to(self.pixels_BHWC.device)
-            augmented = self.policy.apply(self.pixels_BHWC[indices], drawn).to(self.device)
+            indices = torch.cat(part).to(self.images.labels_B.device)
+            augmented = self.policy.apply(self.images.pixels(indices), drawn).to(self.device)
             yield from augmented.split(self.recipe.batch_size)

@@ -149,7 +149,7 @@ def start(trial: Trial, splits: Splits, weights: Path | None = None) -> Training
     if isinstance(net, ExpertNet) and weights is None:
         mean_C, std_C = (torch.tensor(values, device=device) for values in trial.recipe.mean_std(splits.data))
         images = min(STEM_IMAGES, max(1, STEM_PIXELS // math.prod(splits.data.image_size)))
-        net.fit_stem(normalise(splits.train.pixels_BHWC[:images].permute(0, 3, 1, 2), mean_C, std_C))
+        net.fit_stem(normalise(splits.train.pixels(slice(images)).permute(0, 3, 1, 2), mean_C, std_C))
     frozen = freeze(trial.recipe, net)
     optimizer = make_optimizer(trial.recipe, net)
     steps = steps_per_epoch(trial.recipe, len(splits.train))
@@ -236,26 +236,23 @@ def _check_finite(losses_S: Tensor, steps_before: int, epoch: int, learning_rate
 @full_fp32()
 @torch.inference_mode()
 def predict(
-    net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False, most: int = EVALUATION_BATCH
-) -> Tensor:
-    """Logits (B, N) of all images of a split, in their order and without augmentation.
+    net: nn.Module, split: Split, mean_C: Tensor, std_C: Tensor, amp: bool = False, most: int = EVALUATION_BATCH,
+    mirrored: bool = False,
+) -> Tensor:  # fmt: skip
+    """Logits (B, N) of all images of a split, in their order and without augmentation, or mirrored left to right.
 
     Sets the network to evaluation mode. Of images above 32 x 32 pixels it takes `most` at once, or fewer.
     """
     net.eval()
     parts = []
-    pixels = math.prod(split.pixels_BHWC.shape[1:3])
+    pixels = math.prod(split.source_XHWC.shape[1:3])
     at_once = EVALUATION_BATCH if pixels <= SMALL else min(EVALUATION_BATCH, most, max(1, EVALUATION_PIXELS // pixels))
-    for pixels_BHWC in split.pixels_BHWC.split(at_once):
-        x_BCHW = normalise(pixels_BHWC.permute(0, 3, 1, 2), mean_C, std_C)
+    for first in range(0, len(split), at_once):
+        pixels_BHWC = split.pixels(slice(first, first + at_once))
+        x_BCHW = normalise((pixels_BHWC.flip(2) if mirrored else pixels_BHWC).permute(0, 3, 1, 2), mean_C, std_C)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=amp):
             parts.append(net(x_BCHW).float())
     return torch.cat(parts)
-
-
-def mirrored(split: Split) -> Split:
-    """The split with its images mirrored left to right."""
-    return Split(split.pixels_BHWC.flip(2), split.labels_B)
 
 
 def score(logits_BN: Tensor, labels_B: Tensor) -> tuple[float, float]:

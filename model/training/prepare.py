@@ -102,7 +102,7 @@ def _compile(name: str, trial: Trial, splits: Splits, training: Training, steps:
     else:
         use = partial(compile_net, steps=steps)
     mean_C, std_C = (torch.tensor(values, device=device) for values in recipe.mean_std(splits.data))
-    pixels_BHWC, generator = splits.train.pixels_BHWC[: recipe.batch_size], torch.Generator(device)
+    pixels_BHWC, generator = splits.train.pixels(slice(recipe.batch_size)), torch.Generator(device)
     sizes = recipe.image_sizes(splits.data.image_size)
     augmented = [augment(recipe, pixels_BHWC, mean_C, std_C, generator, size=size) for size in sizes]
     return use(training.net, augmented, training.bfloat16)

@@ -15,9 +15,10 @@ from expertgrid.model.training.holdout import HoldOut
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their class numbers, on one device."""
+    """Some of the X images of a source and their class numbers, on one device. Splits share the source's pixels."""
 
-    pixels_BHWC: Tensor  # uint8
+    source_XHWC: Tensor  # uint8
+    indices_B: Tensor  # of the images in the source
     labels_B: Tensor  # int64
 
     def __len__(self) -> int:
@@ -25,7 +26,20 @@ class Split:
 
     @classmethod
     def of(cls, images: Images, device: torch.device) -> "Split":
-        return cls(torch.from_numpy(images.pixels_BHWC).to(device), torch.from_numpy(images.labels_B).to(device))
+        """All images."""
+        indices_B = torch.arange(len(images), device=device)
+        pixels_BHWC, labels_B = map(torch.from_numpy, (images.pixels_BHWC, images.labels_B))
+        return cls(pixels_BHWC.to(device), indices_B, labels_B.to(device))
+
+    def to(self, device: torch.device | str) -> "Split":
+        return Split(self.source_XHWC.to(device), self.indices_B.to(device), self.labels_B.to(device))
+
+    def part(self, places: Tensor) -> "Split":
+        return Split(self.source_XHWC, self.indices_B[places], self.labels_B[places])
+
+    def pixels(self, places: Tensor | slice = slice(None)) -> Tensor:
+        """A copy of the images (B, H, W, C) at some places of the split; of all of them, if none are given."""
+        return self.source_XHWC[self.indices_B[places]]
 
 
 @dataclass(frozen=True)
@@ -44,10 +58,10 @@ class Splits:
     def arrays(self) -> dict[str, np.ndarray]:
         """Pixels and labels on the CPU, as the export takes them (`export.certify.Images`)."""
         return {
-            "train": self.train.pixels_BHWC.cpu().numpy(),
-            "validation": self.validation.pixels_BHWC.cpu().numpy(),
+            "train": self.train.pixels().cpu().numpy(),
+            "validation": self.validation.pixels().cpu().numpy(),
             "validation_labels": self.validation.labels_B.cpu().numpy(),
-            "test": self.test.pixels_BHWC.cpu().numpy(),
+            "test": self.test.pixels().cpu().numpy(),
             "test_labels": self.test.labels_B.cpu().numpy(),
         }
 
@@ -70,9 +84,5 @@ class ResidentData:
         labels_B = self.data.train.labels_B
         held_out = hold_out.held_out(labels_B, self.data.fingerprint, seed)
         trained_on = np.setdiff1d(np.arange(len(labels_B)), held_out, assume_unique=True)
-        train, validation = (self._part(indices) for indices in (trained_on, held_out))
-        return Splits(self.data, train, validation, self.test)
-
-    def _part(self, indices: np.ndarray) -> Split:
-        indices_B = torch.from_numpy(indices).to(self.device)
-        return Split(self.train.pixels_BHWC[indices_B], self.train.labels_B[indices_B])
+        places = (torch.from_numpy(indices).to(self.device) for indices in (trained_on, held_out))
+        return Splits(self.data, *map(self.train.part, places), self.test)

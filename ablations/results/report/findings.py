@@ -148,7 +148,7 @@ def _different_images(
     pixels_BHWC = None
     if resident is not None:
         splits = resident.splits(evidence.results.plan.hold_out, seeds[0])
-        pixels_BHWC = (splits.validation if split == "validation" else splits.test).pixels_BHWC.numpy()
+        pixels_BHWC = (splits.validation if split == "validation" else splits.test).pixels().numpy()
 
     def listed(places_B: np.ndarray) -> list[DifferentImage]:
         return [
@@ -207,7 +207,7 @@ def examine(
         examined.missing = {"mistakes": reason, "gates": reason} | ({} if predictions else {"confusion": reason})
         return examined
     validation = resident.splits(plan.hold_out, best.seed).validation
-    labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels_BHWC.numpy()
+    labels_B, pixels_BHWC = validation.labels_B.numpy(), validation.pixels().numpy()
     logits_BN, weights = predict_watched(checkpoint, validation)
     examined.images, examined.wrong = len(labels_B), int((logits_BN.argmax(1) != labels_B).sum())
     examined.mistakes = worst(logits_BN, labels_B, pixels_BHWC, examined.classes)

@@ -86,7 +86,7 @@ def test_weights_of_a_checkpoint_are_those_of_its_gates(trained_study, resident_
         assert weights_BK.shape == (len(validation), 2)
         np.testing.assert_allclose(weights_BK.sum(1), 1, rtol=1e-6)
     mean, std = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
-    x_BCHW = normalise(validation.pixels_BHWC.permute(0, 3, 1, 2), mean, std)
+    x_BCHW = normalise(validation.pixels().permute(0, 3, 1, 2), mean, std)
     first, block = next((name, m) for name, m in net.named_modules() if hasattr(m, "experts") and hasattr(m, "gate"))
     inputs = []
     block.register_forward_hook(lambda module, arguments, outputs: inputs.append(arguments[0]))

@@ -82,7 +82,7 @@ def trial_of(images: ImageData, model: str, recipe: str, **fields) -> Trial:
 
 def take_an_epoch(trial: Trial, images: ImageData) -> None:
     splits = ResidentData(images, META).splits(HoldOut(), trial.seed)
-    assert splits.train.pixels_BHWC.device == META
+    assert splits.train.pixels().device == META
     with pytest.raises(EpochIsOver):
         next(training.train(trial, splits, training.start(trial, splits)))
 

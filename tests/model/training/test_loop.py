@@ -41,11 +41,11 @@ from expertgrid.model.training import prepare as preparation
 from expertgrid.model.training.data import ImageData, Images
 from expertgrid.model.training.holdout import HoldOut
 from expertgrid.model.training.loader import Loader
-from expertgrid.model.training.loop import Diverged, mirrored, predict, score, start, train
+from expertgrid.model.training.loop import Diverged, predict, score, start, train
 from expertgrid.model.training.prepare import planned_steps
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.resume import read_state, write_state
-from expertgrid.model.training.splits import ResidentData, Splits
+from expertgrid.model.training.splits import ResidentData, Split, Splits
 from expertgrid.model.training.trial import Trial
 
 
@@ -115,7 +115,7 @@ def test_loop_is_the_plain_one(digits, digits_splits):
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     order = torch.randperm(len(digits_splits.train), generator=torch.Generator().manual_seed(0))
     for chosen in order.split(recipe.batch_size)[: len(order) // recipe.batch_size]:
-        x = (digits_splits.train.pixels_BHWC[chosen].permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
+        x = (digits_splits.train.pixels(chosen).permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
         optimizer.zero_grad()
         nn.CrossEntropyLoss()(net(x), digits_splits.train.labels_B[chosen]).backward()
         optimizer.step()
@@ -138,7 +138,7 @@ def test_prediction_is_the_networks_own(trial, digits, digits_splits):
     training.net.register_forward_hook(lambda *_: tuned.append(torch.backends.cudnn.benchmark))
     logits_BN = predict(training.net, digits_splits.test, mean_C, std_C)
     assert (any(tuned), torch.backends.cudnn.benchmark) == (False, True)
-    x = (digits_splits.test.pixels_BHWC.permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
+    x = (digits_splits.test.pixels().permute(0, 3, 1, 2) / 255 - digits.mean[0]) / digits.std[0]
     expected = training.net.eval()(x)
     torch.testing.assert_close(logits_BN, expected, rtol=1e-4, atol=1e-5)
     loss, accuracy = score(logits_BN, digits_splits.test.labels_B)
@@ -203,9 +203,9 @@ def test_record_is_what_the_checkpoint_gives(digits, digits_splits, resident_dig
     checkpoint, record = load(directory.checkpoint(trial.id)), directory.record(trial.id)
     assert torch.equal(weights(checkpoint.network()), weights(training.result))
     mean_C, std_C = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
-    plain_BN, other_BN = (predict(checkpoint.network(), split, mean_C, std_C) for split in (test, mirrored(test)))
+    flipped = Split(test.source_XHWC.flip(2), test.indices_B, test.labels_B)
+    plain_BN, other_BN = (predict(checkpoint.network(), split, mean_C, std_C) for split in (test, flipped))
     assert (record.test_loss, record.test_accuracy) == pytest.approx(score(plain_BN, test.labels_B), rel=1e-4)
-    torch.testing.assert_close(mirrored(test).pixels_BHWC[0, :, 0], test.pixels_BHWC[0, :, -1])
     assert record.test_accuracy_flip == pytest.approx(score((plain_BN + other_BN) / 2, test.labels_B)[1])
     assert record.validation_accuracy_flip is not None
     assert record.validation_accuracy == pytest.approx(last.validation_accuracy)

@@ -66,7 +66,7 @@ def test_an_augmentation_draws_from_the_loaders_generator(digits_splits):
     recipe = changed_recipe("fast", {"augment": "my_hflip", "hflip": 0.0, "crop_padding": 0})
     first, again = (next(Loader(recipe, digits_splits, seed=1).epoch(0)).x_BCHW for _ in range(2))
     torch.testing.assert_close(first, again)
-    pixels_BHWC, mean_C, std_C = digits_splits.train.pixels_BHWC[:64], torch.tensor([0.1]), torch.tensor([0.2])
+    pixels_BHWC, mean_C, std_C = digits_splits.train.pixels(slice(64)), torch.tensor([0.1]), torch.tensor([0.2])
     ours = recipe.model_copy(update={"augment": "", "hflip": 0.5})
     both = (augment(r, pixels_BHWC, mean_C, std_C, torch.Generator().manual_seed(0)) for r in (recipe, ours))
     torch.testing.assert_close(*both)

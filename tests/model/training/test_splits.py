@@ -23,7 +23,7 @@ def numbered(digits) -> ImageData:
 
 
 def numbers(split) -> list[int]:
-    return (256 * split.pixels_BHWC[:, 0, 0, 0].int() + split.pixels_BHWC[:, 0, 1, 0].int()).tolist()
+    return (256 * split.pixels()[:, 0, 0, 0].int() + split.pixels()[:, 0, 1, 0].int()).tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 10, 23])
@@ -38,17 +38,19 @@ def test_train_and_validation_are_all_train_images_in_their_order(hold_out, seed
     labels_B = torch.from_numpy(numbered.train.labels_B)
     for indices, split in ((train, splits.train), (validation, splits.validation)):
         assert torch.equal(split.labels_B, labels_B[indices])
-        assert torch.equal(split.pixels_BHWC, torch.from_numpy(numbered.train.pixels_BHWC[indices]))
-    assert torch.equal(splits.test.pixels_BHWC, torch.from_numpy(numbered.test.pixels_BHWC))
+        assert torch.equal(split.pixels(), torch.from_numpy(numbered.train.pixels_BHWC[indices]))
+    assert torch.equal(splits.test.pixels(), torch.from_numpy(numbered.test.pixels_BHWC))
     assert torch.equal(splits.test.labels_B, torch.from_numpy(numbered.test.labels_B))
     assert splits.device == CPU
+    pixels = {split.source_XHWC.untyped_storage().data_ptr() for split in (splits.train, splits.validation)}
+    assert pixels == {numbered.train.pixels_BHWC.ctypes.data}  # no copies
 
 
 def test_all_cells_of_a_seed_share_their_hold_out(digits, resident_digits):
     factors = {"experts": [1, 2], "recipe.lr": [0.1, 0.2]}
     cells = Study(name="test", question="?", seeds=3, factors=factors, baselines=["test_resnet"]).cells(digits)
     held_out = [
-        [resident_digits.splits(trial.hold_out, trial.seed).validation.pixels_BHWC for trial in cell.trials]
+        [resident_digits.splits(trial.hold_out, trial.seed).validation.pixels() for trial in cell.trials]
         for cell in cells
     ]
     assert len(held_out) == 5
@@ -65,5 +67,5 @@ def test_images_are_normalised_by_all_train_images_whatever_a_seed_holds_out(dig
     for seed in range(2):
         splits = resident_digits.splits(HoldOut(), seed)
         assert splits.data is digits
-        kept = splits.train.pixels_BHWC.double() / 255
+        kept = splits.train.pixels().double() / 255
         assert kept.mean().item() != pytest.approx(digits.mean[0], abs=1e-6)
