@@ -6,6 +6,7 @@ pixels, N classes.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,17 +20,18 @@ from expertgrid.model.training.recipe import Recipe
 
 ERASED_AREA = (0.02, 1 / 3)  # of an image by random erasing, as in timm
 ERASED_ASPECT = 0.3  # height / width of what is erased: from this to its inverse
-ERASING_ATTEMPTS = 10
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a resized crop, as in torchvision and timm
+ATTEMPTS = 10  # to draw a box that fits into the image
 
 
-def hflip(x_BCHW: Tensor, p: float, generator: Generator) -> Tensor:
-    """Each image mirrored left to right with probability `p`."""
-    return mirror(x_BCHW, torch.rand(len(x_BCHW), device=x_BCHW.device, generator=generator) < p)
+def flip(x_BCHW: Tensor, p: float, generator: Generator, dim: int = 3) -> Tensor:
+    """Each image mirrored with probability `p`: left to right, or top to bottom where `dim` is 2."""
+    return mirror(x_BCHW, torch.rand(len(x_BCHW), device=x_BCHW.device, generator=generator) < p, dim)
 
 
-def mirror(x_BCHW: Tensor, mirrored_B: Tensor) -> Tensor:
-    """The images for which `mirrored_B` is true, mirrored left to right, among the others."""
-    return torch.where(mirrored_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
+def mirror(x_BCHW: Tensor, mirrored_B: Tensor, dim: int = 3) -> Tensor:
+    """The images for which `mirrored_B` is true, mirrored along a dimension, among the others."""
+    return torch.where(mirrored_B[:, None, None, None], x_BCHW.flip(dim), x_BCHW)
 
 
 def alternately_mirrored(images: int, p: float, epoch: int, generator: Generator) -> Tensor:
@@ -75,6 +77,56 @@ def padded_crop(x_BCHW: Tensor, padding: int, generator: Generator) -> Tensor:
     return _pixels_at(F.pad(x_BCHW, (padding,) * 4), rows_BH1, columns_B1W)
 
 
+def resized_crop(x_BCHW: Tensor, scale: tuple[float, ...], ratio: tuple[float, ...], generator: Generator) -> Tensor:
+    """A random part of each image of uint8, resized to the old size: `RandomResizedCrop` as batch arithmetic.
+
+    The part has a share in `scale` of the image's area, and a width / height in `ratio`. Where ten draws do not fit it
+    is the largest one in the centre with such a ratio, as in torchvision. Resized bilinearly. (1409.4842)
+    """
+    batch, _, height, width = x_BCHW.shape
+    uniform = _uniform(x_BCHW, generator)
+    area_BA = (scale[0] + (scale[1] - scale[0]) * uniform(batch, ATTEMPTS)) * height * width
+    low, high = map(math.log, ratio)
+    root_BA = torch.exp(-0.5 * (low + (high - low) * uniform(batch, ATTEMPTS)))
+    *box, fits_B = _first_that_fits(area_BA, root_BA, height, width, uniform, whole=True)
+    whole_h, whole_w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    centre = (height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w
+    top_B1, left_B1, h_B1, w_B1 = (torch.where(fits_B[:, None], drawn, other) for drawn, other in zip(box, centre))
+    y_BH = _centres(top_B1, h_B1, height) * (2 / max(1, height - 1)) - 1  # from -1 to 1, from pixel to pixel
+    x_BW = _centres(left_B1, w_B1, width) * (2 / max(1, width - 1)) - 1
+    grid_BHW2 = torch.stack(torch.broadcast_tensors(x_BW[:, None], y_BH[:, :, None]), dim=3)
+    return F.grid_sample(x_BCHW.float(), grid_BHW2, align_corners=True).round().to(x_BCHW.dtype)
+
+
+def _centres(first_B1: Tensor, side_B1: Tensor, size: int) -> Tensor:
+    """Where `size` pixels take their values that share `side_B1` pixels from `first_B1` on, never outside of these."""
+    places_N = (torch.arange(size, device=first_B1.device) + 0.5) / size
+    return first_B1 + torch.minimum((places_N * side_B1 - 0.5).clamp(min=0), side_B1 - 1)
+
+
+def _uniform(x_BCHW: Tensor, generator: Generator) -> Callable[..., Tensor]:
+    """A function that draws numbers from 0 to 1, of a shape."""
+    return lambda *shape: torch.rand(shape, device=x_BCHW.device, generator=generator)
+
+
+def _first_that_fits(
+    area_BA: Tensor, root_BA: Tensor, height: int, width: int, uniform: Callable[..., Tensor], whole: bool = False
+) -> tuple[Tensor, ...]:
+    """For each image the first box that is less high and wide than the image, at a random place in it.
+
+    Boxes have areas, and roots of height / width. Where `whole`, a box is a pixel at least, and may be as high or wide
+    as the image. Returns top, left, height and width (B, 1), and whether one fits (B,).
+    """
+    sides = (area_BA.sqrt() * root_BA).round(), (area_BA.sqrt() / root_BA).round()
+    h_BA, w_BA = (side_BA.clamp(min=int(whole)) for side_BA in sides)
+    fits_BA = (h_BA < height + whole) & (w_BA < width + whole)
+    first_B1 = fits_BA.int().argmax(1, keepdim=True)
+    h_B1, w_B1 = h_BA.gather(1, first_B1), w_BA.gather(1, first_B1)
+    top_B1 = (uniform(len(h_B1), 1) * (height - h_B1 + 1)).floor()
+    left_B1 = (uniform(len(h_B1), 1) * (width - w_B1 + 1)).floor()
+    return top_B1, left_B1, h_B1, w_B1, fits_BA.any(1)
+
+
 def cutout(x_BCHW: Tensor, size: int, generator: Generator) -> Tensor:
     """A square of `size` pixels set to zero in each image, its centre anywhere in the image (Cutout, 1708.04552).
 
@@ -105,26 +157,16 @@ def random_erasing(
     ("const"), one normal colour each ("rand") or normal noise ("pixel"). (1708.04896)
     """
     batch, channels, height, width = x_BCHW.shape
-    device = x_BCHW.device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device, generator=generator)
-
+    device, uniform = x_BCHW.device, _uniform(x_BCHW, generator)
     chosen_B = uniform(batch) < p
     count_B = torch.randint(1, count + 1, (batch,), device=device, generator=generator)
     low, high = ERASED_AREA
     for i in range(count):
-        # Ten rectangles are drawn for each image, of which the first that is smaller than the image is taken.
-        area_BA = (low + (high - low) * uniform(batch, ERASING_ATTEMPTS)) * height * width / count_B[:, None]
-        root_BA = torch.exp((0.5 - uniform(batch, ERASING_ATTEMPTS)) * -math.log(ERASED_ASPECT))
-        h_BA, w_BA = (area_BA.sqrt() * root_BA).round(), (area_BA.sqrt() / root_BA).round()
-        fits_BA = (h_BA < height) & (w_BA < width)
-        first_B1 = fits_BA.int().argmax(1, keepdim=True)
-        h_B1, w_B1 = h_BA.gather(1, first_B1), w_BA.gather(1, first_B1)
-        top_B1 = (uniform(batch, 1) * (height - h_B1 + 1)).floor()
-        left_B1 = (uniform(batch, 1) * (width - w_B1 + 1)).floor()
-        erased_B = chosen_B & (i < count_B) & fits_BA.any(1)
-        hole_B1HW = _boxes(x_BCHW, top_B1, left_B1, h_B1, w_B1) & erased_B[:, None, None, None]
+        area_BA = (low + (high - low) * uniform(batch, ATTEMPTS)) * height * width / count_B[:, None]
+        root_BA = torch.exp((0.5 - uniform(batch, ATTEMPTS)) * -math.log(ERASED_ASPECT))
+        *box, fits_B = _first_that_fits(area_BA, root_BA, height, width, uniform)
+        erased_B = chosen_B & (i < count_B) & fits_B
+        hole_B1HW = _boxes(x_BCHW, *box) & erased_B[:, None, None, None]
         if mode == "const":
             x_BCHW = x_BCHW.masked_fill(hole_B1HW, 0)
         else:
@@ -192,7 +234,11 @@ def augment(
     if mirrored_B is not None:
         x_BCHW = mirror(x_BCHW, mirrored_B)
     elif recipe.hflip:
-        x_BCHW = hflip(x_BCHW, recipe.hflip, generator)
+        x_BCHW = flip(x_BCHW, recipe.hflip, generator)
+    if recipe.vflip:
+        x_BCHW = flip(x_BCHW, recipe.vflip, generator, dim=2)
+    if recipe.scale:
+        x_BCHW = resized_crop(x_BCHW, recipe.scale, recipe.ratio or CROP_RATIO, generator)
     if recipe.crop_padding:
         x_BCHW = padded_crop(x_BCHW, recipe.crop_padding, generator)
     if recipe.translate:

@@ -7,7 +7,7 @@ the optimiser and the schedule, `training.augment` and `training.policies` augme
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from expertgrid.model.system.errors import InputError, unknown
 from expertgrid.model.training.data import ImageData
@@ -16,6 +16,7 @@ from expertgrid.model.training.parts import SHIPPED
 Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(ge=0, le=512)]
 Alpha = Annotated[float, Field(ge=0, le=100)]
+Range = Annotated[tuple[float, ...], Field(strict=False)]  # the smallest and the largest number, or nothing
 Mean = Annotated[tuple[Share, ...], Field(strict=False)]  # of pixels from 0 to 1, for each channel
 Std = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False)]
 
@@ -27,6 +28,7 @@ NEEDS: dict[str, tuple[str, Callable[[dict], bool]]] = {
     "decay_rate": ("sched 'step'", lambda fields: fields["sched"] == "step"),
     "warmup": ("a sched of ours other than 'none'", lambda fields: fields["sched"] in SHIPPED["sched"][1:]),
     "filter_bias_and_bn": ("weight_decay", lambda fields: bool(fields["weight_decay"])),
+    "ratio": ("scale", lambda fields: bool(fields["scale"])),
     "alternating_flip": ("hflip, the share that is flipped at first", lambda fields: bool(fields["hflip"])),
     "remode": ("reprob", lambda fields: bool(fields["reprob"])),
     "recount": ("reprob", lambda fields: bool(fields["reprob"])),
@@ -62,6 +64,7 @@ class Recipe(BaseModel):
     decay_rate: float | None = Field(None, gt=0, le=1)  # of sched step; 0.1 where not given
     warmup: float | None = Field(None, ge=0, lt=1)  # share of all steps in which the rate rises; onecycle: 0.3, else 0
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of the moving average of weights, which then is the network; 0: without
+    clip_grad: float = Field(0.0, ge=0)  # the largest norm of all gradients together; 0: any
     loss: str = "cross_entropy"  # or a user's
     smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
     class_weights: Literal["none", "balanced"] = "none"  # of the loss; balanced: by one over a class's train images
@@ -70,6 +73,9 @@ class Recipe(BaseModel):
     color_jitter: tuple[float, ...] = ()  # brightness, contrast, saturation, and hue; a number: the first three
     hflip: Share = 0.0
     alternating_flip: bool = False  # hflip decides in the first epoch; then each image is flipped in every other one
+    vflip: Share = 0.0
+    scale: Range = ()  # of the area of a random part of the image, which is resized to all of it; empty: no such part
+    ratio: Range = ()  # width / height of that part; 3/4 to 4/3 where not given
     crop_padding: Pixels = 0  # a random crop of the image padded with zeros
     translate: Pixels = 0  # a random shift by up to so many pixels, with reflection at the border
     # By the train images' mean and std, which weights to start from replace where a study does not set it; both 0.5.
@@ -108,14 +114,23 @@ class Recipe(BaseModel):
             raise ValueError("numbers from 0 to 10 are needed, and a hue up to 0.5")
         return tuple(numbers) if any(numbers) else ()
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _two_numbers(cls, range_: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        most = 1.0 if info.field_name == "scale" else 100.0
+        if range_ and not (len(range_) == 2 and 0 < range_[0] <= range_[1] <= most):
+            raise ValueError(f"two numbers above 0 and up to {most:g} are needed, the smaller one first, or none")
+        return range_
+
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> Self:
         fields = dict(self)
         for name, (needs, has) in NEEDS.items():
             if fields[name] and not has(fields):
                 raise ValueError(f"{name} needs {needs}")
-        if self.crop_padding and self.translate:
-            raise ValueError("crop_padding and translate both shift the image: one of them must be 0")
+        shifts = [name for name in ("crop_padding", "translate", "scale") if getattr(self, name)]
+        if len(shifts) > 1:
+            raise ValueError(f"{' and '.join(shifts)} each take a part of the image: only one of them may be set")
         if self.color_jitter and self.auto_augment and WITH_JITTER not in self.auto_augment:
             raise ValueError(f"color_jitter has no effect in timm beside auto_augment {self.auto_augment!r}")
         if self.mixes and self.batch_size % 2:

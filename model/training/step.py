@@ -24,12 +24,16 @@ def training_step(
     stays there; a CUDA graph can record it.
     """
 
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     def step(x_BCHW: Tensor, targets: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         with mixed_precision(x_BCHW.device, bfloat16):
             logits_BN = net(x_BCHW)
             loss = loss_of(recipe, logits_BN, targets, weights_N)
         loss.backward()
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
         optimizer.step()
         return loss.detach(), (logits_BN.detach().argmax(1) == labels_B).sum()
 

@@ -18,9 +18,11 @@ WORDS = {  # of a recipe's fields; the others go by their names
     "layer_decay": "layer decay {:g}", "sched": "{} schedule", "decay_epochs": "a decay every {:g} epochs",
     "decay_rate": "by {:g}", "warmup": "warm-up {:g}", "ema_decay": "EMA of the weights {:g}", "auto_augment": "{}",
     "smoothing": "label smoothing {:g}", "normalise": "pixels normalised by {}", "color_jitter": "color jitter {}",
-    "hflip": "horizontal flip {:g}", "alternating_flip": "in every other epoch", "mixup": "mixup {:g}",
+    "hflip": "horizontal flip {:g}", "alternating_flip": "in every other epoch", "vflip": "vertical flip {:g}",
+    "scale": "resized crop of areas {}", "ratio": "of ratios {}", "clip_grad": "gradients clipped at the norm {:g}",
     "crop_padding": "random crop with padding {}", "translate": "shift up to {} pixels", "cutout": "Cutout {}",
-    "reprob": "random erasing {:g}", "cutmix": "CutMix {:g}", "small_size": "images of {} pixels at first",
+    "reprob": "random erasing {:g}", "mixup": "mixup {:g}", "cutmix": "CutMix {:g}",
+    "small_size": "images of {} pixels at first",
 }  # fmt: skip
 ALWAYS = ("epochs", "batch_size", "opt", "lr", "sched")
 FIELDS = list(Recipe.model_fields)

@@ -1,5 +1,6 @@
 """Augmentations, against torchvision on the same draws and against their definitions."""
 
+import itertools
 import random
 
 import numpy as np
@@ -10,18 +11,20 @@ from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
+from torchvision.transforms.v2 import RandomResizedCrop
 
 from expertgrid.model.training.augment import (
     alternately_mirrored,
     augment,
     cutout,
     draw_mix,
-    hflip,
+    flip,
     mirror,
     mix_images,
     mix_labels,
     padded_crop,
     random_erasing,
+    resized_crop,
     translate,
 )
 from expertgrid.model.training.recipe import RECIPES
@@ -37,13 +40,14 @@ def x_BCHW() -> torch.Tensor:
 
 
 def test_hflip_mirrors_some_images(x_BCHW):
-    flipped = hflip(x_BCHW, 0.5, generator())
+    flipped = flip(x_BCHW, 0.5, generator())
     mirrored = [torch.equal(y, TF.horizontal_flip(x)) for x, y in zip(x_BCHW, flipped)]
     same = [torch.equal(y, x) for x, y in zip(x_BCHW, flipped)]
     assert all(m != s for m, s in zip(mirrored, same))
     assert 20 <= sum(mirrored) <= 44
-    assert torch.equal(hflip(x_BCHW, 1.0, generator()), TF.horizontal_flip(x_BCHW))
-    assert torch.equal(hflip(x_BCHW, 0.0, generator()), x_BCHW)
+    assert torch.equal(flip(x_BCHW, 1.0, generator()), TF.horizontal_flip(x_BCHW))
+    assert torch.equal(flip(x_BCHW, 0.0, generator()), x_BCHW)
+    assert torch.equal(flip(x_BCHW, 1.0, generator(), dim=2), TF.vertical_flip(x_BCHW))
 
 
 @pytest.mark.parametrize(("shift", "border"), [(padded_crop, "constant"), (translate, "reflect")])
@@ -57,6 +61,34 @@ def test_a_shift_is_one_of_all_crops_of_the_padded_image(x_BCHW, shift, border):
     assert all(len(equal) == 1 for equal in places)
     assert {top for ((top, _),) in places} == {left for ((_, left),) in places} == set(range(5))
     assert shift(x_BCHW, 9, generator()).shape == x_BCHW.shape
+
+
+def test_a_resized_crop_is_torchvisions_of_a_box_with_the_same_statistics():
+    """Each result is that of one of all boxes of its image; these are distributed as torchvision draws them."""
+    scale, ratio = (0.2, 0.9), (3 / 4, 4 / 3)
+    x_BCHW = torch.randint(256, (300, 1, 10, 12), dtype=torch.uint8, generator=generator())
+    found = resized_crop(x_BCHW, scale, ratio, generator())
+    box_B4 = torch.full((300, 4), -1)
+    for h, w in itertools.product(range(1, 11), range(1, 13)):
+        for top, left in itertools.product(range(11 - h), range(13 - w)):
+            wanted = TF.resized_crop(x_BCHW, top, left, h, w, [10, 12], antialias=False)
+            equal_B = (wanted.int() - found.int()).abs().amax((1, 2, 3)) <= 1  # its rounding is another one
+            box_B4[equal_B] = torch.tensor([top, left, h, w])
+    assert (box_B4 >= 0).all()
+    random_crop = RandomResizedCrop([10, 12], scale, ratio)
+    torch.manual_seed(0)
+    drawn = [list(random_crop.make_params([x_BCHW]).values()) for _ in range(3000)]
+    theirs_N4 = torch.tensor(drawn)
+    torch.testing.assert_close(box_B4.double().mean(0), theirs_N4.double().mean(0), atol=0.35, rtol=0)
+    torch.testing.assert_close(box_B4.double().std(0), theirs_N4.double().std(0), atol=0.35, rtol=0)
+
+
+def test_where_no_box_fits_the_crop_is_torchvisions_in_the_centre(x_BCHW):
+    for ratio in ((3.0, 4.0), (0.1, 0.2)):
+        params = RandomResizedCrop([10, 12], (1.0, 1.0), ratio).make_params([x_BCHW])
+        wanted = TF.resized_crop(x_BCHW, *params.values(), [10, 12], antialias=False)
+        found = resized_crop(x_BCHW, (1.0, 1.0), ratio, generator())
+        torch.testing.assert_close(found.int(), wanted.int(), atol=1, rtol=0)
 
 
 def test_alternating_flip_is_random_once_and_then_takes_turns(x_BCHW):
@@ -147,9 +179,10 @@ def test_cutout_is_one_square_with_its_centre_inside(size):
 @pytest.mark.parametrize(
     "augment",
     [
-        lambda x, g: hflip(x, 0.5, g),
+        lambda x, g: flip(x, 0.5, g),
         lambda x, g: padded_crop(x, 2, g),
         lambda x, g: translate(x, 2, g),
+        lambda x, g: resized_crop(x, (0.3, 1.0), (0.5, 2.0), g),
         lambda x, g: cutout(x, 4, g),
         lambda x, g: random_erasing(x, 0.5, "const", 2, g),
     ],

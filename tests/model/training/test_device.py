@@ -100,6 +100,7 @@ def test_recipes_stay_on_the_device(recipe, images, on_meta):
         {"recipe.reprob": 0.5, "recipe.remode": "pixel", "recipe.recount": 2},
         {"recipe.reprob": 0.5, "recipe.remode": "const"},
         {"recipe.mixup": 0.5, "recipe.cutmix": 1.0},
+        {"recipe.scale": [0.3, 1.0], "recipe.crop_padding": 0, "recipe.vflip": 0.5, "recipe.clip_grad": 1.0},
         {"recipe.cutout": 4, "recipe.small_size": 8},
         {"recipe.auto_augment": "rand-m9-n4-p1-mstd2-inc1"},
         {"recipe.auto_augment": "3a", "recipe.color_jitter": [0.4, 0.4, 0.4, 0.1]},

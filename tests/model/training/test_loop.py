@@ -31,6 +31,7 @@ from expertgrid.ablations.engines.events import (
 )
 from expertgrid.ablations.engines.local import FIRST_SAVE_S, Saver, run_local
 from expertgrid.ablations.records.directory import StudyDirectory
+from expertgrid.ablations.study.changes import changed_recipe
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.checkpoint import load
 from expertgrid.model.cost import cost
@@ -46,6 +47,7 @@ from expertgrid.model.training.prepare import planned_steps
 from expertgrid.model.training.recipe import RECIPES, Recipe
 from expertgrid.model.training.resume import read_state, write_state
 from expertgrid.model.training.splits import ResidentData, Split, Splits
+from expertgrid.model.training.step import training_step
 from expertgrid.model.training.trial import Trial
 
 
@@ -455,6 +457,18 @@ def test_the_table_has_flip_tta_apart_and_names_failures(expertgrid, tmp_path, m
     assert "Flip TTA: logits averaged over each image and its mirror image; 2 of these reads predicted both." in notes
 
 
+def test_the_step_is_as_long_as_clipped_gradients_allow():
+    moved = []
+    for most in (0.0, 0.01, 100.0):
+        torch.manual_seed(0)
+        net, recipe = nn.Linear(4, 3), changed_recipe("fast", {"clip_grad": most})
+        before, labels_B = torch.nn.utils.parameters_to_vector(net.parameters()).detach(), torch.arange(9) % 3
+        training_step(net, torch.optim.SGD(net.parameters(), 1.0), False, recipe)(torch.randn(9, 4), labels_B, labels_B)
+        moved.append((torch.nn.utils.parameters_to_vector(net.parameters()) - before).norm().item())
+    assert moved[1] == pytest.approx(0.01, rel=1e-3)
+    assert moved[0] == moved[2] > 0.1
+
+
 # A value for each field, other than the base's, and what the base needs for the field to mean something.
 CHANGES = {
     "epochs": (2, {}),
@@ -472,6 +486,7 @@ CHANGES = {
     "decay_rate": (0.5, {"sched": "step", "decay_epochs": 0.5}),
     "warmup": (0.5, {}),
     "ema_decay": (0.9, {}),
+    "clip_grad": (0.01, {}),
     "loss": ("my_squares", {}),
     "smoothing": (0.3, {}),
     "class_weights": ("balanced", {}),
@@ -480,6 +495,9 @@ CHANGES = {
     "color_jitter": (0.5, {}),
     "hflip": (0.2, {}),
     "alternating_flip": (True, {}),
+    "vflip": (0.5, {}),
+    "scale": ((0.3, 1.0), {"crop_padding": 0}),
+    "ratio": ((1.0, 2.0), {"crop_padding": 0, "scale": (0.3, 1.0)}),
     "crop_padding": (2, {}),
     "translate": (2, {"crop_padding": 0}),
     "normalise": ("half", {}),
