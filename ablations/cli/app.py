@@ -166,7 +166,7 @@ def run(
     deterministic: bool = Option(False, "--deterministic", help="Train bit for bit the same on a GPU too. Slower."),
     fail_fast: bool = Option(False, "--fail-fast", help="Stop at the first trial that fails."),
     isolate: bool = Option(True, envvar="EXPERTGRID_ISOLATE", help="Train in processes: a crash fails one trial only."),
-    jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on a GPU."),
+    jobs: str = Option("auto", metavar="N|auto", help="Trials at once. auto: by the cores of a CPU, 1 on each GPU."),
     engine: Literal["local", "ray"] = Option("local", help="Train on this machine, or on a Ray cluster."),
     address: str | None = Option(None, metavar="auto|HOST:PORT", help="Ray cluster. auto: RAY_ADDRESS, or a new one."),
     gpus_per_trial: float | None = Option(None, min=0, max=1, metavar="SHARE", help="GPU share of a trial on Ray."),

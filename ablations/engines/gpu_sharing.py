@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expertgrid.model.system.machine import VISIBLE_GPUS
+
 CONTROL = "nvidia-cuda-mps-control"  # comes with NVIDIA's driver
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 USUAL = Path("/tmp/nvidia-mps")  # the pipes of a service that was started without PIPES
@@ -55,6 +57,7 @@ def shared_gpu() -> Generator[SharedGpu]:
 def _refusal(command: list[str], text: str, pipes: Path, timeout_s: float) -> str | None:
     """Why the control program of the service with these pipes failed; None where it did not."""
     environment = os.environ | {PIPES: str(pipes), LOGS: str(pipes)}
+    environment.pop(VISIBLE_GPUS, None)  # else the service would number its GPUs anew, and its clients would not
     try:
         with tempfile.TemporaryFile("w+", errors="replace") as output:  # no pipe: the service may never close it
             done = subprocess.run(

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from expertgrid.ablations.records.record import Failure
 from expertgrid.model.fast.execution import ExecutionOptions
 from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.system.files import now
-from expertgrid.model.system.machine import deterministic, gpu_driver, memory_bytes, usable_cores
+from expertgrid.model.system.machine import VISIBLE_GPUS, deterministic, gpus, memory_bytes, usable_cores
 from expertgrid.model.system.processes import LOST_SERVER, AnsweringProcess, ProcessLost, process_context
 from expertgrid.model.training.resume import SAVE_EVERY_S
 from expertgrid.model.training.trial import Trial
@@ -64,17 +65,22 @@ def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -
 
     One for each core of a CPU, at most MOST_JOBS and what the memory has room for. On two cores two trials with a
     thread each did 1.44 times the work of one with two threads, for networks of the quickstart's size, and 1.1 times
-    for those of 10 to 65 million MACs. On a GPU one, as it was not measured there what more would gain.
+    for those of 10 to 65 million MACs. One on each GPU, as it was not measured there what more would gain.
     """
-    if device not in ("auto", "cpu") or _is_gpu(device):
-        return 1
+    if device != "cpu" and (device != "auto" or _is_gpu(device)):
+        return max(1, len(_gpus(device)))
     room = (memory or memory_bytes() or JOB_BYTES) // JOB_BYTES
     return max(1, min(cores or usable_cores(), room, MOST_JOBS))
 
 
 def _is_gpu(device: str) -> bool:
     """Whether the device that a user names is a GPU of NVIDIA."""
-    return device.partition(":")[0] == "cuda" or (device == "auto" and gpu_driver() is not None)
+    return device.partition(":")[0] == "cuda" or bool(_gpus(device))
+
+
+def _gpus(device: str) -> list[str]:
+    """The GPUs among which trials are dealt; none where the device is another one, or a certain GPU."""
+    return gpus() if device in ("auto", "cuda") else []
 
 
 def device_of(device: str) -> str:
@@ -86,10 +92,11 @@ def device_of(device: str) -> str:
 def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
     """A pool whose processes begin to import PyTorch at once, while the caller does other things.
 
-    Several on a GPU use it side by side, where CUDA's Multi-Process Service is there.
+    On several GPUs each has one. Several on a GPU use it side by side, where CUDA's Multi-Process Service is there.
     """
-    with shared_gpu() if jobs > 1 and _is_gpu(device) else nullcontext(ALONE) as gpu:
-        pool = Pool(jobs, gpu)
+    names = _gpus(device)
+    with shared_gpu() if jobs > max(1, len(names)) and _is_gpu(device) else nullcontext(ALONE) as gpu:
+        pool = Pool(jobs, gpu, names)
         try:
             yield pool
         finally:
@@ -98,9 +105,10 @@ def isolated(jobs: int = 1, device: str = "cpu") -> Generator["Pool"]:
 
 
 class Trainer(AnsweringProcess):
-    """A process that trains one trial at a time."""
+    """A process that trains one trial at a time, on a GPU of its own where it is given one."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: str | None = None) -> None:
+        self.gpu = gpu
         self.steps = process_context(ENGINE).Value("q", 0, lock=False)  # of its trial that are done
         handle, name = tempfile.mkstemp(prefix="expertgrid-", suffix=".txt")
         self.crash = os.fdopen(handle, errors="replace")  # which nobody can remove
@@ -113,6 +121,8 @@ class Trainer(AnsweringProcess):
     def train(self, trial: Trial, setup: Setup, graphs: bool) -> None:
         """Asks for the events of a training. `graphs` says whether it may have CUDA graphs."""
         self.trial, self.began, self.deadline, self.steps.value = trial, False, float("inf"), 0
+        if self.gpu is not None:
+            setup = replace(setup, environment={**setup.environment, VISIBLE_GPUS: self.gpu})
         self.ask(trial, graphs, None if self.trials else setup)
         self.trials += 1
 
@@ -149,21 +159,30 @@ class Pool:
 
     setup: Setup
 
-    def __init__(self, jobs: int, gpu: SharedGpu = ALONE) -> None:
-        self.gpu = gpu
+    def __init__(self, jobs: int, gpu: SharedGpu = ALONE, gpus: Sequence[str] = ()) -> None:
+        self.gpu, self.gpus = gpu, gpus if len(gpus) > 1 else ()
         self.at_once = jobs
         self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None  # of each process
         self.timeout_s: float | None = None
         self.stopping = False
         without_server = process_context(ENGINE).get_start_method() == "spawn"  # they import PyTorch themselves
-        self.trainers = [Trainer() for _ in range(jobs if without_server else 0)]
+        self.trainers: list[Trainer] = []
+        for _ in range(jobs if without_server else 0):
+            self._add_trainer()
 
     @property
     def in_words(self) -> str | None:
         """What a user must know of it."""
-        if self.gpu.missing is None:
-            return None
-        return f"{self.at_once} trials take turns on the GPU, without CUDA's MPS: {self.gpu.missing}"
+        place = f"{len(self.gpus)} GPUs" if self.gpus else "the GPU"
+        if self.gpu.missing is not None:
+            return f"{self.at_once} trials take turns on {place}, without CUDA's MPS: {self.gpu.missing}"
+        return f"{self.at_once} trials at once on {place}" if self.gpus else None
+
+    def _add_trainer(self) -> Trainer:
+        """On the GPU that has the fewest."""
+        count = Counter(trainer.gpu for trainer in self.trainers)
+        self.trainers.append(Trainer(min(self.gpus, key=lambda gpu: count[gpu], default=None)))
+        return self.trainers[-1]
 
     def run(
         self,
@@ -192,11 +211,9 @@ class Pool:
         self._train(trial)
 
     def _train(self, trial: Trial, graphs: bool = True) -> None:
-        idle = [trainer for trainer in self.trainers if trainer.trial is None]
-        if not idle:
-            idle = [Trainer()]
-            self.trainers += idle
-        idle[0].train(trial, self.setup, graphs)
+        idle = (trainer for trainer in self.trainers if trainer.trial is None)
+        trainer = next(idle, None) or self._add_trainer()
+        trainer.train(trial, self.setup, graphs)
 
     def next(self, timeout_s: float) -> tuple[Trial, Message] | None:
         busy = [(trainer, trainer.trial) for trainer in self.trainers if trainer.trial]

@@ -11,8 +11,9 @@ import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expertgrid.model.system.errors import InputError, unknown
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process may use
 GIT_TIMEOUT_S = 10.0
 
 
@@ -91,13 +93,25 @@ def torch_device(name: str) -> torch.device:
 @cache
 def gpu_driver() -> str | None:
     """The version of the NVIDIA driver, such as "570.124.06"; None where no NVIDIA driver is installed."""
+    return _from_nvml("nvmlSystemGetDriverVersion")
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, each by a name that CUDA_VISIBLE_DEVICES takes."""
+    count = _from_nvml("nvmlDeviceGetCount") or 0
+    visible = os.environ.get(VISIBLE_GPUS, ",".join(map(str, range(count)))) if count else ""
+    return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
+
+
+def _from_nvml(function: str) -> Any:
+    """What a function of NVML returns; None where no NVIDIA driver is installed."""
     with suppress(ImportError):  # there is none for macOS
         import pynvml
 
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
             try:
-                return pynvml.nvmlSystemGetDriverVersion()
+                return getattr(pynvml, function)()
             finally:
                 pynvml.nvmlShutdown()
     return None

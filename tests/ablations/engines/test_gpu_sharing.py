@@ -16,10 +16,11 @@ from expertgrid.ablations.engines.isolation import Setup, isolated
 from expertgrid.ablations.records.directory import StudyDirectory
 from expertgrid.ablations.study.study import Study
 from expertgrid.model.fast.execution import EAGER
+from expertgrid.model.system.machine import VISIBLE_GPUS
 
 SCRIPT = f"""#!/bin/sh
 if [ "$1" = -d ]; then
-    echo started "${PIPES}" "${LOGS}" >> "$(dirname "$0")/calls"
+    echo started "${PIPES}" "${LOGS}" ${VISIBLE_GPUS} >> "$(dirname "$0")/calls"
     touch "${PIPES}/control"
 else
     read line
@@ -51,7 +52,8 @@ def calls(control: Path) -> list[list[str]]:
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_a_service_is_started_and_ended(control):
+def test_a_service_of_all_gpus_is_started_and_ended(control, monkeypatch):
+    monkeypatch.setenv(VISIBLE_GPUS, "1")
     with shared_gpu() as gpu:
         place = gpu.environment[PIPES]
         assert (Path(place) / "control").exists() and gpu.missing is None
@@ -111,7 +113,7 @@ def test_why_there_is_none(control, monkeypatch):
 
 def test_several_trainers_on_a_gpu_are_its_clients(control, digits, tmp_path, monkeypatch):
     """They have the service in their environment before they start CUDA. On a CPU none is a client, nor one alone."""
-    monkeypatch.setattr(isolation, "gpu_driver", lambda: None)
+    monkeypatch.setattr(isolation, "gpus", list)
     for jobs, device in ((1, "cuda"), (2, "cpu"), (2, "auto")):
         with isolated(jobs, device) as pool:
             assert not pool.gpu.environment
@@ -123,9 +125,23 @@ def test_several_trainers_on_a_gpu_are_its_clients(control, digits, tmp_path, mo
         list(pool.run(trials, setup, StudyDirectory(tmp_path), Event()))
         place = pool.gpu.environment[PIPES]
         assert pool.in_words is None
-    assert [file.read_text() for file in tmp_path.glob("environment-*")] == [place] * 2
+    assert [file.read_text() for file in tmp_path.glob("environment-*")] == [f"{place} "] * 2
     assert [call[0] for call in calls(control)] == ["started", "quit"]
 
 
+@pytest.mark.parametrize(("jobs", "dealt", "started"), [(2, ["2", "5"], 0), (3, ["2", "2", "5"], 1)])
+def test_trials_are_dealt_to_the_gpus(control, digits, tmp_path, monkeypatch, jobs, dealt, started):
+    monkeypatch.setattr(isolation, "gpus", lambda: ["2", "5"])
+    fields = {"width": 0.0625, "recipe.epochs": 1}
+    trials = Study(name="test", question="?", seeds=jobs, set=fields).cells(digits)[0].trials
+    setup = Setup(digits, "cpu", tmp_path, partial(_write_environment, tmp_path), EAGER)
+    with isolated(jobs, "cuda") as pool:
+        list(pool.run(trials, setup, StudyDirectory(tmp_path), Event()))
+        assert pool.in_words == f"{jobs} trials at once on 2 GPUs"
+    assert sorted(file.read_text().split()[-1] for file in tmp_path.glob("environment-*")) == dealt
+    assert len(calls(control)) == 2 * started
+
+
 def _write_environment(place: Path) -> None:
-    (place / f"environment-{os.getpid()}").write_text(os.environ[PIPES])
+    text = f"{os.environ.get(PIPES, '')} {os.environ.get(VISIBLE_GPUS, '')}"
+    (place / f"environment-{os.getpid()}").write_text(text)

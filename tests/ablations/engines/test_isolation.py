@@ -251,13 +251,15 @@ def test_where_no_graph_can_be_recorded_a_new_process_trains_without(digits, tmp
 
 def test_jobs_by_themselves(monkeypatch):
     gib = 2**30
-    monkeypatch.setattr("expertgrid.ablations.engines.isolation.gpu_driver", lambda: None)
+    monkeypatch.setattr("expertgrid.ablations.engines.isolation.gpus", list)
     assert [jobs_for("cpu", cores, 100 * gib) for cores in (1, 2, 4, 64)] == [1, 2, 4, MOST_JOBS]
     assert jobs_for("auto", 4, 7 * gib) == 2
     assert jobs_for("cpu", 4, 1 * gib) == 1
     assert jobs_for("cuda:0", 4, 100 * gib) == jobs_for("mps", 4, 100 * gib) == 1
-    monkeypatch.setattr("expertgrid.ablations.engines.isolation.gpu_driver", lambda: "570.1")
-    assert jobs_for("auto", 4, 100 * gib) == 1
+    assert jobs_for("cuda", 4, 100 * gib) == 1
+    monkeypatch.setattr("expertgrid.ablations.engines.isolation.gpus", lambda: ["0", "1", "2"])
+    assert jobs_for("auto", 4, 100 * gib) == jobs_for("cuda", 4, 100 * gib) == 3
+    assert jobs_for("cuda:1", 4, 100 * gib) == 1
 
 
 SCRIPT = """

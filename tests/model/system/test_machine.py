@@ -94,6 +94,22 @@ def test_the_driver_is_that_of_nvml(monkeypatch):
     assert len(shutdowns) == 1
 
 
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["0", "1", "2"]), ("2, 0", ["2", "0"]), ("GPU-5a,-1,0", ["GPU-5a"]), ("", []), ("-1", [])],
+)
+def test_gpus_are_those_that_cuda_shows(visible, names, monkeypatch):
+    pynvml = pytest.importorskip("pynvml")
+    for function, value in (("nvmlInit", None), ("nvmlShutdown", None), ("nvmlDeviceGetCount", 3)):
+        monkeypatch.setattr(pynvml, function, lambda value=value: value)
+    monkeypatch.delenv(machine.VISIBLE_GPUS, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(machine.VISIBLE_GPUS, visible)
+    assert machine.gpus() == names
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 0)
+    assert machine.gpus() == []
+
+
 def test_no_driver(monkeypatch):
     pynvml = pytest.importorskip("pynvml")
 
