@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from expertgrid.model.system.errors import InputError, reason_of
 from expertgrid.model.training.data import ImageData, Images
 from expertgrid.model.training.holdout import HoldOut
 
@@ -73,11 +74,18 @@ class Splits:
 
 
 class ResidentData:
-    """A source whose images are on a device, from which each seed takes its splits."""
+    """A source whose images are on a device, from which each seed takes its splits.
+
+    Raises InputError where the device has too little memory for them.
+    """
 
     def __init__(self, data: ImageData, device: torch.device):
         self.data, self.device = data, device
-        self.train, self.test = Split.of(data.train, device), Split.of(data.test, device)
+        try:
+            self.train, self.test = Split.of(data.train, device), Split.of(data.test, device)
+        except torch.OutOfMemoryError as error:
+            text = f"its images do not fit into the memory of {device}; image_size = N in [base] makes them smaller"
+            raise InputError(f"data source {data.source!r}: {text}: {reason_of(error)}") from None
 
     def splits(self, hold_out: HoldOut, seed: int) -> Splits:
         """The splits of a seed. Train and validation images keep the order of the source."""

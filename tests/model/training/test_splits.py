@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from expertgrid.ablations.study.study import Study
+from expertgrid.model.system.errors import InputError
 from expertgrid.model.training.data import ImageData, Images
 from expertgrid.model.training.holdout import HoldOut
-from expertgrid.model.training.splits import ResidentData
+from expertgrid.model.training.splits import ResidentData, Split
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,15 @@ def test_train_and_validation_are_all_train_images_in_their_order(hold_out, seed
     assert splits.device == CPU
     pixels = {split.source_XHWC.untyped_storage().data_ptr() for split in (splits.train, splits.validation)}
     assert pixels == {numbered.train.pixels_BHWC.ctypes.data}  # no copies
+
+
+def test_images_that_a_gpu_has_no_room_for_are_one_line(digits, monkeypatch):
+    def of(images: Images, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB")
+
+    monkeypatch.setattr(Split, "of", of)
+    with pytest.raises(InputError, match="'digits': its images do not fit into the memory of cuda; image_size = N"):
+        ResidentData(digits, torch.device("cuda"))
 
 
 def test_all_cells_of_a_seed_share_their_hold_out(digits, resident_digits):
