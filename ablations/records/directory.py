@@ -289,8 +289,8 @@ class StudyDirectory:
         for record in sorted(self.path.parent.glob(f"*/trials/{trial_id}/record.json")):
             other = StudyDirectory(record.parent.parent.parent)
             try:
-                if changed_files(record.parent, OF_A_TRIAL):
-                    continue
+                if changed := changed_files(record.parent, OF_A_TRIAL):
+                    raise InputError("; ".join(f"{name} is {how}" for name, how in changed.items()))
                 if finished := other.record(trial_id):
                     other.with_metric(finished, metric)
                 load(other.checkpoint(trial_id))

@@ -176,8 +176,12 @@ def test_a_damaged_trial_beside_is_not_taken_over(study):
     epochs = study.trial(changed) / "epochs.jsonl"
     epochs.write_bytes(epochs.read_bytes().replace(b'"epoch":2', b'"epoch":3'))
     assert len(study.epochs(changed)) == 2
-    adopted = [other.adopt(trial, Counter()) for trial in (no_record, no_weights, changed, "no such trial", whole)]
+    refused = Counter()
+    adopted = [other.adopt(trial, refused) for trial in (no_record, no_weights, changed, "no such trial", whole)]
     assert adopted == [None, None, None, None, "tiny"]
+    since = "changed since SHA256SUMS was written"
+    reasons = [f"record.json is {since}", "model.safetensors is missing", f"epochs.jsonl is {since}"]
+    assert list(refused) == [f"{study.path}: {reason}" for reason in reasons]
 
 
 def test_a_trial_is_taken_over_from_the_study_beside(study, trial):
