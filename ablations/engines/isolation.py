@@ -67,8 +67,10 @@ def jobs_for(device: str, cores: int | None = None, memory: int | None = None) -
     thread each did 1.44 times the work of one with two threads, for networks of the quickstart's size, and 1.1 times
     for those of 10 to 65 million MACs. One on each GPU, as it was not measured there what more would gain.
     """
-    if device != "cpu" and (device != "auto" or _is_gpu(device)):
-        return max(1, len(_gpus(device)))
+    if names := _gpus(device):
+        return len(names)
+    if device not in ("auto", "cpu"):
+        return 1
     room = (memory or memory_bytes() or JOB_BYTES) // JOB_BYTES
     return max(1, min(cores or usable_cores(), room, MOST_JOBS))
 

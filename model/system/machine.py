@@ -90,7 +90,6 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@cache
 def gpu_driver() -> str | None:
     """The version of the NVIDIA driver, such as "570.124.06"; None where no NVIDIA driver is installed."""
     return _from_nvml("nvmlSystemGetDriverVersion")
@@ -103,6 +102,7 @@ def gpus() -> list[str]:
     return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
 
 
+@cache
 def _from_nvml(function: str) -> Any:
     """What a function of NVML returns; None where no NVIDIA driver is installed."""
     with suppress(ImportError):  # there is none for macOS

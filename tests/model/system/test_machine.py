@@ -16,7 +16,7 @@ from expertgrid.model.system.errors import InputError
 @pytest.fixture(autouse=True)
 def fresh():
     """Each test asks the machine anew, and leaves no answer of a machine that it made up."""
-    cached = machine.cpu_name, machine.gpu_driver, machine.checkout_commit
+    cached = machine.cpu_name, machine._from_nvml, machine.checkout_commit
     for function in cached:
         function.cache_clear()
     yield
@@ -106,6 +106,7 @@ def test_gpus_are_those_that_cuda_shows(visible, names, monkeypatch):
     if visible is not None:
         monkeypatch.setenv(machine.VISIBLE_GPUS, visible)
     assert machine.gpus() == names
+    machine._from_nvml.cache_clear()
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 0)
     assert machine.gpus() == []
 
@@ -118,7 +119,7 @@ def test_no_driver(monkeypatch):
 
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
     assert machine.gpu_driver() is None
-    machine.gpu_driver.cache_clear()
+    machine._from_nvml.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as on macOS
     assert machine.gpu_driver() is None
 

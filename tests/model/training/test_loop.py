@@ -207,6 +207,7 @@ def test_record_is_what_the_checkpoint_gives(digits, digits_splits, resident_dig
     mean_C, std_C = torch.tensor(checkpoint.trained.mean), torch.tensor(checkpoint.trained.std)
     flipped = Split(test.source_XHWC.flip(2), test.indices_B, test.labels_B)
     plain_BN, other_BN = (predict(checkpoint.network(), split, mean_C, std_C) for split in (test, flipped))
+    torch.testing.assert_close(predict(checkpoint.network(), test, mean_C, std_C, mirrored=True), other_BN)
     assert (record.test_loss, record.test_accuracy) == pytest.approx(score(plain_BN, test.labels_B), rel=1e-4)
     assert record.test_accuracy_flip == pytest.approx(score((plain_BN + other_BN) / 2, test.labels_B)[1])
     assert record.validation_accuracy_flip is not None
